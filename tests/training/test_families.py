@@ -29,7 +29,6 @@ from dreambooth_moslora.base import load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.queue import enqueue
 from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
@@ -143,12 +142,6 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_on_a_
 def test_a_dry_run_goes_on_from_a_checkpoint_whose_layers_the_family_names(trained):
     _, config, _ = trained
     assert "photos" in describe_run(replace(config, resume_from_checkpoint="latest"))
-
-
-def test_a_run_whose_layers_the_family_names_waits_to_go_on_from_its_checkpoint(trained, tmp_path):
-    _, config, _ = trained
-    config = replace(config, output_dir=str(shutil.copytree(config.output_dir, tmp_path / "run")))
-    assert "waits, number 1" in enqueue(replace(config, resume_from_checkpoint="latest"), [])
 
 
 def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
@@ -286,12 +279,6 @@ def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by
         planned(lora_blocks="7")
 
 
-def changed(index: Path, old: str, new: str) -> None:
-    text = index.read_text()
-    assert old in text
-    index.write_text(text.replace(old, new))
-
-
 NAMED = {  # a base's name -> the word that says that it is distilled
     "black-forest-labs/FLUX.1-schnell": "schnell",
     "/hub/models--Tongyi-MAI--Z-Image-Turbo/snapshots/0a1b": "turbo",
@@ -317,25 +304,17 @@ def test_the_name_of_a_base_says_that_it_is_distilled_unless_that_was_undone(nam
     assert families.distilled({"is_distilled": True}, name, facts_named("flux"))
 
 
-def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused_with_the_one_to_train(
-    base_of, photos, tmp_path, capsys
-):
-    base = shutil.copytree(base_of("flux2"), tmp_path / "base")
-    changed(base / "model_index.json", '"is_distilled": false', '"is_distilled": true')
-    with pytest.raises(UserError, match="it is distilled to a few steps: train the base model"):
-        make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
-    turbo = base.rename(tmp_path / "Z-Image-Turbo")
-    changed(turbo / "model_index.json", '"is_distilled": true', '"is_distilled": false')
-    with pytest.raises(UserError, match="“turbo” says that it is distilled"):
-        make_plan(tiny_config(turbo, photos, tmp_path / "run", **settings_of("flux2")))
-    de_turbo = turbo.rename(tmp_path / "Z-Image-De-Turbo")
-    make_plan(tiny_config(de_turbo, photos, tmp_path / "run", **settings_of("flux2")))
-    base = shutil.copytree(base_of("sd1"), tmp_path / "base")
-    changed(base / "model_index.json", "StableDiffusionPipeline", "KandinskyPipeline")
-    words = ["--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(photos)]
-    words += ["--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "run")]
-    assert train_main(words) == 2
-    assert "a base of the class KandinskyPipeline cannot be trained here: take one of SDXL" in capsys.readouterr().err
+def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, photos, tmp_path):
+    """A distilled one is refused with the one to train."""
+    flux2, sd1 = (shutil.copytree(base_of(name), tmp_path / name) for name in ("flux2", "sd1"))
+    for base, old, new, said in (
+        (flux2, '"is_distilled": false', '"is_distilled": true', "it is distilled to a few steps: train the base"),
+        (sd1, "StableDiffusionPipeline", "KandinskyPipeline", "of the class KandinskyPipeline cannot be trained here"),
+    ):
+        index = base / "model_index.json"
+        index.write_text(index.read_text().replace(old, new))
+        with pytest.raises(UserError, match=said):
+            make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
 
 
 WHOLE = {"enable_bucket": True, "caption_dropout": 0.1, "unmasked_weight": 0.0, "random_flip": True, "caching": "disk"}
@@ -361,10 +340,6 @@ class Case:
     def train(self, run, **changes) -> Path:
         train(self.config(run, **changes))
         return self.folder / run
-
-    def refused(self, flag: str, **changes) -> None:
-        with pytest.raises(UserError, match=f"{flag} is not for {re.escape(self.facts.title)}"):
-            make_plan(self.config("refused", **changes))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in MAKERS])
@@ -419,18 +394,6 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
     assert scores[0] == scores[1] and scores[0]["drift"]["mean"] != 0
 
 
-@pytest.mark.slow
-def test_like_and_info(trained, photos, capsys):
-    facts, config, _ = trained
-    words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
-    words += ["--instance_prompt", config.instance_prompt, "--class_prompt", config.class_prompt]
-    like = parse_train_config(["--like", config.output_dir, *words, "--instance_data_dir", str(photos)])
-    assert (like.rank, like.resolution) == (4, 64)
-    assert set(make_plan(like).config.target_modules) == set(make_plan(config).config.target_modules)
-    assert main(["info", config.output_dir]) == 0
-    assert facts.denoiser in capsys.readouterr().out
-
-
 def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--width", "64", "--height", "64", "--steps", "2", "--output_dir", "pictures"]
@@ -448,18 +411,8 @@ def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch)
 
 def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
     if not case.facts.adapted_encoders:
-        return case.refused("--train_text_encoder", train_text_encoder=True)
+        pytest.skip("it has none")
     case.train("words", train_text_encoder=True)
-    if not case.facts.has_new_tokens:
-        case.refused("--train_text_encoder_ti", train_text_encoder_ti=True)
-
-
-def test_settings_of_unets_are_for_unets_and_those_of_flows_for_flows(case):
-    others = families.OF_UNETS if case.facts.style == "flow" else families.OF_FLOWS
-    values = {"snr_gamma": 5.0, "noise_offset": 0.1, "timestep_bias_strategy": "later"}
-    values |= {"weighting_scheme": "mode", "lora_blocks": "0"}
-    for name in others:
-        case.refused(f"--{name}.*", **{name: values.get(name, True)})
 
 
 def test_a_fleets_runs_share_their_steps(case):
@@ -542,14 +495,3 @@ def test_class_images_are_drawn_as_samples_are(name, tmp_path):
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])
     (made,) = generate_images(pipe, "a dog", [3], (64, 64))
     assert np.array_equal(np.asarray(sample), np.asarray(made))
-
-
-@pytest.mark.slow
-def test_class_images_are_told_what_the_run_tells_its_encoder(base_of, photos, tmp_path):
-    """Two runs share a folder: each draws its own."""
-    prior = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(tmp_path / "class")}
-    for words in (None, "Draw badly."):
-        more = settings_of("lumina2", **prior, system_prompt=words, max_train_steps=1)
-        train(tiny_config(base_of("lumina2"), photos, tmp_path / str(words), **more))
-    one, other = (path.read_bytes() for path in (tmp_path / "class").glob("*.png"))
-    assert one != other

@@ -1,10 +1,8 @@
 """Whole small trainings on the tiny base: what they leave and learn, that every option acts, how they end."""
 
-import io
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.core import UserError
@@ -77,17 +74,6 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
     assert [event.step for event in samples] == [0, 2, 4, 5]
     assert len({tuple(event.seeds) for event in samples}) == 1
     assert events[-1].kind == "end" and events[-1].state == "done"
-
-
-def test_the_samples_go_to_tensorboard_as_they_are_and_without_their_prompts(shown_run):
-    folder, _, _ = shown_run
-    logs = EventAccumulator(str(folder / "logs" / "dreambooth_moslora")).Reload()
-    shown = logs.Images("samples")
-    assert [picture.step for picture in shown] == [0, 2, 4, 5] and logs.Tags()["images"] == ["samples"]
-    sheet = np.asarray(Image.open(io.BytesIO(shown[1].encoded_image_string)))
-    saved = [np.asarray(Image.open(folder / "samples" / f"step_000002_{n}.png")) for n in (0, 1)]
-    assert np.array_equal(sheet, np.concatenate(saved, axis=1))
-    assert [scalar.step for scalar in logs.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("step", "with_adapter"), [(0, False), (5, True)])
@@ -261,22 +247,6 @@ def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_ru
     assert all(math.isfinite(step.loss) for step in left.steps) and acts(left, plain_run)
 
 
-@pytest.mark.slow
-def test_unmasked_weight_goes_from_the_subject_alone_to_no_mask_at_all(run, photos, tmp_path):
-    folder = shutil.copytree(photos, tmp_path / "masked")
-    for photo in sorted(folder.glob("*.png")):
-        mask = Image.new("L", Image.open(photo).size, 0)
-        mask.paste(255, (0, 0, mask.width // 2, mask.height))
-        mask.save(photo.with_suffix(".mask.png"))
-
-    def losses(name, **changes):
-        return [event.loss for event in steps(run(name, max_train_steps=2, **changes)[0])]
-
-    masked = {w: losses(f"w{w}", instance_data_dir=str(folder), unmasked_weight=w) for w in (1, 0.2, 0)}
-    assert masked[1] == pytest.approx(losses("plain"), rel=1e-5)
-    assert len({found[0] for found in masked.values()}) == 3
-
-
 def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
     base, noised, targets = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"), [], []
     add_noise, loss = objective.add_noise, objective.loss
@@ -358,27 +328,13 @@ def config(tiny_base, photos, tmp_path):
     return tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=1)
 
 
-def raising(error, when=lambda *given: True):
-    def raise_it(*given):
-        if when(*given):
-            raise error
+def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, monkeypatch, caplog):
+    def fail(*_):
+        raise ConnectionError("no\nnetwork")
 
-    return raise_it
-
-
-def test_what_fails_at_the_end_loses_no_finished_run_and_hides_no_error(config, monkeypatch, caplog):
-    """A tracker, and a disk that is full."""
-    monkeypatch.setattr(Accelerator, "end_training", raising(ConnectionError("no\nnetwork")))
+    monkeypatch.setattr(Accelerator, "end_training", fail)
     assert train(config).proof is not None
     assert "--report_to: ending it failed: ConnectionError no network" in caplog.text
-    caplog.clear()
-    monkeypatch.setattr(TrainStep, "accumulate_gradients", raising(UserError("the loss is nan")))
-    full = raising(OSError(28, "No space left on device"), lambda _, event: event["type"] == "end")
-    for append in (RunDir.append_metrics, full):
-        monkeypatch.setattr(RunDir, "append_metrics", append)
-        with pytest.raises(UserError, match="the loss is nan"):
-            train(config)
-    assert caplog.text.count("ConnectionError") == 2
 
 
 @pytest.mark.parametrize(

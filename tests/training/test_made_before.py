@@ -20,8 +20,8 @@ from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
-from dreambooth_moslora.settings import rules, sources, table
-from dreambooth_moslora.training import dry_run, made_before, reporter
+from dreambooth_moslora.settings import table
+from dreambooth_moslora.training import made_before, reporter
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.made_before import ClassImages, planned, shares, usable_class_photos
 from tests.helpers.threads import as_processes
@@ -81,28 +81,6 @@ def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(asked_
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
 
-def test_a_dry_run_says_what_would_be_made_advice_what_has_no_effect(tiny_base, photos, tmp_path):
-    """The published file tells of captions that are made."""
-
-    def lines(base, **changes) -> tuple[list[str], str, table.TrainConfig]:
-        config = tiny_config(base, photos, tmp_path / "run", **changes)
-        return dry_run.made_lines(config, photo_report(config)), "\n".join(rules.remarks(config)), config
-
-    said, advice, _ = lines("toy", masks="auto", mask_prompt="dog")
-    assert said[-1] == "masks: 2 photos have none; toy-segmenter makes them before training"
-    assert "--mask_prompt has no effect with the embedded base's own net" in advice
-    said, _, _ = lines(tiny_base, masks="auto")
-    assert said[-1].endswith("clipseg-rd64-refined makes them before training, looking for “dog”")
-    said, advice, _ = lines(tiny_base, mask_prompt="dog")
-    assert not [line for line in said if line.startswith("masks")] and "without --masks auto" in advice
-    (photos / "0.txt").write_text("mine")
-    (share, line), _, auto = lines("toy", captions="auto")
-    assert line == "captions: 1 photos have none of their own; toy-sdxl makes them before training"
-    said, advice, given = lines("toy", caption_model="x/y")
-    assert said == [share] and "--caption_model has no effect" in advice
-    assert sources.recipe_of(auto)["captions"] == "auto" and "captions" not in sources.recipe_of(given)
-
-
 def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(auto, photos, tmp_path, found_everywhere):
     train(auto)
     moved, other = tmp_path / "moved", tmp_path / "other"
@@ -117,9 +95,6 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(aut
 
     assert masked() == [True, True]
     assert masked("--photos", str(other)) == [False, False]
-    settings = json.loads((moved / "train_config.json").read_text())
-    (moved / "train_config.json").write_text(json.dumps(settings | {"leave_out": ["1.png", "gone.png"]}))
-    assert masked("--photos", str(other)) == [False], "a photo that was left out of the run need not be there"
 
 
 @pytest.mark.slow
@@ -291,24 +266,6 @@ def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_
     assert kept.read_bytes() == changed, "a person may have painted in it"
     assert taken(tmp_path, (images, 4)) == [images.name(index) for index in range(4)]
     assert top_up(images, 4, batch_size=2) == []
-
-
-def test_a_manifest_with_one_bit_flipped_or_without_digests_ends_with_the_same_images(tmp_path):
-    """So do class images of another seed."""
-    images, file = dogs(tmp_path), tmp_path / "manifest.json"
-    top_up(images, 2)
-    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    before, whole = pictures_in(tmp_path), file.read_bytes()
-    for place in range(0, 8 * len(whole), 101):
-        content = bytearray(whole)
-        content[place // 8] ^= 1 << place % 8
-        file.write_bytes(content)
-        top_up(images, 2)
-        assert images.stale([tmp_path / name for name in before]) == set(), bytes(content)
-    assert pictures_in(tmp_path) == before and not (tmp_path / "changed").exists()
-    bare = {name: {**facts, "sha256": None} for name, facts in json.loads(whole).items()}
-    file.write_text(json.dumps({name: {k: v for k, v in facts.items() if v} for name, facts in bare.items()}))
-    assert top_up(dogs(tmp_path, seed=8), 2) == []
 
 
 def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path):

@@ -19,7 +19,6 @@ from dreambooth_moslora.training import loop, results
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.optimizer import (
     MovingAverage,
-    make_lr_schedule,
     make_optimizer,
     parameter_groups,
 )
@@ -68,27 +67,6 @@ def test_adafactor_steps_by_the_given_rate_whatever_the_size_of_the_weights():
     before, after, _ = stepped("adafactor")
     for old, new in zip(before, after, strict=True):
         assert torch.allclose(old - new, torch.full_like(new, 3e-2), rtol=1e-3)
-
-
-def test_a_rate_that_polynomial_cannot_fall_from_is_refused_with_both_rates():
-    config = TrainConfig(lr_scheduler="polynomial", learning_rate=1e-7)
-    optimizer = make_optimizer(config, parameter_groups(config, components()))
-    says = r"--lr_scheduler polynomial: lr_end \(1e-07\) .* lr \(1e-07\); give a greater --learning_rate"
-    with pytest.raises(UserError, match=says):
-        make_lr_schedule(config, optimizer, 9)
-
-
-def test_a_schedule_whose_warm_up_is_as_long_as_the_run_rises_to_its_end():
-    """The rate is asked for after the last step too."""
-    for scheduler in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"):
-        config = TrainConfig(lr_scheduler=scheduler, lr_warmup_steps=3, learning_rate=3e-4)
-        optimizer = make_optimizer(config, parameter_groups(config, components()))
-        schedule, rates = make_lr_schedule(config, optimizer, 3), []
-        for _ in range(3):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        assert rates == pytest.approx([0, 1e-4, 2e-4])
 
 
 @pytest.mark.extra("schedulefree")

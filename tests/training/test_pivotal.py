@@ -1,7 +1,6 @@
 """Pivotal tuning of one and of several subjects: only the new rows move, and what is published is what was learnt."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,11 +18,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, model_card
+from dreambooth_moslora.training import adapters
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.optimizer import make_optimizer, parameter_groups
-from dreambooth_moslora.ui.generate_values import summary_of
-from dreambooth_moslora.ui.state import AdapterCatalog
 from tests.helpers.tiny import embeds_of, equal, pooled_of
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
@@ -31,7 +28,6 @@ PROMPT = "a photo of sks dog"
 DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
 CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat", "initializer_concept": "th cat on"}
 BOTH = "a photo of a sks dog and a zwx cat"
-FILES = ["pets_emb.safetensors", "pets_2_emb.safetensors"]
 LEARNT = {"train_text_encoder_ti": True, "instance_data_dir": "dog"}
 
 
@@ -189,19 +185,6 @@ def test_the_subject_pipeline_takes_tokens_by_itself_but_no_others_and_no_word_t
         pipeline.activate(pair)
 
 
-def test_export_info_and_the_page_know_the_tokens_file_and_its_word(run, tmp_path, capsys):
-    folder, tokens = RunDir(run.output_dir), tmp_path / "dog_emb.safetensors"
-    assert main(["export", str(folder.checkpoint_path(5)), "--out", str(tmp_path), "--name", "dog"]) == 0
-    assert main(["info", str(tmp_path), str(folder.tokens_paths[0])]) == 0
-    said = capsys.readouterr().out
-    assert "2 for the word sks, in dog_emb.safetensors" in said and "new tokens of SDXL's text encoders" in said
-    assert tokens.name not in {path.name for path in AdapterCatalog(tmp_path, tmp_path / "runs").files().values()}
-    kohya = tmp_path / "dog.kohya.safetensors"
-    assert summary_of(kohya).tokens == () and tokens.name in model_card.public_files(tmp_path)
-    tokens.unlink()
-    assert "dog_emb.safetensors belongs beside it" in summary_of(kohya).sentence()
-
-
 def test_another_setting_does_not_go_on_from_a_checkpoint(run, tmp_path):
     checkpoint = str(RunDir(run.output_dir).checkpoint_path(3))
     for changes, says in (
@@ -271,34 +254,3 @@ def test_the_word_is_diffusers_own_where_the_prompt_has_it_and_stays_inside_anot
         assert learnt_words(TrainConfig(**LEARNT, class_prompt="a dog", instance_prompt=prompt)) == (word,)
     spelt = spellings_of({"sk": 1, "s0": 2})
     assert spelled("sk, s0, (sk) and s0's; desks", spelt) == "<s0>, <s1><s2>, (<s0>) and <s1><s2>'s; desks"
-
-
-@pytest.mark.slow
-def test_the_subject_pipeline_takes_the_tokens_of_both_and_says_which_are_missing(pets, base, tmp_path, caplog):
-    live = load_pipeline(base)
-    AttachedTokens(live, [read_tokens(path) for path in RunDir(pets.output_dir).tokens_paths])
-    pipeline = SubjectPipeline.from_base(base)
-    pipeline.activate(((pipeline.load_adapter(pets.output_dir), 1.0),))
-    whole = embeds_of(encode_text(pipeline.pipeline, [BOTH]))
-    assert torch.equal(whole, embeds_of(encode_text(live, [BOTH])))
-    for file in (RunDir(pets.output_dir).adapter_path.name, FILES[0]):
-        shutil.copy(RunDir(pets.output_dir).path / file, tmp_path)
-    alone = tmp_path / RunDir(pets.output_dir).adapter_path.name
-    assert summary_of(alone).sentence().endswith(f"its new tokens are missing: {FILES[1]} belongs beside it")
-    pipeline.activate(((pipeline.load_adapter(alone, "alone"), 1.0),))
-    assert f"knows 'zwx' by new tokens, and their file {FILES[1]} is not beside it" in caplog.text
-    dogs = [embeds_of(encode_text(one, [DOG["instance_prompt"]])) for one in (pipeline.pipeline, live)]
-    assert torch.equal(*dogs) and not torch.equal(embeds_of(encode_text(pipeline.pipeline, [BOTH])), whole)
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_the_same_words_alone(pets, tmp_path):
-    checkpoint = RunDir(pets.output_dir).checkpoint_path(4)
-    dog, cat = pets.subjects
-    there = {"output_dir": str(tmp_path / "pets"), "resume_from_checkpoint": str(checkpoint)}
-    with pytest.raises(UserError, match="--token_abstraction: checkpoint-4 has sks zwx; you ask for sks cat"):
-        train(replace(pets, **there, subjects=(dog, replace(cat, token_abstraction="cat", class_prompt="a photo"))))
-    broken = shutil.copytree(checkpoint, tmp_path / "checkpoint-4")
-    (broken / "moslora_2_emb.safetensors").unlink()
-    with pytest.raises(UserError, match="is damaged"):
-        train(replace(pets, **there | {"resume_from_checkpoint": str(broken)}))

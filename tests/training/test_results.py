@@ -1,6 +1,5 @@
 """What a run tells, draws and leaves: samples, trackers, card, pictures, and what leaves the machine."""
 
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from dreambooth_moslora.adapters.proof import FileProof, Proof
 from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, record_of
 from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
-from dreambooth_moslora.generation.fixed_seeds import SampleRequest, stopper
+from dreambooth_moslora.generation.fixed_seeds import stopper
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
@@ -76,20 +75,16 @@ def test_the_card_says_whether_comfyui_reads_the_familys_file(model, said):
     assert (said in card(use_dora=True, adapter=facts)) != reads
 
 
-def test_the_cards_front_matter_is_yaml_and_names_the_pictures_whoever_wrote_it_and_no_other_file():
+def test_the_cards_front_matter_is_yaml_and_names_the_pictures_and_no_other_file():
     odd = 'a "sks": dog # \u2028 \x1b 🦆 \x85 ---\n---\n'
     front = ModelCard(card(images=(("image_0.png", odd),))).data
     assert front.base_model == "owner/base" and front.instance_prompt == 'a photo of "sks": dog'
     assert front.widget == [{"text": odd, "output": {"url": "image_0.png"}}]
-    text = card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))
-    reformatted = text.replace("url: image_0.png", "{url: 'image_0.png'}").replace("output:\n    {", "output: {")
-    earlier = text.replace("output:\n    url: image_0.png", 'output: {url: "image_0.png"}')
-    assert reformatted != text != earlier
-    for form in (text, reformatted, earlier):
-        assert pictures_named(form) == {"image_0.png", "image_1.png"}
-    widgets = [f"widget: {one}" for one in ("5", "[{output: {url: ../photos/a.png}}]", "[{output: {}}]")]
-    for by_hand in ("a: [", "- a", *widgets):
-        assert pictures_named(f"---\n{by_hand}\n---\n{SIGNATURE}") == set()
+    assert pictures_named(card(images=(("image_0.png", "a dog"), ("image_1.png", "a cat")))) == {
+        "image_0.png",
+        "image_1.png",
+    }
+    assert pictures_named(f"---\nwidget: [{{output: {{url: ../photos/a.png}}}}]\n---\n{SIGNATURE}") == set()
 
 
 @pytest.mark.parametrize("name", ["dog", "dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"])
@@ -148,8 +143,8 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
         check_push(TrainConfig())
 
 
-def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path, monkeypatch):
-    """A row of no picture is none. One that cannot be written leaves the one before."""
+def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
+    """A row of no picture is none."""
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
     rows = [Row("photos", [tile] * 8), Row("none", []), Row("end", [tile], ("a very long prompt " * 10,))]
     steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
@@ -162,36 +157,12 @@ def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without
     draw_loss_plot([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
 
-    def fail_full(_):
-        raise OSError(28, "full")
-
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("dreambooth_moslora.core.os.fsync", fail_full)
-    for draw, content, name in ((draw_contact_sheet, rows[:1], "sheet.png"), (draw_loss_plot, steps[:1], "loss.png")):
-        with pytest.raises(OSError, match="full"):
-            draw(content, tmp_path / name)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
 
 @pytest.fixture
 def config(tiny_base, tmp_path):
     """Three steps without pictures."""
     photos = paint_photos(tmp_path / "photos")
     return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 3, **changes})
-
-
-@pytest.mark.slow
-def test_photos_that_were_moved_in_training_cost_their_place_on_the_sheet_only(config, tmp_path, caplog):
-    events = []
-
-    def note(event):
-        events.append(event)
-        if event.kind == "step":
-            shutil.rmtree(tmp_path / "photos", ignore_errors=True)
-
-    train(config(max_train_steps=1, num_validation_images=1), note)
-    assert events[-1].state == "done" and (tmp_path / "run" / "contact_sheet.png").is_file()
-    assert caplog.text.count("the contact sheet is without a photo") == 3
 
 
 def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_path, monkeypatch):
@@ -240,23 +211,6 @@ def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_
     assert [event["step"] for event in logged(run.path, "sample")] == [0, 2, 3]
 
 
-def test_a_long_title_of_a_sheet_takes_a_second_line_and_the_start_is_shown_once(tmp_path):
-    """A run that was stopped before new samples has those of step 0 alone."""
-    tile, sheets = Image.new("RGB", (64, 64), "red"), []
-    for title in ("IMG.png", "IMG.png; near-duplicate of 0.png"):
-        draw_contact_sheet([Row(title, [tile] * 2)], tmp_path / "sheet.png", tile_px=64)
-        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png").convert("L")))
-    assert len(sheets[1]) > len(sheets[0]) and sheets[1][:, -4:].min() == sheets[1].max()
-    config = TrainConfig(num_validation_images=1, validation_prompt="a dog")
-    samples = ValidationSamples.of(config, RunDir(tmp_path), 1)
-    samples.latest = [tile]
-    samples.save(samples.path(0, 0), tile)
-    note_first(samples)
-    for step, shown in ((0, 1), (4, 2)):
-        samples.latest_step = step
-        assert sum(bool(row.images) for row in results.sheet_rows(config, [], samples, [])) == shown
-
-
 def note_first(samples: ValidationSamples) -> None:
     """As a run notes its pictures of step 0."""
     prompts, seeds = map(list, zip(*((request.prompt, request.seed) for request in samples.requests)))
@@ -276,15 +230,6 @@ def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_dr
     rows = [results.sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
     assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(len(row.images) == 2 for row in rows)
     assert results.sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[1].images == []
-
-
-def test_a_damaged_picture_of_step_0_is_left_out_of_the_contact_sheet(tmp_path):
-    samples = ValidationSamples(RunDir(tmp_path), [SampleRequest("a dog", seed) for seed in range(4)], [], 1)
-    samples.save(samples.path(0, 0), Image.new("RGB", (8, 8), "blue"))
-    for number, damage in ((1, b""), (2, b"x")):  # and one that is not there
-        samples.path(0, number).write_bytes(damage)
-    note_first(samples)
-    assert [picture.getpixel((0, 0)) for _, picture in samples.first(samples.requests)] == [(0, 0, 255)]
 
 
 def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.fault_runs import build_shim
-from benchmarks.faults import preloading
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.cli.main import main
@@ -29,7 +27,7 @@ from dreambooth_moslora.training.checkpoint import Position, check_resumed, chec
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
-from tests.training.conftest import ROOT, flipped, stop_at
+from tests.training.conftest import flipped, stop_at
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -123,19 +121,6 @@ def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_b
     assert left_by(tmp_path / "torn" / "run") == left_by(tmp_path / "whole" / "run") != {}
 
 
-def test_the_share_of_the_bare_prompt_counts_and_is_said(tiny_base, photos, tmp_path, caplog):
-    def config(share: float):
-        placed = photos.with_name("placed")
-        given = {"max_train_steps": 4, "seed": 1, "instance_prompt_share": share}
-        return tiny_config(tiny_base, placed, tmp_path / str(share), **given)
-
-    with caplog.at_level("INFO"):
-        train(config(0.5))
-    assert any("50% of their exposures show it (--instance_prompt_share)" in line for line in caplog.messages)
-    train(config(0))
-    assert adapter_sha256(tmp_path / "0.5") != adapter_sha256(tmp_path / "0")
-
-
 @pytest.mark.slow
 def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(tiny_base, photos, tmp_path):
     rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
@@ -185,16 +170,12 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
 
 
-def test_latest_passes_by_a_damaged_last_and_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
+def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
     seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
     monkeypatch.setattr(loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given))
     train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
     assert [event["type"] for event in seen] == ["start"]
-    (run.path / "last" / "position.json").write_text("{}")
-    assert find_checkpoint(run, "latest") == run.checkpoint_path(2)
-    (run.path / "last" / "optimizer.pt").unlink()
-    assert run.checkpoints() == [run.checkpoint_path(2)]
     run.best_dir.mkdir()
     run.append_metrics({"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}})
     checkpoints.archive_checkpoints_after(run, 3)
@@ -350,19 +331,6 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
     assert adapter_sha256(run.path) == before
 
 
-def test_settings_in_the_states_give_way_to_those_of_the_command_line(finished, checkpoint):
-    """With the digest that these would have had."""
-    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    states["param_groups"][0].update({"maximize": True, "eps": "large", "betas": (0.0, 0.0)})
-    torch.save(states, checkpoint / "optimizer.pt")
-    position = checkpoints.read_position(checkpoint)
-    position = replace(position, digest=checkpoints.digest_of(checkpoint, position))
-    (checkpoint / "position.json").write_text(json.dumps(asdict(position)))
-    place = {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.with_name("goes_on"))}
-    train(finished[1](**place))
-    assert adapter_sha256(checkpoint.with_name("goes_on")) == adapter_sha256(finished[0])
-
-
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -407,13 +375,6 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     assert contents(run / "earlier_run_1") == theirs
     assert (run / PUBLISHED_NAME).read_bytes() == (folder / PUBLISHED_NAME).read_bytes()
     assert (run / "checkpoint-2" / "position.json").is_file()
-
-
-def test_a_run_from_another_folders_checkpoint_has_no_steps_of_one_that_failed_in_its_own(finished, checkpoint):
-    place = {"output_dir": str(checkpoint.with_name("goes_on")), "resume_from_checkpoint": str(checkpoint)}
-    RunDir(place["output_dir"]).append_metrics({"type": "step", "step": 1, "loss": 9.0})
-    train(finished[1](**place))
-    assert [event["step"] for event in logged(place["output_dir"])] == [2]
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
@@ -472,34 +433,3 @@ def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "checkpoint-1"]
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-TWICE = """
-import sys
-from contextlib import nullcontext
-from benchmarks import faults
-
-words = sys.argv[1:]
-args = faults.parse(words)
-with faults.prepared(args) as workshop:
-    faults.prepared = lambda _: nullcontext(workshop)
-    for count in ("1", "2"):
-        sys.argv[1:] = [*words, "--faults", count]
-        print("ended", faults.main(), [record["number"] for record in faults.read_records(args.out)], flush=True)
-"""
-"""The command for one fault, then for two, in one process: its unbroken runs take longer than the faults."""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs Linux and cc")
-def test_every_resume_after_a_kill_ends_equal_and_the_faults_go_on_where_they_were(tmp_path):
-    """Two kills of `benchmarks/faults.py`: `.ci/run` tries thirty faults of all kinds, and a person a thousand."""
-    words = ["--kinds", "kill", "--variants", "class images", "--seed", "2", "--out", str(tmp_path / "out")]
-    command, environment = [sys.executable, "-c", TWICE, *words], preloading(build_shim(tmp_path))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
-    assert ends == ["ended 0 [0]", "ended 0 [0, 1]"], done.stdout + done.stderr
-    records = [json.loads(line) for line in (tmp_path / "out" / "faults.jsonl").read_text().splitlines()]
-    assert all(record["codes"] in ([-9], [0]) for record in records)
-    assert "| **all** | 2 |" in done.stdout

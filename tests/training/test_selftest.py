@@ -8,13 +8,11 @@ import sys
 from subprocess import PIPE
 
 import pytest
-import torch
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.memory import size_of_base
@@ -66,64 +64,6 @@ def test_the_page_says_which_of_the_readme_s_claims_hold_here():
     page = selftest.as_page({}, [Finding("published", True, ""), Finding("resumed", False, "")])
     assert "- each file is loaded again and compared before it is kept: holds here" in page
     assert "- A stopped run resumes to the same bytes: **does not hold here**" in page
-
-
-def test_what_a_card_has_beside_a_cpu_is_tried_there_too(tmp_path, monkeypatch):
-    """In this order, each only where it was asked for."""
-    export = {"type": "export", "time": 0, "proof": {"max_relative_difference": 0.0}}
-    (tmp_path / "device_no").mkdir()
-    (tmp_path / "device_no" / "metrics.jsonl").write_text(f"{json.dumps(export)}\n")
-    monkeypatch.setattr(SelfTest, "train", lambda self, *words, **changes: None)
-    monkeypatch.setattr(selftest, "losses", lambda run: [1.0])
-    for name in ("generated", "compiled", "cards"):
-        monkeypatch.setattr(SelfTest, name, lambda self, name=name: Finding(name, True, ""))
-    for name in ("resumed", "step"):
-        monkeypatch.setattr(SelfTest, name, lambda self, *gib, name=name: [Finding(name, True, "")])
-    everywhere = ["losses, fp32", "published", "resumed", "generated"]
-    assert [found.name for found in SelfTest(tmp_path).findings()] == everywhere
-    whole = SelfTest(tmp_path, ("no", "fp16"), free_gib=9.0, compiles=True, launcher=("two",)).findings()
-    everywhere.insert(1, "losses, fp16")
-    assert [found.name for found in whole] == [*everywhere, "compiled", "cards", "step"]
-
-
-@pytest.fixture
-def asked(tmp_path, monkeypatch):
-    """What the command asks of the self-test."""
-    options = []
-
-    class Asked:
-        def __init__(self, folder, precisions, **named):
-            options.append({"precisions": precisions, **named})
-
-        def findings(self):
-            return []
-
-    monkeypatch.setattr(selftest, "SelfTest", Asked)
-    assert main(["selftest", "--output_dir", str(tmp_path)]) == 0
-    return options[0]
-
-
-@pytest.fixture
-def two_t4(gpu, monkeypatch):
-    gpu(7, free_gib=14.5, name="Tesla T4", minor=5)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-
-def test_on_two_cards_without_bf16_fp16_compilation_and_both_cards_are_tried(two_t4, asked):
-    wanted = {"precisions": ("no", "fp16"), "env": {}, "compiles": True, "launcher": selftest.ON_TWO_GPUS}
-    assert asked == wanted | {"free_gib": 15.0}
-
-
-def test_on_apples_gpu_training_is_tried_there(apple, asked):
-    wanted = {"precisions": ("no", "bf16"), "env": {}, "compiles": False, "launcher": ()}
-    assert asked == wanted | {"free_gib": pytest.approx(21.3)}
-
-
-def test_a_step_is_timed_until_apples_gpu_has_done_it(monkeypatch):
-    done = []
-    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
-    selftest.second_of(lambda: done.append("handed over"), torch.device("mps"))
-    assert done == ["handed over", "waited"] * 2
 
 
 def test_a_step_that_fp16_skips_is_no_loss(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
-from torch import nn
 from torch._inductor import config as inductor
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies
@@ -22,7 +21,7 @@ from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, dry_run, loop, prepare
+from dreambooth_moslora.training import adapters, loop, prepare
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -142,28 +141,6 @@ def test_a_step_without_a_prior_has_no_prior_s_loss_and_the_photo_s_is_that_of_a
     assert all(step["loss"] == step["loss_instance"] for step in one if step is not with_prior)
 
 
-def test_a_step_walks_over_no_model(tiny_base, photos, tmp_path, monkeypatch):
-    """SDXL's UNet has 7,530 modules: to list them, or to set their mode again, took 9 and 15 ms."""
-    walked, roots, step = [], [], TrainStep.accumulate_gradients
-
-    def watched(train_step: TrainStep):
-        roots[:] = train_step.components.values() if train_step.step else ()
-        losses = step(train_step)
-        roots.clear()
-        return losses
-
-    def noted(name: str):
-        usual = getattr(nn.Module, name)
-        seen = lambda self: walked.extend(name for root in roots if root is self)  # noqa: E731
-        return lambda self, *given, **named: seen(self) or usual(self, *given, **named)
-
-    monkeypatch.setattr(TrainStep, "accumulate_gradients", watched)
-    for name in ("modules", "train"):
-        monkeypatch.setattr(nn.Module, name, noted(name))
-    train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=2, **PRIOR))
-    assert not walked
-
-
 @pytest.fixture
 def losses_of(tiny_base, photos, tmp_path):
     """Train a run by its name; returns its losses."""
@@ -245,15 +222,6 @@ def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, 
     assert (speed.compiled, speed.searches) == (compiled, searches)
 
 
-def test_the_search_of_amds_gpus_is_asked_on_gfx9_alone(gpu, monkeypatch):
-    gpu(8)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    for name, is_fast in (("gfx1100", False), ("gfx1030", False), ("gfx942:sramecc+", True)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name=name: SimpleNamespace(gcnArchName=name))
-        speed = speed_of(TrainConfig(resolution=1024, train_batch_size=1), "cuda", 1000)
-        assert speed.compiled and speed.searches == is_fast
-
-
 def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
@@ -266,16 +234,6 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
     assert not torch.are_deterministic_algorithms_enabled()
     run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
     assert not speed_of(run, "cuda", 1000).searches
-
-
-def test_a_dry_run_says_what_is_chosen(tiny_base, photos, tmp_path):
-    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", compile="on"))
-    assert "  speed: transformer blocks compiled (the work of 0 images of 1024 px" in said
-    some = PRIOR | {"prior_every": 4, "gradient_accumulation_steps": 2, "prior_prompts": ("a cup", "a hat")}
-    said = dry_run.describe_run(tiny_config(tiny_base, photos, tmp_path / "run", **some))
-    shares = "beside one of 4 micro-batches, at 4 times the weight (2.5 images a step instead of 4), from the base's"
-    others = "or, for about half of them, to one of --prior_prompts (2)\n"
-    assert f"as many prior examples {shares} answer to “a photo of a dog” {others}" in said
 
 
 def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
@@ -374,12 +332,6 @@ def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(gpu, tmp_pa
     for precision, major, advised in (("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)):
         gpu(major)
         assert is_advised_bf16("cuda", precision, tmp_path) is advised
-
-
-@pytest.mark.parametrize("macos", [13, 14])
-def test_bf16_is_advised_on_apples_gpu_from_macos_14_on(apple, macos, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos)
-    assert is_advised_bf16("mps", "fp16", tmp_path) is (macos == 14)
 
 
 @pytest.mark.slow
