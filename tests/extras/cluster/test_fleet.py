@@ -17,7 +17,6 @@ from dreambooth_moslora.disk.processes import CONFIG_NAME, write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster import fleet, worker
-from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress
 from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path, write_record
@@ -72,19 +71,6 @@ def test_an_adapter_that_is_not_here_is_no_success(tmp_path):
     assert "must be a folder that all machines share" in fleet.checked(tmp_path / "rex", Record("done", "m")).message
     assert fleet.checked(tmp_path / "rex", Lost("its machine was lost")).message == "its machine was lost"
     assert json.loads((tmp_path / "rex" / "fleet.json").read_text())["state"] == "failed"
-
-
-def test_the_progress_tells_time_cost_and_failures(capsys):
-    now = iter([0.0, 60.0, 120.0, 180.0])
-    progress = FleetProgress(5, 4, clock=lambda: next(now))
-    done = Record("done", seconds=59.0, hours=0.5, unit="GPU")
-    progress(Ending("rex", done))
-    progress(Ending("tom", Record("running", message="its machine was lost"), is_again=True))
-    progress(Ending("tom", replace(done, state="failed", message="no photo", hours=0.0)))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "2/5 rex: 59 s; about 3 min left, 0.50 GPU-hours spent"
-    assert lines[1] == "tom: its machine was lost; it continues elsewhere"
-    assert lines[2].startswith("2/5 tom: FAILED: no photo; about 2 min left") and progress.failed == 1
 
 
 def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_path):
@@ -215,16 +201,6 @@ def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(t
     assert record.state == "failed" and "is training there" in record.message
 
 
-def test_a_link_in_a_run_folder_is_refused_without_waiting(tmp_path):
-    """The fleet waited two minutes for it to become a file."""
-    (tmp_path / "rex").mkdir()
-    (tmp_path / "rex" / "train.log").symlink_to(tmp_path / "elsewhere")
-    began = time.monotonic()
-    record = train_subject(rex(tmp_path))
-    assert record.state == "failed" and "train.log in it is no file of its own" in record.message
-    assert time.monotonic() - began < worker.HELD_SEC / 10
-
-
 def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worker(tmp_path):
     job, run = rex(tmp_path, rank=0), tmp_path / "rex"
     run.mkdir()
@@ -252,15 +228,6 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     (tmp_path / "rex" / "job.log").write_text(log)
     record = judged(tmp_path / "rex", code)
     assert (record.state, record.message) == (state, message) and read_record(tmp_path / "rex") == record
-
-
-def test_a_training_that_does_not_answer_the_fleets_stop_is_ended_and_told(tmp_path, monkeypatch):
-    (script := tmp_path / "deaf.py").write_text("import time; print('deaf', flush=True); time.sleep(60)")
-    monkeypatch.setattr(worker, "GUARDED", (str(script),))
-    monkeypatch.setattr(worker.processes, "ANSWER_SEC", 0.3)
-    threading.Timer(0.3, stop_path(tmp_path).touch).start()
-    record = train_subject(rex(tmp_path))
-    assert (record.state, record.starts) == ("failed", 1) and "had not answered the request to stop" in record.message
 
 
 @pytest.mark.parametrize("train", [train_subject, lambda job: train_work(Group((job,), at_once=1))[0]])

@@ -19,10 +19,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.cluster import bucket as bucket_module
 from dreambooth_moslora.extras.cluster import remote_output
 from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, Mirror, SupersededError, read_manifest
-from dreambooth_moslora.extras.cluster.command_fleet import FleetProgress, close
 from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, write_names, write_record
-from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, scratch_home, train_in_bucket
-from dreambooth_moslora.extras.cluster.subjects import Subject
+from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, train_in_bucket
 from dreambooth_moslora.extras.cluster.worker import Job
 from tests.extras.cluster.test_subjects import START, STEP, subject
 
@@ -41,13 +39,12 @@ def away(path: str) -> None:
 
 class FlakyBucket(MemoryFileSystem):
     """An object store in this process's memory, `flaky://NAME`. Before each request it asks `fault` about the file's
-    path, after each upload `answer`; what they raise is the failure."""
+    path; what that raises is the failure."""
 
     protocol = "flaky"
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
     fault: ClassVar[Callable[[str], None]] = well
-    answer: ClassVar[Callable[[str], None]] = well
     sent: ClassVar[list[str]] = []
 
     @classmethod
@@ -55,7 +52,7 @@ class FlakyBucket(MemoryFileSystem):
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.sent.clear()
-        cls.fault = cls.answer = well
+        cls.fault = well
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -64,7 +61,6 @@ class FlakyBucket(MemoryFileSystem):
     def put_file(self, lpath, rpath, **options):
         type(self).fault(rpath)
         super().put_file(lpath, rpath, **options)
-        type(self).answer(rpath)
         self.sent.append(rpath)
 
 
@@ -208,18 +204,6 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
     assert store.store == before
 
 
-@pytest.mark.parametrize("content", [None, b"", b'{"writer": "'], ids=["gone", "empty", "half"])
-def test_a_missing_or_damaged_manifest_is_written_again_and_is_no_other_machine(content, tmp_path, store):
-    mirror = pushed(tmp_path / "a", 1)
-    mirror.bucket.remove("manifest.json")
-    if content is not None:
-        mirror.bucket.write("manifest.json", content)
-    checkpoint(mirror.folder, 2)
-    mirror.push()
-    manifest = read_manifest(mirror.bucket)
-    assert manifest.writer == mirror.writer and "checkpoint-2/position.json" in manifest.files
-
-
 NO_FILES = [{"../../evil": "0"}, {"/evil": "0"}, {"a": 1}, {"a\0b": "0"}, {"n" * 300: "0"}, {"a\ud800b": "0"}]
 NO_FILES += [{"a": "0", "a/b": "0"}, {"a/": "0", "a/b": "0"}, {"/".join(["n" * 200] * 30): "0"}]
 
@@ -249,13 +233,6 @@ def training(steps: range, goes_on: bool = False):
         return record
 
     return train
-
-
-def finish_alone(job: Job) -> Record:
-    """A training after whose first checkpoint the bucket is away."""
-    training(range(1, 2))(job)
-    FlakyBucket.fault = away
-    return read_record(Path(job.run_dir))
 
 
 def find(job: Job) -> Record:
@@ -315,30 +292,6 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
     assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
 
 
-def test_a_bucket_that_comes_back_empty_gets_all_files_again(tmp_path, store):
-    def lose_it_twice(job: Job) -> Record:
-        training(range(1, 2))(job)
-        store.forget()
-        record = training(range(2, 3))(job)
-        store.fault = away
-        return record
-
-    assert train_in_bucket(JOB, lose_it_twice).state == "failed"
-    store.forget()
-    assert train_in_bucket(JOB, find).state == "done"
-    files = read_manifest(Bucket(JOB.url)).files
-    assert {"checkpoint-1/optimizer.pt", "checkpoint-2/optimizer.pt", "pytorch_lora_weights.safetensors"} < files.keys()
-    assert all(Bucket(JOB.url).exists(name) for name in files)
-
-
-def test_a_claim_that_was_taken_and_not_answered_is_no_other_machine(store):
-    train_in_bucket(JOB, finish_alone)
-    store.fault, store.answer = well, lambda path: path.endswith("manifest.json") and away(path)
-    assert "no route to host" in train_in_bucket(JOB, find).message
-    store.answer = well
-    assert train_in_bucket(JOB, find).state == "done"
-
-
 def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
     store.fault = refuse_the_adapter
     assert train_in_bucket(JOB, training(range(1, 2))).state == "failed"
@@ -360,9 +313,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_sent_is_passed_over(tmp_path, 
     assert {name.split("/")[0] for name in read_manifest(mirror.bucket).files} == {"checkpoint-2"}
 
 
-def test_status_reads_a_bucket_or_a_folder_by_its_url_leaves_the_index_there_and_refuses_what_is_no_list(
-    tmp_path, capsys
-):
+def test_status_reads_a_bucket_or_a_folder_by_its_url_and_leaves_the_index_there(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     run = subject(out, "rex", Record("failed", "m", message="no usable photo"), START, STEP)
@@ -376,11 +327,6 @@ def test_status_reads_a_bucket_or_a_folder_by_its_url_leaves_the_index_there_and
     assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
     assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
     assert main(["fleet", "status", f"file://{out}"]) == 0 and (out / "index.html").is_file()
-    capsys.readouterr()
-    for name in ("a\0b", "n" * 300, "..", "a/b", 7, None):
-        Bucket(FLEET).write("fleet.json", json.dumps({"subjects": ["rex", name]}).encode())
-        assert main(["fleet", "status", FLEET]) == 2
-        assert "is damaged: it names no subjects" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -398,35 +344,6 @@ def test_the_ending_of_a_fleet_is_told_with_the_bucket_away(fleet_view, store):
     with pytest.raises(UserError, match=r"^its own ending\.$"), fleet_view.begun():
         store.fault = away
         raise UserError("its own ending.")
-
-
-@pytest.mark.parametrize(("left", "failed", "code"), [(0, 0, 1), (1, 1, 1), (1, 0, 130)])
-def test_an_index_that_cannot_be_sent_hides_no_ending(left, failed, code, fleet_view, store, capsys):
-    store.fault = away
-    progress = FleetProgress(1, left)
-    progress.failed = failed
-    assert close(fleet_view.view, progress, fleet_view) == code
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("index.html was not sent, `fleet status` sends it: flaky://")
-    assert told.err.count("\n") == 1 + (left > 0)
-
-
-def test_a_stop_with_the_bucket_away_reaches_this_machine_and_later_the_bucket(fleet_view, store, monkeypatch):
-    there, asked = Bucket(FLEET), []
-
-    def run_fleet(todo, view, machines, on_end, should_stop, *_):
-        """Ray's loop, as far as it asks whether to stop."""
-        asked.append(should_stop())
-        store.fault = away
-        scratch_home(JOB.url).mkdir(parents=True)
-        asked.append(True)
-        assert should_stop() and (scratch_home(JOB.url) / "fleet.stop").exists()
-        store.fault = well
-        assert not there.exists("fleet.stop") and should_stop() and there.exists("fleet.stop")
-
-    monkeypatch.setattr(remote_output, "run_fleet", run_fleet)
-    fleet_view.run([(Subject("rex"), "mark")], fleet_view.view, None, print, lambda: len(asked) > 1)
-    assert asked[0] is False
 
 
 def test_a_run_that_is_stopped_with_the_bucket_away_is_interrupted_and_keeps_its_record(store):
@@ -451,11 +368,6 @@ def test_a_failure_that_knows_of_no_training_does_not_replace_one_that_does(flee
         write_record(fleet_view.view / "rex", Record("failed"))
         fleet_view.note_failure("rex", Record("failed"))
         assert json.loads(fleet_view.bucket.read("rex/fleet.json")) == vars(kept)
-
-
-def test_an_adapter_that_has_gone_from_the_bucket_is_told_so(fleet_view):
-    record = fleet_view.check(fleet_view.view / "rex", Record("done", "mark"))
-    assert record.state == "failed" and record.message == "the files of rex are not in the bucket any more"
 
 
 def denied(path: str) -> None:

@@ -131,17 +131,6 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     assert len({first, second, path()}) == 3
 
 
-def test_another_file_that_an_arm_begins_with_is_another_cell(study, tmp_path):
-    begun, digests = tmp_path / "begun.safetensors", set()
-    arms = {**study.arms, "on": {**study.arms["lora"], "init_adapter": str(begun)}}
-    for content in (b"one", b"two"):
-        begun.write_bytes(content)
-        run.content_of.cache_clear()
-        cell = Cell("test", "on", 4, study.subjects[0].name, 0, 1e-3)
-        digests.add(run.result_path(replace(study, arms=arms), cell, tmp_path))
-    assert len(digests) == 2
-
-
 def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(study, tmp_path):
     beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
     mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))

@@ -14,11 +14,10 @@ from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
-from dreambooth_moslora.extras.lab.report import arm_rows, difference_plot, finding, outcome_rows
+from dreambooth_moslora.extras.lab.report import difference_plot, finding, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, count_parameters, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings.measures import MEASURES, Measure
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
@@ -190,21 +189,6 @@ def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
     assert arms >= {("none", True), ("orthogonal", True), ("orthogonal", False), ("identity", True), ("kaiming", True)}
 
 
-def test_the_study_of_the_bare_prompt_has_four_shares_and_nothing_else_that_differs(tmp_path, monkeypatch):
-    samples, photos = MIXERS.parents[1] / "subjects", tmp_path / "runs" / "bare_prompt"
-    for name in ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_headed_dinosaur"):
-        (photos / name).mkdir(parents=True)
-        shutil.copy(samples / name / "subject.json", photos / name)
-    monkeypatch.chdir(tmp_path)
-    study = load_study(MIXERS.with_name("bare_prompt.toml"))
-    cells = study.test_cells(study.first_rates())
-    assert len(cells) == 6 * 4 * 2
-    cells = [cell for cell in cells if cell.subject == "bear" and not cell.seed]
-    configs = [study.config_of(cell, 16, Path("run")).to_dict() for cell in cells]
-    assert [config.pop("instance_prompt_share") for config in configs] == [0, 0.25, 0.3333, 0.5]
-    assert all(config == configs[0] for config in configs)
-
-
 def made_up(rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2) -> tuple[Study, list[Result]]:
     """Results in which each arm is better than `lora` by a known gain, under large differences between subjects."""
     names = tuple(StudySubject(f"s{n}", "a photo of a sks duck") for n in range(subjects))
@@ -256,20 +240,6 @@ def test_there_is_a_column_for_each_measure_that_was_taken_and_a_panel_where_eve
 
 def titles(study: Study, results: list[Result]) -> list[str]:
     return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
-
-
-def test_a_measure_that_is_added_to_the_table_has_its_columns_and_its_panel(monkeypatch):
-    monkeypatch.setitem(MEASURES, "smile", Measure("Smile", study="differences", panel="smile (mouth)"))
-    study, results = made_up(np.random.default_rng(0), {"other": 0.05})
-    for result in results:
-        result.scores["smile"] = 0.25 if result.cell.arm == "lora" else 0.5
-        result.cost.update(parameters=1, memory_gib=1)
-    header, (lora, other) = arm_rows(summaries(results))
-    column = header.index("Smile")
-    assert (lora[column], other[column]) == ("0.250 [0.250, 0.250]", "0.500 [0.500, 0.500]")
-    header, (row,) = outcome_rows(outcomes(study, results))
-    assert row[header.index("Δ Smile")] == "+0.250 [+0.250, +0.250]"
-    assert titles(study, results)[-1] == "smile (mouth)"
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():

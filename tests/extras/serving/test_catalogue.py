@@ -4,10 +4,7 @@ import json
 import os
 import pickle
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -54,49 +51,6 @@ def test_a_name_is_looked_up_and_never_a_path(folder):
         with pytest.raises(RefusedError) as error:
             open_catalogue([str(folder)]).find(name)
         assert error.value.status == 404, name
-
-
-def test_many_at_once_look_files_up(folder, monkeypatch, request):
-    for number in range(400):
-        (folder / f"a{number}.safetensors").write_bytes(b"%d" % number)
-    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
-    catalogue = open_catalogue([str(folder)])
-    names = catalogue.names()
-    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
-    sys.setswitchinterval(1e-6)
-    with ThreadPoolExecutor(8) as threads:
-        assert [ref.name for ref in threads.map(catalogue.find, names)] == names
-
-
-@pytest.mark.parametrize("put", [Path.mkdir, lambda path: path.symlink_to(path.name)])
-def test_what_became_no_file_since_the_list_is_unknown(folder, monkeypatch, put):
-    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 60.0)
-    catalogue = open_catalogue([str(folder)])
-    assert "dog" in catalogue.names()
-    (folder / "dog.safetensors").unlink()
-    put(folder / "dog.safetensors")
-    with pytest.raises(RefusedError, match="dog"):
-        catalogue.find("dog")
-
-
-def test_a_listing_that_took_long_is_kept_longer(folder, monkeypatch):
-    """Of ten thousand adapters it took seconds, at each request."""
-    clock, asked = [100.0], []
-    monkeypatch.setattr(catalogue_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", 0.5)
-    catalogue = open_catalogue([str(folder)])
-    ask = catalogue._ask
-
-    def slowly():
-        clock[0] += 2
-        asked.append(clock[0])
-        return ask()
-
-    monkeypatch.setattr(catalogue, "_ask", slowly)
-    for passed in (0, 10, 8, 0.6):
-        clock[0] += passed
-        assert "dog" in catalogue.names()
-    assert asked == pytest.approx([102.0, 122.6])
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

@@ -3,9 +3,7 @@
 import argparse
 import asyncio
 import socket
-import struct
 import threading
-import zlib
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
 
@@ -61,18 +59,6 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
     assert list(remote.generate(params(), lambda: True)) == []
 
 
-@pytest.mark.parametrize("size", [(13000, 13000), (64, 65)])
-def test_a_picture_of_another_size_than_asked_for_is_refused_before_it_is_decoded(size):
-    """There are no pixels behind the header: decoding it would be another error."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    png += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    facts = {"base": "toy", "resolution_px": 64}
-    service = SimpleNamespace(get=lambda path: facts, generate=lambda order: png, shown="x")
-    with pytest.raises(UserError, match=f"has {size[0]} x {size[1]} px, which nobody asked for"):
-        list(RemotePipeline(service, "toy").generate(GenerationParams("a dog", steps=1)))
-
-
 @needs_counts
 def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told(place, remote, base, tmp_path):
     other = save_diffusers_lora(base.pipeline.unet, tmp_path, seed=5)
@@ -89,31 +75,10 @@ def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told
             ask()
 
 
-URLS = ("ftp://x", "http://", "http://x:port", "//", "http://[::1", "http://a..b", "http://a/\u00fc")
-
-
-def test_what_is_no_address_or_token_is_a_persons_mistake():
-    for url in (*URLS, "http://" + "a" * 300):
+def test_what_is_no_address_is_a_persons_mistake():
+    for url in ("ftp://x", "http://", "http://x:port"):
         with pytest.raises(UserError, match="--backend "):
             Service(url)
-    for token in ("a\nX: y", "\u043a\u043b\u044e\u0447"):  # what no header can hold
-        with pytest.raises(UserError, match="--backend_token"):
-            Service("http://127.0.0.1", token)
-
-
-@pytest.mark.parametrize(
-    ("facts", "says"),
-    [
-        *(({"resolution_px": size}, "not a service") for size in ("x", [1], float("inf"), True)),
-        ({"resolution_px": 64, "adapters": 5}, "has no adapter 'dog'"),
-    ],
-)
-def test_facts_that_are_none_are_told(monkeypatch, tmp_path, facts, says):
-    service = Service("http://127.0.0.1")
-    monkeypatch.setattr(service, "get", lambda path: facts | {"base": "tiny"})
-    (tmp_path / "dog.safetensors").write_bytes(b"dog")
-    with pytest.raises(UserError, match=says):
-        RemotePipeline(service, "tiny").load_adapter(tmp_path / "dog.safetensors", "dog")
 
 
 def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
