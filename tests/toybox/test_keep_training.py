@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,8 +16,7 @@ import torch
 from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
-from toybox.keep_training import BASE, ROOT, Settings, arguments, encode_shards, keep_training, main, make_renders
-from toybox.learning import train_unet
+from toybox.keep_training import BASE, ROOT, Settings, keep_training, main, make_renders
 from toybox.learning.training import saved_step
 
 TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4, processes=1)
@@ -61,58 +58,11 @@ def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_o
         assert min(ImageStat.Stat(picture).stddev) > 20
 
 
-@pytest.mark.slow
-def test_compiled_blocks_have_the_loss_and_gradient_of_eager_ones_with_some_captions_dropped(tmp_path, unbroken):
-    args, rows = vars(arguments(unbroken, replace(SHORT, batch=4, leg=1), until=2)) | {"drop": 0.5}, []
-    for compiled in (False, True):
-        own = Namespace(**args | {"out": tmp_path / f"{compiled}", "compiled": compiled})
-        train_unet.train(own)
-        rows += [json.loads(line) for line in (own.out / "log.jsonl").read_text().splitlines()]
-    for name in ("loss", "grad_norm"):
-        eager, compiled = [row[name] for row in rows[:2]], [row[name] for row in rows[2:]]
-        assert compiled == pytest.approx(eager, rel=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("levels", train_unet.SHAPES)
-def test_anew_it_begins_with_random_weights(tmp_path, levels):
-    settings = replace(SHORT, steps=2, sheet_every=2, anew=1, levels=levels)
-    keep_training(tmp_path, settings)
-    learnt = weights(tmp_path)
-    torch.manual_seed(0)
-    begun = train_unet.build_unet(levels)
-    shipped = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"].float()
-    last = learnt["conv_out.weight"].float()
-    assert 0 < (last - begun.conv_out.weight).abs().max() < 0.01 < (last - shipped).abs().max()
-    assert {name: value.shape for name, value in learnt.items()} == {n: p.shape for n, p in begun.named_parameters()}
-    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["00002.png"]
-
-
 @pytest.mark.parametrize(("flags", "said"), [(["4", "--anew", "1"], "choose one of 3, 2"), (["2"], "give --anew 1")])
 def test_levels_are_those_of_a_known_shape_and_the_embedded_base_keeps_its_own(tmp_path, flags, said):
     with pytest.raises(SystemExit, match=said):
         main([str(tmp_path), "--levels", *flags])
     assert not any(tmp_path.glob("unet"))
-
-
-@pytest.mark.slow
-def test_two_processes_share_each_step(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "toybox.keep_training",
-        tmp_path,
-        "--here",
-        *FLAGS,
-        "--steps",
-        "4",
-        "--processes",
-        "2",
-    ]
-    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
-    rows = [json.loads(line) for line in (tmp_path / "unet" / "log.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["seen"]) for row in rows] == [(2, 4), (4, 8)] and weights(tmp_path)
-    assert [path.name for path in (tmp_path / "sheets").iterdir()] == ["00004.png"] and files(tmp_path) == window(1, 2)
 
 
 @pytest.mark.slow
@@ -128,18 +78,6 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     made = [json.loads(line)["pictures"] for line in (tmp_path / "renders.jsonl").read_text().splitlines()]
     assert made == [6, 3]
     assert files(unbroken) == window(1, 2)
-
-
-@pytest.mark.slow
-def test_the_processes_encode_the_shards_by_turns(tmp_path, unbroken, monkeypatch):
-    shutil.copytree(unbroken / "toys", tmp_path / "toys")
-    for rank, done in enumerate([[1], [1, 2]]):
-        monkeypatch.setattr("toybox.keep_training.rank_and_world", lambda rank=rank: (rank, 2))
-        encode_shards(tmp_path, TINY, TINY.shards_of(1))
-        assert [int(path.stem) for path in sorted((tmp_path / "latents").iterdir())] == done
-    for path in (tmp_path / "latents").iterdir():
-        ours, alone = load_file(path), load_file(unbroken / "latents" / path.name)
-        assert all(torch.equal(ours[name], value) for name, value in alone.items())
 
 
 def test_what_is_left_to_render_is_counted_by_whole_legs():
@@ -198,16 +136,6 @@ def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
-
-
-def test_how_far_it_is(tmp_path, capsys):
-    (tmp_path / "unet").mkdir()
-    torch.save({"step": 6}, tmp_path / "unet" / "state.pt")
-    row = {"step": 4, "seen": 8, "samples_sec": 0.001}
-    (tmp_path / "unet" / "log.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "renders.jsonl").write_text(json.dumps({"pictures": 3, "sec": 3600}) + "\n")
-    told = call(capsys, tmp_path, *FLAGS)
-    assert told == "ended: step 4 of 6, 8 pictures seen, 0.001 samples a second, ETA 1.1 h"
 
 
 def test_mistakes_are_told_in_a_line(tmp_path):

@@ -14,7 +14,6 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from toybox.data.dead_leaves import dead_leaves
 from toybox.learning import train_unet, training
 from toybox.learning.adversary import Adversary
 from toybox.learning.alignment import Alignment
@@ -22,7 +21,7 @@ from toybox.learning.build_tokenizer import MAX_TOKENS, load
 from toybox.learning.channels_last import FastGroupNorm, to_channels_last, use_fast_group_norm
 from toybox.learning.sharpen_decoder import anchor_loss, contrast, contrast_gains, with_contrast
 from toybox.learning.train_unet import SNR_GAMMA, TOY_WEIGHT, Timesteps, build_unet, noise_schedule
-from toybox.learning.train_vae import crops, noised
+from toybox.learning.train_vae import noised
 from toybox.learning.train_vit import Views
 from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_step
 
@@ -199,21 +198,6 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
     assert steps_by_the_clock(tmp_path / "b", clock) == []
 
 
-def test_dead_leaves_repeat_from_their_seed():
-    first = dead_leaves(2, 32, seed=1)
-    assert first.shape == (2, 32, 32, 3) and (first == dead_leaves(2, 32, seed=1)).all()
-    assert (first[0] != first[1]).any()
-
-
-def test_the_vae_trains_on_the_crop_with_the_most_detail():
-    """A picture that is plain but for one textured corner: crops of it hold the corner more often than chance."""
-    images = torch.full((64, 128, 128, 3), 128, dtype=torch.uint8)
-    images[:, :32, :32] = torch.randint(0, 256, (64, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
-    share = [float((crops(images, 64, torch.Generator().manual_seed(seed)).std(dim=(1, 2, 3)) > 0.05).float().mean())
-             for seed in range(4)]  # fmt: skip
-    assert sum(share) / 4 > 0.4  # 0.24 by chance, 0.56 as the best of three
-
-
 def test_noise_on_latents_is_a_share_of_their_deviation_and_none_for_a_fifth_of_them():
     draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     latents = torch.randn(2000, 4, 8, 8, generator=draw()).requires_grad_()
@@ -250,11 +234,6 @@ def test_inputs_norms_and_models_have_the_dtype_of_the_processor_and_masters_fp3
     layer, x = nn.Conv2d(3, 8, 3), to_channels_last(torch.randn(1, 3, 8, 8))
     masters = MasterWeights(layer).masters
     assert layer(x).dtype == x.dtype and {master.dtype for master in masters} == {torch.float32}
-
-
-def test_a_gpu_and_a_pytorch_that_cannot_be_asked(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert compute_dtype() == torch.float32 and compute_dtype("cuda") == torch.bfloat16
 
 
 @pytest.fixture

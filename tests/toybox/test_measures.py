@@ -2,20 +2,16 @@
 
 import json
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dreambooth_moslora.pictures import line_height
-from toybox.captions import canonical_caption, full_caption
+from toybox.captions import full_caption
 from toybox.data.renders import to_pixels, to_uint8
-from toybox.measures import evaluate_base, grades
+from toybox.measures import evaluate_base
 from toybox.measures.evaluate_base import accuracy, kept_pictures, scenes_for, tells, wilson
 from toybox.measures.model_card import PARTS, card
 from toybox.measures.model_card import QUESTIONS as ASKED
@@ -25,7 +21,6 @@ from toybox.readers.judge import QUESTIONS, Reading
 from toybox.render import render, toy_masks
 from toybox.world import Scene, Toy, sample_scene
 
-BASE = Path(__file__).parents[2] / "assets" / "toy-sdxl"
 PLAIN = Scene((Toy("duck", "red", "white"),), "on grass")
 DRESSED = Scene((Toy("duck", "red", "white", accessories=("scarf",)),), "on grass")
 STRIPED = Scene((Toy("duck", "red", "white", "striped"),), "on grass")
@@ -164,56 +159,3 @@ def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(taken))
     assert "On two cores: 0.3 s to load, 4 s for four images." in card(tmp_path, clock).splitlines()
     assert "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0." in found
-
-
-def test_groups_that_were_not_measured_again_keep_their_rows(tmp_path):
-    rows = ["| held-out combinations | generated | 98.2 % | 93.8 % | 100.0 % | 92.5 % |"]
-    rows += ["| held-out combinations | renders | 99.0 % | 97.8 % | 99.8 % | 96.8 % |"]
-    distance = "Sliced Wasserstein distance to renders, held-out combinations: 128 px 31.5, mean 30.3."
-    old = "\n".join([*rows, "| seen combinations | renders | 1 % | 1 % | 1 % | 1 % |", distance])
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
-    found = card(tmp_path, old)
-    assert {*rows, distance} <= set(found.splitlines()) and "| 1 % |" not in found
-    again = card(tmp_path / "nothing", found)
-    assert again == found, "a second run without measurements changes nothing"
-
-
-@pytest.mark.slow
-def test_graders_see_numbered_pictures_whose_source_the_key_alone_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_base, "STEPS", 2)
-    parts = ((2, False, 1, False), (1, False, 2, True))
-    grades.draw(tmp_path, {"new": BASE}, parts)
-    key = json.loads((tmp_path / "key.json").read_text())
-    assert list(key) == [str(n) for n in range(1, 7)]
-    by_source = {name: [n for n, picture in key.items() if picture["by"] == name] for name in ("renders", "new")}
-    assert all(len({key[n]["prompt"] for n in numbers}) == 3 for numbers in by_source.values())
-    (sheet,) = tmp_path.glob("sheet_*.png")
-    tiles = tiles_of(sheet, 6)
-    scenes = [scene for part in parts for scene in scenes_for(*part)]
-    captions = [canonical_caption(scenes[0]), canonical_caption(scenes[1]), full_caption(scenes[2])]
-    for number in by_source["renders"]:
-        true = render([scenes[captions.index(key[number]["prompt"])]])[0].float()
-        assert (tiles[int(number) - 1] - true).abs().mean() < 4
-
-
-def tiles_of(sheet, count: int) -> list[Tensor]:
-    """The tiles of a sheet's one line, back at 128 px."""
-    image, step = Image.open(sheet), grades.TILE_PX + 8
-    top = 20 + line_height(grades.TILE_PX)
-    boxes = [(20 + n * step, top, 20 + n * step + grades.TILE_PX, top + grades.TILE_PX) for n in range(count)]
-    return [torch.from_numpy(np.array(image.crop(box).resize((128, 128)))).float() for box in boxes]
-
-
-def test_grades_are_averaged_by_source_over_all_graders(tmp_path, capsys):
-    sources = {"1": "old", "2": "new", "3": "new"}
-    (tmp_path / "key.json").write_text(json.dumps({n: {"by": by, "prompt": ""} for n, by in sources.items()}))
-    for name, given in (("a", {"1": 2, "2": 4, "3": 3}), ("b", {"1": 3, "2": 5, "3": 3}), ("c", {"1": 3})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(given))
-    grades.main(["mean", str(tmp_path), str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    old, new, both = capsys.readouterr().out.splitlines()
-    assert old == 'old {"mean": 2.5, "lowest": 2, "highest": 3}'
-    assert new == 'new {"mean": 3.75, "lowest": 3, "highest": 5}'
-    assert both == "two graders differ by 0.67 on a picture"
-    with pytest.raises(ValueError, match=r"c\.json: no grade for 2, 3"):
-        grades.mean(tmp_path, [tmp_path / "c.json"])

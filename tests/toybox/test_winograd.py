@@ -64,8 +64,3 @@ def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monke
     assert set(unet.state_dict()) == names
     assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (17 if dtype is torch.float32 else 0)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
-
-
-def test_a_gpu_keeps_its_own_convolutions():
-    layer = nn.Conv2d(64, 64, 3, padding=1)
-    assert use_winograd(nn.Sequential(layer), "cuda")[0] is layer
