@@ -2,9 +2,7 @@
 crops: inside the photo, drawn evenly, equal to resizing first."""
 
 import json
-import os
 import random
-import socket
 import struct
 from functools import partial
 from pathlib import Path
@@ -19,9 +17,9 @@ from dreambooth_moslora.core import UserError
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report
-from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, Photo, apply_crop, open_rgb
+from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, apply_crop, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
-from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, orientation_exif, picture
+from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
 
 PROMPT = "a photo of sks toy"
@@ -123,18 +121,6 @@ CAPTIONS = {
     "no file's name": ({}, [row_of("/" + "e" * 300, MINE)], [NONE] * 4, {"metadata.jsonl": "line 1 names no file"}),
     "other words": ({}, ['{"file_name": "a.jpg", "txt": "x"}'], [NONE] * 4, {"metadata.jsonl": "line 1 has no text"}),
 }
-for kind, line in (("list", "[" * 30_000), ("table", '{"file_name": ' * 2_000)):  # deeper than a reader should follow
-    said = {"metadata.jsonl": "line 1 is not"}
-    CAPTIONS[f"nested {kind}"] = ({}, [line, row_of("a.jpg", MINE)], [(MINE,), NONE, NONE, NONE], said)
-
-
-def test_metadata_of_gigabytes_is_named_and_not_read(tmp_path):
-    """It is a hole on the disk, and would fill the memory."""
-    picture().save(tmp_path / "a.jpg")
-    (tmp_path / "metadata.jsonl").touch()
-    os.truncate(tmp_path / "metadata.jsonl", 2**36)
-    report = find_photos(tmp_path, PROMPT, 64)
-    assert [item.reason for item in report.skipped] == ["not read: it has more than 32 MiB"] and report.photos
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
@@ -150,42 +136,6 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     assert photo_file.quoted(report.photos[0]) == " or ".join(f"“{text}”" for text in captions[0])
     assert [item.path.name for item in report.skipped] == list(complaints)
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-def test_what_is_no_file_is_neither_photo_nor_caption_nor_mask_and_is_not_waited_for(tmp_path):
-    paint_photos(tmp_path, 2)
-    for name in ("pipe.png", "0.txt", "1.mask.png", "metadata.jsonl"):
-        os.mkfifo(tmp_path / name)
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    (tmp_path / "1.txt").mkdir()
-    with socket.socket(socket.AF_UNIX) as heard:
-        heard.bind(os.path.relpath(tmp_path / "socket.png"))
-        report = find_photos(tmp_path, PROMPT, 64)
-    assert [photo.path.name for photo in report.photos] == ["0.png", "1.png"] and not report.sidecars
-    reasons = {item.path.name: item.reason.removeprefix("stray: ") for item in report.skipped}
-    assert reasons.pop("loop.png") == "a link to nothing" and reasons.pop("1.txt").startswith("a folder")
-    assert len(reasons) == 6 and set(reasons.values()) == {"not a file"}
-
-
-def test_a_grey_photo_of_16_bits_that_is_shrunk_is_still_turned_as_its_exif_says(tmp_path):
-    Image.new("I;16", (64, 48)).save(tmp_path / "a.png", exif=orientation_exif(6))
-    shrunk = photo_file.open_image(tmp_path / "a.png", 32)
-    assert shrunk.mode == "L" and photo_file.to_rgb(shrunk).size == (24, 32)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-@pytest.mark.parametrize("put", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo], ids=["device", "pipe"])
-def test_what_has_no_end_in_a_photos_place_is_not_read(put, tmp_path):
-    """Put there after the folder was read, when training makes its digest and its crops."""
-    paint_photos(tmp_path, 1)
-    (photo,) = find_photos(tmp_path, PROMPT, 64).photos
-    photo.path.unlink()
-    put(photo.path)
-    for read in (open_rgb, Photo.key):
-        with pytest.raises(UserError, match=r"0\.png.* not a file"):
-            read(photo)
 
 
 def scene(seed: int, light: float = 1.0) -> Image.Image:
