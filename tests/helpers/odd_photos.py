@@ -136,14 +136,6 @@ def animated(path: Path) -> None:
     )
 
 
-def flipped_bytes(path: Path) -> None:
-    content = bytearray(jpeg())
-    chance = random.Random(0)
-    for _ in range(200):
-        content[chance.randrange(200, len(content))] = chance.randrange(256)
-    path.write_bytes(content)
-
-
 def raw(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
