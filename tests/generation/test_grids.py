@@ -13,7 +13,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import generate
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.grids import AXES, Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
+from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import facts_of
@@ -89,16 +89,6 @@ def test_adapters_on_an_axis_take_turns_each_at_its_own_scale_beside_those_that_
         assert cells[:2] == [(("dog", 0.5), ink), (("cat", 0.5), ink)]
 
 
-def test_the_commands_grid_over_adapters_keeps_one_that_is_not_on_the_axis(tiny_base, pipeline, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(generate, "_save_all", lambda events, *_, **__: drawn.extend(events) or 0)
-    files = {n: save_diffusers_lora(pipeline.pipeline.unet, tmp_path / n, seed=i) for i, n in enumerate(("ink", "dog"))}
-    words = ["--adapter", f"{files['ink']}:0.3", "--adapter", f"{files['dog']}:0.5", "--prompt", "a dog"]
-    assert command(tiny_base, tmp_path, *words, "--grid", "adapter=dog,none") == 0
-    found = [event.params.adapters for event in drawn if isinstance(event, Image)]
-    assert found == [(("dog", 0.5), ("ink", 0.3)), (("ink", 0.3),)]
-
-
 BAD = [("colour=1", "colour"), ("scale", "scale"), ("seed=", "no values"), ("seed=a", "not a number")]
 BAD += [("seed=1.5", "number"), ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells")]
 BAD += [((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different")]
@@ -158,10 +148,6 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
     with pytest.raises(UserError, match=r"is not valid JSON: .*; give --base instead"):
         generate.base_of_runs([str(best)])
     assert generate.base_of_runs([str(best)], "given") == ("given", {})
-
-
-def test_the_help_names_every_axis():
-    assert all(f"{name}=" in generate.GRID_HELP for name in AXES)
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
