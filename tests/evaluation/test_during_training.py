@@ -78,14 +78,6 @@ def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, en
         TrainingEvaluator(config, plan.photos)
 
 
-def test_an_adapter_that_is_not_finite_gets_no_scores(scored, encoders, tmp_path):
-    """Its pictures are black, and their score would take the place of the best step's."""
-    config = scored(max_train_steps=1, adam_weight_decay=1e38, learning_rate=1e2)
-    with pytest.raises(UserError, match="the adapter is not finite after step 1"):
-        train(config, evaluator=quick(config, encoders))
-    assert not logged(tmp_path / "dog", "evaluation")
-
-
 def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
     """A resumed run remembers those before. How near the photos are to each other tells frames of one film."""
     events, photos = logged(run[1].path, "evaluation"), [open_rgb(p) for p in photo_report(run[0]).photos]
@@ -199,13 +191,6 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
     found = json.loads(scores)["scale"]
     assert load_published(run[1].adapter_path)[1].best_scale == found["best"]
     assert adapter_sha256(run[1].path) == before and "best scale is" in html
-
-
-def test_the_report_lies_where_a_tilde_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "dog").mkdir()
-    place = lambda given: output_folder(Namespace(adapter="~/dog", output_dir=given, instance_prompt=None))  # noqa: E731
-    assert place(None) == tmp_path / "dog" / "evaluation" and place("~/out") == tmp_path / "out"
 
 
 def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
