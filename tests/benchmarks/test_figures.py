@@ -1,30 +1,8 @@
 """The benchmarks that compute a table or a figure: what each says of numbers that are known."""
 
 import json
-import os
-import signal
-import sys
 
-import pytest
-
-from benchmarks import fault_runs, one_word
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the faults are injected on Linux")
-def test_a_ctrl_c_before_the_first_line_is_no_fault_and_a_kill_there_leaves_an_empty_log(monkeypatch, tmp_path):
-    workshop = object.__new__(fault_runs.Workshop)
-    workshop.base = tmp_path
-    monkeypatch.setattr(fault_runs.Workshop, "arguments", lambda *_, **__: ["--help"])
-
-    def interrupt() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
-        os.kill(os.getpid(), signal.SIGINT)
-
-    ended = workshop.start(tmp_path, "any", before=interrupt).wait()
-    assert ended.code == 130 and "Traceback" not in ended.text
-    monkeypatch.setattr(fault_runs, "become_training", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    ended = workshop.start(tmp_path, "any", log="killed").wait()
-    assert (ended.code, ended.text) == (-signal.SIGKILL, "")
+from benchmarks import one_word
 
 
 def test_a_row_a_subject_and_the_mean_with_its_interval(tmp_path, capsys):

@@ -4,23 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from benchmarks import flow_step, gpu_step, precision
+from benchmarks import flow_step, gpu_step
 from benchmarks.batched_adapters import trained
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
-from benchmarks.host_peak import command_of, peak_gb
+from benchmarks.host_peak import command_of
 from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
 from benchmarks.train_step import cpu_flags, ratios
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.training import selftest
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -48,20 +45,6 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
     assert len(found["clock_ratios"]) == 2 and found["clock_ratio"] > 0
     assert found["floor_sec"] > 0 and found["gradients_sec"] > found["update_sec"] > 0
     assert found["flags"] == cpu_flags()
-
-
-def test_a_figure_has_the_cpus_instructions_for_products_beside_it(tmp_path):
-    """Of an Intel's and of an Arm's list; not every system has one."""
-    for told in ("flags\t\t: fpu sse2 avx2 avx512f amx_bf16 smap", "Features\t: fp asimd sve i8mm"):
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\nbugs\t: none\n")
-        assert cpu_flags(tmp_path / "cpuinfo") in ("avx2 avx512f amx_bf16", "sve i8mm")
-    assert cpu_flags(tmp_path / "none") == ""
-
-
-def test_the_peak_of_a_whole_process_is_the_kernels():
-    assert 2.9 < peak_gb([sys.executable, "-c", "n = 2_900_000_000; b'1' * n"]) < 3.2  # above what a worker itself has
-    with pytest.raises(subprocess.CalledProcessError):
-        peak_gb([sys.executable, "-c", "1 / 0"])
 
 
 def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
@@ -113,28 +96,6 @@ def test_moments_of_a_run_are_counted_from_the_command():
     assert found["first step"] == 6 and found["end"] == 9
     assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
     assert found["in caching"] == pytest.approx(2.5)
-
-
-def test_the_gpu_arms_are_in_the_half_precision_of_the_card(gpu, monkeypatch):
-    made = lambda mixed_precision: SimpleNamespace(mixed_precision=mixed_precision, device=torch.device("cpu"))  # noqa: E731
-    monkeypatch.setattr(precision, "Accelerator", made)
-    gpu(7)
-    options = gpu_step.parser().parse_args(["--size", "small", "--resolution", "64"])
-    taken = []
-    monkeypatch.setattr(gpu_step, "floor", lambda options, device: taken.append(options.precision) or (lambda: None))
-    assert gpu_step.measure("floor", options)["precision"] == "fp16" == taken[0]
-    assert gpu_step.run_config(options, "off").mixed_precision == "fp16"
-
-
-@pytest.mark.parametrize("arm", ["ours", "channels_last"])
-def test_an_arm_has_its_own_layout(arm, monkeypatch):
-    made, build = [], selftest.random_unet
-    monkeypatch.setattr(selftest, "random_unet", lambda *words: made.append(build(*words)) or made[0])
-    options = gpu_step.parser().parse_args(["--size", "small", "--resolution", "64", "--rank", "2"])
-    options.precision = "bf16"
-    gpu_step.trainer_step(arm, options, precision.bf16_accelerator())
-    weight = made[0].down_blocks[0].resnets[0].conv1.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) == (arm == "channels_last")
 
 
 SMALL = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2"]
