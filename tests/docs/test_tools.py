@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -14,7 +13,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from tools import another_word, bare_photos, pictures, subject_sheet, systems
+from tools import another_word, bare_photos, pictures, systems
 from tools.settings_table import OUT, page
 
 
@@ -65,30 +64,6 @@ def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
     photo, mask = photo_and_mask((30, 35, 49, 44))
     assert bare_photos.cut(photo, mask, wide=True).getbbox() == (30, 25, 50, 35)
     assert bare_photos.cut(photo, mask, wide=False).getbbox() == (20, 35, 40, 45)
-
-
-@pytest.mark.slow
-def test_captions_are_made_by_the_program_and_all_name_a_place(tmp_path):
-    bare_photos.main(["--captions", "--out", str(tmp_path), "--subjects", "tall_cactus"])
-    captions = [path.read_text().strip() for path in (tmp_path / "tall_cactus").glob("*.txt")]
-    assert len(captions) == 5 and all(text.startswith("a photo of a sks cactus ") for text in captions)
-    assert len(list((tmp_path / "tall_cactus").glob("*.mask.png"))) == 5
-
-
-@pytest.mark.slow
-def test_a_run_is_a_row_of_a_photo_and_four_unlike_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(subject_sheet, "STEPS", 2)
-    run = tmp_path / "rocket"
-    run.mkdir()
-    shutil.copy("assets/adapters/rocket.safetensors", run / "pytorch_lora_weights.safetensors")
-    settings = {"instance_data_dir": "assets/subjects/rocket", "instance_prompt": "a photo of a sks rocket"}
-    (run / "train_config.json").write_text(json.dumps(settings))
-    (row,) = subject_sheet.rows([run])
-    drawn = [np.asarray(image) for image in row.images[1:]]
-    assert row.title == "rocket" and row.images[0].size == (512, 512) and len(drawn) == 4
-    assert all((one != other).any() for number, one in enumerate(drawn) for other in drawn[:number])
-    subject_sheet.main([str(run), "--out", str(tmp_path / "sheet.jpg")])
-    assert Image.open(tmp_path / "sheet.jpg").width > 5 * 128
 
 
 def test_the_docs_have_no_picture_that_the_tool_does_not_make():
