@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreambooth_moslora import core
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_number, place_of, public_name, seed_of
 
@@ -113,7 +113,7 @@ def test_each_epoch_shows_every_slot_once_in_a_new_order():
 def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
     """In a clone, assets lie beside the package."""
     assert core.assets_folder() == ROOT / "assets"
-    assert resolve_base("toy") == ROOT / "assets" / "toy-sdxl"
+    assert Base.find("toy").folder == ROOT / "assets" / "toy-sdxl"
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(["--config", "assets/configs/quickstart.toml"])
     assert Path(config.instance_data_dir) == ROOT / "assets" / "subjects" / "rocket"

@@ -103,6 +103,11 @@ class Base:
         return self.path or self.name
 
     @property
+    def version(self) -> dict[str, str | None]:
+        """Which one of the hub, and in which cache: options of huggingface_hub and diffusers."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+    @property
     def file(self) -> Path | None:
         """The single file that it is."""
         return self.path if self.source == "file" else None
@@ -123,8 +128,7 @@ class Base:
         """Where the hub's cache has its index, and perhaps no more of it."""
         from huggingface_hub import try_to_load_from_cache
 
-        places = {"revision": self.revision, "cache_dir": self.cache_dir}
-        found = try_to_load_from_cache(self.name, files.INDEX, **places)
+        found = try_to_load_from_cache(self.name, files.INDEX, **self.version)
         return Path(found).parent if isinstance(found, str) else None
 
     @property

@@ -190,14 +190,13 @@ def load_pipeline(
     """
     base, vae_dtype = Base.find(base), vae_dtype or dtype
     base.check()
-    places = {"revision": base.revision, "cache_dir": base.cache_dir}
     try:
         facts = base.facts or facts_of("StableDiffusionXLPipeline")
         kind = getattr(diffusers, facts.pipeline)
         parts = {"vae": load_vae(base.vae, kind, vae_dtype, base.cache_dir)} if base.vae else {}
         parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
         parts |= {} if has_denoiser else {facts.denoiser: None}
-        options = places | parts
+        options = base.version | parts
         if base.file and facts.style == "ddpm":
             pipeline = load_single_file(base.file, kind, options | {"dtype": dtype})
         else:
@@ -227,12 +226,12 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
     facts = facts_of(type(pipeline).__name__)
     name = facts.denoiser
     others = dict.fromkeys(part for part in pipeline.components if part != name)
-    places = {"revision": base.revision, "cache_dir": base.cache_dir, "variant": base.variant}
+    options = base.version | {"variant": base.variant, "dtype": dtype}
     try:
         if base.file:
             model = denoiser_from_file(base.file, facts, dtype)
         else:
-            whole = type(pipeline).from_pretrained(base.place, dtype=dtype, **places, **others)
+            whole = type(pipeline).from_pretrained(base.place, **options, **others)
             model = getattr(whole, name)
     except UNLOADABLE as error:
         raise UserError(f"the base model {base.name} cannot be loaded: {one_line(error, 300)}") from error

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import resolve_base
-from dreambooth_moslora.cli.generate import places_of, text_option_arguments
+from dreambooth_moslora.cli.generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.core import UserError, atomic_write, find_asset, read_json, small_text, spelled_out, user_path
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
@@ -95,7 +94,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     photos = folders.photos
     of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
-    pipeline = SubjectPipeline.from_base(Base.find(base, **({} if args.base else places_of(config))))
+    pipeline = SubjectPipeline.from_base(args.base or Base.of_run(config))
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = families.denoiser_of(pipeline.pipeline).device
     encoders = metrics.load_encoders(base, args.clip, args.dino, device)
@@ -134,7 +133,7 @@ def check_paths(args: argparse.Namespace) -> None:
     if args.photos:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
-        resolve_base(args.base)
+        Base.find(args.base)
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:

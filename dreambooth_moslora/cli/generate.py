@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import TOY, resolve_base
+from dreambooth_moslora.base.base import SETTINGS, Base
+from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.terminal import hush, say
-from dreambooth_moslora.core import UserError, find_asset, free_name, is_toy, read_json, user_path
+from dreambooth_moslora.core import UserError, find_asset, free_name, read_json, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
@@ -66,8 +66,8 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
     values = _recipe_values(args, recipe)
-    base, places = base_of_runs(args.adapter, args.base)
-    check_paths(args, base, recipe)
+    base = base_of_runs(args.adapter, args.base)
+    check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter, told_apart
 
@@ -75,14 +75,14 @@ def run_generate(args: argparse.Namespace) -> int:
     axes = tuple(parse_axis(text) for text in args.grid or ())
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
-        base, places = base_of_runs([str(item.file) for item in adapters], args.base)
+        base = base_of_runs([str(item.file) for item in adapters], args.base)
     else:
         adapters = list(told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter))
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     if not adapters:
         say([without_adapter(base, values["prompt"])])
-    pipeline = SubjectPipeline.from_base(Base.find(base, **places))
+    pipeline = SubjectPipeline.from_base(base)
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
@@ -94,11 +94,11 @@ def run_generate(args: argparse.Namespace) -> int:
     return _save_all(events, user_path(args.output_dir), only_sheet=bool(axes))
 
 
-def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, dict[str, str | None]]:
-    """The given base; else that of the first adapter which lies in its run's folder, or in a folder there, with its
-    places; else the embedded one. Raises UserError for a damaged file of its run."""
+def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
+    """The given base; else that of the first adapter which lies in its run's folder, or in a folder there; else the
+    embedded one. Raises UserError for a damaged file of its run, and for a base that is missing."""
     if given:
-        return given, {}
+        return Base.find(given)
     for path, _ in map(_split_scale, adapters):
         place = Path(find_asset(path))
         for folder in place.parents[:2] if place.is_file() else (place, place.parent):
@@ -108,9 +108,9 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> tuple[str, di
                 if isinstance(base, str):
                     said = f"base: {base}, which the run in {folder} was trained on (--base)"
                     say([said] if base != "toy" else [])
-                    own = {name: known[name] for name in ("revision", "cache_dir") if name in known}
-                    return base, places_of(table.TrainConfig.from_dict(own))
-    return "toy", {}
+                    told = {name: known[name] for name in SETTINGS.values() if name in known}
+                    return Base.of_run(table.TrainConfig.from_dict(told))
+    return Base.find("toy")
 
 
 def settings_in(file: Path) -> dict[str, Any]:
@@ -121,15 +121,9 @@ def settings_in(file: Path) -> dict[str, Any]:
         raise UserError(f"{str(error).rstrip('.')}; give --base instead.") from error
 
 
-def places_of(config: table.TrainConfig) -> dict[str, str | None]:
-    """Where the run had its base from. It may have been moved away from its cache."""
-    cache = config.cache_dir
-    return {"revision": config.revision, "cache_dir": cache if cache and Path(cache).is_dir() else None}
-
-
-def without_adapter(base: str, prompt: str) -> str:
+def without_adapter(base: Base, prompt: str) -> str:
     """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if is_toy(base) else ()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if base.is_toy else ()
     known = json.loads((TOY / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) if words else ()
     unknown = [word for word in words if f"{word}</w>" not in known]
     never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
@@ -146,13 +140,12 @@ def without_effect(values: dict, facts: Facts) -> list[str]:
     return lines
 
 
-def check_paths(args: argparse.Namespace, base: str, recipe: params.Recipe | None) -> None:
+def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
     """Raises UserError for a file that is not there or a folder that cannot be written, before torch is imported."""
     in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
         if path not in in_picture:
             find_weights(find_asset(path))
-    resolve_base(base)
     output_folder(args.output_dir)
 
 

@@ -152,12 +152,12 @@ def examine_machine(found: Findings) -> None:
 def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int | None) -> None:
     import torch
 
-    from dreambooth_moslora.base import decode, files
+    from dreambooth_moslora.base import decode
     from dreambooth_moslora.base.machine import best_device, has_fast_bf16
 
     hush()
     try:
-        vae = decode.load_vae_alone(files.resolve_base(base))
+        vae = decode.load_vae_alone(base)
     except (UserError, OSError, ValueError) as error:
         found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
         return

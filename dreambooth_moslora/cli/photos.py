@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
 from dreambooth_moslora.plan.checks import own_bucket_step
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.photo_file import Photo
 
 BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
-PLACES = (BASE, "revision", "cache_dir")
-OF_PHOTOS = (*table.named("check"), *PLACES)
+OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
 FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
 MAX_PICTURED = 48  # Most photos in the picture of the crops.

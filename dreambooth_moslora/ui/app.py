@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_moslora import core
 from dreambooth_moslora.base import files
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    files.resolve_base(args.base)
+    base = Base.find(args.base)
     if core.user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
     for name, offered_instead in OFFERED_WITHOUT.items():
@@ -103,7 +104,7 @@ def serve(args: argparse.Namespace) -> int:
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so `finally` runs
     try:
-        page.build_app(context, templates_for(args.base)).launch(**options)
+        page.build_app(context, templates_for(base)).launch(**options)
     except OSError as error:
         raise core.UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:
@@ -126,9 +127,9 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     from dreambooth_moslora.ui.workspace import new_workspace
 
     bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
-    has_one = args.public or args.backend
-    names = {core.public_name(args.base): args.base} if has_one else offered(args.base, bases_dir)
-    bases = [page_base(title, name, args) for title, name in names.items()]
+    first, has_one = Base.find(args.base), args.public or args.backend
+    found = {first.public_name: first} if has_one else offered(first, bases_dir)
+    bases = [page_base(title, base, args) for title, base in found.items()]
     adapters_dir = core.user_path(args.adapters_dir).resolve()
     return state.AppContext(
         *bases,
@@ -139,27 +140,30 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     )
 
 
-def page_base(title: str, name: str, args: argparse.Namespace) -> "PageBase":
+def page_base(title: str, base: Base, args: argparse.Namespace) -> "PageBase":
     """A base as the page offers it, by its files alone."""
     from dreambooth_moslora.ui import state
-
-    path = core.assets_folder() / core.TOYS[name] if name in core.TOYS else core.user_path(name)
-    place = path if path.exists() else files.cached_folder(name) if files.is_hub_id(name) else None
 
     def load():
         state.import_libraries()
         if args.backend:
             token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
-            return RemotePipeline(Service(args.backend, token), core.public_name(name))
+            return RemotePipeline(Service(args.backend, token), base.public_name)
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-        return SubjectPipeline.from_base(name, resting=True)
+        return SubjectPipeline.from_base(base.name, resting=True)  # found anew: its files may have come since
 
-    full = str(path.resolve()) if path.exists() and name not in core.TOYS else str(name)
-    resolution_px = files.own_resolution(name)
-    told, templates = about(name, place, resolution_px), tuple(templates_for(name))
-    public_name, is_remote = core.public_name(name), bool(args.backend)
-    return state.PageBase(title, full, resolution_px, load, told, templates, public_name, is_remote)
+    is_named = base.path is None or base.name in core.TOYS
+    return state.PageBase(
+        title=title,
+        name=base.name if is_named else str(base.path.resolve()),
+        resolution_px=base.resolution_px,
+        load=load,
+        about=about(base),
+        templates=tuple(templates_for(base)),
+        public_name=base.public_name,
+        is_remote=bool(args.backend),
+    )
 
 
 def runs_folder(text: str) -> Path:
@@ -193,38 +197,38 @@ def is_checkpoint(file: Path) -> bool:
         return False
 
 
-def offered(first: str, bases_dir: Path | None) -> dict[str, str]:
-    """Title -> name of each base: the operator's `first`, the toys, SDXL if it is here, and those below `bases_dir`."""
-    names = [first, *core.TOYS, *([HUB_SDXL] if files.cached_folder(HUB_SDXL) else [])]
-    names += map(str, bases_below(bases_dir) if bases_dir else [])
-    found: dict[str, str] = {}
-    places: dict[str, str] = {}
-    for name in names:
-        places.setdefault(os.path.realpath(os.path.expanduser(name)), name)
-    for name in places.values():
-        found[core.free_name(clean_name(core.public_name(name)), found.__contains__, " ")] = name
+def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
+    """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below `bases_dir`."""
+    bases = [first, *map(Base.find, core.TOYS)]
+    if (sdxl := Base.find(HUB_SDXL)).folder:
+        bases.append(sdxl)
+    bases += map(Base.find, bases_below(bases_dir) if bases_dir else [])
+    found: dict[str, Base] = {}
+    places: dict[str, Base] = {}
+    for base in bases:
+        places.setdefault(os.path.realpath(base.place), base)
+    for base in places.values():
+        found[core.free_name(clean_name(base.public_name), found.__contains__, " ")] = base
     return found
 
 
-def about(name: str, folder: Path | None, resolution_px: int) -> str:
+def about(base: Base) -> str:
     """What the base is and needs; its files are not loaded."""
-    if core.is_toy(name):
-        return OF_TOY.format(files.facts_of_base(folder).title)
-    if folder is None:
+    if base.is_toy:
+        return OF_TOY.format(base.facts.title)
+    if not (base.folder or base.file):
         return "fetched from the hub when it is loaded for the first time"
-    is_small = resolution_px <= files.SMALL_BASE_PX
+    is_small = base.resolution_px <= files.SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
-        parts = [part for part in folder.iterdir() if part.is_dir()] if folder.is_dir() else []
-        weights = [file for part in parts for file in files.weight_files(part)] if parts else [folder]
-        gib = sum(file.stat().st_size for file in weights) / 2**30
-        return f"{files.facts_of_base(folder).title}, {resolution_px} px, {gib:.1f} GiB of weights: {needs}"
+        has = f"{base.facts.title}, {base.resolution_px} px, {base.weights_gib:.1f} GiB of weights"
     except (core.UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
         return f"it cannot be used: {core.one_line(error)}"
+    return f"{has}: {needs}"
 
 
-def templates_for(base: str) -> list[str]:
+def templates_for(base: Base) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
     from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
 
-    return list(core.TOY_TEMPLATES) if core.is_toy(base) else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    return list(core.TOY_TEMPLATES) if base.is_toy else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

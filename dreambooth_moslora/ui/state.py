@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from dreambooth_moslora.base.files import SMALL_BASE_PX, facts_of_base
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
 from dreambooth_moslora.disk import processes, run_folder
@@ -134,7 +135,7 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
 def facts_shown(base_name: str) -> Facts:
     """The family of the page's base; SDXL's where it is not known."""
     with suppress(UserError):  # which loading it tells
-        return facts_of_base(base_name) or SDXL
+        return Base.find(base_name).facts or SDXL
     return SDXL
 
 

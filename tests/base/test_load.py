@@ -24,7 +24,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
-from dreambooth_moslora.cli.generate import base_of_runs, places_of
+from dreambooth_moslora.cli.generate import base_of_runs
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -320,12 +320,11 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
     with monkeypatch.context() as patch:  # what a run was told of its base: `evaluate` and `generate` take it again
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
-        told = places_of(TrainConfig(revision="0" * 40, cache_dir=str(tmp_path)))
-        assert places_of(TrainConfig(cache_dir=str(tmp_path / "gone"))) == {"revision": None, "cache_dir": None}
-        assert SubjectPipeline.from_base(Base.find("owner/half", **told)).pipeline.unet.num_parameters()
         run = {"pretrained_model_name_or_path": "owner/half", "revision": "0" * 40, "cache_dir": str(tmp_path)}
         RunDir(tmp_path).config_path.write_text(json.dumps(run))
-        assert base_of_runs([str(tmp_path)]) == ("owner/half", told)
+        told = base_of_runs([str(tmp_path)])
+        assert told == Base.of_run(TrainConfig(**run))
+        assert SubjectPipeline.from_base(told).pipeline.unet.num_parameters()
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
             SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")

@@ -112,10 +112,10 @@ def command(tiny_base, folder, *words) -> int:
 def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_named():
     """It drew a lamp for a cat, without a word."""
     line = "note: without --adapter the base draws alone"
-    assert generate.without_adapter("toy", "a photo of a sks rocket, in the snow") == line
+    assert generate.without_adapter(Base.find("toy"), "a photo of a sks rocket, in the snow") == line
     never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
-    assert generate.without_adapter("toy", "A Cat, a red cat 2 naïve") == never
-    assert generate.without_adapter("some/base", "a cat") == line
+    assert generate.without_adapter(Base.find("toy"), "A Cat, a red cat 2 naïve") == never
+    assert generate.without_adapter(Base.find("some/base"), "a cat") == line
 
 
 def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
@@ -133,21 +133,21 @@ def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
 
 
 def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(tmp_path, capsys):
-    runs = [tmp_path / name for name in ("none", "toy", "other")]
-    for run in runs[1:]:
-        run.mkdir()
-        RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": run.name}))
-    for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "other"}.items():
-        assert generate.base_of_runs([str(runs[place]) for place in order])[0] == base
-    assert capsys.readouterr().err.count("base: other, which the run in ") == 1
+    runs = [tmp_path / name for name in ("none", "toy", "an/other")]
+    for run, base in zip(runs[1:], ("toy", "an/other")):
+        run.mkdir(parents=True)
+        RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": base}))
+    for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "an/other"}.items():
+        assert generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(base)
+    assert capsys.readouterr().err.count("base: an/other, which the run in ") == 1
     (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
     best.touch()
     for adapter in (f"{best}:0.5", str(best.parent)):
-        assert generate.base_of_runs([adapter])[0] == "other"
+        assert generate.base_of_runs([adapter]) == Base.find("an/other")
     RunDir(runs[2]).config_path.write_text("{")
     with pytest.raises(UserError, match=r"is not valid JSON: .*; give --base instead"):
         generate.base_of_runs([str(best)])
-    assert generate.base_of_runs([str(best)], "given") == ("given", {})
+    assert generate.base_of_runs([str(best)], "a/given") == Base.find("a/given")
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from diffusers import ZImagePipeline
 
 from dreambooth_moslora.base import files
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.core import TOY_PX, assets_folder, is_toy, preferred_guidance
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -16,10 +17,10 @@ FOLDER = assets_folder() / "toy-zimage"
 
 
 def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
-    assert files.resolve_base("toy-zimage") == FOLDER
+    assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
         assert preferred_guidance(name, none=0.0) == 1.5 and preferred_guidance("toy") == 2.5
-        assert is_toy(name) and files.own_resolution(name) == TOY_PX and files.facts_of_base(name).name == "z_image"
+        assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (TOY_PX, "z_image")
     assert not is_toy("somebody/toy")
     weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, files.TOY)]
     assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.base.files import own_resolution
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, is_toy
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
@@ -98,9 +98,9 @@ def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_we
     facts, file = facts_of("StableDiffusionPipeline"), tmp_path / "sd1.safetensors"
     save_file({facts.file_mark: np.zeros(1, np.float32)}, file)
     sides = {tiny_base: 64, tmp_path / "other": 768, file: 512, facts.models[0].hub_id: 512}
-    sides |= {"owner/unknown": 1024, tmp_path: 1024}
+    sides |= {"owner/unknown": 1024}
     args = SimpleNamespace(backend=None)
-    assert {base: app.page_base("x", str(base), args).resolution_px for base in sides} == sides
+    assert {base: app.page_base("x", Base.find(base), args).resolution_px for base in sides} == sides
 
 
 def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
@@ -111,7 +111,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         with gr.Blocks():
             fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
         seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
-        shown[name] = seen, fields["guidance_scale"].value, own_resolution(ctx.base_name)
+        shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
     with gr.Blocks():
         assert field_widget("new_tokens", TrainForm, "toy").visible
@@ -133,27 +133,28 @@ def shelf(tmp_path):
 
 
 def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(shelf, tiny_base):
+    toy = Base.find("toy")
     assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
-    assert list(app.offered("toy", shelf)) == ["toy", "toy-zimage", "mine", "one.safetensors"]
-    assert list(app.offered(str(shelf / "x" / ".." / "mine"), shelf)) == [
+    assert list(app.offered(toy, shelf)) == ["toy", "toy-zimage", "mine", "one.safetensors"]
+    assert list(app.offered(Base.find(shelf / "a" / ".." / "mine"), shelf)) == [
         "mine",
         "toy",
         "toy-zimage",
         "one.safetensors",
     ]
-    assert list(app.offered("toy", shelf / "nowhere")) == ["toy", "toy-zimage"]
-    assert app.about("toy", TOY, 128) == app.OF_TOY.format("SDXL")
-    assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(str(tiny_base), tiny_base, 64)
-    assert "wants a GPU" in app.about(str(tiny_base), tiny_base, 1024)
+    assert list(app.offered(toy, shelf / "nowhere")) == ["toy", "toy-zimage"]
+    assert app.about(toy) == app.OF_TOY.format("SDXL")
+    assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
+    assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
     (shelf / "link").symlink_to(shelf / "mine")
-    found = app.page_base("a title", str(shelf / "link"), argparse.Namespace(backend=None))
+    found = app.page_base("a title", Base.find(shelf / "link"), argparse.Namespace(backend=None))
     assert (found.title, found.public_name) == ("a title", "link")  # as `from_base` names it in pictures
 
 
 def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):
     (shelf / "mine" / "unet").mkdir()
     (shelf / "mine" / "unet" / "x.safetensors").symlink_to(shelf / "gone")
-    found = app.page_base("mine", str(shelf / "mine"), argparse.Namespace(backend=None))
+    found = app.page_base("mine", Base.find(shelf / "mine"), argparse.Namespace(backend=None))
     assert found.about.startswith("it cannot be used: [Errno 2]")
 
 

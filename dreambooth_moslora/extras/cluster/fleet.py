@@ -123,17 +123,15 @@ def plan_name(config: table.TrainConfig, gpu_gib: float | None) -> str | None:
 
 
 def base_size(config: table.TrainConfig) -> memory.BaseSize:
-    named = ("pretrained_model_name_or_path", "revision", "variant", "cache_dir", "target_modules", "lora_blocks")
-    return size_of(tuple((name, getattr(config, name)) for name in named))
+    return size_of(Base.of(config), config.target_modules, config.lora_blocks)
 
 
 @lru_cache(maxsize=32)
-def size_of(named: tuple[tuple[str, object], ...]) -> memory.BaseSize:
-    """The size of the base that these settings name, with its family's layers. Its files are opened once."""
-    config = replace(table.TrainConfig(), **dict(named))
-    base = Base.of(config)
+def size_of(base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]) -> memory.BaseSize:
+    """The size of a base with its family's layers, or those named. Its files are opened once. Raises UserError."""
     base.check()
-    targets = checks.family_settings(config, base).get("target_modules", config.target_modules)
+    config = table.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
+    targets = checks.family_settings(config, base).get("target_modules", target_modules)
     return memory.size_of_base(base, targets)
 
 

@@ -37,7 +37,6 @@ from PIL import Image
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.base.files import facts_of_base, resolve_base
 from dreambooth_moslora.core import atomic_write, content_key, read_json
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.evaluation import metrics, score_tables
@@ -184,8 +183,8 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 def materials(study: Study, cell: Cell) -> list[Path]:
     """The local files that a result depends on: photos, base, encoders and what the arm begins with. Hub models are
     identified by name."""
-    base, protocol = resolve_base(study.base), study.protocol
-    beside = [base.parent / metrics.TOY_DINO] if metrics.own_encoders(study.base) else []
+    base, protocol = study.base.path, study.protocol
+    beside = [base.parent / metrics.TOY_DINO] if study.base.is_toy else []
     mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
     found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
     found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
@@ -223,14 +222,10 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evalu
 
 
 def pipeline_of(study: Study) -> SubjectPipeline:
-    return pipeline_from(study.base, study.revision, study.train.get("cache_dir"))
+    return pipeline_from(study.base)
 
 
-@lru_cache(maxsize=1)
-def pipeline_from(base: str, revision: str | None, cache_dir: str | None) -> SubjectPipeline:
-    return SubjectPipeline.from_base(Base.find(base, revision=revision, cache_dir=cache_dir))
-
-
+pipeline_from = lru_cache(maxsize=1)(SubjectPipeline.from_base)
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
 EVALUATORS: dict[str, score_tables.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
@@ -239,16 +234,17 @@ EVALUATORS: dict[str, score_tables.Evaluator] = {}
 def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
     subject, protocol = study.subject(name), study.protocol
-    key = f"{study.base} {subject} {protocol}"
+    base = study.base.name
+    key = f"{base} {subject} {protocol}"
     if key in EVALUATORS:
         return EVALUATORS[key]
-    encoders = encoders_of(study.base, protocol.clip, protocol.dino)
+    encoders = encoders_of(base, protocol.clip, protocol.dino)
     config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")).each_subject[0]
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
     resolution_px = pipeline_of(study).resolution_px
-    truth = score_tables.truth_of(study.base, config.instance_data_dir, plan, encoders, resolution_px)
+    truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
@@ -398,8 +394,8 @@ def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict
 def encodings_folder(config: TrainConfig, out: Path) -> dict[str, str]:
     """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a base that the hub's
     cache has would be fetched once more."""
-    base = resolve_base(config.pretrained_model_name_or_path)
-    is_here = isinstance(base, Path) and base.is_dir() and not config.pretrained_vae_model_name_or_path
+    base = Base.of(config)
+    is_here = base.source in ("toy", "folder") and not base.vae
     own = {"cache_dir": str(out / "cache")} if is_here and not config.cache_dir else {}
     return {"caching": "disk", **own}
 
@@ -451,18 +447,18 @@ def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> 
 
 
 def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
-    targets = family_settings(config, Base.of(config)).get("target_modules", config.target_modules)
-    return projections(config.pretrained_model_name_or_path, targets)
+    base = Base.of(config)
+    return projections(base, family_settings(config, base).get("target_modules", config.target_modules))
 
 
 @lru_cache(maxsize=8)
-def projections(base: str, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+def projections(base: Base, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for convolutions."""
-    source, facts = resolve_base(base), facts_of_base(base)
-    if facts is None or (isinstance(source, Path) and source.is_file()):
-        denoiser = denoiser_of(pipeline_from(base, None, None).pipeline)
+    facts = base.facts
+    if facts is None or base.file:
+        denoiser = denoiser_of(pipeline_from(base).pipeline)
     else:
-        sizes = getattr(diffusers, facts.model).load_config(source, subfolder=facts.denoiser)
+        sizes = getattr(diffusers, facts.model).load_config(base.place, subfolder=facts.denoiser, **base.version)
         denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})
     layers = moslora.matrix_layers(denoiser).items()
     shapes = {path: layer.weight.shape for path, layer in layers if rows.is_adapted(path, targets)}

@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, read_json
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
 from dreambooth_moslora.plan import choices
@@ -108,7 +108,7 @@ class StudySubject:
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
 TOGETHER, BASIS = "together", "basis"
-OF_BASE = ("revision", "variant", "pretrained_vae_model_name_or_path")
+OF_WEIGHTS = ("revision", "variant", "vae")
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 
 
@@ -185,13 +185,9 @@ class Study:
             raise UserError("several learning rates need tuning_subjects to choose between them.")
 
     @property
-    def base(self) -> str:
-        return self.train.get("pretrained_model_name_or_path", "toy")
-
-    @property
-    def revision(self) -> str | None:
-        """The base's on the hub, of all arms."""
-        return self.train.get("revision")
+    def base(self) -> Base:
+        """Of all arms. Raises UserError."""
+        return base_of(self.train)
 
     def subject(self, name: str) -> StudySubject:
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
@@ -274,17 +270,21 @@ def load_study(path: Path) -> Study:
 
 def refuse_other_bases(study: Study) -> None:
     """All arms are drawn with the base of `train`. Raises UserError."""
-    theirs = base_of(study.train)
+    theirs = weights_of(study.base)
     for arm, settings in study.arms.items():
-        if base_of({**study.train, **settings}) != theirs:
-            names = ", ".join(("pretrained_model_name_or_path", *OF_BASE))
+        if weights_of(base_of({**study.train, **settings})) != theirs:
+            names = ", ".join(SETTINGS[field] for field in ("name", *OF_WEIGHTS))
             raise UserError(f"the study's arm {arm} has another base than [train], which draws all arms: {names}.")
 
 
-def base_of(settings: Mapping[str, Any]) -> list[Any]:
-    """What says which weights a training starts from. Raises UserError for a base that does not exist."""
-    base = resolve_base(settings.get("pretrained_model_name_or_path", "toy"))
-    return [os.path.realpath(base), *(settings.get(name) for name in OF_BASE)]
+def base_of(settings: Mapping[str, Any]) -> Base:
+    """The base that a training starts from. Raises UserError for one that does not exist."""
+    return Base.of({"pretrained_model_name_or_path": "toy"} | dict(settings))
+
+
+def weights_of(base: Base) -> list[Any]:
+    """What says which weights a base has."""
+    return [os.path.realpath(base.place), *(getattr(base, field) for field in OF_WEIGHTS)]
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:

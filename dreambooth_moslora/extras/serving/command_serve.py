@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 
-from dreambooth_moslora.base.files import resolve_base
+from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError, find_asset, one_line
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
@@ -56,7 +56,7 @@ def run_serve(args: argparse.Namespace) -> int:
     for place in args.adapters:
         if "://" not in place and not os.path.isdir(find_asset(place)):
             raise UserError(f"--adapters {place}: there is no such folder.")
-    resolve_base(args.pretrained_model_name_or_path)
+    Base.find(args.pretrained_model_name_or_path)
     settings = settings_of(args)
     from dreambooth_moslora.extras.cluster.on_ray import connected, has_gpus
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue
