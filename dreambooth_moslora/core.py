@@ -263,31 +263,6 @@ def find_asset(path: str) -> str:
     return str(own) if own.exists() else path
 
 
-TOY_PLACES = (
-    *("on grass", "in the snow", "on the beach", "on a wooden floor", "on a purple rug", "in the desert"),
-    *("on a checkered floor", "in a pink room", "on water", "in a forest", "on a city street", "on the moon"),
-    *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
-)
-TOY_TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in TOY_PLACES)  # The embedded base's
-TOY_CONTEXT_TEMPLATES = tuple(
-    f"a photo of a {{}} {p}" for p in ("on the beach", "in the snow", "on lava", "on the moon")
-)
-
-
-TOYS = {"toy": "toy-sdxl", "toy-zimage": "toy-zimage"}  # The embedded bases' names, and their folders in assets
-TOY_PX = 128
-
-
-def is_toy(base: str) -> bool:
-    return str(base) in TOYS or str(base).rstrip("/").split("/")[-1] in TOYS.values()
-
-
-def preferred_guidance(base: str, usual: float = 5.0, none: float = 1.0) -> float:
-    """A base's default guidance: the family's `usual`. With 5, the colours of toys saturate: theirs is 1.5 above what
-    the family calls `none`."""
-    return none + 1.5 if is_toy(base) else usual
-
-
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL
 SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dreambooth_moslora import core
 from dreambooth_moslora.base import files
 from dreambooth_moslora.core import UserError
-from dreambooth_moslora.settings import families
+from dreambooth_moslora.settings import families, toys
 from dreambooth_moslora.settings.table import TrainConfig
 
 SETTINGS = {
@@ -39,7 +39,7 @@ class Base:
     """A base model. Make it by `find` or `of`.
 
     name: as it was given
-    source: an embedded base, a folder or a single file that is here, or an id of the hub
+    source: a folder or a single file that is here, or an id of the hub
     path: of the folder or file; None for the hub
     revision, cache_dir: of a hub id, as huggingface_hub takes them
     variant: whose weight files are loaded, such as fp16; None for the plain ones
@@ -47,7 +47,7 @@ class Base:
     """
 
     name: str
-    source: Literal["toy", "folder", "file", "hub"]
+    source: Literal["folder", "file", "hub"]
     path: Path | None
     revision: str | None = None
     cache_dir: str | None = None
@@ -61,23 +61,15 @@ class Base:
         if isinstance(name, Base):
             return name
         path = path_of(name)
-        if path is None:
-            source = "hub"
-        elif path.is_file():
-            source = "file"
-        else:
-            source = "toy" if core.is_toy(name) else "folder"
-        found = cls(str(name), source, path, **places)
-        if source == "file":
-            _ = found.tensors  # which refuses a damaged file
-        return found
+        source = "hub" if path is None else ("file" if path.is_file() else "folder")
+        return cls(str(name), source, path, **places)
 
     @classmethod
     def of(cls, settings: TrainConfig | Mapping[str, Any]) -> "Base":
         """The base that a run's settings name. Raises UserError as `find` does."""
         given = settings if isinstance(settings, Mapping) else vars(settings)
-        name, *places = SETTINGS.items()
-        return cls.find(given[name[1]], **{field: given.get(setting) for field, setting in places})
+        places = {field: given.get(setting) for field, setting in SETTINGS.items() if field != "name"}
+        return cls.find(given[SETTINGS["name"]], **places)
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "Base":
@@ -95,7 +87,7 @@ class Base:
     @property
     def is_toy(self) -> bool:
         """Whether it is an embedded base."""
-        return core.is_toy(self.name)
+        return toys.is_toy(self.name)
 
     @property
     def place(self) -> str | Path:
@@ -116,10 +108,8 @@ class Base:
     def folder(self) -> Path | None:
         """Its diffusers folder, also in the hub's cache; None for a single file, and until the hub's
         denoiser is fetched."""
-        if self.source == "file":
-            return None
         if self.source != "hub":
-            return self.path
+            return self.path if self.source == "folder" else None
         configs = [self._cached / part / "config.json" for part in families.DENOISERS if self._cached]
         return self._cached if any(config.is_file() for config in configs) else None
 
@@ -205,7 +195,7 @@ class Base:
         """The side in px of the pictures that it was trained on, by its files. The usual one for a
         base that is not known yet, and for one that cannot be used, which is refused later."""
         if self.is_toy:
-            return core.TOY_PX
+            return toys.RESOLUTION_PX
         with suppress(UserError):
             own = files.unet_side(self.configs) if self.configs else None
             if side := own or (self.facts and self.facts.resolution_px):
@@ -216,21 +206,19 @@ class Base:
     def variant_here(self) -> str | None:
         """The variant whose files are here where the plain ones are not, `fp16` before others. A
         training by `sdxl.toml` fetches that variant alone."""
-        for denoiser in families.DENOISERS if self.folder else ():
-            home = self.folder / denoiser
-            if any("." in file.stem for file in files.weight_files(home)):
-                variants = files.variants_in(home)
-                return "fp16" if "fp16" in variants else next(iter(variants), None)
-        return None
+        if self.folder is None:
+            return None
+        home = self.folder / self.facts.denoiser
+        is_plain = any("." not in file.stem for file in files.weight_files(home))
+        variants = [] if is_plain else files.variants_in(home)
+        return "fp16" if "fp16" in variants else next(iter(variants), None)
 
     @property
     def weights_gib(self) -> float:
         """Of the files that would be loaded, GiB. Raises OSError for a link whose file is gone."""
-        if self.file or self.folder is None:
-            weights = [self.file] if self.file else []
-        else:
-            parts = [part for part in self.folder.iterdir() if part.is_dir()]
-            weights = [file for part in parts for file in files.weight_files(part)]
+        parts = [part for part in self.folder.iterdir() if part.is_dir()] if self.folder else []
+        weights = [file for part in parts for file in files.weight_files(part)]
+        weights += [self.file] if self.file else []
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
@@ -238,10 +226,9 @@ class Base:
         VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
         if self.vae:
             files.check_vae(self.vae)
-        if self.facts is not None and self.source in ("toy", "folder"):
-            self._check_folder(self.facts)
-
-    def _check_folder(self, facts: families.Facts) -> None:
+        facts = self.facts
+        if self.source != "folder":
+            return
         folder, index = self.folder, self.index
         models = [facts.denoiser, *([] if self.vae else ["vae"]), *facts.encoders]
         tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
@@ -264,8 +251,7 @@ class Base:
 
 def path_of(name: str | Path) -> Path | None:
     """The folder or file of that name; None for an id of the hub. Raises UserError for neither."""
-    if str(name) in core.TOYS:
-        toy = core.assets_folder() / core.TOYS[str(name)]
+    if toy := toys.TOYS.get(str(name)):
         if not (toy / files.INDEX).is_file():
             lack = f"{toy} has no {files.INDEX}"
             raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
@@ -278,6 +264,7 @@ def path_of(name: str | Path) -> Path | None:
     if path.is_file():
         if path.suffix not in files.SINGLE_FILE_SUFFIXES:
             raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
+        files.shapes_in(path)  # which refuses a damaged one
         return path
     if not files.is_hub_id(str(name)):
         instead = "give a diffusers folder, a .safetensors file or a hub id"

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings import families
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 USUAL_VAE_LEVELS = 4  # each but the last halves the side
 SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU memory
-TOY = assets_folder() / "toy-sdxl"
 HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's tensors in a whole checkpoint

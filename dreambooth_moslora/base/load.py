@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, families, files, machine, scaled_fp8
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import TOY_PX, UserError, is_toy, one_line, preferred_guidance
+from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.disk.processes import page_out
+from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
@@ -336,8 +337,8 @@ def check_is_whole(
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
-    if is_toy(name_of(pipeline)):
-        return TOY_PX
+    if toys.is_toy(name_of(pipeline)):
+        return toys.RESOLUTION_PX
     facts = facts_of(type(pipeline).__name__)
     is_flow = facts.style == "flow"
     return facts.resolution_px if is_flow else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -345,8 +346,7 @@ def default_resolution(pipeline: DiffusionPipeline) -> int:
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    facts = facts_of(type(pipeline).__name__)
-    return preferred_guidance(name_of(pipeline), facts.guidance, facts.no_guidance)
+    return toys.guidance_of(name_of(pipeline), facts_of(type(pipeline).__name__))
 
 
 def name_of(pipeline: DiffusionPipeline) -> str:

@@ -1,9 +1,7 @@
 """`python -m dreambooth_moslora generate`: pictures without a browser."""
 
 import argparse
-import json
 import math
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -11,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
-from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.terminal import hush, say
 from dreambooth_moslora.core import UserError, find_asset, free_name, read_json, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings import table, toys
 from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
 
 EPILOG = """examples:
@@ -123,9 +120,7 @@ def settings_in(file: Path) -> dict[str, Any]:
 
 def without_adapter(base: Base, prompt: str) -> str:
     """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if base.is_toy else ()
-    known = json.loads((TOY / "tokenizer" / "vocab.json").read_text(encoding="utf-8")) if words else ()
-    unknown = [word for word in words if f"{word}</w>" not in known]
+    unknown = toys.unknown_words(prompt) if base.is_toy else []
     never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
     return f"note: without --adapter the base draws alone{never}"
 

@@ -35,10 +35,9 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.base.files import TOY
-from dreambooth_moslora.core import CLIP, DINO, UserError, is_toy, one_line, public_name
+from dreambooth_moslora.core import CLIP, DINO, UserError, one_line, public_name
+from dreambooth_moslora.settings import toys
 
-TOY_DINO = "toy-dino"
 ALEXNET = "alexnet-owt-7be5be79.pth"
 BATCH, TOKENS = 16, 77
 
@@ -98,10 +97,10 @@ def load_encoders(
     base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
 ) -> Encoders:
     """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named. Raises UserError."""
-    folder = own_encoders(base)
+    folder = toys.CLIP_FOLDER if toys.is_toy(base) else None
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
-    dino = dino or (folder.parent / TOY_DINO if folder else DINO)
+    dino = dino or (toys.DINO_FOLDER if folder else DINO)
     model = frozen(transformers.AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
         raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
@@ -123,11 +122,6 @@ def picture_distance(model: torch.nn.Module, device: str | torch.device) -> Pict
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device) / 127.5 - 1
 
     return lambda a, b: float(model(pixels(a), pixels(b)))
-
-
-def own_encoders(base: str | Path) -> Path | None:
-    """The folder of the toy world's CLIP, which is the optional components of its SDXL pipeline."""
-    return TOY if is_toy(str(base)) else None
 
 
 def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool) -> Clip:

@@ -10,16 +10,16 @@ unrelated  other things                   by both           drift
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, is_toy
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.settings import prompts, table
+from dreambooth_moslora.settings import prompts, table, toys
 from dreambooth_moslora.settings.prompts import Subject
 
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
-    "toy": TOY_TEMPLATES,
+    "toy": toys.TEMPLATES,
 }
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
 LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
@@ -30,14 +30,6 @@ UNRELATED = (
     "a portrait of an old man with a beard",
     "a field of sunflowers under a blue sky",
     "a steam locomotive crossing a bridge",
-)
-UNRELATED_TOYS = (
-    ("a photo of a yellow {} on the beach", "duck"),
-    ("a photo of a blue {} on a city street", "car"),
-    ("a photo of a red and white striped {} in the snow", "rocket"),
-    ("a photo of a green {} on a wooden floor", "dinosaur"),
-    ("a photo of a white {} in a kitchen", "teapot"),
-    ("a photo of a purple {} in the desert", "robot"),
 )
 
 
@@ -119,7 +111,7 @@ def plan_for(
     """
     if templates == "auto":
         words = set(subject.class_word.lower().split())
-        templates = "toy" if is_toy(base) else "live" if words & LIVING and not words & LIFELESS else "object"
+        templates = "toy" if toys.is_toy(base) else "live" if words & LIVING and not words & LIFELESS else "object"
     if templates not in TEMPLATE_SETS:
         raise UserError(f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file")
     known, unseen = " | ".join(captions).lower(), []
@@ -127,8 +119,8 @@ def plan_for(
         place = template.partition("{}")[2].strip().lower()
         if not place or place not in known:
             unseen.append(template)
-    others = tuple(text.format(kind) for text, kind in UNRELATED_TOYS if kind != subject.class_word)
-    unrelated = others if is_toy(base) else UNRELATED
+    others = tuple(text.format(kind) for text, kind in toys.UNRELATED if kind != subject.class_word)
+    unrelated = others if toys.is_toy(base) else UNRELATED
     return EvaluationPlan(subject, tuple(unseen) or TEMPLATE_SETS[templates], unrelated, **changes)
 
 

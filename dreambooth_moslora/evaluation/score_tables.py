@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.adapters.moslora import disabled
-from dreambooth_moslora.core import is_toy
 from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.toys import is_toy
 
 Tables = dict[str, np.ndarray]
 

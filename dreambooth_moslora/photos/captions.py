@@ -23,11 +23,11 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core import UserError, assets_folder, atomic_write, half_precision, is_toy, public_name
+from dreambooth_moslora.core import UserError, atomic_write, half_precision, public_name
 from dreambooth_moslora.photos import folder, masks, photo_file
-from dreambooth_moslora.settings import prompts, table
+from dreambooth_moslora.settings import prompts, table, toys
 
-QWEN, TOY_CLIP = "Qwen/Qwen3-VL-2B-Instruct", "toy-sdxl"
+QWEN = "Qwen/Qwen3-VL-2B-Instruct"
 QUESTION = (
     "Write the end of a caption: in at most twenty words, where the {word} is, what is around it, the light and the "
     "side from which it is seen. Say nothing about how the {word} itself looks."
@@ -46,20 +46,21 @@ class Captioner:
 def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL, loaded onto the torch
     device at the first caption. Raises UserError without a class word, and later for a missing model."""
-    default = TOY_CLIP if is_toy(config.pretrained_model_name_or_path) else QWEN
+    own = toys.CLIP_FOLDER.name
+    default = own if toys.is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
-    word = prompts.class_word_of(config) or ("toy" if name == TOY_CLIP else "")
+    word = prompts.class_word_of(config) or ("toy" if name == own else "")
     if not word:
         raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
 
-    reader = cache(lambda: chat_reader(name, word, device) if name != TOY_CLIP else toy_reader(word, device))
+    reader = cache(lambda: chat_reader(name, word, device) if name != own else toy_reader(word, device))
     return Captioner(public_name(name), word, lambda image: reader()(image))
 
 
 def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
     from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
 
-    clip = SurroundingsReader(assets_folder() / TOY_CLIP, device)
+    clip = SurroundingsReader(toys.CLIP_FOLDER, device)
     return lambda image: phrase(*clip.read(image, word))
 
 

@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError, assets_folder, atomic_write, is_toy, one_line, public_name
+from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
 from dreambooth_moslora.photos import photo_file
-from dreambooth_moslora.settings import prompts, table
+from dreambooth_moslora.settings import prompts, table, toys
 
 KEY = "made-from"
-CLIPSEG, TOY_SEGMENTER = "CIDAS/clipseg-rd64-refined", "toy-segmenter"
+CLIPSEG, OWN = "CIDAS/clipseg-rd64-refined", toys.SEGMENTER_FOLDER.name
 LEAST_PEAK = 0.2  # If no pixel's probability is above this, the subject was not found
 SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9  # Of the photo; a mask outside is probably wrong
 MOST_PIECES = 3
@@ -39,12 +39,12 @@ def segmenter_name(config: table.TrainConfig) -> str:
     """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
-    return TOY_SEGMENTER if is_toy(config.pretrained_model_name_or_path) else CLIPSEG
+    return OWN if toys.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
 
 
 def sought_word(config: table.TrainConfig) -> str:
     """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net. Raises UserError."""
-    if segmenter_name(config) == TOY_SEGMENTER:
+    if segmenter_name(config) == OWN:
         return ""
     word = config.mask_prompt or prompts.class_word_of(config)
     if not word:
@@ -70,7 +70,7 @@ def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)
 
-    finder = cache(lambda: clipseg_finder(name, word, device) if name != TOY_SEGMENTER else toy_finder(device))
+    finder = cache(lambda: clipseg_finder(name, word, device) if name != OWN else toy_finder(device))
     return Segmenter(public_name(name), word, lambda image: finder()(image))
 
 
@@ -79,7 +79,7 @@ def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
 
     from dreambooth_moslora.photos.toy_readers import load_net
 
-    net = load_net(assets_folder() / TOY_SEGMENTER).to(device)
+    net = load_net(toys.SEGMENTER_FOLDER).to(device)
 
     def find(image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from dreambooth_moslora.core import TOY_PLACES
+from dreambooth_moslora.settings.toys import PLACES
 
 FILE = "model.safetensors"
 SIZE_PX = 128  # Shorter side of its training pictures
@@ -82,7 +82,7 @@ LIGHT_PHRASES = {
     "snowfall": "in falling snow",
 }
 INDOORS = ("on a wooden floor", "on a purple rug", "on a checkered floor", "in a pink room", "in a kitchen")
-LIGHTS_AT = dict.fromkeys(TOY_PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
+LIGHTS_AT = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
 LIGHTS_AT |= dict.fromkeys(("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1])
 LIGHTS_AT |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
 LIGHTS_AT["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")

@@ -7,15 +7,16 @@ The base decides the recipe from `assets/configs`; on a GPU its free memory deci
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import CLIP, DINO, assets_folder, is_toy, process_count
+from dreambooth_moslora.core import CLIP, DINO, UserError, assets_folder, process_count
 from dreambooth_moslora.plan.memory import STOCK_SDXL
-from dreambooth_moslora.settings import families, sources
+from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.table import OF_PLANS, TrainConfig, checked_setting
 
 if TYPE_CHECKING:
@@ -115,8 +116,9 @@ def choose_resolution(choices: Choices) -> None:
     """The base's own, unless given; the default is SDXL's."""
     if "resolution" in choices.all:
         return
-    if (own := choices.base.resolution_px) != TrainConfig.resolution:
-        choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
+    with suppress(UserError):  # of a base that cannot be used, which is refused later
+        if (own := choices.base.resolution_px) != TrainConfig.resolution:
+            choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
 def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, Any]]:
@@ -233,4 +235,6 @@ def encoders_are_here(base: str) -> bool:
     """Whether a run can be scored without a download: the embedded base has encoders; others must be in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    return is_toy(base) or all(isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO))
+    return toys.is_toy(base) or all(
+        isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO)
+    )

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, count, islice, permutations, product
 
-from dreambooth_moslora.core import TOY_CONTEXT_TEMPLATES, UserError, is_toy
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.table import TrainConfig
 
 PLACES = (
@@ -142,7 +143,7 @@ def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for each subject, which show what the adapter can do beyond the photos; then pairs of subjects."""
-    templates = TOY_CONTEXT_TEMPLATES if is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
+    templates = toys.CONTEXT_TEMPLATES if toys.is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
     names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
     return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
 

@@ -9,8 +9,8 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-from dreambooth_moslora.core import UserError, is_toy
-from dreambooth_moslora.settings import optimizer_kinds, rows, subjects
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings import optimizer_kinds, rows, subjects, toys
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
@@ -24,7 +24,10 @@ REMARKS: dict[str, Callable[[Config], object]] = {
     ),
     "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
         lambda run: (
-            run.masks == "auto" and run.mask_prompt and not run.mask_model and is_toy(run.pretrained_model_name_or_path)
+            run.masks == "auto"
+            and run.mask_prompt
+            and not run.mask_model
+            and toys.is_toy(run.pretrained_model_name_or_path)
         )
     ),
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import LIKE_FP32, SUBJECT_FILE, UserError, find_asset, is_finite_number, is_toy, read_json
+from dreambooth_moslora.core import LIKE_FP32, SUBJECT_FILE, UserError, find_asset, is_finite_number, read_json
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos import folder, photo_file
@@ -25,6 +25,7 @@ from dreambooth_moslora.plan.choices import PRACTICE, on_a_gpu
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.settings import measures, table
 from dreambooth_moslora.settings.prompts import class_word_of
+from dreambooth_moslora.settings.toys import is_toy
 
 STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
 

@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.core import TOY_PX, is_toy, one_line, public_name
+from dreambooth_moslora.core import one_line, public_name
 from dreambooth_moslora.disk import run_folder
-from dreambooth_moslora.settings import families, table
+from dreambooth_moslora.settings import families, table, toys
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.training.explain import BestStep
 
@@ -100,8 +100,8 @@ def call_of(facts: CardFacts) -> str:
 
     told = {name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))}
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
-    if is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":  # a transformer does not tell its side
-        given += f", height={TOY_PX}, width={TOY_PX}"
+    if toys.is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":  # a transformer does not tell its side
+        given += f", height={toys.RESOLUTION_PX}, width={toys.RESOLUTION_PX}"
     return f"{family_in(facts).call}{given}).images[0]"
 
 

@@ -14,6 +14,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
+from dreambooth_moslora.settings import toys
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEPTH = 3
 CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
-OF_TOY = "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows only its own toys"
 MAX_PORT = 65535
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
@@ -153,7 +153,7 @@ def page_base(title: str, base: Base, args: argparse.Namespace) -> "PageBase":
 
         return SubjectPipeline.from_base(base.name, resting=True)  # found anew: its files may have come since
 
-    is_named = base.path is None or base.name in core.TOYS
+    is_named = base.path is None or base.name in toys.TOYS
     return state.PageBase(
         title=title,
         name=base.name if is_named else str(base.path.resolve()),
@@ -199,7 +199,7 @@ def is_checkpoint(file: Path) -> bool:
 
 def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
     """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below `bases_dir`."""
-    bases = [first, *map(Base.find, core.TOYS)]
+    bases = [first, *map(Base.find, toys.TOYS)]
     if (sdxl := Base.find(HUB_SDXL)).folder:
         bases.append(sdxl)
     bases += map(Base.find, bases_below(bases_dir) if bases_dir else [])
@@ -215,7 +215,7 @@ def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
 def about(base: Base) -> str:
     """What the base is and needs; its files are not loaded."""
     if base.is_toy:
-        return OF_TOY.format(base.facts.title)
+        return toys.ABOUT.format(base.facts.title)
     if not (base.folder or base.file):
         return "fetched from the hub when it is loaded for the first time"
     is_small = base.resolution_px <= files.SMALL_BASE_PX
@@ -231,4 +231,4 @@ def templates_for(base: Base) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
     from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
 
-    return list(core.TOY_TEMPLATES) if base.is_toy else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    return list(toys.TEMPLATES) if base.is_toy else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

@@ -28,11 +28,12 @@ import gradio as gr
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
-from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line, preferred_guidance
+from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
+from dreambooth_moslora.settings.toys import guidance_of
 from dreambooth_moslora.ui import jobs
 from dreambooth_moslora.ui.workspace import Workspace
 
@@ -188,7 +189,7 @@ class AppContext:
     def _take(self, base: PageBase) -> None:
         self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
         self.public_name, self.facts = base.public_name or base.title, facts_shown(base.name)
-        self.guidance_scale = preferred_guidance(base.name, self.facts.guidance, self.facts.no_guidance)
+        self.guidance_scale = guidance_of(base.name, self.facts)
 
     def choose(self, base: PageBase) -> Iterator[float]:
         """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits

@@ -12,14 +12,14 @@ from typing import Any
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
-from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, file_digest, is_number, is_toy
+from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, file_digest, is_number
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.checks import own_bucket_step
-from dreambooth_moslora.settings import rules, sources
+from dreambooth_moslora.settings import rules, sources, toys
 from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
 from dreambooth_moslora.ui.photo_copies import kept_photos
 
@@ -211,7 +211,7 @@ class TrainForm:
     seed: int = asked(0, "Seed", "also of the crops",
         line=6, setting="seed", most=2**32 - 1, always=True, elem_id="train_seed")
     make_masks: bool | None = asked(None, "Make masks", "finds the subject in photos that have none",
-        line=9, setting="masks", words=("given", "auto"), at_first=is_toy, fetched="CLIPSeg comes")
+        line=9, setting="masks", words=("given", "auto"), at_first=toys.is_toy, fetched="CLIPSeg comes")
     memory: str = asked("auto", "Memory", "nf4 needs least", line=16, setting="memory", always=True, of_files=True)
     prior: str = asked("adapter_off", "Kept by", "the base's own answers, or pictures of the class",
         line=8, setting="prior", choices={"adapter_off": "the base", "class_images": "class images"},
@@ -306,7 +306,7 @@ class TrainForm:
                 continue
             value = self.checked(name)
             is_unsaid = value is None or (row.is_number and not row.always and not value)
-            if is_unsaid or (row.of_files and is_toy(base)):
+            if is_unsaid or (row.of_files and toys.is_toy(base)):
                 continue
             if row.always or is_like or value != row.first(base):
                 given[row.setting] = row.words[bool(value)] if row.words else value
@@ -446,7 +446,7 @@ def free_gib(*, is_later: bool = False) -> float | None:
 
 def free_for(base: str, *, is_later: bool = False) -> float | None:
     """Free GPU memory for the choice of recipe, GiB; None for the embedded base, which needs none."""
-    return None if is_toy(base) else free_gib(is_later=is_later)
+    return None if toys.is_toy(base) else free_gib(is_later=is_later)
 
 
 def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list[Photo]:

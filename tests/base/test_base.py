@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import TOY_PX, UserError, assets_folder
+from dreambooth_moslora.core import UserError
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.toys import TOYS
 from tests.helpers.tiny import RESOLUTION_PX
 
 SDXL, SD1, FLUX = (facts_of(name) for name in ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "FluxPipeline"))
@@ -42,11 +43,11 @@ def world(tiny_base, tmp_path_factory):
 
 
 KNOWN, ELSEWHERE = "black-forest-labs/FLUX.1-dev", "as HF_HUB_OFFLINE is set: give the folder of a base"
-TOY_FOLDER = assets_folder() / "toy-sdxl"
+TOY_FOLDER = TOYS["toy"]
 # fmt: off
 ROWS = [  # name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not reachable
-    ("toy", "toy", True, SDXL, TOY_PX, None, None),
-    (str(TOY_FOLDER), "toy", True, SDXL, TOY_PX, None, None),
+    ("toy", "folder", True, SDXL, 128, None, None),
+    (str(TOY_FOLDER), "folder", True, SDXL, 128, None, None),
     ("{tiny}", "folder", True, SDXL, RESOLUTION_PX, None, None),
     ("{world}/one.safetensors", "file", False, SD1, 512, None, None),
     ("owner/here", "hub", True, SDXL, RESOLUTION_PX, None, None),
@@ -68,7 +69,7 @@ def test_what_a_base_says_of_itself(row, world, tiny_base):
     found = Base.of(settings)
     assert found == Base.of(TrainConfig(**settings)) == Base.find(name, cache_dir=str(world))
     assert Base.find(found) is found and hash(found) == hash(pickle.loads(pickle.dumps(found)))
-    assert (found.name, found.source, found.is_toy) == (name, source, source == "toy")
+    assert (found.name, found.source, found.is_toy) == (name, source, "toy" in name)
     assert (found.folder is not None, found.resolution_px) == (is_here, side)
     if isinstance(family, str):
         with pytest.raises(UserError, match=family):

@@ -13,7 +13,6 @@ from packaging.requirements import Requirement
 from dreambooth_moslora.base import decode, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-from dreambooth_moslora.base.files import TOY
 from dreambooth_moslora.cli.machine import (
     LEAST_PX,
     OPTIONAL,
@@ -42,7 +41,7 @@ def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys)
     for size in (-1, 15):
         assert main(["doctor", "--base", str(tiny_base), "--size", str(size)]) == 2
         assert f"error: --size {size}: must be at least {LEAST_PX}" in capsys.readouterr().err
-    (found,) = probe_vae(load_vae_alone(TOY), [torch.bfloat16], [], LEAST_PX, torch.device("cpu"))
+    (found,) = probe_vae(load_vae_alone("toy"), [torch.bfloat16], [], LEAST_PX, torch.device("cpu"))
     assert found.finite
 
 

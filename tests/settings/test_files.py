@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.train import parse_train_config, train_main
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError
-from dreambooth_moslora.evaluation.protocol import UNRELATED_TOYS
+from dreambooth_moslora.core import UserError
+from dreambooth_moslora.settings import toys
 from tests.settings.test_train_config import NEEDED
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -100,6 +100,6 @@ def test_the_papers_recipe_has_the_papers_numbers():
 def test_a_recipe_does_not_preserve_what_drift_and_likeness_are_measured_on(name):
     config = parse_train_config(["--config", str(CONFIGS / f"{name}.toml")])
     words = [folder.name.rpartition("_")[2] for folder in (CONFIGS.parent / "subjects").iterdir()]
-    measured = {text.format(kind) for text, kind in UNRELATED_TOYS}
-    measured |= {template.replace("{}", word) for template in TOY_TEMPLATES for word in words}
+    measured = {text.format(kind) for text, kind in toys.UNRELATED}
+    measured |= {template.replace("{}", word) for template in toys.TEMPLATES for word in words}
     assert config.prior_prompts and not measured & set(config.prior_prompts)

@@ -5,11 +5,12 @@ import json
 import pytest
 from diffusers import ZImagePipeline
 
-from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import TOY_PX, assets_folder, is_toy, preferred_guidance
+from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.families import facts_of
 from toybox.captions import canonical_caption
 from toybox.measures.evaluate_base import accuracy, generate, scenes_for
 
@@ -19,10 +20,13 @@ FOLDER = assets_folder() / "toy-zimage"
 def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
-        assert preferred_guidance(name, none=0.0) == 1.5 and preferred_guidance("toy") == 2.5
-        assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (TOY_PX, "z_image")
-    assert not is_toy("somebody/toy")
-    weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, files.TOY)]
+        assert toys.guidance_of(name, facts_of("ZImagePipeline")) == 1.5 + facts_of("ZImagePipeline").no_guidance
+        assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (
+            toys.RESOLUTION_PX,
+            "z_image",
+        )
+    assert not toys.is_toy("somebody/toy")
+    weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, toys.CLIP_FOLDER)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -43,7 +47,7 @@ def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_to
     assert ", height=128, width=128).images[0]" in (run / "README.md").read_text(encoding="utf-8")
     pipeline = SubjectPipeline.from_base("toy-zimage")
     pipeline.load_adapter(run)
-    assert pipeline.resolution_px == TOY_PX
+    assert pipeline.resolution_px == toys.RESOLUTION_PX
     assert main(["evaluate", str(run), "--num_prompts=1", "--images_per_prompt=1", "--inference_steps=2"]) == 0
     table = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))
     assert "toy-sdxl CLIP" in json.dumps(table)

@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import TOY_TEMPLATES, UserError, assets_folder, is_toy
+from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui import app
@@ -143,7 +144,7 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
         "one.safetensors",
     ]
     assert list(app.offered(toy, shelf / "nowhere")) == ["toy", "toy-zimage"]
-    assert app.about(toy) == app.OF_TOY.format("SDXL")
+    assert app.about(toy) == toys.ABOUT.format("SDXL")
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
     assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
     (shelf / "link").symlink_to(shelf / "mine")
@@ -167,7 +168,7 @@ def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_bas
     assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "mine", "one.safetensors"])
     wait([ctx._pipeline])
     for base in ctx.bases.values():
-        wanted = TOY_TEMPLATES if is_toy(base.name) else DREAMBOOTH_LIVE_TEMPLATES
+        wanted = toys.TEMPLATES if toys.is_toy(base.name) else DREAMBOOTH_LIVE_TEMPLATES
         assert set(wanted) <= set(base.templates) and all("{}" in template for template in base.templates)
 
 

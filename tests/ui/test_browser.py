@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.core import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.ui.app import OF_TOY
+from dreambooth_moslora.settings.toys import ABOUT
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers import browser as web
 from tests.helpers.tiny_families import tiny_pipeline
@@ -276,9 +276,7 @@ def fails():
 
 
 def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(tiny_base, tmp_path, browser):
-    toy = PageBase(
-        "toy", "toy", 128, lambda: SubjectPipeline.from_base("toy"), OF_TOY.format("SDXL"), ("a {} of toys",)
-    )
+    toy = PageBase("toy", "toy", 128, lambda: SubjectPipeline.from_base("toy"), ABOUT.format("SDXL"), ("a {} of toys",))
     broken = PageBase("broken", "broken", 64, fails)
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
     flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))

@@ -48,7 +48,7 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.plan.checks import family_settings
-from dreambooth_moslora.settings import measures, rows
+from dreambooth_moslora.settings import measures, rows, toys
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import BEGUN_WITH, KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
 from dreambooth_moslora.training.loop import train
@@ -184,7 +184,7 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     """The local files that a result depends on: photos, base, encoders and what the arm begins with. Hub models are
     identified by name."""
     base, protocol = study.base.path, study.protocol
-    beside = [base.parent / metrics.TOY_DINO] if study.base.is_toy else []
+    beside = [toys.DINO_FOLDER] if study.base.is_toy else []
     mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
     found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
     found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
@@ -212,17 +212,13 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
-    pipeline = pipeline_of(study)
+    pipeline = pipeline_from(study.base)
     pipeline.load_adapter(run_dir, "cell")
     options = {"batch_size": 8, "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir))}
     try:
         return score_tables.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), **options)
     finally:
         pipeline.unload_adapter("cell")
-
-
-def pipeline_of(study: Study) -> SubjectPipeline:
-    return pipeline_from(study.base)
 
 
 pipeline_from = lru_cache(maxsize=1)(SubjectPipeline.from_base)
@@ -243,7 +239,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
     counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
-    resolution_px = pipeline_of(study).resolution_px
+    resolution_px = pipeline_from(study.base).resolution_px
     truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
     for one in subject.beside:
@@ -395,7 +391,7 @@ def encodings_folder(config: TrainConfig, out: Path) -> dict[str, str]:
     """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a base that the hub's
     cache has would be fetched once more."""
     base = Base.of(config)
-    is_here = base.source in ("toy", "folder") and not base.vae
+    is_here = base.source == "folder" and not base.vae
     own = {"cache_dir": str(out / "cache")} if is_here and not config.cache_dir else {}
     return {"caching": "disk", **own}
 

@@ -108,7 +108,6 @@ class StudySubject:
 SECTIONS = ("study", "evaluation", "train", "arms")
 BUDGETS = ("parameters", "rank")
 TOGETHER, BASIS = "together", "basis"
-OF_WEIGHTS = ("revision", "variant", "vae")
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 
 
@@ -270,21 +269,15 @@ def load_study(path: Path) -> Study:
 
 def refuse_other_bases(study: Study) -> None:
     """All arms are drawn with the base of `train`. Raises UserError."""
-    theirs = weights_of(study.base)
     for arm, settings in study.arms.items():
-        if weights_of(base_of({**study.train, **settings})) != theirs:
-            names = ", ".join(SETTINGS[field] for field in ("name", *OF_WEIGHTS))
+        if base_of({**study.train, **settings}) != study.base:
+            names = ", ".join(SETTINGS.values())
             raise UserError(f"the study's arm {arm} has another base than [train], which draws all arms: {names}.")
 
 
 def base_of(settings: Mapping[str, Any]) -> Base:
     """The base that a training starts from. Raises UserError for one that does not exist."""
     return Base.of({"pretrained_model_name_or_path": "toy"} | dict(settings))
-
-
-def weights_of(base: Base) -> list[Any]:
-    """What says which weights a base has."""
-    return [os.path.realpath(base.place), *(getattr(base, field) for field in OF_WEIGHTS)]
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:
