@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.extras.serving import command_serve
+from dreambooth_moslora.extras.serving import command_page, command_serve
 from dreambooth_moslora.extras.serving.front import ServeSettings
-from dreambooth_moslora.ui import app as page
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "deploy").iterdir())
@@ -46,9 +45,11 @@ def test_compose_starts_the_service_and_the_page_that_draws_by_it():
     assert first == ["python3", "-m", "dreambooth_moslora"] and command[0] == "serve"
     settings = settings_of(command[1:])
     assert settings.tokens == (TOKEN,)
-    parser = Parser(prog="app.py")
-    page.add_arguments(parser)
-    args = parser.parse_args(services["page"]["command"])
+    first, *words = services["page"]["command"]
+    assert services["page"]["entrypoint"] == services["serve"]["entrypoint"] and first == "page"
+    parser = Parser(prog="page")
+    command_page.page_arguments(parser)
+    args = parser.parse_args(words)
     assert args.backend == f"http://serve:{settings.port}" and args.base == settings.pretrained_model_name_or_path
     assert args.auth and services["page"]["ports"] == ["127.0.0.1:7860:7860"] and "ports" not in services["serve"]
     build = services["serve"]["build"]["args"]

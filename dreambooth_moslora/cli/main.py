@@ -33,6 +33,7 @@ COMMANDS = {
     "fleet": ("extras.cluster.command_fleet",
         "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
     "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),
+    "page": ("extras.serving.command_page", "the page of `app`, whose pictures a `serve` draws"),
     "doctor": ("cli.machine", "look for problems: versions, device, disk, a VAE that overflows"),
     "selftest": ("cli.machine",
         "train, resume and draw on this machine's device, and compare the results with its CPU"),

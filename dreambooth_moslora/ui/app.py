@@ -5,15 +5,15 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora import core
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
-from dreambooth_moslora.generation.remote import TOKEN_VARIABLE, RemotePipeline, Service
 from dreambooth_moslora.settings import toys
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ NEEDS_LOGIN = (
     "or start a page that only draws with --public"
 )
 OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
+
+
+Drawer = Callable[[Base], Any]
+"""What draws with a base, in place of a pipeline in this process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a page for everybody, which only draws, with the adapters of --adapters_dir",
     )
-    add("backend", metavar="URL", help="draw by `dreambooth_moslora serve` there, with the same base and adapters")
-    add("backend_token", help=f"its token (default: that of {TOKEN_VARIABLE} in the environment)")
     add("inbrowser", action="store_true", help="open a browser window")
 
 
@@ -74,7 +76,9 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
         return 2
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
+    """Serve the page until it is stopped. `draw_by` gives what draws with a base, if that is not
+    this process. Raises UserError."""
     base = Base.find(args.base)
     if core.user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
@@ -91,7 +95,7 @@ def serve(args: argparse.Namespace) -> int:
     is_exposed = args.share or args.server_name not in guard.LOOPBACK
     if (is_exposed or allowed) and not (logins or args.public):
         raise core.UserError(NEEDS_LOGIN)
-    context = context_of(args)
+    context = context_of(args, draw_by)
     # what gradio keeps is deleted with the workspace
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
 
@@ -120,16 +124,16 @@ def parse_login(text: str) -> tuple[str, str]:
     return name, password
 
 
-def context_of(args: argparse.Namespace) -> "AppContext":
+def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppContext":
     """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
     from dreambooth_moslora.ui.workspace import new_workspace
 
     bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
-    first, has_one = Base.find(args.base), args.public or args.backend
+    first, has_one = Base.find(args.base), args.public or draw_by is not None
     found = {first.public_name: first} if has_one else offered(first, bases_dir)
-    bases = [page_base(title, base, args) for title, base in found.items()]
+    bases = [page_base(title, base, draw_by) for title, base in found.items()]
     adapters_dir = core.user_path(args.adapters_dir).resolve()
     return state.AppContext(
         *bases,
@@ -140,15 +144,14 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     )
 
 
-def page_base(title: str, base: Base, args: argparse.Namespace) -> "PageBase":
+def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBase":
     """A base as the page offers it, by its files alone."""
     from dreambooth_moslora.ui import state
 
     def load():
         state.import_libraries()
-        if args.backend:
-            token = args.backend_token or os.environ.get(TOKEN_VARIABLE)
-            return RemotePipeline(Service(args.backend, token), base.public_name)
+        if draw_by is not None:
+            return draw_by(base)
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         return SubjectPipeline.from_base(base.name, resting=True)  # found anew: its files may have come since
@@ -162,7 +165,7 @@ def page_base(title: str, base: Base, args: argparse.Namespace) -> "PageBase":
         about=about(base),
         templates=tuple(templates_for(base)),
         public_name=base.public_name,
-        is_remote=bool(args.backend),
+        is_remote=draw_by is not None,
     )
 
 

@@ -49,7 +49,7 @@ from tests.ui.conftest import PAGE, write_adapter
     ],
 )
 def test_beyond_this_machine_a_page_has_a_login_or_only_draws(monkeypatch, capsys, options, is_refused):
-    def stop_here(args):
+    def stop_here(args, draw_by):
         raise UserError("far enough")
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
@@ -100,8 +100,7 @@ def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_we
     save_file({facts.file_mark: np.zeros(1, np.float32)}, file)
     sides = {tiny_base: 64, tmp_path / "other": 768, file: 512, facts.models[0].hub_id: 512}
     sides |= {"owner/unknown": 1024}
-    args = SimpleNamespace(backend=None)
-    assert {base: app.page_base("x", Base.find(base), args).resolution_px for base in sides} == sides
+    assert {base: app.page_base("x", Base.find(base)).resolution_px for base in sides} == sides
 
 
 def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
@@ -148,14 +147,14 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
     assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
     (shelf / "link").symlink_to(shelf / "mine")
-    found = app.page_base("a title", Base.find(shelf / "link"), argparse.Namespace(backend=None))
+    found = app.page_base("a title", Base.find(shelf / "link"))
     assert (found.title, found.public_name) == ("a title", "link")  # as `from_base` names it in pictures
 
 
 def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):
     (shelf / "mine" / "unet").mkdir()
     (shelf / "mine" / "unet" / "x.safetensors").symlink_to(shelf / "gone")
-    found = app.page_base("mine", Base.find(shelf / "mine"), argparse.Namespace(backend=None))
+    found = app.page_base("mine", Base.find(shelf / "mine"))
     assert found.about.startswith("it cannot be used: [Errno 2]")
 
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.core import UserError, find_asset, one_line
+from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
-from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
 
 EPILOG = """example:
   serve --adapters runs/pets --replicas 2

@@ -29,7 +29,7 @@ from starlette.routing import Route
 
 from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.extras.serving.catalogue import Catalogue, Drawn, Order, RefusedError, parse_order, too_late
-from dreambooth_moslora.generation.remote import TOKEN_VARIABLE
+from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 OPEN = frozenset({"/healthz"})  # Paths without a token, for load balancers

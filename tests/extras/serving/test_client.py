@@ -11,11 +11,12 @@ import pytest
 import uvicorn
 
 from dreambooth_moslora.core import UserError
+from dreambooth_moslora.extras.serving.client import RemotePipeline, Service
+from dreambooth_moslora.extras.serving.command_page import page_arguments, service_of
 from dreambooth_moslora.extras.serving.front import Access, build_front
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.generation.remote import RemotePipeline, Service
-from dreambooth_moslora.ui.app import add_arguments, context_of
+from dreambooth_moslora.ui.app import context_of
 from dreambooth_moslora.ui.generate_values import GenerateForm, compare, make_pictures
 from tests.extras.serving.conftest import TOKEN, shop_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -90,13 +91,14 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
 @needs_counts
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(place, base, tmp_path, free_port):
     request = SimpleNamespace(session_hash="s")
-    add_arguments(parser := argparse.ArgumentParser())
+    page_arguments(parser := argparse.ArgumentParser())
     words = ["--base", str(base.base_name), "--adapters_dir", str(place.shelf), "--runs_dir", str(tmp_path / "runs")]
     form = GenerateForm(prompt="a dog", adapter="dog", seed=1, steps=1, guidance_scale=2.0, size="64 x 64")
 
     @contextmanager
     def page_of(url: str):
-        ctx = context_of(parser.parse_args([*words, "--backend", url, "--backend_token", TOKEN]))
+        args = parser.parse_args([*words, "--backend", url, "--backend_token", TOKEN])
+        ctx = context_of(args, service_of(args))
         with closing(ctx.workspace):
             yield ctx
 

@@ -63,7 +63,7 @@ class Service:
                 answer = connection.getresponse()
                 status, data = answer.status, answer.read(MAX_ANSWER_BYTES)
         except (OSError, HTTPException) as error:
-            reason = f"cannot be reached ({one_line(error)}); start it, or leave --backend out"
+            reason = f"cannot be reached ({one_line(error)}); start it, or use `app`, which draws by itself"
             raise UserError(f"the backend {self.shown} {reason}") from error
         if status == 200:
             return data
