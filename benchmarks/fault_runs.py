@@ -23,7 +23,7 @@ from threading import RLock
 
 from tqdm import tqdm
 
-from dreambooth_moslora.core import file_digest
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 
 __all__ = [

@@ -22,7 +22,7 @@ from statistics import median
 
 import psutil
 
-from dreambooth_moslora.core import file_digest
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
 from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, connected

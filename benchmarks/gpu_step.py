@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from benchmarks.meta_count import GIB
-from dreambooth_moslora.core import one_line
+from dreambooth_moslora.errors import one_line
 
 __all__ = ["ARMS", "main", "measure", "measured"]
 

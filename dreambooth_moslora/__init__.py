@@ -9,7 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "UserError": "core",
+    "UserError": "errors",
     "Base": "base.base",
     "TrainConfig": "settings.table",
     "GenerationParams": "generation.params",

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dreambooth_moslora.core import atomic_write
+from dreambooth_moslora.disk.atomic import atomic_write
 
 
 def write_png(path: Path, image: Image.Image) -> None:

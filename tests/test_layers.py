@@ -10,11 +10,25 @@ import pytest
 
 HOME = Path(__file__).parents[1]
 ROOT = HOME / "dreambooth_moslora"
-ORDER = ["core", "pictures", "disk", "settings", "photos", "base", "adapters", "plan", "generation"]
+ORDER = [
+    "errors",
+    "values",
+    "seeds",
+    "launch",
+    "precision",
+    "disk",
+    "pictures",
+    "settings",
+    "photos",
+    "base",
+    "adapters",
+    "plan",
+    "generation",
+]
 ORDER += ["training", "evaluation", "ui", "cli", "extras"]
 APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
 """(package, package that it never imports) beside the order: siblings."""
-LIGHT = {"core", "disk", "settings"}
+LIGHT = {"errors", "values", "seeds", "launch", "precision", "disk", "settings"}
 """Packages that import none of HEAVY."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 NO_DIFFUSERS = {"adapters.mixer", "adapters.moslora", "adapters.fast_linear", "training.objective"}

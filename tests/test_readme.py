@@ -15,7 +15,7 @@ from dreambooth_moslora.base.machine import CUDA, ROCM, WHEELS
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import app as serve
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -81,7 +81,7 @@ def test_help_names_the_command_as_it_was_typed(run):
 
 READ = """
 from PIL import Image
-from dreambooth_moslora.core import assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.masks import load_segmenter
 from dreambooth_moslora.settings.table import TrainConfig

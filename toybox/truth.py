@@ -19,7 +19,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, assets_folder, read_json
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, assets_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.metrics import Encoders
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.photos.toy_readers import ToySegmenter, load_net

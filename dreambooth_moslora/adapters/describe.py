@@ -21,7 +21,8 @@ from dreambooth_moslora.adapters import key_names, lora_settings, new_tokens, ra
 from dreambooth_moslora.adapters.key_names import ENDINGS, PAIRED, Key, Module
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.adapters.mixer import Folded, LowRank, MixedLowRank, initial_mixer, nominal_scale
-from dreambooth_moslora.core import UserError, one_line, user_path
+from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
 

@@ -38,8 +38,9 @@ from dreambooth_moslora.adapters.metadata import BUNDLE, check_start_file, most_
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.adapters.named_layers import Parts, as_lora
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError, file_digest, one_line
 from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,11 @@ from typing import Any
 
 from dreambooth_moslora.adapters import key_names
 from dreambooth_moslora.adapters.mixer import Tensors, nominal_scale
-from dreambooth_moslora.core import UserError, from_json, is_number, read_json
+from dreambooth_moslora.disk.contents import from_json, read_json
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.values import is_number
 
 PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
 LARGEST_ALPHA = 1e6

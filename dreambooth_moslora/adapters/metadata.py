@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core import UserError, first_problem
 from dreambooth_moslora.disk.run_folder import header_of, keys_of
+from dreambooth_moslora.errors import UserError, first_problem
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 

@@ -25,7 +25,7 @@ from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import mixer
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker, check_rank
 
 

@@ -13,7 +13,7 @@ import torch
 from dreambooth_moslora.adapters import key_names, lycoris, raw_file
 from dreambooth_moslora.adapters.key_names import KOHYA_KEYS, LYCORIS_PARTS, OF_LYCORIS, PAIRED, Module
 from dreambooth_moslora.adapters.mixer import Tensors
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

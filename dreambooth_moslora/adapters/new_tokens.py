@@ -26,8 +26,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import metadata, raw_file
-from dreambooth_moslora.core import UserError, atomic_write, file_digest
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import tokens_name
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dreambooth_moslora.adapters import key_names, raw_file
 from dreambooth_moslora.adapters.key_names import KOHYA_KEYS
 from dreambooth_moslora.adapters.mixer import Components, Tensors
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # Of ΔW, by rounding up and down

@@ -29,8 +29,10 @@ from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_note, metadata_in, most_common
 from dreambooth_moslora.adapters.mixer import Components, Folded, LowRank, Tensors, untied
 from dreambooth_moslora.adapters.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.core import UserError, atomic_write, read_json, scratch_directory
+from dreambooth_moslora.disk.atomic import atomic_write, scratch_directory
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PEFT_CONFIG, PUBLISHED_NAME, check_name, tokens_name
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
 

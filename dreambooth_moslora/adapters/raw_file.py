@@ -26,7 +26,9 @@ from torch import nn
 from dreambooth_moslora.adapters import mixer
 from dreambooth_moslora.adapters.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.adapters.mixer import Components, MixedLowRank, Tensors, nominal_scale, untied
-from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name, user_path
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import public_name, user_path
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import families, table
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dreambooth_moslora import core
 from dreambooth_moslora.base import files
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.disk.paths import public_name, user_path
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families, toys
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -82,7 +82,7 @@ class Base:
     @property
     def public_name(self) -> str:
         """Without what is private of a path."""
-        return core.public_name(self.name)
+        return public_name(self.name)
 
     @property
     def is_toy(self) -> bool:
@@ -256,7 +256,7 @@ def path_of(name: str | Path) -> Path | None:
             lack = f"{toy} has no {files.INDEX}"
             raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
         return toy
-    path = core.user_path(name)
+    path = user_path(name)
     if path.is_dir():
         if not (path / files.INDEX).is_file():
             raise UserError(f"{path} is not a diffusers model: it has no {files.INDEX}.")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import LIKE_FP32
+from dreambooth_moslora.precision import LIKE_FP32
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
 from dreambooth_moslora.base.machine import device_of
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import Facts, facts_of
 
 Text = dict[str, torch.Tensor]

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, families, files, machine, scaled_fp8
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, one_line
 from dreambooth_moslora.disk.processes import page_out
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection

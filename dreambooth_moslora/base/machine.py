@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from sysconfig import get_path
 from typing import Any
 
-from dreambooth_moslora.core import UserError, half_precision
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import TrainConfig
 

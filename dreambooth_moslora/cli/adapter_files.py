@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
+from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import (
     BEST_NAME,
     PEFT_CONFIG,
@@ -18,6 +18,7 @@ from dreambooth_moslora.disk.run_folder import (
     header_of,
     tokens_name,
 )
+from dreambooth_moslora.errors import UserError, spelled_out
 
 LOKR_SUFFIX = ".lokr.safetensors"
 NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained

@@ -14,8 +14,11 @@ from tqdm import tqdm
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.core import UserError, atomic_write, find_asset, read_json, small_text, spelled_out, user_path
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import read_json, small_text
+from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import output_folder

@@ -10,8 +10,10 @@ from typing import Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli.terminal import hush, say
-from dreambooth_moslora.core import UserError, find_asset, free_name, read_json, user_path
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import table, toys

@@ -18,9 +18,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.core import UserError, atomic_write, clone_folder, find_asset, half_precision, user_path
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import clone_folder, find_asset, user_path
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos, summary_of_skipped
 from dreambooth_moslora.photos.photo_file import Photo, open_rgb
+from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli import terminal, train
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import nearest
 
 # fmt: off

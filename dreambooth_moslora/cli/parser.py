@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import rows, table
 
 FOREIGN = {

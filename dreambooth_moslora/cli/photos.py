@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, find_asset, spelled_out, user_path
+from dreambooth_moslora.disk.paths import find_asset, user_path
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib

@@ -17,13 +17,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dreambooth_moslora import __version__, core
+from dreambooth_moslora import __version__
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
+from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, free_name, public_name
 from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
+from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.launch import is_main_process
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
@@ -75,13 +78,13 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
-        print(core.spelled_out(describe_run(config, report)))
+        print(spelled_out(describe_run(config, report)))
         print(set_apart(chosen.last_words), end="")
         return DONE
     if is_queued:
         from dreambooth_moslora.cli.queue import enqueue
 
-        print(core.spelled_out(enqueue(config, argv)))
+        print(spelled_out(enqueue(config, argv)))
         print(set_apart(chosen.last_words), end="")
         return DONE
     from dreambooth_moslora.plan.checks import check_folders
@@ -89,16 +92,14 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
     with StopRequest() as stop:
         check_folders(config)  # before the log file creates or changes a folder
         if refusal := Base.of(config).unreachable:
-            raise core.UserError(refusal)
+            raise UserError(refusal)
         file_only = start_log(config)
-        file_only.info(
-            "begins: version %s, base %s", __version__, core.public_name(config.pretrained_model_name_or_path)
-        )
+        file_only.info("begins: version %s, base %s", __version__, public_name(config.pretrained_model_name_or_path))
         try:
             code = run_trainer(config, stop, report, chosen.last_words)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
             return code
-        except core.UserError as error:
+        except UserError as error:
             file_only.error("%s", error)
             raise
         except Exception:
@@ -195,15 +196,15 @@ class Given(NamedTuple):
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
     if not argv:
-        raise core.UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
+        raise UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
     argv = underscored(argv)
     first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
     words = argv[:first_flag]
     found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
-    if not words and len(unknown) == 2 and Path(core.find_asset(unknown[0])).is_dir():  # words after the flags
+    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
         words, unknown = unknown, []
     if unknown:
-        raise core.UserError(unknown_flag_message(unknown[0]))
+        raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(found)
     is_queued = flags.pop("queue")
     settings, has_recipe = settings_of(flags, without_words=bool(words))
@@ -215,12 +216,12 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     if "" in (file, like):  # as a variable of the shell that is not set
-        raise core.UserError(f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out.")
+        raise UserError(f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out.")
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     unknown = next((name for name in recipe if name not in table.SETTINGS), "")
     if unknown in FOREIGN_FLAGS:
-        raise core.UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
+        raise UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
     yields = {name for name, item in table.SETTINGS.items() if given.intersection(item.metadata["yields_to"])}
@@ -242,7 +243,7 @@ def require(settings: Mapping[str, Any]) -> None:
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
-        raise core.UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
+        raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
 
 
 def choose(given: Given) -> choices.Choices:
@@ -252,7 +253,7 @@ def choose(given: Given) -> choices.Choices:
     folder, word = folder_and_word(given.words)
     settings = {name: table.checked_setting(name, value) for name, value in given.settings.items()}
     if settings.get("instance_data_dir"):
-        raise core.UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
+        raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
     if base := settings.get("pretrained_model_name_or_path"):
         Base.find(base)  # before PyTorch is imported to ask for the GPU's memory
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
@@ -278,12 +279,12 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
     """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded one."""
     base, said = memory.STOCK_SDXL, memory.STOCK_SDXL
     is_for_lack = False
-    if (folder / core.SUBJECT_FILE).is_file():
+    if (folder / SUBJECT_FILE).is_file():
         base, said = "toy", "the embedded one, as the photos are of its world"
     elif memory.least_free_gib() is None:
         if "pretrained_model_name_or_path" not in chosen.given and (line := machine.unused_gpu()):
             cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
-            raise core.UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
+            raise UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
         base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
         is_for_lack = "pretrained_model_name_or_path" not in chosen.given
     chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
@@ -292,24 +293,24 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
 
 def set_apart(lines: Sequence[str]) -> str:
     """The lines between empty ones; "" for none."""
-    return core.spelled_out("\n".join(["", *lines, "\n"])) if lines else ""
+    return spelled_out("\n".join(["", *lines, "\n"])) if lines else ""
 
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
     """The folder of photos and the class. Raises UserError."""
-    folder, word = Path(core.find_asset(words[0])), " ".join(words[1:2]).strip()
+    folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
-        raise core.UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+        raise UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
     if word.startswith("-"):
-        raise core.UserError(unknown_flag_message(word))
+        raise UserError(unknown_flag_message(word))
     if not word or "/" in word:
-        raise core.UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if (count := len(word)) > (most := core.MAX_WORD_CHARACTERS):
-        raise core.UserError(f"the word has {count} letters; at most {most} are allowed, {AS_ONE_WORD}.")
+        raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
+    if (count := len(word)) > (most := MAX_WORD_CHARACTERS):
+        raise UserError(f"the word has {count} letters; at most {most} are allowed, {AS_ONE_WORD}.")
     if len(words) > 2:
         said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
-        raise core.UserError(f"{said}, {AS_ONE_WORD}.")
+        raise UserError(f"{said}, {AS_ONE_WORD}.")
     return folder, word
 
 
@@ -322,7 +323,7 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     if not memory.is_alone():
         return RUNS / name
     if not resumed_from:
-        return RUNS / core.free_name(name, lambda taken: (RUNS / taken).exists())
+        return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
     there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
     there = [path for path in there if RunDir(path).latest_checkpoint()] or there  # another may wait in the queue
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
@@ -342,7 +343,7 @@ def run_trainer(
         from dreambooth_moslora.training.loop import train
 
     warn_about(plan)
-    if core.is_main_process():
+    if is_main_process():
         print(set_apart(last_words), end="", file=sys.stderr)
     progress = TerminalProgress()
     evaluator = make_evaluator(plan) if config.is_scored else None
@@ -350,7 +351,7 @@ def run_trainer(
         result = train(plan, progress, stop, evaluator)
     finally:
         progress.close()
-    if core.is_main_process():
+    if is_main_process():
         print_ending(plan, result)
     return INTERRUPTED if result.interrupted else DONE
 
@@ -370,13 +371,13 @@ def print_ending(plan: "Plan", result: "TrainResult") -> None:
         from dreambooth_moslora.training.explain import closing_advice, figures_of
 
         for line in closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos)):
-            print(f"try next: {core.spelled_out(line)}", file=sys.stderr)
+            print(f"try next: {spelled_out(line)}", file=sys.stderr)
 
 
 def warn_about(plan: "Plan") -> None:
     from dreambooth_moslora.training.dry_run import advice
 
-    if core.is_main_process():
+    if is_main_process():
         for line in advice(plan):
             logging.getLogger(__name__).warning("note: %s", line)
 
@@ -384,7 +385,7 @@ def warn_about(plan: "Plan") -> None:
 def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
-    return TrainingEvaluator(plan.config, plan.photos, scores=core.is_main_process())
+    return TrainingEvaluator(plan.config, plan.photos, scores=is_main_process())
 
 
 def start_log(config: table.TrainConfig) -> logging.Logger:
@@ -394,9 +395,9 @@ def start_log(config: table.TrainConfig) -> logging.Logger:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     terminal = logging.StreamHandler()
-    terminal.setLevel(logging.WARNING if core.is_main_process() else logging.ERROR)
+    terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
     terminal.setFormatter(SpelledOut("%(message)s"))
-    file = log_file(RunDir(config.output_dir)) if core.is_main_process() else logging.NullHandler()
+    file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
     file_only = logging.Logger(__name__)
     file_only.addHandler(file)
     root.addHandler(terminal)
@@ -408,7 +409,7 @@ class SpelledOut(logging.Formatter):
     """Escapes control characters, which a file name in a record may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return core.spelled_out(super().format(record))
+        return spelled_out(super().format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -428,6 +429,6 @@ def log_file(run_dir: RunDir) -> logging.Handler:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise core.UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
+        raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
     handler.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
 
-from dreambooth_moslora.core import UserError, check_size, from_json, stored_text
+from dreambooth_moslora.disk.contents import check_size, from_json, stored_text
+from dreambooth_moslora.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
 

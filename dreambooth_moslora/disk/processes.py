@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora.core import import_environment
+from dreambooth_moslora.disk.paths import import_environment
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,16 +30,10 @@ from typing import Any, BinaryIO
 
 from filelock import lock_descriptor
 
-from dreambooth_moslora.core import (
-    UserError,
-    atomic_write,
-    clean_stale,
-    one_line,
-    read_json,
-    rename,
-    spelled_out,
-)
 from dreambooth_moslora.disk import events, processes, run_folder
+from dreambooth_moslora.disk.atomic import atomic_write, clean_stale, rename
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.errors import UserError, one_line, spelled_out
 
 logger = logging.getLogger(__name__)
 

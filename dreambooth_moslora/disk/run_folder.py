@@ -13,17 +13,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import (
-    UserError,
-    free_name,
-    one_line,
-    read_json,
-    recover,
-    remove_directory,
-    stored_text,
-    user_path,
-)
+from dreambooth_moslora.disk.atomic import recover, remove_directory
+from dreambooth_moslora.disk.contents import read_json, stored_text
 from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_of, read_events
+from dreambooth_moslora.disk.paths import free_name, user_path
+from dreambooth_moslora.errors import UserError, one_line
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.

@@ -35,8 +35,10 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.core import CLIP, DINO, UserError, one_line, public_name
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.measures import CLIP, DINO
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 BATCH, TOKENS = 16, 77

@@ -10,7 +10,7 @@ unrelated  other things                   by both           drift
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, table, toys

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core import atomic_write
+from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest

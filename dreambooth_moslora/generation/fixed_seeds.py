@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dreambooth_moslora.base import decode, families, load, machine
-from dreambooth_moslora.core import StopRequestedError, UserError, is_out_of_memory
+from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.settings.families import facts_of
 
 logger = logging.getLogger(__name__)

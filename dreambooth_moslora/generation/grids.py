@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, recipe_text
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.previews import Preview

@@ -19,7 +19,8 @@ import PIL.Image
 from PIL import UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError, from_json
+from dreambooth_moslora.disk.contents import from_json
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 from dreambooth_moslora.settings.table import TrainConfig
 

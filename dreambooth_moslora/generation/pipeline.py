@@ -19,11 +19,14 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_moslora import __version__, core
+from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters import lora_file, metadata, new_tokens
 from dreambooth_moslora.base import decode, families, load, machine
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.paths import assets_folder, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import find_weights
+from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.settings.families import Facts
@@ -88,10 +91,10 @@ def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
 def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
     """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
     scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
-    place = Path(core.find_asset(path))
+    place = Path(find_asset(path))
     is_name = path in scales and not place.exists()
     file = _find(path, hashes.get(path)) if is_name else find_weights(place)
-    name, digest = path if is_name else lora_file.adapter_name(file), core.file_digest(file) if hashes else ""
+    name, digest = path if is_name else lora_file.adapter_name(file), file_digest(file) if hashes else ""
     in_picture = next((known for known in scales if hashes.get(known) == digest), name)
     differs = hashes.get(in_picture, digest) != digest
     note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
@@ -103,7 +106,7 @@ def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
     files: dict[str, Path] = {}
     for item in adapters:
         place = item.file.resolve()
-        name = core.free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
+        name = free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
         files[name] = place
         said = f"{item.file} is called {name} here, as another file is called {item.name}" if name != item.name else ""
         yield replace(item, name=name, note="; ".join(filter(None, (item.note, said))))
@@ -112,16 +115,16 @@ def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
 def _find(name: str, sha256: str | None) -> Path:
     """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
     runs = Path("runs")
-    own = sorted((core.assets_folder() / "adapters").glob("*.safetensors"))
+    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
     places = [*own, *sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])]
     files = [file for file in places if file.is_file()]
     named = [file for file in files if lora_file.adapter_name(file) == name]
     for file in [*named, *files] if sha256 else named:
-        if sha256 in (None, core.file_digest(file)):
+        if sha256 in (None, file_digest(file)):
             return file
     known = f" (sha256 {sha256[:12]})" if sha256 else ""
     other = f"; {named[0]} has its name and is another file" if named else ""
-    raise core.UserError(
+    raise UserError(
         f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/{other}; "
         "give its file with --adapter"
     )
@@ -173,7 +176,7 @@ class Home:
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
             asked = f"{height_px} x {width_px} px"
-            raise core.UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
+            raise UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
 
 
 def check_sides(sides: tuple[int, int], facts: Facts) -> None:
@@ -181,7 +184,7 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
     step = facts.multiple_px
     if wrong := next((side for side in sides if side % step), 0):
         near = wrong // step * step
-        raise core.UserError(f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}")
+        raise UserError(f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}")
 
 
 def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
@@ -315,14 +318,14 @@ class SubjectPipeline:
         for name, _ in params.adapters:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
-                raise core.UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
+                raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
         guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
         size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
         scheduler = params.scheduler or scheduler_name(self._own_scheduler)
         if scheduler and "EDM" in type(self._own_scheduler).__name__:
             said = f"{SCHEDULERS[scheduler].title} does not know the noise levels of this base, which are EDM's"
-            raise core.UserError(f"{said}: leave the scheduler out, and the base's own is taken")
+            raise UserError(f"{said}: leave the scheduler out, and the base's own is taken")
         return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
@@ -351,7 +354,7 @@ class SubjectPipeline:
         has the default. Raises UserError for one that is not the family's, or that two runs set differently."""
         facts, options = self.family.facts, dict(given or {})
         if wrong := [name for name in options if name not in facts.text_options]:
-            raise core.UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
+            raise UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
         told = {name: metadata.text_options_in(self.adapters[name].header) for name, scale in adapters if scale}
         for option in facts.text_options:
             values = {own[option]: name for name, own in told.items() if option in own}
@@ -359,7 +362,7 @@ class SubjectPipeline:
                 continue
             if len(values) > 1:
                 names = " and ".join(values.values())
-                raise core.UserError(f"{names} were trained with different --{option}: give one")
+                raise UserError(f"{names} were trained with different --{option}: give one")
             options[option] = next(iter(values))
         return families.family_of(self.pipeline, options=families.encoding_options(options))
 
@@ -380,14 +383,14 @@ class SubjectPipeline:
             clock = Clock(params.num_images)
             for index in range(params.num_images):
                 self._generate_one(index, params, words, clock, emit, stop)
-        except core.StopRequestedError:
+        except StopRequestedError:
             return
         except RuntimeError as error:
-            if not core.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             machine.free_unused_blocks(self.home.device)
             size = f"{params.height_px} x {params.width_px} px"
-            raise core.UserError(f"there is too little memory for {size}; choose a smaller size") from error
+            raise UserError(f"there is too little memory for {size}; choose a smaller size") from error
         finally:
             self.pipeline.scheduler = self._own_scheduler
             if self.home.is_resting:  # the models took turns
@@ -395,7 +398,7 @@ class SubjectPipeline:
 
     def _generate_one(self, index, params, words, clock, emit, stop) -> None:
         if stop():
-            raise core.StopRequestedError
+            raise StopRequestedError
         own, is_flow = params.for_image(index), self.family.facts.style == "flow"
         if not is_flow:
             self.pipeline.scheduler = self._scheduler(own.scheduler)

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from dreambooth_moslora.core import StopRequestedError, one_line
+from dreambooth_moslora.errors import StopRequestedError, one_line
 from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)

@@ -23,8 +23,11 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_moslora.core import UserError, atomic_write, half_precision, public_name
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, masks, photo_file
+from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings import prompts, table, toys
 
 QWEN = "Qwen/Qwen3-VL-2B-Instruct"

@@ -13,9 +13,9 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from dreambooth_moslora.core import rng
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.pictures import Row
+from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import subjects, table
 
 FRAME_COLOUR = (232, 64, 44)

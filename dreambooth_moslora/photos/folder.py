@@ -30,9 +30,13 @@ from typing import Any
 from PIL import Image
 from typing_extensions import TypedDict
 
-from dreambooth_moslora import core
+from dreambooth_moslora.disk.atomic import atomic_directory
+from dreambooth_moslora.disk.contents import MOST_TEXT_BYTES, from_json, read_json
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, default_cache_dir
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError, one_line, spelled_out
 from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings.prompts import joined
 from dreambooth_moslora.settings.rows import nearest
 from dreambooth_moslora.settings.table import TrainConfig
@@ -69,7 +73,7 @@ def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[s
         found.append(caption)
         for number in range(1, ORDERS):
             others = tags[config.keep_tokens :]
-            core.rng(config.seed, "tags", caption, number).shuffle(others)
+            rng(config.seed, "tags", caption, number).shuffle(others)
             found.append(joined(head, ", ".join([*tags[: config.keep_tokens], *others]), tail))
     return tuple(found)
 
@@ -97,8 +101,8 @@ class Captions:
         self.sidecars = sidecars
         self._by_name: dict[str, str] = {}
         metadata, text = folder / METADATA, None
-        if metadata.is_file() and metadata.stat().st_size > core.MOST_TEXT_BYTES:
-            self.complaints.append((metadata, f"not read: it has more than {core.MOST_TEXT_BYTES // 2**20} MiB"))
+        if metadata.is_file() and metadata.stat().st_size > MOST_TEXT_BYTES:
+            self.complaints.append((metadata, f"not read: it has more than {MOST_TEXT_BYTES // 2**20} MiB"))
         elif metadata.is_file():
             text = self._text_of(metadata)
         for number, line in enumerate((text or "").split("\n"), start=1):
@@ -139,10 +143,10 @@ class Captions:
             self.complaints.append((path, f"line {number} is {TOO_LONG}"))
             return "", ""
         try:
-            row = core.from_json(line)
+            row = from_json(line)
             name = Path(str(row["file_name"])).name
             caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), "")
-        except (core.UserError, KeyError):
+        except (UserError, KeyError):
             self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
             return "", ""
         if not name or not os.path.exists(path.parent / name):
@@ -161,8 +165,8 @@ def kept_captions(path: Path) -> dict[str, KeptCaption]:
     """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
     entries: dict[str, KeptCaption] = {}
     if path.is_file():
-        with suppress(core.UserError):
-            entries = core.read_json(path, dict[str, KeptCaption])
+        with suppress(UserError):
+            entries = read_json(path, dict[str, KeptCaption])
     whole = {name: facts for name, facts in entries.items() if all(facts.values())}
     return {name: facts | {"caption": one_space(facts["caption"])} for name, facts in whole.items()}
 
@@ -188,9 +192,9 @@ def dataset_folder(config: TrainConfig) -> Path:
         if content:
             rows.append((content, captions))
             digest.update(sha256(content).digest() + "\0".join(captions).encode())
-    folder = Path(config.cache_dir or core.default_cache_dir()) / "photos" / digest.hexdigest()[:16]
+    folder = Path(config.cache_dir or default_cache_dir()) / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
-        with core.atomic_directory(folder) as new:
+        with atomic_directory(folder) as new:
             write_rows(new, rows)
     return folder
 
@@ -204,14 +208,14 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
         table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
     except Exception as error:  # raised by the library, the hub or the file formats
         reason = " ".join(str(error).split())[:300]
-        raise core.UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from error
+        raise UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from error
     for flag, wanted in (("image_column", column), ("caption_column", config.caption_column)):
         if wanted is not None and wanted not in table.column_names:
             close, columns = nearest(wanted, table.column_names), ", ".join(table.column_names)
             hint = f" Did you mean {close}?" if close else ""
-            raise core.UserError(f"--{flag} {wanted}: the data set has the columns {columns}.{hint}")
+            raise UserError(f"--{flag} {wanted}: the data set has the columns {columns}.{hint}")
     if not isinstance(table.features[column], datasets.Image):
-        raise core.UserError(f"--image_column {column}: that column of {name} holds no images.")
+        raise UserError(f"--image_column {column}: that column of {name} holds no images.")
     return table.cast_column(column, datasets.Image(decode=False))
 
 
@@ -219,7 +223,7 @@ def captions_in(cell: Any, column: str) -> list[str]:
     """Those in a cell of the column: a text, or a list of texts. Raises UserError for anything else."""
     texts = cell if isinstance(cell, list) else [cell]
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise core.UserError(f"--caption_column {column}: it holds neither texts nor lists of texts; name another.")
+        raise UserError(f"--caption_column {column}: it holds neither texts nor lists of texts; name another.")
     return list(filter(None, texts))
 
 
@@ -231,7 +235,7 @@ def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
         return content
     path = Path(named.replace("\0", "")).resolve()
     if "\0" in named or not path.is_file() or not any(path.is_relative_to(folder) for folder in own):
-        raise core.UserError(f"--dataset_name: it names {core.one_line(named)}, which is not a file of the data set.")
+        raise UserError(f"--dataset_name: it names {one_line(named)}, which is not a file of the data set.")
     return path.read_bytes()
 
 
@@ -274,14 +278,14 @@ def log_strays(report: PhotoReport) -> None:
     """Mention the files that are no photos in one line of the log."""
     if strays := [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]:
         line = f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}"
-        logger.warning("%s", core.spelled_out(line))
+        logger.warning("%s", spelled_out(line))
 
 
 def usable_photos(report: PhotoReport) -> list[photo_file.Photo]:
     """The report's photos; each photo that was left out is logged with its reason."""
     for skipped in report.skipped:
         if skipped.is_photo:
-            logger.warning("%s", core.spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
+            logger.warning("%s", spelled_out(f"{skipped.path.name} is left out: {skipped.reason}"))
     return report.photos
 
 
@@ -297,24 +301,24 @@ def photo_report(config: TrainConfig) -> PhotoReport:
             else:
                 found.photos.append(photo)
         if len(found.photos) == used:
-            raise core.UserError("--leave_out leaves no photo; name fewer.")
+            raise UserError("--leave_out leaves no photo; name fewer.")
         found.sidecars.extend(report.sidecars)
     found.photos[:] = with_made(config, found.photos)
     named = {item.path.name for item in found.skipped}
     if unknown := [name for name in config.leave_out if name not in named]:
-        raise core.UserError(f"--leave_out {unknown[0]}: there is no such photo.")
+        raise UserError(f"--leave_out {unknown[0]}: there is no such photo.")
     return found
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
     """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises UserError."""
     if not (config.dataset_name or config.instance_data_dir):
-        raise core.UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
+        raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     folder = dataset_folder(config) if config.dataset_name else Path(config.instance_data_dir)
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:
-        raise core.UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     return replace(report, photos=photos)
 
 
@@ -355,7 +359,7 @@ def require_folder_of_photos(folder: Path) -> None:
     """Raises UserError when there is no such folder."""
     if not folder.is_dir():
         reason = "not a folder" if folder.exists() else "no such folder"
-        raise core.UserError(f"{folder}: {reason}; give a folder of photos.")
+        raise UserError(f"{folder}: {reason}; give a folder of photos.")
 
 
 def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
@@ -365,10 +369,10 @@ def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha
     try:
         paths = sorted(folder.iterdir())
     except PermissionError:
-        raise core.UserError(f"{folder}: cannot be read (permission denied).") from None
+        raise UserError(f"{folder}: cannot be read (permission denied).") from None
     captions, report = Captions(folder, sidecars_of(paths)), PhotoReport()
     for path in paths:
-        if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, core.SUBJECT_FILE):
+        if not is_sidecar_name(path) and path.name not in (MADE_CAPTIONS, SUBJECT_FILE):
             item = read_photo(path, captions, instance_prompt, resolution_px, alpha)
             (report.photos if isinstance(item, photo_file.Photo) else report.skipped).append(item)
     stems = {photo.path.stem for photo in report.photos}

@@ -22,7 +22,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError, atomic_write, one_line, public_name
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.settings import prompts, table, toys
 

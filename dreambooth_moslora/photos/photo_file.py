@@ -24,7 +24,8 @@ from random import Random
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
-from dreambooth_moslora.core import UserError, content_key, file_digest, one_line
+from dreambooth_moslora.disk.contents import content_key, file_digest
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import rows, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")

@@ -34,8 +34,10 @@ from typing import Any, TypeVar
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, process_count, read_json
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.launch import process_count
 from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, table
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}

@@ -19,8 +19,9 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from dreambooth_moslora.base.machine import asks_accelerate, check_bf16
-from dreambooth_moslora.core import StopRequestedError, UserError, clean_stale, is_out_of_memory, one_line
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.atomic import clean_stale
+from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)

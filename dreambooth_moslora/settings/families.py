@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 
 
 @dataclass(frozen=True)

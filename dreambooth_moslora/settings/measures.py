@@ -7,6 +7,8 @@ name. Rows stand in the order in which people see them.
 from dataclasses import dataclass
 from typing import Literal
 
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pictures of SDXL
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NewType
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder

@@ -9,7 +9,7 @@ from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import optimizer_kinds, rows, subjects, toys
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.

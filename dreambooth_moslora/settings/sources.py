@@ -18,16 +18,10 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from dreambooth_moslora.core import (
-    UserError,
-    find_asset,
-    from_json,
-    one_line,
-    read_json,
-    reason_of,
-    small_text,
-)
+from dreambooth_moslora.disk.contents import from_json, read_json, reason_of, small_text
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, checked_setting, named
 
 

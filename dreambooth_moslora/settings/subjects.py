@@ -16,7 +16,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.core import UserError, find_asset, read_json, small_text
+from dreambooth_moslora.disk.contents import read_json, small_text
+from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.errors import UserError
 
 Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
 COUNTED = re.compile(r"^\d+_")  # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often

@@ -17,8 +17,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from dreambooth_moslora.core import UserError, find_asset, is_number
+from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
+from dreambooth_moslora.values import is_number
 
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from dreambooth_moslora.core import assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.settings.families import Facts
 
 ASSETS = assets_folder()

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, new_tokens, raw_file
 from dreambooth_moslora.base import families, load
-from dreambooth_moslora.core import UserError, generator, seed_of
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.seeds import generator, seed_of
 from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted

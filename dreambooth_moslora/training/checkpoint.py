@@ -1,7 +1,7 @@
 """Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
 
 A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. Every draw is named by
-(seed, step) (see `core`), so the step number suffices to continue as if the run had never stopped.
+(seed, step) (see `seeds`), so the step number suffices to continue as if the run had never stopped.
 
 Files in the run folder that a new run does not continue, or would overwrite, are moved to `earlier_run_1`.
 """
@@ -18,10 +18,13 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora import core
 from dreambooth_moslora.adapters import metadata, new_tokens, raw_file
 from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
+from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
+from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import Position
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
@@ -42,7 +45,7 @@ def save_checkpoint(
     tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> None:
     """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
-    with core.atomic_directory(path) as folder:
+    with atomic_directory(path) as folder:
         for number, of_one in enumerate(tokens):
             new_tokens.write_tokens(folder / run_folder.tokens_name(number=number), of_one)
         facts = replace(facts, tokens=new_tokens.notes_of(tokens))
@@ -53,29 +56,29 @@ def save_checkpoint(
         if weights is not None:
             save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS)
         position = replace(position, digest=digest_of(folder, position))
-        core.atomic_write(folder / POSITION, json.dumps(asdict(position)))
+        atomic_write(folder / POSITION, json.dumps(asdict(position)))
 
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
-    files = {path.name: core.file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
-    return core.content_key(**asdict(replace(position, digest="")), files=files)
+    files = {path.name: file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
+    return content_key(**asdict(replace(position, digest="")), files=files)
 
 
 def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
     """Of the photos' and the VAE's identity, and of the words that are no photo's caption."""
     names = ("class_prompt", "prior_prompts", "system_prompt", "complex_human_instruction")
     words = [[getattr(subject, name) for name in names] for subject in config.each_subject]
-    return core.content_key(words=words, vae=vae, photos=photos)
+    return content_key(words=words, vae=vae, photos=photos)
 
 
 def read_position(checkpoint: Path) -> Position:
     """Raises UserError when it is no position."""
     try:
-        return core.read_json(checkpoint / POSITION, Position)
-    except core.UserError as error:
+        return read_json(checkpoint / POSITION, Position)
+    except UserError as error:
         raise damaged(checkpoint, POSITION, error) from error
 
 
@@ -95,11 +98,11 @@ def save_states(states: dict, path: Path) -> None:
     """Write through memory: on a full disk `torch.save` raises a RuntimeError that does not say so."""
     buffer = BytesIO()
     torch.save(states, buffer)
-    core.atomic_write(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
-def damaged(checkpoint: Path, name: str, reason: object) -> core.UserError:
-    return core.UserError(f"{checkpoint} is damaged ({name}: {core.one_line(reason)}); resume from another checkpoint.")
+def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
+    return UserError(f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint.")
 
 
 def load_states(checkpoint: Path, name: str) -> dict:
@@ -142,11 +145,11 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
         for path in (Path(wanted), run_dir.path / wanted):
             if run_folder.is_checkpoint(path):
                 return path
-        raise core.UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+        raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
-        except core.UserError as error:
+        except UserError as error:
             logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
             return checkpoint
@@ -170,13 +173,13 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
     facts, modules = trained_modules(checkpoint)
     if position.optimizer != optimizer_kind(config):
-        raise core.UserError(
+        raise UserError(
             f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
             "resume with the same optimizer, or start a new run."
         )
     for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
         if there != asked:
-            raise core.UserError(
+            raise UserError(
                 f"--{name}: {checkpoint.name} has {shown(there)}; you ask for {shown(asked)}: "
                 "resume without it, or start a new run."
             )
@@ -186,7 +189,7 @@ def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
     """Raises UserError when `base` has other weights than the checkpoint's, where both are held alike."""
     (held_there, _, there), (held, _, here) = (name.rpartition(" ") for name in (position.base, base))
     if checkpoint is not None and held_there == held and there != here:
-        raise core.UserError(
+        raise UserError(
             f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with other weights: "
             "resume with that one, or start a new run."
         )
@@ -266,12 +269,12 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     """Into the next `earlier_run_1`, if there are any paths, and say so."""
     if not paths:
         return
-    home = run_dir.path / core.free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
+    home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
     home.mkdir()
     for path in paths:
         place = home / path.relative_to(run_dir.path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        core.rename(path, place)
+        rename(path, place)
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
@@ -307,4 +310,4 @@ def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, 
 
 
 def write_settings(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    core.atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))
+    atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))

@@ -17,15 +17,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import LIKE_FP32, SUBJECT_FILE, UserError, find_asset, is_finite_number, read_json
 from dreambooth_moslora.disk import queue
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan.choices import PRACTICE, on_a_gpu
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
+from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings import measures, table
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.values import is_finite_number
 
 STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
 

@@ -18,7 +18,9 @@ from safetensors.torch import save
 
 from dreambooth_moslora.base import families, files, load, machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, atomic_write, content_key
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import content_key
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -19,18 +19,14 @@ from typing import Protocol
 import torch
 
 from dreambooth_moslora.adapters.proof import Proof
-from dreambooth_moslora.core import (
-    StopRequestedError,
-    UserError,
-    half_precision,
-    is_out_of_memory,
-    remove_directory,
-)
 from dreambooth_moslora.disk import events, queue, run_folder
+from dreambooth_moslora.disk.atomic import remove_directory
+from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
+from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import checkpoint, explain, frozen_base, made_before, optimizer, reporter, results
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples

@@ -27,11 +27,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora import core
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of, encoding_options
-from dreambooth_moslora.core import UserError, spelled_out
 from dreambooth_moslora.disk import queue
+from dreambooth_moslora.disk.atomic import atomic_write, clean_stale, rename
+from dreambooth_moslora.disk.contents import file_digest, read_json
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos import masks, photo_file
 from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
@@ -40,6 +42,7 @@ from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, op
 from dreambooth_moslora.pictures import png_bytes
 from dreambooth_moslora.plan.plan import shares
 from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
+from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base, reporter
@@ -160,16 +163,16 @@ class ClassImages:
         return height if height == width else f"{width}x{height}"
 
     def name(self, index: int) -> str:
-        tag = core.seed_of(*self.facts().values()) % 16**8
+        tag = seed_of(*self.facts().values()) % 16**8
         return f"class_{tag:08x}_{index:05d}.png"
 
     def image_seed(self, index: int) -> int:
-        return core.seed_of(self.seed, "class_image", index) % 2**32
+        return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
         """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
         with suppress(UserError):
-            return core.read_json(self.folder / MANIFEST, dict[str, dict[str, Any]])
+            return read_json(self.folder / MANIFEST, dict[str, dict[str, Any]])
         return {}
 
     def stale(self, paths: list[Path]) -> set[Path]:
@@ -213,7 +216,7 @@ class ClassImages:
             fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
-        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, core.file_digest(path))
+        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
         """Write the manifest's entry, then the image. An edited picture in its place goes to the folder `changed`."""
@@ -222,12 +225,12 @@ class ClassImages:
         entries = {**self.manifest(), path.name: facts}
         with suppress(UnreadableImageError):
             open_image(path)
-            if (found := core.file_digest(path)) != facts[DIGEST]:  # the user may have edited it
+            if (found := file_digest(path)) != facts[DIGEST]:  # the user may have edited it
                 kept = self.folder / "changed"
                 kept.mkdir(exist_ok=True)
-                core.rename(path, kept / f"{path.stem}_{found[:8]}.png")
-        core.atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
-        core.atomic_write(path, content)
+                rename(path, kept / f"{path.stem}_{found[:8]}.png")
+        atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
+        atomic_write(path, content)
 
 
 @dataclass(frozen=True)
@@ -334,7 +337,7 @@ def top_up(
 
 def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
-    base_id = core.public_name(config.pretrained_model_name_or_path)
+    base_id = public_name(config.pretrained_model_name_or_path)
     options = encoding_options(text_options_of(config))
     sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size, options) for size in sizes]
     paths = []
@@ -344,7 +347,7 @@ def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
     wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
     counts = shares(sizes, wanted)
     folder.mkdir(parents=True, exist_ok=True)
-    core.clean_stale(folder)
+    clean_stale(folder)
     counted = [(images, counts[images.size_px]) for images in sets]
     return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
 

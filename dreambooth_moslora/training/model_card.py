@@ -16,8 +16,9 @@ from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.core import one_line, public_name
 from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import one_line
 from dreambooth_moslora.settings import families, table, toys
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.training.explain import BestStep

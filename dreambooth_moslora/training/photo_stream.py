@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dreambooth_moslora.base import families, load
-from dreambooth_moslora.core import UserError, content_key, file_digest, place_of, rng
+from dreambooth_moslora.disk.contents import content_key, file_digest
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.seeds import place_of, rng
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 

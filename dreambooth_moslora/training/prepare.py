@@ -22,8 +22,10 @@ from dreambooth_moslora.base import families, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.load import TextProducts, default_resolution
-from dreambooth_moslora.core import UserError, content_key, default_cache_dir
+from dreambooth_moslora.disk.contents import content_key
+from dreambooth_moslora.disk.paths import default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo, crop_rule
 from dreambooth_moslora.plan import checks, memory, processes
 from dreambooth_moslora.settings import rules, table

@@ -44,8 +44,8 @@ from diffusers import (
 from PIL import Image, ImageDraw, ImageStat
 
 from dreambooth_moslora.base import families, load
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
 from dreambooth_moslora.plan.processes import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig

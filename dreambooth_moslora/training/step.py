@@ -22,8 +22,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.adapters import fast_linear, moslora
 from dreambooth_moslora.base import families, load
-from dreambooth_moslora.core import StopRequestedError, UserError, generator, is_out_of_memory, one_line, rng, seed_of
+from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.plan import memory, processes
+from dreambooth_moslora.seeds import generator, rng, seed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreambooth_moslora import core
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
 from dreambooth_moslora.disk.run_folder import clean_name
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
     add("bases_dir", metavar="DIR", help="folder below which bases lie, of which you choose one")
-    add("adapters_dir", default=str(core.assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
+    add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
     add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("server_port", type=int, help="default: the first free one from 7860")
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         return serve(args)
-    except core.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -80,21 +81,21 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     """Serve the page until it is stopped. `draw_by` gives what draws with a base, if that is not
     this process. Raises UserError."""
     base = Base.find(args.base)
-    if core.user_path(args.runs_dir).exists():
+    if user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
     for name, offered_instead in OFFERED_WITHOUT.items():
-        if (given := getattr(args, name)) and not core.user_path(given).is_dir():
+        if (given := getattr(args, name)) and not user_path(given).is_dir():
             absent = f"--{name} {given}: there is no such folder"
             print(f"note: {absent}, so the page offers {offered_instead}", file=sys.stderr)
     from dreambooth_moslora.ui import guard, page  # gradio takes seconds
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
-        raise core.UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
+        raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_exposed = args.share or args.server_name not in guard.LOOPBACK
     if (is_exposed or allowed) and not (logins or args.public):
-        raise core.UserError(NEEDS_LOGIN)
+        raise UserError(NEEDS_LOGIN)
     context = context_of(args, draw_by)
     # what gradio keeps is deleted with the workspace
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
@@ -110,7 +111,7 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     try:
         page.build_app(context, templates_for(base)).launch(**options)
     except OSError as error:
-        raise core.UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
+        raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:
         context.workspace.close()
     return 0
@@ -120,7 +121,7 @@ def parse_login(text: str) -> tuple[str, str]:
     """The name and the password. Raises UserError."""
     name, colon, password = text.partition(":")
     if not (name and colon and password):
-        raise core.UserError("--auth needs NAME:PASSWORD")
+        raise UserError("--auth needs NAME:PASSWORD")
     return name, password
 
 
@@ -130,11 +131,11 @@ def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppC
     from dreambooth_moslora.ui import state
     from dreambooth_moslora.ui.workspace import new_workspace
 
-    bases_dir = core.user_path(args.bases_dir).resolve() if args.bases_dir else None
+    bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
     first, has_one = Base.find(args.base), args.public or draw_by is not None
     found = {first.public_name: first} if has_one else offered(first, bases_dir)
     bases = [page_base(title, base, draw_by) for title, base in found.items()]
-    adapters_dir = core.user_path(args.adapters_dir).resolve()
+    adapters_dir = user_path(args.adapters_dir).resolve()
     return state.AppContext(
         *bases,
         adapters_dir=adapters_dir,
@@ -172,11 +173,11 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
 def runs_folder(text: str) -> Path:
     """The folder, made if needed. Raises UserError when that fails."""
     try:
-        folder = core.user_path(text).resolve()
+        folder = user_path(text).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     except (OSError, RuntimeError, ValueError) as error:
-        raise core.UserError(f"--runs_dir {text} cannot be a folder: {core.one_line(error)}") from error
+        raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
 
 
 def bases_below(folder: Path) -> list[Path]:
@@ -196,7 +197,7 @@ def bases_below(folder: Path) -> list[Path]:
 def is_checkpoint(file: Path) -> bool:
     try:
         return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
-    except (core.UserError, OSError):
+    except (UserError, OSError):
         return False
 
 
@@ -211,7 +212,7 @@ def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
     for base in bases:
         places.setdefault(os.path.realpath(base.place), base)
     for base in places.values():
-        found[core.free_name(clean_name(base.public_name), found.__contains__, " ")] = base
+        found[free_name(clean_name(base.public_name), found.__contains__, " ")] = base
     return found
 
 
@@ -225,8 +226,8 @@ def about(base: Base) -> str:
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
         has = f"{base.facts.title}, {base.resolution_px} px, {base.weights_gib:.1f} GiB of weights"
-    except (core.UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
-        return f"it cannot be used: {core.one_line(error)}"
+    except (UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
+        return f"it cannot be used: {one_line(error)}"
     return f"{has}: {needs}"
 
 

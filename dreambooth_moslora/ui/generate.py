@@ -9,8 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
 from dreambooth_moslora.ui import generate_values, state
 from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, recipe_of, summary_of

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_moslora.core import UserError, file_digest, is_number
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import (
     MAX_STEPS,
     GenerationParams,
@@ -29,6 +30,7 @@ from dreambooth_moslora.generation.params import (
 )
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.workspace import Picture, Workspace
+from dreambooth_moslora.values import is_number
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.params import Image, Step

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.responses import PlainTextResponse
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}

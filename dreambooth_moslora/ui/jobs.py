@@ -24,16 +24,13 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.core import (
-    UserError,
-    birth_of,
-    is_finite_number,
-    one_line,
-    rename,
-    small_text,
-)
 from dreambooth_moslora.disk import processes, queue, run_folder
+from dreambooth_moslora.disk.atomic import rename
+from dreambooth_moslora.disk.contents import small_text
 from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.process_identity import birth_of
+from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.values import is_finite_number
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state, train, train_form

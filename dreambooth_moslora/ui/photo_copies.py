@@ -11,7 +11,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from dreambooth_moslora.core import UserError, rename
+from dreambooth_moslora.disk.atomic import rename
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 from dreambooth_moslora.photos.photo_file import grey_mask

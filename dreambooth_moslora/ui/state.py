@@ -28,8 +28,9 @@ import gradio as gr
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
-from dreambooth_moslora.core import UserError, assets_folder, free_name, one_line
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.paths import assets_folder, free_name
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts

@@ -6,8 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core import UserError, public_name
+from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import (

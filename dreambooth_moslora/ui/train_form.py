@@ -12,8 +12,10 @@ from typing import Any
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
-from dreambooth_moslora.core import MAX_WORD_CHARACTERS, UserError, file_digest, is_number
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -22,6 +24,7 @@ from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.settings import rules, sources, toys
 from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
 from dreambooth_moslora.ui.photo_copies import kept_photos
+from dreambooth_moslora.values import is_number
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
 OF_MACHINE = (

@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state, train_form, train_photos, train_start

@@ -15,8 +15,9 @@ import PIL.Image
 import PIL.ImageChops
 
 from dreambooth_moslora.base.machine import best_device
-from dreambooth_moslora.core import UserError, file_digest
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import NONE
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of

@@ -17,8 +17,10 @@ from typing import Any
 
 from dreambooth_moslora.adapters.metadata import check_start_file
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, free_name, small_text
 from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.disk.contents import small_text
+from dreambooth_moslora.disk.paths import free_name
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.choices import USUAL_EXPOSURES, Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps

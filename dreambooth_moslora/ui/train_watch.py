@@ -13,9 +13,10 @@ from zipfile import ZipFile
 import gradio as gr
 import pandas as pd
 
-from dreambooth_moslora.core import UserError, atomic_write, is_finite_number
 from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.queue import QueuedRun
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
@@ -23,6 +24,7 @@ from dreambooth_moslora.ui import generate_values, html, train_form
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
 from dreambooth_moslora.ui.workspace import Workspace
+from dreambooth_moslora.values import is_finite_number
 
 POLL_SEC = 2.0
 NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")

@@ -14,7 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, is_running, own_token
+from dreambooth_moslora.disk.process_identity import is_running, own_token
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui.photo_copies import kept_photos
 

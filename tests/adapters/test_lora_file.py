@@ -27,8 +27,8 @@ from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, check_start_file
 from dreambooth_moslora.adapters.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture

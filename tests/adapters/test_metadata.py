@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dreambooth_moslora.adapters import published_file, raw_file
 from dreambooth_moslora.adapters.describe import describe
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.training import explain, model_card
 from dreambooth_moslora.ui.generate_values import summary_of
 from tests.helpers.tiny import tiny_unet

@@ -38,8 +38,8 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.checks import check_settings
 from dreambooth_moslora.plan.memory import adapter_parameters as counted
 from dreambooth_moslora.plan.memory import size_of_base

@@ -25,7 +25,7 @@ from dreambooth_moslora.adapters.mixer import MixerLinear
 from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS as ATTENTION
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
 from dreambooth_moslora.base.load import quantize
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 from tests.helpers.folding import loaded_by_diffusers

@@ -26,8 +26,8 @@ from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_layers, a
 from dreambooth_moslora.adapters.published_file import load_published, publish
 from dreambooth_moslora.adapters.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
 from tests.adapters.test_lora_file import shaken
 from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders

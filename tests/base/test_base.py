@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import TOYS

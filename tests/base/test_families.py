@@ -21,7 +21,7 @@ from dreambooth_moslora.adapters.moslora import (
     switched_off,
 )
 from dreambooth_moslora.base.families import METHODS, family_of, packed, unpacked
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import FAMILIES, facts_of
 from dreambooth_moslora.settings.rows import is_adapted
 from tests.helpers.tiny_families import MAKERS, OPTIONS, tiny_pipeline

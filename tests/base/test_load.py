@@ -25,8 +25,8 @@ from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.generate import base_of_runs
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.families import FAMILIES

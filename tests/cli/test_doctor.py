@@ -22,7 +22,7 @@ from dreambooth_moslora.cli.machine import (
     out_of_range,
 )
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import checks
 from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.table import TrainConfig

@@ -20,8 +20,8 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.cli.train import log_file, print_ending, run_trainer, train_main
-from dreambooth_moslora.core import assets_folder
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
@@ -250,7 +250,7 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 class Interrupter:
     def find_spec(self, name, *_):
-        if name == "dreambooth_moslora.core":
+        if name == "dreambooth_moslora.errors":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupter())
 """

@@ -14,12 +14,12 @@ from dreambooth_moslora.cli import train as one_word
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import INTERRUPTED
 from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
-from dreambooth_moslora.core import CLIP, DINO
 from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import load_settings
 from tests.helpers.tiny_training import paint_photos

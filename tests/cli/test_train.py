@@ -11,9 +11,9 @@ from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base, asked_of_hub
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.settings.table import SETTINGS
 from dreambooth_moslora.training.step import TrainStep

@@ -13,19 +13,14 @@ from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.core import (
-    UserError,
-    atomic_directory,
-    atomic_write,
-    clean_stale,
-    process_token,
-    read_json,
-    scratch_directory,
-)
 from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
+from dreambooth_moslora.disk.process_identity import process_token
 from dreambooth_moslora.disk.queue import locked, owner_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig
@@ -36,7 +31,7 @@ from dreambooth_moslora.ui.jobs import Job
 WRITER = """
 import sys
 from pathlib import Path
-from dreambooth_moslora.core import atomic_directory, atomic_write
+from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 root, number = Path(sys.argv[1]), 0
 print("ready", flush=True)

@@ -11,12 +11,13 @@ from contextlib import nullcontext
 
 import pytest
 
-from dreambooth_moslora import core
 from dreambooth_moslora.cli.terminal import exit_code
-from dreambooth_moslora.core import UserError, atomic_directory, atomic_write, clean_stale, process_token
-from dreambooth_moslora.disk import processes
+from dreambooth_moslora.disk import atomic, processes
+from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, clean_stale, rename
+from dreambooth_moslora.disk.process_identity import process_token
 from dreambooth_moslora.disk.queue import LOCK_NAME, OWNER_NAME, QueuedRun, locked
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.records import stop_path
 from dreambooth_moslora.extras.cluster.worker import Job as Work
 from dreambooth_moslora.extras.cluster.worker import train_subject
@@ -56,7 +57,7 @@ def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_wi
     is_new, closes, tmp_path, monkeypatch
 ):
     """A scanner has the new one's file open, or a viewer the old one's."""
-    folder, begin, opened = tmp_path / "checkpoint-1", core.rename, []
+    folder, begin, opened = tmp_path / "checkpoint-1", rename, []
     write(folder, "old")
 
     def looked_at(source, target) -> None:
@@ -66,8 +67,8 @@ def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_wi
                 threading.Timer(0.3, opened[0].close).start()
         begin(source, target)
 
-    monkeypatch.setattr(core, "rename", looked_at)
-    monkeypatch.setattr(core, "WAIT_SEC", 20 if closes else 0.2)
+    monkeypatch.setattr(atomic, "rename", looked_at)
+    monkeypatch.setattr(atomic, "WAIT_SEC", 20 if closes else 0.2)
     with nullcontext() if closes else pytest.raises(PermissionError):
         write(folder, "new")
     assert (folder / "weights").read_text() == ("new" if closes else "old")
@@ -77,7 +78,7 @@ def test_a_checkpoint_waits_for_a_program_that_has_its_file_open_and_is_whole_wi
 
 
 def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(core, "WAIT_SEC", 0)
+    monkeypatch.setattr(atomic, "WAIT_SEC", 0)
     (sheet := tmp_path / "contact_sheet.png").write_text("old")
     with sheet.open():
         assert exit_code(lambda: atomic_write(sheet, "new")) == 2

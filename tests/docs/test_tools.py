@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings

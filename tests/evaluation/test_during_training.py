@@ -15,8 +15,8 @@ from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.cli.evaluate import output_folder
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import make_evaluator
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan

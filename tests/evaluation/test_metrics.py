@@ -13,7 +13,7 @@ import transformers
 from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from toybox.make_subjects import FOLDER, load

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.cli.evaluate import summary
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import StepEvaluated, event_of
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.metrics import load_encoders, picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for

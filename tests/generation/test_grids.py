@@ -11,8 +11,8 @@ import pytest
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import generate
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Provenance, draw_seed, read_recipe, split_lora_tags
 from tests.helpers.odd_photos import jpeg, png_of
 

@@ -21,8 +21,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreambooth_moslora.adapters import published_file, raw_file
 from dreambooth_moslora.base import load, machine
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import fixed_seeds, previews
 from dreambooth_moslora.generation import pipeline as gpu_room
 from dreambooth_moslora.generation.params import (

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dreambooth_moslora.adapters.metadata import AdapterMetadata, with_recipe
 from dreambooth_moslora.base.families import denoiser_of, encoding_options
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS, text_options_of

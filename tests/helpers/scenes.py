@@ -21,9 +21,9 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora import core
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.plan import memory
@@ -35,7 +35,7 @@ RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = made_before.generate_images, Sampler._draw, TensorCache._keep
 save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
-claim, free_gib, half = core.atomic_write, memory.free_gib_of_gpu, machine.half_precision
+claim, free_gib, half = atomic_write, memory.free_gib_of_gpu, machine.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -78,7 +78,7 @@ class Scene:
         Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
         TensorCache._keep = self.noting("encoded", keep, lambda cache, key, value: key)
         checkpoint.save_checkpoint = self.noting("saved", save_checkpoint, lambda path, *_: path.name)
-        core.atomic_write = self.noting("started", claim, lambda path, text: path.name)
+        checkpoint.atomic_write = self.noting("started", claim, lambda path, text: path.name)
         TrainStep._average_gradients = self.noting("averaged", average, lambda step: step.step)
         note_step = self.noting("reported", append, lambda run_dir, event: event["step"])
         RunDir.append_metrics = lambda run, event: (note_step if event["type"] == "step" else append)(run, event)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from dreambooth_moslora.core import UserError, assets_folder, find_asset
+from dreambooth_moslora.disk.paths import assets_folder, find_asset
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_image

@@ -13,7 +13,7 @@ import pytest
 from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
 from PIL import Image, ImageFilter
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, image_bytes, log_strays, photo_report

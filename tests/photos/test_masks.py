@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.core import UserError, find_asset
+from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks

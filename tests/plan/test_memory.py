@@ -18,8 +18,8 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
 from dreambooth_moslora.cli.train import parse_train_config, train_main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings

@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.plan.memory import in_lines
 from dreambooth_moslora.plan.processes import agreed, make_accelerator, on_each, on_main, refusal, share_out
 from dreambooth_moslora.settings.table import TrainConfig

@@ -7,7 +7,7 @@ from diffusers import ZImagePipeline
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import facts_of

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, ZImagePipeline
 from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
-from dreambooth_moslora.core import assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
 from toybox.data.renders import Renders
 from toybox.keep_training import BASE, Settings, make_renders
 from toybox.learning import train_flow

@@ -30,8 +30,8 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config, train_main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
 from dreambooth_moslora.extras.cluster.together import Member, train_together

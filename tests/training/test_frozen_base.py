@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save, save_file
 from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, resized_size
 from dreambooth_moslora.plan.checks import preflight

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.cli import evaluate
-from dreambooth_moslora.core import StopRequestedError, UserError
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter

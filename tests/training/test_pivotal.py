@@ -13,8 +13,8 @@ from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, pr
 from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of
 from dreambooth_moslora.settings.table import TrainConfig

@@ -13,8 +13,8 @@ from torch.utils import backend_registration
 from benchmarks.precision import bf16_accelerator
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, selftest

@@ -14,12 +14,13 @@ from torch._inductor import config as inductor
 
 from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.base.load import TextProducts, TextProjection
-from dreambooth_moslora.core import StopRequestedError, UserError, generator
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.plan import processes
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.plan.processes import compute_exactly
+from dreambooth_moslora.seeds import generator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, loop, prepare
 from dreambooth_moslora.training import step as train_step

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone, shared_settings
 from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.plan.plan import make_plan

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core import assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase

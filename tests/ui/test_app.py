@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES

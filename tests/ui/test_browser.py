@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.toys import ABOUT
 from dreambooth_moslora.ui.state import PageBase

@@ -13,7 +13,8 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import (
     GenerationParams,
     Image,

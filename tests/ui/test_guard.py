@@ -7,7 +7,7 @@ import httpx
 import pytest
 from gradio_client import Client
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import guard
 from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import launch_options

@@ -12,9 +12,10 @@ import gradio as gr
 import psutil
 import pytest
 
-from dreambooth_moslora.core import UserError, birth_of
 from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.disk.processes import why_it_ended
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.state import as_gradio_error

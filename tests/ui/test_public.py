@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.guard import MAX_FORM_BYTES
 from dreambooth_moslora.ui.page import MOST_WAITING
 from tests.helpers.ui_server import serve

@@ -15,9 +15,9 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import log_file
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
 from dreambooth_moslora.ui.train_form import TrainForm
 from dreambooth_moslora.ui.train_start import add_to_queue, start_run
@@ -369,7 +369,7 @@ def test_a_program_is_told_what_the_trainer_remarked_once(page):
         ("dreambooth_moslora.cli.train", logging.INFO, "begins"),
         ("py.warnings", logging.WARNING, "/usr/lib/x.py: deprecated"),
         *[("dreambooth_moslora.cli.train", logging.WARNING, "note: --prior has no effect")] * 2,
-        ("dreambooth_moslora.core", logging.WARNING, f"{run}/old was not removed"),
+        ("dreambooth_moslora.disk.atomic", logging.WARNING, f"{run}/old was not removed"),
     ):
         log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
     log.close()

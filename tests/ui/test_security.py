@@ -15,8 +15,8 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import clean_name
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Jobs

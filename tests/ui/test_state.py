@@ -15,7 +15,7 @@ import gradio as gr
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs

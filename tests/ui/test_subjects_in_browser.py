@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.core import file_digest
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_mask

@@ -9,7 +9,8 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.core import UserError, assets_folder
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import FoundRecipe, load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig, checked_setting

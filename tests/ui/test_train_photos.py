@@ -10,7 +10,9 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dreambooth_moslora.core import UserError, assets_folder, file_digest
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import CropRule, apply_crop, open_mask, open_rgb

@@ -15,8 +15,9 @@ import pytest
 from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.core import UserError, file_digest
 from dreambooth_moslora.disk import processes
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings

@@ -12,9 +12,9 @@ import PIL.Image
 import psutil
 import pytest
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train_form import in_the_forms_words

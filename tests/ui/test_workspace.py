@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.ui.photo_copies import MAX_SIDE_PX, kept_photos, take_photos

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from dreambooth_moslora.core import UserError, file_digest, from_json, one_line
 from dreambooth_moslora.disk import processes, queue, run_folder
+from dreambooth_moslora.disk.contents import file_digest, from_json
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
 T = TypeVar("T")

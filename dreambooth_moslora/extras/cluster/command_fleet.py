@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, spelled_out, user_path
+from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
 from dreambooth_moslora.plan import choices
 

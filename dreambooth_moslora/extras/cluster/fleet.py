@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import on_ray, records, worker
 from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
 from dreambooth_moslora.plan import checks, memory

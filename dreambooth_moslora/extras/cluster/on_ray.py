@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth_moslora.core import UserError, import_environment, one_line
+from dreambooth_moslora.disk.paths import import_environment
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.rules import version_of
 
 GIB = 2**30

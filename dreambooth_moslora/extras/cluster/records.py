@@ -19,8 +19,10 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dreambooth_moslora.core import UserError, atomic_write, read_json, spelled_out
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.pictures import jpeg_url, render
 from dreambooth_moslora.training.explain import NOT_SCORED, advice_after, figures_from, known_config, with_report
 

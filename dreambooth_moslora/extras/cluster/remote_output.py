@@ -15,8 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dreambooth_moslora.core import UserError, atomic_write, content_key
 from dreambooth_moslora.disk import processes, run_folder
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import content_key
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import on_ray, records, subjects, worker
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet

@@ -18,20 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.core import (
-    MAX_WORD_CHARACTERS,
-    SUBJECT_FILE,
-    UserError,
-    content_key,
-    file_digest,
-    find_asset,
-    from_json,
-    one_line,
-    read_json,
-    small_text,
-    user_path,
-)
+from dreambooth_moslora.disk.contents import content_key, file_digest, from_json, read_json, small_text
+from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, user_path
 from dreambooth_moslora.disk.run_folder import check_name, find_weights
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
 

@@ -31,8 +31,9 @@ from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import UserError, read_json, shortened, spelled_out
 from dreambooth_moslora.disk import events, processes
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.errors import UserError, shortened, spelled_out
 from dreambooth_moslora.extras.cluster import records, stacked_adapters
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan

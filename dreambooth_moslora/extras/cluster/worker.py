@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk import events, processes, queue, run_folder
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_record
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_moslora.adapters import moslora, raw_file
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import TrainResult, advanced, training
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import terminal, train
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, read_json, user_path
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset, user_path
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet, subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.load import architecture
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.basis import put_basis
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import training

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.core import atomic_write, public_name
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import run
 from dreambooth_moslora.extras.lab.study import Cell, Study

@@ -37,8 +37,9 @@ from PIL import Image
 from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.core import atomic_write, content_key, read_json
 from dreambooth_moslora.disk import events, processes, run_folder
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, on_ray

@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
-from dreambooth_moslora.core import SUBJECT_FILE, UserError, find_asset, read_json
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.subjects import prompts_of
 from dreambooth_moslora.plan import choices
 from dreambooth_moslora.settings import prompts, sources

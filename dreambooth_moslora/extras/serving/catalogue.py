@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
-from dreambooth_moslora.core import UserError, find_asset, parse_object
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import (
     PUBLISHED_NAME,
     TOKENS_SUFFIX,
@@ -25,8 +25,10 @@ from dreambooth_moslora.disk.run_folder import (
     named_files,
     run_files,
 )
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Digests
 from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
+from dreambooth_moslora.values import parse_object
 
 
 class RefusedError(UserError):

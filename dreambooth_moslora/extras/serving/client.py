@@ -18,9 +18,11 @@ from urllib.parse import urlsplit
 
 import PIL.Image
 
-from dreambooth_moslora.core import UserError, file_digest, one_line, parse_object
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import find_weights
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.generation.params import GenerationParams, Image, Recipe, Step, recipe_in
+from dreambooth_moslora.values import parse_object
 
 TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"  # A flag would show the token in process lists
 MAX_ANSWER_BYTES = 256 * 2**20

@@ -11,7 +11,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.core import UserError, find_asset, one_line
+from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Catalogue, Drawn, Order, RefusedError, too_late
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.serving.catalogue import Catalogue, Drawn, Order, RefusedError, parse_order, too_late
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 

@@ -14,7 +14,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from dreambooth_moslora.core import UserError, one_line
+from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.serving.catalogue import Drawn, Order, RefusedError, open_catalogue
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.events import RunStarted, record_of
 from dreambooth_moslora.disk.processes import CONFIG_NAME, write_settings
 from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import fleet, worker
 from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
 from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task

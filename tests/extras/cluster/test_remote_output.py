@@ -14,8 +14,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import bucket as bucket_module
 from dreambooth_moslora.extras.cluster import remote_output
 from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, Mirror, SupersededError, read_manifest

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import bucket, remote_output
 from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, read_manifest
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config

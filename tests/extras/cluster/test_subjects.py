@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet, records
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record

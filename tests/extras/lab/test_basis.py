@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from dreambooth_moslora.adapters import fast_linear, moslora, raw_file
 from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import learn_basis
 from dreambooth_moslora.extras.lab.basis import freeze_basis, leading_directions, put_basis, train_on_basis
 from tests.adapters.test_fast_linear import unet_loss

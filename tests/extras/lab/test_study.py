@@ -11,7 +11,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
 from dreambooth_moslora.extras.lab.report import difference_plot, finding, outcome_rows

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.core import UserError
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Order, RefusedError, open_catalogue, parse_order
 from dreambooth_moslora.extras.serving.drawer import Batches

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving.client import RemotePipeline, Service
 from dreambooth_moslora.extras.serving.command_page import page_arguments, service_of
 from dreambooth_moslora.extras.serving.front import Access, build_front

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.datastructures import URL
 
-from dreambooth_moslora.core import UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
 from dreambooth_moslora.extras.serving.drawer import Drawer

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_moslora import core
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.train import parse_train_config
-from dreambooth_moslora.core import find_asset, free_name, is_finite_number, is_number, place_of, public_name, seed_of
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.paths import assets_folder, default_cache_dir, find_asset, free_name, public_name
+from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
+from dreambooth_moslora.values import is_finite_number, is_number
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,10 +58,10 @@ def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(text, k
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     if not isinstance(found, str):
-        assert core.read_json(path, kind) == found
+        assert read_json(path, kind) == found
         return
-    with pytest.raises(core.UserError) as told:
-        core.read_json(path, kind)
+    with pytest.raises(UserError) as told:
+        read_json(path, kind)
     assert found in str(told.value)
 
 
@@ -66,8 +69,8 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that does not know its user
-    with pytest.raises(core.UserError, match="set XDG_CACHE_HOME"):
-        core.default_cache_dir()
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        default_cache_dir()
 
 
 def test_the_first_free_name():
@@ -82,9 +85,9 @@ def test_the_first_free_name():
 def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_every_script_stay():
     """`gpj.exe` behind U+202E reads as `exe.jpg` on a terminal."""
     turned = "a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\r"
-    assert core.spelled_out(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
+    assert spelled_out(turned) == r"a\u202egpj.exe\u2069 \u200fa\x1b[0m\x85\x0d"
     text = "café 雪 шар כלב 👩\u200d🚀\n\t"
-    assert core.spelled_out(text) == text
+    assert spelled_out(text) == text
 
 
 def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
@@ -96,9 +99,9 @@ def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
 def test_seeds_depend_on_every_name_and_on_nothing_else():
     seeds = {seed_of(*names) for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))}
     assert len(seeds) == 4
-    one, other = (torch.randn(4, generator=core.generator(7, "a")) for _ in range(2))
+    one, other = (torch.randn(4, generator=generator(7, "a")) for _ in range(2))
     assert torch.equal(one, other)
-    assert core.rng(7, "a").random() == core.rng(7, "a").random()
+    assert rng(7, "a").random() == rng(7, "a").random()
     assert seed_of("ab", "c") != seed_of("a", "bc") and seed_of(7, "crop", 3) == 2131499920990350508
 
 
@@ -112,7 +115,7 @@ def test_each_epoch_shows_every_slot_once_in_a_new_order():
 
 def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
     """In a clone, assets lie beside the package."""
-    assert core.assets_folder() == ROOT / "assets"
+    assert assets_folder() == ROOT / "assets"
     assert Base.find("toy").folder == ROOT / "assets" / "toy-sdxl"
     monkeypatch.chdir(tmp_path)
     config = parse_train_config(["--config", "assets/configs/quickstart.toml"])

@@ -1,0 +1,139 @@
+"""Whole files and folders: they appear complete, by temporary name, fsync and rename, or not at all."""
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dreambooth_moslora.disk.process_identity import is_running, own_token
+
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file completely, or leave its old content. The folder must exist."""
+    path = Path(path)
+    temporary = temporary_name(path, "new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+IS_OPEN = (5, 32)
+"""Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION)."""
+WAIT_SEC, AGAIN_SEC = 10.0, 0.1
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which only Windows refuses: a
+    viewer, or a scanner of viruses. Raises the last PermissionError."""
+    end = time.monotonic() + WAIT_SEC
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in IS_OPEN or time.monotonic() > end:
+                raise
+        time.sleep(AGAIN_SEC)
+
+
+@contextmanager
+def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
+    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
+    clean_stale(folder)
+    scratch = temporary_name(folder / name, "new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_directory(path.parent, path.name) as temporary:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        sync_folder(temporary)
+        old = temporary_name(path, "old")
+        if path.exists():  # `recover` repairs a kill between the two renames
+            rename(path, old)
+        try:
+            rename(temporary, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                rename(old, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Rename it, so that its name is free at once, then delete it. One that is in use stays whole, with a warning."""
+    doomed = temporary_name(path, "new")
+    try:
+        rename(path, doomed)
+    except PermissionError as error:
+        logging.getLogger(__name__).warning("%s was not removed: %s", path, error.strerror)
+    else:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def temporary_name(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{own_token(os.getpid())}.{kind}")
+
+
+def recover(folder: Path) -> None:
+    """Restore a folder's name after a kill between the two renames of its replacement."""
+    for path, match in temporaries(folder):
+        target = folder / match["name"]
+        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_in_use(match):
+            with suppress(OSError):
+                os.replace(path, target)
+
+
+def clean_stale(folder: Path) -> None:
+    """Remove temporaries of processes that no longer run from `folder`."""
+    recover(folder)
+    for path, match in temporaries(folder):
+        if path.is_dir() and not is_in_use(match):
+            shutil.rmtree(path, ignore_errors=True)
+        elif not is_in_use(match):
+            path.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    return [(path, match) for path in folder.iterdir() if (match := TEMPORARY.fullmatch(path.name))]
+
+
+def is_in_use(temporary: re.Match[str]) -> bool:
+    """Whether the process that made it still runs. Each removes its own temporaries itself."""
+    return is_running(int(temporary["pid"]), temporary["token"])
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush renames in the folder to the disk; not every system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

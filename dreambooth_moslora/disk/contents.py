@@ -1,0 +1,95 @@
+"""What a file holds: its text up to a limit, as JSON of checked types, and its digest."""
+
+import errno
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from dreambooth_moslora.errors import UserError, first_problem
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+M = TypeVar("M")
+
+
+def content_key(**facts: object) -> str:
+    """A hex key of JSON-able values, the same in every process."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256. Raises UserError for what is no file: a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MOST_TEXT_BYTES = 32 * 2**20
+
+
+def check_size(path: Path, most_bytes: int) -> None:
+    """Raises OSError for a larger file: a hole of gigabytes on the disk would fill the memory."""
+    if path.stat().st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes // 2**20} MiB")
+
+
+def small_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, errors: str = "strict") -> str:
+    """The text of a file; `errors` says what becomes of bytes that are not UTF-8.
+
+    Raises UnicodeDecodeError, and OSError, also for more than `most_bytes`.
+    """
+    check_size(path, most_bytes)
+    return path.read_text(encoding="utf-8-sig", errors=errors)
+
+
+def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """The text of a file that a run left, perhaps somebody else's. Raises UserError naming it."""
+    try:
+        return small_text(path, most_bytes, errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from error
+
+
+def read_json(path: Path, model: type[M] = dict, most_bytes: int = MOST_TEXT_BYTES) -> M:
+    """What `from_json` makes of a file. Raises UserError naming the file and its first wrong value."""
+    try:
+        return from_json(small_text(path, most_bytes), model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {reason_of(error)}.") from error
+
+
+def from_json(text: str | bytes, model: type[M] = dict) -> M:
+    """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
+    pydantic checks: 1 is a float, but no "1" and no true. Raises UserError with the first wrong value.
+    """
+    try:
+        if model is not dict:
+            return type_adapter(model).validate_json(text, strict=True)
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
+        is_pydantics = hasattr(error, "errors")
+        what = first_problem(error) if is_pydantics else f"it is not valid JSON: {error}"
+        raise UserError(what) from error
+    if not isinstance(found, dict):
+        raise UserError(f"expected names and values, found a {type(found).__name__}")
+    return found
+
+
+@cache
+def type_adapter(model: type[M]) -> "TypeAdapter[M]":
+    from pydantic import TypeAdapter  # not before it is needed: most commands read no record
+
+    return TypeAdapter(model)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a text file was not read."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, UserError):
+        return str(error)
+    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"

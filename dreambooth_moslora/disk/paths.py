@@ -1,0 +1,76 @@
+"""Where things lie: the program's own assets, caches, paths of the user's, public names."""
+
+import os
+import re
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+from dreambooth_moslora.errors import UserError
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where neither is known."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+    except RuntimeError:
+        raise UserError("this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir.") from None
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def clone_folder() -> Path | None:
+    """The root of the repository, or None when the program was installed from a wheel."""
+    return None if (PACKAGE / "assets").is_dir() else PACKAGE.parent
+
+
+def assets_folder() -> Path:
+    """The folder of the toy world's models, and of `adapters`, `configs`, `studies` and `subjects`."""
+    return (clone_folder() or PACKAGE) / "assets"
+
+
+def import_environment() -> dict[str, str]:
+    """Environment variables that let a child process import this program from any folder: PYTHONPATH in a clone."""
+    clone = clone_folder()
+    if clone is None:
+        return {}
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": f"{clone}{os.pathsep}{inherited}" if inherited else str(clone)}
+
+
+def user_path(path: str | Path) -> Path:
+    """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises a RuntimeError."""
+    return Path(os.path.expanduser(path))
+
+
+def find_asset(path: str) -> str:
+    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the README's examples)."""
+    path = os.path.expanduser(path)
+    parts = Path(path).parts
+    if parts[:1] != ("assets",) or os.path.exists(path):
+        return path
+    own = assets_folder().joinpath(*parts[1:])
+    return str(own) if own.exists() else path
+
+
+SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
+MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def public_name(name: str | Path) -> str:
+    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the rest is private."""
+    path = os.path.expanduser(str(name))
+    if path and os.path.exists(path):
+        return os.path.basename(os.path.abspath(path))
+    text = str(name).replace("\\", "/")
+    return text if HUB_ID.fullmatch(text) else Path(text).name
+
+
+def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins at `name_1`."""
+    if not is_numbered and not is_taken(name):
+        return name
+    numbers = count(1 if is_numbered else 2)
+    return next(numbered for n in numbers if not is_taken(numbered := f"{name}{separator}{n}"))

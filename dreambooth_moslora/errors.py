@@ -1,0 +1,61 @@
+"""Errors for the person at the keyboard, and other libraries' errors as one line."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of a line."""
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
+    r"|could not create a (primitive|memory object)$"
+)
+"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of oneDNN."""
+MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousand is not shown whole.
+
+
+def spelled_out(text: str) -> str:
+    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`, for any
+    file and terminal. Line feeds and tabs stay."""
+    return CONTROL.sub(lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode())
+
+
+def escape(letter: int) -> str:
+    return f"\\x{letter:02x}" if letter < 256 else f"\\u{letter:04x}"
+
+
+def one_line(error: object, most: int = 200) -> str:
+    """Another library's error as one line of at most `most` characters; its type if it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def first_problem(error: "ValidationError") -> str:
+    """What is wrong with the first wrong value that pydantic has found, after its name."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']}" if place else found["msg"]
+
+
+def shortened(text: str) -> str:
+    """A long message without its middle: the beginning says what is wrong, the end what to do."""
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]} … {text[-half:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or bool(NO_MEMORY.search(str(error)))
+
+
+class StopRequestedError(Exception):
+    """The user asked to stop: the current work can be dropped without saving."""
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that says what was wrong and what to do (exit code 2, no traceback)."""
+
+    def __init__(self, text: str):
+        super().__init__(shortened(spelled_out(text)))
