@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from dreambooth_moslora.cli.train import train_main
+        from dreambooth_moslora.cli.command_train import train_main
 
         sys.exit(train_main())
     except KeyboardInterrupt:  # also while the imports above run

@@ -25,7 +25,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     keep_freed_memory()
     import torch
 
-    from dreambooth_moslora.training.selftest import random_materials
+    from dreambooth_moslora.extras.lab.selftest import random_materials
 
     materials = random_materials(size, resolution_px)
     unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1, 1, bool)
@@ -48,8 +48,8 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made here."""
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
+    from dreambooth_moslora.extras.lab.selftest import random_materials
     from dreambooth_moslora.settings.table import TrainConfig
-    from dreambooth_moslora.training.selftest import random_materials
     from dreambooth_moslora.training.step import TrainStep
 
     keep_freed_memory()

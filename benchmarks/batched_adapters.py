@@ -110,7 +110,7 @@ def trained(kind: str, count: int, steps: int) -> dict:
 
 
 def configs(kind: str, count: int, steps: int, out: Path) -> Iterator[TrainConfig]:
-    from dreambooth_moslora.extras.cluster.subjects import read_subjects
+    from dreambooth_moslora.extras.cluster.fleet_subjects import read_subjects
     from dreambooth_moslora.settings.sources import load_settings
 
     own = ("instance_data_dir", "output_dir", "instance_prompt", "class_prompt")
@@ -144,8 +144,8 @@ def counted(config: TrainConfig, count: int) -> tuple[int, int, float]:
     from benchmarks.gpu_memory import POOLED_WIDTH, TEXT_WIDTH, TOKENS, adapted_unet, counted_total_gib, empty
     from benchmarks.meta_count import GIB, Count, Counter, flash_attention
     from benchmarks.sdxl_structure import sdxl_unet
-    from dreambooth_moslora.adapters.fast_linear import WorkingCopies
     from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
+    from dreambooth_moslora.method.fast_linear import WorkingCopies
 
     base = sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
     models = [adapted_unet(config, unet=twin(base)) for _ in range(count)]

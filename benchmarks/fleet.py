@@ -25,9 +25,9 @@ import psutil
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
-from dreambooth_moslora.extras.cluster.on_ray import EMBEDDED, connected
+from dreambooth_moslora.extras.cluster.fleet_subjects import read_subjects
+from dreambooth_moslora.extras.cluster.ray_fleet import EMBEDDED, connected
 from dreambooth_moslora.extras.cluster.records import Record, write_record
-from dreambooth_moslora.extras.cluster.subjects import read_subjects
 from dreambooth_moslora.extras.cluster.worker import Job
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "memory": 4 * 2**30}

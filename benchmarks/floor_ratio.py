@@ -27,8 +27,8 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     """(floor, gradients of a step, update of the adapter)."""
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.extras.cluster.stacked_adapters import twin
+    from dreambooth_moslora.extras.lab.selftest import floor_step, random_materials
     from dreambooth_moslora.settings.table import TrainConfig
-    from dreambooth_moslora.training.selftest import floor_step, random_materials
     from dreambooth_moslora.training.step import TrainStep
 
     config = TrainConfig(

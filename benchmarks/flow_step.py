@@ -26,13 +26,13 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.family_memory import MODELS, PLANS, config_of, facts_named
 from benchmarks.gpu_step import WARM_UP, measured
 from benchmarks.precision import half_accelerator
-from dreambooth_moslora.adapters.fast_linear import disable_fast_path
-from dreambooth_moslora.base.families import METHODS, filled
 from dreambooth_moslora.base.load import quantize
-from dreambooth_moslora.plan.processes import DTYPES
+from dreambooth_moslora.base.pipelines import METHODS, filled
+from dreambooth_moslora.extras.lab.selftest import fill, materials_of, noise_of
+from dreambooth_moslora.method.fast_linear import disable_fast_path
+from dreambooth_moslora.plan.distributed import DTYPES
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.training.prepare import TrainInputs
-from dreambooth_moslora.training.selftest import fill, materials_of, noise_of
 from dreambooth_moslora.training.step import TrainStep
 
 __all__ = ["ARMS", "SMALL", "main"]

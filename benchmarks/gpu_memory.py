@@ -52,8 +52,8 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import TextProducts
+    from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.training.adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
@@ -68,7 +68,7 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
     """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
-    from dreambooth_moslora.adapters.fast_linear import WorkingCopies
+    from dreambooth_moslora.method.fast_linear import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]

@@ -135,8 +135,8 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    from dreambooth_moslora.plan.processes import DTYPES
-    from dreambooth_moslora.training.selftest import floor_step, random_materials
+    from dreambooth_moslora.extras.lab.selftest import floor_step, random_materials
+    from dreambooth_moslora.plan.distributed import DTYPES
 
     materials = random_materials(options.size, options.resolution, DTYPES[options.precision])
     unet = materials.pipeline.unet.to(device).requires_grad_(False).train()
@@ -147,10 +147,10 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
     from benchmarks.graphs import record_passes
-    from dreambooth_moslora.adapters.fast_linear import disable_fast_path
     from dreambooth_moslora.base.load import quantize
-    from dreambooth_moslora.plan.processes import DTYPES
-    from dreambooth_moslora.training.selftest import random_materials
+    from dreambooth_moslora.extras.lab.selftest import random_materials
+    from dreambooth_moslora.method.fast_linear import disable_fast_path
+    from dreambooth_moslora.plan.distributed import DTYPES
     from dreambooth_moslora.training.step import TrainStep
 
     dtype = DTYPES[options.precision]

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from diffusers import UNet2DConditionModel
 
-from dreambooth_moslora.adapters.moslora import (
+from dreambooth_moslora.method.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
     adapter_layers,

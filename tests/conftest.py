@@ -27,11 +27,11 @@ LONGEST = (
     "training/test_resume.py",
     "training/test_processes.py",
     "docs/test_notebook.py",
-    "extras/cluster/test_on_ray.py",
+    "extras/cluster/test_ray_fleet.py",
     "training/test_explain.py",
     "extras/cluster/test_fleet.py",
-    "ui/test_train_form.py",
-    "extras/serving/test_on_ray.py",
+    "ui/train/test_train_form.py",
+    "extras/serving/test_ray_serve.py",
     "test_wheel.py",
     "extras/cluster/test_s3.py",
 )
@@ -158,9 +158,9 @@ def encoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
-    from dreambooth_moslora.adapters.published_file import publish
-    from dreambooth_moslora.adapters.raw_file import save_raw
     from dreambooth_moslora.disk.run_folder import RAW_NAME
+    from dreambooth_moslora.lora.published_file import publish
+    from dreambooth_moslora.lora.raw_file import save_raw
     from tests.helpers.live_adapters import facts_of, live
 
     folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)

@@ -21,7 +21,8 @@ ORDER = [
     "settings",
     "photos",
     "base",
-    "adapters",
+    "method",
+    "lora",
     "plan",
     "generation",
 ]
@@ -31,7 +32,7 @@ APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
 LIGHT = {"errors", "values", "seeds", "launch", "precision", "disk", "settings"}
 """Packages that import none of HEAVY."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
-NO_DIFFUSERS = {"adapters.mixer", "adapters.moslora", "adapters.fast_linear", "training.objective"}
+NO_DIFFUSERS = {"method.mixer", "method.moslora", "method.fast_linear", "training.objective"}
 ROOMS = sorted({path.parent for top in (ROOT, HOME / "toybox") for path in top.rglob("__init__.py")} - {ROOT})
 """Folders of modules: the packages, the folders in them, and those of the toy world."""
 MODULES = sorted(p for p in ROOT.rglob("*.py") if not p.name.startswith("__") or p.parent != ROOT)

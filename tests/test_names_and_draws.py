@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import assets_folder, default_cache_dir, find_asset, free_name, public_name
 from dreambooth_moslora.errors import UserError, spelled_out

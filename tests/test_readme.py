@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.adapters.metadata import dora_table
 from dreambooth_moslora.base.machine import CUDA, ROCM, WHEELS
+from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora.metadata import dora_table
 from dreambooth_moslora.ui import app as serve
 
 ROOT = Path(__file__).resolve().parents[1]

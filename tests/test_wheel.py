@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.training.loop import train
 

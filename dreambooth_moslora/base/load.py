@@ -26,7 +26,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dreambooth_moslora.base import decode, families, files, machine, scaled_fp8
+from dreambooth_moslora.base import decode, files, machine, pipelines, scaled_fp8
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.errors import UserError, one_line
@@ -66,7 +66,7 @@ def quantize(
 
 
 def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    kinds, modules = families.block_classes(denoiser), list(denoiser.named_modules())
+    kinds, modules = pipelines.block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
     return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
 
@@ -359,16 +359,16 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
-SDXL_FAMILY = families.SDXL(facts_of("StableDiffusionXLPipeline"))
+SDXL_FAMILY = pipelines.SDXL(facts_of("StableDiffusionXLPipeline"))
 
 
-def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[families.Text]:
+def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[pipelines.Text]:
     """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones."""
-    return families.family_of(pipeline).texts(pipeline, prompts)
+    return pipelines.family_of(pipeline).texts(pipeline, prompts)
 
 
 @torch.no_grad()
-def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_FAMILY) -> Tensor:
+def encode_image(vae: nn.Module, pixels: Tensor, family: pipelines.Family = SDXL_FAMILY) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
     VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
     with decode.tiled_where_short(vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL):

@@ -10,22 +10,23 @@ from importlib import import_module
 from pathlib import Path
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli import terminal, train
+from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import nearest
 
 # fmt: off
 COMMANDS = {
-    "check": ("cli.photos", "judge a folder of photos and show the exact crops, before any training"),
-    "caption": ("cli.photos", "write captions for photos that have none: the subject's words and the surroundings"),
-    "queue": ("cli.queue", "list, order and train the runs that wait; `train … --queue` adds one"),
-    "explain": ("cli.evaluate", "say what a run's figures mean, and which flag to try next"),
-    "generate": ("cli.generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
-    "evaluate": ("cli.evaluate", "measure how good an adapter is: report.html and scores.json"),
-    "info": ("cli.adapter_files",
+    "check": ("cli.command_check", "judge a folder of photos and show the exact crops, before any training"),
+    "caption": ("cli.command_check",
+        "write captions for photos that have none: the subject's words and the surroundings"),
+    "queue": ("cli.command_queue", "list, order and train the runs that wait; `train … --queue` adds one"),
+    "explain": ("cli.command_evaluate", "say what a run's figures mean, and which flag to try next"),
+    "generate": ("cli.command_generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
+    "evaluate": ("cli.command_evaluate", "measure how good an adapter is: report.html and scores.json"),
+    "info": ("cli.command_export",
         "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
-    "export": ("cli.adapter_files",
+    "export": ("cli.command_export",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
     "compare": ("extras.lab.commands",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
@@ -34,8 +35,8 @@ COMMANDS = {
         "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
     "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),
     "page": ("extras.serving.command_page", "the page of `app`, whose pictures a `serve` draws"),
-    "doctor": ("cli.machine", "look for problems: versions, device, disk, a VAE that overflows"),
-    "selftest": ("cli.machine",
+    "doctor": ("cli.command_doctor", "look for problems: versions, device, disk, a VAE that overflows"),
+    "selftest": ("extras.lab.command_selftest",
         "train, resume and draw on this machine's device, and compare the results with its CPU"),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
@@ -69,7 +70,7 @@ def run_command(argv: list[str]) -> int:
         print(__version__)
         return terminal.DONE
     if name == "train":
-        return train.train_or_queue(rest, f"{program} train")
+        return command_train.train_or_queue(rest, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 

@@ -9,10 +9,10 @@ from functools import cached_property
 
 import torch
 
-from dreambooth_moslora.adapters.moslora import set_scale
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
 from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.method.moslora import set_scale
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale

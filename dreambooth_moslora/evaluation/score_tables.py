@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_moslora.adapters.moslora import disabled
 from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.method.moslora import disabled
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.toys import is_toy

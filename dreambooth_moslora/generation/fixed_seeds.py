@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.base import decode, families, load, machine
+from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.settings.families import facts_of
 
@@ -32,7 +32,7 @@ class SampleRequest:
 @dataclass
 class Sampler:
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[families.Text]]  # the texts of prompts, cached or computed
+    embed: Callable[[list[str]], list[pipelines.Text]]  # the texts of prompts, cached or computed
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
@@ -75,10 +75,10 @@ class Sampler:
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
-        family = families.family_of(self.pipeline)
-        to = {"device": self.device, "dtype": families.denoiser_of(self.pipeline).dtype}
+        family = pipelines.family_of(self.pipeline)
+        to = {"device": self.device, "dtype": pipelines.denoiser_of(self.pipeline).dtype}
         words, empty = (
-            family.arguments([families.in_dtype(text, **to) for text in self.embed(prompts)])
+            family.arguments([pipelines.in_dtype(text, **to) for text in self.embed(prompts)])
             for prompts in ([r.prompt for r in requests], [""] * len(requests))
         )
         seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
@@ -133,7 +133,7 @@ def generate_images(
     for NaN, which would be trained on."""
     words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
     if facts_of(type(pipeline).__name__).style == "flow":  # a pipeline given a prompt alone may draw without guidance
-        family = families.family_of(pipeline, options=text_options)
+        family = pipelines.family_of(pipeline, options=text_options)
         texts = *family.texts(pipeline, [prompt]), family.negative(pipeline, "")
         words = family.with_negative(*(family.arguments([text] * len(seeds)) for text in texts))
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))

@@ -20,8 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters import lora_file, metadata, new_tokens
-from dreambooth_moslora.base import decode, families, load, machine
+from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import assets_folder, find_asset, free_name
@@ -29,6 +28,7 @@ from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
+from dreambooth_moslora.lora import lora_file, metadata, new_tokens
 from dreambooth_moslora.settings.families import Facts
 
 Item = TypeVar("Item")
@@ -206,7 +206,7 @@ class SubjectPipeline:
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
-        self.family = families.family_of(pipeline)
+        self.family = pipelines.family_of(pipeline)
         self._active: dict[str, float] | None = None
         self._own_scheduler = pipeline.scheduler
         self._tokens: new_tokens.AttachedTokens | None = None
@@ -349,7 +349,7 @@ class SubjectPipeline:
 
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
-    ) -> families.Family:
+    ) -> pipelines.Family:
         """The family with the `given` text options, and else with those that the adapters' runs set: none where a run
         has the default. Raises UserError for one that is not the family's, or that two runs set differently."""
         facts, options = self.family.facts, dict(given or {})
@@ -364,7 +364,7 @@ class SubjectPipeline:
                 names = " and ".join(values.values())
                 raise UserError(f"{names} were trained with different --{option}: give one")
             options[option] = next(iter(values))
-        return families.family_of(self.pipeline, options=families.encoding_options(options))
+        return pipelines.family_of(self.pipeline, options=pipelines.encoding_options(options))
 
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)

@@ -10,13 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from dreambooth_moslora.adapters.metadata import check_start_file
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import default_cache_dir, user_path
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.lora.metadata import check_start_file
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_base
 from dreambooth_moslora.settings import families, prompts, rows, rules, table

@@ -528,7 +528,7 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
     """What each process finds. Raises UserError on all where one has other `words`, or where `find` raises it."""
     if is_alone():
         return find()
-    from dreambooth_moslora.plan.processes import agreed, joined
+    from dreambooth_moslora.plan.distributed import agreed, joined
 
     return agreed(joined(), find, words, "give all processes the same flags and files.")
 
@@ -542,7 +542,7 @@ def by_all(check: Callable[[], Result]) -> Result:
     """What `check` returns. Its error in one process is raised on all."""
     if is_alone():
         return check()
-    from dreambooth_moslora.plan.processes import joined, on_each
+    from dreambooth_moslora.plan.distributed import joined, on_each
 
     return on_each(joined(), check)
 
@@ -559,7 +559,7 @@ def least_free_gib(*, is_later: bool = False) -> float | None:
     own = free_gib_of_gpu(is_later=is_later)
     if is_alone():
         return own
-    from dreambooth_moslora.plan.processes import exchange, joined
+    from dreambooth_moslora.plan.distributed import exchange, joined
 
     told = exchange(joined(), [own], None)
     return min((free for free in told if free is not None), default=None)

@@ -1,7 +1,7 @@
 """What is known of each family of models without loading one: the parts of its pipeline, and its usual settings.
 
 The base says which family it is, by the class of its pipeline (`model_index.json`). How a family encodes and predicts
-is in `base.families`. Nothing else asks for a family by name.
+is in `base.pipelines`. Nothing else asks for a family by name.
 
 Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` scripts.
 """

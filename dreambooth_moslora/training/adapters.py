@@ -18,10 +18,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
-from dreambooth_moslora.adapters import fast_linear, lora_file, moslora, new_tokens, raw_file
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import lora_file, new_tokens, raw_file
+from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.seeds import generator, seed_of
 from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
@@ -209,7 +210,7 @@ class LearntTokens:
         finally:
             self.is_averaged = False
 
-    def texts(self, prompts: list[str], step: int) -> list[families.Text]:
+    def texts(self, prompts: list[str], step: int) -> list[pipelines.Text]:
         """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.adapters import metadata, new_tokens, raw_file
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
 from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import Position
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.lora import metadata, new_tokens, raw_file
 from dreambooth_moslora.plan.checks import last_name
 from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings

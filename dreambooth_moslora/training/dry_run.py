@@ -7,10 +7,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from dreambooth_moslora.adapters.metadata import dora_note
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.lora.metadata import dora_note
 from dreambooth_moslora.photos import captions, folder, masks, photo_file
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
-from dreambooth_moslora.base import families, files, load, machine
+from dreambooth_moslora.base import files, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key
@@ -48,7 +48,7 @@ def load_base(
     vae_dtype = dtype if base.vae or base.is_flow else torch.float32
     pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
-        load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
+        load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
     if hasattr(pipeline, "image_encoder"):
         pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -60,16 +60,16 @@ def load_denoiser_of(
 ) -> None:
     """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
     load.load_denoiser(pipeline, base, dtype)
-    load.quantize(families.denoiser_of(pipeline), config.base_quantization, dtype, device)
+    load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
-    kind = device.type, families.denoiser_of(pipeline).dtype
+    kind = device.type, pipelines.denoiser_of(pipeline).dtype
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
     if kind == ("cuda", torch.float32):
-        half = machine.half_precision_of(families.family_of(pipeline).facts)
+        half = machine.half_precision_of(pipelines.family_of(pipeline).facts)
         if half != "no":
             logger.warning(FP32_ON_A_GPU, half)
     if kind == ("cpu", torch.bfloat16) and not machine.has_fast_bf16():
@@ -145,10 +145,10 @@ def fingerprint(module: torch.nn.Module) -> str:
 class PromptCache:
     """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
 
-    def __init__(self, encode: Callable[[list[str]], list[families.Text]], cache: TensorCache, identity: str):
+    def __init__(self, encode: Callable[[list[str]], list[pipelines.Text]], cache: TensorCache, identity: str):
         self.encode, self.cache, self.identity = encode, cache, identity
 
-    def __call__(self, prompts: Sequence[str]) -> list[families.Text]:
+    def __call__(self, prompts: Sequence[str]) -> list[pipelines.Text]:
         return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
@@ -164,7 +164,7 @@ class PromptCache:
     def release_encoders(self) -> None:
         """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
 
-        def gone(prompts: list[str]) -> list[families.Text]:
+        def gone(prompts: list[str]) -> list[pipelines.Text]:
             if self.cache.folder is not None:
                 raise UserError(
                     f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "

@@ -18,13 +18,13 @@ from typing import Protocol
 
 import torch
 
-from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos import folder, photo_file
-from dreambooth_moslora.plan import checks, memory, processes
+from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
@@ -162,7 +162,7 @@ class Training:
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
         if self.step == 0:
-            total = len(processes.share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
+            total = len(distributed.share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
             counts = self.report.counted("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
         with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
@@ -209,7 +209,7 @@ class Training:
     def has_stalled(self) -> bool:
         """Whether the score has not risen for as long as `--early_stopping` allows, the same in all processes."""
         patience, since = self.config.early_stopping, self.best.since if self.best else 0
-        return bool(patience) and processes.any_process(self.accelerator, since >= patience)
+        return bool(patience) and distributed.any_process(self.accelerator, since >= patience)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -231,7 +231,7 @@ class Training:
             self.report(events.CheckpointSaved(self.step, path.name))
 
         self.require_finite_adapter()
-        processes.on_main(self.accelerator, write)
+        distributed.on_main(self.accelerator, write)
         self.checkpoint, self.checkpoint_step = path, self.step
 
     def require_finite_adapter(self) -> None:
@@ -262,12 +262,12 @@ class Training:
             self.save_checkpoint(here)
         with self.train_step.averaged():
             if self.config.find_scale and not interrupted:
-                processes.on_main(self.accelerator, self.find_scale)
+                distributed.on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
         self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
         self.report(events.RunEnded("interrupted" if interrupted else "done", self.step))
-        processes.on_each(self.accelerator, self.report.raise_failure)
+        distributed.on_each(self.accelerator, self.report.raise_failure)
         return TrainResult(self.run_dir.path, self.step, interrupted, proof)
 
 
@@ -314,12 +314,12 @@ def training(
         checks.check_folders(config)
     plan = config if isinstance(config, Plan) else make_plan(config)
     run_dir = run_folder.RunDir(plan.config.output_dir)
-    accelerator = processes.make_accelerator(plan.config, run_dir)
+    accelerator = distributed.make_accelerator(plan.config, run_dir)
     report = reporter.Reporter(run_dir, accelerator, on_event)
     context = reporter.RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
     with ExitStack() as stack:
         stack.callback(report.end_trackers)
-        processes.on_main(accelerator, lambda: stack.enter_context(queue.locked(run_dir.path)))
+        distributed.on_main(accelerator, lambda: stack.enter_context(queue.locked(run_dir.path)))
         try:
             return (yield from fit(set_up(context, plan, evaluator, load)))
         except StopRequestedError:
@@ -337,8 +337,8 @@ def set_up(
     context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None, load: frozen_base.LoadBase | None = None
 ) -> Training:
     """Everything before the first step, such as class images. Raises UserError and StopRequestedError."""
-    fresh = None, checkpoint.Position(0, processes.chosen_seed(plan.config.seed, context.accelerator))
-    resumed_from, position = processes.agreed(
+    fresh = None, checkpoint.Position(0, distributed.chosen_seed(plan.config.seed, context.accelerator))
+    resumed_from, position = distributed.agreed(
         context.accelerator,
         lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
@@ -348,19 +348,19 @@ def set_up(
     photos = folder.usable_photos(plan.photo_report)
     steps = plan_steps(config, photo_file.counts_of(photos), context.accelerator.num_processes)  # MPI: no WORLD_SIZE
     report.step = step
-    processes.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
+    distributed.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
     made_before.make_captions(config, context, photos)
     made_before.make_masks(config, context, photos)
     photos = folder.with_made(config, photos)
     if line := folder.bare_prompt_line(config, photos):
         logger.info("%s", line)
     if context.accelerator.log_with:
-        processes.on_main(context.accelerator, lambda: report.start_trackers(config))
+        distributed.on_main(context.accelerator, lambda: report.start_trackers(config))
     samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
     inputs = prepare(config, plan.base, context, photos, sample_count, prompts, resumed_from is None, load)
-    processes.on_each(context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base))
+    distributed.on_each(context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base))
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
@@ -369,7 +369,7 @@ def set_up(
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
     parts = train_step, samples, sampler
     publisher = results.Publisher(config, context.run_dir, inputs, *parts, steps.total_steps, resumed_from)
-    processes.on_main(context.accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from))
+    distributed.on_main(context.accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from))
     return Training(config, context, steps.total_steps, *parts, publisher, evaluator, resumed_from)
 
 
@@ -377,7 +377,7 @@ def fit(run: Training) -> Steps:
     """The loop. A step has five stages: draw, predict, compare, differentiate, update."""
     # A resumed run gets its earlier scores; a fresh one shows what the base draws.
     if run.step:
-        processes.on_main(run.accelerator, run.recall_scores)
+        distributed.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
 
     while run.step < run.max_train_steps and not run.has_stalled:
@@ -398,7 +398,7 @@ def fit(run: Training) -> Steps:
         # Score, sample, save.
         if run.is_scored_now:
             run.require_finite_adapter()
-            processes.on_main(run.accelerator, run.evaluate)
+            distributed.on_main(run.accelerator, run.evaluate)
         run.sample_if_due()
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))

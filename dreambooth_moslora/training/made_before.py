@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.families import denoiser_of, encoding_options
+from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale, rename
 from dreambooth_moslora.disk.contents import file_digest, read_json
@@ -40,8 +40,8 @@ from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, loa
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.plan.distributed import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.plan.plan import shares
-from dreambooth_moslora.plan.processes import DTYPES, agreed, on_main, share_out
 from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import TrainConfig

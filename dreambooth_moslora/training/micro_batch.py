@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dreambooth_moslora.base import families
+from dreambooth_moslora.base import pipelines
 from dreambooth_moslora.training import objective
 
 __all__ = ["MicroBatch", "Rows", "alike", "predicted_together"]
@@ -27,7 +27,7 @@ class Rows:
     """
 
     noisy: objective.NoisySample
-    texts: tuple[families.Text, ...]
+    texts: tuple[pipelines.Text, ...]
     time_ids: torch.Tensor
     prompts: tuple[str, ...]
 

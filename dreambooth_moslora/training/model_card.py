@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, ModelCardData
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import one_line
+from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.settings import families, table, toys
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.training.explain import BestStep
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.adapters.proof import Proof
+    from dreambooth_moslora.lora.proof import Proof
 
 STRENGTH = "## Strength"
 
@@ -97,7 +97,7 @@ def family_in(facts: CardFacts) -> families.Facts:
 
 def call_of(facts: CardFacts) -> str:
     """How the pipeline's call goes on after the prompt: with the family's arguments and the run's text options."""
-    from dreambooth_moslora.base.families import encoding_options  # it loads diffusers
+    from dreambooth_moslora.base.pipelines import encoding_options  # it loads diffusers
 
     told = {name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))}
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())

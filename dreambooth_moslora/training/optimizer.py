@@ -18,8 +18,8 @@ from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dreambooth_moslora.adapters.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.method.moslora import adapter_parameters, mixer_parameters
 from dreambooth_moslora.settings import families, optimizer_kinds, table
 
 

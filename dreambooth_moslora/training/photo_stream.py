@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, photo_file
@@ -50,7 +50,7 @@ class PhotoEncoder:
     rule: photo_file.CropRule
     readers: int = 0
     unmasked_weight: float = 0.0
-    family: families.Family = load.SDXL_FAMILY
+    family: pipelines.Family = load.SDXL_FAMILY
     alpha: str = "mask"
 
     def __post_init__(self) -> None:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from dreambooth_moslora.adapters import lora_file, moslora
-from dreambooth_moslora.base import families, machine
+from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.load import TextProducts, default_resolution
@@ -26,8 +25,10 @@ from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.disk.paths import default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import lora_file
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.photo_file import Photo, crop_rule
-from dreambooth_moslora.plan import checks, memory, processes
+from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of, text_options_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
@@ -40,7 +41,7 @@ Entries = dict[str, Callable[[], frozen_base.Tensors]]
 @dataclass
 class TrainInputs:
     pipeline: DiffusionPipeline
-    family: families.Family
+    family: pipelines.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
     instance: photo_stream.SubjectStreams
@@ -53,7 +54,7 @@ class TrainInputs:
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        return families.denoiser_of(self.pipeline)
+        return pipelines.denoiser_of(self.pipeline)
 
     def batch_at(
         self, micro_batch: int, size: int, next_micro_batch: int, has_prior: Callable[[int], bool]
@@ -85,7 +86,7 @@ def prepare(
     `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError and StopRequestedError."""
     device = context.accelerator.device
     context.report.phase("loading")
-    dtype = processes.DTYPES[context.accelerator.mixed_precision]
+    dtype = distributed.DTYPES[context.accelerator.mixed_precision]
     needs_both = config.keeps_text_encoders or config.draws_class_images
     is_late = load is None and not needs_both and base.is_flow  # its encoders have to go before
     load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
@@ -93,7 +94,7 @@ def prepare(
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
     for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():  # of the base, without the flag too
         raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-    family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
+    family = pipelines.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
     checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, base, context, pipeline, is_fresh)
@@ -120,7 +121,7 @@ def prepare(
     if is_late:
         frozen_base.load_denoiser_of(config, base, pipeline, dtype, device)
         start = check_denoiser(config, base, context, pipeline, is_fresh)
-    denoiser = families.denoiser_of(pipeline)
+    denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
@@ -145,7 +146,7 @@ def check_denoiser(
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
         frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
-    layers = {path: layer.weight.ndim for path, layer in moslora.matrix_layers(families.denoiser_of(pipeline)).items()}
+    layers = {path: layer.weight.ndim for path, layer in moslora.matrix_layers(pipelines.denoiser_of(pipeline)).items()}
     checks.check_layers(config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__))
     checks.check_patterns(config, layers)
     if not is_fresh or config.init_adapter is None:
@@ -154,7 +155,7 @@ def check_denoiser(
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
-    return families.encoding_options(text_options_of(config))
+    return pipelines.encoding_options(text_options_of(config))
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
@@ -204,7 +205,7 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
 
 
 def prompt_cache(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, family: families.Family
+    config: table.TrainConfig, pipeline: DiffusionPipeline, family: pipelines.Family
 ) -> frozen_base.PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
@@ -216,7 +217,7 @@ def prompt_cache(
     if options := text_options(config):
         identity += f"+{sorted(options.items())}"
 
-    def encode(prompts: list[str]) -> list[families.Text]:
+    def encode(prompts: list[str]) -> list[pipelines.Text]:
         with ExitStack() as stack:
             for encoder in encoders:
                 stack.enter_context(moslora.disabled(encoder))
@@ -225,7 +226,7 @@ def prompt_cache(
     return frozen_base.PromptCache(encode, cache_of(config) or frozen_base.TensorCache(), identity)
 
 
-def move_encoders(pipeline: DiffusionPipeline, family: families.Family, device: torch.device) -> None:
+def move_encoders(pipeline: DiffusionPipeline, family: pipelines.Family, device: torch.device) -> None:
     """Move the text encoders to `device` if they fit there."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
     place = device_with_room(encoders, device)
@@ -275,7 +276,7 @@ def encode_prompts(
 
 def same_everywhere(context: reporter.RunContext, find: Callable[[], Entries], kind: str) -> Entries:
     """What this process finds to encode. Raises UserError when processes find different keys."""
-    return processes.agreed(
+    return distributed.agreed(
         context.accelerator, find, lambda found: f"{len(found)} {kind} ({content_key(keys=[*found])[:8]})"
     )
 
@@ -290,10 +291,10 @@ def fill(cache: frozen_base.TensorCache, context: reporter.RunContext, entries: 
             context.raise_if_asked()
             yield cache.get(key, entries[key])
 
-    found = processes.share_out(accelerator, list(entries), values)
+    found = distributed.share_out(accelerator, list(entries), values)
     for number, (key, tensors) in enumerate(zip(entries, found, strict=True), start=1):
         if accelerator.num_processes > 1:
-            processes.on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
+            distributed.on_each(accelerator, partial(cache.put, key, tensors) if keeps else bool)
         yield number
 
 

@@ -20,17 +20,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dreambooth_moslora.adapters import metadata, new_tokens, published_file, raw_file
-from dreambooth_moslora.adapters.proof import Proof
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
+from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
-from dreambooth_moslora.plan.processes import on_main, share_out
+from dreambooth_moslora.plan.distributed import on_main, share_out
 from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings import measures, prompts, table
 from dreambooth_moslora.training import explain, prepare

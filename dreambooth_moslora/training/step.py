@@ -20,10 +20,10 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dreambooth_moslora.adapters import fast_linear, moslora
-from dreambooth_moslora.base import families, load
+from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
-from dreambooth_moslora.plan import memory, processes
+from dreambooth_moslora.method import fast_linear, moslora
+from dreambooth_moslora.plan import distributed, memory
 from dreambooth_moslora.seeds import generator, rng, seed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
@@ -68,7 +68,7 @@ class TrainStep:
         inputs.start = None  # free its tensors
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:
-            kinds = families.block_classes(inputs.denoiser)
+            kinds = pipelines.block_classes(inputs.denoiser)
             self.compiled = [block for block in inputs.denoiser.modules() if type(block).__name__ in kinds]
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
@@ -327,7 +327,7 @@ class TrainStep:
     def predict(self, rows: Rows) -> torch.Tensor:
         """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px 1368."""
         inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
-        words = family.arguments([families.in_dtype(text, **to) for text in rows.texts])
+        words = family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
         if inputs.text_products is not None:
             inputs.text_products.show(words["prompt_embeds"], rows.prompts)
         z, t = rows.noisy.unet_input.to(**to), rows.noisy.timesteps
@@ -347,7 +347,7 @@ class TrainStep:
         with moslora.switched_off(self.lora_layers):
             return self.predict(rows)
 
-    def texts(self, prompts: list[str]) -> list[families.Text]:
+    def texts(self, prompts: list[str]) -> list[pipelines.Text]:
         """Cached texts; live ones with gradients when the text encoders or new tokens are trained."""
         if self.learnt:
             return self.learnt.texts(prompts, self.step)
@@ -375,14 +375,14 @@ class TrainStep:
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.trained if p.grad is not None]
-        vector_to_parameters(processes.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
+        vector_to_parameters(distributed.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
         """Means over the step's micro-batches, of the prior's over those that have one, and over all processes. `found`
         are the `numbers_of` (3,) each, or of its parts, which sum to it."""
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
-        total, instance, prior = processes.mean_over(self.accelerator, of_all).tolist()
+        total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
         of_step = count * self.accelerator.num_processes
         share = sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step))) / of_step
         return StepLosses(total, instance, prior / share if share else None)

@@ -12,8 +12,9 @@ from starlette.middleware import Middleware
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
 from dreambooth_moslora.settings.toys import is_toy
-from dreambooth_moslora.ui import generate_values, guard, html, state, train, train_form
-from dreambooth_moslora.ui.generate import PICTURES, GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui import generate_values, guard, html, state
+from dreambooth_moslora.ui.generate_tab import PICTURES, GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui.train import screen, train_form
 
 MAX_SESSIONS = 256
 """Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
@@ -37,7 +38,7 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
                 generate = build_generate_tab(ctx, page, templates)
             if not ctx.public:
                 with gr.Tab("Train", id="train"):
-                    trained = train.build_train_tab(ctx, page, tabs, generate)
+                    trained = screen.build_train_tab(ctx, page, tabs, generate)
                 with gr.Tab("Inspect", id="inspect"):
                     build_inspect_tab(ctx, tabs, generate)
         if chooser is not None:
@@ -187,6 +188,6 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
 def adapter_facts(file: str) -> list[tuple[str, str]]:
     """The lines of `info` for any LoRA file."""
     state.import_libraries()
-    from dreambooth_moslora.adapters.describe import as_text, describe, label
+    from dreambooth_moslora.lora.describe import as_text, describe, label
 
     return [(label(name), as_text(name, value)) for name, value in describe(file).items()]

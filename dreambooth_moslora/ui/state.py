@@ -123,9 +123,6 @@ def import_libraries() -> None:
     """Import torch, diffusers and transformers in the first thread that needs them, while the others wait. They import
     each other in circles, and two threads would find half-made modules: call it before any import of one."""
     with _ONE_AT_A_TIME:
-        import dreambooth_moslora.adapters.describe
-        import dreambooth_moslora.generation.grids  # and by it the pipeline  # noqa: F401
-
         logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
 
 

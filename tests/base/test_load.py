@@ -18,16 +18,16 @@ from peft.tuners.lora import bnb as peft_bnb
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-from dreambooth_moslora.adapters.moslora import inject
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
-from dreambooth_moslora.cli.generate import base_of_runs
+from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.method.moslora import inject
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig

@@ -17,7 +17,7 @@ from benchmarks.host_peak import command_of
 from benchmarks.random_sdxl import random_sdxl
 from benchmarks.startup import moments
 from benchmarks.train_step import cpu_flags, ratios
-from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

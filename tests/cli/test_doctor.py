@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from dreambooth_moslora.base import decode, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.decode import load_vae_alone, probe_vae
-from dreambooth_moslora.cli.machine import (
+from dreambooth_moslora.cli.command_doctor import (
     LEAST_PX,
     OPTIONAL,
     Findings,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.metadata import DORA_NOTE
-from dreambooth_moslora.adapters.new_tokens import NewTokens, notes_of, tokens_beside, write_tokens
-from dreambooth_moslora.adapters.published_file import publish
-from dreambooth_moslora.adapters.raw_file import adapter_metadata, save_raw
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, header_of
+from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.lora.metadata import DORA_NOTE
+from dreambooth_moslora.lora.new_tokens import NewTokens, notes_of, tokens_beside, write_tokens
+from dreambooth_moslora.lora.published_file import publish
+from dreambooth_moslora.lora.raw_file import adapter_metadata, save_raw
 from tests.helpers.live_adapters import live
 
 

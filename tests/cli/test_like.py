@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import parse_train_config, train_main
+from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.settings.sources import LAYERS, RECIPE, TOLD_IF_CHANGED, checked_recipe, recipe_of
 from dreambooth_moslora.settings.table import FIELD_TYPES, TrainConfig
 from dreambooth_moslora.training.loop import train

@@ -17,15 +17,15 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli.command_train import log_file, print_ending, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
-from dreambooth_moslora.cli.train import log_file, print_ending, run_trainer, train_main
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.plan import processes
+from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.training.loop import TrainResult, train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -372,7 +372,7 @@ def test_an_answer_that_a_full_disk_cuts_off_is_a_failure(monkeypatch, capsys):
 
 
 def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
+    monkeypatch.setattr(distributed, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
     assert train_main(needed("toy", photos, tmp_path / "run")) == 1
     assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
     assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1

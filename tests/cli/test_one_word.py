@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.base import machine as precision
-from dreambooth_moslora.cli import train as one_word
+from dreambooth_moslora.cli import command_train as one_word
+from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import INTERRUPTED
-from dreambooth_moslora.cli.train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.plan import memory

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.adapters.published_file import load_published
-from dreambooth_moslora.cli.evaluate import output_folder
+from dreambooth_moslora.cli.command_evaluate import output_folder
+from dreambooth_moslora.cli.command_train import make_evaluator
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import make_evaluator
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.plan.plan import make_plan

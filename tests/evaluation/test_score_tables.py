@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.base import decode, load, machine
-from dreambooth_moslora.cli.evaluate import summary
+from dreambooth_moslora.cli.command_evaluate import summary
 from dreambooth_moslora.disk.events import StepEvaluated, event_of
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics, report

@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.extras.cluster.fleet import PROCESS_GIB, Machines, tasks_of
-from dreambooth_moslora.extras.cluster.subjects import Subject
+from dreambooth_moslora.extras.cluster.fleet_subjects import Subject
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue, parse_order
 from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

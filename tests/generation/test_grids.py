@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli import generate
+from dreambooth_moslora.cli import command_generate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
@@ -103,19 +103,19 @@ def test_a_bad_axis_and_an_impossible_grid_are_refused(text, word):
 
 def command(tiny_base, folder, *words) -> int:
     parser = argparse.ArgumentParser()
-    generate.generate_arguments(parser)
+    command_generate.generate_arguments(parser)
     base = ["--base", str(tiny_base)] if tiny_base else []
     args = parser.parse_args([*base, "--output_dir", str(folder), "--steps", "2", *words])
-    return generate.run_generate(args)
+    return command_generate.run_generate(args)
 
 
 def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_named():
     """It drew a lamp for a cat, without a word."""
     line = "note: without --adapter the base draws alone"
-    assert generate.without_adapter(Base.find("toy"), "a photo of a sks rocket, in the snow") == line
+    assert command_generate.without_adapter(Base.find("toy"), "a photo of a sks rocket, in the snow") == line
     never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
-    assert generate.without_adapter(Base.find("toy"), "A Cat, a red cat 2 naïve") == never
-    assert generate.without_adapter(Base.find("some/base"), "a cat") == line
+    assert command_generate.without_adapter(Base.find("toy"), "A Cat, a red cat 2 naïve") == never
+    assert command_generate.without_adapter(Base.find("some/base"), "a cat") == line
 
 
 def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
@@ -126,10 +126,10 @@ def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
     note = "note: --scheduler has no effect: Z-Image's pictures are drawn with the base's own\n"
     said = capsys.readouterr().err
     assert note in said and "--negative_prompt" not in said
-    lines = generate.without_effect({"negative_prompt": "cat", "scheduler": "euler"}, facts_of("FluxPipeline"))
+    lines = command_generate.without_effect({"negative_prompt": "cat", "scheduler": "euler"}, facts_of("FluxPipeline"))
     assert lines == ["note: --negative_prompt has no effect: FLUX.1's pictures are drawn without one"]
     values = {"negative_prompt": "cat", "scheduler": "unipc"}
-    assert not generate.without_effect(values, facts_of("StableDiffusionXLPipeline"))
+    assert not command_generate.without_effect(values, facts_of("StableDiffusionXLPipeline"))
 
 
 def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(tmp_path, capsys):
@@ -138,16 +138,16 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
         run.mkdir(parents=True)
         RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": base}))
     for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "an/other"}.items():
-        assert generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(base)
+        assert command_generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(base)
     assert capsys.readouterr().err.count("base: an/other, which the run in ") == 1
     (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
     best.touch()
     for adapter in (f"{best}:0.5", str(best.parent)):
-        assert generate.base_of_runs([adapter]) == Base.find("an/other")
+        assert command_generate.base_of_runs([adapter]) == Base.find("an/other")
     RunDir(runs[2]).config_path.write_text("{")
     with pytest.raises(UserError, match=r"is not valid JSON: .*; give --base instead"):
-        generate.base_of_runs([str(best)])
-    assert generate.base_of_runs([str(best)], "a/given") == Base.find("a/given")
+        command_generate.base_of_runs([str(best)])
+    assert command_generate.base_of_runs([str(best)], "a/given") == Base.find("a/given")
 
 
 def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):

@@ -19,7 +19,6 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from dreambooth_moslora.adapters import published_file, raw_file
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
@@ -35,6 +34,7 @@ from dreambooth_moslora.generation.params import (
     read_recipe,
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora import published_file, raw_file
 from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, with_recipe
-from dreambooth_moslora.base.families import denoiser_of, encoding_options
-from dreambooth_moslora.cli import evaluate
+from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options
+from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora.metadata import AdapterMetadata, with_recipe
 from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS, text_options_of
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
@@ -66,10 +66,10 @@ def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
     facts = AdapterMetadata(rank=1, alpha=1.0, base_id="a/b", trigger_words=("sks dog",))
     header = with_recipe(TrainConfig(system_prompt=OTHER), facts).header
     save_file({"x": torch.ones(1)}, file := tmp_path / "dog.safetensors", header)
-    evaluate.evaluate_arguments(parser := ArgumentParser())
+    command_evaluate.evaluate_arguments(parser := ArgumentParser())
     words = [str(file), "--photos", str(tmp_path), "--system_prompt", given]
-    assert text_options_of(evaluate.resolve(parser.parse_args(words))) == {"system_prompt": given}
-    assert not text_options_of(evaluate.resolve(parser.parse_args(words[:3])))
+    assert text_options_of(command_evaluate.resolve(parser.parse_args(words))) == {"system_prompt": given}
+    assert not text_options_of(command_evaluate.resolve(parser.parse_args(words[:3])))
 
 
 @pytest.mark.slow

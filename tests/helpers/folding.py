@@ -8,17 +8,17 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 
-from dreambooth_moslora.adapters.key_names import kohya_name
-from dreambooth_moslora.adapters.moslora import (
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
+from dreambooth_moslora.lora.key_names import kohya_name
+from dreambooth_moslora.lora.published_file import load_published, publish
+from dreambooth_moslora.lora.raw_file import adapter_metadata
+from dreambooth_moslora.method.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
     inject,
 )
-from dreambooth_moslora.adapters.published_file import load_published, publish
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 
 BOUND = 1e-5
 VARIANTS = {

@@ -2,9 +2,9 @@
 
 import torch
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
-from dreambooth_moslora.adapters.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
-from dreambooth_moslora.adapters.raw_file import adapter_metadata
+from dreambooth_moslora.lora.metadata import AdapterMetadata
+from dreambooth_moslora.lora.raw_file import adapter_metadata
+from dreambooth_moslora.method.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
 from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -19,15 +19,15 @@ from accelerate.state import AcceleratorState, PartialState
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan import processes
+from dreambooth_moslora.extras.lab.selftest import losses as losses_of_run
+from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.training import frozen_base, loop, prepare
 from dreambooth_moslora.training import step as train_step
-from dreambooth_moslora.training.selftest import losses as losses_of_run
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny import few_steps
 from tests.helpers.tiny_training import logged, tiny_config
 
-make_accelerator = processes.make_accelerator
+make_accelerator = distributed.make_accelerator
 watches: list[Watch] = []
 updates: list[Watch] = []
 scales: list[float] = []
@@ -131,7 +131,7 @@ def train_what_is_asked() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-processes.make_accelerator = accelerator_on_device
+distributed.make_accelerator = accelerator_on_device
 is_asked = not sys.argv[1:] or sys.argv[1].endswith(".json")
 code = train_what_is_asked() if is_asked else main(sys.argv[1:])
 sys.stdout.flush()

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from dreambooth_moslora.base import machine
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler

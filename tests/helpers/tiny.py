@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.base.families import Text
+from dreambooth_moslora.base.pipelines import Text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WIDTH, WIDTH_2 = 16, 32

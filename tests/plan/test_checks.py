@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.machine import Findings, examine_machine
+from dreambooth_moslora.cli.command_doctor import Findings, examine_machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import checks
 from dreambooth_moslora.plan.checks import check_folders, check_layers, check_targets, preflight
-from dreambooth_moslora.plan.processes import make_accelerator
+from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train

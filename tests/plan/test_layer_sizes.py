@@ -3,10 +3,10 @@
 import pytest
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters.raw_file import read_raw
-from dreambooth_moslora.cli.train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora.raw_file import read_raw
 from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
 from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
 from dreambooth_moslora.training.dry_run import describe_run

@@ -13,13 +13,13 @@ from PIL import Image
 
 from benchmarks import family_memory
 from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
-from dreambooth_moslora.adapters.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
-from dreambooth_moslora.cli.train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
@@ -29,7 +29,7 @@ from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
-from dreambooth_moslora.ui.train_start import card_lines
+from dreambooth_moslora.ui.train.train_start import card_lines
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.adapters.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.train import train_main
+from dreambooth_moslora.cli.command_train import train_main
+from dreambooth_moslora.lora.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.memory import BaseSize, estimate

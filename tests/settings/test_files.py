@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toys
 from tests.settings.test_train_config import NEEDED

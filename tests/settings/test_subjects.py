@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import prompts, toys
 from dreambooth_moslora.settings.prompts import context_prompts, subject_of, trigger_words, validation_prompts

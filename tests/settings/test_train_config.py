@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
-from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import WORDS
 from dreambooth_moslora.settings.rules import remarks
@@ -195,7 +195,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from dreambooth_moslora.cli.parser import unknown_flag_message
-from dreambooth_moslora.cli.train import build_train_parser, parse_train_config
+from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import explain, loop

@@ -21,15 +21,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from dreambooth_moslora import training
-from dreambooth_moslora.adapters import raw_file
-from dreambooth_moslora.adapters.describe import describe
-from dreambooth_moslora.adapters.lora_file import read_adapter
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.families import family_of
+from dreambooth_moslora.base.pipelines import family_of
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import parse_train_config, train_main
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
@@ -38,6 +34,10 @@ from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.lora.lora_file import read_adapter
+from dreambooth_moslora.method.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows

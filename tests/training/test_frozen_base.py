@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.adapters import metadata, moslora
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.lora import metadata
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, resized_size
 from dreambooth_moslora.plan.checks import preflight

@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
 from dreambooth_moslora.disk.queue import LOCK_NAME, OWNER_NAME, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train

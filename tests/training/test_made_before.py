@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_moslora.cli import evaluate
+from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
@@ -89,8 +89,8 @@ def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(aut
 
     def masked(*flags: str) -> list[bool]:
         parser = argparse.ArgumentParser()
-        evaluate.evaluate_arguments(parser)
-        config = evaluate.resolve(parser.parse_args([str(moved), *flags]))
+        command_evaluate.evaluate_arguments(parser)
+        config = command_evaluate.resolve(parser.parse_args([str(moved), *flags]))
         return [photo.mask_path is not None for photo in photo_report(config).photos]
 
     assert masked() == [True, True]

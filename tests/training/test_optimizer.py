@@ -8,10 +8,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, inject
-from dreambooth_moslora.cli.train import parse_train_config
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions

@@ -8,14 +8,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, notes_in
-from dreambooth_moslora.adapters.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
-from dreambooth_moslora.adapters.raw_file import read_tensors
 from dreambooth_moslora.base.load import encode_text, load_pipeline
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora.metadata import AdapterMetadata, notes_in
+from dreambooth_moslora.lora.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
+from dreambooth_moslora.lora.raw_file import read_tensors
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters

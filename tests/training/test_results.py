@@ -11,12 +11,12 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from dreambooth_moslora.adapters.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.adapters.proof import FileProof, Proof
 from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, record_of
 from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import stopper
+from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
+from dreambooth_moslora.lora.proof import FileProof, Proof
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig

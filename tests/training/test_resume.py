@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dreambooth_moslora.adapters import moslora, raw_file
-from dreambooth_moslora.adapters.published_file import load_published
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.lora.published_file import load_published
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint

@@ -15,10 +15,11 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.extras.lab import selftest
+from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop, selftest
-from dreambooth_moslora.training.selftest import ON_CPU, PROGRAM, Finding, SelfTest
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import logged, tiny_config
 from tests.training.conftest import ROOT, start

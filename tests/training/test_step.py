@@ -12,14 +12,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
-from dreambooth_moslora.adapters.fast_linear import WorkingCopies
 from dreambooth_moslora.base.load import TextProducts, TextProjection
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.plan import processes
+from dreambooth_moslora.method.fast_linear import WorkingCopies
+from dreambooth_moslora.plan import distributed
+from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.plan.memory import speed_of
-from dreambooth_moslora.plan.processes import compute_exactly
 from dreambooth_moslora.seeds import generator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, loop, prepare
@@ -284,7 +284,7 @@ def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
 @pytest.fixture
 def scaled(monkeypatch):
     """Make the run what `--mixed_precision fp16` makes it on a GPU: accelerate refuses that on a CPU."""
-    make_accelerator = processes.make_accelerator
+    make_accelerator = distributed.make_accelerator
 
     def use(init_scale: float, backoff: float) -> None:
         def make(config, run_dir):
@@ -294,7 +294,7 @@ def scaled(monkeypatch):
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff)
             return accelerator
 
-        monkeypatch.setattr(processes, "make_accelerator", make)
+        monkeypatch.setattr(distributed, "make_accelerator", make)
 
     return use
 

@@ -18,7 +18,7 @@ from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
-from dreambooth_moslora.ui.train_form import SubjectWords, TrainForm, folder_of
+from dreambooth_moslora.ui.train.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.workspace import Workspace
 from tests.helpers.browser import chromium
 from tests.helpers.ui_server import serve

@@ -13,7 +13,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
-from dreambooth_moslora.ui.train_form import TrainForm, rows
+from dreambooth_moslora.ui.train.train_form import TrainForm, rows
 from tests.ui.conftest import TRAINER, end_all, noise_photos, wait_for
 
 FAST = {"steps": 3, "guidance_scale": 2.0}

@@ -23,12 +23,12 @@ from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES
 from dreambooth_moslora.ui import app
-from dreambooth_moslora.ui.generate import settings_widgets
+from dreambooth_moslora.ui.generate_tab import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
-from dreambooth_moslora.ui.train import field_widget
-from dreambooth_moslora.ui.train_form import TrainForm
+from dreambooth_moslora.ui.train.screen import field_widget
+from dreambooth_moslora.ui.train.train_form import TrainForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.ui.conftest import PAGE, write_adapter

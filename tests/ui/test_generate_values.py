@@ -23,7 +23,7 @@ from dreambooth_moslora.generation.params import (
     Step,
     check_size,
 )
-from dreambooth_moslora.ui.generate import ask_widgets, settings_widgets
+from dreambooth_moslora.ui.generate_tab import ask_widgets, settings_widgets
 from dreambooth_moslora.ui.generate_values import (
     RANGES,
     GenerateForm,

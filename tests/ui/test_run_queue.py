@@ -13,15 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from dreambooth_moslora.cli.command_train import log_file
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import log_file
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
-from dreambooth_moslora.ui.train_form import TrainForm
-from dreambooth_moslora.ui.train_start import add_to_queue, start_run
-from dreambooth_moslora.ui.train_watch import queue_changes, status_of
+from dreambooth_moslora.ui.train.train_form import TrainForm
+from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
+from dreambooth_moslora.ui.train.train_watch import queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import handler, recorded, wait_for
 
@@ -366,9 +366,9 @@ def test_a_program_is_told_what_the_trainer_remarked_once(page):
     assert "remarks" not in status_of(page, "dog")
     log = log_file(RunDir(run))
     for name, level, words in (
-        ("dreambooth_moslora.cli.train", logging.INFO, "begins"),
+        ("dreambooth_moslora.cli.command_train", logging.INFO, "begins"),
         ("py.warnings", logging.WARNING, "/usr/lib/x.py: deprecated"),
-        *[("dreambooth_moslora.cli.train", logging.WARNING, "note: --prior has no effect")] * 2,
+        *[("dreambooth_moslora.cli.command_train", logging.WARNING, "note: --prior has no effect")] * 2,
         ("dreambooth_moslora.disk.atomic", logging.WARNING, f"{run}/old was not removed"),
     ):
         log.emit(logging.LogRecord(name, level, "", 0, words, None, None))

@@ -16,7 +16,7 @@ from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.train_photos import remove_photo
+from dreambooth_moslora.ui.train.train_photos import remove_photo
 from tests.helpers import browser as web
 from tests.ui.conftest import noise_photos, toy_photos, wait_for
 

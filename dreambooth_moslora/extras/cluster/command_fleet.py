@@ -10,10 +10,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.cli import terminal, train
+from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.extras.cluster.subjects import REFUSED, read_subjects
+from dreambooth_moslora.extras.cluster.fleet_subjects import REFUSED, read_subjects
 from dreambooth_moslora.plan import choices
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help=about)
     per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
     add_cluster_flags(parser, per_gpu=per_gpu)
-    notes = {"pretrained_model_name_or_path": f" ({train.NEEDED})"}
-    train.add_training_flags(parser, hidden=REFUSED, notes=notes)
+    notes = {"pretrained_model_name_or_path": f" ({command_train.NEEDED})"}
+    command_train.add_training_flags(parser, hidden=REFUSED, notes=notes)
 
 
 def add_cluster_flags(
@@ -68,7 +68,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     check_shares(args)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
-    shared, _ = train.settings_of(flags, without_words=True)
+    shared, _ = command_train.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
     chosen = choices.Choices(shared)
@@ -124,7 +124,7 @@ def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
 
 def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None") -> int:
     from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
-    from dreambooth_moslora.extras.cluster.on_ray import connected
+    from dreambooth_moslora.extras.cluster.ray_fleet import connected
 
     progress = FleetProgress(len(subjects), len(todo))
     with begun(out, subjects), remote.begun() if remote else nullcontext():

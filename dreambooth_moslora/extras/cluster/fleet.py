@@ -18,8 +18,8 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster import on_ray, records, worker
-from dreambooth_moslora.extras.cluster.subjects import Subject, mark_of
+from dreambooth_moslora.extras.cluster import ray_fleet, records, worker
+from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, mark_of
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings import optimizer_kinds, table
 
@@ -81,18 +81,18 @@ class Machines:
 
             return torch.cuda.get_device_properties(0).total_memory
 
-        gpu_gib = ray.get(own_gpu_bytes.remote()) / machine.GIB if on_ray.has_gpus() else None
+        gpu_gib = ray.get(own_gpu_bytes.remote()) / machine.GIB if ray_fleet.has_gpus() else None
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
         return cls(gpu_gib, max(rooms, default=0) / machine.GIB, per_gpu, cpus)
 
-    def resources_for(self, config: table.TrainConfig) -> on_ray.Resources:
+    def resources_for(self, config: table.TrainConfig) -> ray_fleet.Resources:
         """What one training asks for, at most the largest machine. Raises UserError for a damaged base."""
         planned = replace(config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full"))
         need = memory.estimate(planned, base_size(config), 1).peak_gib
         if self.gpu_gib is None:
-            return on_ray.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
+            return ray_fleet.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
         count = self.per_gpu or max(1, int(memory.USABLE * self.gpu_gib / need))
-        return on_ray.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
+        return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
     def at_once(self, config: table.TrainConfig) -> int:
         """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small. Raises UserError."""
@@ -101,11 +101,11 @@ class Machines:
             count -= 1
         return count
 
-    def resources_for_group(self, config: table.TrainConfig, at_once: int) -> on_ray.Resources:
+    def resources_for_group(self, config: table.TrainConfig, at_once: int) -> ray_fleet.Resources:
         """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises UserError."""
         if self.gpu_gib is not None:
-            return on_ray.Resources(self.cpus, gpus=1.0)
-        return on_ray.Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
+            return ray_fleet.Resources(self.cpus, gpus=1.0)
+        return ray_fleet.Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
 
 
 def group_gib(config: table.TrainConfig, count: int) -> float:
@@ -140,8 +140,8 @@ LOOK_SEC = 2.0
 
 
 def grouped(
-    tasks: Iterable[on_ray.Task], machines: Machines, total: int, room: Callable[[on_ray.Resources], int]
-) -> Iterator[on_ray.Task]:
+    tasks: Iterable[ray_fleet.Task], machines: Machines, total: int, room: Callable[[ray_fleet.Resources], int]
+) -> Iterator[ray_fleet.Task]:
     """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once. A
     task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N: a lost one costs little."""
     if (machines.per_gpu or 1) < 2:
@@ -164,14 +164,14 @@ def grouped(
     yield from (as_group(found, machines) for found in waiting.values())
 
 
-def as_group(tasks: Sequence[on_ray.Task], machines: Machines) -> on_ray.Task:
+def as_group(tasks: Sequence[ray_fleet.Task], machines: Machines) -> ray_fleet.Task:
     if len(tasks) == 1:
         return tasks[0]
     config = table.TrainConfig.from_dict(tasks[0].arguments[0].settings)
     at_once = min(machines.at_once(config), len(tasks))
     needs = machines.resources_for_group(config, at_once)
     jobs = tuple(replace(task.arguments[0], gpus=needs.gpus) for task in tasks)
-    return on_ray.Task(tuple(task.key for task in tasks), (worker.Group(jobs, at_once),), needs)
+    return ray_fleet.Task(tuple(task.key for task in tasks), (worker.Group(jobs, at_once),), needs)
 
 
 class GroupsUnderWay:
@@ -181,7 +181,7 @@ class GroupsUnderWay:
         self.tell, self._looked = tell, time.monotonic()
         self._before: dict[str, tuple[worker.Job, records.Record | None]] = {}
 
-    def noted(self, tasks: Iterable[on_ray.Task]) -> Iterator[on_ray.Task]:
+    def noted(self, tasks: Iterable[ray_fleet.Task]) -> Iterator[ray_fleet.Task]:
         """Pass the tasks on, after noting their groups' records as they are before the start."""
         for task in tasks:
             (work,) = task.arguments
@@ -202,8 +202,8 @@ class GroupsUnderWay:
                 self.tell(name, record)
 
     def untold(
-        self, task: on_ray.Task, result: records.Record | list[records.Record] | on_ray.Lost
-    ) -> list[tuple[str, records.Record | on_ray.Lost]]:
+        self, task: ray_fleet.Task, result: records.Record | list[records.Record] | ray_fleet.Lost
+    ) -> list[tuple[str, records.Record | ray_fleet.Lost]]:
         """The results that have not been reported; one of a lost group may have finished before."""
         work, found = task.arguments[0], []
         if not isinstance(work, worker.Group):
@@ -211,7 +211,7 @@ class GroupsUnderWay:
         for number, (name, job) in enumerate(zip(task.key, work.jobs, strict=True)):
             if self._before.pop(name, None) is not None:
                 folder, record = Path(job.run_dir), result[number] if isinstance(result, list) else result
-                was_done = isinstance(record, on_ray.Lost) and records.is_finished(folder, job.mark)
+                was_done = isinstance(record, ray_fleet.Lost) and records.is_finished(folder, job.mark)
                 found.append((name, records.read_record(folder) if was_done else record))
         return found
 
@@ -261,13 +261,13 @@ def run_fleet(
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
     train: Callable[[worker.Job | worker.Group], records.Record | list[records.Record]] = worker.train_work,
-    check: Callable[[Path, records.Record | on_ray.Lost], records.Record] | None = None,
+    check: Callable[[Path, records.Record | ray_fleet.Lost], records.Record] | None = None,
     url: str = "",
 ) -> None:
     """Train all of `todo` on the connected cluster, within `begun`; each subject ends with an `Ending`. A worker calls
     `train`; `check` compares its answer with the files. `out` may be a local view of `url` (`remote_output`)."""
 
-    def tell(name: str, result: records.Record | on_ray.Lost) -> None:
+    def tell(name: str, result: records.Record | ray_fleet.Lost) -> None:
         on_end(Ending(name, (check or checked)(out / name, result)))
 
     groups = GroupsUnderWay(tell)
@@ -278,19 +278,19 @@ def run_fleet(
             records.stop_path(out).touch()
         return records.stop_path(out).exists()
 
-    def again(task: on_ray.Task, reason: str) -> None:
+    def again(task: ray_fleet.Task, reason: str) -> None:
         for name in (task.key,) if isinstance(task.key, str) else task.key:
             on_end(Ending(name, records.Record("running", message=reason), is_again=True))
 
-    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), on_ray.room_for)
-    for task, result in on_ray.run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
+    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), ray_fleet.room_for)
+    for task, result in ray_fleet.run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
         for name, found in groups.untold(task, result):
             tell(name, found)
 
 
 def tasks_of(
     todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None], url: str = ""
-) -> Iterator[on_ray.Task]:
+) -> Iterator[ray_fleet.Task]:
     """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends here."""
     for subject, mark in todo:
         try:
@@ -305,12 +305,12 @@ def tasks_of(
         settings = {**subject.settings, **({"memory": plan} if plan else {})}
         there = f"{url}/{subject.name}" if url else ""
         job = worker.Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there)
-        yield on_ray.Task(subject.name, (job,), needs)
+        yield ray_fleet.Task(subject.name, (job,), needs)
 
 
-def checked(run_dir: Path, result: records.Record | on_ray.Lost, reason: str = NOT_SHARED) -> records.Record:
+def checked(run_dir: Path, result: records.Record | ray_fleet.Lost, reason: str = NOT_SHARED) -> records.Record:
     """The worker's answer, or a failure when its machine was lost or, for this `reason`, its adapter is not here."""
-    if isinstance(result, on_ray.Lost):
+    if isinstance(result, ray_fleet.Lost):
         return records.ended(run_dir, "failed", result.reason)
     if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():
         return records.ended(run_dir, "failed", reason.format(name=run_dir.name))

@@ -19,7 +19,7 @@ from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster import on_ray, records, subjects, worker
+from dreambooth_moslora.extras.cluster import fleet_subjects, ray_fleet, records, worker
 from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet
 
@@ -175,20 +175,20 @@ class RemoteFleet:
     def send(self, name: str) -> None:
         self.bucket.write(name, (self.view / name).read_bytes())
 
-    def check(self, run_dir: Path, result: records.Record | on_ray.Lost) -> records.Record:
+    def check(self, run_dir: Path, result: records.Record | ray_fleet.Lost) -> records.Record:
         """Like `fleet.checked`, for files in the bucket; if they cannot be read, the worker's result counts."""
         try:
             self.fetch(run_dir.name)
             record = checked(run_dir, result, NOT_THERE)
         except UserError:
-            record = checked(run_dir, result) if isinstance(result, on_ray.Lost) else result
+            record = checked(run_dir, result) if isinstance(result, ray_fleet.Lost) else result
         if record != records.read_record(run_dir):
             records.write_record(run_dir, record)
         return record
 
     def run(
         self,
-        todo: Sequence[tuple[subjects.Subject, str]],
+        todo: Sequence[tuple[fleet_subjects.Subject, str]],
         view: Path,
         machines: Machines,
         on_end: Callable[[Ending], None],

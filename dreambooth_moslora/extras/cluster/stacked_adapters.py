@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.adapters import fast_linear, moslora
+from dreambooth_moslora.method import fast_linear, moslora
 
 NAME = "default"  # Of the adapters on each model
 

@@ -27,14 +27,14 @@ from typing import TypeVar
 import torch
 from diffusers import DiffusionPipeline
 
-from dreambooth_moslora.adapters.fast_linear import lay_together
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.families import denoiser_of
-from dreambooth_moslora.cli import terminal, train
+from dreambooth_moslora.base.pipelines import denoiser_of
+from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import UserError, shortened, spelled_out
 from dreambooth_moslora.extras.cluster import records, stacked_adapters
+from dreambooth_moslora.method.fast_linear import lay_together
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings import families, table
@@ -76,11 +76,11 @@ def members(folders: Sequence[Path], stop: terminal.StopRequest, costs: "Costs")
             check_folders(config)
             with logged_to(config):
                 plan = make_plan(config)
-                train.warn_about(plan)
+                command_train.warn_about(plan)
         except Exception as error:
             costs.ended(folder, error)
         else:
-            evaluator = train.make_evaluator if config.is_scored else lambda plan: None
+            evaluator = command_train.make_evaluator if config.is_scored else lambda plan: None
             yield Member(plan, None, stop, evaluator, partial(logged_to, config))
 
 
@@ -89,7 +89,7 @@ def logged_to(config: table.TrainConfig) -> Iterator[None]:
     """Log only to the run folder for the length of the block, since its events concern this run."""
     root = logging.getLogger()
     before = list(root.handlers)
-    file_only = train.start_log(config)
+    file_only = command_train.start_log(config)
     try:
         yield
     except UserError as error:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import TrainResult, advanced, training
 

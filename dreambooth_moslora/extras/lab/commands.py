@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli import terminal, train
+from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset, user_path
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster import command_fleet, subjects
+from dreambooth_moslora.extras.cluster import command_fleet, fleet_subjects
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings.table import MIXERS, SAID_BY_SUBJECTS, TrainConfig, check_number
@@ -42,7 +42,7 @@ def basis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="its file, such as runs/toys_basis.safetensors")
     parser.add_argument("--start", metavar="FILE", default="svd", help="an earlier basis (default: that of the base)")
     parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
-    train.add_training_flags(parser, hidden=OF_RUNS)
+    command_train.add_training_flags(parser, hidden=OF_RUNS)
 
 
 def run_basis(args: argparse.Namespace) -> int:
@@ -80,7 +80,11 @@ def taken(flags: dict) -> dict:
                 f"--{name}: basis has no such flag. It takes the subjects from their folders, crops photos in their "
                 "own shapes, and learns by AdamW with falling rates, in one go."
             )
-    return {name: value for name, value in train.settings_of(flags)[0].items() if name in flags or name not in OF_FILES}
+    return {
+        name: value
+        for name, value in command_train.settings_of(flags)[0].items()
+        if name in flags or name not in OF_FILES
+    }
 
 
 def config_of(folders: list[str], settings: dict) -> TrainConfig:
@@ -107,7 +111,7 @@ def table_of(folder: str) -> dict[str, str]:
     token, word = facts.get("token"), facts.get("class_word")
     if not (token and word):
         raise UserError(f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.')
-    return {"instance_data_dir": str(place), **subjects.prompts_of(token, word)}
+    return {"instance_data_dir": str(place), **fleet_subjects.prompts_of(token, word)}
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,23 +135,23 @@ def run_compare(args: argparse.Namespace) -> int:
     out = user_path(args.output_dir or ("runs/study" if args.config else f"runs/compare_{study.subjects[0].name}"))
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))
     print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
-    from dreambooth_moslora.extras.lab import report, run
+    from dreambooth_moslora.extras.lab import run, study_report
 
     if args.dry_run:
         todo = run.unfinished(study, out)
         print("\n".join(cell.name for cell in todo))
         print(f"{len(todo)} of them are still to be done", file=sys.stderr)
         return 0
-    from dreambooth_moslora.extras.cluster import fleet, on_ray
+    from dreambooth_moslora.extras.cluster import fleet, ray_fleet
 
     progress, jobs = CellProgress(), 0 if args.report_only else max(1, args.jobs or 1)
     if args.ray_address and jobs:
-        with on_ray.connected(args.ray_address):
+        with ray_fleet.connected(args.ray_address):
             runner = partial(run.cells_on_cluster, fleet.Machines.of_cluster(args.per_gpu, args.cpus), args.jobs)
             results = run.run_study(study, out.resolve(), jobs, progress, runner)
     else:
         results = run.run_study(study, out, jobs, progress)
-    print(report.write_comparison(study, results, out))
+    print(study_report.write_comparison(study, results, out))
     print(out / "report.html")
     if progress.failed:
         print(f"{progress.failed} trainings failed; run again to try them again", file=sys.stderr)
@@ -165,13 +169,13 @@ def given(args: argparse.Namespace) -> bool:
 
 def study_of(args: argparse.Namespace) -> Study:
     """One arm for each mixer, trained on the folder as `train PHOTOS WORD` would. Raises UserError."""
-    folder, word = train.folder_and_word(args.words)
+    folder, word = command_train.folder_and_word(args.words)
     mixers = args.mixers or ["none", "orthogonal"]
     if unknown := [mixer for mixer in mixers if mixer not in MIXERS]:
         raise UserError(f"--mixers {unknown[0]}: choose from {', '.join(MIXERS)}.")
     base = args.pretrained_model_name_or_path
     chosen = choices.Choices({"pretrained_model_name_or_path": base} if base else {})
-    train.choose_base(chosen, folder)
+    command_train.choose_base(chosen, folder)
     exposures = choices.choose_recipe(chosen, None if chosen.base.is_toy else memory.least_free_gib())
     choices.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.basis import put_basis
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import training
 from dreambooth_moslora.training.step import TrainStep

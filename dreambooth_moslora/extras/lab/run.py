@@ -34,18 +34,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_moslora.adapters import moslora, raw_file
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.families import denoiser_of
+from dreambooth_moslora.base.pipelines import denoiser_of
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
-from dreambooth_moslora.extras.cluster import fleet, on_ray
+from dreambooth_moslora.extras.cluster import fleet, ray_fleet
 from dreambooth_moslora.extras.lab.basis import train_on_basis
 from dreambooth_moslora.extras.lab.study import BASIS, Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.plan.checks import family_settings
@@ -317,16 +318,16 @@ def cells_on_cluster(
 ) -> Iterator[tuple[Cell, float, str]]:
     """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold, or `most`."""
 
-    def tasks() -> Iterator[on_ray.Task]:
+    def tasks() -> Iterator[ray_fleet.Task]:
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]
             needs = machines.resources_for(study.config_of(cell, rank, out))
-            jobs = most or min(len(cells), on_ray.room_for(needs))
-            yield on_ray.Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
+            jobs = most or min(len(cells), ray_fleet.room_for(needs))
+            yield ray_fleet.Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
 
     started = time.monotonic()
-    for task, result in on_ray.run_tasks(run_cell, tasks(), window=most):
-        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, on_ray.Lost) else result
+    for task, result in ray_fleet.run_tasks(run_cell, tasks(), window=most):
+        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, ray_fleet.Lost) else result
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:

@@ -104,7 +104,7 @@ class RemotePipeline:
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
-        from dreambooth_moslora.adapters.lora_file import adapter_name
+        from dreambooth_moslora.lora.lora_file import adapter_name
 
         file = find_weights(path)
         name = name or adapter_name(file)

@@ -59,7 +59,7 @@ def run_serve(args: argparse.Namespace) -> int:
             raise UserError(f"--adapters {place}: there is no such folder.")
     Base.find(args.pretrained_model_name_or_path)
     settings = settings_of(args)
-    from dreambooth_moslora.extras.cluster.on_ray import connected, has_gpus
+    from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 
     count = len(open_catalogue(settings.adapters).names())
@@ -78,7 +78,7 @@ def run_serve(args: argparse.Namespace) -> int:
     os.environ.update(PATIENCE | os.environ)
     with connected(args.ray_address):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        from dreambooth_moslora.extras.serving.on_ray import listening
+        from dreambooth_moslora.extras.serving.ray_serve import listening
 
         per_gpu = (settings.per_gpu or 1) if has_gpus() else None
         with listening(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):

@@ -18,9 +18,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import fleet, worker
 from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
-from dreambooth_moslora.extras.cluster.on_ray import Lost, Resources, Task
+from dreambooth_moslora.extras.cluster.fleet_subjects import Subject
+from dreambooth_moslora.extras.cluster.ray_fleet import Lost, Resources, Task
 from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path, write_record
-from dreambooth_moslora.extras.cluster.subjects import Subject
 from dreambooth_moslora.extras.cluster.worker import Group, Job, judged, train_subject, train_work
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.table import TrainConfig

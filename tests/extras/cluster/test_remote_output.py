@@ -22,7 +22,7 @@ from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, Mirror, Supe
 from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, write_names, write_record
 from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, train_in_bucket
 from dreambooth_moslora.extras.cluster.worker import Job
-from tests.extras.cluster.test_subjects import START, STEP, subject
+from tests.extras.cluster.test_fleet_subjects import START, STEP, subject
 
 FLEET = "flaky://bucket/fleet"
 TWO = ["checkpoint-1", "checkpoint-2"]

@@ -6,17 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreambooth_moslora.adapters import fast_linear, moslora, raw_file
-from dreambooth_moslora.adapters.moslora import MoSLoraConfig, adapter_parameters, inject
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import learn_basis
 from dreambooth_moslora.extras.lab.basis import freeze_basis, leading_directions, put_basis, train_on_basis
-from tests.adapters.test_fast_linear import unet_loss
+from dreambooth_moslora.lora import raw_file
+from dreambooth_moslora.method import fast_linear, moslora
+from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_parameters, inject
 from tests.helpers.live_adapters import facts_of
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.method.test_fast_linear import unet_loss
 
 COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
 LAYERS = ["to_q", "conv1"]

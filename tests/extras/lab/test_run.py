@@ -13,13 +13,13 @@ import psutil
 import pytest
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
-from dreambooth_moslora.adapters.moslora import adapter_parameters
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab import run
-from dreambooth_moslora.extras.lab.report import write_comparison
 from dreambooth_moslora.extras.lab.run import Result, run_study, unfinished
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
+from dreambooth_moslora.extras.lab.study_report import write_comparison
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.method.moslora import adapter_parameters
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders

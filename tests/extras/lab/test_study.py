@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.cli.train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
-from dreambooth_moslora.extras.lab.report import difference_plot, finding, outcome_rows
 from dreambooth_moslora.extras.lab.run import Result, best_rates, count_parameters, materials, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
+from dreambooth_moslora.extras.lab.study_report import difference_plot, finding, outcome_rows
 from dreambooth_moslora.plan.plan import plan_steps
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"

@@ -1,0 +1,224 @@
+"""`check DIR`: how training would use a folder of photos. `caption DIR`: write name.txt beside photos without one."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_moslora.base.base import SETTINGS, Base
+from dreambooth_moslora.cli import command_train, terminal
+from dreambooth_moslora.disk.paths import find_asset, user_path
+from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.plan.checks import own_bucket_step
+from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
+from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
+from dreambooth_moslora.settings import table
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.photos.folder import PhotoReport
+    from dreambooth_moslora.photos.photo_file import Photo
+
+BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
+OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
+WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
+FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
+MAX_PICTURED = 48  # Most photos in the picture of the crops.
+
+
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
+    parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    about_picture = "where the picture of the crops goes (default: NAME_crops.png, not among the photos)"
+    parser.add_argument("--picture", metavar="FILE", help=about_picture)
+    parser.add_argument("--no_picture", action="store_true", help="draw none")
+    parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
+    parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
+    group = parser.add_argument_group("as in training")
+    for name in table.named("check"):
+        command_train.add_flag(group, table.SETTINGS[name])
+    about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
+    group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.photos.examine import examine
+    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+
+    folder = Path(find_asset(args.folder))
+    given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
+    recipe = command_train.settings_of({"config": args.config, "like": None})[0]
+    if args.word:
+        recipe = as_train_would(args, recipe | given)
+    known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
+    if "instance_prompt" not in known:
+        known["class_word"] = ""  # do not look for the default prompt's `object`
+    sized = Choices(known)
+    choose_resolution(sized)
+    terminal.say(sized.lines)
+    config = table.TrainConfig(**sized.all)
+    find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = find()
+    if args.make_masks:
+        make_masks(report.photos, config)
+        report = find()
+    report = examine(report, config.resolution)
+    if not args.config:
+        choices = Choices(given)
+        choose_shapes(choices, report.photos)
+        terminal.say(choices.lines)
+        given |= choices.settings
+    config = replace(config, **given)
+    config = replace(config, **own_bucket_step(config, Base.of(config)))
+    crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
+    has_words = bool(known.get("instance_prompt"))
+    shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops, has_words))
+    print(shown)
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    if args.json and crops:
+        print(spelled_out(crops), file=sys.stderr)
+    if known[BASE] == STOCK_SDXL and not (args.json or args.word or "resolution" in sized.all):
+        terminal.say([f"note: judged for SDXL at {config.resolution} px; {WITH_WORD}"])
+    return 0
+
+
+def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """The `given` settings and what `train DIR WORD` chooses; says the base. Raises UserError."""
+    folder, word = command_train.folder_and_word([args.folder, args.word])
+    choices = Choices(given)
+    command_train.choose_base(choices, folder)
+    terminal.say(choices.lines)
+    if not args.config:
+        choose_recipe(choices, None if choices.base.is_toy else least_free_gib())
+    choose_words(choices, word)
+    return {name: value for name, value in choices.all.items() if name in OF_PHOTOS}
+
+
+def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
+    """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
+    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.photos.masks import load_segmenter, make_beside
+
+    try:
+        for made in make_beside(photos, load_segmenter(config, best_device())):
+            done = f"{made.path.name} is written" if made.path else ""
+            line = "; ".join(filter(None, [done, made.remark]))
+            print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
+
+
+def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
+    """Draw the picture of the crops and return a line about it; if it cannot be written, say so and return None."""
+    from dreambooth_moslora.photos.examine import crop_rows
+    from dreambooth_moslora.pictures import draw_contact_sheet
+
+    photos_dir = folder.resolve()
+    path = user_path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    if not args.picture and path.parent.resolve() == photos_dir:
+        path = photos_dir.parent / path.name
+    try:
+        if path.parent.resolve() == photos_dir:
+            raise OSError(None, "among the photos it would be one of them; name another folder")
+        if path.suffix.lower() != ".png":
+            raise OSError(None, "it is drawn as a PNG; name it so")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
+    except OSError as error:
+        print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
+        return None
+    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
+    note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
+    return f"the crops: {path}{note}"
+
+
+def as_json(report: "PhotoReport") -> dict[str, Any]:
+    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file name."""
+    found = [(photo, True, list(photo.reasons)) for photo in report.photos]
+    found += [(item, False, [item.reason]) for item in report.skipped]
+    rows = []
+    for one, usable, reasons in sorted(found, key=lambda row: str(row[0].path)):
+        size_px = list(one.size_px) if one.size_px else None
+        rows.append({"path": str(one.path), "usable": usable, "reasons": reasons, "size_px": size_px})
+    return {"photos": rows, "usable": len(report.photos)}
+
+
+def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) -> str:
+    """Without words of the subject only a photo's own captions are shown."""
+    from dreambooth_moslora.photos.photo_file import quoted
+
+    lines = []
+    for photo in report.photos:
+        height, width = photo.size_px
+        extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
+        mark = "bad" if is_faulty(photo) else "ok "
+        lines.append(f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
+        lines += [f"        {quoted(photo)}"] * (has_words or photo.is_captioned)
+    lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
+    usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
+    lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
+    return "\n".join([*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])])
+
+
+FEWEST = 3  # good photos
+
+
+def is_faulty(photo: "Photo") -> bool:
+    return any(reason.startswith(FAULTS) for reason in photo.reasons)
+
+
+def verdict(report: "PhotoReport") -> str:
+    faulty = [photo.path.name for photo in filter(is_faulty, report.photos)]
+    good = len(report.photos) - len(faulty)
+    if not good:  # --leave_out takes no names of all
+        return f"verdict: no good photo is there: take {FEWEST} to 10 of the subject"
+    advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); " if faulty else ""
+    rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
+    enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"
+    return f"verdict: {advice}{rest}, {enough}"
+
+
+def caption_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder with the photos")
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument("--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"')
+    words.add_argument("--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption")
+    about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
+    parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
+    parser.add_argument("--caption_model", metavar="TEXT", help=table.SETTINGS["caption_model"].metadata["help"])
+    about_anew = "replace captions that were made before; those that you wrote or edited always stay"
+    parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
+
+
+def run_caption(args: argparse.Namespace) -> int:
+    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.photos.captions import load_captioner, make_beside
+    from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
+
+    words = args.instance_prompt if args.subject is None else args.subject
+    if not words.strip():
+        raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
+    prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
+    base = {BASE: args.pretrained_model_name_or_path}
+    config = table.TrainConfig(**base, instance_prompt=prompt, caption_model=args.caption_model)
+    folder = Path(find_asset(args.folder))
+    report = find_photos(folder, config.instance_prompt, config.resolution)
+    if not report.photos:
+        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
+    captioner, count = load_captioner(config, best_device()), 0
+    try:
+        for made in make_beside(report.photos, captioner, config.instance_prompt, anew=args.overwrite_made):
+            count += made.caption is not None
+            print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
+    except OSError as error:
+        raise UserError(f"{folder}: a caption cannot be written: {error.strerror}") from error
+    print(f"{len(report.photos)} photos, {count} captions written")
+    return 0

@@ -1,0 +1,156 @@
+"""`info FILE…`: what a LoRA file contains, whichever program wrote it. `export RAW_OR_CHECKPOINT --out DIR`: raw
+weights to files for diffusers, ComfyUI and the others; needs no base."""
+
+import argparse
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from dreambooth_moslora.disk.paths import find_asset, user_path
+from dreambooth_moslora.disk.run_folder import (
+    BEST_NAME,
+    PEFT_CONFIG,
+    PUBLISHED_NAME,
+    RAW_NAME,
+    RunDir,
+    check_name,
+    header_of,
+    tokens_name,
+)
+from dreambooth_moslora.errors import UserError, spelled_out
+
+LOKR_SUFFIX = ".lokr.safetensors"
+NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "safetensors files, or folders with a published adapter"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=about)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a file instead of lines")
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Describe each file; a broken one is reported, and the others are still described."""
+    failed = False
+    for number, name in enumerate(args.files):
+        path = Path(find_asset(name))
+        try:
+            facts = facts_of(path / PUBLISHED_NAME if path.is_dir() else path)
+        except UserError as error:
+            print(f"error: {spelled_out(' '.join(str(error).split()))}", file=sys.stderr)
+            failed = True
+            continue
+        from dreambooth_moslora.lora.describe import lines
+
+        separator = "\n" if number and not args.json else ""
+        print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
+    return 2 if failed else 0
+
+
+def facts_of(file: Path) -> dict[str, object]:
+    """What the file is. Raises UserError, for a missing one at once: describing it takes torch."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    from dreambooth_moslora.lora.describe import describe
+
+    return describe(file)
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
+    parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
+    about = (
+        "peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
+        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads"
+    )
+    readers = ["diffusers", "peft", "lycoris"]
+    parser.add_argument("--for", dest="readers", choices=readers, default="diffusers", help=about)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
+    parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)")
+    about = "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)"
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    source, out = user_path(args.source), user_path(args.out)
+    for option in NOT_OBEYED.get(args.readers, ()):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is not for --for {args.readers}: leave it out")
+    if args.readers == "peft":
+        if not source.is_dir():
+            raise UserError(f"there is no folder {source}")
+    elif (source / PEFT_CONFIG).is_file():
+        raise UserError(f"{source} is an adapter of PEFT: add --for peft")
+    else:
+        source = find_raw(source)
+    from dreambooth_moslora.lora import new_tokens, published_file, raw_file
+
+    if args.readers == "peft":
+        print(f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M).")
+        return 0
+    check_name(name := args.name or out.resolve().name or "adapter")
+    _, facts = raw_file.read_raw(source)
+    if missing := [note["file"] for note in facts.tokens if not (source.parent / note["file"]).is_file()]:
+        raise UserError(f"{source.name} has new tokens in {missing[0]}: put that file beside it")
+    tokens = new_tokens.tokens_beside(source, facts.header)
+    token_files = [tokens_name(name, number) for number in range(len(tokens))]
+    if args.readers == "lycoris":
+        layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}", name, tokens)
+        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
+        for file in token_files:
+            print(f"{out / file}: its new tokens.")
+        return 0
+    refuse_to_replace(out, source, facts.step)
+    components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
+    raw_file.load_raw(source, components)
+    before, keep = sum(rank_sum(model) for model in components.values()), 1.0 if args.keep is None else args.keep
+    proof = published_file.publish(
+        components, out, name, facts, published_file.DTYPES[args.dtype or "fp32"], keep=keep, tokens=tokens
+    )
+    for file in [*proof.files, *token_files]:
+        size = (out / file).stat().st_size / 2**20
+        print(f"{out / file}  {size:.2f} MiB")
+    print(f"{proof.sentence()}.")
+    if keep != 1.0:
+        mean = proof.rank_sum / proof.projections
+        print(
+            f"Rank reduced: {before} to {proof.rank_sum} in sum, {mean:.1f} a projection on average; "
+            f"{100 * proof.kept:.2f} % of ‖B·M·A‖² is kept."
+        )
+    for note in proof.notes:
+        print(f"Note: {note}.")
+    return 0
+
+
+def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
+    """Raises UserError when `out` is a run, or its best/, and the adapter there is another run's or step's."""
+    from dreambooth_moslora.lora.metadata import metadata_in
+
+    run_dir, file, there = RunDir(out.parent if out.name == BEST_NAME else out), out / PUBLISHED_NAME, None
+    if run_dir.config_path.is_file() and file.is_file():
+        with suppress(UserError):  # a damaged file may be replaced
+            there = metadata_in(header_of(file))
+    is_its_own = source.resolve().is_relative_to(run_dir.path.resolve())
+    if there is not None and not (is_its_own and there.step == step):
+        kept = f"--out {out}: it is a run's folder, and another adapter would replace its own {PUBLISHED_NAME}"
+        raise UserError(f"{kept}; give another folder, such as {run_dir.path}_export.")
+
+
+def rank_sum(model: object) -> int:
+    from dreambooth_moslora.method.moslora import adapter_layers
+
+    return sum(layer.r["default"] for layer in adapter_layers(model).values())
+
+
+def find_raw(path: Path) -> Path:
+    """The raw file: the path, that of a checkpoint folder, or of a run's last complete checkpoint. Raises UserError."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"there is no file or folder {path}")
+    folder = path if (path / RAW_NAME).is_file() else RunDir(path).latest_checkpoint()
+    if folder is None:
+        raise UserError(f"{path} holds neither {RAW_NAME} nor a checkpoint")
+    return folder / RAW_NAME

@@ -1,0 +1,60 @@
+"""`selftest`: does this machine train, resume and draw as it should?"""
+
+import argparse
+import time
+
+from dreambooth_moslora.cli.command_doctor import Findings, examine_machine, examine_versions
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.precision import half_precision
+
+
+def selftest_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "device to test (default: the GPU, if there is one)"
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
+    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
+
+
+def run_selftest(args: argparse.Namespace) -> int:
+    """Exit code 2 when a test fails. Writes selftest.json, and selftest.md for a bug report."""
+    import psutil
+    import torch
+
+    from dreambooth_moslora.base.machine import GIB, best_device
+    from dreambooth_moslora.extras.lab.selftest import (
+        ON_CPU,
+        ON_TWO_GPUS,
+        SelfTest,
+        as_json,
+        as_page,
+    )
+    from dreambooth_moslora.plan.memory import free_gib_of_gpu
+
+    best = best_device().type
+    if args.device not in (None, "cpu", best):
+        raise UserError(f"--device {args.device}: this torch sees no such GPU; `doctor` says why.")
+    is_on_gpu = best != "cpu" and args.device != "cpu"
+    folder = user_path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = Findings()
+    examine_versions(machine)
+    examine_machine(machine)
+    facts = machine.facts | {"tried": best if is_on_gpu else "cpu"}
+    has_bf16 = not is_on_gpu or half_precision() == "bf16"
+    free_gib = free_gib_of_gpu() if is_on_gpu else None
+    free_gib = psutil.virtual_memory().available / GIB if free_gib is None else free_gib
+    precisions = ("no", "bf16" if has_bf16 else "fp16")
+    is_cuda = is_on_gpu and best == "cuda"
+    launcher = ON_TWO_GPUS if is_cuda and torch.cuda.device_count() > 1 else ()
+    env = {} if is_on_gpu else ON_CPU
+    test = SelfTest(folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher)
+    found, start = [], time.monotonic()
+    for finding in test.findings():
+        print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)
+        found.append(finding)
+    facts["seconds"] = f"{time.monotonic() - start:.0f}"
+    atomic_write(folder / "selftest.json", as_json(facts, found))
+    atomic_write(folder / "selftest.md", as_page(facts, found))
+    print(f"{facts['seconds']} s; paste {folder / 'selftest.md'} into a bug report")
+    return 0 if all(finding.holds for finding in found) else 2

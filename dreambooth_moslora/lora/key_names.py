@@ -1,0 +1,220 @@
+"""How the tools that people have spell the keys of a LoRA: a table of what a key begins with, and one of its end.
+
+    prefix         path                                        ending
+    unet.          mid_block.attentions.0.….attn1.to_q         .lora_A.weight          diffusers, with PEFT's ends
+    lora_unet_     mid_block_attentions_0_…_attn1_to_q         .lora_down.weight       kohya
+
+Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. Which layer of a base a
+path means is in `named_layers`.
+
+A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
+
+    lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
+                          [.dora_scale (out, 1)]
+
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
+others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
+DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS. diffusers drops
+`dora_scale`, so kohya files with DoRA are evaluated by this definition. Header keys: github.com/Stability-AI/ModelSpec,
+and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag counts.
+"""
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+
+from dreambooth_moslora.lora.metadata import AdapterMetadata, most_common
+from dreambooth_moslora.lora.raw_file import COMPONENTS
+from dreambooth_moslora.method.mixer import Folded, Tensors
+from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
+
+
+class Prefix(NamedTuple):
+    """What a key begins with: in whose layers its path is."""
+
+    text: str
+    tool: str
+    components: tuple[str, ...]  # one of these, the likeliest first
+
+
+DIFFUSERS, KOHYA = "diffusers", "kohya"
+PEFT_PREFIX = "base_model.model."
+PREFIXES = (
+    *(Prefix(f"{component}.", DIFFUSERS, (component,)) for component in COMPONENTS),
+    Prefix("lora_unet_", KOHYA, ("unet",)),
+    Prefix("lora_te_", KOHYA, ("text_encoder",)),  # of the one encoder of SD 1.5 and FLUX.1
+    Prefix("lora_te1_", KOHYA, ("text_encoder",)),
+    Prefix("lora_te2_", KOHYA, ("text_encoder_2",)),
+    Prefix("lora_transformer_", "OneTrainer", ("transformer",)),
+    Prefix("lycoris_", "LyCORIS", DENOISERS[::-1]),
+    Prefix("diffusion_model.", "ComfyUI", DENOISERS[::-1]),
+    Prefix(PEFT_PREFIX, "PEFT", COMPONENTS),
+    Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
+)
+KOHYA_PREFIXES = {row.components[0]: row.text for row in PREFIXES if row.tool == KOHYA}
+KOHYA_ALONE = "lora_te_"
+
+
+class Ending(NamedTuple):
+    """What a key ends in: what the tensor is."""
+
+    text: str
+    part: str
+    tool: str  # as `info` calls such keys
+
+
+PEFT_KEYS, KOHYA_KEYS, OLD_KEYS = "PEFT keys", "kohya keys", "old diffusers keys"
+DIFFUSERS_KEYS, ENCODER_KEYS = "diffusers keys", "diffusers text encoder keys"
+LOHA, LOKR = "LyCORIS LoHa", "LyCORIS LoKr"
+UNFOLDED = "MoSLoRA in PEFT's form, unfolded"
+ENDINGS = (
+    *(Ending(f".hada_{part}", f"hada_{part}", LOHA) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w1", "w1_a", "w1_b")),
+    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w2", "w2_a", "w2_b", "t2")),
+    Ending(".lora_mid.weight", "mid", "LyCORIS LoCon"),
+    Ending(".lora_AB.weight", "between", "MoSLoRA reference code"),
+    Ending(".lora_B.mixer", "mixer", UNFOLDED),
+    Ending(".lora_A.weight", "down", PEFT_KEYS),
+    Ending(".lora_B.weight", "up", PEFT_KEYS),
+    Ending(".lora_B.bias", "bias", PEFT_KEYS),
+    Ending(".lora_magnitude_vector", "magnitude", PEFT_KEYS),
+    Ending(".lora_magnitude_vector.weight", "magnitude", PEFT_KEYS),
+    Ending(".lora_down.weight", "down", KOHYA_KEYS),
+    Ending(".lora_up.weight", "up", KOHYA_KEYS),
+    Ending(".alpha", "alpha", KOHYA_KEYS),
+    Ending(".dora_scale", "dora_scale", KOHYA_KEYS),
+    Ending(".lora.down.weight", "down", DIFFUSERS_KEYS),
+    Ending(".lora.up.weight", "up", DIFFUSERS_KEYS),
+    Ending(".lora.up.bias", "bias", DIFFUSERS_KEYS),
+    Ending("_lora.down.weight", "down", OLD_KEYS),
+    Ending("_lora.up.weight", "up", OLD_KEYS),
+    Ending("_lora.up.bias", "bias", OLD_KEYS),
+    Ending(".lora_linear_layer.down.weight", "down", ENCODER_KEYS),
+    Ending(".lora_linear_layer.up.weight", "up", ENCODER_KEYS),
+    Ending(".lora_linear_layer.up.bias", "bias", ENCODER_KEYS),
+)
+BY_TEXT = {row.text: row for row in ENDINGS}
+ENDED = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in BY_TEXT)})")
+PAIRED = {row.tool for row in ENDINGS if row.part == "down"}
+"""Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
+OF_LYCORIS = {LOHA, LOKR}
+LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in OF_LYCORIS}
+
+
+class Module(NamedTuple):
+    """A layer as a file names it."""
+
+    prefix: Prefix
+    path: str  # with dots, or with _ after a prefix that ends so
+
+    @property
+    def name(self) -> str:
+        return f"{self.prefix.text}{self.path}"
+
+    @property
+    def component(self) -> str:
+        """The likeliest part of a pipeline; "" for a name that fits any."""
+        return "" if self.prefix.components == COMPONENTS else self.prefix.components[0]
+
+
+class Key(NamedTuple):
+    module: Module
+    part: str
+    tool: str
+
+
+def parse(key: str) -> Key | None:
+    """Whose layer and which part of it the key names; None for a key of no known spelling."""
+    match = ENDED.fullmatch(key.replace(".processor.", "."))
+    if match is None:
+        return None
+    ending = BY_TEXT[match[2]]
+    prefix = next(row for row in PREFIXES if match[1].startswith(row.text))
+    path = match[1].removeprefix(prefix.text)
+    if ending.tool == OLD_KEYS:  # `attn1.to_out_lora`, `self_attn.to_q_lora`
+        block, _, projection = path.rpartition(".")
+        names = OLD_TEXT_NAMES if block.endswith("self_attn") else OLD_NAMES
+        path = f"{block}.{names.get(projection, projection)}"
+    return Key(Module(prefix, path), ending.part, ending.tool)
+
+
+OLD_NAMES = {"to_out": "to_out.0"}
+OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def spell(tool: str, name: str, part: str) -> str:
+    """The key of a part of the layer `name` (as the file names it) with the tool's ending, the first of ENDINGS."""
+    return name + next(row.text for row in ENDINGS if (row.tool, row.part) == (tool, part))
+
+
+def published_path(component: str, path: str) -> str:
+    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which transformers 5 dropped."""
+    is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
+    return f"text_model.{path}" if is_bare else path
+
+
+def kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these components."""
+    is_alone = component == "text_encoder" and "text_encoder_2" not in components
+    prefix = KOHYA_ALONE if is_alone else KOHYA_PREFIXES[component]
+    return prefix + path.replace(".", "_")
+
+
+WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
+
+
+def is_by_rows(dora_scale: torch.Tensor) -> bool:
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
+    return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
+
+
+def kohya_tensors(components: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+    """All tensors of the file, with the shapes above; the scale is already in `up`."""
+    alpha = common_rank(components)
+    tensors = {}
+    for component, layers in components.items():
+        for path, layer in layers.items():
+            name = kohya_name(component, path, components)
+            parts = {
+                "down": layer.down.to(dtype),
+                "up": (layer.up * (layer.rank / alpha)).to(dtype),
+                "alpha": torch.tensor(float(alpha), dtype=dtype),
+            }
+            if layer.magnitude is not None:
+                parts["dora_scale"] = layer.magnitude[:, None]
+            tensors |= {spell(KOHYA_KEYS, name, part): tensor for part, tensor in parts.items()}
+    return tensors
+
+
+def common_rank(components: Folded) -> int:
+    return most_common(layer.rank for layers in components.values() for layer in layers.values())
+
+
+def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
+    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
+    ranks = {layer.rank for layers in components.values() for layer in layers.values()}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
+    config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
+    facts, cross = facts_of_model("UNet2DConditionModel", config), config.get("cross_attention_dim", WIDTHS[0])
+    is_usual = cross in WIDTHS
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{facts.modelspec}/lora" if is_usual else f"{facts.name}-like-{cross}/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),
+        "ss_output_name": title,
+        "ss_sd_model_name": metadata.base_id,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": str(common_rank(components)),
+        "ss_v2": "False",
+    }
+    if is_usual:
+        header["ss_base_model_version"] = facts.kohya_version
+    if metadata.resolution_px:
+        size = metadata.resolution_px
+        header |= {"modelspec.resolution": f"{size}x{size}", "ss_resolution": f"({size}, {size})"}
+    return {key: value for key, value in header.items() if value}

@@ -1,0 +1,118 @@
+"""PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its weights: which alpha and
+scale a layer has."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.disk.contents import from_json, read_json
+from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import key_names
+from dreambooth_moslora.method.mixer import Tensors, nominal_scale
+from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.values import is_number
+
+PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
+LARGEST_ALPHA = 1e6
+PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
+OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
+MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Scales:
+    alphas: dict[str, float]  # module path -> alpha
+    use_rslora: bool = False  # s is alpha/√r, not alpha/r
+
+    def of(self, path: str, rank: int) -> float:
+        return nominal_scale(self.alphas[path], rank, self.use_rslora)
+
+
+def scales_of_settings(component: str, paths: Iterable[str], settings: dict, file_name: str) -> Scales:
+    """The alphas of one component's modules. Raises UserError for settings that are none."""
+    paths, alpha, pattern = list(paths), settings.get("lora_alpha", PEFT_ALPHA), settings.get("alpha_pattern") or {}
+    alphas = dict.fromkeys(paths, alpha) | matches(component, paths, pattern, file_name)
+    return Scales(alphas, flag(settings, "use_rslora", file_name))
+
+
+def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
+    """Raises UserError for an alpha that is no number, or too large."""
+    for value in alphas.values():
+        if not is_number(value) or not abs(value) <= LARGEST_ALPHA:
+            raise broken(file_name, f"it has an alpha of {value!r:.40}")
+
+
+def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
+    """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises UserError."""
+    try:
+        return from_json(header.get(PEFT_SETTINGS, "{}"), dict[str, Any] | None) or {}
+    except UserError as error:
+        raise broken(file_name, f"its LoRA settings: {error}") from error
+
+
+def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises UserError."""
+    config = file.parent / PEFT_CONFIG
+    is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
+    return read_json(config) if is_pefts else {}
+
+
+def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:
+    """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it is. Raises UserError
+    for another type."""
+    if (kind := settings.get("peft_type", "LORA")) == "LORA":
+        return tensors
+    if kind not in OF_LYCORIS:
+        said = f"{file_name} is of PEFT's type {kind!r:.40}, and only LORA, LOHA and LOKR are read here"
+        raise UserError(f"{said}: export DIR --for peft makes a LORA of MOSLORA, and no other")
+    modules = {key.rpartition(".")[0] for key in tensors}
+    paths = {module: module.removeprefix(key_names.PEFT_PREFIX) for module in modules}
+    alphas, ranks = (
+        dict.fromkeys(paths.values(), settings.get(name, PEFT_ALPHA))
+        | matches(DENOISERS[0], paths.values(), settings.get(pattern) or {}, file_name)
+        for name, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
+    )
+    check_alphas(alphas, file_name)
+    if not all(is_number(rank) and rank > 0 for rank in ranks.values()):
+        raise broken(file_name, "its settings have a rank that is none")
+    result = dict(tensors)
+    for module, path in paths.items():
+        for key in (f"{module}.hada_w1_a", f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
+            if key in tensors:
+                result[key] = tensors[key] * (alphas[path] / ranks[path])
+    return result
+
+
+def matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
+    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a whole name only)."""
+    if not isinstance(pattern, dict):
+        raise broken(file_name, "its alpha_pattern is no object")
+    plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
+    for name in plain:
+        if not MODULE_NAME.fullmatch(name):
+            raise broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
+    order, found = {name: number for number, name in enumerate(plain)}, {}
+    for path in paths:
+        ends = set()
+        # Versions of transformers differ in the prefix `text_model.` of a text encoder.
+        bare = path if component in DENOISERS else path.removeprefix("text_model.")
+        for name in (bare, key_names.published_path(component, path)):
+            parts = name.split(".")
+            ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
+        if known := ends & order.keys():
+            found[path] = plain[min(known, key=order.__getitem__)]
+    return found
+
+
+def flag(settings: dict, name: str, file_name: str) -> bool:
+    value = settings.get(name, False)
+    if not isinstance(value, bool):
+        raise broken(file_name, f"its {name} is {value!r:.40}")
+    return value
+
+
+def broken(file_name: str, what: str) -> UserError:
+    return UserError(f"{file_name} is broken: {what}")

@@ -1,0 +1,247 @@
+"""New tokens: rows of both text encoders' embedding tables that were learnt beside an adapter.
+
+    NewTokens --attach--> both tokenizers know <s0> <s1> …, both encoders look their rows up,
+                          a word stands for them
+              --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
+
+diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
+subject of an adapter has its own. The header of the adapter beside them holds the files' names and digests. OneTrainer
+keeps them in the adapter's own file.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.run_folder import tokens_name
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import metadata, raw_file
+from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from dreambooth_moslora.lora.proof import FileProof
+
+logger = logging.getLogger(__name__)
+
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # component -> its tensor in the file
+FILE_KEYS = {*KEYS.values()}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+WORD, MOST = "moslora_word", 75
+UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
+MISSING = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    word: str  # stands for all of them in prompts
+    rows: Mapping[str, Tensor]  # component -> (n, D)
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+    @property
+    def content(self) -> bytes:
+        """The file's bytes, equal for equal tokens."""
+        tensors = {KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()}
+        raw_file.check_finite(tensors, "the new tokens")
+        return raw_file.with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
+
+    def note(self, file_name: str) -> dict[str, object]:
+        digest = hashlib.sha256(self.content).hexdigest()
+        return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
+
+
+class TableWithRows(nn.Module):
+    """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
+
+    def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
+        super().__init__()
+        self.table, self.first = table, first
+        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
+        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table's weight, for readers of its dtype and device."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.table(ids.clamp(max=self.first - 1))
+        rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
+        own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
+        return torch.where((ids >= self.first)[..., None], own, found)
+
+
+class AttachedTokens:
+    """New tokens in use by a pipeline until `detach`: `encode_prompt` and its callers know their words."""
+
+    def __init__(self, pipeline: "StableDiffusionXLPipeline", several: Sequence[NewTokens]):
+        """Raises UserError for two with the same word, and for rows of another width than the base's."""
+        words = [tokens.word for tokens in several]
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise UserError(f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time")
+        self.pipeline, self.several = pipeline, tuple(several)
+        self.spellings = spellings_of({tokens.word: tokens.count for tokens in several})
+        self._tokenizers = {part: getattr(pipeline, name) for part, name in TOKENIZERS.items()}
+        self._tables = {part: getattr(pipeline, part).get_input_embeddings() for part in KEYS}
+        self.attach()
+
+    def attach(self) -> None:
+        for part, tokens in product(KEYS, self.several):
+            if tokens.rows[part].shape[1] != self._tables[part].weight.shape[1]:
+                raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
+        names = [name for own in token_names(tokens.count for tokens in self.several) for name in own]
+        for part, table in self._tables.items():
+            tokenizer = deepcopy(self._tokenizers[part])
+            first = len(tokenizer)
+            if tokenizer.add_tokens(names) != len(names):
+                raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
+            setattr(self.pipeline, TOKENIZERS[part], tokenizer)
+            rows = [tokens.rows[part] for tokens in self.several]
+            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
+            getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
+        self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
+
+    def detach(self) -> None:
+        vars(self.pipeline).pop("maybe_convert_prompt", None)
+        for part, name in TOKENIZERS.items():
+            setattr(self.pipeline, name, self._tokenizers[part])
+            getattr(self.pipeline, part).set_input_embeddings(self._tables[part])
+
+    def is_in(self, prompt: str) -> bool:
+        """Whether the prompt contains one of the words, or the tokens of one."""
+        return spelled(prompt, self.spellings) != prompt or any(spelt in prompt for spelt in self.spellings.values())
+
+    def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
+        if isinstance(prompt, list):
+            return [self.spelled(text) for text in prompt]
+        return spelled(prompt, self.spellings)
+
+
+def notes_of(several: Sequence[NewTokens], name: str = "moslora") -> tuple[dict[str, object], ...]:
+    """What the adapter's header says about each; their files' names begin with `name`."""
+    return tuple(tokens.note(tokens_name(name, number)) for number, tokens in enumerate(several))
+
+
+def write_tokens(path: Path, tokens: NewTokens) -> None:
+    atomic_write(path, tokens.content)
+
+
+def read_tokens(path: Path) -> NewTokens:
+    """The tokens in a file. Raises UserError for any other file."""
+    tensors, header = raw_file.read_tensors(path)
+    raw_file.check_finite(tensors, path.name)
+    found = tokens_of(header.get(WORD, ""), tensors, path)
+    if not found.word.strip():
+        raise UserError(f"{path.name} holds no new tokens of this program: its header names no word for them")
+    return found
+
+
+def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
+    """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
+    tables = {key: one for key, one in tensors.items() if one.is_floating_point() and one.ndim == 2 and one.numel()}
+    rows = {part: tables[key] for part, key in KEYS.items() if key in tables}
+    counts = {len(table) for table in rows.values()}
+    if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
+        raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
+    if (count := counts.pop()) > MOST:
+        raise UserError(f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}")
+    return NewTokens(word, {part: table.float() for part, table in rows.items()})
+
+
+def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
+    """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a word that has
+    vectors for the encoders' outputs, are logged and left out. Raises UserError for broken ones, and for too many."""
+    with safe_open(path, framework="pt") as opened:
+        words = metadata.bundled(opened.keys())
+        if len(words) > MOST:
+            raise UserError(f"{path.name} holds new tokens for {len(words)} words, and a prompt has room for {MOST}")
+        known = [word for word, names in words.items() if is_for_sdxl and word.strip() and set(names) == FILE_KEYS]
+        for word in words.keys() - known:
+            logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
+        found = []
+        for word in known:
+            tensors = {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS}
+            raw_file.check_finite(tensors, path.name)
+            found.append(tokens_of(word, tensors, path))
+    return tuple(found)
+
+
+def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
+    """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
+    found = []
+    for note in metadata.notes_in(header):
+        path = adapter.parent / note["file"]
+        if not path.is_file():
+            logger.warning(MISSING, adapter.name, note["word"], path.name)
+        elif file_digest(path) != note["sha256"]:
+            what = f"the file of new tokens that belongs to {adapter.name}"
+            raise UserError(f"{path.name} is not {what}: copy both again")
+        else:
+            found.append(read_tokens(path))
+    return tuple(found)
+
+
+@torch.no_grad()
+def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> "tuple[FileProof, ...]":
+    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the attached ones."""
+    from dreambooth_moslora.base.load import encode_text
+    from dreambooth_moslora.lora import proof
+
+    live = encode_text(attached.pipeline, list(prompts))
+    with stock_loaded(paths, attached) as pipeline:
+        stock = encode_text(pipeline, attached.spelled(list(prompts)))
+    proofs = []
+    for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
+        found, own = read_tokens(path).rows, {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()}
+        rows = {KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()}
+        pairs = [(stock[number][name], here) for name, here in live[number].items()]
+        outputs = max(proof.relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
+        worst = max(rows, key=rows.__getitem__)
+        proofs.append(proof.FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))
+    return tuple(proofs)
+
+
+@contextmanager
+def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator["StableDiffusionXLPipeline"]:
+    """The pipeline with the files as diffusers loads them; afterwards the tokens are attached again."""
+    from dreambooth_moslora.lora import proof
+
+    pipeline, files = attached.pipeline, [raw_file.read_tensors(path)[0] for path in paths]
+    sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
+    attached.detach()
+    try:
+        with proof.collected_warnings():
+            # As the model card says, but into a copy of the tokenizer, and of the table, as it grows in place.
+            for part, key in KEYS.items():
+                several = [tensors[key] for tensors in files]
+                encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
+                setattr(pipeline, TOKENIZERS[part], tokenizer)
+                table = encoder.get_input_embeddings().weight
+                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                for rows, names in zip(several, token_names(map(len, several)), strict=True):
+                    pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
+                encoder.get_input_embeddings().to(table.device)
+        yield pipeline
+    finally:
+        attached.detach()
+        for part, size in sizes.items():
+            getattr(pipeline, part).config.vocab_size = size
+        attached.attach()

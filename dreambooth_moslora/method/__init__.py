@@ -1,0 +1,1 @@
+"""The method: the mixer and its formula, adapters on a model, and their fast path."""

@@ -1,0 +1,541 @@
+"""Adapted projections with fewer kernels: one autograd node each, or one for all projections of one input.
+
+    y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
+    dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
+
+PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps a cast
+copy of x for each projection. Here the branch is added to the base's output in place, and autograd keeps x once and
+A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype. The scale is folded into U: `addmm`
+with a factor other than 1 is outside the fast CPU kernels.
+
+It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias (`slow_reason`). A
+`TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's own forward.
+
+Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
+
+    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
+
+The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the
+layers' own weights become views of it, so that the base takes no more memory and each layer can be called alone.
+
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd, at
+the addresses of the step before:
+
+    dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
+
+Their gradients are summed in fp32 over the micro-batches, and at the end of the step become those of A, B and M. Layers
+of equal shapes form one batch. U is held as Uᵀ (r,out), the form in which its gradient is computed.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dreambooth_moslora.base.load import TextProjection
+from dreambooth_moslora.method import mixer, moslora
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype -> y (…,out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.mm(down.t())
+        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result.addmm_(inner, up)
+        ctx.packed = packed
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        # First compute what reads `grad`: W0 will evict it from the cache.
+        grad_inner = grad.mm(up.t())
+        grad_up = inner.t().mm(grad) if needs_up else None
+        if ctx.packed is not None and needs_x:
+            weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+        grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
+        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
+        return grad_x, None, None, None, grad_down, grad_up
+
+
+def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, weight, bias=bias, quant_state=packed)
+
+
+def dense_weight(weight: Tensor, packed) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight, packed)
+
+
+class ShortWay:
+    """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
+
+    working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
+    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a place in it."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        name, base = self._only_adapter(), self.base_layer
+        if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
+            return super().forward(x, *args, **kwargs)
+        copies = self.working.get(name)
+        if copies is not None and isinstance(copies[0], Joint):
+            joint, place = copies
+            return joint.output(place, x)
+        if copies is None:  # gradients reach the fp32 masters
+            if slow_reason(self, name):
+                return super().forward(x)
+            dtype, scale, up = compute_dtype(base), self.scaling[name], self.lora_B[name].weight
+            copies = self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
+        if isinstance(base, TextProjection):
+            return _JointBeside.apply(x, base(x), *(one[None] for one in copies))[0]
+        packed = getattr(base.weight, "quant_state", None)
+        return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
+
+    def _only_adapter(self) -> str | None:
+        """The only active adapter, or None when PEFT's forward must decide."""
+        if self.disable_adapters or self.merged_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        return names[0] if len(names) == 1 else None
+
+
+class FastLinear(ShortWay, LoraLinear):
+    """The fused node over a dense base."""
+
+
+@cache
+def fast_class(kind: type) -> type | None:
+    """The fused class for PEFT's layer class `kind`; None when there is none."""
+    if kind is LoraLinear or issubclass(kind, ShortWay):
+        return FastLinear if kind is LoraLinear else kind
+    is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
+    return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
+    return getattr(base, "compute_dtype", base.weight.dtype)
+
+
+def _same_dtype(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the base would compute in its own `dtype`; autocast casts x to its dtype."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == dtype
+    return x.dtype == dtype
+
+
+def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
+    """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
+    if fast_class(type(layer)) is None:
+        return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
+    base = layer.base_layer
+    packed = getattr(getattr(base, "weight", None), "quant_state", None)
+    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
+    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)  # that is for inference
+    if type(base) not in (nn.Linear, TextProjection) and not is_for_training:
+        return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
+    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        return "the base layer carries hooks (offloading, for one)"
+    if adapter_name in layer.lora_variant:
+        return "the adapter is a variant of LoRA (DoRA or another)"
+    if type(layer.lora_dropout[adapter_name]) is not nn.Identity:
+        return "the adapter has dropout"
+    if layer.lora_bias[adapter_name]:
+        return "the adapter has a bias"
+    if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
+        return "A and B of its LoKr are tied"
+    if base.weight.requires_grad:
+        return "the base weight is trained too"
+    return None
+
+
+def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
+    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many were."""
+    switched = [m for m in moslora.adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
+    for layer in switched:
+        layer.__class__ = fast_class(type(layer))
+    return len(switched)
+
+
+def disable_fast_path(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, ShortWay):
+            layer.__class__ = type(layer).__bases__[1]
+
+
+class _JointLinear(torch.autograd.Function):
+    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.flatten(0, 1).t())
+        result = add_blocks(F.linear(rows, weight, bias), inner, up)
+        ctx.save_for_backward(x, inner, weight, down, up)
+        return result.view(*x.shape[:-1], -1).chunk(count, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        count, needs_x = len(up), ctx.needs_input_grad[0]
+        grad = torch.cat(grads, -1).view(len(inner), -1)
+        grad_inner = add_blocks(None, grad, up.mT)
+        grad_up = parts(inner, count).mT.bmm(parts(grad, count))
+        grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape) if needs_x else None
+        return grad_x, None, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
+
+
+class _JointBeside(torch.autograd.Function):
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        rows, count = x.reshape(-1, x.shape[-1]), len(up)
+        inner = rows.mm(down.flatten(0, 1).t())
+        ctx.save_for_backward(rows, inner, up)
+        result = torch.baddbmm(parts(products.reshape(len(rows), -1), count), parts(inner, count), up)
+        return result.view(count, *x.shape[:-1], -1).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, up = ctx.saved_tensors
+        grad = torch.stack(grads).view(len(up), len(rows), -1)
+        grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
+        return None, None, grad_down, parts(inner, len(up)).mT.bmm(grad)
+
+
+def parts(wide: Tensor, count: int) -> Tensor:
+    """(n, count·width) -> a view (count, n, width) of its columns."""
+    return wide.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
+    count = len(blocks)
+    if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
+        product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
+        return product if wide is None else wide + product
+    beta = 0 if wide is None else 1
+    if wide is None:
+        wide = torch.empty(len(x), count * blocks.shape[-1], dtype=x.dtype, device=x.device)
+    parts(wide, count).baddbmm_(parts(x, count), blocks, beta=beta)
+    return wide
+
+
+class Alone:
+    """A layer that computes alone."""
+
+    def __init__(self, *layers: ShortWay):
+        self.layers = layers
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in) and (k,r,out)."""
+        self.layers[0].working = {adapter_name: (down, up)}
+
+    def take_back(self) -> None:
+        for layer in self.layers:
+            del layer.working
+
+
+class Joint(Alone):
+    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose results wait."""
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        self.down, self.up, self._input, self._waiting = down, up, None, []
+        for place, layer in enumerate(self.layers):
+            layer.working = {adapter_name: (self, place)}
+
+    def take_back(self) -> None:
+        super().take_back()
+        del self.down, self.up, self._input, self._waiting
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """y (…,out) of the layer at `place` for x (…,in)."""
+        # The same tensor object: changing it in place in between raises an error in autograd, which has saved it.
+        known, with_gradients = self._input, torch.is_grad_enabled()
+        if known is None or known[0] is not x or known[1] != with_gradients or self._waiting[place] is None:
+            found = self.outputs(x)
+            self._input, self._waiting = (x, with_gradients), list(found)
+        result, self._waiting[place] = self._waiting[place], None
+        if all(other is None for other in self._waiting):
+            self._input = None
+        return result
+
+    def are_shared(self) -> bool:
+        return True
+
+
+class JointProducts(Joint):
+    """Text projections of one attention, whose products with the text are there."""
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        first = self.layers[0].base_layer
+        first(x)  # its products may be of another text
+        return _JointBeside.apply(x, first.of_attention, self.down, self.up)
+
+
+class JointWeights(Joint):
+    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own size."""
+
+    def __init__(self, *layers: ShortWay):
+        super().__init__(*layers)
+        self.weight = laid_together([layer.base_layer for layer in layers])
+        biases = [layer.base_layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up)
+
+    def are_shared(self) -> bool:
+        """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
+        weights = [layer.base_layer.weight for layer in self.layers]
+        places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
+        return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
+
+
+def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
+    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are already."""
+    weights = [linear.weight.detach() for linear in linears]
+    first, step = weights[0], weights[0].nbytes
+    has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
+    ends = [weight.data_ptr() - number * step for number, weight in enumerate(weights)]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    if has_storage and len(storages) == 1 and set(ends) == {first.data_ptr()}:
+        return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
+    whole = torch.cat(weights)
+    for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
+        linear.weight = nn.Parameter(view, requires_grad=False)
+    return whole
+
+
+def are_matrices(layers: Iterable[nn.Module]) -> bool:
+    """Whether each layer is a plain matrix, not quantised; all with a bias, or none."""
+    kinds = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
+    return len(kinds) == 1 and kinds <= {(nn.Linear, True), (nn.Linear, False)}
+
+
+def lay_together(model: nn.Module, adapted: Container[str]) -> None:
+    """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
+    for path, module in model.named_modules():
+        names = {layer: name for name, layer in module.named_children()}
+        for group in projections_of_one_input(module):
+            layers = [x for x in group if f"{path}.{names[x]}" in adapted]
+            kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
+            if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
+                laid_together(layers)
+
+
+def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
+    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; [] elsewhere."""
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")):
+        return []
+    own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
+    groups = []
+    for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
+        layers = [getattr(attention, name, None) for name in names]
+        groups.append([layer for layer in layers if isinstance(layer, nn.Module)])
+    return [layers for layers in groups if layers]
+
+
+class WorkingCopies:
+    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are computed together;
+    None: not on a CPU, where it gains nothing and stacking would copy weights that are mapped from a file, and not on
+    Apple's GPU, where nobody has tried it."""
+
+    def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
+        self.adapter_name = adapter_name
+        modules = [module for model in models for module in model.modules()]
+        self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
+        self.alone = {layer: Alone(layer) for layer in self.layers}
+        self.before: StepCopies | None = None
+        self.joints: list[Joint] = []
+        for group in (group for module in modules for group in projections_of_one_input(module)):
+            layers = [layer for layer in group if self._is_fast(layer)]
+            if len({kind_of(layer, adapter_name) for layer in layers}) > 1:
+                layers = layers[1:]  # of grouped queries, keys and values are narrower
+            if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
+                continue
+            bases = [layer.base_layer for layer in layers]
+            if not (bases[0].weight.device.type not in ("cpu", "mps") if joint is None else joint):
+                continue
+            if are_matrices(bases):
+                self.joints.append(JointWeights(*layers))
+            elif all(isinstance(base, TextProjection) for base in bases) and len(bases) == bases[0].siblings:
+                self.joints.append(JointProducts(*layers))
+
+    def _is_fast(self, layer: nn.Module) -> bool:
+        return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
+
+    @contextmanager
+    def for_one_step(self) -> Iterator["StepCopies"]:
+        """Lend the copies for the block, in which the adapter is constant; `collect` after each backward pass."""
+        self.joints = [joint for joint in self.joints if joint.are_shared()]
+        together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
+        joined = {layer for joint in together for layer in joint.layers}
+        alone = [unit for layer, unit in self.alone.items() if layer not in joined and self._is_fast(layer)]
+        step = StepCopies([*together, *alone], self.adapter_name)
+        if self.before is None or self.before.groups != step.groups:
+            self.before = step
+        with self.before.lent() as step:
+            yield step
+
+
+class StepCopies:
+    """The copies of a step, in batches of alike units; those of the next step with these units take their place."""
+
+    def __init__(self, units: Iterable[Alone], adapter_name: str):
+        self.groups = defaultdict(list)
+        for unit in units:
+            self.groups[len(unit.layers), kind_of(unit.layers[0], adapter_name)].append(unit)
+        self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The copies that get gradients."""
+        return [leaf for batch in self.batches for pair in batch.copies for leaf in pair if leaf.requires_grad]
+
+    @contextmanager
+    def lent(self) -> Iterator["StepCopies"]:
+        """Lend the copies for the length of the block; hand the gradients over if it ends without an error."""
+        for batch in self.batches:
+            batch.lend()
+        try:
+            yield self
+        finally:
+            for batch in self.batches:
+                batch.take_back()
+        for batch in self.batches:
+            batch.hand_over()
+
+    def collect(self) -> None:
+        for batch in self.batches:
+            batch.collect()
+
+
+def kind_of(layer: ShortWay, name: str) -> tuple:
+    """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
+    lora_b, base = layer.lora_B[name], layer.base_layer
+    learns_mixer, down = isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad, layer.lora_A[name].weight
+    sizes = down.shape, base.out_features, layer.scaling[name]
+    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns_mixer, down.requires_grad
+
+
+class Batch:
+    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
+
+    def __init__(self, units: list[Alone], adapter_name: str):
+        self.units, self.adapter_name = units, adapter_name
+        self.layers = [layer for unit in units for layer in unit.layers]
+        self.count = len(self.layers) // len(units)
+        self.scale = self.layers[0].scaling[adapter_name]
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def lend(self) -> None:
+        """Copy A and U as they are now, and let the layers compute with them."""
+        parts = [layer.lora_B[self.adapter_name] for layer in self.layers]
+        self.downs = [layer.lora_A[self.adapter_name].weight for layer in self.layers]
+        self.is_mixed = isinstance(parts[0], mixer.MixerLinear)
+        self.ups = [part.up if self.is_mixed else part.weight for part in parts]
+        self.mixers = [part.mixer for part in parts] if self.is_mixed else []
+        self.learns_down, self.learns_up = self.downs[0].requires_grad, self.ups[0].requires_grad
+        self.down_sum: Tensor | None = None
+        self.up_sum: Tensor | None = None
+        self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
+        self._fill()
+        for unit, (down, up) in zip(self.units, self.copies, strict=True):
+            unit.lend(self.adapter_name, down, up)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They stay where they are."""
+        dtype = compute_dtype(self.layers[0].base_layer)
+        up = torch.stack(self.ups).mT
+        if self.is_mixed:
+            up = torch.stack(self.mixers).mT.bmm(up)
+        if self.scale != 1:
+            up = up * self.scale
+        down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
+        if self.count > 1:
+            down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
+        if self.copies:
+            self.whole[0].copy_(down)
+            self.whole[1].copy_(up)
+            for leaf in (leaf for pair in self.copies for leaf in pair):
+                leaf.grad = None
+            return
+        self.whole = down, up
+        downs = [copy.detach().requires_grad_(self.learns_down) for copy in down]
+        self.copies = list(zip(downs, [copy.detach().requires_grad_() for copy in up], strict=True))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the copies' gradients to the sums, in the dtype of A and B."""
+        reached = {i for i, (_, up) in enumerate(self.copies) if up.grad is not None}
+        if not reached:
+            return
+        self.reached |= {i * self.count + k for i in reached for k in range(self.count)}
+        dtype, one = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
+        downs, ups = zip(*self.copies, strict=True)
+        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(one))
+        if self.learns_down:
+            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(one))
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        if self.up_sum is None:
+            return
+        grad = self.up_sum.mT  # dU (n,out,r)
+        if self.down_sum is not None:
+            self._give(self.downs, self.down_sum)
+        self.down_sum = self.up_sum = None
+        if self.scale != 1:
+            grad = grad * self.scale
+        if self.is_mixed and self.mixers[0].requires_grad:
+            self._give(self.mixers, torch.stack(self.ups).mT.bmm(grad))
+        if not self.learns_up:
+            return
+        if self.is_mixed:
+            grad = grad.bmm(torch.stack(self.mixers).mT)
+        self._give(self.ups, grad.contiguous())
+
+    def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
+        """Add to existing gradients: a layer that was also called through PEFT's forward has one."""
+        for i in self.reached:
+            weight, grad = parameters[i], gradients[i]
+            weight.grad = grad if weight.grad is None else weight.grad + grad
+
+    def take_back(self) -> None:
+        for unit in self.units:
+            unit.take_back()
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def gradients_of(leaves: tuple[Tensor, ...]) -> Tensor:
+    """The leaves' gradients as one tensor (n, …); they are removed from the leaves."""
+    found = torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in leaves])
+    for one in leaves:
+        one.grad = None
+    return found

@@ -1,0 +1,360 @@
+"""MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off, fold it.
+
+The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works here: quantised
+bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in place, `MoSLoraConfig` is also for
+`peft.get_peft_model`. What PEFT would compute wrongly is refused. The first config with a mixer wraps two methods of
+PEFT's LoraModel, for the life of the process: `add_adapter` and `add_weighted_adapter` can be called at any later time,
+and PEFT has no hook there.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cache, wraps
+
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.utils import PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+from torch import Tensor, nn
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.method import mixer
+from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker, check_rank
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The model that `peft.get_peft_model` was given."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without the model."""
+    modules, seen = {}, set()
+    for path, module in _walk(without_wrapper(model), ""):
+        if module not in seen:
+            seen.add(module)
+            modules[path] = module
+    return modules
+
+
+def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in parent.named_children():
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        yield f"{prefix}{name}", module
+        yield from _walk(module, f"{prefix}{name}.")
+
+
+def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and embeddings."""
+    modules = base_modules(model).items()
+    return {path: module for path, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1}
+
+
+def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
+    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on every module."""
+    paths: dict[float, list[str]] = {}
+    for path, value in values.items():
+        paths.setdefault(value, []).append(re.escape(path))
+    return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
+
+
+def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position of its kernel."""
+    sizes = {path: weight_size(layer) for path, layer in layers.items()}
+    return {path: min(outputs, math.prod(inputs)) for path, (outputs, *inputs) in sizes.items()}
+
+
+def weight_size(module: nn.Module | None) -> tuple[int, ...]:
+    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
+
+
+create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
+
+
+@cache
+def patch_peft() -> None:
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. Its
+    registration of layer classes is ignored for a second adapter, and it would write to a computed `lora_B.weight`."""
+    LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
+
+
+def has_mixer(config: LoraConfig) -> bool:
+    return getattr(config, "mixer", "none") != "none"
+
+
+@wraps(create)
+def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
+    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies by lora_B."""
+    create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
+    if not has_mixer(lora_config):
+        return
+    layer = getattr(parent, target_name)
+    base = layer.get_base_layer()
+    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
+    if not is_plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or is_odd_convolution(base):
+        raise cannot_carry(current_key, base)
+    if adapter_name in layer.lora_magnitude_vector:
+        check_dora(current_key, base)
+    if lora_config.mixer == KRONECKER:
+        tie(layer, adapter_name, lora_config, current_key)
+        return
+    plain = layer.lora_B[adapter_name].weight
+    start = mixer.initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
+    mixer_class = mixer.MixerConv2d if plain.ndim == 4 else mixer.MixerLinear
+    mixed = mixer_class(plain.detach().flatten(1).float(), start, lora_config.train_mixer)
+    layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
+    layer.lora_A[adapter_name].float()
+
+
+def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
+    """A and B of a LoKr in place of the layer's own, which give their values; B is zero."""
+    factor, lora_a, lora_b = config.mixer_factor, layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    start = mixer.initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
+    down, up = (one.weight.detach().float() for one in (lora_a, lora_b))
+    (rank, inputs), outputs = down.shape, len(up)
+    down = down[: rank // factor, : inputs // factor].clone()
+    mixed = mixer.KroneckerUp(up[: outputs // factor, : rank // factor].clone(), start, config.train_mixer)
+    learns = lora_b.weight.requires_grad
+    layer.lora_A[adapter_name] = mixer.KroneckerDown(down, factor).requires_grad_(learns)
+    layer.lora_B[adapter_name] = mixed.requires_grad_(learns)
+
+
+@wraps(combine)
+def combine_folded(self, *arguments, **options):
+    live = dict(self.peft_config)
+    self.peft_config.update({name: config.without_mixer() for name, config in live.items() if has_mixer(config)})
+    try:
+        combine(self, *arguments, **options)
+    finally:
+        self.peft_config.update(live)
+
+
+def check_settings(config: LoraConfig) -> None:
+    """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
+    if config.mixer not in MIXERS:
+        raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if rank < 1:
+            raise UserError(f"a rank is a whole number from 1 on, not {rank}")
+        check_rank(config.mixer, rank, config.mixer_factor)
+    if not has_mixer(config):
+        return
+    # PEFT would compute variants of LoRA from B·A, without the mixer.
+    variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
+    for name in sorted(variants | {"lora_bias"}):
+        if getattr(config, name):
+            raise UserError(f'{name} cannot be combined with a mixer; leave it out or use mixer="none"')
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise UserError(
+            f"init_lora_weights={config.init_lora_weights!r} computes B·A from the base weights, which a mixer would "
+            'change; use "gaussian" or mixer="none"'
+        )
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an unsuitable module."""
+    modules = base_modules(model)
+    targets = {p: module for p, module in modules.items() if LoraModel._check_target_module_exists(config, p)}
+    if not targets:
+        name = type(without_wrapper(model)).__name__
+        raise UserError(f"target_modules={config.target_modules!r} matches no module of {name}")
+    for path, module in targets.items():
+        if all(part.ndim < 2 for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise UserError(f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out")
+        if config.use_dora:
+            check_dora(path, module)
+    if not has_mixer(config):
+        return
+    for path, module in targets.items():
+        if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
+            raise cannot_carry(path, module)
+        if config.mixer == KRONECKER:
+            check_kronecker(path, weight_size(module), config.mixer_factor)
+
+
+def check_dora(path: str, base: nn.Module) -> None:
+    """Raises UserError for DoRA on a convolution."""
+    if isinstance(base, nn.modules.conv._ConvNd):
+        raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
+
+
+def is_odd_convolution(module: nn.Module) -> bool:
+    """Whether PEFT's A would differ from the base's kind of convolution, or M would mix groups."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+    return not (isinstance(module, nn.Conv2d) and is_plain)
+
+
+def cannot_carry(path: str, module: nn.Module) -> UserError:
+    kind = "grouped, dilated or circular Conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__
+    return UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
+
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
+SAVED_TYPE = "MOSLORA"
+START = LoraConfig.__dataclass_fields__["init_lora_weights"]
+
+
+@dataclass
+class MoSLoraConfig(LoraConfig):
+    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer excludes."""
+
+    init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
+    mixer: str = field(default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."})
+    train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
+    mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
+    mixer_factor: int = field(default=8, metadata={"help": "Rows and columns of W₁, of the mixer kronecker."})
+
+    def __post_init__(self):
+        check_settings(self)
+        super().__post_init__()
+        if has_mixer(self):
+            patch_peft()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A config unpickled from another process needs the patch too."""
+        self.__dict__.update(state)
+        if has_mixer(self):
+            patch_peft()
+
+    def to_dict(self) -> dict[str, object]:
+        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would compute wrongly."""
+        if self.mixer == "none":
+            return self.without_mixer().to_dict()
+        return super().to_dict() | {"peft_type": SAVED_TYPE}
+
+    def without_mixer(self) -> LoraConfig:
+        """The plain LoraConfig of a folded copy of this adapter."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # for `PeftModel.from_pretrained`
+# `hotswap_adapter` then compares mixers: a plain LoRA swapped in for one with a mixer would become zero.
+CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
+
+
+def exact_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float, **settings: object
+) -> MoSLoraConfig:
+    """A config for exactly these layers (module paths), each with its rank and alpha; the last two are the usual."""
+    return MoSLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=value_pattern(ranks, rank),
+        alpha_pattern=value_pattern(alphas, alpha),
+        target_modules="|".join(map(re.escape, ranks)),
+        **settings,
+    )
+
+
+def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
+    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises UserError when no
+    module matches, the name is taken, or a target cannot carry a mixer; the model is unchanged then."""
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
+    if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
+        check_targets(model, config)
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, model, adapter_name)
+    cast_adapter_dtype(model, adapter_name)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True
+    for layer in adapter_layers(model, adapter_name).values():
+        layer.set_adapter(adapter_name)
+    return model
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Module path -> PEFT layer, for each projection with this adapter, in the model's order. Raises UserError."""
+    base = without_wrapper(model)
+    layers = {p: m for p, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+    if not layers:
+        known = ", ".join(getattr(model, "peft_config", {})) or "none"
+        raise UserError(f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {known}")
+    return layers
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
+    found = []
+    for path, layer in adapter_layers(model, adapter_name).items():
+        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            if adapter_name in (modules := getattr(layer, part)):
+                own = modules[adapter_name].named_parameters()
+                found += [(f"{path}.{part}.{n}", p) for n, p in own]
+    return found
+
+
+def mixer_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
+    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its start: exempt them."""
+    return [(name, p) for name, p in adapter_parameters(model, adapter_name) if name.endswith(".lora_B.mixer")]
+
+
+def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
+    """Multiply the adapter's own s = alpha/r by `scale` (1 = as trained)."""
+    for layer in adapter_layers(model, adapter_name).values():
+        layer.set_scale(adapter_name, scale)
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch does."""
+    return switched_off(lora_layers(model))
+
+
+@contextmanager
+def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
+    """`disabled` for given layers: finding them means walking over thousands of modules."""
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
+    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
+    matrices, magnitudes = stored_matrices(layer, adapter_name), layer.lora_magnitude_vector
+    if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
+        matrices = mixer.untied(*matrices)
+    scale = mixer.nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
+    magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
+    return mixer.MixedLowRank(*matrices, scale, magnitude)
+
+
+def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A, M (None without a mixer) and B of one layer as they are learnt; of a LoKr A₂, W₁ and B₂."""
+    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
+    is_mixed = isinstance(lora_b, mixer.MixerLinear)
+    return (down, lora_b.mixer, lora_b.up) if is_mixed else (down, None, lora_b.weight.flatten(1))
+
+
+def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
+    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises UserError."""
+    layers = adapter_layers(model, adapter_name)
+    return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

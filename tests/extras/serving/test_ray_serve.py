@@ -1,0 +1,128 @@
+"""The service on Ray Serve for real: two replicas on this machine, and what becomes of one that is killed."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from dreambooth_moslora.extras.serving.command_serve import NEEDED
+from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from tests.extras.serving.conftest import NAMES, TOKEN
+
+pytestmark = [pytest.mark.slow, pytest.mark.extra(*NEEDED)]
+
+
+@pytest.fixture(scope="module")
+def service(shelf, tiny_base):
+    """An httpx client of it, and the folder of its adapters."""
+    from dreambooth_moslora.extras.cluster.ray_fleet import connected
+
+    settings = ServeSettings(
+        adapters=(str(shelf),),
+        pretrained_model_name_or_path=str(tiny_base),
+        port=free(),
+        replicas=2,
+        tokens=(TOKEN,),
+        max_waiting=16,
+        resident_adapters=2,
+        threads=torch.get_num_threads(),
+    )
+    url, bearer = f"http://127.0.0.1:{settings.port}", {"Authorization": f"Bearer {TOKEN}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (PATIENCE | {"RAY_AUTH_MODE": "disabled"}).items():  # whatever the person has set
+            patch.setenv(name, value)
+        with connected(None):
+            from dreambooth_moslora.extras.serving.ray_serve import listening
+
+            client = httpx.Client(base_url=url, headers=bearer, timeout=120, trust_env=False)
+            with listening(settings, alone=True), client:
+                yield client, shelf
+
+
+def free() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def draw(client: httpx.Client, name: str, seed: int = 1, **values) -> httpx.Response:
+    order = {"prompt": "a photo of a dog", "adapter": name, "seed": seed, "steps": 2, "guidance_scale": 2.0}
+    return client.post("/generate", json=order | values)
+
+
+def expected(base: SubjectPipeline, shelf, name: str, seed: int = 1) -> bytes:
+    adapters = ((base.load_adapter(shelf / f"{name}.safetensors"), 1.0),)
+    (image,) = base.draw(GenerationParams("a photo of a dog", "", seed, 2, 2.0, adapters=adapters))
+    return image.png()
+
+
+def test_many_at_once_get_the_pictures_of_generate(service, base):
+    client, shelf = service
+    asked = [(name, seed) for seed in (1, 2, 3) for name in NAMES]
+    with ThreadPoolExecutor(len(asked)) as clients:
+        answers = list(clients.map(lambda pair: draw(client, *pair), asked))
+    assert [answer.status_code for answer in answers] == [200] * len(asked)
+    for pair, answer in zip(asked, answers):
+        assert answer.content == expected(base, shelf, *pair)
+    assert "dreambooth_pictures_total 9.0" in client.get("/metrics").text
+    assert client.get("/healthz").json()["resolution_px"] == base.resolution_px
+
+
+def test_nothing_listens_but_on_the_loopback(service):
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        found += [(c.laddr.ip, process.cmdline()) for c in process.net_connections("inet") if c.status == "LISTEN"]
+    assert len([1 for _, words in found if "Replica" in words[0]]) >= 3, found
+    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in found), found
+
+
+def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
+    client, _ = service
+    assert draw(client, "wolf").status_code == 404
+    assert draw(client, "dog", prompt="").json() == {"error": "the prompt is empty; write what the picture should show"}
+    assert client.get("/adapters", headers={"Authorization": "Bearer x"}).status_code == 401
+    with ThreadPoolExecutor(32) as clients:
+        answers = list(clients.map(lambda seed: draw(client, "dog", seed, steps=20), range(32)))
+    codes = {answer.status_code for answer in answers}
+    assert codes == {200, 503} and all("retry-after" in a.headers for a in answers if a.status_code == 503)
+
+
+def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
+    """On a cluster it is open on all addresses; on one machine on the loopback."""
+    import grpc
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    found = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid]
+    ports = {one.laddr.port for one in found if "Serve" in psutil.Process(one.pid).name()}
+    codes = set()
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as error:
+            asked = serve_pb2.ASGIRequest(pickled_request_metadata=b"no pickle")
+            serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(asked, timeout=20)
+        codes.add(error.value.code())
+    assert grpc.StatusCode.UNAUTHENTICATED in codes
+
+
+def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
+    client, shelf = service
+    children = [(child, child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    replicas = [p for p, words in children if ":Replica" in " ".join(words) and "ray::ServeReplica" in words[0]]
+    assert len(replicas) == 2
+    asked = [(name, seed) for seed in (5, 6) for name in NAMES]
+    with ThreadPoolExecutor(len(asked)) as clients:
+        answers = [clients.submit(draw, client, *pair) for pair in asked]
+        replicas[0].kill()
+    for pair, answer in zip(asked, [answer.result() for answer in answers]):
+        assert answer.status_code in (200, 503), answer.text
+        deadline = time.monotonic() + 120
+        while answer.status_code == 503 and time.monotonic() < deadline:
+            time.sleep(1)
+            answer = draw(client, *pair)
+        assert answer.content == expected(base, shelf, *pair)

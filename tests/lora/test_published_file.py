@@ -1,0 +1,555 @@
+"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw files: they come
+back bit for bit; what is broken, of another base or from a stranger gets one line. `export --for peft`: a language
+model's adapter for a PEFT that knows nothing of mixers."""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.sdxl_structure import count
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import key_names, lora_file, metadata, proof, published_file, raw_file
+from dreambooth_moslora.lora.describe import describe, reduce_layers
+from dreambooth_moslora.lora.key_names import kohya_name
+from dreambooth_moslora.lora.published_file import load_published, publish
+from dreambooth_moslora.lora.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
+from dreambooth_moslora.method import mixer, moslora
+from dreambooth_moslora.method.mixer import LowRank, MixedLowRank
+from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
+from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_families import tiny_pipeline
+from tests.lora.test_lora_file import shaken
+
+KOHYA = "dog.kohya.safetensors"
+
+
+PAIRS = [("orthogonal", "alpha ≠ r"), ("orthogonal", "rank pattern"), ("identity", "rsLoRA"), ("kaiming", "DoRA")]
+PAIRS += [("butterfly", "alpha = r"), ("none", "rank pattern")]
+
+
+@pytest.mark.parametrize(("kind", "variant"), PAIRS)
+def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
+    assert max(measure(kind, variant, tmp_path).values()) <= BOUND
+
+
+def published(components, folder, *arguments, **options):
+    return publish(components, folder, "dog", facts_of(components), *arguments, **options)
+
+
+def header_of(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+RANKS = {"rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6}, "alpha_pattern": {"conv_shortcut": 3}}
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "none"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, RANKS], ids=str)
+def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
+    """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
+    components, generator = live(mixer=kind, target_modules=CONVOLUTIONS, **options), torch.Generator().manual_seed(4)
+    assert facts_of(components).alpha == 11
+    found = published(components, tmp_path)
+    assert found.max_relative_difference < 1e-6
+    for name in (PUBLISHED_NAME, KOHYA):
+        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
+        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
+    downs = [tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key]
+    assert {len(down) for down in downs} == {6 if options is RANKS else 4}
+    words, text, latents = (torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8)))
+    added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
+    for file in found.files:
+        nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
+        with torch.no_grad():
+            seen, wanted, bare = (net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets)
+        assert (seen - wanted).norm() <= BOUND * (wanted - bare).norm()
+
+
+def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
+    """The same whether pictures or channels come first in memory. A lower rank keeps the share that was asked for."""
+    components = live(target_modules=CONVOLUTIONS)
+    published(components, tmp_path)
+    path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
+    diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
+    down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
+    assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
+    components["unet"].to(memory_format=torch.channels_last)
+    moslora.set_scale(components["unet"], 0.1)  # of the moment, which is not published
+    published(components, tmp_path / "b")
+    assert next(iter(adapter_layers(components["unet"]).values())).scaling["default"] == pytest.approx(0.1 * 11 / 4)
+    again = load_file(tmp_path / "b" / PUBLISHED_NAME)
+    assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
+    smaller = published(components, tmp_path, keep=0.9)
+    assert 0.9 <= smaller.kept < 1 and smaller.rank_sum < 4 * smaller.projections
+    assert smaller.max_relative_difference < 1e-6
+    described = describe(tmp_path / PUBLISHED_NAME)
+    assert len(described["ranks"]) > 1 and described["effective_rank_median"] > 1
+
+
+def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
+    """And no file tells where it was made."""
+    folder, _, found = dog
+    assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
+    assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
+    assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
+    assert not list(folder.glob(".*")), "scratch is left behind"
+    sdxl = count(4)
+    assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (560, 5.81, 0.009)
+    folder, components, _ = dog
+    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
+    assert names >= unet | {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)}
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+    assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        text = json.dumps(header_of(folder / file))
+        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent)))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
+    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns B·M·A·x."""
+    components = live(target_modules=["to_q", "to_k"], **options)
+    for name, parameter in adapter_parameters(components["unet"]):
+        if name.endswith("lora_B.up"):
+            parameter.data.mul_(1e-6)
+    found = published(components, tmp_path, dtype)
+    assert 0 < found.max_relative_difference < proof.BOUNDS[dtype]
+    types = {t.dtype for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_magnitude" not in k}
+    assert types == {dtype}
+
+
+FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+@pytest.mark.parametrize("keep", [1.0, 0.8])
+def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(options, keep, tmp_path):
+    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is neither."""
+    pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
+    for name, targets in (("transformer", ["attn.to_q", "attn.to_k"]), ("text_encoder", ["q_proj", "v_proj"])):
+        config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
+        components[name] = inject(getattr(pipeline, name), config)
+        shake(components[name])
+    published(components, tmp_path, keep=keep)
+    tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
+    settings = json.loads(header.pop("lora_adapter_metadata"))
+    assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
+    assert bool(settings["transformer.rank_pattern"]) == (keep < 1) and "text_encoder.target_modules" in settings
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
+    with_settings = proof.stock_layers(tmp_path / PUBLISHED_NAME, components)
+    without = proof.stock_layers(tmp_path / "bare" / "x.safetensors", components)
+    for path, layer in with_settings.items():
+        assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
+    pipeline = tiny_pipeline("flux", tmp_path / "again")
+    lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
+
+
+def test_a_layer_with_a_hyphen_in_its_name_may_have_a_rank_of_its_own(tmp_path):
+    """Z-Image's last: our own file was called broken."""
+    pipeline, last = tiny_pipeline("z_image", tmp_path), "all_final_layer.2-1.linear"
+    config = MoSLoraConfig(r=4, target_modules=["to_q", last], rank_pattern={last: 2})
+    shake(inject(pipeline.transformer, config))
+    published({"transformer": pipeline.transformer}, tmp_path, keep=0.999999)
+    found, scales = lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline).parts["transformer"]
+    assert found[last].rank == scales.alphas[last] == 2
+
+
+DIFFERS = r"differs from the live adapter by \d"
+NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
+NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
+
+
+def swapped(real, *arguments):
+    def other(key):
+        return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
+
+    return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
+
+
+def doubled(real, *arguments):
+    return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
+
+
+KOHYA_ALPHA, SWAPPED = (key_names, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
+SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
+
+
+MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]  # it is not square
+MISTAKES += [(SKIPPED, {}, 1.0, "adapts other modules")]
+MISTAKES += [(mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)]
+
+
+@pytest.mark.parametrize(("mistake", "options", "keep", "said"), MISTAKES)
+def test_a_mistake_in_the_export_is_caught_by_the_proof(mistake, options, keep, said, monkeypatch, tmp_path):
+    owner, name, wrong = mistake
+    components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: wrong(real, *arguments))
+    with pytest.raises(UserError, match=said):
+        published(components, tmp_path, keep=keep)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
+    """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a convolution."""
+    components, unet = live(target_modules=["attn1.to_q"]), tiny_unet()
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
+    facts, folder = facts_of(components), tmp_path / "none"
+
+    def refused(said, components):
+        for saving in (
+            partial(save_raw, components, folder / RAW_NAME, facts),
+            partial(publish, components, folder, "dog", facts),
+            partial(publish, components, folder, "dog", facts, keep=0.9),
+        ):
+            with pytest.raises(UserError, match=said):
+                saving()
+
+    for name in ("", "..", "a/b", "a\nb", "a\udcff"):
+        with pytest.raises(UserError, match="cannot be part of a file's name"):
+            publish(components, folder, name, facts)
+    refused("conv1 is a convolution with DoRA, which cannot be saved here", {"unet": unet})
+    layer.merge()
+    with pytest.raises(UserError, match="merged into the base"):
+        publish(components, folder, "dog", facts)
+    layer.unmerge()
+    for value in (float("inf"), float("nan")):
+        layer.lora_A["default"].weight.data[0, 0] = value
+        refused("NaN or infinite", components)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(tmp_path):
+    components = live()
+    whole, smaller = published(components, tmp_path / "whole"), published(components, tmp_path / "small", keep=0.8)
+    assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
+    assert any("0.29" in note for note in smaller.notes)
+    ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items() if ".lora_A." in k}
+    again = load_published(tmp_path / "small")[1]
+    assert len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    with pytest.raises(UserError, match=r"keep=1.5"):
+        published(components, tmp_path / "no", keep=1.5)
+    fresh = {"unet": inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))}
+    assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, "it has not learnt yet"
+    up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((20, 8), (8, 30)))
+    sizes = torch.linalg.svdvals(up @ down)
+    for rank in (1, 3, 8):
+        share = float(sizes[:rank].square().sum() / sizes.square().sum())
+        layer = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"]["to_q"]
+        assert len(layer.down) == rank
+        error = (layer.up @ layer.down - up @ down).norm()
+        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
+
+
+COARSEST = dict.fromkeys((torch.backends.cuda.matmul, torch.backends.cudnn.conv), "tf32")
+COARSEST |= dict.fromkeys((torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv), "bf16")
+
+
+def precisions() -> list[str]:
+    return [setting.fp32_precision for setting in COARSEST]
+
+
+@pytest.fixture
+def coarse():
+    """Products of GPU and CPU as coarse as PyTorch lets them be. `monkeypatch` cannot put these back."""
+    before = precisions()
+    for setting, precision in COARSEST.items():
+        setting.fp32_precision = precision
+    yield
+    for setting, precision in zip(COARSEST, before, strict=True):
+        setting.fp32_precision = precision
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.9])
+def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coarse, monkeypatch, tmp_path):
+    """Also after a refusal."""
+    found, compare, components = [], proof.relative_difference, live()
+    monkeypatch.setattr(proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two))
+    published(components, tmp_path, keep=keep)
+    assert found and all(each == ["ieee"] * 4 for each in found)
+    assert precisions() == list(COARSEST.values())
+    reduced = {name: torch.zeros(1) for name in raw_file.all_layers(components, "default")}
+    with pytest.raises(UserError, match="reduced in rank"):
+        proof.check_reduction(components, "default", reduced, keep=0.9)
+    assert precisions() == list(COARSEST.values())
+
+
+@pytest.fixture
+def older_switches():
+    """PyTorch raises on reading one of them where the newer settings contradict it."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
+def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
+    for switch, value in zip(older_switches, allowed, strict=True):
+        switch.allow_tf32 = value
+    before = precisions()
+    with proof.full_fp32():
+        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
+        assert precisions() == ["ieee"] * 4
+    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
+
+
+KEPT = [{}, {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1}, {"mixer": "none"}]
+KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
+KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
+KEPT += [{"mixer": "kronecker", "r": 8, "mixer_factor": 4}]
+
+
+@pytest.mark.parametrize("options", KEPT)
+def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):
+    components = live(with_text=not options, **options)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
+    facts = load_raw(tmp_path / RAW_NAME, again)
+    assert facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    for name, model in components.items():
+        one, two = model.state_dict(), again[name].state_dict()
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        pairs = zip(adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True)
+        assert all((a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout]) for a, b in pairs)
+        learnt = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])]
+        assert learnt[0] == learnt[1]
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
+    if "conv1" in options.get("target_modules", ()):
+        folded, published = lora_file.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        for path, layer in published.items():
+            assert torch.equal(folded["unet"][path].down, layer.down)
+            assert torch.allclose(folded["unet"][path].up, layer.up, atol=1e-6)
+        assert describe(tmp_path / RAW_NAME)["modules"] == {"unet": len(published)}
+
+
+def with_nan(whole, tensors, header):
+    return save({k: t * torch.nan if ".lora_A" in k else t for k, t in tensors.items()}, header)
+
+
+BROKEN = {
+    "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
+    "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
+    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "can run code"),
+    "nan": (with_nan, "NaN or infinite values, first in"),
+    "half": (lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header), "is not whole"),
+    "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
+}
+
+
+@pytest.mark.parametrize("how", [*BROKEN, "published", "absent"])
+def test_broken_files_get_one_clear_line(how, dog, tmp_path):
+    raw, file = dog[0] / RAW_NAME, tmp_path / "x.safetensors"
+    said = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(how)
+    if how == "published":
+        file = dog[0] / PUBLISHED_NAME
+    elif how in BROKEN:
+        change, said = BROKEN[how]
+        file.write_bytes(change(raw.read_bytes(), *raw_file.read_tensors(raw)))
+    components = {"unet": tiny_unet()} | text_encoders()
+    with pytest.raises(UserError, match=said) as caught:
+        load_raw(file, components)
+    assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
+
+
+def test_another_base_is_named_with_both_sizes(dog, tmp_path):
+    with pytest.raises(UserError, match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here"):
+        load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
+    with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
+        load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
+    components, other = live(target_modules=["conv1"]), tiny_unet()
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    for name, module in list(other.named_modules()):
+        if name.endswith("conv1"):
+            wider = torch.nn.Conv2d(module.in_channels, module.out_channels, 5, padding=2)
+            other.get_submodule(name.rpartition(".")[0]).conv1 = wider
+    with pytest.raises(UserError, match=r"(\d+×\d+)×3×3 \(out×in\), which is \1×5×5 here"):
+        load_raw(tmp_path / RAW_NAME, {"unet": other})
+    assert not hasattr(other, "peft_config")
+
+
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(start, tmp_path):
+    path, weights = tmp_path / "a.safetensors", {"a": torch.ones(3)}
+    bare = struct.unpack("<Q", save(weights, {"filler": ""})[:8])[0]
+    wanted = int.from_bytes(start, "little")
+    path.write_bytes(save(weights, {"filler": "x" * (wanted - bare)}))
+    assert path.read_bytes()[:2] == start
+    tensors, header = raw_file.read_tensors(path)
+    assert torch.equal(tensors["a"], weights["a"]) and set(header["filler"]) == {"x"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The folder of a raw file."""
+    folder, components = tmp_path_factory.mktemp("raw"), live(target_modules=["attn1.to_q"])
+    save_raw(components, folder / RAW_NAME, facts_of(components))
+    return folder
+
+
+HOSTILE = [{"rank": 8}, {"rank": "four"}, {"alpha": float("nan")}, {"alpha": 10**400}, {"alphas": {"unet.x": "y"}}]
+HOSTILE += [{"mixer": "none"}, {"mixer": ["orthogonal"]}, {"use_dora": True}, {"trigger_words": 5}, {"versions": ["1"]}]
+HOSTILE += [lambda t: t.int(), lambda t: t[None].clone(), lambda t: t[:, None, None, None].clone()]
+HOSTILE += [lambda t: t[:1].clone(), lambda t: t[:, 0].clone()]  # copy_ would repeat a row
+
+
+def with_facts(folder, path, tensors: dict | None = None, **facts):
+    """A copy of the raw file with other tensors or facts."""
+    own, header = raw_file.read_tensors(folder / RAW_NAME)
+    path.write_bytes(save(tensors or own, {"moslora": json.dumps(json.loads(header["moslora"]) | facts)}))
+    return path
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_facts_that_do_not_go_with_the_tensors_are_refused(change, raw, tmp_path):
+    tensors = load_file(raw / RAW_NAME)
+    if not isinstance(change, dict):
+        key = next(key for key in tensors if key.endswith(".lora_A"))
+        tensors[key], change = change(tensors[key]), {}
+    file = with_facts(raw, tmp_path / "x.safetensors", tensors, **change)
+    for read in (raw_file.read_raw, describe):
+        with pytest.raises(UserError, match=r"is broken|has lost its header"):
+            read(file)
+
+
+def test_a_header_that_is_no_object_and_tensors_of_no_adapter_are_refused(raw, tmp_path):
+    tensors, file = load_file(raw / RAW_NAME), tmp_path / "x.safetensors"
+    for text in ("[]", "null", "5", "{", "{}", "[" * 100_000):
+        file.write_bytes(save(tensors, {"moslora": text}))
+        with pytest.raises(UserError, match="has lost its header"):
+            raw_file.read_raw(file)
+    for key in ("weird", "unet.weird", "vae.a.lora_A"):
+        with pytest.raises(UserError, match="does not belong to an adapter"):
+            raw_file.read_raw(with_facts(raw, file, tensors | {key: torch.ones(4, 4)}))
+
+
+ODD_PARTS = [("utils", {}), ("AutoModel", {}), ("UNet2DConditionModel", None)]
+ODD_PARTS += [("UNet2DConditionModel", {"block_out_channels": "x"}), ("CLIPTextModel", {"vocab_size": -3})]
+
+
+@pytest.mark.parametrize(("name", "config"), ODD_PARTS)
+def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(name, config):
+    with pytest.raises(UserError, match=r"is not a part of a model|cannot be built"):
+        empty_model({"class": name} | ({} if config is None else {"config": config}))
+    config = model_config(text_encoders()["text_encoder"])["config"]
+    model = empty_model({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
+    assert model.config._attn_implementation != "somebody/kernel"
+
+
+ENDLESS = [("UNet2DConditionModel", {"layers_per_block": 3000}), ("CLIPTextModel", {"num_hidden_layers": 10**400})]
+ENDLESS += [("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000})]
+NESTED = {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}
+
+
+@pytest.mark.parametrize(("name", "changes"), [*ENDLESS, ("UNet2DConditionModel", NESTED)])
+def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
+    monkeypatch.setattr("dreambooth_moslora.lora.raw_file.build", lambda *_: pytest.fail("it is built"))
+    model = tiny_unet() if name.startswith("UNet") else text_encoders()["text_encoder"]
+    with pytest.raises(UserError, match="more than 2000 layers"):
+        empty_model({"class": name, "config": model_config(model)["config"] | changes})
+
+
+def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
+    names = [f"name {number}" for number in range(8)]
+    for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
+        raw_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
+WORDS = torch.arange(8)[None]
+PROGRAM = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model = PeftModel.from_pretrained(base, f"{folder}/plain").eval()
+    torch.save(model(torch.arange(8)[None]).logits, f"{folder}/logits.pt")
+assert "dreambooth_moslora" not in sys.modules
+"""
+
+
+def save_adapter(folder: Path, mixer: str) -> torch.Tensor:
+    """Write `own`, an adapter that PEFT saves, and its `base`; returns the logits."""
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
+    model.save_pretrained(folder / "base")
+    kind = {"mixer": mixer, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    config = MoSLoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], **kind)
+    adapted = shaken(model, config).eval()
+    adapted.save_pretrained(folder / "own")
+    with torch.no_grad():
+        return adapted(WORDS).logits
+
+
+def exported(source, *words) -> int:
+    return main(["export", str(source), "--out", str(source.parent / "plain"), *words])
+
+
+@pytest.mark.slow
+def test_plain_peft_computes_the_same_logits(tmp_path, capsys):
+    """In a program that does not import this package."""
+    wanted = {tmp_path / mixer: save_adapter(tmp_path / mixer, mixer) for mixer in ("orthogonal", "kronecker")}
+    for folder in wanted:
+        assert exported(folder / "own", "--for", "peft") == 0
+        assert "4 layers folded" in capsys.readouterr().out
+        settings = json.loads((folder / "plain" / "adapter_config.json").read_text())
+        assert settings.keys() <= LoraConfig().to_dict().keys()
+    subprocess.run([sys.executable, "-c", PROGRAM, *wanted], check=True, cwd=tmp_path)
+    assert all(torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-5) for folder, logits in wanted.items())
+
+
+def test_what_peft_does_not_need_folded_is_refused_in_one_line(tmp_path, capsys):
+    save_adapter(tmp_path, "orthogonal")
+    folder = tmp_path / "own"
+
+    def refused(source, said, *words):
+        capsys.readouterr()  # transformers shows how it writes
+        assert exported(source, *words) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+    refused(folder, "is an adapter of PEFT: add --for peft")
+    refused(tmp_path / "base", "holds no adapter_config.json", "--for", "peft")
+    refused(folder, "--out", "--for", "peft", "--out", str(folder))
+    plain = get_peft_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES)), LoraConfig(r=2))
+    plain.save_pretrained(tmp_path / "lora")
+    refused(tmp_path / "lora", "is of the type 'LORA', which PEFT loads as it is", "--for", "peft")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[next(key for key in tensors if key.endswith(".mixer"))]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(folder, "is not whole", "--for", "peft")

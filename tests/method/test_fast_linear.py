@@ -1,0 +1,573 @@
+"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, q, k and v together, and
+several adapters on one base in one batch."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from dreambooth_moslora.base.load import quantize
+from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
+from dreambooth_moslora.method import fast_linear
+from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
+from dreambooth_moslora.method.mixer import MixerLinear
+from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
+from tests.helpers.tiny import tiny_unet
+
+RANK = 3
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ROWS = 2
+WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+COUNT = 3
+
+
+class Block(nn.Module):
+    """Two projections of one input, as q and k are."""
+
+    def __init__(self, bias: bool = False, widths: tuple[int, int] = (12, 20)) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(*widths, bias=bias), nn.Linear(*widths, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_q(x).tanh() * self.to_k(x)
+
+
+def randomize(model: nn.Module, seed: int = 7) -> nn.Module:
+    """Give every adapter matrix a value: a fresh B is zero, and then nothing but dB could differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def adapted(model: nn.Module, adapter_name: str = "default", **options) -> nn.Module:
+    """`model` with an adapter, all matrices random, base frozen."""
+    config = MoSLoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **options})
+    return randomize(inject(model, config, adapter_name))
+
+
+def fast_copy(model: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(model)
+    assert enable_fast_path(fast)
+    return fast
+
+
+def block(change=lambda base: None, bias: bool = True, **options) -> nn.Module:
+    """Two adapted projections, their base layers changed."""
+    model = adapted(Block(bias), **options)
+    for layer in adapter_layers(model).values():
+        change(layer.base_layer)
+    return model
+
+
+def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert fast.keys() == general.keys() and fast
+    for name, expected in general.items():
+        assert fast[name].dtype == expected.dtype
+        assert (fast[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+def unet_loss(unet: nn.Module) -> Tensor:
+    return prediction(unet, inputs_of(0, unet.dtype)).square().mean()
+
+
+def test_two_projections_of_one_input_keep_it_once():
+    """So many different tensors as large as it are kept for the backward pass, under autocast."""
+    general = block(lambda base: base.bfloat16(), bias=False)
+    x, counts = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True), []
+    for model in (general, fast_copy(general)):
+        kept: dict[int, Tensor] = {}
+        keep = lambda t, kept=kept: kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            outputs = model.to_q(x), model.to_k(x)
+        counts.append(len(kept) if outputs else 0)
+    assert counts == [2, 1]
+
+
+LATER = {
+    "a scale": (lambda layer: layer.set_scale("default", 0.25), {}),
+    "two adapters": (lambda layer: layer.set_adapter(["default", "other"]), {}),
+    "another adapter": (lambda layer: layer.set_adapter("other"), {}),
+    "a batch of mixed adapters": (lambda layer: None, {"adapter_names": ["default", "__base__"] * 3}),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_changed_later_is_followed(name):
+    """Fast and general agree after the change."""
+    change, call = LATER[name]
+    general, x = adapted(block(bias=False), adapter_name="other"), torch.randn(6, 12)
+    for layer in adapter_layers(general).values():
+        layer.set_adapter("default")
+    fast = fast_copy(general)
+    before = fast.to_q(x)
+    for layer in (*adapter_layers(general).values(), *adapter_layers(fast).values()):
+        change(layer)
+    after = fast.to_q(x, **call)
+    assert not torch.equal(before, after) and torch.allclose(after, general.to_q(x, **call), atol=1e-5)
+
+
+@pytest.mark.parametrize("in_a_step", [False, True])
+def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_ones_the_same(in_a_step):
+    model, x = fast_copy(block()), torch.randn(6, 12)
+    with WorkingCopies(model).for_one_step() if in_a_step else nullcontext():
+        live, base = model.to_q(x), model.to_q.base_layer(x)
+        with disabled(model):
+            assert torch.equal(model.to_q(x), base)
+        assert torch.equal(model.to_q(x), live) and not torch.equal(live, base)
+        model.to_q.enable_adapters(False)
+        assert torch.equal(model.to_q(x), base)
+    model.to_q.enable_adapters(True)
+    for change in (model.to_q.merge, model.to_q.unmerge):
+        change()
+        assert torch.allclose(model.to_q(x), live, atol=1e-5)
+    set_scale(model, 0.0)
+    assert torch.equal(model.to_q(x), model.to_q.base_layer(x))
+
+
+def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
+    """`meta` is a device without autocast: it has shapes and no numbers."""
+    general, x = block(bias=False), torch.randn(6, 12)
+    fast = fast_copy(general)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), general(x))
+    assert fast.to("meta")(torch.ones(6, 12, device="meta")).shape == (6, 20)
+
+
+CONVOLUTIONS = {name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")}
+SLOW = {
+    "dropout": lambda: block(lora_dropout=0.1),
+    "DoRA": lambda: block(use_dora=True),
+    "bias": lambda: block(lora_bias=True, mixer="none", init_lora_weights=True),
+    "trained": lambda: block(lambda base: base.requires_grad_(True)),
+    "hooks": lambda: block(lambda base: base.register_forward_hook(lambda *_: None)),
+    "Conv2d": lambda: adapted(nn.ModuleDict(CONVOLUTIONS)),
+    "Linear8bitLt": lambda: quantised("int8", torch.float32),
+}
+
+
+def slow_projections(model: nn.Module) -> dict[str, str]:
+    """The reason of each layer that cannot be fused."""
+    reasons = {path: fast_linear.slow_reason(layer) for path, layer in adapter_layers(model).items()}
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
+@pytest.mark.parametrize("reason", SLOW)
+def test_what_cannot_be_fast_is_left_alone_and_reported(reason):
+    model = SLOW[reason]()
+    assert enable_fast_path(model) == 0
+    slow = slow_projections(model)
+    assert len(slow) == 2 and all(reason in text for text in slow.values())
+
+
+def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
+    """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants them."""
+    return adapted(quantised_base(kind, dtype))
+
+
+def quantised_base(kind: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"transformer_blocks": Block(bias=True, widths=(64, 96))})
+    quantize(model.to(dtype).requires_grad_(False).train(), kind, dtype)
+    return model
+
+
+def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a gradient."""
+    block = model["transformer_blocks"]
+    if x is None:
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    first = block.to_q(x.to(fast_linear.compute_dtype(block.to_q.base_layer)))[:, :64].tanh()
+    return (block.to_k(first) * block.to_q(first)).float().square().sum()
+
+
+@pytest.mark.parametrize("on_copies", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
+    general = quantised("nf4", dtype)
+    fast = fast_copy(general)
+    assert not slow_projections(fast)
+    step = step_on_copies if on_copies else plain_step
+    assert_same(step(fast, [quantised_loss]), plain_step(general, [quantised_loss]), tolerance)
+    disable_fast_path(fast)
+    assert torch.equal(quantised_loss(fast), quantised_loss(general))
+
+
+def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
+    model = adapted(Block())
+    keys = list(model.state_dict())
+    enable_fast_path(model)
+    assert list(model.state_dict()) == keys and type(model.to_q) is fast_linear.FastLinear
+    copies = WorkingCopies(model)
+    disable_fast_path(model)
+    assert type(model.to_q) is not fast_linear.FastLinear and not slow_projections(model)
+    with copies.for_one_step() as step:
+        assert not step.batches
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(joint):
+    """An adapter that moved is never seen as it was: after a step, after one that failed, and in the next one."""
+    model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
+    copies, found, layer = WorkingCopies(model, joint=joint), [], next(iter(adapter_layers(model).values()))
+    with pytest.raises(ZeroDivisionError), copies.for_one_step():
+        raise ZeroDivisionError
+
+    def step() -> list[int]:
+        assert not layer.working
+        found.append(step_on(copies, model))
+        return [leaf.data_ptr() for leaf in copies.before.leaves]
+
+    first = step()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2)
+    assert step() == first and len(set(first)) == len(first)
+    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+    set_scale(model, 3)
+    kept = copies.before
+    assert step() != first and copies.before is not kept
+    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+
+
+def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with copies.for_one_step() as step:
+        unet_loss(model).backward()
+        step.collect()
+    return given(model)
+
+
+KINDS = {
+    "learnt mixer": {},
+    "no mixer": {"mixer": "none", "lora_alpha": 1},
+    "frozen mixer": {"train_mixer": False, "rank_pattern": {"attn2.to_v": 1}},
+    "scale": {"lora_alpha": 1, "use_rslora": True},
+    "ranks and scales": {"rank_pattern": {"to_k": 5, "attn2.to_v": 1}, "alpha_pattern": {"to_q": 1}},
+    "convolutions": {"target_modules": ["to_q", "to_v", "conv1", "conv_shortcut"]},
+}
+
+
+def given(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    """Gradients of the sum of losses, each with a backward pass of its own."""
+    model.zero_grad()
+    for loss in losses:
+        loss(model).backward()
+    return given(model)
+
+
+def step_on_copies(model: nn.Module, losses: list[Callable], joint: bool = False) -> dict[str, torch.Tensor]:
+    with WorkingCopies(model, joint=joint).for_one_step() as copies:
+        assert not joint or any(batch.count > 1 for batch in copies.batches)
+        for loss in losses:
+            loss(model).backward()
+            copies.collect()
+    return given(model)
+
+
+def test_a_layer_that_is_not_used_has_no_gradient():
+    """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused optimizer wants it so."""
+    x = torch.ones(4, 12)
+    for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
+        model = fast_copy(block(bias=False, **options))
+        found = step_on_copies(model, [lambda block: block.to_q(x).sum()])
+        assert {name.split(".")[0] for name in found} == {"to_q"} and x.grad is None
+        step_on_copies(model, [lambda block: block(x).sum()])
+        assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.requires_grad)
+
+
+def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
+    model, x = fast_copy(block(bias=False)), torch.randn(4, 12)
+    wanted = {name: 2 * grad for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()}
+
+    def both_ways(block: Block) -> torch.Tensor:
+        names = {"adapter_names": ["default"] * 4}
+        return block(x).sum() + (block.to_q(x, **names).tanh() * block.to_k(x, **names)).sum()
+
+    assert_same(step_on_copies(model, [both_ways]), wanted, 1e-5)
+
+
+def test_the_product_is_made_once_for_all_micro_batches_and_recomputations(monkeypatch):
+    products = []
+    monkeypatch.setattr(MixerLinear, "product", lambda self: products.append(self))
+    model = adapted(tiny_unet()).train()
+    model.enable_gradient_checkpointing()
+    assert enable_fast_path(model)
+    step_on_copies(model, [unet_loss] * 2)
+    assert not products
+
+
+class Pair(nn.Module):
+    """Self-attention and cross-attention of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.own, self.cross = Attention(12, heads=2, dim_head=6), Attention(12, 12, heads=2, dim_head=6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cross(self.own(x), encoder_hidden_states=WORDS.to(x.dtype))
+
+
+def pair_loss(pair: nn.Module) -> torch.Tensor:
+    weight = pair.own.to_q.base_layer.weight
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
+    return pair(x.to(weight.dtype)).float().square().sum()
+
+
+def joint_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    return step_on_copies(model, losses, joint=True)
+
+
+STEPS = {"alone": plain_step, "on copies": step_on_copies, "joint": joint_step}
+CASES = [
+    *(("alone", kind, 1, False) for kind in ("learnt mixer", "no mixer", "frozen mixer", "scale")),
+    ("alone", "learnt mixer", 1, True),
+    *(("on copies", *case) for case in product(KINDS, (1, 2), (False, True))),
+    ("joint", "learnt mixer", 2, True),
+    ("joint", "no mixer", 2, False),
+    pytest.param("joint", "learnt mixer", 2, False, marks=pytest.mark.slow),
+    pytest.param("joint", "frozen mixer", 2, True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("step", "kind", "micro_batches", "recomputed"), CASES)
+def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, recomputed):
+    """In fp64, layers alone or in a step."""
+    general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
+    fast = copy.deepcopy(general)
+    linear = [layer for layer in adapter_layers(general).values() if isinstance(layer.base_layer, nn.Linear)]
+    assert enable_fast_path(fast) == len(linear)
+    assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
+    if recomputed:
+        fast.enable_gradient_checkpointing()
+    losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()][:micro_batches]
+    assert_same(STEPS[step](fast, losses), plain_step(general, losses), 1e-8)
+
+
+@pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
+@pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-3, 3e-2))])
+def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerances):
+    """In bf16 all round at the same places, copies jointly too; sums over micro-batches are in fp32."""
+    model = adapted(Pair(), **options)
+    for layer in adapter_layers(model).values():
+        layer.base_layer.to(dtype)
+    losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
+    wanted = plain_step(fast_copy(model), losses)
+    assert {gradient.dtype for gradient in wanted.values()} == {torch.float32}
+    for step, tolerance in zip((step_on_copies, joint_step), tolerances, strict=True):
+        assert_same(step(fast_copy(model), losses), wanted, tolerance)
+
+
+def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_share_it():
+    """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped from the file.
+    Packed numbers of 4 bits cannot be put below one another."""
+    model = fast_copy(adapted(tiny_unet()))
+    before, size = copy.deepcopy(model.state_dict()), storage_bytes(model)
+    copies = WorkingCopies(model, joint=True)
+    assert copies.joints and storage_bytes(model) == size
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    pair = fast_copy(adapted(Pair()))
+    assert not WorkingCopies(pair).joints
+    assert [len(joint.layers) for joint in WorkingCopies(pair.to("meta")).joints] == [3, 2]
+    packed = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
+    assert quantize(packed, "nf4", torch.float32) == 4 == enable_fast_path(adapted(packed))
+    assert not WorkingCopies(packed, joint=True).joints
+    base = tiny_unet().requires_grad_(False)
+    fast_linear.lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
+    models = adapted_twins(base, target_modules=["to_q", "to_v"])
+    assert all(WorkingCopies(model, joint=True).joints for model in models)
+    assert storage_bytes(*models) == storage_bytes(base)
+
+
+def storage_bytes(*models: nn.Module) -> int:
+    """Of the bases alone."""
+    frozen = [p.untyped_storage() for model in models for p in model.parameters() if not p.requires_grad]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in frozen}.values())
+
+
+def test_layers_alone_in_another_order_and_beside_one_that_is_switched_off_are_right_too():
+    """A processor may give each projection another input, call it twice, or not at all."""
+    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
+    x, y = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    calls = [("to_v", x), ("to_k", x), ("to_k", x), ("to_q", y), ("to_k", x), ("to_q", y)]
+    answers = lambda: torch.stack([getattr(model, name)(value) for name, value in calls])  # noqa: E731
+    wanted = answers()
+    with WorkingCopies(model, joint=True).for_one_step() as step:
+        with torch.no_grad():
+            assert not model.to_q(x).requires_grad
+        seen = answers()
+        seen.sum().backward()
+        step.collect()
+    assert torch.allclose(seen, wanted, atol=1e-5)
+    found = given(model)
+    assert_same(found, plain_step(model, [lambda _: wanted.sum()]), 1e-5)
+    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
+    x, live = torch.randn(2, 3, 12), [model.to_q, model.to_v]
+    wanted = [layer(x) for layer in live]
+    with WorkingCopies(model, joint=True).for_one_step():
+        model.to_k._disable_adapters = True
+        seen = [layer(x) for layer in (model.to_q, model.to_k, model.to_v)]
+        assert torch.equal(seen.pop(1), model.to_k.base_layer(x))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(seen, wanted, strict=True))
+
+
+def test_weights_that_were_moved_or_cast_since_are_not_computed_from_the_old_ones():
+    model = fast_copy(adapted(Pair()))
+    copies = WorkingCopies(model, joint=True)
+    model.double()
+    with copies.for_one_step() as step:
+        assert all(batch.count == 1 for batch in step.batches) and not copies.joints
+        pair_loss(model).backward()
+        step.collect()
+    found = given(model)
+    model.zero_grad()
+    assert_same(found, plain_step(model, [pair_loss]), 1e-8)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_is_one_graph():
+    """`fullgraph` raises where Python would have to step in."""
+    model = fast_copy(adapted(Pair()))
+    alone = plain_step(copy.deepcopy(model), [pair_loss])
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert_same(joint_step(model, [pair_loss]), alone, 2e-6)
+
+
+def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:
+    """COUNT models on one base, each with an adapter of its own."""
+    models = [randomize(adapted(twin(base), **options), seed=number) for number in range(COUNT)]
+    assert all(map(enable_fast_path, models))
+    return [model.train() for model in models]
+
+
+def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(number)
+    shapes = [(ROWS, 4, 8, 8), (ROWS, 77, 48), (ROWS, 32)]
+    latents, words, pooled = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    return latents, torch.randint(1000, (ROWS,), generator=g), words, pooled, torch.full((ROWS, 6), 64.0, dtype=dtype)
+
+
+def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    latents, times, words, pooled, sizes = inputs
+    return unet(latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+
+
+def loss_of(number: int, outputs: Tensor) -> Tensor:
+    """Each adapter has another loss, as subjects have."""
+    return (1 + number) * outputs.square().mean()
+
+
+def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
+    found, dtype = [], models[0].conv_in.weight.dtype
+    for number, model in enumerate(models):
+        inputs = [inputs_of(10 * turn + number, dtype) for turn in range(turns)]
+        found.append(step_on_copies(model, [lambda m, x=x, n=number: loss_of(n, prediction(m, x)) for x in inputs]))
+        model.zero_grad()
+    return found
+
+
+def gradients_together(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
+    dtype = models[0].conv_in.weight.dtype
+    with StackedAdapters(models).for_one_step() as copies:
+        for turn in range(turns):
+            each = [inputs_of(10 * turn + number, dtype) for number in range(len(models))]
+            outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(len(models))
+            sum(map(loss_of, range(len(models)), outputs)).backward()
+            copies.collect()
+    found = [given(model) for model in models]
+    for model in models:
+        model.zero_grad()
+    return found
+
+
+FAST_STACKS = [("learnt mixer", True), ("convolutions", False)]
+SLOW_STACKS = [("convolutions", True), *((kind, False) for kind in KINDS if kind != "convolutions")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recomputed"), [*FAST_STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW_STACKS)]
+)
+def test_each_adapter_gets_the_gradients_that_it_gets_alone(kind, recomputed):
+    """Of two micro-batches, in fp64: exact to its rounding."""
+    models = adapted_twins(tiny_unet().double(), **KINDS[kind])
+    for model in models:
+        model.double()
+        if recomputed:
+            model.enable_gradient_checkpointing()
+    for together, alone in zip(gradients_together(models, 2), gradients_alone(models, 2), strict=True):
+        assert_same(together, alone, 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_stacked_fp32_adapters_get_fp32_gradients(dtype, tolerance):
+    models = adapted_twins(tiny_unet().to(dtype))
+    for together, alone in zip(gradients_together(models), gradients_alone(models), strict=True):
+        assert_same(together, alone, tolerance)
+        assert {grad.dtype for grad in together.values()} == {torch.float32}
+
+
+def test_stacked_adapters_on_a_base_in_4_bit_get_the_same_gradients():
+    models = adapted_twins(quantised_base("nf4", torch.float32))
+    rows = torch.randn(COUNT, 5, 64, generator=torch.Generator().manual_seed(1))
+    alone = [plain_step(model, [lambda m, x=x: quantised_loss(m, x)]) for model, x in zip(models, rows, strict=True)]
+    for model in models:
+        model.zero_grad()
+    with StackedAdapters(models).for_one_step() as copies:
+        quantised_loss(models[0], rows.flatten(0, 1)).backward()
+        copies.collect()
+    for model, wanted in zip(models, alone, strict=True):
+        assert_same(given(model), wanted, 1e-5)
+
+
+def test_nan_in_one_adapter_stays_there_and_afterwards_each_model_is_as_before():
+    """Switched off, they give the base bit for bit."""
+    models = adapted_twins(tiny_unet())
+    wanted = gradients_together(models)
+    with torch.no_grad():
+        next(iter(adapter_layers(models[1]).values())).lora_A["default"].weight.fill_(torch.nan)
+    found = gradients_together(models)
+    assert all(grad.isnan().any() for grad in found[1].values())
+    for number in (0, 2):
+        assert all(torch.equal(found[number][name], grad) for name, grad in wanted[number].items())
+    base = tiny_unet()
+    models = adapted_twins(base, target_modules=["to_q", "conv1"])
+    one = inputs_of(0, torch.float32)
+    before = [prediction(model, one) for model in models]
+    with torch.no_grad(), StackedAdapters(models).for_one_step(), disabled(models[0]):
+        assert torch.equal(prediction(models[0], one), prediction(base, one))
+    with pytest.raises(RuntimeError), StackedAdapters(models).for_one_step():
+        raise RuntimeError
+    assert all(torch.equal(prediction(m, one), b) for m, b in zip(models, before, strict=True))
+    assert not any(given(model) for model in models)
+
+
+def test_models_that_do_not_fit_together_are_refused():
+    """A twin has its own adapter on the same weights."""
+    base = tiny_unet()
+    first, second = adapted(twin(base)), adapted(twin(base))
+    for one, other in zip(adapter_layers(first).values(), adapter_layers(second).values(), strict=True):
+        assert one.base_layer.weight is other.base_layer.weight
+        assert one.lora_A["default"].weight is not other.lora_A["default"].weight
+    assert not any("lora" in name for name, _ in base.named_parameters())
+    dora, dropout = {"use_dora": True, "mixer": "none"}, {"lora_dropout": 0.1}
+    for models, said in (
+        ([first, adapted(tiny_unet())], "share their frozen weights"),
+        ([first, adapted(twin(base), target_modules=["to_k"])], "on the same layers"),
+        ([first], "no stack"),
+        ([adapted(twin(base), **dora) for _ in range(2)], "no dropout, no DoRA"),
+        ([adapted(twin(base), **dropout) for _ in range(2)], "no dropout, no DoRA"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            StackedAdapters(models)

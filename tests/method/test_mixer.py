@@ -1,0 +1,328 @@
+"""The mixers: how they start, what depends on them, who is refused one, and that a kind of mixer is a name and a start:
+flag, page, training, files and their descriptions know it by these. `--mixer kronecker`: LoKr as a MoSLoRA whose A and
+B are tied, from the layer to the published file."""
+
+import pickle
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+
+import gradio as gr
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.cli.command_train import parse_train_config
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import published_file
+from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.lora.lora_file import read_adapter
+from dreambooth_moslora.lora.metadata import AdapterMetadata
+from dreambooth_moslora.lora.raw_file import RAW_KEY, read_raw, save_raw, write_file
+from dreambooth_moslora.method import mixer
+from dreambooth_moslora.method.mixer import STARTS, MixerLinear, initial_mixer
+from dreambooth_moslora.method.moslora import (
+    ATTENTION_PROJECTIONS,
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+    matrices_of,
+)
+from dreambooth_moslora.plan.checks import check_settings
+from dreambooth_moslora.plan.memory import adapter_parameters as counted
+from dreambooth_moslora.plan.memory import size_of_base
+from dreambooth_moslora.settings.table import MIXERS, layer_parameters
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.ui.train.screen import train_widgets
+from dreambooth_moslora.ui.train.train_form import TrainForm
+from tests.helpers.live_adapters import PROJECTIONS, facts_of, live, shake
+from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_training import paint_photos, tiny_config
+from tests.method.test_moslora import Net, config
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "identity", "butterfly"])
+def test_the_mixers_start_as_they_are_named(kind):
+    start = initial_mixer(kind, 6, seed=1, path="a.b").double()
+    halves = torch.eye(3).repeat(2, 2).double()
+    wanted = {"orthogonal": torch.eye(6).double(), "identity": torch.eye(6).double(), "butterfly": 2 * halves}
+    assert torch.allclose(start @ start.T, wanted[kind], atol=1e-6)
+    assert (kind == "orthogonal") == (not torch.equal(start, start.round()))
+    kaiming = initial_mixer("kaiming", 64, seed=0, path="x")  # uniform within 1 / sqrt(r)
+    assert 0.95 / 8 < kaiming.abs().max() <= 1 / 8 and abs(kaiming.std() - 1 / 8 / 3**0.5) < 0.005
+    with pytest.raises(ValueError, match="'random'"):
+        initial_mixer("random", 6, seed=0, path="x")
+
+
+def test_mixers_depend_on_seed_and_place_and_their_product_stays_of_its_subclass():
+    first = initial_mixer("orthogonal", 4, seed=0, path="a")
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    assert torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="a"))
+    assert torch.equal(state, torch.get_rng_state()), "a mixer must not shift the draws of A"
+    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=1, path="a"))
+    assert not torch.equal(first, initial_mixer("orthogonal", 4, seed=0, path="b"))
+    with FakeTensorMode():
+        mixed = MixerLinear(torch.ones(5, 2), torch.ones(2, 2))
+    assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)
+
+
+REFUSED = [({"target_modules": ["to_q", "words"]}, "words is a Embedding"), ({"r": 0}, "from 1 on, not 0")]
+REFUSED += [({"target_modules": ["nowhere"]}, "matches no module of Net"), ({"lora_bias": True}, "lora_bias")]
+REFUSED += [({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2")]
+REFUSED += [({"mixer": "butterfly", "r": 3}, "an even rank, not 3"), ({"mixer": "random"}, "mixer")]
+REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
+KRONECKER = {"mixer": "kronecker", "mixer_factor": 4}
+REFUSED += [(KRONECKER | {"r": 6}, "needs a rank that mixer_factor 4 divides, not 6")]
+REFUSED += [(KRONECKER | {"mixer_factor": 0}, "needs ranks")]
+REFUSED += [(KRONECKER, r"to_q of 10×12 \(out×in\) cannot be a Kronecker product of 4×4 blocks")]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_what_cannot_carry_a_mixer_is_named_and_the_model_stays_as_it_was(options, said):
+    net = Net()
+    with pytest.raises(UserError, match=said):
+        inject(net, config(**options))
+    assert not hasattr(net, "peft_config") and type(net.to_q) is nn.Linear
+
+
+@pytest.mark.parametrize("first", [LoraConfig, MoSLoraConfig])
+def test_a_second_adapter_of_a_peft_model_gets_its_mixer(first):
+    model = get_peft_model(Net(), first(r=4, target_modules=["to_q"]))
+    model.add_adapter("late", config(r=2))
+    layers = adapter_layers(model, "late")
+    assert all(isinstance(layer.lora_B["late"], MixerLinear) for layer in layers.values())
+    assert {p.dtype for _, p in adapter_parameters(model, "late")} == {torch.float32}
+
+
+PATCH_STATE = """
+import pickle, sys
+from peft.tuners.lora import LoraModel
+before = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
+from dreambooth_moslora.method.moslora import MoSLoraConfig
+is_patched = lambda: before != (LoraModel._create_and_replace, LoraModel.add_weighted_adapter)
+states = [is_patched()]
+MoSLoraConfig(mixer="none")
+states.append(is_patched())
+pickle.loads(sys.stdin.buffer.read())
+print(states + [is_patched()])
+"""
+
+
+@pytest.mark.slow
+def test_peft_is_patched_only_from_the_first_config_with_a_mixer_on():
+    """A config that comes from another process counts: without the patch PEFT would make a plain LoRA of it."""
+    run = [sys.executable, "-c", PATCH_STATE]
+    said = subprocess.run(run, input=pickle.dumps(config()), stdout=subprocess.PIPE, check=True).stdout
+    assert said.decode().strip() == "[False, False, True]"
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_add_weighted_adapter_combines_the_folded_adapters(combination):
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), config(), "one")
+    model.add_adapter("two", config(mixer="kaiming"))
+    for seed, name in enumerate(("one", "two")):
+        shake(model, name, seed)
+    wanted = {
+        path: 0.5 * layer.get_delta_weight("one") + 2 * layer.get_delta_weight("two")
+        for path, layer in adapter_layers(model, "one").items()
+    }
+    options = {"svd_rank": 8} if combination == "svd" else {}
+    model.add_weighted_adapter(["one", "two"], [0.5, 2], "sum", combination, **options)
+    for path, layer in adapter_layers(model, "sum").items():
+        assert torch.allclose(layer.get_delta_weight("sum"), wanted[path], atol=1e-4)
+    assert isinstance(model.peft_config["one"], MoSLoraConfig)
+
+
+def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
+    with pytest.raises(UserError, match="words is a Embedding"):
+        get_peft_model(Net(), config(target_modules=["words"]))
+    model = get_peft_model(Net(), config(), "one")
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match="words is a Embedding"):
+        inject(model, config(target_modules=["to_q", "words"]), "two")
+    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["one"]
+
+
+@pytest.fixture
+def reversed_kind(monkeypatch):
+    monkeypatch.setitem(STARTS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0)))
+    MIXERS.append("reversed")
+    yield "reversed"
+    MIXERS.remove("reversed")
+
+
+def test_flag_page_training_files_and_descriptions_know_a_new_mixer(reversed_kind, tiny_base, tmp_path):
+    assert set(STARTS) == set(MIXERS) - {"none"}
+    flags = ["--mixer", "reversed", "--instance_data_dir", "p", "--instance_prompt", "a sks dog", "--output_dir", "run"]
+    assert parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
+    with gr.Blocks():
+        widgets, _ = train_widgets("toy", TrainForm)
+    assert "reversed" in [value for _, value in widgets["mixer"].choices]
+    changes = {"mixer": "reversed", "learning_rate": 1e-6, "max_train_steps": 1}
+    train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+    tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
+    mixers = [tensor for key, tensor in tensors.items() if key.endswith(".mixer")]
+    assert mixers and all(torch.allclose(mixer, torch.eye(len(mixer)).flip(0), atol=1e-4) for mixer in mixers)
+    with safe_open(tmp_path / "run" / PUBLISHED_NAME, "pt") as file:
+        told = AdapterMetadata.from_json(file.metadata()["moslora"])
+    assert metadata.mixer == told.mixer == "reversed"
+    assert describe(tmp_path / "run" / PUBLISHED_NAME)["mixer"] == "reversed, folded"
+
+
+X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
+
+
+def line() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(OrderedDict(to_q=nn.Linear(12, 20)))
+
+
+def lokr(**options) -> MoSLoraConfig:
+    return config(**{"r": 8, "lora_alpha": 3, "target_modules": ["to_q"], "mixer": "kronecker"} | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"train_mixer": False}])
+def test_it_is_lokr(options):
+    """x·(W₀ + s·W₁ ⊗ (B₂·A₂))ᵀ, with the gradients of that; at the start it is the base, of an orthogonal W₁."""
+    net, other = (inject(line(), lokr(mixer_factor=4, mixer_seed=seed, **options)) for seed in (1, 2))
+    assert torch.equal(net(X), line()(X))
+    start = net.to_q.lora_B["default"].mixer.detach().clone()
+    assert torch.allclose(start @ start.T, torch.eye(4), atol=1e-6)
+    assert not torch.equal(start, other.to_q.lora_B["default"].mixer)
+    learnt = sum(p.numel() for _, p in adapter_parameters(net))
+    assert learnt == 2 * 3 + 4 * 4 * options.get("train_mixer", True) + 5 * 2
+    shake(net)
+    layer = net.to_q
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    leaves = [p.detach().clone().requires_grad_() for p in (down.tied, up.mixer, up.up)]
+    assert [tuple(leaf.shape) for leaf in leaves] == [(2, 3), (4, 4), (5, 2)]
+    weight = layer.base_layer.weight + layer.scaling["default"] * torch.kron(leaves[1], leaves[2] @ leaves[0])
+    expected = F.linear(X, weight, layer.base_layer.bias)
+    assert torch.allclose(net(X), expected, atol=1e-5)
+    for result in (net(X), expected):
+        result.square().sum().backward()
+    for mine, leaf in zip((down.tied, up.mixer, up.up), leaves, strict=True):
+        assert torch.allclose(mine.grad, leaf.grad, rtol=1e-4) if mine.requires_grad else not options["train_mixer"]
+    matrices = matrices_of(layer, "default")
+    assert torch.allclose(matrices.forward(X, layer.base_layer.weight) + layer.base_layer.bias, expected, atol=1e-5)
+    plain = fold(net)["to_q"]
+    assert plain.rank == 8 and torch.allclose(layer.base_layer.weight + plain.delta, weight, atol=1e-6)
+    layer.merge()
+    assert torch.allclose(layer.base_layer.weight, weight, atol=1e-6)
+
+
+def test_a_run_publishes_a_plain_lora_and_counts_its_numbers(tiny_base, tmp_path):
+    options = {"mixer": "kronecker", "rank": 8, "mixer_factor": 4, "max_train_steps": 1}
+    run = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **options)
+    train(run)
+    file = tmp_path / "run" / PUBLISHED_NAME
+    assert {len(tensor) for key, tensor in load_file(file).items() if "lora_A" in key} == {8}
+    assert describe(file)["mixer"] == "kronecker, folded"
+    tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    assert metadata.mixer_factor == 4 and layer_parameters(run, 8, 64) == 2 * 16 + 16
+    assert counted(run, size_of_base(Base.of(run), run.target_modules)) == stored
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(options, tiny_base, tmp_path, capsys):
+    pipeline = load_pipeline(tiny_base)
+    components = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    for name, model in components.items():
+        targets = ATTENTION_PROJECTIONS if name == "unet" else PROJECTIONS
+        inject(model, lokr(target_modules=list(targets), lora_alpha=11, mixer_factor=4, **options))
+        shake(model)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    folder = tmp_path / "out"
+    assert main(["export", str(tmp_path / RAW_NAME), "--out", str(folder), "--for", "lycoris", "--name", "dog"]) == 0
+    layers = sum(len(adapter_layers(model)) for model in components.values())
+    assert f"{layers} layers read back" in capsys.readouterr().out
+    file = folder / "dog.lokr.safetensors"
+    parts = read_adapter(file, load_pipeline(tiny_base)).parts
+    for component, model in components.items():
+        (read, scales), wanted = parts[component], fold(model)
+        assert read.keys() == wanted.keys()
+        for path, layer in wanted.items():
+            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
+            assert (read[path].magnitude is None) == ("use_dora" not in options)
+    learnt = sum(p.numel() for model in components.values() for _, p in adapter_parameters(model))
+    assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, "and an alpha for each layer"
+
+
+def test_a_lokr_of_flux_and_its_text_encoder_is_read_as_what_was_trained(tmp_path):
+    """Of its two encoders only CLIP is trained, whose names are then those of a base with one."""
+    pipeline = tiny_pipeline("flux", tmp_path / "files")
+    components = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder")}
+    for model, targets in zip(components.values(), (["to_q"], PROJECTIONS)):
+        inject(model, lokr(target_modules=list(targets), mixer_factor=4))
+        shake(model)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    published_file.write_lokr(tmp_path / RAW_NAME, file := tmp_path / "dog.lokr.safetensors")
+    parts = read_adapter(file, tiny_pipeline("flux", tmp_path / "others")).parts
+    for component, model in components.items():
+        (read, scales), wanted = parts[component], fold(model)
+        assert read.keys() == wanted.keys()
+        for path, layer in wanted.items():
+            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
+
+
+def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeypatch):
+    components = live(mixer="kronecker", r=8, mixer_factor=4)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    monkeypatch.setattr(mixer, "nominal_scale", lambda *_: 1.01 * 11 / 8)
+    with pytest.raises(UserError, match="differs from the trained adapter"):
+        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+    save_raw(plain := live(), tmp_path / RAW_NAME, facts_of(plain))
+    with pytest.raises(UserError, match="is no LoKr"):
+        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
+
+
+def with_facts(file, **facts) -> None:
+    tensors, metadata = read_raw(file)
+    write_file(file, {RAW_KEY: torch.tensor([1]), **tensors}, replace(metadata, **facts).header)
+
+
+def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
+    file = tmp_path / RAW_NAME
+    save_raw(components := live(), file, facts_of(components))
+    plain = describe(file)
+    with_facts(file, mixer_factor=3)  # which is a LoKr's alone
+    assert describe(file) == plain
+    save_raw(components := live(mixer="kronecker", r=8, mixer_factor=4), file, facts_of(components))
+    content = file.read_bytes()
+    for factor in (0, 3, 16):
+        file.write_bytes(content)
+        with_facts(file, mixer_factor=factor)
+        with pytest.raises(UserError, match="is broken"):
+            describe(file)
+
+
+WRONG = [
+    (["--mixer_factor", "3"], "mixer kronecker needs a rank that mixer_factor 3 divides, not 8"),
+    (["--mixer_factor", "2", "--target_modules", "conv1"], "of 2×2 blocks: choose another mixer, leave it out of --"),
+]
+
+
+@pytest.mark.parametrize("flags, words", WRONG)
+def test_a_run_says_what_does_not_fit(flags, words, tiny_base, tmp_path):
+    """Before the base is loaded."""
+    folder = ["--instance_data_dir", str(paint_photos(tmp_path / "photos")), "--output_dir", str(tmp_path / "run")]
+    words_of = ["--instance_prompt", "a sks dog", "--pretrained_model_name_or_path", str(tiny_base)]
+    found = parse_train_config([*folder, *words_of, "--mixer", "kronecker", "--rank", "8", *flags])
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_settings(found, Base.of(found))

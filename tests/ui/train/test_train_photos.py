@@ -1,0 +1,305 @@
+"""Photos on the page: how they are taken, their crops, and masks that are shown, corrected and kept with them."""
+
+import random
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFilter
+import pytest
+
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos.examine import plans_of
+from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.photo_file import CropRule, apply_crop, open_mask, open_rgb
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui.train.train_form import TrainForm, folder_of
+from dreambooth_moslora.ui.train.train_photos import (
+    EDIT_PX,
+    LEARNED,
+    LEFT_OUT,
+    add_photos,
+    caption_of,
+    cards_of,
+    editor_picture,
+    keep_captions,
+    keep_captions_of,
+    keep_mask,
+    made_captions,
+    photo_with,
+    place_of,
+    put_back,
+    remove_photo,
+    review_kept,
+    shown_masks,
+    take_with_masks,
+)
+from tests.ui.conftest import TWO
+
+TOYS = assets_folder() / "subjects" / "rocket"
+ROCKET = TrainForm("sks", "rocket")
+
+
+def config_of(workspace, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
+    form = replace(form, **values)
+    return TrainConfig.from_dict(form.config(base, 128, workspace.photos_dir, workspace.root / "run"))
+
+
+def pixels(picture: PIL.Image.Image) -> np.ndarray:
+    return np.asarray(picture)
+
+
+def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_fault_is_told(tmp_path, workspace):
+    def noise(seed: int, side: int = 160) -> PIL.Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
+        return PIL.Image.fromarray(pixels)
+
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "letter.jpg").write_text("hello")
+    noise(1).save(tmp_path / "turned.png", exif=turned)
+    noise(2).save(tmp_path / "good.png")
+    noise(2).point(lambda value: value * 9 // 10).save(tmp_path / "twin.png")
+    noise(3).filter(PIL.ImageFilter.GaussianBlur(4)).save(tmp_path / "soft.png")
+    noise(4, 20).save(tmp_path / "tiny.png")
+    names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
+    ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
+    found = review_kept(ctx, take_with_masks([str(tmp_path / name) for name in names], workspace))
+    assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
+    faults = ("letter.jpg: broken", "photo 1: rotated", "photo 3: near-duplicate of photo_02", "photo 4: blurred")
+    for words in (*faults, "photo 5: too small"):
+        assert words in found.remarks, (words, found.remarks)
+    assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
+    TrainForm("sks", "dog", captions="first\n\nthird").write_captions(workspace.photos_dir)
+    captions = {path.name: path.read_text() for path in workspace.photos_dir.glob("*.txt")}
+    assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
+
+
+def drawn(folder, *seeds: int) -> list[str]:
+    """Files of noise, whose names are their seeds."""
+    files = [folder / f"{seed}.png" for seed in seeds]
+    for seed, file in zip(seeds, files):
+        PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (90, 80, 3), dtype=np.uint8)).save(file)
+    return list(map(str, files))
+
+
+def colours(workspace) -> list[int]:
+    return [open_rgb(photo).getpixel((0, 0)) for photo in find_photos(workspace.photos_dir, "", 64).photos]
+
+
+def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_one_leaves_no_gap(tmp_path, workspace):
+    first, second, third = drawn(tmp_path, 1, 2, 3)
+    PIL.Image.new("L", (80, 90), 255).save(tmp_path / "3.mask.png")
+    (broken := tmp_path / "4.png").write_text("hello")
+    assert add_photos([first, second], workspace) == []
+    assert add_photos([third, str(tmp_path / "3.mask.png"), first, str(broken)], workspace)[1:] == [
+        "photo 1 was added once more: it counts once"
+    ]
+    before = colours(workspace)
+    with pytest.raises(UserError, match="none of the files is a usable photo"):
+        add_photos([str(broken)], workspace)
+    with pytest.raises(UserError, match="51 photos are too many"):
+        add_photos([third] * 48, workspace)
+    names = ["photo_01.png", "photo_02.png", "photo_03.mask.png", "photo_03.png"]
+    assert sorted(file.name for file in workspace.photos_dir.iterdir()) == names and len(set(before)) == 3
+    remove_photo(workspace, "0" * 64)
+    remove_photo(workspace, file_digest(workspace.photos_dir / "photo_02.png"))
+    assert colours(workspace) == [before[0], before[2]] and (workspace.photos_dir / "photo_02.mask.png").is_file()
+    for photo in list(workspace.photos_dir.glob("photo_0?.png")):
+        remove_photo(workspace, file_digest(photo))
+    assert not workspace.photos_dir.exists()
+
+
+def test_a_mask_that_comes_with_a_photo_that_is_there_is_that_photos_unless_it_has_one(tmp_path, workspace):
+    """It was thrown away with the copy, and nobody was told."""
+    (photo,), mask = drawn(tmp_path, 1), tmp_path / "1.mask.png"
+    add_photos([photo], workspace)
+    told = []
+    for value in (255, 255, 0):
+        PIL.Image.new("L", (80, 90), value).save(mask)
+        told += add_photos([photo, str(mask)], workspace)
+        assert mask_of(workspace).all() and len(list(workspace.photos_dir.iterdir())) == 2
+    once = "photo 1 was added once more: it counts once"
+    assert told == [
+        f"{once}, now with the mask",
+        once,
+        f"{once}, with its first mask; for another, remove it first",
+    ]
+
+
+def test_a_caption_is_kept_with_its_photo_for_its_subject(tmp_path, workspace, tab):
+    add_photos(drawn(tmp_path, 1, 2), workspace)
+    one, two = (file_digest(workspace.photos_dir / f"photo_0{number}.png") for number in (1, 2))
+    odd = [["../../x", "a"], ["", "a"], [two], [two, 5], "x", None, [two, "ä" * 20000], {two: "a"}]
+    for said in ([[one, " on a \n beach"], *odd], "theirs", None, {"a": 1}, [[two, "\ud800"]]):
+        keep_captions(workspace, 1, said)
+    remove_photo(workspace, one)
+    add_photos(drawn(tmp_path, 1), workspace)
+    cards = cards_of(workspace, review_kept(tab), 1, {one: "made"})
+    told = [(card["photo"], card["caption"], card["made"]) for card in cards]
+    assert told == [(two, "?", ""), (one, "on a beach", "made")]
+    assert len(list(workspace.root.rglob("*.txt"))) == 2 and not list(tmp_path.glob("*.txt"))
+    assert caption_of(workspace, 2, one) == ""
+    keep_captions(workspace, 1, [[one, ""]])
+    assert caption_of(workspace, 1, one) == ""
+
+
+def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_their_photos(tmp_path, workspace, tab):
+    PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "tiny.png")
+    add_photos([str(tmp_path / "tiny.png"), *drawn(tmp_path, 1)], workspace)
+    found = review_kept(tab)
+    assert [remark.partition(":")[0] for _, remark in found.crops] == ["not used", "too small for the resolution"]
+    keep_captions_of(workspace, TrainForm("sks", "dog", captions="\nof the noise").subjects)
+    assert [card["caption"] for card in cards_of(workspace, found, 1, {})] == ["", "of the noise"]
+    assert "1 photo," in found.remarks and "photo 2: too small" in found.remarks
+
+
+@pytest.mark.slow
+def test_captions_are_made_for_photos_that_have_none_of_the_subject_that_asks(toys, tab):
+    digests = [file_digest(folder_of(toys.photos_dir, 2) / f"photo_0{number}.png") for number in (1, 2)]
+    keep_captions(toys, 2, [[digests[0], "mine"]])
+    ((digest, caption, remark),) = made_captions(tab, TWO, 2)
+    assert digest == digests[1] and caption.startswith("a photo of a zwx rocket ") and not remark
+    with pytest.raises(UserError, match="the word for what the photos show"):
+        list(made_captions(tab, replace(TWO, class_word=""), 1))
+
+
+@pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
+def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, seed):
+    x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
+    PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
+    ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
+    found = review_kept(ctx, take_with_masks([str(tmp_path / "wide.png")], workspace), seed)
+    (photo,) = find_photos(workspace.photos_dir, "", 128).photos
+    plans = next(plans_of(photo, 0, config_of(workspace, base=base, seed=seed))), CropRule(128, center_crop=True)
+    crops = [apply_crop(open_rgb(photo), plan) for plan in (plans[0], plans[1].plan(photo.size_px, random.Random(0)))]
+    assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [True, False]
+    assert ("first of its 12 crops" in found.remarks) == (base == "toy")
+
+
+def test_the_crops_and_masks_shown_of_each_subject_are_those_of_the_run(toys, tab):
+    config = config_of(toys, TWO)
+    for number in (1, 2):
+        photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
+        (crop, _), *_ = review_kept(tab, number=number).crops
+        assert np.array_equal(pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
+    found = list(shown_masks(config, toys))
+    assert [mask.label for mask in found[4:6]] == ["photo 5 of subject 1", "photo 1 of subject 2"]
+    assert [mask.photo.parent for mask in found[4:6]] == [folder_of(toys.photos_dir, number) for number in (1, 2)]
+    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
+    layer.paste((*LEARNED, 255), (200, 200, 400, 400))
+    keep_mask(toys, found[5].photo, layer, config)
+    masks = [folder_of(toys.photos_dir, number) / "photo_01.mask.png" for number in (1, 2)]
+    assert [mask.exists() for mask in masks] == [False, True]
+
+
+@pytest.fixture
+def masked(tmp_path, workspace):
+    """Two toy photos, the first of which has a mask of its own."""
+    files = [tmp_path / name for name in ("a.jpg", "b.jpg", "a.mask.png")]
+    for number, file in enumerate(files[:2]):
+        shutil.copy(TOYS / f"0{number}.jpg", file)
+    with PIL.Image.open(files[0]) as photo:
+        left = PIL.Image.new("L", photo.size, 0)
+        left.paste(255, (0, 0, photo.width // 2, photo.height))
+    left.save(files[2])
+    take_with_masks([str(path) for path in files], workspace)
+    return workspace
+
+
+WHOLE, PART = (0, 0, 9999, 9999), (8, 8, 60, 90)
+
+
+def painted(workspace, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
+    """The layer on which all is taken away but boxes in px of the first photo, as the page sends it."""
+    with PIL.Image.open(workspace.photos_dir / "photo_01.png") as photo:
+        left, top, right, _ = place_of(photo.size)
+        scale = (right - left) / photo.width
+    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 150))
+    for box in boxes:
+        layer.paste(
+            (*LEARNED, 150), tuple(min(EDIT_PX, round(scale * s) + (left, top)[n % 2]) for n, s in enumerate(box))
+        )
+    return layer
+
+
+def keep(workspace, name: str, layer: PIL.Image.Image) -> str:
+    """The remark on the mask that is kept."""
+    keep_mask(workspace, photo := workspace.photos_dir / name, layer, config_of(workspace))
+    return next(mask.remark for mask in shown_masks(config_of(workspace), workspace) if mask.photo == photo)
+
+
+def mask_of(workspace, number: int = 0) -> np.ndarray:
+    return np.asarray(open_mask(find_photos(workspace.photos_dir, "", 128).photos[number])) > 127
+
+
+def test_masks_are_shown_as_the_run_has_them(masked, tab):
+    given, made = shown_masks(config_of(masked), masked)
+    assert (given.photo.name, given.remark, made.remark) == ("photo_01.png", "", "")
+    assert not (masked.photos_dir / "photo_02.mask.png").exists()  # the run makes it, as it was shown
+    (of_given, _), (bare, _) = review_kept(tab).crops
+    (same, _), (dark, _) = review_kept(tab, masks={mask.photo: mask.path for mask in (given, made)}).crops
+    assert np.array_equal(pixels(of_given), pixels(same)) and pixels(dark).mean() < 0.8 * pixels(bare).mean()
+    bare = shown_masks(config_of(masked, make_masks=False), masked)
+    assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
+
+
+def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_another_intake(masked, tab, tmp_path):
+    tinted, plain = (
+        pixels(editor_picture(masked, masked.photos_dir / "photo_02.png", config_of(masked, make_masks=made)))
+        for made in (None, False)
+    )
+    assert tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
+    before = [pixels(crop) for crop, _ in review_kept(tab).crops]
+    assert keep(masked, "photo_01.png", painted(masked, PART)) == ""
+    rows, columns = np.where(mask_of(masked))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 89, 8, 59)
+    after = [pixels(crop) for crop, _ in review_kept(tab).crops]
+    assert [np.array_equal(*pair) for pair in zip(before, after)] == [False, True]
+    corrected = mask_of(masked)
+    for number, names in ((1, ("b.jpg", "a.jpg")), (0, ("a.jpg", "b.jpg", "a.mask.png"))):  # as each start does
+        take_with_masks([str(tmp_path / name) for name in names], masked)
+        assert np.array_equal(mask_of(masked, number), corrected)
+
+
+def test_the_brush_adds_to_the_mask_and_takes_away_from_it_and_the_old_one_comes_back(masked):
+    before, layer = mask_of(masked), PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (0, 0, 0, 0))
+    layer.paste((*LEFT_OUT, 150), (0, 0, EDIT_PX, EDIT_PX // 2))
+    layer.paste((*LEARNED, 150), (EDIT_PX // 2, EDIT_PX // 2, EDIT_PX, EDIT_PX))
+    keep(masked, "photo_01.png", layer)
+    middle, after = len(before) // 2, mask_of(masked)
+    assert not after[: middle - 1].any() and after[middle + 1 :].all() and before[:middle].any()
+    keep(masked, "photo_01.png", painted(masked, PART))
+    for _ in range(2):
+        put_back(masked, masked.photos_dir / "photo_01.png")
+    assert np.array_equal(mask_of(masked), before)
+    keep(masked, "photo_02.png", painted(masked, PART))
+    put_back(masked, masked.photos_dir / "photo_02.png")
+    assert not (masked.photos_dir / "photo_02.mask.png").exists()
+
+
+def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked):
+    dots = painted(masked, *((left, 8, left + 16, 40) for left in range(0, 128, 32)))
+    with pytest.raises(UserError, match="the mask is empty"):
+        keep(masked, "photo_01.png", painted(masked))
+    for digest in ("photo_01.png", "../photo_01.png", "", "0" * 64):
+        with pytest.raises(UserError, match="not there any more"):
+            photo_with(masked, digest)
+    assert "nearly the whole picture" in keep(masked, "photo_01.png", painted(masked, WHOLE))
+    assert "in 4 pieces" in keep(masked, "photo_01.png", dots)
+
+
+@pytest.mark.parametrize(
+    ("widget", "event"), [("photos", "upload"), ("crops_2", "drop"), ("remove_subject", "click"), ("reopen", "click")]
+)
+def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(served, widget, event):
+    page = served.page
+    numbers = {block.elem_id: number for number, block in page.blocks.items()}
+    of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]
+    (hide,) = [fn for fn in of_event if numbers["mask_box"] in [block._id for block in fn.outputs]]
+    shown = dict(zip((block.elem_id for block in hide.outputs), hide.fn()))
+    assert [shown[name].visible for name in ("mask_remarks", "mask_box")] == [False] * 2

@@ -1,0 +1,243 @@
+"""What is shown of a run: its state and numbers, its plots and pictures, its files, its best step and advice."""
+
+import json
+import os
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+from zipfile import ZipFile
+
+import PIL.Image
+import psutil
+import pytest
+
+from dreambooth_moslora.disk.events import Metrics
+from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
+from dreambooth_moslora.ui.state import AdapterCatalog
+from dreambooth_moslora.ui.train.train_form import in_the_forms_words
+from dreambooth_moslora.ui.train.train_watch import (
+    fidelity_table,
+    loss_table,
+    run_names,
+    samples_of,
+    status_card,
+    watched,
+)
+from tests.ui.conftest import recorded
+
+PUBLISHED = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has ended, scored on its way."""
+    run = tmp_path / "runs" / "dog"
+    for name in (PUBLISHED, "dog.kohya.safetensors", f"best/{PUBLISHED}", "best/dog.kohya.safetensors"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    best = {"step": 20, "score": 0.5}
+    recorded(
+        run,
+        {"type": "start", "max_train_steps": 30},
+        {"type": "evaluation", "step": 20, "score": 0.5, "best": best | {"since": 0}},
+        {"type": "evaluation", "step": 30, "score": 0.4, "best": best | {"since": 1}},
+        {"type": "end", "state": "done", "step": 30},
+    )
+    return run
+
+
+@pytest.fixture
+def look(tmp_path, workspace):
+    """What the page shows of that run."""
+    return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, workspace)
+
+
+def by_command(run: Path, *events: dict) -> None:
+    """What `train` leaves in a run folder, without its lock."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
+
+
+def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, workspace):
+    jobs, run = Jobs(tmp_path / "runs"), tmp_path / "runs" / "dog"
+    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "step", "step": 7})
+    by_command(tmp_path / "runs" / ".hidden")
+    recorded(tmp_path / "runs" / "cat")
+    with locked(run):
+        now = watched(jobs, "dog", None, workspace)
+        assert "Step 7 of 30" in now["status"] and not now["stop"].interactive and not now["resume"].interactive
+        with pytest.raises(UserError, match="no run"):
+            jobs.stop("dog")
+    assert run_names(jobs) == ["cat", ("dog · in a terminal", "dog")]
+    (run / "run.owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    os.utime(run / "run.owner", (1, 1))  # left by a process that this number belonged to before
+    assert "The run failed." in watched(jobs, "dog", None, workspace)["status"]
+    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30})
+    now = watched(jobs, "dog", None, workspace)
+    assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
+
+
+def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_the_run_made_are_offered(
+    run, look, tmp_path, workspace
+):
+    catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
+    assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
+    assert catalog.public_paths()["dog@best"] == "runs/dog/best"
+    now = look()
+    for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
+        assert words in now["status"]
+    files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
+    later = {"download_tokens": "dog_emb.safetensors", "sheet": "contact_sheet.png"}
+    assert all(now[name].visible and Path(str(now[name].value["path"])).name == file for name, file in files.items())
+    assert not any(now[name].visible for name in later)
+    for file in later.values():
+        PIL.Image.new("RGB", (8, 8)).save(run / file, "PNG")
+    now = look()
+    assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
+    (run / "dog_2_emb.safetensors").write_text("of the second")
+    for _ in range(2):
+        with ZipFile(str(look()["download_tokens"].value["path"])) as archive:
+            assert archive.namelist() == ["dog_emb.safetensors", "dog_2_emb.safetensors"]
+            assert archive.read("dog_2_emb.safetensors") == b"of the second"
+    (run / "dog.kohya.safetensors").unlink()
+    recorded(run, {"type": "end", "state": "done"})
+    now = look()
+    assert now["download"].visible and not now["download_kohya"].visible
+    assert "@best" not in now["status"] and "Try next" not in now["status"]
+    run.rename(run.with_name("best"))  # a run of that name is a run
+    assert set(catalog.files()) == {"best", "best@best"}
+
+
+def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
+    """The folder may be a stranger's."""
+    (secret := tmp_path / "secret.png").write_text("TOPSECRET")
+    files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_tokens": "dog_emb.safetensors"}
+    (run / "samples").mkdir()
+    for file in files.values():
+        (run / file).symlink_to(secret)
+    recorded(run, {"type": "sample", "step": 0, "files": ["samples/a.png"]}, {"type": "end", "state": "done"})
+    now = look()
+    assert now["download"].visible and not any(now[name].visible for name in files)
+
+
+def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, look):
+    scores = {"dino": 0.6, "dino_subject_1": 0.7, "dino_subject_2": 0.5, "confusion": 0.07, "clip_t": 0.3}
+    files, prompts = ["samples/a.png", "samples/b.png"], ["a photo of a sks duck", "a photo of a zwx rocket"]
+    (run / "samples").mkdir()
+    for name in files:
+        PIL.Image.new("RGB", (8, 8)).save(run / name)
+    recorded(
+        run,
+        {"type": "start", "max_train_steps": 30},
+        {"type": "sample", "step": 0, "files": files, "prompts": prompts},
+        {"type": "evaluation", "step": 30, "score": 0.5, **scores},
+    )
+    now = look()
+    assert "Confusion of the subjects: 0.07" in now["status"]
+    assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now["status"]
+    assert {row[2] for row in now["fidelity"].value["data"]} == {"1", "2", "score", "confusion"}
+    assert [sample["caption"] for sample in now["samples"].value] == ["step 0 · sks duck", "step 0 · zwx rocket"]
+
+
+@pytest.mark.parametrize(
+    "advice, words",
+    [
+        ("try --exposures_per_photo 200, and x", "try a greater “Length”, or more “Steps”, and x"),
+        ("try --learning_rate 3e-05 (it was 0.0001)", "try “Learning rate” 3e-05 (it was 0.0001)"),
+        ('try --with_prior_preservation --prior adapter_off --class_prompt "a dog"', "try “Keep the class”"),
+        ("try --unmasked_weight 0, and captions", "try 0 as “Weight outside the mask”, and captions"),
+        ("add masks: --masks auto", "add masks: “Make masks”"),
+    ],
+)
+def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
+    assert in_the_forms_words(advice).endswith(words)
+
+
+def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path, workspace):
+    jobs, now = Jobs(tmp_path), psutil.Process().create_time()
+    for name in ("dog", "other"):
+        recorded(tmp_path / name, created=now)
+    seen = watched(jobs, "dog", None, workspace)
+    assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], workspace) == {}
+    shutil.rmtree(tmp_path / "dog")
+    for run in ("dog", "../dog"):
+        now = watched(jobs, run, seen["seen"], workspace)
+        assert "not there any more" in now["status"] and now["run"].value is None
+        assert [value for _, value in now["run"].choices] == ["other"]
+        assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
+    assert watched(jobs, None, None, workspace) == {}
+
+
+ODD_EVENTS = {
+    "words": [{"type": "start", "max_train_steps": "many"}, {"type": "step", "step": 3}],
+    "lists": [{"type": "start", "max_train_steps": [], "time": []}, {"type": "phase", "phase": {}, "total": "x"}],
+    "odd steps": [{"type": "step", "step": 3, "loss": "low", "eta_sec": [], "step_sec": "x", "memory_gib": "y"}],
+    "odd samples": [{"type": "sample", "step": 0, "files": 7}, {"type": "sample", "files": [[1]]}],
+    "odd end": [{"type": "end", "state": ["x"], "message": {"a": 1}, "time": 1e18}],
+    "nulls": [{"type": "start", "time": None}, {"type": "end", "state": None, "message": None, "time": None}],
+    "no steps": [{"type": "step"}, {"type": "evaluation", "clip_t": 0.5}],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_EVENTS)
+def test_events_of_the_wrong_kind_are_passed_over(tmp_path, look, kind):
+    run = recorded(tmp_path / "runs" / "dog", *ODD_EVENTS[kind]).run_dir
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    assert look()["status"]
+
+
+def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
+    """A hole in a received folder: each look, once a second, took half a minute."""
+    run = recorded(tmp_path / "runs" / "dog", {"type": "start"}).run_dir
+    os.truncate(run / "metrics.jsonl", 2**36)
+    assert "The run failed. metrics.jsonl: it has more than 64 MiB" in look()["status"]
+
+
+def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(tmp_path):
+    """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
+    encoding, step = {"type": "phase", "phase": "caching", "done": 3, "total": 4}, {"type": "step", "step": 7}
+    assert phase_of([encoding]) == "caching"
+    last = phase_of([encoding, encoding | {"done": 4}])
+    assert "Step 1 of 400" in status_card(JobState("running", 0, 400, last), Metrics(tmp_path))
+    drawing = [encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]
+    assert phase_of(drawing) == "sampling"
+    trains = JobState("running", 7, 400, phase_of([*drawing, step]))
+    assert "Step 7 of 400" in status_card(trains, written(tmp_path, *drawing, step))
+    early = JobState("interrupted", 0, 100, "", "stopped before the first step")
+    assert "Stopped before the first step." in status_card(early, Metrics(tmp_path))
+    assert "checkpoint is written" in status_card(replace(early, message=""), Metrics(tmp_path))
+
+
+def written(tmp_path, *events) -> Metrics:
+    return Metrics(recorded(tmp_path, *events).run_dir / "metrics.jsonl").refresh()
+
+
+def drawn(tmp_path, steps, *more: str) -> list[dict]:
+    """The events of a picture at each step, with its file."""
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    for step in steps:
+        (tmp_path / "samples" / f"{step}.png").write_bytes(b"x")
+    return [{"type": "sample", "step": step, "files": [f"samples/{step}.png", *more]} for step in steps]
+
+
+def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tmp_path):
+    steps = [{"type": "step", "step": s, "loss_instance": 1.0, "loss_prior": 0.5} for s in (1, 2, 3, 2, 3)]
+    table = loss_table(written(tmp_path, *steps, {"type": "step", "step": 4, "loss_instance": float("nan")}))
+    assert table.groupby("part")["loss"].mean().to_dict() == {"subject": 1.0, "class (prior)": 0.5}
+    assert list(table[table.part == "subject"].step) == [1, 2, 3]
+
+
+def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, workspace):
+    scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
+    metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
+    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
+    shown = samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)
+    assert [caption for _, caption in shown] == ["step 0", "step 10"]
+    assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
+    metrics = written(tmp_path, *drawn(tmp_path, range(40)))
+    shown = [caption for _, caption in samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)]
+    assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40
