@@ -1,4 +1,5 @@
-"""Open the page: `python app.py`, then http://127.0.0.1:7860. `python app.py --help` lists the options."""
+"""Open the page: `python app.py`, then http://127.0.0.1:7860. `python app.py --help` lists the
+options."""
 
 import sys
 

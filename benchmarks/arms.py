@@ -19,7 +19,8 @@ class Arm:
 
 
 def floor(size: str, resolution_px: int, rank: int) -> Step:
-    """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower bound of a step."""
+    """The frozen UNet's forward and the gradient of its input, with the same malloc: the lower
+    bound of a step."""
     from dreambooth_moslora.disk.processes import keep_freed_memory
 
     keep_freed_memory()
@@ -28,7 +29,10 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     from dreambooth_moslora.extras.lab.selftest import random_materials
 
     materials = random_materials(size, resolution_px)
-    unet, batch = materials.pipeline.unet.requires_grad_(False).train(), materials.batch_at(0, 1, 1, bool)
+    unet, batch = (
+        materials.pipeline.unet.requires_grad_(False).train(),
+        materials.batch_at(0, 1, 1, bool),
+    )
     latents, words = (
         batch.latents.to(materials.dtype),
         materials.family.arguments(materials.prompt_embeds(batch.prompts)),
@@ -36,7 +40,9 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
     def step() -> tuple[float, float]:
         noisy = torch.randn_like(latents).requires_grad_()
-        output = materials.family.predict(unet, noisy, torch.randint(0, 1000, (1,)), batch.time_ids, **words)
+        output = materials.family.predict(
+            unet, noisy, torch.randint(0, 1000, (1,)), batch.time_ids, **words
+        )
         loss = output.float().square().mean()
         loss.backward()
         return loss.item(), noisy.grad.float().norm().item()
@@ -45,7 +51,8 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
 
 
 def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = False) -> Step:
-    """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made here."""
+    """The trainer's own step (`train_step.TrainStep`) on a random UNet; only its inputs are made
+    here."""
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
     from dreambooth_moslora.extras.lab.selftest import random_materials
@@ -62,7 +69,9 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
         gradient_checkpointing=checkpointing,
         seed=0,
     )
-    train_step = TrainStep(config, random_materials(size, resolution_px), bf16_accelerator(), max_train_steps=100)
+    train_step = TrainStep(
+        config, random_materials(size, resolution_px), bf16_accelerator(), max_train_steps=100
+    )
 
     def step() -> tuple[float, float]:
         losses = train_step.accumulate_gradients()
@@ -71,7 +80,9 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     return step
 
 
-def diffusers(size: str, resolution_px: int, rank: int, *, checkpointing: bool = True, fp32: bool = False) -> Step:
+def diffusers(
+    size: str, resolution_px: int, rank: int, *, checkpointing: bool = True, fp32: bool = False
+) -> Step:
     from benchmarks.diffusers_style_loop import diffusers_style_step
 
     return diffusers_style_step(size, resolution_px, rank, checkpointing, fp32)
@@ -80,10 +91,18 @@ def diffusers(size: str, resolution_px: int, rank: int, *, checkpointing: bool =
 ARMS: dict[str, Arm] = {
     "floor": Arm(floor),
     "ours": Arm(
-        ours, ("floor", "diffusers", "diffusers-fp32", "diffusers-checkpointing", "diffusers-fp32-checkpointing")
+        ours,
+        (
+            "floor",
+            "diffusers",
+            "diffusers-fp32",
+            "diffusers-checkpointing",
+            "diffusers-fp32-checkpointing",
+        ),
     ),
     "ours-checkpointing": Arm(
-        partial(ours, checkpointing=True), ("diffusers-checkpointing", "diffusers-fp32-checkpointing")
+        partial(ours, checkpointing=True),
+        ("diffusers-checkpointing", "diffusers-fp32-checkpointing"),
     ),
     "diffusers": Arm(partial(diffusers, checkpointing=False), slow=True),
     "diffusers-fp32": Arm(partial(diffusers, checkpointing=False, fp32=True), slow=True),

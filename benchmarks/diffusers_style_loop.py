@@ -1,8 +1,10 @@
-"""A training step like that of diffusers' `train_dreambooth_lora_sdxl.py`, for comparison; written from its behaviour.
+"""A training step like that of diffusers' `train_dreambooth_lora_sdxl.py`, for comparison; written
+from its behaviour.
 
-Its costs: the VAE (fp32) and both text encoders stay in memory; the photo is encoded again in every step; UNet
-and adapter are in bf16 (the script upcasts the adapter for fp16 only) with PEFT's own casting of inputs;
-accelerate wraps the forward in autocast; AdamW has PyTorch's default settings, malloc the system's.
+Its costs: the VAE (fp32) and both text encoders stay in memory; the photo is encoded again in every
+step; UNet and adapter are in bf16 (the script upcasts the adapter for fp16 only) with PEFT's own
+casting of inputs; accelerate wraps the forward in autocast; AdamW has PyTorch's default settings,
+malloc the system's.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,8 @@ def embed_prompt(encoders: tuple[nn.Module, nn.Module]) -> tuple[torch.Tensor, t
 
 
 def loaded(size: str) -> tuple[tuple[nn.Module, nn.Module], AutoencoderKL, nn.Module]:
-    """All models loaded in fp32, as `from_pretrained` without a dtype does, then all but the VAE cast to bf16."""
+    """All models loaded in fp32, as `from_pretrained` without a dtype does, then all but the VAE
+    cast to bf16."""
     encoders = random_text_encoders(size, torch.float32)
     vae, unet = random_vae(size, torch.float32), random_unet(size, torch.float32)
     for module in (*encoders, vae, unet):
@@ -47,7 +50,11 @@ def encoded(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def diffusers_style_step(
-    size: str, resolution_px: int, rank: int, gradient_checkpointing: bool, fp32_adapter: bool = False
+    size: str,
+    resolution_px: int,
+    rank: int,
+    gradient_checkpointing: bool,
+    fp32_adapter: bool = False,
 ) -> Callable[[], tuple[float, float]]:
     """Build everything and return the step: () -> (loss, gradient norm)."""
     accelerator = bf16_accelerator()
@@ -56,11 +63,16 @@ def diffusers_style_step(
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+    )
     if fp32_adapter:
         cast_training_params(unet)
     embeds, pooled = embed_prompt(encoders)
-    words = {"text_embeds": pooled, "time_ids": torch.tensor([[resolution_px] * 2 + [0, 0] + [resolution_px] * 2])}
+    words = {
+        "text_embeds": pooled,
+        "time_ids": torch.tensor([[resolution_px] * 2 + [0, 0] + [resolution_px] * 2]),
+    }
     photo = torch.randn(1, 3, resolution_px, resolution_px).clamp(-1, 1)
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4)
@@ -82,6 +94,7 @@ def diffusers_style_step(
         optimizer.zero_grad()
         return loss.item(), float(norm)
 
-    # The encoders stay in memory during the loop: the script deletes its list of them, not the models.
+    # The encoders stay in memory during the loop: the script deletes its list of them, not the
+    # models.
     step.kept = encoders
     return step

@@ -1,12 +1,14 @@
-"""GPU memory and kernels of a training step of each family's full-size denoiser, counted on the meta device.
+"""GPU memory and kernels of a training step of each family's full-size denoiser, counted on the
+meta device.
 
     python -m benchmarks.family_memory                              # every model and plan; some minutes
     python -m benchmarks.family_memory --models Z-Image --resolutions 512 1024 --ranks 16 64
 
-It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory` says what is counted.
-NF4 and int8 are the recomputed step with the bytes of quantised layers; workspaces of bitsandbytes are in no count. The
-encoders are gone by then. Beside a step's kernels are those of the same step by PEFT's own layers. The estimate is that
-of `--dry_run`; it is read from the shapes of the weights.
+It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory`
+says what is counted. NF4 and int8 are the recomputed step with the bytes of quantised layers;
+workspaces of bitsandbytes are in no count. The encoders are gone by then. Beside a step's kernels
+are those of the same step by PEFT's own layers. The estimate is that of `--dry_run`; it is read
+from the shapes of the weights.
 """
 
 import argparse
@@ -54,8 +56,18 @@ SD3_LARGE = {
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
 }
-KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
-KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+}
+KLEIN_9B = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+}
 Words = dict[str, Any]
 """One prompt, as the arguments of `predict`."""
 
@@ -78,16 +90,31 @@ def masked(tokens: int, width: int, said: int, device: str = "meta") -> Callable
 # name: its family, its configuration, channels of its latents and pixels a side of each, one prompt
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words]]] = {
     "SDXL": ("sdxl", SDXL, (4, 8), pooled(77, 2048, 1280)),
-    "SD 1.5": ("sd1", {"cross_attention_dim": 768}, (4, 8), lambda: {"prompt_embeds": empty(1, 77, 768)}),
+    "SD 1.5": (
+        "sd1",
+        {"cross_attention_dim": 768},
+        (4, 8),
+        lambda: {"prompt_embeds": empty(1, 77, 768)},
+    ),
     "SD 3.5 medium": (
         "sd3",
-        {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, **SD3_MEDIUM},
+        {
+            "sample_size": 128,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 2048,
+            **SD3_MEDIUM,
+        },
         (16, 8),
         pooled(333, 4096, 2048),
     ),
     "SD 3.5 large": (
         "sd3",
-        {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, **SD3_LARGE},
+        {
+            "sample_size": 128,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 2048,
+            **SD3_LARGE,
+        },
         (16, 8),
         pooled(333, 4096, 2048),
     ),
@@ -111,15 +138,35 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
         (16, 8),
         lambda: {"prompt_embeds": empty(1, 64, 3584), "prompt_embeds_mask": None},
     ),
-    "Krea 2": ("krea2", {}, (16, 8), lambda: {"prompt_embeds": empty(1, 64, 12, 2560), "prompt_embeds_mask": None}),
-    "Lumina 2": ("lumina2", {"cap_feat_dim": 2304}, (16, 8), masked(256, 2304, said=64, device="cpu")),  # it reads it
+    "Krea 2": (
+        "krea2",
+        {},
+        (16, 8),
+        lambda: {"prompt_embeds": empty(1, 64, 12, 2560), "prompt_embeds_mask": None},
+    ),
+    # it reads it
+    "Lumina 2": (
+        "lumina2",
+        {"cap_feat_dim": 2304},
+        (16, 8),
+        masked(256, 2304, said=64, device="cpu"),
+    ),
     "Sana": ("sana", {}, (32, 32), masked(300, 2304, said=300)),
 }
 
 
 def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfig:
-    usual = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog", "train_batch_size": 1}
-    settings = {"resolution": resolution, "rank": rank, "target_modules": facts.targets, "mixed_precision": "bf16"}
+    usual = {
+        "instance_data_dir": ".",
+        "instance_prompt": "a photo of sks dog",
+        "train_batch_size": 1,
+    }
+    settings = {
+        "resolution": resolution,
+        "rank": rank,
+        "target_modules": facts.targets,
+        "mixed_precision": "bf16",
+    }
     return TrainConfig(**usual, **settings, **PLANS[plan])
 
 
@@ -140,9 +187,22 @@ def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Coun
     """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
     channels, pixels = MODELS[name][2]
     copies, family = WorkingCopies(denoiser), METHODS[facts.name](facts, told_guidance=3.5)
-    z, time = empty(1, channels, resolution // pixels, resolution // pixels), torch.empty(1, device="meta")
-    with torch.device("meta"), Counter() as counter, flash_attention(), copies.for_one_step() as step:
-        loss = family.predict(denoiser, z, time, empty(1, 6), **MODELS[name][3]()).float().square().mean()
+    z, time = (
+        empty(1, channels, resolution // pixels, resolution // pixels),
+        torch.empty(1, device="meta"),
+    )
+    with (
+        torch.device("meta"),
+        Counter() as counter,
+        flash_attention(),
+        copies.for_one_step() as step,
+    ):
+        loss = (
+            family.predict(denoiser, z, time, empty(1, 6), **MODELS[name][3]())
+            .float()
+            .square()
+            .mean()
+        )
         kept = counter.live
         loss.backward()
         step.collect()
@@ -154,7 +214,9 @@ def saved_gib(denoiser: nn.Module, plan: str) -> float:
     """What quantisation takes off the weights."""
     kind = PLANS[plan].get("base_quantization")
     layers = [layer for _, layer in layers_of_blocks(denoiser) if isinstance(layer, nn.Linear)]
-    numbers = sum(layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_A_BLOCK == 0)
+    numbers = sum(
+        layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_A_BLOCK == 0
+    )
     return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
 
 
@@ -165,8 +227,14 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         gc.collect()
         facts, denoiser = denoiser_of(name)
         config = config_of(facts, resolution, rank, plan)
-        shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}
-        told = estimate(config, size_of_shapes(facts, shapes, facts.targets), total_steps=100).training_gib
+        shapes = {
+            facts.denoiser: {
+                path: list(weight.shape) for path, weight in denoiser.named_parameters()
+            }
+        }
+        told = estimate(
+            config, size_of_shapes(facts, shapes, facts.targets), total_steps=100
+        ).training_gib
         weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
         with torch.device("meta"):
             add_adapters(config, {facts.denoiser: denoiser})
@@ -187,8 +255,12 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    options.add_argument("--resolutions", nargs="+", type=int, metavar="PX", help="default: the model's own")
+    options.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL"
+    )
+    options.add_argument(
+        "--resolutions", nargs="+", type=int, metavar="PX", help="default: the model's own"
+    )
     options.add_argument("--ranks", nargs="+", type=int, default=[16], metavar="R")
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)

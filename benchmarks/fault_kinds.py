@@ -37,7 +37,9 @@ def kill_at_an_operation(trial: Trial) -> None:
     """Kill just before a file operation, or in the middle of a write."""
     trial.fresh()
     number, phase = an_operation(trial)
-    mode = trial.rng.choice((KILL, TORN)) if trial.reference.trace[number - 1][0] == "write" else KILL
+    mode = (
+        trial.rng.choice((KILL, TORN)) if trial.reference.trace[number - 1][0] == "write" else KILL
+    )
     trial.killed = True
     trial.run(armed(trial, mode, number))
     trial.row = f"kill -9 at a file operation: {phase}"
@@ -78,7 +80,8 @@ def error_at_an_operation(trial: Trial) -> None:
     number, _ = an_operation(trial)
     operation, path = trial.reference.trace[number - 1]
     errors = REFUSALS.get(operation, (errno.EACCES, errno.EIO))
-    error = errno.EIO if path.startswith("photos") else trial.rng.choice(errors)  # without EACCES: it is left out
+    # without EACCES: it is left out
+    error = errno.EIO if path.startswith("photos") else trial.rng.choice(errors)
     trial.run(armed(trial, FAIL, number, error))
     trial.row = f"{errno.errorcode[error]} at a file operation"
 
@@ -86,7 +89,9 @@ def error_at_an_operation(trial: Trial) -> None:
 def short_operation(trial: Trial) -> None:
     """A write or a read handles only half of its bytes."""
     trial.fresh()
-    numbers = [n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")]
+    numbers = [
+        n for n, (kind, _) in enumerate(trial.reference.trace, 1) if kind in ("write", "read")
+    ]
     trial.run(armed(trial, CUT, aim(trial, trial.rng.choice(numbers))))
     trial.row = "a short write or read"
 
@@ -95,7 +100,9 @@ def damaged_part(kind: str, trial: Trial) -> None:
     """A file of a stopped run is damaged before it is resumed."""
     halves = trial.workshop.halves
     having = [variant for variant, home in halves.items() if files_of(home, kind)]
-    trial.variant = trial.variant if trial.variant in having or not having else trial.rng.choice(having)
+    trial.variant = (
+        trial.variant if trial.variant in having or not having else trial.rng.choice(having)
+    )
     trial.half()
     files = files_of(trial.home, kind)
     for path in trial.rng.sample(files, min(len(files), trial.rng.choice((1, 1, 2)))):
@@ -113,7 +120,8 @@ def mixed_checkpoints(trial: Trial) -> None:
 
 
 def photo_while_caching(trial: Trial) -> None:
-    """A photo is changed or removed at a random moment and restored, and the run starts again with the same cache."""
+    """A photo is changed or removed at a random moment and restored, and the run starts again with
+    the same cache."""
     trial.fresh()
     run = trial.start()
     run.is_over_within(trial.moment())
@@ -150,7 +158,10 @@ def nan(trial: Trial) -> None:
     trial.fresh()
     step, before = trial.rng.randrange(STEPS), trial.rng.random() < 0.5
     trial.run(partial(poison, step, before))
-    trial.row, trial.detail = "NaN in a step", f"step {step} {'before' if before else 'after'} the loss"
+    trial.row, trial.detail = (
+        "NaN in a step",
+        f"step {step} {'before' if before else 'after'} the loss",
+    )
 
 
 def poison(step: int, before_the_loss: bool) -> None:
@@ -204,7 +215,8 @@ runpy.run_path("train_dreambooth.py", run_name="__main__")
 
 
 def odd_locale(trial: Trial) -> None:
-    """Run in a process of its own, since Python reads the locale at its start. The small encoders keep a plain path."""
+    """Run in a process of its own, since Python reads the locale at its start. The small encoders
+    keep a plain path."""
     light = trial.workshop.folder / f"{trial.name} light"
     trial.name = f"{trial.name} {odd_name(trial.rng)}"
     trial.fresh()
@@ -212,7 +224,12 @@ def odd_locale(trial: Trial) -> None:
     command = [sys.executable, "-c", LIGHT_TRAINING, light]
     command += trial.workshop.arguments(trial.home, trial.variant)
     done = subprocess.run(
-        command, env={**os.environ, **words}, capture_output=True, timeout=PATIENCE_SEC, check=False, cwd=ROOT
+        command,
+        env={**os.environ, **words},
+        capture_output=True,
+        timeout=PATIENCE_SEC,
+        check=False,
+        cwd=ROOT,
     )
     trial.note(Ended(done.returncode, (done.stdout + done.stderr).decode(errors="replace"), 0.0))
     rename_undecodable(trial)
@@ -220,7 +237,17 @@ def odd_locale(trial: Trial) -> None:
 
 
 NAMES = (
-    *("with space", "ünï 犬", "new\nline", "tab\t", "'single \"double", "-dash", "--seed=2", "a" * 180, "😀"),
+    *(
+        "with space",
+        "ünï 犬",
+        "new\nline",
+        "tab\t",
+        "'single \"double",
+        "-dash",
+        "--seed=2",
+        "a" * 180,
+        "😀",
+    ),
     *(
         "%s {} %(x)d",
         "\x1b[31mred",
@@ -252,7 +279,8 @@ def odd_path(trial: Trial) -> None:
 
 
 def rename_undecodable(trial: Trial) -> None:
-    """A name that is not UTF-8 cannot stand in a run's files: the run was refused, and the person renames it."""
+    """A name that is not UTF-8 cannot stand in a run's files: the run was refused, and the person
+    renames it."""
     name = os.fsencode(trial.home).decode("utf-8", "replace")
     if name != str(trial.home):
         trial.home = trial.home.rename(name)
@@ -309,7 +337,9 @@ def damaged_base(trial: Trial) -> None:
     """Shorten files of the base; it is restored before the run is resumed."""
     trial.half()
     base = shutil.copytree(trial.workshop.base, trial.home / "base")
-    path = trial.rng.choice(sorted(p for p in base.rglob("*") if p.is_file() and p.name != "README.md"))
+    path = trial.rng.choice(
+        sorted(p for p in base.rglob("*") if p.is_file() and p.name != "README.md")
+    )
     path.write_bytes(path.read_bytes()[: trial.rng.randrange(max(1, path.stat().st_size))])
     trial.ended.append(trial.start(pretrained_model_name_or_path=base).wait())
     shutil.rmtree(trial.home / NAME)

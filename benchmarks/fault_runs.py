@@ -1,8 +1,9 @@
-"""Short real trainings for `faults`, forked from a process that has imported everything; results are compared
-by SHA-256.
+"""Short real trainings for `faults`, forked from a process that has imported everything; results
+are compared by SHA-256.
 
-A run's home is a folder with `photos/`, `cache/` and the run folder `dog/`. The training is real, but class
-images take four denoising steps instead of fifty, and the encoders of scores are small random ones. Linux.
+A run's home is a folder with `photos/`, `cache/` and the run folder `dog/`. The training is real,
+but class images take four denoising steps instead of fifty, and the encoders of scores are small
+random ones. Linux.
 """
 
 import ctypes
@@ -64,8 +65,18 @@ COMMON = {
 CLASS = {"with_prior_preservation": "true", "class_prompt": "a photo of a dog"}
 VARIANTS = {
     "class images": {**CLASS, "num_class_images": 2, "sample_batch_size": 1, "caching": "disk"},
-    "text encoders": {**CLASS, "prior": "adapter_off", "train_text_encoder": "true", "caching": "disk"},
-    "scored": {"evaluate_steps": 2, "num_validation_images": 1, "validation_steps": 2, "caching": "disk"},
+    "text encoders": {
+        **CLASS,
+        "prior": "adapter_off",
+        "train_text_encoder": "true",
+        "caching": "disk",
+    },
+    "scored": {
+        "evaluate_steps": 2,
+        "num_validation_images": 1,
+        "validation_steps": 2,
+        "caching": "disk",
+    },
     "uncached": {"caching": "off", "random_flip": "true"},
 }
 
@@ -85,7 +96,9 @@ class Shim:
     def __init__(self, library: Path):
         self.path, self.library = library, ctypes.CDLL(str(library))
 
-    def arm(self, mode: int, at: int, error: int, sticky: bool, below: Path, trace: Path | None = None) -> None:
+    def arm(
+        self, mode: int, at: int, error: int, sticky: bool, below: Path, trace: Path | None = None
+    ) -> None:
         names = [os.fsencode(below), os.fsencode(trace or "")]
         self.library.fault_arm(mode, ctypes.c_long(at), error, int(sticky), *names)
 
@@ -131,8 +144,9 @@ class Run:
 class Reference:
     """Results of unbroken runs of a variant.
 
-    `final` has the digests of the published files, `steps` those of the adapter after each step, `best` that of
-    the best step's; `trace` has (operation, path in the home) of each file operation in order.
+    `final` has the digests of the published files, `steps` those of the adapter after each step,
+    `best` that of the best step's; `trace` has (operation, path in the home) of each file operation
+    in order.
     """
 
     final: dict[str, str]
@@ -157,7 +171,9 @@ class Workshop:
     def prepare(self, variants: list[str]) -> None:
         """Import what a run imports, and run each variant unbroken."""
         make_light(self.folder)
-        self.run_unbroken(self.home("warm"), "scored", before=partial(note_modules, self.folder / "modules"))
+        self.run_unbroken(
+            self.home("warm"), "scored", before=partial(note_modules, self.folder / "modules")
+        )
         for name in (self.folder / "modules").read_text().split():
             import_quietly(name)
         freeze_memory()
@@ -210,8 +226,11 @@ class Workshop:
     def run_unbroken(self, home: Path, variant: str, **options: object) -> Ended:
         return self.run_until(STEPS, home, variant, **options)
 
-    def run_until(self, step: int, home: Path, variant: str, before: Callable[[], object] = bool) -> Ended:
-        """A run that is stopped after `step`, unless that is its last: its file contains the number of steps."""
+    def run_until(
+        self, step: int, home: Path, variant: str, before: Callable[[], object] = bool
+    ) -> Ended:
+        """A run that is stopped after `step`, unless that is its last: its file contains the number
+        of steps."""
 
         def both() -> None:
             before()
@@ -220,7 +239,9 @@ class Workshop:
 
         ended, due = self.start(home, variant, before=both).wait(), 130 if step < STEPS else 0
         if ended.code != due:
-            raise SystemExit(f"a run ({variant}) until step {step} ended with {ended.code}:\n{ended.text}")
+            raise SystemExit(
+                f"a run ({variant}) until step {step} ended with {ended.code}:\n{ended.text}"
+            )
         return ended
 
     def make_reference(self, variant: str) -> Reference:
@@ -242,7 +263,9 @@ class Workshop:
 def published(home: Path) -> dict[str, str]:
     """Name -> SHA-256 of the existing adapter files."""
     names = (PUBLISHED_NAME, f"{NAME}.kohya.safetensors")
-    return {name: file_digest(home / NAME / name) for name in names if (home / NAME / name).is_file()}
+    return {
+        name: file_digest(home / NAME / name) for name in names if (home / NAME / name).is_file()
+    }
 
 
 def best(home: Path) -> str | None:
@@ -271,8 +294,8 @@ def become_training(arguments: list[str], log: Path, before: Callable[[], object
 
 
 def end_if_interrupted() -> None:
-    """Handle a Ctrl-C from before the script's first line, which was blocked until here: no program could have
-    answered it."""
+    """Handle a Ctrl-C from before the script's first line, which was blocked until here: no program
+    could have answered it."""
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     except KeyboardInterrupt:

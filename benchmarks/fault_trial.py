@@ -14,9 +14,11 @@ __all__ = ["Trial", "aim", "an_operation", "armed"]
 
 @dataclass
 class Trial:
-    """One fault. `row` is its line in the table, `detail` says what was done, `ended` lists the ends of its runs.
+    """One fault. `row` is its line in the table, `detail` says what was done, `ended` lists the
+    ends of its runs.
 
-    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run makes.
+    `killed`: the harness ended a run itself. `wrong` names published files that no unbroken run
+    makes.
     """
 
     workshop: Workshop
@@ -87,7 +89,8 @@ def phase_of(path: str) -> str:
 
 
 def an_operation(trial: Trial, kinds: tuple[str, ...] = ()) -> tuple[int, str]:
-    """(number, phase): first a random phase, then one of its operations, so that short phases are not neglected."""
+    """(number, phase): first a random phase, then one of its operations, so that short phases are
+    not neglected."""
     phases: dict[str, list[int]] = {}
     for number, (kind, path) in enumerate(trial.reference.trace, 1):
         if kinds and kind not in kinds:
@@ -103,5 +106,7 @@ def aim(trial: Trial, number: int) -> int:
     return number
 
 
-def armed(trial: Trial, mode: int, number: int, error: int = 0, sticky: bool = False) -> Callable[[], None]:
+def armed(
+    trial: Trial, mode: int, number: int, error: int = 0, sticky: bool = False
+) -> Callable[[], None]:
     return partial(trial.workshop.shim.arm, mode, number, error, sticky, trial.home)

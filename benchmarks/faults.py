@@ -1,6 +1,8 @@
-"""Faults in short real trainings: each run is broken once, resumed, and compared with an unbroken one.
+"""Faults in short real trainings: each run is broken once, resumed, and compared with an unbroken
+one.
 
-    python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0] [--kinds kill,disk]
+python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0] [--kinds
+kill,disk]
 
 It can be stopped with Ctrl-C and started again: faults in `OUT/faults.jsonl` are not repeated. The table has
 for each kind the number of tries, the number of broken runs that ended well at once, and the numbers of runs
@@ -44,12 +46,16 @@ def main() -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default="", help="only those with one of these words in their name")
+    parser.add_argument(
+        "--kinds", default="", help="only those with one of these words in their name"
+    )
     parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of the training")
     return parser.parse_args(words)
 
@@ -75,12 +81,19 @@ def try_faults(workshop: Workshop, args: argparse.Namespace) -> int:
 def restart_preloaded() -> None:
     """Restart this command with the shim preloaded."""
     shim = build_shim(Path(tempfile.mkdtemp(prefix="fault-shim-")))
-    os.execve(sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], preloading(shim))
+    os.execve(
+        sys.executable, [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]], preloading(shim)
+    )
 
 
 def preloading(shim: Path) -> dict[str, str]:
     """The environment of a process with the shim, and one thread per training."""
-    words = {PRELOADED: str(shim), "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = {
+        PRELOADED: str(shim),
+        "LD_PRELOAD": str(shim),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     return os.environ | words
 
 
@@ -91,7 +104,9 @@ def inject(workshop: Workshop, args: argparse.Namespace) -> None:
     workers = [fork_worker(workshop, todo[job :: args.jobs], args) for job in range(args.jobs)]
     codes = [os.waitpid(pid, 0)[1] for pid in workers]
     if any(codes):
-        raise SystemExit("some faults could not be tried (above); the same command tries them again")
+        raise SystemExit(
+            "some faults could not be tried (above); the same command tries them again"
+        )
 
 
 def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace) -> int:
@@ -110,7 +125,8 @@ def fork_worker(workshop: Workshop, numbers: list[int], args: argparse.Namespace
 
 
 def try_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool:
-    """Whether it has a record now: the bench itself may fail, as on a machine that is too busy for its patience."""
+    """Whether it has a record now: the bench itself may fail, as on a machine that is too busy for
+    its patience."""
     try:
         record = one_fault(workshop, number, args)
     except Exception as error:
@@ -123,10 +139,15 @@ def try_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> bool
 
 def one_fault(workshop: Workshop, number: int, args: argparse.Namespace) -> dict:
     """Break a run, give the same command again, and compare."""
-    kinds = [kind for kind in KINDS if not args.kinds or any(w in str(kind) for w in args.kinds.split(","))]
+    kinds = [
+        kind
+        for kind in KINDS
+        if not args.kinds or any(w in str(kind) for w in args.kinds.split(","))
+    ]
     rng, begun = random.Random(f"{args.seed} {number}"), time.monotonic()
     variants = list(workshop.references)
-    [variant] = rng.choices(variants, [1 if name == "scored" else 4 for name in variants])  # that one is slow
+    # that one is slow
+    [variant] = rng.choices(variants, [1 if name == "scored" else 4 for name in variants])
     trial = Trial(workshop, f"fault {number}", variant, rng)
     kinds[number % len(kinds)](trial)
     went_on = [ended.code for ended in trial.ended]
@@ -186,7 +207,10 @@ def table(records: list[dict]) -> str:
     rows = defaultdict(list)
     for record in records:
         rows[record["row"]].append(record)
-    lines = ["| fault | tried | ended well at once | lost | wrong | traceback |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | tried | ended well at once | lost | wrong | traceback |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [line(row, found) for row, found in sorted(rows.items())]
     return "\n".join([*lines, line("**all**", records)])
 

@@ -3,10 +3,10 @@
     python -m benchmarks.fleet --part nodes      24 small trainings on two machines, of which one is killed
     python -m benchmarks.fleet --part many       10,000 subjects whose trainings are empty
 
-The machines are Ray nodes of one core each on this computer. `nodes` kills all processes of one of them at once
-(SIGKILL) while it trains, lets another join, and compares the published files' SHA-256 with those of trainings
-without Ray. `many` does everything that a fleet does, including list, records and adapters' files; a worker
-writes an empty adapter. Needs the extra `fleet`.
+The machines are Ray nodes of one core each on this computer. `nodes` kills all processes of one of
+them at once (SIGKILL) while it trains, lets another join, and compares the published files' SHA-256
+with those of trainings without Ray. `many` does everything that a fleet does, including list,
+records and adapters' files; a worker writes an empty adapter. Needs the extra `fleet`.
 """
 
 import argparse
@@ -48,7 +48,9 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=("nodes", "many"), required=True)
     parser.add_argument("--subjects", type=int, help="default: 24 of nodes, 10000 of many")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
@@ -92,20 +94,29 @@ class Killer:
     def __call__(self, ending: Ending) -> None:
         self.done += not ending.is_again
         self.again += [ending.name] if ending.is_again else []
-        print(f"{self.done} {ending.name}: {ending.record.state} {ending.record.message}", flush=True)
+        print(
+            f"{self.done} {ending.name}: {ending.record.state} {ending.record.message}", flush=True
+        )
 
     def when_due(self) -> bool:
         """The fleet calls it repeatedly as its `should_stop`; it never stops the fleet."""
         if self.done >= self.after and not self.killed:
             raylet = psutil.Process(self.node.all_processes["raylet"][0].process.pid)
             mine = raylet.children(recursive=True)
-            steps = [run for process in mine if (run := self.run_of(process)) and list(run.glob("checkpoint-[1-5]"))]
+            steps = [
+                run
+                for process in mine
+                if (run := self.run_of(process)) and list(run.glob("checkpoint-[1-5]"))
+            ]
             if steps:
                 for process in [raylet, *mine]:
                     with contextlib.suppress(psutil.Error):
                         process.kill()
                 self.killed = len(mine) + 1
-                print(f"killed a node of {self.killed} processes while it trained {steps[0].name}", flush=True)
+                print(
+                    f"killed a node of {self.killed} processes while it trained {steps[0].name}",
+                    flush=True,
+                )
                 self.cluster.add_node(wait=False, **NODE)
         return False
 
@@ -133,7 +144,9 @@ def lose_a_node(folder: Path, count: int) -> dict:
         run_fleet(missing(out, subjects), out, machines, killer, killer.when_due)
         seconds = time.monotonic() - started
     records = [json.loads((out / subject.name / "fleet.json").read_text()) for subject in subjects]
-    equal = sum(digest(out / s.name) == digest(alone(folder / "alone", s.settings)) for s in subjects)
+    equal = sum(
+        digest(out / s.name) == digest(alone(folder / "alone", s.settings)) for s in subjects
+    )
     return {
         "subjects": count,
         "done": sum(record["state"] == "done" for record in records),
@@ -185,8 +198,12 @@ class Meter:
 def many(folder: Path, count: int) -> dict:
     photos, out = folder / "photos", folder / "out"
     photos.mkdir()
-    rows = ({"folder": str(photos), "class": "dog", "name": f"dog{number}"} for number in range(count))
-    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = (
+        {"folder": str(photos), "class": "dog", "name": f"dog{number}"} for number in range(count)
+    )
+    (folder / "list.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     started = time.monotonic()
     subjects = read_subjects(folder / "list.jsonl", {"pretrained_model_name_or_path": "toy"}, out)
     todo = missing(out, subjects)

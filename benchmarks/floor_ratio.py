@@ -1,11 +1,13 @@
-"""Our step and the floor by turns in one process, on the same weights: their ratio, also where others use the machine.
+"""Our step and the floor by turns in one process, on the same weights: their ratio, also where
+others use the machine.
 
     python -m benchmarks.floor_ratio                          # full-size SDXL, random weights: 9 GB of memory
     python -m benchmarks.floor_ratio --resolutions 1024 --steps 5 --json ratio.json
     python -m benchmarks.floor_ratio --size small --resolutions 64
 
-The floor is the frozen UNet's forward and the gradient to its input. Each pair of steps gives a ratio of seconds on
-the clock and one of the processor's; the medians are printed, and what our step does beside `accumulate_gradients`.
+The floor is the frozen UNet's forward and the gradient to its input. Each pair of steps gives a
+ratio of seconds on the clock and one of the processor's; the medians are printed, and what our step
+does beside `accumulate_gradients`.
 """
 
 import argparse
@@ -48,25 +50,38 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     return alone, ours.accumulate_gradients, ours.update_adapter
 
 
-def measure(size: str, resolution_px: int, rank: int, warmup: int, steps: int) -> dict[str, str | float | list[float]]:
-    """Medians over `steps` pairs: seconds of each, and the ratios on the clock and of the processor's seconds."""
+def measure(
+    size: str, resolution_px: int, rank: int, warmup: int, steps: int
+) -> dict[str, str | float | list[float]]:
+    """Medians over `steps` pairs: seconds of each, and the ratios on the clock and of the
+    processor's seconds."""
     floor, gradients, update = steps_of(size, resolution_px, rank)
     rows = []
     for _ in range(warmup + steps):
         rows.append([timed(step)[:2] for step in (floor, gradients, update)])
     rows = rows[warmup:]
-    ratios = {name: [(g[i] + u[i]) / f[i] for f, g, u in rows] for i, name in enumerate(("clock", "processor"))}
+    ratios = {
+        name: [(g[i] + u[i]) / f[i] for f, g, u in rows]
+        for i, name in enumerate(("clock", "processor"))
+    }
     return {
         "resolution_px": resolution_px,
         "flags": cpu_flags(),
-        **{f"{name}_sec": median(row[i][0] for row in rows) for i, name in enumerate(("floor", "gradients", "update"))},
+        **{
+            f"{name}_sec": median(row[i][0] for row in rows)
+            for i, name in enumerate(("floor", "gradients", "update"))
+        },
         **{f"{name}_ratio": round(median(found), 3) for name, found in ratios.items()},
-        **{f"{name}_ratios": [round(ratio, 3) for ratio in found] for name, found in ratios.items()},
+        **{
+            f"{name}_ratios": [round(ratio, 3) for ratio in found] for name, found in ratios.items()
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--resolutions", nargs="+", type=int, default=[512, 1024], metavar="PX")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=1, help="pairs before the clock counts")
@@ -81,7 +96,9 @@ def main() -> None:
     for px in args.resolutions:
         row = measure(args.size, px, args.rank, args.warmup, args.steps)
         found.append(row)
-        seconds = ", ".join(f"{name} {row[f'{name}_sec']:.2f} s" for name in ("floor", "gradients", "update"))
+        seconds = ", ".join(
+            f"{name} {row[f'{name}_sec']:.2f} s" for name in ("floor", "gradients", "update")
+        )
         ratios = ", ".join(f"{name} {row[f'{name}_ratio']:.3f}" for name in ("clock", "processor"))
         print(f"{px} px: {seconds}; ours / floor: {ratios}; {row['flags']}", flush=True)
     if args.json:

@@ -1,4 +1,5 @@
-"""Generation on the embedded base: adapter switch, first picture after a start, steps per second, import time.
+"""Generation on the embedded base: adapter switch, first picture after a start, steps per second,
+import time.
 
     python -m benchmarks.generation [--base toy] [--json FILE]
 
@@ -30,7 +31,9 @@ for event in pipeline.generate(params):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="toy")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -39,19 +42,27 @@ def main() -> None:
     for name, (value, unit) in results.items():
         print(f"{name:44} {value:9.2f} {unit}")
     if args.json:
-        args.json.write_text(json.dumps({name: {"value": v, "unit": u} for name, (v, u) in results.items()}, indent=1))
+        args.json.write_text(
+            json.dumps(
+                {name: {"value": v, "unit": u} for name, (v, u) in results.items()}, indent=1
+            )
+        )
 
 
 def measure(base: str, scratch: Path) -> dict[str, tuple[float, str]]:
     """Name -> (value, unit)."""
     results = {"import dreambooth_moslora": (1e3 * import_sec("dreambooth_moslora"), "ms")}
     adapters = make_adapters(base, scratch)
-    results["first picture, from process start"] = (first_picture_sec(base, adapters[0], scratch), "s")
+    results["first picture, from process start"] = (
+        first_picture_sec(base, adapters[0], scratch),
+        "s",
+    )
     return results | measure_switches(base, adapters)
 
 
 def import_sec(module: str) -> float:
-    """The quickest of seven fresh interpreters minus that of seven empty ones: other programs only add time."""
+    """The quickest of seven fresh interpreters minus that of seven empty ones: other programs only
+    add time."""
 
     def run(code: str) -> float:
         started = time.perf_counter()
@@ -69,7 +80,9 @@ def make_adapters(base: str, scratch: Path) -> list[Path]:
         "unet = load_pipeline(sys.argv[1]).unet\n"
         "[save_diffusers_lora(unet, Path(sys.argv[2]) / n, seed=i, rank=16, size=0.02) for i, n in enumerate('ab')]"
     )
-    subprocess.run([sys.executable, "-c", code, base, str(scratch)], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, base, str(scratch)], check=True, cwd=ROOT, capture_output=True
+    )
     return [scratch / name for name in "ab"]
 
 
@@ -89,7 +102,10 @@ def measure_switches(base: str, adapters: list[Path]) -> dict[str, tuple[float, 
 
     pipeline = SubjectPipeline.from_base(base)
     loads = [timed(lambda path=path: pipeline.load_adapter(path)) for path in adapters]
-    switches = [timed(lambda name=name: pipeline.activate(((name, 1.0),))) for name in ("a", "b") * (REPEATS // 2)]
+    switches = [
+        timed(lambda name=name: pipeline.activate(((name, 1.0),)))
+        for name in ("a", "b") * (REPEATS // 2)
+    ]
     offs = []
     for _ in range(REPEATS):
         pipeline.activate((("a", 1.0),))  # what is off already costs nothing
@@ -97,7 +113,9 @@ def measure_switches(base: str, adapters: list[Path]) -> dict[str, tuple[float, 
     runs = []
     for adapter in ((("a", 1.0),), ()):
         params = GenerationParams("a photo of a dog", steps=25, adapters=adapter)
-        picture = lambda params=params: [e for e in pipeline.generate(params) if isinstance(e, Image)]  # noqa: E731
+        picture = lambda params=params: [  # noqa: E731
+            e for e in pipeline.generate(params) if isinstance(e, Image)
+        ]
         picture()
         runs.append(statistics.median(timed(picture) for _ in range(3)))
     return {

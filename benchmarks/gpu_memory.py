@@ -1,11 +1,12 @@
-"""GPU memory of a training step of full-size SDXL, counted on the meta device and compared with the estimate.
+"""GPU memory of a training step of full-size SDXL, counted on the meta device and compared with the
+estimate.
 
     python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
     python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
 
-It needs no GPU and no weights. GiB of tensors; a step ends with the adapters' gradients. `total` adds weights,
-fp32 adapters, Adam, and 0.5 for CUDA itself. Kernels are dispatched operations without views. `gpu_step`
-measures an actual card.
+It needs no GPU and no weights. GiB of tensors; a step ends with the adapters' gradients. `total`
+adds weights, fp32 adapters, Adam, and 0.5 for CUDA itself. Kernels are dispatched operations
+without views. `gpu_step` measures an actual card.
 """
 
 import argparse
@@ -25,14 +26,23 @@ from dreambooth_moslora.settings.table import PLANS, TrainConfig
 if TYPE_CHECKING:
     from dreambooth_moslora.base.load import TextProducts
 
-__all__ = ["adapted_unet", "count", "counted_total_gib", "estimated_total_gib", "main", "run_config"]
+__all__ = [
+    "adapted_unet",
+    "count",
+    "counted_total_gib",
+    "estimated_total_gib",
+    "main",
+    "run_config",
+]
 
 TEXT_WIDTH, POOLED_WIDTH, TOKENS = 2048, 1280, 77
 PROMPT = "a photo of sks dog"
 DENSE = [name for name, plan in PLANS.items() if "base_quantization" not in plan]
 
 
-def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, plan: str = "full") -> TrainConfig:
+def run_config(
+    resolution: int = 1024, rank: int = 16, batch: int = 1, plan: str = "full"
+) -> TrainConfig:
     """A run by a plan of `--memory`."""
     return TrainConfig(
         instance_data_dir=".",
@@ -47,7 +57,9 @@ def run_config(resolution: int = 1024, rank: int = 16, batch: int = 1, plan: str
     )
 
 
-def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | None = None) -> nn.Module:
+def adapted_unet(
+    config: TrainConfig, *, fast: bool = True, unet: nn.Module | None = None
+) -> nn.Module:
     """SDXL's UNet in bf16, or a given one, with the trainer's own adapters, on the meta device.
 
     `fast` False: PEFT's own layers.
@@ -67,7 +79,8 @@ def adapted_unet(config: TrainConfig, *, fast: bool = True, unet: nn.Module | No
 
 
 def count(config: TrainConfig, unet: nn.Module) -> Count:
-    """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without the optimizer."""
+    """One step of one micro-batch: copies of the adapter, forward, backward, its gradients; without
+    the optimizer."""
     from dreambooth_moslora.method.fast_linear import WorkingCopies
 
     batch, side = config.train_batch_size, config.resolution // 8
@@ -104,7 +117,8 @@ def empty(*shape: int) -> Tensor:
 
 
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
-    """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context; GiB."""
+    """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context;
+    GiB."""
     from dreambooth_moslora.plan.memory import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
@@ -122,7 +136,13 @@ def floor_unet(config: TrainConfig) -> nn.Module:
     return sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
 
 
-def row(name: str, config: TrainConfig, build: Callable[[TrainConfig], nn.Module], *, estimated: bool = True) -> float:
+def row(
+    name: str,
+    config: TrainConfig,
+    build: Callable[[TrainConfig], nn.Module],
+    *,
+    estimated: bool = True,
+) -> float:
     """Print one line; returns |estimate / count - 1|, 0 without an estimate."""
     gc.collect()
     unet = build(config)
@@ -144,10 +164,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N")
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    print(f"{'SDXL, bf16':44} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}")
+    print(
+        f"{'SDXL, bf16':44} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}"
+    )
     first = run_config(options.resolutions[0], options.ranks[0], options.batches[0])
     row("floor: frozen, no adapter", first, floor_unet, estimated=False)
-    row("PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False)
+    row(
+        "PEFT's own layers", first, lambda config: adapted_unet(config, fast=False), estimated=False
+    )
     deviations = []
     for px, rank, batch in itertools.product(options.resolutions, options.ranks, options.batches):
         for plan in DENSE:

@@ -1,14 +1,15 @@
-"""Seconds, memory and kernels of one training step on a GPU, with random weights and without a download.
+"""Seconds, memory and kernels of one training step on a GPU, with random weights and without a
+download.
 
     python -m benchmarks.gpu_step                                  # full-size SDXL, 1024 px, batch 1
     python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
     python -m benchmarks.gpu_step --arms ours compiled benchmarked nf4
     python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
 
-It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on a card without
-it. `host_sec` is how long the program takes to hand a step to the GPU: if it equals `step_sec`, the GPU waits for the
-program. `reserved_gib` plus 0.5 for CUDA's context corresponds to `total` in `benchmarks.gpu_memory`, plus workspaces
-and fragmentation.
+It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on
+a card without it. `host_sec` is how long the program takes to hand a step to the GPU: if it equals
+`step_sec`, the GPU waits for the program. `reserved_gib` plus 0.5 for CUDA's context corresponds to
+`total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation.
 """
 
 import argparse
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure_or_say(arm: str, options: argparse.Namespace) -> dict:
-    """What `measure` finds; for an arm that this card cannot do, its error, so that the others follow."""
+    """What `measure` finds; for an arm that this card cannot do, its error, so that the others
+    follow."""
     try:
         return measure(arm, options)
     except RuntimeError as error:
@@ -58,14 +60,20 @@ def measure_or_say(arm: str, options: argparse.Namespace) -> dict:
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
-    options.add_argument("--arms", nargs="+", choices=ARMS, default=["floor", "ours", "peft"], help=arms)
+    options.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["floor", "ours", "peft"], help=arms
+    )
     options.add_argument("--size", default="sdxl", help=argparse.SUPPRESS)
     options.add_argument("--resolution", type=int, default=1024)
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--rank", type=int, default=16)
-    options.add_argument("--steps", type=int, default=10, help="steps that are timed; the median counts")
+    options.add_argument(
+        "--steps", type=int, default=10, help="steps that are timed; the median counts"
+    )
     options.add_argument("--checkpointing", action="store_true")
-    options.add_argument("--prior", action="store_true", help="with the frozen base's own answer as the prior")
+    options.add_argument(
+        "--prior", action="store_true", help="with the frozen base's own answer as the prior"
+    )
     return options
 
 
@@ -184,7 +192,11 @@ def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None
 def run_config(options: argparse.Namespace, compiled: str):
     from dreambooth_moslora.settings.table import TrainConfig
 
-    prior = {"with_prior_preservation": True, "prior": "adapter_off", "class_prompt": "a photo of a dog"}
+    prior = {
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+        "class_prompt": "a photo of a dog",
+    }
     return TrainConfig(
         instance_data_dir=".",
         instance_prompt="a photo of sks dog",

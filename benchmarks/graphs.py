@@ -1,11 +1,11 @@
 """CUDA graphs of a step's passes: the arm `graphed` of `benchmarks.gpu_step`.
 
-Forward, loss and backward are recorded once for each shape, then replayed. A fast GPU otherwise waits for the
-program, which hands it some thousand kernels a pass.
+Forward, loss and backward are recorded once for each shape, then replayed. A fast GPU otherwise
+waits for the program, which hands it some thousand kernels a pass.
 
-What is recorded reads and writes fixed addresses. Inputs are copied to buffers. Working copies and frozen weights
-stay where they are; if they moved since the last pass, all is recorded anew. Nothing in a pass may wait for the GPU
-or draw numbers: no dropout, no recomputation, no text from the host.
+What is recorded reads and writes fixed addresses. Inputs are copied to buffers. Working copies and
+frozen weights stay where they are; if they moved since the last pass, all is recorded anew. Nothing
+in a pass may wait for the GPU or draw numbers: no dropout, no recomputation, no text from the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,12 +58,16 @@ class Graphs:
     def __init__(self, train_step: TrainStep, record: Callable[[Work], CudaGraph]):
         self.train_step, self.record = train_step, record
         self.differentiate = train_step.differentiated
-        self.frozen = [weight for weight in train_step.inputs.denoiser.parameters() if not weight.requires_grad]
+        self.frozen = [
+            weight for weight in train_step.inputs.denoiser.parameters() if not weight.requires_grad
+        ]
         # Shape of a pass -> its record; None after the first pass, which lets libraries prepare.
         self.known: dict[tuple, RecordedPass | None] = {}
         self.addresses: list[int] = []
 
-    def differentiated(self, micros: Sequence[MicroBatch], share: float | None) -> list[torch.Tensor]:
+    def differentiated(
+        self, micros: Sequence[MicroBatch], share: float | None
+    ) -> list[torch.Tensor]:
         # Records hold for these addresses alone.
         leaves = [*self.train_step.copies.before.leaves, *self.train_step.trained]
         addresses = [tensor.data_ptr() for tensor in (*leaves, *self.frozen)]
@@ -96,7 +100,10 @@ class RecordedPass:
         leaves: list[torch.Tensor],
         record: Callable[[Work], CudaGraph],
     ):
-        self.micros = [with_tensors(micro, [tensor.clone() for tensor in tensors_of(micro)]) for micro in micros]
+        self.micros = [
+            with_tensors(micro, [tensor.clone() for tensor in tensors_of(micro)])
+            for micro in micros
+        ]
         self.differentiate, self.leaves = differentiate, leaves
         self.reached: list[torch.Tensor] = []
         self.record = record(self.work)

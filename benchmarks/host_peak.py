@@ -1,10 +1,12 @@
-"""Peak resident memory of whole processes that train full-size SDXL on a CPU: from the command to the end.
+"""Peak resident memory of whole processes that train full-size SDXL on a CPU: from the command to
+the end.
 
     python -m benchmarks.random_sdxl --out base && python -m benchmarks.host_peak --base base
     python -m benchmarks.host_peak --base base --arms kept floor
 
-Random bf16 weights, batch 1, rank 4, a few steps without samples. `floor` and `diffusers` are those of `train_step`:
-they make their weights instead of reading them. One process after the other; the kernel's own figure (getrusage).
+Random bf16 weights, batch 1, rank 4, a few steps without samples. `floor` and `diffusers` are those
+of `train_step`: they make their weights instead of reading them. One process after the other; the
+kernel's own figure (getrusage).
 """
 
 import argparse
@@ -29,14 +31,24 @@ ARMS = (*OURS, *BESIDE)
 PHOTOS = 3
 
 
-def command_of(arm: str, base: Path, folder: Path, resolution_px: int, steps: int, size: str = "sdxl") -> list[str]:
+def command_of(
+    arm: str, base: Path, folder: Path, resolution_px: int, steps: int, size: str = "sdxl"
+) -> list[str]:
     """`folder` is empty; photos and the run go there."""
     if arm in BESIDE:
-        settings = [f"--alone={arm}:{resolution_px}", "--rank=4", "--warmup=0", f"--steps={steps}", f"--size={size}"]
+        settings = [
+            f"--alone={arm}:{resolution_px}",
+            "--rank=4",
+            "--warmup=0",
+            f"--steps={steps}",
+            f"--size={size}",
+        ]
         return [sys.executable, "-m", "benchmarks.train_step", *settings]
     (folder / "photos").mkdir()
     for number in range(PHOTOS):
-        Image.new("RGB", (resolution_px, resolution_px), (60 * number, 90, 200)).save(folder / f"photos/{number}.png")
+        Image.new("RGB", (resolution_px, resolution_px), (60 * number, 90, 200)).save(
+            folder / f"photos/{number}.png"
+        )
     words = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": folder / "photos",
@@ -55,8 +67,8 @@ def command_of(arm: str, base: Path, folder: Path, resolution_px: int, steps: in
 
 
 def peak_gb(command: list[str]) -> float:
-    """Of the process that the command starts; at least this process's own, which must be small. Raises
-    CalledProcessError where it fails."""
+    """Of the process that the command starts; at least this process's own, which must be small.
+    Raises CalledProcessError where it fails."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -66,8 +78,12 @@ def peak_gb(command: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, help="a folder that benchmarks.random_sdxl made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", type=Path, required=True, help="a folder that benchmarks.random_sdxl made"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)

@@ -1,8 +1,9 @@
-"""Memory and kernels of a training step, counted on the meta device: shapes without numbers, no GPU.
+"""Memory and kernels of a training step, counted on the meta device: shapes without numbers, no
+GPU.
 
-A storage lives from the operation that makes it until the last tensor on it is gone, as in CUDA's allocator.
-Attention is that of the flash kernels, which keep queries, keys, values, the result and one number per row.
-Workspaces of cuDNN and the allocator's fragmentation are not counted.
+A storage lives from the operation that makes it until the last tensor on it is gone, as in CUDA's
+allocator. Attention is that of the flash kernels, which keep queries, keys, values, the result and
+one number per row. Workspaces of cuDNN and the allocator's fragmentation are not counted.
 """
 
 import weakref
@@ -19,8 +20,29 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["GIB", "Count", "Counter", "bytes_of", "flash_attention"]
 
 GIB = 2**30
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
-VIEWS |= {"detach", "alias", "split", "split_with_sizes", "chunk", "as_strided", "unbind", "reshape", "lift_fresh"}
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+}
+VIEWS |= {
+    "detach",
+    "alias",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "as_strided",
+    "unbind",
+    "reshape",
+    "lift_fresh",
+}
 VIEWS |= {"empty", "empty_like"}
 """Operations that start no kernel."""
 
@@ -47,7 +69,11 @@ class Counter(TorchDispatchMode):
         self.kernels += function.overloadpacket.__name__ not in VIEWS
         inputs = {key_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type == "meta" and key_of(leaf) not in inputs:
+            if (
+                isinstance(leaf, Tensor)
+                and leaf.device.type == "meta"
+                and key_of(leaf) not in inputs
+            ):
                 self._note(leaf)
         return result
 
@@ -82,11 +108,22 @@ def bytes_of(module: nn.Module) -> int:
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Use the GPU's attention: on the meta device PyTorch would take the kernel that keeps all scores."""
+    """Use the GPU's attention: on the meta device PyTorch would take the kernel that keeps all
+    scores."""
     usual = F.scaled_dot_product_attention
 
-    def flash(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **_) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    def flash(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        **_,
+    ) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal
+        )[0]
 
     F.scaled_dot_product_attention = flash
     try:

@@ -1,12 +1,14 @@
-"""The one-word command on sample subjects: `train assets/subjects/bear bear` without tuned flags, and its results.
+"""The one-word command on sample subjects: `train assets/subjects/bear bear` without tuned flags,
+and its results.
 
-    python -m benchmarks.one_word [--subjects bear rocket] [--out runs/one_word] [--json one_word.json]
+python -m benchmarks.one_word [--subjects bear rocket] [--out runs/one_word] [--json one_word.json]
 
-Each subject is trained by the command as a user types it, in its own process, and scored by `evaluate` like
-`assets/studies/recipe.toml`: 8 prompts, 2 seeds. Likeness and CLIP-T are relative to true renders, sharpness to true
-renders through the autoencoder, drift to the base's spread between seeds; then the share of pictures in which the judge
-reads the subject's second colour and ornaments. The interval is over the subjects. A subject already in `--out` is not
-run again; its figures are those of its `evaluation/scores.json`.
+Each subject is trained by the command as a user types it, in its own process, and scored by
+`evaluate` like `assets/studies/recipe.toml`: 8 prompts, 2 seeds. Likeness and CLIP-T are relative
+to true renders, sharpness to true renders through the autoencoder, drift to the base's spread
+between seeds; then the share of pictures in which the judge reads the subject's second colour and
+ornaments. The interval is over the subjects. A subject already in `--out` is not run again; its
+figures are those of its `evaluation/scores.json`.
 """
 
 import argparse
@@ -26,7 +28,16 @@ __all__ = ["main", "table"]
 SUBJECTS = ("bear", "rocket", "long_eared_rabbit", "train", "tall_cactus", "big_headed_dinosaur")
 """The subjects of the recipe's study."""
 PHOTOS = Path("assets/subjects")
-PROTOCOL = ["--num_prompts", "8", "--images_per_prompt", "2", "--class_images", "12", "--inference_steps", "20"]
+PROTOCOL = [
+    "--num_prompts",
+    "8",
+    "--images_per_prompt",
+    "2",
+    "--class_images",
+    "12",
+    "--inference_steps",
+    "20",
+]
 COLUMNS = {
     "likeness": "likeness, of the ceiling",
     "drift": "drift, of the base's spread",
@@ -47,7 +58,10 @@ def run_command(*arguments: str, flags: Sequence[str] = ()) -> None:
 
 def measured(subject: str, out: Path, flags: Sequence[str]) -> dict[str, float]:
     """The figures of one subject, by the names of COLUMNS."""
-    run, facts = out / subject, json.loads((PHOTOS / subject / "subject.json").read_text(encoding="utf-8"))
+    run, facts = (
+        out / subject,
+        json.loads((PHOTOS / subject / "subject.json").read_text(encoding="utf-8")),
+    )
     kept = out / f"{subject}.json"
     if not kept.is_file():
         started = time.perf_counter()
@@ -78,7 +92,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
     *shares, _ = COLUMNS
     lines = [f"| subject | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
     for subject, row in found.items():
-        lines.append(f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | {row['seconds']:.0f} |")
+        lines.append(
+            f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | {row['seconds']:.0f} |"
+        )
     if len(found) > 1:
         means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in shares]
         cells = [str(mean) for mean in means]
@@ -88,11 +104,15 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--out", type=Path, default=Path("runs/one_word"))
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags for `train`, at the end")
+    parser.add_argument(
+        "--flags", nargs=argparse.REMAINDER, default=[], help="flags for `train`, at the end"
+    )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     found = {subject: measured(subject, args.out, args.flags) for subject in args.subjects}

@@ -10,7 +10,8 @@ __all__ = ["bf16_accelerator", "half_accelerator"]
 
 
 def bf16_accelerator() -> Accelerator:
-    """On the CPU. accelerate keeps the first precision of a process and refuses another: forget it first."""
+    """On the CPU. accelerate keeps the first precision of a process and refuses another: forget it
+    first."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision="bf16", cpu=True)
 

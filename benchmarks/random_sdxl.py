@@ -1,13 +1,13 @@
 """SDXL's own structure with random weights, made in seconds, for timings without a download.
 
-`sdxl` is the full size (UNet 2.57 billion parameters); `small` has the same topology with a fortieth of the
-width, for tests. The weights are one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations
-neither grow nor vanish.
+`sdxl` is the full size (UNet 2.57 billion parameters); `small` has the same topology with a
+fortieth of the width, for tests. The weights are one random megabyte repeated, scaled by
+1/sqrt(fan-in), so that activations neither grow nor vanish.
 
     python -m benchmarks.random_sdxl --out FOLDER
 
-writes a whole base (6.5 GB) with the toy world's tokenizer: `train_dreambooth.py` runs on it as on the real
-one.
+writes a whole base (6.5 GB) with the toy world's tokenizer: `train_dreambooth.py` runs on it as on
+the real one.
 """
 
 import argparse
@@ -41,12 +41,16 @@ def random_vae(size: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     return made(lambda: AutoencoderKL(**options), dtype)
 
 
-def random_text_encoders(size: str, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, nn.Module]:
+def random_text_encoders(
+    size: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[nn.Module, nn.Module]:
     """CLIP ViT-L/14 and OpenCLIP bigG/14, the text halves."""
     full, (first, second) = size == "sdxl", WIDTHS[size]
     config = text_config(first, 12 if full else 2, hidden_act="quick_gelu")
     config_2 = text_config(second, 32 if full else 2, hidden_act="gelu", projection_dim=second)
-    return made(lambda: CLIPTextModel(config), dtype), made(lambda: CLIPTextModelWithProjection(config_2), dtype)
+    return made(lambda: CLIPTextModel(config), dtype), made(
+        lambda: CLIPTextModelWithProjection(config_2), dtype
+    )
 
 
 def text_config(width: int, layers: int, **options) -> CLIPTextConfig:
@@ -59,13 +63,17 @@ def random_sdxl(size: str) -> StableDiffusionXLPipeline:
     """All parts in bf16. The tokenizer has fewer tokens than the text encoders."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     first, second = random_text_encoders(size)
-    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
     vae, unet = random_vae(size, torch.bfloat16), random_unet(size)
     return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=WIDTHS, default="sdxl")
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The size of the adapter of the full SDXL UNet: projections and parameters, counted on the structure without weights.
+"""The size of the adapter of the full SDXL UNet: projections and parameters, counted on the
+structure without weights.
 
 python -m benchmarks.sdxl_structure
 """
@@ -42,24 +43,35 @@ def sdxl_unet() -> UNet2DConditionModel:
 
 def count(rank: int) -> dict[str, float]:
     """Projections, and millions of parameters in A and B, and in the mixers."""
-    unet = inject(sdxl_unet(), MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION_PROJECTIONS)))
+    unet = inject(
+        sdxl_unet(),
+        MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION_PROJECTIONS)),
+    )
     mixers = sum(p.numel() for _, p in mixer_parameters(unet))
     every = sum(p.numel() for _, p in adapter_parameters(unet))
-    return {"projections": len(adapter_layers(unet)), "a_and_b": (every - mixers) / 1e6, "mixers": mixers / 1e6}
+    return {
+        "projections": len(adapter_layers(unet)),
+        "a_and_b": (every - mixers) / 1e6,
+        "mixers": mixers / 1e6,
+    }
 
 
 def main() -> None:
     unet = sdxl_unet()
     print(f"SDXL UNet: {sum(p.numel() for p in unet.parameters()) / 1e9:.2f} G parameters")
     sizes = Counter(
-        (m.in_features, m.out_features) for n, m in unet.named_modules() if n.endswith(ATTENTION_PROJECTIONS)
+        (m.in_features, m.out_features)
+        for n, m in unet.named_modules()
+        if n.endswith(ATTENTION_PROJECTIONS)
     )
     for (inputs, outputs), number in sizes.most_common():
         print(f"{number:>5} projections {inputs:>5} → {outputs}")
     print(f"{'rank':>5} {'projections':>12} {'A and B':>10} {'mixers':>9}")
     for rank in RANKS:
         row = count(rank)
-        print(f"{rank:>5} {row['projections']:>12} {row['a_and_b']:>8.2f} M {row['mixers']:>7.3f} M")
+        print(
+            f"{rank:>5} {row['projections']:>12} {row['a_and_b']:>8.2f} M {row['mixers']:>7.3f} M"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Load on the service: many clients, many adapters, for minutes; and every picture compared with that of `generate`.
+"""Load on the service: many clients, many adapters, for minutes; and every picture compared with
+that of `generate`.
 
     python -m benchmarks.serve --clients 50 --adapters 40 --minutes 10
 
-It starts `python -m dreambooth_moslora serve` on the embedded base. The adapters are copies of the sample one
-with changed weights. Each client requests one picture after another, of a random adapter, prompt and seed.
-Afterwards each distinct picture is drawn once by the pipeline of `generate` in this process, and compared with
-all files that were served for it. Memory is that of the replicas' processes.
+It starts `python -m dreambooth_moslora serve` on the embedded base. The adapters are copies of the
+sample one with changed weights. Each client requests one picture after another, of a random
+adapter, prompt and seed. Afterwards each distinct picture is drawn once by the pipeline of
+`generate` in this process, and compared with all files that were served for it. Memory is that of
+the replicas' processes.
 """
 
 import argparse
@@ -100,7 +102,9 @@ def make_adapters(folder: Path, count: int) -> list[str]:
         changed = {}
         for key, tensor in tensors.items():
             noise = torch.randn(tensor.shape, generator=generator)
-            changed[key] = (tensor + tensor.float().std() * noise / 2 if tensor.ndim > 1 else tensor).to(tensor.dtype)
+            changed[key] = (
+                tensor + tensor.float().std() * noise / 2 if tensor.ndim > 1 else tensor
+            ).to(tensor.dtype)
         save_file(changed, folder / f"{name}.safetensors", metadata=header)
     return names
 
@@ -113,9 +117,16 @@ def free_port() -> int:
 
 def start(folder: Path, port: int, args: argparse.Namespace) -> subprocess.Popen:
     words = ["--adapters", str(folder), "--port", str(port), "--replicas", str(args.replicas)]
-    words += ["--resident_adapters", str(args.resident_adapters), "--request_timeout", str(TIMEOUT_SEC)]
+    words += [
+        "--resident_adapters",
+        str(args.resident_adapters),
+        "--request_timeout",
+        str(TIMEOUT_SEC),
+    ]
     words += ["--max_waiting", str(2 * args.clients), "--threads", str(torch.get_num_threads())]
-    return subprocess.Popen([sys.executable, "-m", "dreambooth_moslora", "serve", *words], env=dict(os.environ))
+    return subprocess.Popen(
+        [sys.executable, "-m", "dreambooth_moslora", "serve", *words], env=dict(os.environ)
+    )
 
 
 def end(service: subprocess.Popen) -> None:
@@ -147,7 +158,9 @@ def get(port: int, path: str) -> tuple[int, bytes]:
 def load(service: subprocess.Popen, port: int, names: list[str], args: argparse.Namespace) -> Tally:
     tally, ends = Tally(), time.monotonic() + 60 * args.minutes
     clients = [
-        threading.Thread(target=ask_on, args=(port, names, number, args.steps, ends, tally), daemon=True)
+        threading.Thread(
+            target=ask_on, args=(port, names, number, args.steps, ends, tally), daemon=True
+        )
         for number in range(args.clients)
     ]
     for client in clients:
@@ -172,7 +185,9 @@ def ask_on(port: int, names: list[str], number: int, steps: int, ends: float, ta
         asked = rng.choice(names), rng.choice(PROMPTS), rng.choice(SEEDS)
         order = {"adapter": asked[0], "prompt": asked[1], "seed": asked[2], "steps": steps}
         started = time.monotonic()
-        connection.request("POST", "/generate", json.dumps(order), {"Content-Type": "application/json"})
+        connection.request(
+            "POST", "/generate", json.dumps(order), {"Content-Type": "application/json"}
+        )
         answer = connection.getresponse()
         tally.note(asked, answer.status, answer.read(), time.monotonic() - started)
 
@@ -190,7 +205,8 @@ def memory_of_replicas(service: int) -> int:
 
 
 def compare(folder: Path, tally: Tally, steps: int) -> int:
-    """Number of distinct pictures that differ from those of `generate`, or were served in two versions."""
+    """Number of distinct pictures that differ from those of `generate`, or were served in two
+    versions."""
     pipeline, wrong = SubjectPipeline.from_base("toy"), 0
     for asked in tqdm(sorted(tally.digests), desc="generate", unit="picture"):
         name, prompt, seed = asked
@@ -212,7 +228,9 @@ def report(tally: Tally, metrics: str, wrong: int, args: argparse.Namespace) -> 
         "seconds of a request, p50 and p95": f"{cuts[49]:.1f} and {cuts[94]:.1f}",
         "orders of a picture's batch, mean": f"{sum_of('batch_size_sum', metrics) / len(seconds):.2f}",
         "adapters loaded": f"{sum_of('adapter_loads{', metrics):.0f}",
-        "answers that are no picture": str(sum(n for status, n in tally.statuses.items() if status != 200)),
+        "answers that are no picture": str(
+            sum(n for status, n in tally.statuses.items() if status != 200)
+        ),
         "memory of the replicas, MiB, by tenths of the time": ", ".join(tenths(tally.memory)),
         "distinct pictures compared with `generate`": str(len(tally.digests)),
         "wrong": str(wrong),

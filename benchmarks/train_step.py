@@ -1,13 +1,14 @@
-"""Seconds and memory of one training step, compared with a loop in the style of diffusers' script and with the
-lower bound.
+"""Seconds and memory of one training step, compared with a loop in the style of diffusers' script
+and with the lower bound.
 
     python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB, ten minutes
     python -m benchmarks.train_step --quick         # a small UNet of the same topology, a minute
     python -m benchmarks.train_step --arms floor ours --resolutions 1024 --json step.json
 
-Each arm runs in a process of its own, one after the other, so that none inherits another's memory. Batch 1. The
-lower bound (floor) is the frozen UNet's forward and the gradient of its input: no adapter, no optimizer. Memory
-is the largest resident set during the steps; that of building the models is not counted.
+Each arm runs in a process of its own, one after the other, so that none inherits another's memory.
+Batch 1. The lower bound (floor) is the frozen UNet's forward and the gradient of its input: no
+adapter, no optimizer. Memory is the largest resident set during the steps; that of building the
+models is not counted.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def timed(step: Callable[[], tuple[float, float]]) -> tuple[float, float, tuple[
 
 @contextmanager
 def cores_to_ourselves(wanted: bool) -> Iterator[None]:
-    """Real-time scheduling of all threads, so that other programs wait while steps are timed (Linux, root)."""
+    """Real-time scheduling of all threads, so that other programs wait while steps are timed
+    (Linux, root)."""
     threads = [int(name) for name in os.listdir("/proc/self/task")] if wanted else []
     for thread in threads:
         os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(1))
@@ -66,7 +68,9 @@ def cores_to_ourselves(wanted: bool) -> Iterator[None]:
             os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
-def measure(arm: str, size: str, resolution_px: int, rank: int, warmup: int, steps: int, realtime: int) -> dict:
+def measure(
+    arm: str, size: str, resolution_px: int, rank: int, warmup: int, steps: int, realtime: int
+) -> dict:
     """Build the arm in this process and time its steps."""
     import torch
 
@@ -98,14 +102,24 @@ def measure(arm: str, size: str, resolution_px: int, rank: int, warmup: int, ste
 def run_apart(arm: str, resolution_px: int, options: argparse.Namespace) -> dict:
     """`measure` in a fresh process; returns its one line of JSON."""
     settings = [f"--{name}={getattr(options, name)}" for name in ARM_SETTINGS]
-    command = [sys.executable, "-m", "benchmarks.train_step", f"--alone={arm}:{resolution_px}", *settings]
-    done = subprocess.run([*shlex.split(options.launcher), *command], stdout=subprocess.PIPE, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        f"--alone={arm}:{resolution_px}",
+        *settings,
+    ]
+    done = subprocess.run(
+        [*shlex.split(options.launcher), *command], stdout=subprocess.PIPE, text=True, check=False
+    )
     if done.returncode:
         return {"arm": arm, "resolution_px": resolution_px, "failed": done.returncode}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def ratio(results: list[dict], key: str, arm: str, against: str, resolution_px: int) -> float | None:
+def ratio(
+    results: list[dict], key: str, arm: str, against: str, resolution_px: int
+) -> float | None:
     found = {r["arm"]: r.get(key) for r in results if r["resolution_px"] == resolution_px}
     return round(found[arm] / found[against], 3) if found.get(arm) and found.get(against) else None
 
@@ -115,14 +129,19 @@ def ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float
     table = {}
     for name, arm in ARMS.items():
         for other in arm.against:
-            pair = {key: ratio(results, key, name, other, resolution_px) for key in ("step_sec", "cpu_sec", "peak_gb")}
+            pair = {
+                key: ratio(results, key, name, other, resolution_px)
+                for key in ("step_sec", "cpu_sec", "peak_gb")
+            }
             if any(pair.values()):
                 table[f"{name} / {other}"] = pair
     return table
 
 
 def show(results: list[dict], resolutions: list[int]) -> None:
-    print(f"\n{'arm':28} {'px':>5} {'s a step':>9} {'cpu s':>7} {'peak GB':>8} {'faults a step':>14}  steps")
+    print(
+        f"\n{'arm':28} {'px':>5} {'s a step':>9} {'cpu s':>7} {'peak GB':>8} {'faults a step':>14}  steps"
+    )
     for r in results:
         if "failed" in r:
             print(f"{r['arm']:28} {r['resolution_px']:5} failed with exit code {r['failed']}")
@@ -131,7 +150,9 @@ def show(results: list[dict], resolutions: list[int]) -> None:
         print(f"{r['arm']:28} {r['resolution_px']:5} {numbers}  {r['step_secs']}")
     for px in resolutions:
         for pair, values in ratios(results, px).items():
-            print(f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory {values['peak_gb']}")
+            print(
+                f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory {values['peak_gb']}"
+            )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,10 +161,20 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--resolutions", nargs="+", type=int, default=[512, 1024], metavar="PX")
     options.add_argument("--rank", type=int, default=4)
     options.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
-    options.add_argument("--steps", type=int, default=3, help="steps that are timed; the median counts")
-    options.add_argument("--quick", action="store_true", help="a small UNet at 64 px: seconds, the ratios mean nothing")
-    options.add_argument("--realtime", type=int, default=0, help="1: other programs wait during timed steps (root)")
-    options.add_argument("--launcher", default="", help='run each arm through a command, such as "taskset -c 0,1"')
+    options.add_argument(
+        "--steps", type=int, default=3, help="steps that are timed; the median counts"
+    )
+    options.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small UNet at 64 px: seconds, the ratios mean nothing",
+    )
+    options.add_argument(
+        "--realtime", type=int, default=0, help="1: other programs wait during timed steps (root)"
+    )
+    options.add_argument(
+        "--launcher", default="", help='run each arm through a command, such as "taskset -c 0,1"'
+    )
     options.add_argument("--json", type=Path, help="write every figure here")
     options.add_argument("--size", default="sdxl", help=argparse.SUPPRESS)
     options.add_argument("--alone", help=argparse.SUPPRESS)
@@ -154,26 +185,39 @@ OF_PRODUCTS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx", "sve", "i
 
 
 def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not tell."""
+    """The instructions that decide how fast this CPU multiplies matrices; "" where Linux does not
+    tell."""
     told = path.read_text(encoding="utf-8") if path.exists() else ""
     line = re.search(r"^(?:flags|Features)\s*:(.*)", told, re.MULTILINE)
-    return " ".join(flag for flag in line[1].split() if flag.startswith(OF_PRODUCTS)) if line else ""
+    return (
+        " ".join(flag for flag in line[1].split() if flag.startswith(OF_PRODUCTS)) if line else ""
+    )
 
 
 def facts(options: argparse.Namespace) -> dict:
     """The conditions that affect the figures."""
     import torch
 
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     machine["flags"] = cpu_flags()
     settings = {name: getattr(options, name) for name in ARM_SETTINGS}
     return {**machine, "torch": torch.__version__, "dtype": "bfloat16", "batch": 1, **settings}
 
 
 def wanted(options: argparse.Namespace) -> list[tuple[str, int]]:
-    """(arm, resolution) pairs. The slow arms are timed at the smallest resolution only: they take minutes at 1024."""
+    """(arm, resolution) pairs. The slow arms are timed at the smallest resolution only: they take
+    minutes at 1024."""
     smallest = min(options.resolutions)
-    return [(a, px) for px in options.resolutions for a in options.arms if px == smallest or not ARMS[a].slow]
+    return [
+        (a, px)
+        for px in options.resolutions
+        for a in options.arms
+        if px == smallest or not ARMS[a].slow
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,20 +6,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 """Control characters, and those that turn the direction of a line."""
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
     r"|could not create a (primitive|memory object)$"
 )
-"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of oneDNN."""
-MOST_LETTERS = 1000  # Most characters of a message: a value of a hundred thousand is not shown whole.
+"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of
+oneDNN."""
+# Most characters of a message: a value of a hundred thousand is not shown whole.
+MOST_LETTERS = 1000
 
 
 def spelled_out(text: str) -> str:
-    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b` and `\\u202e`, for any
-    file and terminal. Line feeds and tabs stay."""
-    return CONTROL.sub(lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode())
+    """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b`
+    and `\\u202e`, for any file and terminal. Line feeds and tabs stay."""
+    return CONTROL.sub(
+        lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode()
+    )
 
 
 def escape(letter: int) -> str:
@@ -55,7 +61,8 @@ class StopRequestedError(Exception):
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that says what was wrong and what to do (exit code 2, no traceback)."""
+    """A mistake of the user: one line that says what was wrong and what to do (exit code 2, no
+    traceback)."""
 
     def __init__(self, text: str):
         super().__init__(shortened(spelled_out(text)))

@@ -1,7 +1,8 @@
-"""Pictures as files: PNGs, contact sheets, and HTML pages of the templates in `dreambooth_moslora/templates`.
+"""Pictures as files: PNGs, contact sheets, and HTML pages of the templates in
+`dreambooth_moslora/templates`.
 
-The contact sheet of a run holds the user's photos, so it stays in the run folder. A page is one file: styles and
-pictures are embedded, and opening it fetches nothing.
+The contact sheet of a run holds the user's photos, so it stays in the run folder. A page is one
+file: styles and pictures are embedded, and opening it fetches nothing.
 """
 
 import base64
@@ -60,7 +61,9 @@ def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
             line, column = divmod(number, columns)
             left, y = MARGIN_PX + column * (tile_px + GAP_PX), first + line * step
             sheet.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, y))
-            for part, text in enumerate(two_lines(row.captions[number], font, tile_px) if row.captions else ()):
+            for part, text in enumerate(
+                two_lines(row.captions[number], font, tile_px) if row.captions else ()
+            ):
                 draw.text((left, y + tile_px + 2 + part * line_px), text, fill=FAINT, font=font)
         top += row_height(row, columns, tile_px)
     write_png(path, sheet)
@@ -78,14 +81,23 @@ def row_height(row: Row, columns: int, tile_px: int) -> int:
     lines = -(-len(row.images) // columns)
     caption = 2 * line_height(tile_px) if row.captions else 0
     titles = two_lines(row.title, font_of(tile_px), columns * (tile_px + GAP_PX) - GAP_PX)
-    return max(1, len(titles)) * line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
+    return (
+        max(1, len(titles)) * line_height(tile_px) + lines * (tile_px + GAP_PX + caption) + GAP_PX
+    )
 
 
 def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
     """The text in at most two lines of `width_px`, broken at spaces; the rest becomes an ellipsis."""
     lines, words = [], text.split()
     while words and len(lines) < 2:
-        count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width_px), 1)
+        count = next(
+            (
+                n
+                for n in range(len(words), 1, -1)
+                if font.getlength(" ".join(words[:n])) <= width_px
+            ),
+            1,
+        )
         lines.append(" ".join(words[:count]))
         words = words[count:]
     if words:
@@ -103,7 +115,8 @@ def render(template: str, **values: object) -> str:
 
 @cache
 def environment() -> Environment:
-    """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is numeric`."""
+    """The templates, with `image | jpeg(side_px)` and `figure | png` for pictures, and `text is
+    numeric`."""
     found = Environment(
         loader=PackageLoader("dreambooth_moslora", "templates"),
         autoescape=lambda name: not name.endswith(".md"),

@@ -8,7 +8,8 @@ AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 
 def half_precision() -> str:
-    """bf16 where the current GPU has it, else fp16. There must be a GPU; Apple's have bf16 since macOS 14."""
+    """bf16 where the current GPU has it, else fp16. There must be a GPU; Apple's have bf16 since
+    macOS 14."""
     import torch  # not before it is needed: a dry run answers at once
 
     if torch.backends.mps.is_available():

@@ -1,8 +1,8 @@
 """Random draws by name. They import no torch before they are asked for a generator.
 
-A draw depends on (seed, what, where), and not on earlier draws. So a resumed run draws what an unbroken one would
-have drawn, without saved generator states, and two processes draw what one process draws in two turns (compare
-NVlabs/edm2, which re-seeds each step).
+A draw depends on (seed, what, where), and not on earlier draws. So a resumed run draws what an
+unbroken one would have drawn, without saved generator states, and two processes draw what one
+process draws in two turns (compare NVlabs/edm2, which re-seeds each step).
 """
 
 import hashlib

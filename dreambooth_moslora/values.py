@@ -18,7 +18,8 @@ def is_finite_number(value: object) -> bool:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply nested."""
+    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply
+    nested."""
     try:
         values = json.loads(body.decode("utf-8"), parse_constant=no_number)
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,8 @@ from collections import Counter
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the programs do: waiting threads do not spin
+# as the programs do: waiting threads do not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
@@ -35,20 +36,22 @@ LONGEST = (
     "test_wheel.py",
     "extras/cluster/test_s3.py",
 )
-"""Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`."""
+"""Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`.
+"""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """After `-m` has left tests out: the files of `LONGEST`, so that no worker is left alone with one at the end, then
-    those of most tests, as pytest-xdist does. A file's own order stays."""
+    """After `-m` has left tests out: the files of `LONGEST`, so that no worker is left alone with
+    one at the end, then those of most tests, as pytest-xdist does. A file's own order stays."""
     rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (rank.get(item.path, len(rank)), -counts[item.path]))
 
 
 def pytest_runtest_setup(item):
-    """Before its fixtures. A module of `extra` is found and not imported: Ray reads the environment when it is."""
+    """Before its fixtures. A module of `extra` is found and not imported: Ray reads the environment
+    when it is."""
     needed = {name for mark in item.iter_markers("extra") for name in mark.args}
     if missing := sorted(name for name in needed if find_spec(name) is None):
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -56,14 +59,16 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_collect_twice():
-    """A worker holds a million objects of libraries, which each collection would look at: a quarter of a training."""
+    """A worker holds a million objects of libraries, which each collection would look at: a quarter
+    of a training."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def only_its_own_log():
-    """A program that ran in this process has left its handlers, with a terminal that is closed by then."""
+    """A program that ran in this process has left its handlers, with a terminal that is closed by
+    then."""
     root = logging.getLogger()
     before, level = set(root.handlers), root.level
     yield
@@ -77,11 +82,25 @@ def gpu(monkeypatch):
     """Pretend that torch.cuda has one GPU with so much free, and so much in this process's hands."""
     import torch
 
-    def put(major: int, free_gib: float = 80, own_gib: float = 0, name: str = "Some Card <3", minor: int = 0) -> None:
+    def put(
+        major: int,
+        free_gib: float = 80,
+        own_gib: float = 0,
+        name: str = "Some Card <3",
+        minor: int = 0,
+    ) -> None:
         facts = SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 * 2**30)
-        answers = {"is_available": True, "current_device": 0, "device_count": 1, "get_device_name": name}
+        answers = {
+            "is_available": True,
+            "current_device": 0,
+            "device_count": 1,
+            "get_device_name": name,
+        }
         answers |= {"get_device_capability": (major, minor), "get_device_properties": facts}
-        answers |= {"mem_get_info": (int(free_gib * 2**30), 80 * 2**30), "memory_reserved": int(own_gib * 2**30)}
+        answers |= {
+            "mem_get_info": (int(free_gib * 2**30), 80 * 2**30),
+            "memory_reserved": int(own_gib * 2**30),
+        }
         answers["_check_bf16_tensor_supported"] = True  # by emulation
         for function, answer in answers.items():
             monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer, **__: answer)
@@ -96,7 +115,9 @@ def apple(monkeypatch):
 
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 0))
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: (major, minor) <= (14, 0)
+    )
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: int(21.3 * 2**30))
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 0)
 

@@ -35,7 +35,9 @@ def content(name: str) -> dict:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_each_file_says_first_what_was_run_and_what_was_not(path):
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")
+    ]
     assert re.match(r"# (Not run|Run): .*\.", lines[0]), lines[0]
 
 
@@ -50,12 +52,20 @@ def test_compose_starts_the_service_and_the_page_that_draws_by_it():
     parser = Parser(prog="page")
     command_page.page_arguments(parser)
     args = parser.parse_args(words)
-    assert args.backend == f"http://serve:{settings.port}" and args.base == settings.pretrained_model_name_or_path
-    assert args.auth and services["page"]["ports"] == ["127.0.0.1:7860:7860"] and "ports" not in services["serve"]
+    assert (
+        args.backend == f"http://serve:{settings.port}"
+        and args.base == settings.pretrained_model_name_or_path
+    )
+    assert (
+        args.auth
+        and services["page"]["ports"] == ["127.0.0.1:7860:7860"]
+        and "ports" not in services["serve"]
+    )
     build = services["serve"]["build"]["args"]
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert all(f"ARG {name}" in text and f"${{{name}}}" in text for name in build)
-    assert re.search(r"apt-get install .* python3-dev gcc ", text)  # Triton builds its launcher with them
+    # Triton builds its launcher with them
+    assert re.search(r"apt-get install .* python3-dev gcc ", text)
     assert re.search(r"^USER [1-9]", text, re.MULTILINE) and "HEALTHCHECK" in text
     kept_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".git", "runs", "photos", "tests"} <= set(kept_out)
@@ -70,16 +80,25 @@ def test_the_manifest_of_kuberay_names_a_builder_and_settings_that_it_takes():
     assert f"def {name}(" in text
     settings = ServeSettings.from_dict(application["args"])
     workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]
-    assert settings.tokens == (TOKEN,) and settings.replicas == workers["replicas"] * settings.per_gpu
+    assert (
+        settings.tokens == (TOKEN,) and settings.replicas == workers["replicas"] * settings.per_gpu
+    )
     assert application["name"] in text  # the front looks its replicas up under this name
 
 
 def test_skypilot_and_runpod_start_a_service_that_takes_their_command():
-    scripts = {"skypilot.yaml": content("skypilot.yaml")["run"], "runpod.sh": (ROOT / "deploy/runpod.sh").read_text()}
+    scripts = {
+        "skypilot.yaml": content("skypilot.yaml")["run"],
+        "runpod.sh": (ROOT / "deploy/runpod.sh").read_text(),
+    }
     for name, script in scripts.items():
-        lines = [shlex.split(line) for line in script.splitlines() if "dreambooth_moslora serve" in line]
+        lines = [
+            shlex.split(line) for line in script.splitlines() if "dreambooth_moslora serve" in line
+        ]
         (words,) = [line for line in lines if line[:1] == ["python"]]
         settings = settings_of(words[words.index("serve") + 1 :])
         assert settings.host == "0.0.0.0" and settings.tokens == (TOKEN,), name
     assert content("skypilot.yaml")["resources"]["ports"] == settings.port
-    assert subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0
+    assert (
+        subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0
+    )

@@ -1,4 +1,5 @@
-"""The layers of the house are checked here, not promised: a package imports only from those before it."""
+"""The layers of the house are checked here, not promised: a package imports only from those before
+it."""
 
 import ast
 import re
@@ -33,7 +34,9 @@ LIGHT = {"errors", "values", "seeds", "launch", "precision", "disk", "settings"}
 """Packages that import none of HEAVY."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 NO_DIFFUSERS = {"method.mixer", "method.moslora", "method.fast_linear", "training.objective"}
-ROOMS = sorted({path.parent for top in (ROOT, HOME / "toybox") for path in top.rglob("__init__.py")} - {ROOT})
+ROOMS = sorted(
+    {path.parent for top in (ROOT, HOME / "toybox") for path in top.rglob("__init__.py")} - {ROOT}
+)
 """Folders of modules: the packages, the folders in them, and those of the toy world."""
 MODULES = sorted(p for p in ROOT.rglob("*.py") if not p.name.startswith("__") or p.parent != ROOT)
 """But the two doors at the top, which import from all packages."""
@@ -90,7 +93,9 @@ def test_a_room_says_its_purpose_in_its_first_line_and_imports_nothing(folder):
 @pytest.mark.parametrize("module", sorted(GRAPH))
 def test_imports_go_downward_and_in_no_circle(module):
     package = package_of(module)
-    allowed = set(ORDER[: ORDER.index(package) + 1]) - {other for one, other in APART if one == package}
+    allowed = set(ORDER[: ORDER.index(package) + 1]) - {
+        other for one, other in APART if one == package
+    }
     for target in GRAPH[module]:
         assert package_of(target) in allowed, f"{module} imports {target}"
     assert module not in reached_from(module)
@@ -103,9 +108,16 @@ def test_the_page_never_reaches_the_training_loop():
             assert "training.loop" not in reached_from(module), module
 
 
-@pytest.mark.parametrize(("start", "most"), [("- A flag to the loss: ", 7), ("- A photo to its row of the loss: ", 9)])
+@pytest.mark.parametrize(
+    ("start", "most"), [("- A flag to the loss: ", 7), ("- A photo to its row of the loss: ", 9)]
+)
 def test_a_road_to_the_loss_is_short_and_each_file_on_it_hands_to_the_next_ones(start, most):
-    text = (HOME / "CONTRIBUTING.md").read_text(encoding="utf-8").partition(start)[2].partition("\n- ")[0]
+    text = (
+        (HOME / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .partition(start)[2]
+        .partition("\n- ")[0]
+    )
     files = re.findall(r"`([\w/]+)\.py`", text.partition("\n\n")[0])
     road = [file.replace("/", ".") for file in files if file != "train_dreambooth"]
     assert len(files) <= most and road[-1] == "training.objective"

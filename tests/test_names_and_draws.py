@@ -10,7 +10,13 @@ import torch
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.paths import assets_folder, default_cache_dir, find_asset, free_name, public_name
+from dreambooth_moslora.disk.paths import (
+    assets_folder,
+    default_cache_dir,
+    find_asset,
+    free_name,
+    public_name,
+)
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
 from dreambooth_moslora.values import is_finite_number, is_number
@@ -24,7 +30,9 @@ class Shown:
     share: float = 0.5
 
 
-def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name(tmp_path, monkeypatch):
+def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name(
+    tmp_path, monkeypatch
+):
     for name in ("stabilityai/sdxl-base-1.0", "toy", ""):
         assert public_name(name) == name
     for path in ("/data/me/x", "./me/x", "~nobody/x", "C:\\Users\\me\\x", Path("/data/me/x")):
@@ -53,7 +61,9 @@ def test_a_public_name_holds_no_path_and_a_folder_here_is_called_by_its_own_name
         (None, dict, "x.json: there is no such file."),
     ],
 )
-def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(text, kind, found, tmp_path):
+def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(
+    text, kind, found, tmp_path
+):
     path = tmp_path / "x.json"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -68,7 +78,8 @@ def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(text, k
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # as in a container that does not know its user
+    # as in a container that does not know its user
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         default_cache_dir()
 
@@ -91,13 +102,20 @@ def test_letters_that_turn_the_direction_of_a_line_are_spelled_out_and_those_of_
 
 
 def test_a_bool_is_no_number_and_what_no_float_can_hold_is_not_finite():
-    finite, other, none = (0, -3, 0.5, 1e308), (math.nan, math.inf, -math.inf, 10**400), (True, False, "1", None, [1])
+    finite, other, none = (
+        (0, -3, 0.5, 1e308),
+        (math.nan, math.inf, -math.inf, 10**400),
+        (True, False, "1", None, [1]),
+    )
     assert all(map(is_number, finite + other)) and not any(map(is_number, none))
     assert all(map(is_finite_number, finite)) and not any(map(is_finite_number, other + none))
 
 
 def test_seeds_depend_on_every_name_and_on_nothing_else():
-    seeds = {seed_of(*names) for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))}
+    seeds = {
+        seed_of(*names)
+        for names in ((0, "noise", 1), (0, "noise", 2), (1, "noise", 1), (0, "crop", 1))
+    }
     assert len(seeds) == 4
     one, other = (torch.randn(4, generator=generator(7, "a")) for _ in range(2))
     assert torch.equal(one, other)
@@ -110,10 +128,14 @@ def test_each_epoch_shows_every_slot_once_in_a_new_order():
     assert [epoch for epoch, _ in places] == [0] * 5 + [1] * 5 + [2] * 5
     epochs = [tuple(slot for e, slot in places if e == epoch) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len(set(epochs)) > 1
-    assert [place_of(position, 5, 0, "instance") for position in reversed(range(15))] == places[::-1]
+    assert [place_of(position, 5, 0, "instance") for position in reversed(range(15))] == places[
+        ::-1
+    ]
 
 
-def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(tmp_path, monkeypatch):
+def test_a_recipe_and_its_photos_are_found_from_any_folder_and_what_is_here_goes_first(
+    tmp_path, monkeypatch
+):
     """In a clone, assets lie beside the package."""
     assert assets_folder() == ROOT / "assets"
     assert Base.find("toy").folder == ROOT / "assets" / "toy-sdxl"

@@ -1,5 +1,5 @@
-"""What pyproject.toml declares is what the code imports and what requirements.txt installs; what needs more says so.
-In which order tests run."""
+"""What pyproject.toml declares is what the code imports and what requirements.txt installs; what
+needs more says so. In which order tests run."""
 
 import ast
 import re
@@ -18,7 +18,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NEEDED = PROJECT["project"]["dependencies"]
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 NOT_DECLARED = {"lpips", "tokenizers"}
-"""The first is used where it is there; the second comes with transformers and made the base's tokenizer."""
+"""The first is used where it is there; the second comes with transformers and made the base's
+tokenizer."""
 EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
 """Package of the program -> the extra that brings what it alone may import."""
 
@@ -32,7 +33,13 @@ def test_requirements_txt_holds_all_that_running_and_testing_need_and_running_ne
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert ranges(lines) == ranges(NEEDED + PROJECT["project"]["optional-dependencies"]["test"])
-    assert not ranges(NEEDED).keys() & {"pytest", "pytest-xdist", "playwright", "ruff", "setuptools"}
+    assert not ranges(NEEDED).keys() & {
+        "pytest",
+        "pytest-xdist",
+        "playwright",
+        "ruff",
+        "setuptools",
+    }
 
 
 def test_every_package_template_and_the_mark_of_types_are_in_the_wheel():
@@ -40,8 +47,12 @@ def test_every_package_template_and_the_mark_of_types_are_in_the_wheel():
     folder = ROOT / "dreambooth_moslora"
     names = {".".join(file.parent.relative_to(ROOT).parts) for file in folder.rglob("__init__.py")}
     assert set(SETUPTOOLS["packages"]) == names | {"dreambooth_moslora.assets"}
-    packed = {file for pattern in SETUPTOOLS["package-data"][folder.name] for file in folder.glob(pattern)}
-    assert packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    packed = {
+        file for pattern in SETUPTOOLS["package-data"][folder.name] for file in folder.glob(pattern)
+    }
+    assert packed == {
+        file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
     assert folder / "py.typed" in packed and len(packed) > 5
 
 
@@ -67,7 +78,9 @@ def test_each_extra_brings_what_its_package_imports():
     names = {"grpc": "grpcio"}
     for extra, libraries in EXTRAS.values():
         brought = ranges(PROJECT["project"]["optional-dependencies"][extra])
-        assert {names.get(library, library.replace("_", "-")) for library in libraries} <= brought.keys()
+        assert {
+            names.get(library, library.replace("_", "-")) for library in libraries
+        } <= brought.keys()
 
 
 def test_a_test_is_skipped_where_its_extra_is_missing(request):
@@ -80,7 +93,9 @@ def test_the_fast_tier_runs_before_any_extra_is_installed_and_what_it_skipped_af
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     steps = re.findall(r"^(?:pip install|python -m pytest).*", text, re.MULTILINE)
     assert steps[:2] == ["pip install -q --no-compile -r requirements.txt", "python -m pytest"]
-    assert steps[2].startswith("pip install") and steps[3].startswith('python -m pytest -m "slow or extra"')
+    assert steps[2].startswith("pip install") and steps[3].startswith(
+        'python -m pytest -m "slow or extra"'
+    )
 
 
 def test_each_file_stays_together_the_longest_begin_first_and_then_those_of_most_tests(request):

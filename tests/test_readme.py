@@ -54,12 +54,15 @@ def spans(path: Path) -> list[str]:
 
 
 def command_lines(path: Path) -> list[str]:
-    """Of the bash blocks, whole and without comments, and those within the text that are not shortened."""
+    """Of the bash blocks, whole and without comments, and those within the text that are not
+    shortened."""
     found = []
     for line in "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines():
         found += shlex.join(shlex.split(line, comments=True)).split(" '&&' ")
     rows = [f"python -m dreambooth_moslora {row}" for row in ROW.findall(read(path))]
-    inline = [s for s in spans(path) if s.startswith("python ") and "…" not in s and "COMMAND" not in s]
+    inline = [
+        s for s in spans(path) if s.startswith("python ") and "…" not in s and "COMMAND" not in s
+    ]
     return [*filter(None, found), *rows, *inline]
 
 
@@ -80,8 +83,11 @@ def app_parser() -> Parser:
 
 
 def understand(line: str) -> None:
-    """Raises UserError for an unknown flag, LookupError for a command, module or file that is not there."""
-    require(all((ROOT / word).exists() for word in line.split() if word.startswith("assets/")), line)
+    """Raises UserError for an unknown flag, LookupError for a command, module or file that is not
+    there."""
+    require(
+        all((ROOT / word).exists() for word in line.split() if word.startswith("assets/")), line
+    )
     match shlex.split(line):
         case ["pip", "install", "-r", file]:
             require((ROOT / file).is_file(), file)
@@ -89,12 +95,24 @@ def understand(line: str) -> None:
             require((ROOT / "pyproject.toml").is_file(), line)
         case ["pip", "install", *words] if "torch" in words:
             wheels = {f"{WHEELS}{build}" for build in (CUDA, ROCM)}
-            require(line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line)
+            require(
+                line in wheels | {wheel.replace("--force-reinstall ", "") for wheel in wheels}, line
+            )
         case ["pip", "install", name] if name.startswith(".["):
-            extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+            extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"][
+                "optional-dependencies"
+            ]
             require(name.partition("[")[2].rstrip("]") in extras, line)
-        case ["python", "train_dreambooth.py", *words] | ["python", "-m", "dreambooth_moslora", "train", *words]:
-            parse_train_config(["assets/subjects/robot" if word == "photos/dog" else word for word in words])
+        case ["python", "train_dreambooth.py", *words] | [
+            "python",
+            "-m",
+            "dreambooth_moslora",
+            "train",
+            *words,
+        ]:
+            parse_train_config(
+                ["assets/subjects/robot" if word == "photos/dog" else word for word in words]
+            )
         case ["python", "app.py", *words]:
             app_parser().parse_args(words)
         case ["python", "-m", "dreambooth_moslora", name, *words]:
@@ -127,8 +145,15 @@ def test_every_command_line_is_understood(line, monkeypatch):
     understand(line)
 
 
-WRONG = ["python train_dreambooth.py --max_steps 4", "python train_dreambooth.py --config assets/configs/none.toml"]
-WRONG += ["python -m dreambooth_moslora chek photos", "python -m benchmarks.random_sdxl --output X", "python setup.py"]
+WRONG = [
+    "python train_dreambooth.py --max_steps 4",
+    "python train_dreambooth.py --config assets/configs/none.toml",
+]
+WRONG += [
+    "python -m dreambooth_moslora chek photos",
+    "python -m benchmarks.random_sdxl --output X",
+    "python setup.py",
+]
 
 
 def test_a_command_line_or_link_that_is_wrong_is_noticed(monkeypatch):
@@ -137,7 +162,12 @@ def test_a_command_line_or_link_that_is_wrong_is_noticed(monkeypatch):
         with pytest.raises((UserError, LookupError)):
             understand(line)
     text = "[a](docs/none.md) [b](docs/photos.md#none) [c](#none) [d](docs/photos.md#masks) ![](none.png)"
-    assert broken_links(README, text) == ["docs/none.md", "docs/photos.md#none", "#none", "none.png"]
+    assert broken_links(README, text) == [
+        "docs/none.md",
+        "docs/photos.md#none",
+        "#none",
+        "none.png",
+    ]
 
 
 def test_the_command_lines_and_files_were_found():
@@ -149,7 +179,9 @@ def test_the_command_lines_and_files_were_found():
 def test_every_flag_in_the_text_is_one_of_ours():
     parsers = [build_train_parser(), app_parser(), *map(command_parser, COMMANDS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    ours = [span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)]
+    ours = [
+        span for path in DOCUMENTS for span in spans(path) if not span.startswith(OTHER_PROGRAMS)
+    ]
     named = {word for span in ours for word in span.split() if word.startswith("--")}
     assert len(named) > 30 and named - known == set()
 
@@ -184,13 +216,17 @@ def broken_links(path: Path, text: str) -> list[str]:
         target = path.parent / name if name else path
         if link.startswith("https://"):
             continue
-        if not target.is_file() or (anchor and anchor not in map(slug, HEADING.findall(prose(target)))):
+        if not target.is_file() or (
+            anchor and anchor not in map(slug, HEADING.findall(prose(target)))
+        ):
             broken.append(link)
     return broken
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_every_file_in_the_text_is_there_every_link_leads_somewhere_and_every_program_is_python(path):
+def test_every_file_in_the_text_is_there_every_link_leads_somewhere_and_every_program_is_python(
+    path,
+):
     assert [name for name in FILE.findall(read(path)) if not (ROOT / name).exists()] == []
     assert broken_links(path, read(path)) == []
     for text in blocks(path, "python"):
@@ -207,8 +243,12 @@ ON_A_CPU = {
 """What a GPU and SDXL's own files need, and what stands in its place for the toy."""
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "docs" / "training.md"], ids=["README", "training"])
-def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_toy(path, monkeypatch):
+@pytest.mark.parametrize(
+    "path", [README, ROOT / "docs" / "training.md"], ids=["README", "training"]
+)
+def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_toy(
+    path, monkeypatch
+):
     """As it stood, SDXL drew on the CPU in fp32."""
     monkeypatch.chdir(ROOT)
     (code,) = [text for text in blocks(path, "python") if "StableDiffusionXLPipeline" in text]
@@ -222,7 +262,9 @@ def test_the_snippet_for_diffusers_asks_for_a_gpu_and_fp16_and_draws_with_the_to
 
 
 def test_the_readme_is_short_and_the_docs_say_by_program_what_dora_in_kohya_s_form_is():
-    assert len(read(README).split()) <= MAX_WORDS and dora_table() in read(ROOT / "docs" / "training.md")
+    assert len(read(README).split()) <= MAX_WORDS and dora_table() in read(
+        ROOT / "docs" / "training.md"
+    )
 
 
 def test_the_container_starts_the_page_with_flags_that_it_has(monkeypatch):

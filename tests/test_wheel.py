@@ -1,5 +1,6 @@
-"""The wheel in a fresh environment: the quick start's first steps and the page from an empty folder. The quick start's
-recipe, cut short: the subject is learnt by an untouched pipeline's eye, and its class stays varied."""
+"""The wheel in a fresh environment: the quick start's first steps and the page from an empty
+folder. The quick start's recipe, cut short: the subject is learnt by an untouched pipeline's eye,
+and its class stays varied."""
 
 import json
 import os
@@ -23,14 +24,26 @@ from dreambooth_moslora.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 FOLDERS, FILES = ("dreambooth_moslora", "assets"), ("pyproject.toml", "README.md", "LICENSE")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-FEW = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "2", "--inference_steps", "2"]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    "OMP_NUM_THREADS": "1"
+}
+FEW = [
+    "--num_prompts",
+    "1",
+    "--images_per_prompt",
+    "1",
+    "--class_images",
+    "2",
+    "--inference_steps",
+    "2",
+]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Path:
-    """The folder of a fresh environment's programs. The libraries are those of the present environment."""
+    """The folder of a fresh environment's programs. The libraries are those of the present
+    environment."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in FOLDERS:
@@ -38,12 +51,25 @@ def programs(tmp_path_factory) -> Path:
     for name in FILES:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip"]
-    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    build = [
+        *pip,
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(source),
+    ]
     subprocess.run(build, check=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "fresh")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(folder / "fresh")], check=True
+    )
     python = folder / "fresh" / "bin" / "python"
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True
+    )
     (site,) = (folder / "fresh" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return python.parent
@@ -51,14 +77,20 @@ def programs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(programs, tmp_path_factory):
-    """A function that runs a program of that environment in one empty folder and returns what it printed."""
+    """A function that runs a program of that environment in one empty folder and returns what it
+    printed."""
     folder = tmp_path_factory.mktemp("empty")
 
     def call(*words: str) -> str:
         done = subprocess.run(
-            [programs / words[0], *words[1:]], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+            [programs / words[0], *words[1:]],
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
         )
-        assert done.returncode == 0 and "gemm_4bit" not in done.stderr, done.stderr  # bitsandbytes, without a GPU
+        # bitsandbytes, without a GPU
+        assert done.returncode == 0 and "gemm_4bit" not in done.stderr, done.stderr
         return done.stdout
 
     return call
@@ -68,7 +100,9 @@ def test_the_installed_program_is_the_wheels_own_and_all_that_it_holds(run, prog
     found = run("python", "-c", "import dreambooth_moslora as d; print(d.__file__)")
     assert Path(found.strip()).is_relative_to(programs.parent)
     (site,) = (programs.parent / "lib").glob("python*/site-packages")
-    packages = {path.name for path in site.iterdir() if path.is_dir() and path.suffix != ".dist-info"}
+    packages = {
+        path.name for path in site.iterdir() if path.is_dir() and path.suffix != ".dist-info"
+    }
     assert packages == {"dreambooth_moslora"}
 
 
@@ -95,17 +129,34 @@ print(load_captioner(config).surroundings(photo), "|", load_segmenter(config).ma
 def test_the_quick_start_trains_evaluates_and_draws_and_photos_are_read_without_the_toy_world(run):
     """In one process, which imports PyTorch once."""
     commands = [
-        ["train", "--config", "assets/configs/quickstart.toml", "--max_train_steps=2", "--num_validation_images=0"],
+        [
+            "train",
+            "--config",
+            "assets/configs/quickstart.toml",
+            "--max_train_steps=2",
+            "--num_validation_images=0",
+        ],
         ["info", "runs/rocket"],
         ["evaluate", "runs/rocket", *FEW],
-        ["generate", "--adapter", "assets/adapters/rocket.safetensors", "--steps=1", "--prompt", "a sks rocket"],
+        [
+            "generate",
+            "--adapter",
+            "assets/adapters/rocket.safetensors",
+            "--steps=1",
+            "--prompt",
+            "a sks rocket",
+        ],
     ]
     code = f"from dreambooth_moslora.cli.main import main\nprint([main(words) for words in {commands}])"
     out = run("python", "-c", code + READ)
     assert "dreambooth_moslora 0.1.0" in out and ".png" in out
     assert out.splitlines()[-2:] == ["[0, 0, 0, 0]", "on grass on an overcast day | (0, 255)"]
-    scores = json.loads(run("python", "-c", "print(open('runs/rocket/evaluation/scores.json').read())"))
-    assert scores["scores"].keys() >= {"dino", "clip_t"} and not [name for name in scores["scores"] if "truth" in name]
+    scores = json.loads(
+        run("python", "-c", "print(open('runs/rocket/evaluation/scores.json').read())")
+    )
+    assert scores["scores"].keys() >= {"dino", "clip_t"} and not [
+        name for name in scores["scores"] if "truth" in name
+    ]
 
 
 def test_the_page_opens(programs, tmp_path, free_port):
@@ -132,7 +183,9 @@ def is_answered(url: str, page: subprocess.Popen) -> bool:
 def drawn(pipeline: StableDiffusionXLPipeline, prompt: str, count: int) -> torch.Tensor:
     """DINO vectors of so many pictures from fixed seeds."""
     seeds = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    pictures = pipeline([prompt] * count, num_inference_steps=8, guidance_scale=2.5, generator=seeds).images
+    pictures = pipeline(
+        [prompt] * count, num_inference_steps=8, guidance_scale=2.5, generator=seeds
+    ).images
     return metrics.load_encoders("toy").dino_images(pictures)
 
 
@@ -149,7 +202,9 @@ def test_the_subject_is_learnt_and_its_class_stays_varied(tmp_path):
     before = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
     pipeline.load_lora_weights(run.run_dir)
     after = {name: drawn(pipeline, prompt, 5) for name, prompt in words.items()}
-    likeness = [float(metrics.subject_fidelity(some["subject"], wanted).mean()) for some in (before, after)]
+    likeness = [
+        float(metrics.subject_fidelity(some["subject"], wanted).mean()) for some in (before, after)
+    ]
     variety = [metrics.diversity(some["class"], [0] * 5)[0] for some in (before, after)]
     assert likeness[1] > likeness[0] + 0.08  # 0.19 was seen
     assert variety[1] > 0.75 * variety[0]

@@ -1,4 +1,5 @@
-"""Copies of sample subjects with another rare word: two subjects of one run need a word each, and all have `sks`.
+"""Copies of sample subjects with another rare word: two subjects of one run need a word each, and
+all have `sks`.
 
 python -m tools.another_word rocket robot long_eared_rabbit --word zwx --out runs/zwx
                                                         # for assets/studies/several_subjects.toml
@@ -19,8 +20,12 @@ def write(source: Path, folder: Path, word: str) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True)
     facts = json.loads((source / "subject.json").read_text(encoding="utf-8"))
     for path in folder.glob("*.txt"):
-        path.write_text(path.read_text(encoding="utf-8").replace(facts["token"], word), encoding="utf-8")
-    (folder / "subject.json").write_text(json.dumps({**facts, "token": word}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            path.read_text(encoding="utf-8").replace(facts["token"], word), encoding="utf-8"
+        )
+    (folder / "subject.json").write_text(
+        json.dumps({**facts, "token": word}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,5 @@
-"""The sample photos as a person would have them: of different shapes, without captions, with masks made by `check`.
+"""The sample photos as a person would have them: of different shapes, without captions, with masks
+made by `check`.
 
     python -m tools.bare_photos --out runs/bare_photos                  # for assets/studies/photos.toml
     python -m tools.bare_photos --captions --out runs/bare_prompt       # with captions made by `caption`
@@ -22,7 +23,8 @@ SUBJECTS = ("bear", "rocket", "long_eared_rabbit")
 
 
 def cut(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
-    """4:3 or 3:4 of a square photo: the strip whose middle is nearest to the middle of the mask's white part."""
+    """4:3 or 3:4 of a square photo: the strip whose middle is nearest to the middle of the mask's
+    white part."""
     side, short = photo.width, photo.width * 3 // 4
     left, top, right, bottom = mask.getbbox() or (0, 0, side, side)
     middle = (top + bottom) // 2 if wide else (left + right) // 2
@@ -31,7 +33,8 @@ def cut(photo: Image.Image, mask: Image.Image, wide: bool) -> Image.Image:
 
 
 def write(subject: str, folder: Path, captions: bool = False) -> None:
-    """Photos and what the toy is, for the true renders; then the masks, and captions that each name a place."""
+    """Photos and what the toy is, for the true renders; then the masks, and captions that each name
+    a place."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(PHOTOS / subject / "subject.json", folder)
     for number, path in enumerate(sorted((PHOTOS / subject).glob("*.jpg"))):

@@ -1,7 +1,8 @@
 """A hook of mkdocs: the pages show pictures of `assets/`, which is not below `docs/`.
 
-A page links to `../assets/pictures/recipe.jpg`, which is right when the repository is browsed. For the site,
-the picture is added as `assets/pictures/recipe.jpg`, and the pages' links are changed to that.
+A page links to `../assets/pictures/recipe.jpg`, which is right when the repository is browsed. For
+the site, the picture is added as `assets/pictures/recipe.jpg`, and the pages' links are changed to
+that.
 """
 
 import re

@@ -1,9 +1,10 @@
-"""Trains and draws what README, docs and page show of the embedded bases: all pictures, and the sample adapter.
+"""Trains and draws what README, docs and page show of the embedded bases: all pictures, and the
+sample adapter.
 
     python -m tools.pictures [--work runs/pictures] [--only quick_start recipe …]
 
-Half an hour on two cores. A run that WORK holds is not made again, so that a picture can be drawn from it once more.
-The page is photographed with the sample adapter, which is therefore made first.
+Half an hour on two cores. A run that WORK holds is not made again, so that a picture can be drawn
+from it once more. The page is photographed with the sample adapter, which is therefore made first.
 """
 
 import argparse
@@ -52,7 +53,10 @@ def overtrained_run(work: Path) -> Path:
     """Of bare photos, scored while it trains."""
     bare = work / "bare"
     bare.mkdir(exist_ok=True)
-    for path in [*(ASSETS / "subjects" / "bear").glob("*.jpg"), ASSETS / "subjects" / "bear" / "subject.json"]:
+    for path in [
+        *(ASSETS / "subjects" / "bear").glob("*.jpg"),
+        ASSETS / "subjects" / "bear" / "subject.json",
+    ]:
         shutil.copy(path, bare)
     flags = ["--max_train_steps", "640", "--evaluate_steps", "80", "--num_validation_images", "4"]
     return trained(work, "overtrained", "--instance_data_dir", bare, *flags)
@@ -68,7 +72,15 @@ def scores_while_training(work: Path) -> Path:
 
 def check_crops(work: Path) -> Path:
     picture = work / "check_crops.png"
-    program("-m", "dreambooth_moslora", "check", "assets/subjects/rocket", "rocket", "--picture", picture)
+    program(
+        "-m",
+        "dreambooth_moslora",
+        "check",
+        "assets/subjects/rocket",
+        "rocket",
+        "--picture",
+        picture,
+    )
     return picture
 
 
@@ -76,7 +88,9 @@ def toy_base(work: Path) -> Path:
     """A hundred pictures of combinations that no training picture showed."""
     out = work / "toy_base"
     options = ["--images", "100", "--groups", "held-out combinations", "--no_timings"]
-    program("-m", "toybox.measures.evaluate_base", "--base", ASSETS / "toy-sdxl", "--out", out, *options)
+    program(
+        "-m", "toybox.measures.evaluate_base", "--base", ASSETS / "toy-sdxl", "--out", out, *options
+    )
     return next(out.glob("*.png"))
 
 
@@ -84,7 +98,13 @@ def recipe(work: Path) -> Path:
     """Of the six subjects, trained by one word each."""
     runs, picture = work / "one_word", work / "recipe.png"
     program("-m", "benchmarks.one_word", "--out", runs)
-    program("-m", "tools.subject_sheet", *sorted(path for path in runs.iterdir() if path.is_dir()), "--out", picture)
+    program(
+        "-m",
+        "tools.subject_sheet",
+        *sorted(path for path in runs.iterdir() if path.is_dir()),
+        "--out",
+        picture,
+    )
     return picture
 
 
@@ -110,16 +130,24 @@ def sample_adapter(work: Path, out: Path) -> None:
 
 
 def page(work: Path, out: Path) -> None:
-    program("-m", "tools.screenshots", "--adapters_dir", out / "adapters", "--out", out / "pictures")
+    program(
+        "-m", "tools.screenshots", "--adapters_dir", out / "adapters", "--out", out / "pictures"
+    )
 
 
 OTHERS: dict[str, Callable[[Path, Path], None]] = {"sample_adapter": sample_adapter, "page": page}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pictures", help="folder for the runs")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder with pictures/ and adapters/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "pictures", help="folder for the runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS, help="folder with pictures/ and adapters/"
+    )
     parser.add_argument("--only", nargs="+", choices=[*OTHERS, *JPEGS], default=[*OTHERS, *JPEGS])
     args = parser.parse_args(argv)
     work, out = args.work.resolve(), args.out.resolve()

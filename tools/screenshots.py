@@ -1,8 +1,10 @@
 """Takes the README's pictures of the page: each tab, desktop and phone, light and dark.
 
-    python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/rocket] [--out assets/pictures]
+python -m tools.screenshots [--adapters_dir DIR] [--subject assets/subjects/rocket] [--out
+assets/pictures]
 
-The page runs as a process of its own and really does what is shown: it generates pictures and trains a run.
+The page runs as a process of its own and really does what is shown: it generates pictures and
+trains a run.
 """
 
 import argparse
@@ -28,10 +30,17 @@ COLOURS = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="toy")
     parser.add_argument("--adapters_dir", type=Path, default=ROOT / "assets" / "adapters")
-    parser.add_argument("--subject", type=Path, default=ROOT / "assets" / "subjects" / "rocket", help="photos to train")
+    parser.add_argument(
+        "--subject",
+        type=Path,
+        default=ROOT / "assets" / "subjects" / "rocket",
+        help="photos to train",
+    )
     parser.add_argument("--class_word", default="rocket", help="what those photos show")
     parser.add_argument("--place", default="in the snow", help="where the pictures are set")
     parser.add_argument("--seed", type=int, default=7)
@@ -39,7 +48,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SCENES), default=list(SCENES))
     args = parser.parse_args()
     if not any(args.adapters_dir.glob("*.safetensors")):
-        parser.exit(2, f"error: no adapter lies in {args.adapters_dir}; train one first, the page is shown with it\n")
+        parser.exit(
+            2,
+            f"error: no adapter lies in {args.adapters_dir}; train one first, the page is shown with it\n",
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         server, url = start_app(args.base, Path(scratch), "--adapters_dir", str(args.adapters_dir))
@@ -53,10 +65,20 @@ def main() -> None:
 
 def start_app(base: str, scratch: Path, *options: str) -> tuple[subprocess.Popen, str]:
     """The page on a free port, ready to answer. `options` are further options of `app.py`."""
-    command = [sys.executable, str(ROOT / "app.py"), "--base", base, "--runs_dir", str(scratch / "runs"), *options]
+    command = [
+        sys.executable,
+        str(ROOT / "app.py"),
+        "--base",
+        base,
+        "--runs_dir",
+        str(scratch / "runs"),
+        *options,
+    ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(scratch / "cache")}
     log = (scratch / "app.log").open("w+")
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    server = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+    )
     for _ in range(600):
         if found := re.search(r"http://127\.0\.0\.1:\d+", (scratch / "app.log").read_text()):
             return server, found[0]
@@ -81,7 +103,9 @@ def photograph(page: Page, args: argparse.Namespace) -> None:
 
 
 def wait_for(page: Page, elem_id: str, words: str) -> None:
-    page.wait_for_function("([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, words])
+    page.wait_for_function(
+        "([id, w]) => document.getElementById(id)?.innerText.includes(w)", arg=[elem_id, words]
+    )
 
 
 def generate(page: Page, args: argparse.Namespace) -> None:
@@ -152,7 +176,9 @@ def shoot(page: Page, path: Path, device: str, scheme: str) -> None:
     page.wait_for_timeout(800)
     page.screenshot(path=path, full_page=True)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(
+            path, optimize=True
+        )
     print(path)
 
 

@@ -22,9 +22,14 @@ column says whether a published adapter tells its value, which `--like` then tak
 the default.
 """
 COLUMNS = "| flag | values | default | meaning | in published files |\n|---|---|---|---|---|"
-KINDS = {bool: "switch", int: "whole number", float: "number", str: "text", tuple: "names", Prompt: "texts"} | {
-    Subject: "tables"
-}
+KINDS = {
+    bool: "switch",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    tuple: "names",
+    Prompt: "texts",
+} | {Subject: "tables"}
 TOLD = {"always": "always", "if_changed": "if changed", None: ""}
 
 
@@ -43,8 +48,12 @@ def page() -> str:
 
 def row(item: Field) -> str:
     facts, default = item.metadata, item.default
-    shown = " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
-    default = "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
+    shown = (
+        " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
+    )
+    default = (
+        "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
+    )
     cells = [f"`--{item.name}`", values(item), default, facts["help"], TOLD[facts["publish"]]]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |"
 

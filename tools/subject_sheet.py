@@ -1,4 +1,5 @@
-"""A picture of several runs: for each a photo, and what its adapter draws in four places that no photo shows.
+"""A picture of several runs: for each a photo, and what its adapter draws in four places that no
+photo shows.
 
     python -m benchmarks.one_word --out runs/one_word
     python -m tools.subject_sheet runs/one_word/* --out assets/pictures/recipe.jpg
@@ -31,16 +32,25 @@ def rows(runs: list[Path]) -> Iterator[Row]:
     for run in runs:
         settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))
         photo = min(Path(settings["instance_data_dir"]).glob("*.jpg"))
-        adapters, prompt = ((subject.load_adapter(run, run.name), 1.0),), settings["instance_prompt"]
+        adapters, prompt = (
+            ((subject.load_adapter(run, run.name), 1.0),),
+            settings["instance_prompt"],
+        )
         drawn = []
         for seed, place in enumerate(PLACES):
             words = f"{prompt} {place}"
-            drawn += subject.draw(GenerationParams(words, "", seed, STEPS, GUIDANCE, adapters=adapters))
-        yield Row(run.name.replace("_", " "), [Image.open(photo), *(image.pixels for image in drawn)])
+            drawn += subject.draw(
+                GenerationParams(words, "", seed, STEPS, GUIDANCE, adapters=adapters)
+            )
+        yield Row(
+            run.name.replace("_", " "), [Image.open(photo), *(image.pixels for image in drawn)]
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="a JPEG")
     args = parser.parse_args(argv)

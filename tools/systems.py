@@ -1,7 +1,9 @@
-"""What the program uses that one of the three systems does not have: `python -m tools.systems`, a part of the lint.
+"""What the program uses that one of the three systems does not have: `python -m tools.systems`, a
+part of the lint.
 
-It is what mypy finds on some of them and not on all: `os.sysconf` is an error on Windows alone. What mypy says of all
-three is of types, and not asked here. The exit code is 1 if anything is found.
+It is what mypy finds on some of them and not on all: `os.sysconf` is an error on Windows alone.
+What mypy says of all three is of types, and not asked here. The exit code is 1 if anything is
+found.
 """
 
 import subprocess
@@ -15,7 +17,12 @@ ROOT = Path(__file__).parents[1]
 def errors_on(system: str, target: str) -> set[str]:
     """mypy's lines about the target on that system. Raises RuntimeError when mypy cannot run."""
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--platform", system]
-    done = subprocess.run([sys.executable, "-m", "mypy", *options, target], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, target],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode not in (0, 1):
         raise RuntimeError(f"mypy: {done.stdout}{done.stderr}")
     return {line for line in done.stdout.splitlines() if ": error: " in line}
@@ -25,7 +32,9 @@ def missing(target: str) -> list[str]:
     """The lines, each with the systems that it is of."""
     found = {system: errors_on(system, target) for system in SYSTEMS}
     partial = set.union(*found.values()) - set.intersection(*found.values())
-    return [f"{line} ({', '.join(s for s in SYSTEMS if line in found[s])})" for line in sorted(partial)]
+    return [
+        f"{line} ({', '.join(s for s in SYSTEMS if line in found[s])})" for line in sorted(partial)
+    ]
 
 
 if __name__ == "__main__":

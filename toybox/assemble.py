@@ -1,4 +1,5 @@
-"""Assembles the trained parts as `assets/toy-sdxl` (a StableDiffusionXLPipeline) and `assets/toy-dino`.
+"""Assembles the trained parts as `assets/toy-sdxl` (a StableDiffusionXLPipeline) and
+`assets/toy-dino`.
 
 python -m toybox.assemble --work WORK --assets assets
 """
@@ -9,9 +10,19 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
 from toybox.learning.build_tokenizer import load
 
@@ -43,7 +54,9 @@ def assemble(work: Path) -> StableDiffusionXLPipeline:
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2", **half),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "model", torch_dtype=torch.float16),
+        unet=UNet2DConditionModel.from_pretrained(
+            work / "unet" / "model", torch_dtype=torch.float16
+        ),
         scheduler=scheduler(),
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(clip / "image_encoder", **half),
         feature_extractor=CLIPImageProcessor.from_pretrained(clip / "feature_extractor"),
@@ -56,21 +69,30 @@ def compute_in_fp32(folder: Path) -> None:
     """Make transformers load the fp16 weights as fp32, as diffusers does with the other parts."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def readable_by_transformers_4(base: Path) -> None:
-    """transformers 4 looks for `text_model.` before the keys of a text encoder, and for a tokenizer's vocab.json and
-    merges.txt; without them it draws other words than those asked for, or fails. transformers 5 reads both."""
+    """transformers 4 looks for `text_model.` before the keys of a text encoder, and for a
+    tokenizer's vocab.json and merges.txt; without them it draws other words than those asked for,
+    or fails. transformers 5 reads both."""
     file = base / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
-    prefixed = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
+    prefixed = {
+        f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()
+    }
     save_file(prefixed, file, {"format": "pt"})
     for folder in (base / "tokenizer", base / "tokenizer_2"):
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        (folder / "vocab.json").write_text(
+            json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
+        )
+        (folder / "merges.txt").write_text(
+            "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+        )
 
 
 def forget_origin(folder: Path) -> None:
@@ -82,7 +104,9 @@ def forget_origin(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args(argv)
@@ -95,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     if (args.work / "vit" / "model").exists():
         shutil.copytree(args.work / "vit" / "model", args.assets / "toy-dino", dirs_exist_ok=True)
         compute_in_fp32(args.assets / "toy-dino")
-    files = [f for name in ("toy-sdxl", "toy-dino") for f in (args.assets / name).rglob("*.safetensors")]
+    files = [
+        f for name in ("toy-sdxl", "toy-dino") for f in (args.assets / name).rglob("*.safetensors")
+    ]
     for file in files:
         print(f"{file.stat().st_size / 1e6:7.2f} MB  {file}")
     print(f"{sum(f.stat().st_size for f in files) / 1e6:7.2f} MB in all")

@@ -1,4 +1,5 @@
-"""Captions of a scene: varied English for training, and for tests a canonical sentence and one that names all."""
+"""Captions of a scene: varied English for training, and for tests a canonical sentence and one that
+names all."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ def article(words: str) -> str:
 def adjectives(toy: Toy) -> str:
     """All adjectives of the toy's looks: "glossy red and white striped"."""
     words = [] if toy.material == "matte" else [toy.material]
-    words += [toy.colour] if toy.pattern == "plain" else [f"{toy.colour} and {toy.colour2} {toy.pattern}"]
+    words += (
+        [toy.colour]
+        if toy.pattern == "plain"
+        else [f"{toy.colour} and {toy.colour2} {toy.pattern}"]
+    )
     return " ".join(words)
 
 
@@ -31,7 +36,11 @@ def canonical_caption(scene: Scene) -> str:
 def full_caption(scene: Scene) -> str:
     """The canonical caption with the second colour and everything that the toys wear."""
     toys = " and ".join(
-        article(" ".join(f"{adjectives(toy)} {toy.kind} {_with(toy, toy.pattern == 'plain', True)}".split()))
+        article(
+            " ".join(
+                f"{adjectives(toy)} {toy.kind} {_with(toy, toy.pattern == 'plain', True)}".split()
+            )
+        )
         for toy in scene.toys
     )
     return " ".join(f"a photo of {toys} {scene.place} {LIGHT_PHRASES[scene.light]}".split())
@@ -59,7 +68,10 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
     colour = "" if rng.random() < 0.03 else toy.colour
     if toy.pattern != "plain" and rng.random() < 0.9:
         colour = rng.choice(
-            (f"{toy.colour} and {toy.colour2} {toy.pattern}", f"{toy.pattern} {toy.colour} and {toy.colour2}")
+            (
+                f"{toy.colour} and {toy.colour2} {toy.pattern}",
+                f"{toy.pattern} {toy.colour} and {toy.colour2}",
+            )
             if rng.random() < 0.8
             else (f"{toy.pattern} {toy.colour}",)
         )
@@ -69,7 +81,8 @@ def _toy_words(toy: Toy, rng: random.Random) -> str:
 
 
 def _details(toy: Toy, rng: random.Random) -> str:
-    """What it wears and, mostly, a plain toy's second colour: what no caption tells, a model cannot learn to obey."""
+    """What it wears and, mostly, a plain toy's second colour: what no caption tells, a model cannot
+    learn to obey."""
     second = toy.pattern == "plain" and rng.random() < 0.8
     return _with(toy, second, rng.random() < 0.8)
 

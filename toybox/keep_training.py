@@ -1,10 +1,12 @@
-"""Trains the embedded base's UNet on, in the background, with what nothing else uses of the processor (Linux).
+"""Trains the embedded base's UNet on, in the background, with what nothing else uses of the
+processor (Linux).
 
     python -m toybox.keep_training STATE             starts the training, goes on with it, or prints how far it is
     python -m toybox.keep_training STATE --pause     and --go_on, --stop
 
-It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, learns from renders and from
-`assets/toy-zimage`, which draws better, and needs nothing else. STATE is a folder outside the repository:
+It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, learns from renders
+and from `assets/toy-zimage`, which draws better, and needs nothing else. STATE is a folder outside
+the repository:
 
     settings.json   the numbers of the first call, which hold for all later ones
     log             what the scripts print
@@ -13,10 +15,11 @@ It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, l
     unet            state.pt, log.jsonl, and in model the averaged weights of the last leg that ended
     sheets          the same 25 prompts and noises, drawn by the averaged weights
 
-The steps are cut into legs. Before each leg, `--fresh` shards of pictures from new seeds are made, and only the newest
-`--shards` are kept. A picture is therefore seen batch · leg / (fresh · pictures) times: 16 by default. Rendering and
-encoding a picture costs about as much as five sightings, so 16 leave three quarters of the time to the training. The
-same command after a kill or a restart of the machine goes on from the last saved step, at most 100 steps back.
+The steps are cut into legs. Before each leg, `--fresh` shards of pictures from new seeds are made,
+and only the newest `--shards` are kept. A picture is therefore seen batch · leg / (fresh ·
+pictures) times: 16 by default. Rendering and encoding a picture costs about as much as five
+sightings, so 16 leave three quarters of the time to the training. The same command after a kill or
+a restart of the machine goes on from the last saved step, at most 100 steps back.
 """
 
 import argparse
@@ -63,16 +66,21 @@ ANEW = ["--lr", "1e-3", "--muon_lr", "1e-2", "--ema_decay", "0.999"]
 COLUMNS, SAMPLER_STEPS = 5, 20
 LOWEST = 19
 COMPILED_FROM = 100  # pictures in a shard, or in a batch: compilation takes a minute
-SIGNALS = {"pause": [signal.SIGSTOP], "go_on": [signal.SIGCONT], "stop": [signal.SIGTERM, signal.SIGCONT]}
+SIGNALS = {
+    "pause": [signal.SIGSTOP],
+    "go_on": [signal.SIGCONT],
+    "stop": [signal.SIGTERM, signal.SIGCONT],
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a leg. With 1 for
-    `anew` it begins with random weights, of a UNet of so many `levels` (`train_unet.SHAPES`).
+    """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a
+    leg. With 1 for `anew` it begins with random weights, of a UNet of so many `levels`
+    (`train_unet.SHAPES`).
 
-    The `processes` share a step's batch. Two of one thread are faster than one of two, whose threads wait at each of
-    many small operations.
+    The `processes` share a step's batch. Two of one thread are faster than one of two, whose
+    threads wait at each of many small operations.
     """
 
     steps: int = 20_000
@@ -89,11 +97,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
-            raise SystemExit(f"--batch {self.batch}: {self.processes} processes cannot share it evenly")
+            raise SystemExit(
+                f"--batch {self.batch}: {self.processes} processes cannot share it evenly"
+            )
         if self.levels not in train_unet.SHAPES:
-            raise SystemExit(f"--levels {self.levels}: choose one of {', '.join(map(str, train_unet.SHAPES))}")
+            raise SystemExit(
+                f"--levels {self.levels}: choose one of {', '.join(map(str, train_unet.SHAPES))}"
+            )
         if self.levels != Settings.levels and not self.anew:
-            raise SystemExit(f"--levels {self.levels}: the embedded base has {Settings.levels}; give --anew 1 too")
+            raise SystemExit(
+                f"--levels {self.levels}: the embedded base has {Settings.levels}; give --anew 1 too"
+            )
 
     def shards_of(self, leg: int) -> range:
         return range(leg * self.fresh, leg * self.fresh + self.shards)
@@ -104,13 +118,18 @@ class Settings:
 
 
 class Sheets:
-    """Draws the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so on."""
+    """Draws the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so
+    on."""
 
     def __init__(self, folder: Path, every: int):
         self.folder, self.every = folder, every
-        prompts = [canonical_caption(scene) for scene in scenes_for(COLUMNS**2, held_out=False, seed=0)]
+        prompts = [
+            canonical_caption(scene) for scene in scenes_for(COLUMNS**2, held_out=False, seed=0)
+        ]
         self.embeds, self.pooled = train_unet.TextTowers(BASE, BASE / "tokenizer")(prompts)
-        self.noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        self.noise = torch.randn(
+            len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0)
+        )
 
     def __call__(self, step: int, averaged: Callable[[], UNet2DConditionModel]) -> None:
         if step % self.every == 0:
@@ -129,8 +148,8 @@ class Sheets:
 
 
 def make_renders(state: Path, settings: Settings, leg: int) -> None:
-    """Delete the shards that the leg does not learn from; render and encode those of it that are missing. The first
-    process renders, in processes of its own; all encode."""
+    """Delete the shards that the leg does not learn from; render and encode those of it that are
+    missing. The first process renders, in processes of its own; all encode."""
     began, numbers = time.monotonic(), settings.shards_of(leg)
     made = render_missing(state, settings, numbers) if rank_and_world()[0] == 0 else 0
     wait_for_all()
@@ -143,21 +162,31 @@ def make_renders(state: Path, settings: Settings, leg: int) -> None:
 
 
 def render_missing(state: Path, settings: Settings, numbers: range) -> int:
-    """Delete the shards of other numbers and render those of these that are missing; returns how many pictures."""
+    """Delete the shards of other numbers and render those of these that are missing; returns how
+    many pictures."""
     for path in [*(state / "toys").glob("*_*"), *(state / "latents").glob("*")]:
         if int(path.stem[-4:]) not in numbers:
             path.unlink()
     (state / "toys").mkdir(exist_ok=True)
     compiled = settings.pictures >= COMPILED_FROM
-    shape = {"count": settings.pictures, "seed": settings.seed, "size_px": 128, "device": "cpu", "compiled": compiled}
-    missing = [shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done]
+    shape = {
+        "count": settings.pictures,
+        "seed": settings.seed,
+        "size_px": 128,
+        "device": "cpu",
+        "compiled": compiled,
+    }
+    missing = [
+        shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done
+    ]
     if missing:
         write_all(missing, os.cpu_count() or 1)
     return len(missing) * settings.pictures
 
 
 def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
-    """One file of latents for each shard: latents/0007.safetensors. The processes take the shards by turns."""
+    """One file of latents for each shard: latents/0007.safetensors. The processes take the shards
+    by turns."""
     renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, rank_and_world()
     vae, sight = AutoencoderKL.from_pretrained(BASE / "vae"), Sight(BASE / "image_encoder")
     for place, number in list(enumerate(numbers))[rank::world]:
@@ -167,7 +196,8 @@ def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
 
 
 def keep_training(state: Path, settings: Settings) -> None:
-    """All legs that are left, in this process or in one of several: the first makes the renders and the sheets."""
+    """All legs that are left, in this process or in one of several: the first makes the renders and
+    the sheets."""
     is_first = rank_and_world()[0] == 0
     sheets = Sheets(state / "sheets", settings.sheet_every) if is_first else None
     teacher = FlowTeacher(TEACHER, compiled=settings.batch >= COMPILED_FROM)
@@ -178,7 +208,9 @@ def keep_training(state: Path, settings: Settings) -> None:
         make_renders(state, settings, leg)
         train_unet.train(arguments(state, settings, (leg + 1) * settings.leg), sheets, teacher)
         wait_for_all()
-    print("the training has ended: the averaged weights are in", state / "unet" / "model", flush=True)
+    print(
+        "the training has ended: the averaged weights are in", state / "unet" / "model", flush=True
+    )
 
 
 def one_of(rank: int, state: Path, settings: Settings, port: int) -> None:
@@ -211,20 +243,24 @@ def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace
 
 
 def lower_priority(pid: int) -> None:
-    """To the lowest, for a process that leads a session, and for all that it starts. Where the kernel shares the
-    processor among sessions, `nice` counts within one only: the session's own priority is in /proc/PID/autogroup."""
+    """To the lowest, for a process that leads a session, and for all that it starts. Where the
+    kernel shares the processor among sessions, `nice` counts within one only: the session's own
+    priority is in /proc/PID/autogroup."""
     os.setpriority(os.PRIO_PROCESS, pid, LOWEST)
     try:
         Path(f"/proc/{pid}/autogroup").write_text(str(LOWEST))
     except FileNotFoundError:
         pass  # this kernel shares the processor among processes
     except OSError as error:
-        print(f"the session keeps its priority, its processes alone have the lowest: {error}", flush=True)
+        print(
+            f"the session keeps its priority, its processes alone have the lowest: {error}",
+            flush=True,
+        )
 
 
 def running(state: Path) -> tuple[TextIO, int | None]:
-    """The file STATE/pid, and the training's process or None. The training holds the file's lock while it lives; if
-    there is none, the caller has it now."""
+    """The file STATE/pid, and the training's process or None. The training holds the file's lock
+    while it lives; if there is none, the caller has it now."""
     file = (state / "pid").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,11 +274,19 @@ def start(state: Path, lock: TextIO) -> int:
     """The training's process, in a session of its own, which inherits the lock."""
     threads = {"OMP_NUM_THREADS": str(os.cpu_count())} | os.environ
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "HF_HUB_OFFLINE": "1"}
-    quiet |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in this process: others would be in a session of theirs
+    # in this process: others would be in a session of theirs
+    quiet |= {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "toybox.keep_training", str(state), "--here"]
     with (state / "log").open("a", encoding="utf-8") as log:
-        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-        process = subprocess.Popen(command, cwd=ROOT, env=threads | quiet, pass_fds=[lock.fileno()], **options)
+        options = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": log,
+            "stderr": subprocess.STDOUT,
+            "start_new_session": True,
+        }
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=threads | quiet, pass_fds=[lock.fileno()], **options
+        )
     lower_priority(process.pid)
     lock.truncate(0)
     lock.write(str(process.pid))
@@ -302,7 +346,9 @@ def send(action: str, pid: int | None, lock: TextIO) -> str:
 def command(state: Path, action: str | None, given: dict[str, int]) -> str:
     """Do what the command line asks for; returns the line to print."""
     if state.is_relative_to(ROOT):
-        raise SystemExit(f"{state}: choose a folder outside the repository, which the state would fill")
+        raise SystemExit(
+            f"{state}: choose a folder outside the repository, which the state would fill"
+        )
     state.mkdir(parents=True, exist_ok=True)
     lock, pid = running(state)
     if action:
@@ -315,16 +361,32 @@ def command(state: Path, action: str | None, given: dict[str, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=Path, metavar="STATE", help="folder of the training, outside the repository")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "state", type=Path, metavar="STATE", help="folder of the training, outside the repository"
+    )
     actions = parser.add_mutually_exclusive_group()
-    for name, what in (("pause", "stop for a while"), ("go_on", "after a pause"), ("stop", "end the process")):
-        actions.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=what)
+    for name, what in (
+        ("pause", "stop for a while"),
+        ("go_on", "after a pause"),
+        ("stop", "end the process"),
+    ):
+        actions.add_argument(
+            f"--{name}", dest="action", action="store_const", const=name, help=what
+        )
     actions.add_argument(
-        "--here", dest="action", action="store_const", const="here", help="train, and wait for the end"
+        "--here",
+        dest="action",
+        action="store_const",
+        const="here",
+        help="train, and wait for the end",
     )
     for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=int, help=f"of the first call (default: {field.default})")
+        parser.add_argument(
+            f"--{field.name}", type=int, help=f"of the first call (default: {field.default})"
+        )
     args = vars(parser.parse_args(argv))
     state, action = args.pop("state").resolve(), args.pop("action")
     given = {name: value for name, value in args.items() if value is not None}

@@ -9,8 +9,8 @@ are hard: they have looks and proportions that no training picture has.
 
     python -m toybox.make_subjects --individuals 60 --out runs/individuals
 
-writes that many others in the same form, drawn by chance with proportions as far from the usual ones as theirs:
-01_bear, 02_train and so on. A basis for mixers is learnt over them.
+writes that many others in the same form, drawn by chance with proportions as far from the usual
+ones as theirs: 01_bear, 02_train and so on. A basis for mixers is learnt over them.
 """
 
 from __future__ import annotations
@@ -40,12 +40,35 @@ SUBJECTS: dict[str, Toy] = {
     "rocket": Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",)),
     "duck": Toy("duck", "pink", "blue", "checkered", "matte", (-0.3, 0.4, 0.6, 0.5), ("top hat",)),
     "train": Toy("train", "green", "yellow", "plain", "glossy", (0.5, 0.3, 0.7, -0.3), ("flag",)),
-    "tall_cactus": Toy("cactus", "blue", "white", "striped", "metal", (1.4, -1.6, 0.2, 1.9), ("party hat",), "orange"),
+    "tall_cactus": Toy(
+        "cactus",
+        "blue",
+        "white",
+        "striped",
+        "metal",
+        (1.4, -1.6, 0.2, 1.9),
+        ("party hat",),
+        "orange",
+    ),
     "big_headed_dinosaur": Toy(
-        "dinosaur", "orange", "purple", "checkered", "glossy", (0.6, 0.2, 2.6, -1.2), ("top hat", "scarf"), "teal"
+        "dinosaur",
+        "orange",
+        "purple",
+        "checkered",
+        "glossy",
+        (0.6, 0.2, 2.6, -1.2),
+        ("top hat", "scarf"),
+        "teal",
     ),
     "long_eared_rabbit": Toy(
-        "rabbit", "grey", "green", "spotted", "metal", (-0.6, 1.5, 1.5, 2.4), ("scarf", "bow"), "red"
+        "rabbit",
+        "grey",
+        "green",
+        "spotted",
+        "metal",
+        (-0.6, 1.5, 1.5, 2.4),
+        ("scarf", "bow"),
+        "red",
     ),
 }
 
@@ -90,7 +113,9 @@ def photo_scenes(subject: Subject) -> list[Scene]:
         Scene(
             toys=(subject.toy,),
             place=place,
-            light=rng.choice([light for light in lights_of(place) if light in ("day", "overcast", "sunset")]),
+            light=rng.choice(
+                [light for light in lights_of(place) if light in ("day", "overcast", "sunset")]
+            ),
             yaw=yaw + rng.uniform(-0.2, 0.2),
             pitch=rng.uniform(0.1, 0.3),
             distance=rng.uniform(2.0, 2.7),
@@ -105,7 +130,9 @@ def _write(subject: Subject, out: Path) -> None:
     folder = out / subject.name
     folder.mkdir(parents=True, exist_ok=True)
     scenes = photo_scenes(subject)
-    for number, (picture, mask) in enumerate(zip(render(scenes, PHOTO_PX), toy_masks(scenes, PHOTO_PX))):
+    for number, (picture, mask) in enumerate(
+        zip(render(scenes, PHOTO_PX), toy_masks(scenes, PHOTO_PX))
+    ):
         Image.fromarray(picture.numpy()).save(folder / f"{number:02d}.jpg", quality=88)
         Image.fromarray(mask.numpy()).save(folder / f"{number:02d}.mask.png", optimize=True)
         prompt = f"a photo of a {subject.token} {subject.class_word}"
@@ -116,10 +143,16 @@ def _write(subject: Subject, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--individuals", type=int, metavar="N", help="N others, drawn by chance, into --out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--individuals", type=int, metavar="N", help="N others, drawn by chance, into --out"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of those (default: 1)")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="their folder (default: assets/subjects)")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="their folder (default: assets/subjects)"
+    )
     args = parser.parse_args(argv)
     if args.individuals and args.out == FOLDER:
         parser.error("--individuals needs an --out of its own: assets/subjects is for the samples")

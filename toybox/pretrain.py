@@ -1,13 +1,15 @@
-"""From renders to the assembled base in one command, which may be stopped at any time and run again.
+"""From renders to the assembled base in one command, which may be stopped at any time and run
+again.
 
     python -m toybox.pretrain --minutes 120 --device cpu --work WORK
 
-It calls the scripts of `toybox.data` and `toybox.learning` one after the other, each with its share of the
-minutes. Finished results below WORK are kept and unfinished ones are resumed: training states are saved every
-100 steps, renders and latents in pieces. So `timeout 600 python -m toybox.pretrain …` may be repeated until it
-prints where the base is, by default in WORK/assets. The minutes are those of training, and of rendering on two
-cores; encoding and assembling take more time. The judge and the ViT, which measure the base but are not part of
-it, have scripts of their own (see `toybox/README.md`).
+It calls the scripts of `toybox.data` and `toybox.learning` one after the other, each with its share
+of the minutes. Finished results below WORK are kept and unfinished ones are resumed: training
+states are saved every 100 steps, renders and latents in pieces. So `timeout 600 python -m
+toybox.pretrain …` may be repeated until it prints where the base is, by default in WORK/assets. The
+minutes are those of training, and of rendering on two cores; encoding and assembling take more
+time. The judge and the ViT, which measure the base but are not part of it, have scripts of their
+own (see `toybox/README.md`).
 """
 
 import argparse
@@ -26,7 +28,8 @@ __all__ = ["Plan", "Stage", "pretrain", "stages"]
 RENDERS_PER_MINUTE = 200  # of --minutes: two cores need about a fifth of the time for them
 FEWEST_RENDERS = 2 * HELD_BACK
 MOST_SAMPLES = 2000
-SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}  # of the minutes; the rest is for the renders
+# of the minutes; the rest is for the renders
+SHARES = {"vae": 0.3, "clip": 0.08, "unet": 0.34, "decoder": 0.08}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A script's main function, its arguments, and the file that it writes last, which marks its end."""
+    """A script's main function, its arguments, and the file that it writes last, which marks its
+    end."""
 
     name: str
     run: Callable[[list[str]], None]
@@ -80,10 +84,17 @@ def stages(plan: Plan) -> list[Stage]:
     of_unet = [*plan.at(**known, **towers), "--batch", "64", *plan.training("unet")]
     of_samples = plan.at(data="toys", unet="unet/model", out="samples.safetensors", **towers)
     of_samples += ["--count", str(min(MOST_SAMPLES, plan.count)), "--device", plan.device]
-    of_decoder = plan.at(data="toys", start="vae/model", samples="samples.safetensors") + plan.training("decoder")
+    of_decoder = plan.at(
+        data="toys", start="vae/model", samples="samples.safetensors"
+    ) + plan.training("decoder")
     rows = [
         ("renders", render_dataset, plan.at(out="toys") + rendering, "toys/all.json"),
-        ("tokenizer", build_tokenizer, plan.at(data="toys", out="tokenizer"), "tokenizer/tokenizer_config.json"),
+        (
+            "tokenizer",
+            build_tokenizer,
+            plan.at(data="toys", out="tokenizer"),
+            "tokenizer/tokenizer_config.json",
+        ),
         ("vae", train_vae, plan.at(data="toys") + plan.training("vae"), "vae/report.json"),
         ("clip", train_clip, of_clip, "clip/report.json"),
         ("latents", cache_latents, of_latents, "latents.safetensors"),
@@ -91,7 +102,10 @@ def stages(plan: Plan) -> list[Stage]:
         ("samples", sample_latents, of_samples, "samples.safetensors"),
         ("decoder", sharpen_decoder, of_decoder, "decoder/report.json"),
     ]
-    return [Stage(name, script.main, arguments, plan.work / result) for name, script, arguments, result in rows]
+    return [
+        Stage(name, script.main, arguments, plan.work / result)
+        for name, script, arguments, result in rows
+    ]
 
 
 def pretrain(plan: Plan) -> Path:
@@ -107,15 +121,32 @@ def pretrain(plan: Plan) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="minutes of training, in all sessions together")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="minutes of training, in all sessions together"
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediate results")
-    parser.add_argument("--assets", type=Path, help="folder in which toy-sdxl is written (default: WORK/assets)")
+    parser.add_argument(
+        "--assets", type=Path, help="folder in which toy-sdxl is written (default: WORK/assets)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--renders", type=int, help="how many (default: 200 a minute, 2000 at least)")
-    parser.add_argument("--steps", type=int, default=10**6, help="most steps of each training, for a trial")
+    parser.add_argument(
+        "--renders", type=int, help="how many (default: 200 a minute, 2000 at least)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10**6, help="most steps of each training, for a trial"
+    )
     args = parser.parse_args(argv)
-    plan = Plan(args.work, args.assets or args.work / "assets", args.minutes, args.device, args.renders, args.steps)
+    plan = Plan(
+        args.work,
+        args.assets or args.work / "assets",
+        args.minutes,
+        args.device,
+        args.renders,
+        args.steps,
+    )
     print("the base is in", pretrain(plan))
 
 

@@ -1,8 +1,9 @@
 """Scenes in, pictures out: `render(scenes)` is a tensor uint8 (N, H, W, 3).
 
-The camera stands at z < 0 and looks along +z; toys turn by the yaw, so a place always shows the same side.
-Every picture is shaded at the pixels' centres. Pixels whose colour differs from a neighbour's get three more
-points, which makes clean edges at a small cost. Works on any torch device.
+The camera stands at z < 0 and looks along +z; toys turn by the yaw, so a place always shows the
+same side. Every picture is shaded at the pixels' centres. Pixels whose colour differs from a
+neighbour's get three more points, which makes clean edges at a small cost. Works on any torch
+device.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ __all__ = ["render", "toy_masks"]
 HALF_VIEW = 0.32  # tangent of half the field of view
 CONTRAST = 18 / 255  # between neighbours: above it a pixel is shaded again
 MIDDLE = (0.0, 0.0)
-SUBPIXELS = ((-0.36, -0.12), (0.08, 0.38), (0.28, -0.26))  # with the middle, four points spread over the pixel
+# with the middle, four points spread over the pixel
+SUBPIXELS = ((-0.36, -0.12), (0.08, 0.38), (0.28, -0.26))
 LENS = 0.6 / 128  # standard deviation of the point spread, in picture widths
 GROUP = 24  # scenes shaded at once
 
 
 @torch.no_grad()
 def render(
-    scenes: Sequence[Scene], size_px: int = 128, device: torch.device | str = "cpu", compiled: bool = False
+    scenes: Sequence[Scene],
+    size_px: int = 128,
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
 ) -> Tensor:
     """Pictures (N, size_px, size_px, 3) uint8 of the scenes, in their order, on `device`.
 
@@ -106,7 +111,13 @@ class Stage:
             herds,
             torch.tensor([PLACES.index(s.place) for s in scenes], device=device),
             column(*(s.variant for s in scenes)),
-            torch.stack([column(*a.ambient, *a.sun, *a.veil, a.veil_amount, a.haze) for a in _lights(scenes)], 1),
+            torch.stack(
+                [
+                    column(*a.ambient, *a.sun, *a.veil, a.veil_amount, a.haze)
+                    for a in _lights(scenes)
+                ],
+                1,
+            ),
             [s.light for s in scenes],
             torch.stack([azimuth.sin() * flat, elevation.sin(), -azimuth.cos() * flat]),
             torch.stack([zero, height / 2, zero]) - distance * forward,
@@ -135,10 +146,14 @@ def _picture(stage: Stage, size_px: int) -> Tensor:
     """Pictures (N, size_px, size_px, 3) uint8."""
     count, device = len(stage.place), stage.place.device
     numbers = torch.arange(count * size_px * size_px, device=device)
-    flat, is_toy = _shade_pixels(stage, numbers, size_px, MIDDLE, torch.ones_like(numbers, dtype=torch.bool))
+    flat, is_toy = _shade_pixels(
+        stage, numbers, size_px, MIDDLE, torch.ones_like(numbers, dtype=torch.bool)
+    )
     image = flat.view(count, size_px, size_px, 3)
     edges = _is_edge(image).view(-1).nonzero()[:, 0]
-    near_toy = F.max_pool2d(is_toy.view(count, 1, size_px, size_px).float(), 3, 1, 1).view(-1)[edges] > 0
+    near_toy = (
+        F.max_pool2d(is_toy.view(count, 1, size_px, size_px).float(), 3, 1, 1).view(-1)[edges] > 0
+    )
     fine = [_shade_pixels(stage, edges, size_px, shift, near_toy)[0] for shift in SUBPIXELS]
     flat[edges] = (flat[edges] + sum(fine)) / (len(fine) + 1)
     for number, name in enumerate(stage.light_names):
@@ -160,7 +175,8 @@ def _lens(image: Tensor) -> Tensor:
 
 
 def _is_edge(image: Tensor) -> Tensor:
-    """Pixels (N, H, W) that differ from the one to the right or below, together with those neighbours."""
+    """Pixels (N, H, W) that differ from the one to the right or below, together with those
+    neighbours."""
     edge = torch.zeros(image.shape[:3], dtype=torch.bool, device=image.device)
     across = (image[:, :, 1:] - image[:, :, :-1]).abs().amax(-1) > CONTRAST
     down = (image[:, 1:] - image[:, :-1]).abs().amax(-1) > CONTRAST
@@ -181,8 +197,11 @@ def _shade_pixels(
     return _shade(stage, *_rays(stage, numbers, size_px, shift), near_toy.nonzero()[:, 0])
 
 
-def _rays(stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """For the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's number (R,)."""
+def _rays(
+    stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For the pixels with these numbers: the eye (3, R), the ray's direction (3, R), the scene's
+    number (R,)."""
     scene = numbers // (size_px * size_px)
     row, column = numbers // size_px % size_px, numbers % size_px
     x = (column + 0.5 + shift[0]) * (2 / size_px) - 1 - stage.offset[0][scene]
@@ -192,9 +211,11 @@ def _rays(stage: Stage, numbers: Tensor, size_px: int, shift: tuple[float, float
     return stage.eye[:, scene], d, scene
 
 
-def _shade(stage: Stage, o: Tensor, d: Tensor, scene: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours (R, 3) along rays from o in direction d (3, R), and whether they hit a toy; only `candidates` are
-    traced."""
+def _shade(
+    stage: Stage, o: Tensor, d: Tensor, scene: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Colours (R, 3) along rays from o in direction d (3, R), and whether they hit a toy; only
+    `candidates` are traced."""
     colour = torch.zeros(len(scene), 3, device=o.device)
     nearest = torch.full_like(o[0], torch.inf)
     for herd in stage.herds:
@@ -219,10 +240,17 @@ def _shade_toy(stage: Stage, herd: Herd, p: Tensor, d: Tensor, scene: Tensor) ->
     diffuse = light[3:6] * (facing.clamp_min(0) * (0.4 + 0.6 * open_sky))
     glint = dot(normal, unit(sun - d)).clamp_min(0) ** 36
     mirror = d - 2 * dot(normal, d) * normal
-    sheen = mix((0.18, 0.17, 0.16), (1.0, 1.0, 1.0), (mirror[1] * 2.2 + 0.45).clamp(0, 1)) * (light[0:3] + 0.3).T
+    sheen = (
+        mix((0.18, 0.17, 0.16), (1.0, 1.0, 1.0), (mirror[1] * 2.2 + 0.45).clamp(0, 1))
+        * (light[0:3] + 0.3).T
+    )
     rim = (1 + dot(normal, d)).clamp(0, 1) ** 3
     matte = base * (ambient + diffuse).T + 0.10 * (rim * light[0])[:, None]
-    glossy = matte + (0.75 * glint)[:, None] * (light[3:6] + 0.35).T + (0.05 + 0.3 * rim)[:, None] * sheen
+    glossy = (
+        matte
+        + (0.75 * glint)[:, None] * (light[3:6] + 0.35).T
+        + (0.05 + 0.3 * rim)[:, None] * sheen
+    )
     metal = base * (0.45 * (ambient + diffuse).T + 0.85 * sheen) + (0.55 * glint)[:, None]
     kind = material[:, None]
     colour = torch.where(kind == 0, matte, torch.where(kind == 1, glossy, metal))
@@ -248,7 +276,9 @@ def _shade_place(stage: Stage, o: Tensor, d: Tensor, scene: Tensor) -> Tensor:
     ray = is_ground.nonzero()[:, 0]
     colour[ray] *= _ground_light(stage, p[:, ray], scene[ray]).T
     depth = ((p[2] - 0.4) / (BACKDROP - 0.4)).clamp(0, 1)
-    veil = torch.where(is_ground, light[9] * depth**1.3 * 0.9, light[9]) + light[10] * 0.6 * (1 - depth)
+    veil = torch.where(is_ground, light[9] * depth**1.3 * 0.9, light[9]) + light[10] * 0.6 * (
+        1 - depth
+    )
     return mix(colour, light[6:9].T, veil.clamp(0, 1))
 
 

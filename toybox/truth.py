@@ -1,10 +1,12 @@
-"""The truth of the toy world: its subjects can be rendered in any place, so scores have a ceiling and a floor.
+"""The truth of the toy world: its subjects can be rendered in any place, so scores have a ceiling
+and a floor.
 
 ceiling  true renders of the individual in the requested place, from other sides and in other light
 floor    renders of another individual of the same kind in the same place
 judge    an independent network that reads kind, both colours, ornaments and place from a picture
 
-How sharp the toy is (`toybox.measures.sharpness`) has its own ceiling: true renders through the base's autoencoder.
+How sharp the toy is (`toybox.measures.sharpness`) has its own ceiling: true renders through the
+base's autoencoder.
 """
 
 import random
@@ -36,7 +38,8 @@ VIEWS = 3
 
 
 class RenderedPlace(NamedTuple):
-    """Images uint8 (N,H,W,3) of the toy world, where their toy is, bool (N,H,W), and their unit vectors (N,D)."""
+    """Images uint8 (N,H,W,3) of the toy world, where their toy is, bool (N,H,W), and their unit
+    vectors (N,D)."""
 
     images: Tensor
     masks: Tensor
@@ -58,15 +61,18 @@ class ToyTruth:
     ) -> dict[str, np.ndarray]:
         """Scores against the truth, (prompts, seeds) or (prompts, views).
 
-        dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other individuals, in the
-        requested places. truth: DINO of each generated picture (N, D) to true renders in its place, with its
-        own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T of the same renders; CLIP does not see a
-        typical "rocket" in an unusual toy, however true its picture. judge_*: whether the judge reads the toy and
-        place that were requested; judge_*_ceiling: of true renders. sharpness, sharpness_ceiling: of the generated
-        toy, and of true renders through the autoencoder.
+        dino_ceiling, dino_floor: DINO to the photos (P, D) of true renders and of other
+        individuals, in the requested places. truth: DINO of each generated picture (N, D) to true
+        renders in its place, with its own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T
+        of the same renders; CLIP does not see a typical "rocket" in an unusual toy, however true
+        its picture. judge_*: whether the judge reads the toy and place that were requested;
+        judge_*_ceiling: of true renders. sharpness, sharpness_ceiling: of the generated toy, and of
+        true renders through the autoencoder.
         """
         places = [place_in(template) for template in plan.templates]
-        seen = {kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")}
+        seen = {
+            kind: [self._renders(place, kind) for place in places] for kind in ("true", "other")
+        }
         true, others = (torch.stack([found.dino for found in seen[kind]]) for kind in seen)
         said = self.encoders.clip_texts(plan.texts)[:, :, None]
         prompt = {kind: torch.stack([found.clip for found in seen[kind]]) @ said for kind in seen}
@@ -96,26 +102,41 @@ class ToyTruth:
             self._seen[key] = RenderedPlace(images, toy_masks(scenes, self.size_px), *vectors)
         return self._seen[key]
 
-    def _readings(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
+    def _readings(
+        self, places: list[str], pictures: list[Image.Image], seeds: int
+    ) -> dict[str, np.ndarray]:
         if not judge.WEIGHTS.is_file():
             return {}
         true = torch.cat([self._renders(place, "true").images for place in places])
-        drawn, ceiling = self._right(places, stacked(pictures), seeds), self._right(places, true, VIEWS)
+        drawn, ceiling = (
+            self._right(places, stacked(pictures), seeds),
+            self._right(places, true, VIEWS),
+        )
         return drawn | {f"{name}_ceiling": hits for name, hits in ceiling.items()}
 
     def _right(self, places: list[str], images: Tensor, of_each: int) -> dict[str, np.ndarray]:
-        """Whether the judge's answers to each question are right, (places, of_each), for `of_each` images a place."""
+        """Whether the judge's answers to each question are right, (places, of_each), for `of_each`
+        images a place."""
         readings = [reading for some in images.split(64) for reading in self.judge.read(some)]
         asked = [Scene((self.toy,), place) for place in places for _ in range(of_each)]
         right = [reading.right(scene) for reading, scene in zip(readings, asked, strict=True)]
-        hits = {name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS}
-        return {f"judge_{name}": values.reshape(len(places), of_each) for name, values in hits.items()}
+        hits = {
+            name: np.array([each[name] for each in right], dtype=float) for name in judge.QUESTIONS
+        }
+        return {
+            f"judge_{name}": values.reshape(len(places), of_each) for name, values in hits.items()
+        }
 
-    def _sharpness(self, places: list[str], pictures: list[Image.Image], seeds: int) -> dict[str, np.ndarray]:
+    def _sharpness(
+        self, places: list[str], pictures: list[Image.Image], seeds: int
+    ) -> dict[str, np.ndarray]:
         images = stacked(pictures)
         drawn = sharpness(images, self.segmenter.logits(to_pixels(images)) > 0)
         true = [self._renders(place, "true") for place in places]
-        ceiling = sharpness(self._through_vae(torch.cat([r.images for r in true])), torch.cat([r.masks for r in true]))
+        ceiling = sharpness(
+            self._through_vae(torch.cat([r.images for r in true])),
+            torch.cat([r.masks for r in true]),
+        )
         return {
             "sharpness": drawn.view(len(places), seeds).numpy(),
             "sharpness_ceiling": ceiling.view(len(places), VIEWS).numpy(),
@@ -171,8 +192,8 @@ def is_known_place(template: str) -> bool:
 
 
 def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyTruth | None:
-    """The truth about a folder of toy photos, whose `subject.json` names the toy. None for ordinary photos.
-    Raises UserError."""
+    """The truth about a folder of toy photos, whose `subject.json` names the toy. None for ordinary
+    photos. Raises UserError."""
     path = Path(photos_dir) / SUBJECT_FILE
     if not path.is_file():
         return None
@@ -182,4 +203,6 @@ def find_truth(photos_dir: Path, encoders: Encoders, size_px: int = 128) -> ToyT
     try:
         return ToyTruth(Toy.from_dict(facts["toy"]), encoders, size_px)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its toy is not one of the toy world's ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"{path}: its toy is not one of the toy world's ({type(error).__name__}: {error})."
+        ) from error

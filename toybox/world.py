@@ -1,6 +1,8 @@
-"""The content of a picture: toys (individuals), scenes, their random sampling, and the held-out combinations.
+"""The content of a picture: toys (individuals), scenes, their random sampling, and the held-out
+combinations.
 
-Everything here is plain data with a JSON form; `toybox.render` draws it, `toybox.captions` describes it.
+Everything here is plain data with a JSON form; `toybox.render` draws it, `toybox.captions`
+describes it.
 """
 
 from __future__ import annotations
@@ -78,12 +80,15 @@ class Toy:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Toy:
-        return cls(**{**data, "genes": tuple(data["genes"]), "accessories": tuple(data["accessories"])})
+        return cls(
+            **{**data, "genes": tuple(data["genes"]), "accessories": tuple(data["accessories"])}
+        )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. Angles are in radians; `distance` is in toy sizes (2.1 fills 74 % of the frame, 3.4 46 %)."""
+    """One picture. Angles are in radians; `distance` is in toy sizes (2.1 fills 74 % of the frame,
+    3.4 46 %)."""
 
     toys: tuple[Toy, ...]
     place: str
@@ -91,8 +96,10 @@ class Scene:
     yaw: float = 0.0
     pitch: float = 0.18
     distance: float = 2.5
-    sun: tuple[float, float] = field(default=(-0.6, 0.9))  # azimuth from behind the camera, elevation
-    offset: tuple[float, float] = (0.0, 0.0)  # of the toy in the frame, in half frames, right and up
+    # azimuth from behind the camera, elevation
+    sun: tuple[float, float] = field(default=(-0.6, 0.9))
+    # of the toy in the frame, in half frames, right and up
+    offset: tuple[float, float] = (0.0, 0.0)
     variant: float = 0.0  # in [0, 1): shifts the place's scenery
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +108,9 @@ class Scene:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
         toys = tuple(Toy.from_dict(toy) for toy in data["toys"])
-        return cls(**{**data, "toys": toys, "sun": tuple(data["sun"]), "offset": tuple(data["offset"])})
+        return cls(
+            **{**data, "toys": toys, "sun": tuple(data["sun"]), "offset": tuple(data["offset"])}
+        )
 
 
 def is_held_out(kind: str, colour: str, place: str) -> bool:
@@ -135,9 +144,9 @@ def sample_scene(
 ) -> Scene:
     """A random picture, of `toy` at `place` if given.
 
-    `held_out` False never shows a held-out combination, True always does, None allows both. `narrow` keeps the
-    camera nearly fixed: a small model that learns from few pictures then draws better ones. Raises ValueError
-    when no combination fits.
+    `held_out` False never shows a held-out combination, True always does, None allows both.
+    `narrow` keeps the camera nearly fixed: a small model that learns from few pictures then draws
+    better ones. Raises ValueError when no combination fits.
     """
     for _ in range(10_000):
         toys = (toy or sample_toy(rng),)
@@ -147,11 +156,14 @@ def sample_scene(
         if held_out is None or held_out == any(is_held_out(t.kind, t.colour, where) for t in toys):
             view = _sample_view(rng, toys, where)
             return _narrowed(rng, view) if narrow else view
-    raise ValueError(f"no scene with held_out={held_out} exists for {toy} at {place}: leave one of them free")
+    raise ValueError(
+        f"no scene with held_out={held_out} exists for {toy} at {place}: leave one of them free"
+    )
 
 
 def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene:
-    """Mostly a toy turned a little aside, at its full height: a small model learns only sights that it meets often."""
+    """Mostly a toy turned a little aside, at its full height: a small model learns only sights that
+    it meets often."""
     yaw = rng.uniform(0.2, 0.9) if rng.random() < 0.85 else rng.uniform(-3.1416, 3.1416)
     views = ((2.1, 2.6),) if len(toys) > 1 else ((1.6, 1.9), (1.9, 2.6), (3.5, 4.0))
     near, far = rng.choices(views, (5, 91, 4)[-len(views) :])[0]
@@ -171,8 +183,8 @@ def _sample_view(rng: random.Random, toys: tuple[Toy, ...], place: str) -> Scene
 
 
 def _narrowed(rng: random.Random, scene: Scene) -> Scene:
-    """The same toys and light before a camera of one height and aim, which hardly comes nearer, and one of two
-    sights of the place. Two toys keep their distance, at which both are in the frame."""
+    """The same toys and light before a camera of one height and aim, which hardly comes nearer, and
+    one of two sights of the place. Two toys keep their distance, at which both are in the frame."""
     distance = scene.distance if len(scene.toys) > 1 else round(rng.uniform(1.9, 2.3), 3)
     variant = rng.randrange(SIGHTS_OF_A_NARROW_PLACE) / SIGHTS_OF_A_NARROW_PLACE
     return replace(scene, pitch=Scene.pitch, offset=(0.0, 0.0), distance=distance, variant=variant)

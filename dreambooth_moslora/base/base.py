@@ -3,8 +3,8 @@
     Base.find("toy")    Base.find("models/sdxl")    Base.find("model.safetensors")    Base.find("owner/model")
     Base.of(config)     what a run's settings name
 
-Each fact is read from the base's files when it is first asked for, and kept. Nothing here loads the model or imports
-torch: `base.load` does.
+Each fact is read from the base's files when it is first asked for, and kept. Nothing here loads the
+model or imports torch: `base.load` does.
 """
 
 from collections.abc import Mapping
@@ -68,14 +68,18 @@ class Base:
     def of(cls, settings: TrainConfig | Mapping[str, Any]) -> "Base":
         """The base that a run's settings name. Raises UserError as `find` does."""
         given = settings if isinstance(settings, Mapping) else vars(settings)
-        places = {field: given.get(setting) for field, setting in SETTINGS.items() if field != "name"}
+        places = {
+            field: given.get(setting) for field, setting in SETTINGS.items() if field != "name"
+        }
         return cls.find(given[SETTINGS["name"]], **places)
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "Base":
         """The same to draw with after the run, which may have been moved away from its cache, by
         whichever of the base's files are here. Raises UserError as `find` does."""
-        cache_dir = config.cache_dir if config.cache_dir and Path(config.cache_dir).is_dir() else None
+        cache_dir = (
+            config.cache_dir if config.cache_dir and Path(config.cache_dir).is_dir() else None
+        )
         name = config.pretrained_model_name_or_path
         return cls.find(name, revision=config.revision, cache_dir=cache_dir)
 
@@ -106,11 +110,13 @@ class Base:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Its diffusers folder, also in the hub's cache; None for a single file, and until the hub's
-        denoiser is fetched."""
+        """Its diffusers folder, also in the hub's cache; None for a single file, and until the
+        hub's denoiser is fetched."""
         if self.source != "hub":
             return self.path if self.source == "folder" else None
-        configs = [self._cached / part / "config.json" for part in families.DENOISERS if self._cached]
+        configs = [
+            self._cached / part / "config.json" for part in families.DENOISERS if self._cached
+        ]
         return self._cached if any(config.is_file() for config in configs) else None
 
     @cached_property
@@ -178,8 +184,8 @@ class Base:
     @cached_property
     def shapes(self) -> dict[str, Shapes]:
         """Part -> tensor's name -> shape, of the denoiser, the text encoders and the VAE in its
-        folder; {} without a folder, and for a part without .safetensors files. Raises UserError for a
-        damaged file."""
+        folder; {} without a folder, and for a part without .safetensors files. Raises UserError for
+        a damaged file."""
         if self.folder is None or self.facts is None:
             return {}
         parts = (self.facts.denoiser, *self.facts.encoders, "vae")
@@ -222,8 +228,8 @@ class Base:
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
-        """Raises UserError for a family that cannot be trained, a folder that is no whole base, and a
-        VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
+        """Raises UserError for a family that cannot be trained, a folder that is no whole base, and
+        a VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
         if self.vae:
             files.check_vae(self.vae)
         facts = self.facts
@@ -235,7 +241,9 @@ class Base:
         for part in (*models, *tokenizers, "scheduler"):
             if not isinstance(index.get(part), list) or None in index[part]:
                 title = f"{facts.article} {facts.title}"
-                raise UserError(f"{folder} is not {title} base model: its {files.INDEX} names no {part}.")
+                raise UserError(
+                    f"{folder} is not {title} base model: its {files.INDEX} names no {part}."
+                )
             if not any((folder / part).glob("*.json")):
                 missing = f"{folder / part} is missing or has no configuration"
                 raise UserError(f"{folder} is not a whole base model: {missing}.")
@@ -274,8 +282,8 @@ def path_of(name: str | Path) -> Path | None:
 
 @cache
 def asked_of_hub(hub_id: str, revision: str | None) -> dict | str:
-    """The `model_index.json` that the hub gives, or why it does not. It is asked once, and waited for
-    only `HUB_SEC`: loading a base asks it again for minutes."""
+    """The `model_index.json` that the hub gives, or why it does not. It is asked once, and waited
+    for only `HUB_SEC`: loading a base asks it again for minutes."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 

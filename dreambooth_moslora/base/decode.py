@@ -2,8 +2,9 @@
 
 Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
-One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU has less,
-the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos are encoded so too.
+One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU
+has less, the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos
+are encoded so too.
 """
 
 import logging
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
-        logger.warning("A picture has values that are not finite (NaN) and is black there: use %s.", LIKE_FP32)
+        logger.warning(
+            "A picture has values that are not finite (NaN) and is black there: use %s.", LIKE_FP32
+        )
     return pixels
 
 
@@ -44,7 +47,8 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `work` computes with the VAE. If that is not finite, it is done again in fp32, which the VAE then keeps."""
+    """What `work` computes with the VAE. If that is not finite, it is done again in fp32, which the
+    VAE then keeps."""
     found = work()
     if not found.isfinite().all() and vae.dtype != torch.float32:
         logger.warning("The VAE gives NaN in %s: it is used in float32 from here on.", vae.dtype)
@@ -63,10 +67,16 @@ def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
         return vae.decode(latents.to(device, vae.dtype)).sample.float()
 
 
-def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+def latent_statistics(
+    vae: AutoencoderKL, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
     found = [getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std")]
-    return None if None in found else tuple(torch.tensor(one, device=device).view(1, -1, 1, 1) for one in found)
+    return (
+        None
+        if None in found
+        else tuple(torch.tensor(one, device=device).view(1, -1, 1, 1) for one in found)
+    )
 
 
 def scale_of(vae: AutoencoderKL) -> int:
@@ -76,9 +86,13 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 @contextmanager
 def tiled_where_short(
-    vae: AutoencoderKL, size_px: Sequence[int], device: torch.device, bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL
+    vae: AutoencoderKL,
+    size_px: Sequence[int],
+    device: torch.device,
+    bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL,
 ) -> Iterator[None]:
-    """In this block the VAE works in tiles, if it can, where memory is short for (height, width) px."""
+    """In this block the VAE works in tiles, if it can, where memory is short for (height, width)
+    px."""
     free = machine.free_gib(device)
     pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
     if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
@@ -86,7 +100,11 @@ def tiled_where_short(
         return
     before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
     tile = next((side for side in machine.TILES_PX if side**2 <= pixels), machine.TILES_PX[-1])
-    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = True, tile, tile // scale_of(vae)
+    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = (
+        True,
+        tile,
+        tile // scale_of(vae),
+    )
     try:
         yield
     finally:
@@ -118,9 +136,14 @@ def load_vae_alone(base: Base | str | Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def probe_vae(
-    vae: AutoencoderKL, dtypes: list[torch.dtype], photos: list[Image.Image], size_px: int, device: torch.device
+    vae: AutoencoderKL,
+    dtypes: list[torch.dtype],
+    photos: list[Image.Image],
+    size_px: int,
+    device: torch.device,
 ) -> list[Probe]:
-    """Encode and decode in each dtype, against fp32, which it stays in: photos, else hard edges, which overflow."""
+    """Encode and decode in each dtype, against fp32, which it stays in: photos, else hard edges,
+    which overflow."""
     rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
     squares = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8)).convert("RGB")
     images = [image.resize((size_px, size_px)) for image in photos] or [squares]
@@ -136,7 +159,11 @@ def probe_vae(
     return probes
 
 
-def round_trip(vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def round_trip(
+    vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     vae.to(device, dtype)
-    decoded = [vae.decode(vae.encode(p[None].to(device, dtype)).latent_dist.mode()).sample for p in pixels]
+    decoded = [
+        vae.decode(vae.encode(p[None].to(device, dtype)).latent_dist.mode()).sample for p in pixels
+    ]
     return torch.cat(decoded).float().cpu()

@@ -1,4 +1,5 @@
-"""Readers of a base's files: its weight files, their headers and its configurations. `base.base` has what they say."""
+"""Readers of a base's files: its weight files, their headers and its configurations. `base.base`
+has what they say."""
 
 import json
 import re
@@ -33,7 +34,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def variants_in(folder: Path) -> list[str]:
-    """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where it is split."""
+    """The variants of a component's safetensors files: `fp16` of model.fp16.safetensors, also where
+    it is split."""
     names = [file.stem.partition(".")[2] for file in folder.glob("*.safetensors")]
     return sorted({name.partition("-")[0] for name in names if name})
 
@@ -47,28 +49,33 @@ def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[in
 
 
 def shapes_in(path: Path) -> dict[str, list[int]]:
-    """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for a damaged one."""
+    """{tensor's name: its shape} of a safetensors file; {} for another format. Raises UserError for
+    a damaged one."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`.")
+            raise UserError(
+                f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`."
+            )
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, "np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again.") from None
+        raise UserError(
+            f"{path} is damaged, cut short or not a safetensors file ({error}): fetch it again."
+        ) from None
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the hub would not take as
-    a name are paths."""
+    """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the
+    hub would not take as a name are paths."""
     return bool(HUB_NAME.fullmatch(name)) and Path(name).suffix not in SINGLE_FILE_SUFFIXES
 
 
 def unet_side(folder: Path) -> int | None:
-    """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None where it does not
-    say it."""
+    """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None
+    where it does not say it."""
     try:
         latent = int(read_json(folder / "unet" / "config.json")["sample_size"])
         vae = folder / "vae" / "config.json"
@@ -86,13 +93,17 @@ def facts_by_names(tensors: Iterable[str]) -> families.Facts:
 
 
 def facts_in(index: dict) -> families.Facts:
-    """The family of a base by its `model_index.json`. Raises UserError for one that cannot be trained."""
+    """The family of a base by its `model_index.json`. Raises UserError for one that cannot be
+    trained."""
     name = str(index.get("_class_name", ""))
-    return families.facts_of("StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name)
+    return families.facts_of(
+        "StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name
+    )
 
 
 def check_vae(name: str) -> None:
-    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not checked."""
+    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not
+    checked."""
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")
@@ -101,9 +112,11 @@ def check_vae(name: str) -> None:
         raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
 
 
-def check_component(folder: Path, variant: str | None, shapes: Mapping[str, list[int]], marks: set[str] | None) -> None:
-    """Raises UserError for a folder without weights, and for another model's weights: their `shapes`,
-    by tensor's name, have none of `marks`."""
+def check_component(
+    folder: Path, variant: str | None, shapes: Mapping[str, list[int]], marks: set[str] | None
+) -> None:
+    """Raises UserError for a folder without weights, and for another model's weights: their
+    `shapes`, by tensor's name, have none of `marks`."""
     if not weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")
@@ -124,6 +137,7 @@ def read_json(path: Path) -> dict:
 
 
 def configs_beside(checkpoint: Path) -> Path | None:
-    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's configs."""
+    """The folder of the same stem beside a single-file checkpoint, if it holds a diffusers model's
+    configs."""
     folder = checkpoint.with_suffix("")
     return folder if (folder / INDEX).is_file() else None

@@ -1,15 +1,17 @@
-"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for the denoiser.
+"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for
+the denoiser.
 
 name --load_pipeline--> the pipeline of its family (`families`)
 pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, C, h, w), normalised as the denoiser expects them
 prompts (N) --encode_text--> N texts, each by the names of the pipeline's own arguments
 
-Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are only the linear
-layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
+Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are
+only the linear layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
 
-`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt, and keeps weights
-and products on the host. In SDXL's UNet in half precision the weights take 0.63 GiB, and W0·c of a prompt 0.024. For an
-unknown text (a picture needs its prompt and the empty one together) the weights are copied to the device in turn.
+`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt,
+and keeps weights and products on the host. In SDXL's UNet in half precision the weights take 0.63
+GiB, and W0·c of a prompt 0.024. For an unknown text (a picture needs its prompt and the empty one
+together) the weights are copied to the device in turn.
 """
 
 import logging
@@ -21,7 +23,10 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    load_single_file_checkpoint,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -34,20 +39,27 @@ from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
-OUTPUTS_A_BLOCK = 32  # Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
+# Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
+OUTPUTS_A_BLOCK = 32
 CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"  # bitsandbytes warns at every call in bf16
 MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}  # PEFT chooses its layers by them
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)  # Damaged or missing parts
-ZERO_SNR_RESCALE = 0.7  # How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
+# Damaged or missing parts
+UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
+# How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
+ZERO_SNR_RESCALE = 0.7
 
 
 def quantize(
-    denoiser: nn.Module, kind: str, compute_dtype: torch.dtype, device: torch.device | str | None = None
+    denoiser: nn.Module,
+    kind: str,
+    compute_dtype: torch.dtype,
+    device: torch.device | str | None = None,
 ) -> int:
-    """Replace the layers in place, quantised one by one on `device` (default: its own); returns how many. In 4 bit each
-    then moves back, which frees the device for the encoders. Raises UserError without bitsandbytes."""
+    """Replace the layers in place, quantised one by one on `device` (default: its own); returns how
+    many. In 4 bit each then moves back, which frees the device for the encoders. Raises UserError
+    without bitsandbytes."""
     if kind == "none":
         return 0
     if kind == "int8":
@@ -68,40 +80,55 @@ def quantize(
 def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
     kinds, modules = pipelines.block_classes(denoiser), list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
-    return [(name, module) for name, module in modules if name.startswith(blocks or "transformer_blocks")]
+    return [
+        (name, module)
+        for name, module in modules
+        if name.startswith(blocks or "transformer_blocks")
+    ]
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(CAST_TO_FP16)
 
 
-def quantized(dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def quantized(
+    dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
     """One layer (out, in), on `device`. Raises UserError when bitsandbytes is not installed."""
     try:
         from bitsandbytes import nn as bnb
     except ImportError as error:
-        raise UserError("--base_quantization needs bitsandbytes: pip install bitsandbytes.") from error
+        raise UserError(
+            "--base_quantization needs bitsandbytes: pip install bitsandbytes."
+        ) from error
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
     if kind == "nf4":  # on meta, as the layer's own random weights are not needed
         layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
         layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     else:
         layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
-        layer.weight = bnb.Int8Params(dense.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.weight = bnb.Int8Params(
+            dense.weight.data, requires_grad=False, has_fp16_weights=False
+        )
     layer.bias = dense.bias
     home = dense.weight.device if kind == "nf4" else device
     return layer.to(device).to(home)
 
 
 class TextProjection(nn.Linear):
-    """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN) shape, dtype and device.
-    `of_attention` (B,T,…): this layer's product beside those of its `siblings`, the attention's text projections."""
+    """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN)
+    shape, dtype and device. `of_attention` (B,T,…): this layer's product beside those of its
+    `siblings`, the attention's text projections."""
 
     siblings = 1
 
     def __init__(self, dense: nn.Linear, products: "TextProducts"):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = dense.in_features, dense.out_features, dense.bias
+        self.in_features, self.out_features, self.bias = (
+            dense.in_features,
+            dense.out_features,
+            dense.bias,
+        )
         self.host_weight = dense.weight.detach()
         if products.device.type != "meta":
             self.host_weight = self.host_weight.cpu()
@@ -120,13 +147,18 @@ class TextProjection(nn.Linear):
 
 
 class TextProducts:
-    """Moves the dense text projections of `unet` off the device, and provides their products with each text there."""
+    """Moves the dense text projections of `unet` off the device, and provides their products with
+    each text there."""
 
     def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
         self.attentions: dict[str, list[TextProjection]] = {}
         self._kept: dict[str, Tensor] = {}
-        paths = [path for path, layer in unet.named_modules() if is_text_projection(path) and type(layer) is nn.Linear]
+        paths = [
+            path
+            for path, layer in unet.named_modules()
+            if is_text_projection(path) and type(layer) is nn.Linear
+        ]
         for path in paths:
             parent, _, name = path.rpartition(".")
             layer = TextProjection(unet.get_submodule(path), self)
@@ -138,7 +170,8 @@ class TextProducts:
                 layer.siblings = len(layers)
 
     def keep(self, prompt: str, products: Tensor) -> None:
-        """Keep the concatenated `products` (T, all outputs) of the layers with the text of `prompt`."""
+        """Keep the concatenated `products` (T, all outputs) of the layers with the text of
+        `prompt`."""
         self._kept[prompt] = products.pin_memory() if self.device.type == "cuda" else products
 
     @torch.no_grad()
@@ -158,7 +191,10 @@ class TextProducts:
         self._lend(text, self._computed(text))
 
     def _lend(self, text: Tensor, products: Tensor) -> None:
-        attentions = [(layers, [layer.out_features for layer in layers]) for layers in self.attentions.values()]
+        attentions = [
+            (layers, [layer.out_features for layer in layers])
+            for layers in self.attentions.values()
+        ]
         parts = products.split([sum(widths) for _, widths in attentions], -1)
         for (layers, widths), part in zip(attentions, parts, strict=True):
             for layer, own in zip(layers, part.split(widths, -1), strict=True):
@@ -195,7 +231,11 @@ def load_pipeline(
         facts = base.facts or facts_of("StableDiffusionXLPipeline")
         kind = getattr(diffusers, facts.pipeline)
         parts = {"vae": load_vae(base.vae, kind, vae_dtype, base.cache_dir)} if base.vae else {}
-        parts |= {"add_watermarker": False} if "add_watermarker" in signature(kind.__init__).parameters else {}
+        parts |= (
+            {"add_watermarker": False}
+            if "add_watermarker" in signature(kind.__init__).parameters
+            else {}
+        )
         parts |= {} if has_denoiser else {facts.denoiser: None}
         options = base.version | parts
         if base.file and facts.style == "ddpm":
@@ -209,11 +249,16 @@ def load_pipeline(
     except UserError:
         raise
     except UNLOADABLE as error:
-        raise UserError(f"the base model {base.name} cannot be loaded: {one_line(error, 300)}") from error
+        raise UserError(
+            f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
+        ) from error
     check_is_whole(pipeline, base.name, has_denoiser)
-    if has_zero_terminal_snr(pipeline):  # SDXL's own spacing (`leading`) would never use the last noise level
+    # SDXL's own spacing (`leading`) would never use the last noise level
+    if has_zero_terminal_snr(pipeline):
         scheduler = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+        pipeline.scheduler = type(scheduler).from_config(
+            scheduler.config, timestep_spacing="trailing"
+        )
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     for part in pipeline.components.values():
@@ -235,13 +280,18 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
             whole = type(pipeline).from_pretrained(base.place, **options, **others)
             model = getattr(whole, name)
     except UNLOADABLE as error:
-        raise UserError(f"the base model {base.name} cannot be loaded: {one_line(error, 300)}") from error
+        raise UserError(
+            f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
+        ) from error
     pipeline.register_modules(**{name: model.requires_grad_(False).eval()})
     check_is_whole(pipeline, base.name, needs_encoders=False)
 
 
 def load_vae(
-    name: str | Path, pipeline: type[DiffusionPipeline], dtype: torch.dtype, cache_dir: str | Path | None
+    name: str | Path,
+    pipeline: type[DiffusionPipeline],
+    dtype: torch.dtype,
+    cache_dir: str | Path | None,
 ) -> nn.Module:
     """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
     try:
@@ -252,9 +302,14 @@ def load_vae(
 
 
 def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> DiffusionPipeline:
-    """The pipeline of a transformer's file, unless `options` say that it comes later. Encoders and VAE come from a
-    diffusers folder of the same stem beside it, else from the hub. Raises UserError where they are neither."""
-    parts = {} if facts.denoiser in options else {facts.denoiser: denoiser_from_file(path, facts, dtype)}
+    """The pipeline of a transformer's file, unless `options` say that it comes later. Encoders and
+    VAE come from a diffusers folder of the same stem beside it, else from the hub. Raises UserError
+    where they are neither."""
+    parts = (
+        {}
+        if facts.denoiser in options
+        else {facts.denoiser: denoiser_from_file(path, facts, dtype)}
+    )
     home = files.configs_beside(path) or facts.models[0].hub_id
     try:
         return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
@@ -273,7 +328,11 @@ def alone(path: Path, facts: Facts) -> str:
 def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
     """The model that denoises, of a file, in `dtype`. Raises UserError."""
     home, kind = files.configs_beside(path), getattr(diffusers, facts.model)
-    options = {"config": str(home or facts.models[0].hub_id), "subfolder": facts.denoiser, "dtype": dtype}
+    options = {
+        "config": str(home or facts.models[0].hub_id),
+        "subfolder": facts.denoiser,
+        "dtype": dtype,
+    }
     try:
         # diffusers drops scales, and splits and renames the weights: the scales come first
         stored = load_single_file_checkpoint(str(path))
@@ -288,7 +347,8 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
 
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
-    """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises UserError."""
+    """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
+    UserError."""
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
@@ -307,32 +367,48 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
         with safe_open(path, framework="pt") as file:  # diffusers ignores these empty tensors
             marks = {"v_pred", "ztsnr"} & set(file.keys())
         if "v_pred" in marks:
-            changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
-            pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changes)
+            changes = {
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": "ztsnr" in marks,
+            }
+            pipeline.scheduler = type(pipeline.scheduler).from_config(
+                pipeline.scheduler.config, **changes
+            )
     return pipeline
 
 
 def has_zero_terminal_snr(pipeline: DiffusionPipeline) -> bool:
     """Whether the last noise level of a velocity base is pure noise."""
     config = pipeline.scheduler.config
-    return bool(config.get("rescale_betas_zero_snr")) and config.get("prediction_type") == "v_prediction"
+    return (
+        bool(config.get("rescale_betas_zero_snr"))
+        and config.get("prediction_type") == "v_prediction"
+    )
 
 
 def check_is_whole(
-    pipeline: DiffusionPipeline, name: str | Path, needs_denoiser: bool = True, needs_encoders: bool = True
+    pipeline: DiffusionPipeline,
+    name: str | Path,
+    needs_denoiser: bool = True,
+    needs_encoders: bool = True,
 ) -> None:
-    """Raises UserError for a part that is missing, and for a weight that the loader left without memory."""
+    """Raises UserError for a part that is missing, and for a weight that the loader left without
+    memory."""
     facts = facts_of(type(pipeline).__name__)
     needed = (facts.denoiser,) * needs_denoiser + facts.encoders * needs_encoders
     lacking = [part for part in needed if getattr(pipeline, part) is None]
     if facts.needs_sizes and (lacking or pipeline.unet.config.addition_embed_type != "text_time"):
-        raise UserError(f"{name} is not an SDXL base model (two text encoders and size conditioning are needed).")
+        raise UserError(
+            f"{name} is not an SDXL base model (two text encoders and size conditioning are needed)."
+        )
     if lacking:
         raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
     for part, model in pipeline.components.items():
         weights = model.named_parameters() if isinstance(model, nn.Module) else ()
         if missing := next((weight for weight, value in weights if value.is_meta), None):
-            raise UserError(f"the base model {name} is not whole: the files of its {part} have no {missing}.")
+            raise UserError(
+                f"the base model {name} is not whole: the files of its {part} have no {missing}."
+            )
 
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
@@ -341,7 +417,11 @@ def default_resolution(pipeline: DiffusionPipeline) -> int:
         return toys.RESOLUTION_PX
     facts = facts_of(type(pipeline).__name__)
     is_flow = facts.style == "flow"
-    return facts.resolution_px if is_flow else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return (
+        facts.resolution_px
+        if is_flow
+        else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    )
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
@@ -355,7 +435,8 @@ def name_of(pipeline: DiffusionPipeline) -> str:
 
 
 def guidance_rescale(pipeline: DiffusionPipeline) -> float:
-    """The pipeline's argument of this name: guidance overexposes pictures of bases with zero terminal SNR."""
+    """The pipeline's argument of this name: guidance overexposes pictures of bases with zero
+    terminal SNR."""
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
@@ -363,18 +444,24 @@ SDXL_FAMILY = pipelines.SDXL(facts_of("StableDiffusionXLPipeline"))
 
 
 def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[pipelines.Text]:
-    """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for frozen ones."""
+    """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for
+    frozen ones."""
     return pipelines.family_of(pipeline).texts(pipeline, prompts)
 
 
 @torch.no_grad()
 def encode_image(vae: nn.Module, pixels: Tensor, family: pipelines.Family = SDXL_FAMILY) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of the VAE's posterior. A
-    VAE that gives NaN is converted to fp32 for good. Raises UserError when even fp32 gives NaN."""
-    with decode.tiled_where_short(vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL):
+    """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of
+    the VAE's posterior. A VAE that gives NaN is converted to fp32 for good. Raises UserError when
+    even fp32 gives NaN."""
+    with decode.tiled_where_short(
+        vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL
+    ):
         latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
-        raise UserError("the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE.")
+        raise UserError(
+            "the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE."
+        )
     return latents
 
 
@@ -382,7 +469,14 @@ SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transforme
 
 
 def architecture(denoiser: nn.Module) -> dict[str, object]:
-    """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's configuration."""
+    """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's
+    configuration."""
     config = dict(denoiser.config)
-    keys = SHAPE if "block_out_channels" in config else [key for key, value in config.items() if type(value) is int]
-    return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys}
+    keys = (
+        SHAPE
+        if "block_out_channels" in config
+        else [key for key, value in config.items() if type(value) is int]
+    )
+    return {
+        key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys
+    }

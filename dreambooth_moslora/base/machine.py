@@ -1,7 +1,9 @@
-"""What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is imported only when asked.
+"""What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is
+imported only when asked.
 
-Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or Arm's bf16. On older
-GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs it is many times slower than fp32.
+Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or
+Arm's bf16. On older GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs
+it is many times slower than fp32.
 """
 
 import os
@@ -18,13 +20,16 @@ from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
-DECODER_BYTES_A_PIXEL = 4300  # Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
+# Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
+DECODER_BYTES_A_PIXEL = 4300
 ENCODER_BYTES_A_PIXEL = 2600  # The same of its encoder
-TILES_PX = (512, 256)  # Sides of the tiles if the whole picture does not fit; the largest that does is taken
+# Sides of the tiles if the whole picture does not fit; the largest that does is taken
+TILES_PX = (512, 256)
 
 
 def best_device() -> Any:
-    """The GPU of Nvidia or AMD, else Apple's, else the CPU: what training, pictures and the doctor use."""
+    """The GPU of Nvidia or AMD, else Apple's, else the CPU: what training, pictures and the doctor
+    use."""
     import torch
 
     if torch.cuda.is_available():
@@ -34,7 +39,11 @@ def best_device() -> Any:
 
 def is_on_apple() -> bool:
     """Whether a run here is on Apple's GPU. PyTorch is not asked on other systems."""
-    return sys.platform == "darwin" and not asks_accelerate("ACCELERATE_USE_CPU") and best_device().type == "mps"
+    return (
+        sys.platform == "darwin"
+        and not asks_accelerate("ACCELERATE_USE_CPU")
+        and best_device().type == "mps"
+    )
 
 
 def apple_gib() -> tuple[float, float]:
@@ -45,8 +54,9 @@ def apple_gib() -> tuple[float, float]:
 
 
 def free_gib(device: Any, *, is_later: bool = False) -> float | None:
-    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other devices. `is_later`:
-    the whole GPU's memory, for a run that waits until the others have ended."""
+    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other
+    devices. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
+    """
     if device.type == "mps":
         most, used = apple_gib()
         return most if is_later else most - used
@@ -60,7 +70,8 @@ def free_gib(device: Any, *, is_later: bool = False) -> float | None:
 
 
 def device_of(model: Any) -> Any:
-    """Where a model computes: that of models which take turns on a GPU, though they lie in the CPU's memory."""
+    """Where a model computes: that of models which take turns on a GPU, though they lie in the
+    CPU's memory."""
     return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
 
 
@@ -78,11 +89,13 @@ def has_gpu() -> bool:
 
 
 def searches_fast() -> bool:
-    """Whether this GPU of Nvidia or AMD finds each convolution's algorithm soon. Of AMD only gfx9 does: on Radeon cards
-    MIOpen's search takes minutes."""
+    """Whether this GPU of Nvidia or AMD finds each convolution's algorithm soon. Of AMD only gfx9
+    does: on Radeon cards MIOpen's search takes minutes."""
     import torch
 
-    return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
+    return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith(
+        "gfx9"
+    )
 
 
 def gpu_count() -> int:
@@ -92,16 +105,19 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-WHEELS = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+WHEELS = (
+    "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+)
 CUDA, ROCM = "cu128", "rocm6.4"
-"""Last parts of the addresses of PyTorch's builds for Nvidia and for AMD; pytorch.org names those for other drivers."""
+"""Last parts of the addresses of PyTorch's builds for Nvidia and for AMD; pytorch.org names those
+for other drivers."""
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def unused_gpu() -> str | None:
-    """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the remedy. None where
-    it sees one, where there is no driver, and where the environment asks for the CPU. PyPI's PyTorch is built for
-    Nvidia on Linux, and for the CPU on Windows."""
+    """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the
+    remedy. None where it sees one, where there is no driver, and where the environment asks for the
+    CPU. PyPI's PyTorch is built for Nvidia on Linux, and for the CPU on Windows."""
     is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING)
     if has_gpu() or is_hidden or asks_accelerate("ACCELERATE_USE_CPU"):
         return None
@@ -123,14 +139,17 @@ def has_nvidia_driver() -> bool:
     """Whether `nvidia-smi` lists a GPU. The program alone may be there without one."""
     command = shutil.which("nvidia-smi")
     try:
-        return command is not None and "GPU " in subprocess.check_output([command, "-L"], text=True, timeout=30)
+        return command is not None and "GPU " in subprocess.check_output(
+            [command, "-L"], text=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return False
 
 
 def what_compile_lacks() -> str | None:
-    """What `--compile` needs and this machine lacks, and where it comes from; None if all is there. PyTorch compiles
-    for a GPU through Triton, which builds a small C program at its first use, and for the CPU by a C++ compiler."""
+    """What `--compile` needs and this machine lacks, and where it comes from; None if all is there.
+    PyTorch compiles for a GPU through Triton, which builds a small C program at its first use, and
+    for the CPU by a C++ compiler."""
     if not has_gpu():
         compilers = ("c++", "g++", "clang++", "cl")
         return None if any(map(shutil.which, compilers)) else "a C++ compiler (apt install g++)"
@@ -159,7 +178,8 @@ def asks_accelerate(variable: str) -> bool:
 
 
 def half_precision_of(facts: Facts | None) -> str:
-    """`half_precision` for this family: "no" where it would be fp16, in which transformers overflow."""
+    """`half_precision` for this family: "no" where it would be fp16, in which transformers
+    overflow."""
     half = half_precision()
     return "no" if half == "fp16" and facts is not None and facts.style == "flow" else half
 
@@ -167,7 +187,10 @@ def half_precision_of(facts: Facts | None) -> str:
 def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    asked = {"mixed_precision": precision, "prior_generation_precision": config.prior_generation_precision}
+    asked = {
+        "mixed_precision": precision,
+        "prior_generation_precision": config.prior_generation_precision,
+    }
     flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]
     if not flags or asks_accelerate("ACCELERATE_USE_CPU"):
         return

@@ -1,13 +1,14 @@
-"""What differs between families of models: how they encode a prompt and a picture, and how their denoiser is called.
+"""What differs between families of models: how they encode a prompt and a picture, and how their
+denoiser is called.
 
     texts(pipe, prompts)                       -> one `Text` a prompt
     arguments(texts)                           -> these as a batch: arguments of the pipeline's call and of `predict`
     latents(vae, pixels)                       -> (B, C, h, w), normalised as the denoiser expects them
     predict(denoiser, z, t, crops, **words)    -> (B, C, h, w): noise or velocity, or n - x of a flow
 
-A prompt's encoding is a dict by the names of the pipeline's own arguments. It is cached, batched, given to the denoiser
-and to the pipeline alike, so nothing else needs to know what is in it. `tests/base/test_families.py` compares each
-family with its own pipeline.
+A prompt's encoding is a dict by the names of the pipeline's own arguments. It is cached, batched,
+given to the denoiser and to the pipeline alike, so nothing else needs to know what is in it.
+`tests/base/test_families.py` compares each family with its own pipeline.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,22 +24,27 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import Facts, facts_of
 
 Text = dict[str, torch.Tensor]
-"""One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds (P), …"""
+"""One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds
+(P), …"""
 UNGUIDED = {"do_classifier_free_guidance": False}
 
 
 class Family:
-    """What most flow families share. `told_guidance` is what a model with embedded guidance is told in training;
-    `options` are further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`."""
+    """What most flow families share. `told_guidance` is what a model with embedded guidance is told
+    in training; `options` are further arguments of the pipeline's `encode_prompt`, such as
+    `max_sequence_length`."""
 
     names: tuple[str, ...] = ("prompt_embeds",)
     """The results of `encode_prompt`, in their order; "" is not used."""
     encoding: Mapping[str, Any] = {}
     """Arguments that this pipeline's `encode_prompt` wants besides."""
     layout: str = ""
-    """How its texts are kept. Another word for another way: what older caches hold is then encoded anew."""
+    """How its texts are kept. Another word for another way: what older caches hold is then encoded
+    anew."""
 
-    def __init__(self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None):
+    def __init__(
+        self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None
+    ):
         self.facts, self.told_guidance, self.options = facts, told_guidance, options or {}
 
     def texts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
@@ -46,11 +52,16 @@ class Family:
         return [self.text(pipe, prompt) for prompt in prompts]
 
     def text(self, pipe: DiffusionPipeline, prompt: str) -> Text:
-        found = pipe.encode_prompt(prompt, device=self.device(pipe), **self.encoding, **self.options)
-        return {name: value[0] for name, value in zip(self.names, found) if name and value is not None}
+        found = pipe.encode_prompt(
+            prompt, device=self.device(pipe), **self.encoding, **self.options
+        )
+        return {
+            name: value[0] for name, value in zip(self.names, found) if name and value is not None
+        }
 
     def negative(self, pipe: DiffusionPipeline, prompt: str) -> Text:
-        """What pictures are drawn against. Where it is encoded by other rules, an empty prompt is, too."""
+        """What pictures are drawn against. Where it is encoded by other rules, an empty prompt is,
+        too."""
         return self.texts(pipe, [prompt])[0]
 
     def device(self, pipe: DiffusionPipeline) -> torch.device:
@@ -71,18 +82,31 @@ class Family:
         return (z - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     def predict(
-        self, denoiser: torch.nn.Module, z: torch.Tensor, t: torch.Tensor, crops: torch.Tensor | None, **words: Any
+        self,
+        denoiser: torch.nn.Module,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        crops: torch.Tensor | None,
+        **words: Any,
     ) -> torch.Tensor:
-        """`z` (B, C, h, w), `t` (B,) as in the scheduler, `crops` (B, 6): original size, corner and size in pixels."""
+        """`z` (B, C, h, w), `t` (B,) as in the scheduler, `crops` (B, 6): original size, corner and
+        size in pixels."""
         raise NotImplementedError
 
-    def guidance(self, denoiser: torch.nn.Module, count: int, device: torch.device) -> torch.Tensor | None:
+    def guidance(
+        self, denoiser: torch.nn.Module, count: int, device: torch.device
+    ) -> torch.Tensor | None:
         """What a model with embedded guidance is told, (count,)."""
-        return torch.full((count,), self.told_guidance, device=device) if denoiser.config.guidance_embeds else None
+        return (
+            torch.full((count,), self.told_guidance, device=device)
+            if denoiser.config.guidance_embeds
+            else None
+        )
 
 
 class UNetFamily(Family):
-    """Denoisers that are UNets: scale·z, or scale·(z - mean)/std of a VAE with its latents' statistics (Playground)."""
+    """Denoisers that are UNets: scale·z, or scale·(z - mean)/std of a VAE with its latents'
+    statistics (Playground)."""
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
@@ -96,10 +120,15 @@ class SDXL(UNetFamily):
 
     def texts(self, pipe, prompts):
         device = self.device(pipe)
-        embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=device, do_classifier_free_guidance=False
+        )
         if pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-            embeds, pooled = torch.where(said[:, None, None], embeds, 0), torch.where(said[:, None], pooled, 0)
+            embeds, pooled = (
+                torch.where(said[:, None, None], embeds, 0),
+                torch.where(said[:, None], pooled, 0),
+            )
         return [{"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in zip(embeds, pooled)]
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
@@ -129,31 +158,47 @@ class Flux(Family):
         options = {"txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=z.device)}
         options |= {"img_ids": grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device)}
         options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
-        return unpacked(denoiser(packed(z), prompt_embeds, pooled_prompt_embeds, t / 1000, **options)[0], z)
+        return unpacked(
+            denoiser(packed(z), prompt_embeds, pooled_prompt_embeds, t / 1000, **options)[0], z
+        )
 
 
 class Flux2(Family):
-    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch norm. A text is
-    three layers of its encoder side by side."""
+    """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch
+    norm. A text is three layers of its encoder side by side."""
 
     def text(self, pipe, prompt):
-        layers, most = self.options.get("text_encoder_out_layers"), pipe.text_encoder.config.num_hidden_layers
+        layers, most = (
+            self.options.get("text_encoder_out_layers"),
+            pipe.text_encoder.config.num_hidden_layers,
+        )
         if layers and (len(layers) != 3 or max(layers) > most):
-            raise UserError(f"--text_encoder_out_layers: give three numbers of layers up to {most}, such as 9 18 27.")
+            raise UserError(
+                f"--text_encoder_out_layers: give three numbers of layers up to {most}, such as 9 18 27."
+            )
         return super().text(pipe, prompt)
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         b, c, h, w = z.shape
-        z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
-        mean, variance = (v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var))
+        z = (
+            z.view(b, c, h // 2, 2, w // 2, 2)
+            .permute(0, 1, 3, 5, 2, 4)
+            .reshape(b, 4 * c, h // 2, w // 2)
+        )
+        mean, variance = (
+            v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var)
+        )
         return (z - mean) * (variance + vae.config.batch_norm_eps).rsqrt()
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
         words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
         words[:, 3] = torch.arange(len(words), device=z.device)
         places = grid(*z.shape[-2:], 4, z.device)
-        options = {"img_ids": places.expand(len(z), -1, -1), "txt_ids": words.expand(len(z), -1, -1)}
+        options = {
+            "img_ids": places.expand(len(z), -1, -1),
+            "txt_ids": words.expand(len(z), -1, -1),
+        }
         options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
         found = denoiser(z.flatten(2).mT, prompt_embeds, t / 1000, **options)[0]
         return found[:, : len(places)].mT.reshape(z.shape)
@@ -168,7 +213,9 @@ class ZImage(Family):
         return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
-        found = denoiser(list(z[:, :, None]), (1000 - t) / 1000, prompt_embeds, return_dict=False)[0]
+        found = denoiser(list(z[:, :, None]), (1000 - t) / 1000, prompt_embeds, return_dict=False)[
+            0
+        ]
         return -torch.stack(found)[:, :, 0]
 
 
@@ -186,23 +233,36 @@ class QwenImage(Family):
         return {"prompt_embeds": pad_sequence(embeds, batch_first=True), "prompt_embeds_mask": mask}
 
     def with_negative(self, words, empty):
-        """With masks for all: without one the pipeline warns, though it drops a mask that hides nothing."""
+        """With masks for all: without one the pipeline warns, though it drops a mask that hides
+        nothing."""
         return super().with_negative(filled(words), filled(empty))
 
     def latents(self, vae, pixels):
-        z = vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[:, :, 0].float()
+        z = (
+            vae.encode(pixels[:, :, None].to(vae.device, vae.dtype))
+            .latent_dist.mode()[:, :, 0]
+            .float()
+        )
         mean, std = latent_statistics(vae, z.device)
         return (z - mean) / std
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
-        found = denoiser(packed(z), prompt_embeds, prompt_embeds_mask, t / 1000, [shape] * len(z), return_dict=False)[0]
+        found = denoiser(
+            packed(z),
+            prompt_embeds,
+            prompt_embeds_mask,
+            t / 1000,
+            [shape] * len(z),
+            return_dict=False,
+        )[0]
         return unpacked(found, z)
 
 
 class Krea2(QwenImage):
-    """Its pipeline fills each text up to 512 tokens, in the midst of it. All tokens of a text have one place and none
-    reads what is masked, so a text without these is the same to the denoiser, at less work."""
+    """Its pipeline fills each text up to 512 tokens, in the midst of it. All tokens of a text have
+    one place and none reads what is masked, so a text without these is the same to the denoiser, at
+    less work."""
 
     names, layout = ("prompt_embeds", "prompt_embeds_mask"), "without padding"
 
@@ -223,7 +283,8 @@ class Krea2(QwenImage):
 
 
 class Lumina2(Family):
-    """Time runs backwards, and the answer is negated. Its encoder is not instructed before a negative prompt."""
+    """Time runs backwards, and the answer is negated. Its encoder is not instructed before a
+    negative prompt."""
 
     names, encoding = ("prompt_embeds", "prompt_attention_mask"), UNGUIDED
 
@@ -231,20 +292,30 @@ class Lumina2(Family):
         return super().text(pipe, prompt) if prompt else self.negative(pipe, "")
 
     def negative(self, pipe, prompt):
-        found = pipe.encode_prompt("", negative_prompt=prompt, device=self.device(pipe), **self.options)[2:]
+        found = pipe.encode_prompt(
+            "", negative_prompt=prompt, device=self.device(pipe), **self.options
+        )[2:]
         return {name: value[0] for name, value in zip(self.names, found)}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
-        return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[0]
+        return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[
+            0
+        ]
 
 
 class Sana(Lumina2):
     def with_negative(self, words, empty):
-        """At the size that is asked for: by itself the pipeline draws at a usual size and scales the picture."""
-        return super().with_negative(words, empty) | {"negative_prompt": None, "use_resolution_binning": False}
+        """At the size that is asked for: by itself the pipeline draws at a usual size and scales
+        the picture."""
+        return super().with_negative(words, empty) | {
+            "negative_prompt": None,
+            "use_resolution_binning": False,
+        }
 
     def latents(self, vae, pixels):
-        return vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+        return (
+            vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+        )
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
@@ -267,7 +338,9 @@ def filled(words: dict[str, Any], length: int = 0) -> dict[str, Any]:
 def packed(z: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, h/2·w/2, 4C): each patch of 2 x 2 becomes a token."""
     b, c, h, w = z.shape
-    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    return (
+        z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+    )
 
 
 def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -279,12 +352,27 @@ def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def grid(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
     """(h·w, axes): row and column of each token in axes 1 and 2."""
     places = torch.zeros(h, w, axes, device=device)
-    places[..., 1], places[..., 2] = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    places[..., 1], places[..., 2] = (
+        torch.arange(h, device=device)[:, None],
+        torch.arange(w, device=device),
+    )
     return places.view(h * w, axes)
 
 
-METHODS: dict[str, type[Family]] = {"sdxl": SDXL, "sd1": SD1, "sd3": SD3, "flux": Flux, "flux2": Flux2}
-METHODS |= {"z_image": ZImage, "qwen_image": QwenImage, "krea2": Krea2, "lumina2": Lumina2, "sana": Sana}
+METHODS: dict[str, type[Family]] = {
+    "sdxl": SDXL,
+    "sd1": SD1,
+    "sd3": SD3,
+    "flux": Flux,
+    "flux2": Flux2,
+}
+METHODS |= {
+    "z_image": ZImage,
+    "qwen_image": QwenImage,
+    "krea2": Krea2,
+    "lumina2": Lumina2,
+    "sana": Sana,
+}
 """By the name of the facts."""
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
@@ -293,19 +381,28 @@ AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
 
 
 def encoding_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the base's own."""
-    return {name: AS_ARGUMENT.get(name, lambda value: value)(value) for name, value in settings.items() if value}
+    """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the
+    base's own."""
+    return {
+        name: AS_ARGUMENT.get(name, lambda value: value)(value)
+        for name, value in settings.items()
+        if value
+    }
 
 
 def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
-    """The family of a loaded base; `about` are arguments of `Family`. Raises UserError for an unknown one."""
+    """The family of a loaded base; `about` are arguments of `Family`. Raises UserError for an
+    unknown one."""
     facts = facts_of(type(pipe).__name__)
     return METHODS[facts.name](facts, **about)
 
 
 def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
     """The text on the device; masks keep their type."""
-    return {name: one.to(device, dtype if one.is_floating_point() else one.dtype) for name, one in text.items()}
+    return {
+        name: one.to(device, dtype if one.is_floating_point() else one.dtype)
+        for name, one in text.items()
+    }
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
@@ -313,5 +410,10 @@ def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
 
 
 def block_classes(denoiser: torch.nn.Module) -> tuple[str, ...]:
-    """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all weights."""
-    return tuple(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
+    """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all
+    weights."""
+    return tuple(
+        getattr(denoiser, "_repeated_blocks", None)
+        or getattr(denoiser, "_no_split_modules", None)
+        or ()
+    )

@@ -1,4 +1,5 @@
-"""`check DIR`: how training would use a folder of photos. `caption DIR`: write name.txt beside photos without one."""
+"""`check DIR`: how training would use a folder of photos. `caption DIR`: write name.txt beside
+photos without one."""
 
 import argparse
 import json
@@ -15,7 +16,13 @@ from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.plan.checks import own_bucket_step
-from dreambooth_moslora.plan.choices import Choices, choose_recipe, choose_resolution, choose_shapes, choose_words
+from dreambooth_moslora.plan.choices import (
+    Choices,
+    choose_recipe,
+    choose_resolution,
+    choose_shapes,
+    choose_words,
+)
 from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
 from dreambooth_moslora.settings import table
 
@@ -23,27 +30,37 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
-BASE = "pretrained_model_name_or_path"  # Without it photos are taken for photographs, and the base for SDXL
+# Without it photos are taken for photographs, and the base for SDXL
+BASE = "pretrained_model_name_or_path"
 OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
-FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")  # Reasons to leave a photo out
+# Reasons to leave a photo out
+FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")
 MAX_PICTURED = 48  # Most photos in the picture of the crops.
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
-    about_word = "what they show: judge them for the base and the size that `train DIR WORD` would choose"
+    about_word = (
+        "what they show: judge them for the base and the size that `train DIR WORD` would choose"
+    )
     parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    about_picture = "where the picture of the crops goes (default: NAME_crops.png, not among the photos)"
+    about_picture = (
+        "where the picture of the crops goes (default: NAME_crops.png, not among the photos)"
+    )
     parser.add_argument("--picture", metavar="FILE", help=about_picture)
     parser.add_argument("--no_picture", action="store_true", help="draw none")
-    parser.add_argument("--make_masks", action="store_true", help="write name.mask.png beside photos without a mask")
+    parser.add_argument(
+        "--make_masks", action="store_true", help="write name.mask.png beside photos without a mask"
+    )
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
     group = parser.add_argument_group("as in training")
     for name in table.named("check"):
         command_train.add_flag(group, table.SETTINGS[name])
-    about_base = 'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
+    about_base = (
+        'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
+    )
     group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
 
 
@@ -56,14 +73,20 @@ def run_check(args: argparse.Namespace) -> int:
     recipe = command_train.settings_of({"config": args.config, "like": None})[0]
     if args.word:
         recipe = as_train_would(args, recipe | given)
-    known = {BASE: STOCK_SDXL} | {name: value for name, value in recipe.items() if name in OF_PHOTOS} | given
+    known = (
+        {BASE: STOCK_SDXL}
+        | {name: value for name, value in recipe.items() if name in OF_PHOTOS}
+        | given
+    )
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
     sized = Choices(known)
     choose_resolution(sized)
     terminal.say(sized.lines)
     config = table.TrainConfig(**sized.all)
-    find = partial(find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    find = partial(
+        find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha
+    )
     report = find()
     if args.make_masks:
         make_masks(report.photos, config)
@@ -76,9 +99,15 @@ def run_check(args: argparse.Namespace) -> int:
         given |= choices.settings
     config = replace(config, **given)
     config = replace(config, **own_bucket_step(config, Base.of(config)))
-    crops = None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
+    crops = (
+        None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
+    )
     has_words = bool(known.get("instance_prompt"))
-    shown = json.dumps(as_json(report), indent=1) if args.json else spelled_out(as_text(report, crops, has_words))
+    shown = (
+        json.dumps(as_json(report), indent=1)
+        if args.json
+        else spelled_out(as_text(report, crops, has_words))
+    )
     print(shown)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
@@ -115,8 +144,11 @@ def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
         raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
 
 
-def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Namespace, folder: Path) -> str | None:
-    """Draw the picture of the crops and return a line about it; if it cannot be written, say so and return None."""
+def draw(
+    photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Namespace, folder: Path
+) -> str | None:
+    """Draw the picture of the crops and return a line about it; if it cannot be written, say so and
+    return None."""
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
@@ -136,18 +168,25 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Na
         print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
         return None
     is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
-    note = " (of seed 0: without --seed, training draws others)" if is_drawn and config.seed is None else ""
+    note = (
+        " (of seed 0: without --seed, training draws others)"
+        if is_drawn and config.seed is None
+        else ""
+    )
     return f"the crops: {path}{note}"
 
 
 def as_json(report: "PhotoReport") -> dict[str, Any]:
-    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file name."""
+    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file
+    name."""
     found = [(photo, True, list(photo.reasons)) for photo in report.photos]
     found += [(item, False, [item.reason]) for item in report.skipped]
     rows = []
     for one, usable, reasons in sorted(found, key=lambda row: str(row[0].path)):
         size_px = list(one.size_px) if one.size_px else None
-        rows.append({"path": str(one.path), "usable": usable, "reasons": reasons, "size_px": size_px})
+        rows.append(
+            {"path": str(one.path), "usable": usable, "reasons": reasons, "size_px": size_px}
+        )
     return {"photos": rows, "usable": len(report.photos)}
 
 
@@ -158,14 +197,21 @@ def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) ->
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
-        extras = [*photo.reasons, *(["has a mask"] if photo.mask_path not in (None, photo.path) else [])]
+        extras = [
+            *photo.reasons,
+            *(["has a mask"] if photo.mask_path not in (None, photo.path) else []),
+        ]
         mark = "bad" if is_faulty(photo) else "ok "
-        lines.append(f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip())
+        lines.append(
+            f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip()
+        )
         lines += [f"        {quoted(photo)}"] * (has_words or photo.is_captioned)
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
     usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
     lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
-    return "\n".join([*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])])
+    return "\n".join(
+        [*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])]
+    )
 
 
 FEWEST = 3  # good photos
@@ -189,12 +235,20 @@ def verdict(report: "PhotoReport") -> str:
 def caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
     words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"')
-    words.add_argument("--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption")
+    words.add_argument(
+        "--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"'
+    )
+    words.add_argument(
+        "--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption"
+    )
     about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
     parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
-    parser.add_argument("--caption_model", metavar="TEXT", help=table.SETTINGS["caption_model"].metadata["help"])
-    about_anew = "replace captions that were made before; those that you wrote or edited always stay"
+    parser.add_argument(
+        "--caption_model", metavar="TEXT", help=table.SETTINGS["caption_model"].metadata["help"]
+    )
+    about_anew = (
+        "replace captions that were made before; those that you wrote or edited always stay"
+    )
     parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
 
 
@@ -205,7 +259,9 @@ def run_caption(args: argparse.Namespace) -> int:
 
     words = args.instance_prompt if args.subject is None else args.subject
     if not words.strip():
-        raise UserError(f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words.")
+        raise UserError(
+            f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words."
+        )
     prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
     base = {BASE: args.pretrained_model_name_or_path}
     config = table.TrainConfig(**base, instance_prompt=prompt, caption_model=args.caption_model)
@@ -215,7 +271,9 @@ def run_caption(args: argparse.Namespace) -> int:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     captioner, count = load_captioner(config, best_device()), 0
     try:
-        for made in make_beside(report.photos, captioner, config.instance_prompt, anew=args.overwrite_made):
+        for made in make_beside(
+            report.photos, captioner, config.instance_prompt, anew=args.overwrite_made
+        ):
             count += made.caption is not None
             print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
     except OSError as error:

@@ -19,7 +19,11 @@ from packaging.version import InvalidVersion, Version
 from dreambooth_moslora.cli.terminal import hush
 from dreambooth_moslora.disk.paths import clone_folder, find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.folder import find_photos, require_folder_of_photos, summary_of_skipped
+from dreambooth_moslora.photos.folder import (
+    find_photos,
+    require_folder_of_photos,
+    summary_of_skipped,
+)
 from dreambooth_moslora.photos.photo_file import Photo, open_rgb
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.rules import version_of
@@ -27,20 +31,33 @@ from dreambooth_moslora.settings.rules import version_of
 MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
 LEAST_PX, USUAL_PX = 16, 256  # side of the doctor's test pictures
-EMULATED_PX = 64  # On a CPU without bf16: half precision takes ten times as long as fp32 there, at 256 px a minute
-OPTIONAL = ("bitsandbytes", "prodigyopt", "schedulefree", "datasets", "tensorboard", "wandb", "trackio", "torchvision")
+# On a CPU without bf16: half precision takes ten times as long as fp32 there, at 256 px a minute
+EMULATED_PX = 64
+OPTIONAL = (
+    "bitsandbytes",
+    "prodigyopt",
+    "schedulefree",
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "torchvision",
+)
 """Libraries that only some settings need."""
 
 
 @dataclass
 class Findings:
     facts: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)  # training will fail; each is a line with a remedy
+    # training will fail; each is a line with a remedy
+    problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # likewise
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it')
+    parser.add_argument(
+        "--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it'
+    )
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
     about = f"side of the test pictures, px (default: {USUAL_PX}; {EMULATED_PX} on a CPU that emulates half precision)"
     parser.add_argument("--size", type=int, metavar="N", help=about)
@@ -51,7 +68,9 @@ def run_doctor(args: argparse.Namespace) -> int:
     """Exit code 2 when something will fail."""
     photos = () if args.photos is None else photos_of(Path(find_asset(args.photos)))
     if args.size is not None and args.size < LEAST_PX:
-        raise UserError(f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times.")
+        raise UserError(
+            f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times."
+        )
     found = Findings()
     examine_versions(found)
     examine_machine(found)
@@ -74,7 +93,9 @@ def as_text(found: Findings) -> str:
     lines = [f"  {name:16} {value}" for name, value in found.facts.items()]
     lines += [f"PROBLEM  {line}" for line in found.problems]
     lines += [f"warning  {line}" for line in found.warnings]
-    return "\n".join([*lines, "" if found.problems or found.warnings else "no problems found"]).rstrip()
+    return "\n".join(
+        [*lines, "" if found.problems or found.warnings else "no problems found"]
+    ).rstrip()
 
 
 def examine_versions(found: Findings) -> None:
@@ -82,24 +103,32 @@ def examine_versions(found: Findings) -> None:
     found.facts["python"] = platform.python_version()
     found.facts |= {name: version or "-" for name, version in versions.items()}
     if sys.version_info[:2] < MIN_PYTHON:
-        found.problems.append(f"Python {platform.python_version()} is too old: 3.11 or newer is needed")
+        found.problems.append(
+            f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
+        )
     found.problems += [line for line in out_of_range(versions) if "missing" in line]
     found.warnings += [line for line in out_of_range(versions) if "missing" not in line]
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
-    """{library: tested versions} that every run needs, from pyproject.toml or the installed package's metadata."""
+    """{library: tested versions} that every run needs, from pyproject.toml or the installed
+    package's metadata."""
     clone = clone_folder()
     if clone is not None and (file := clone / "pyproject.toml").is_file():
         lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         lines = metadata.requires("dreambooth_moslora") or []
     items = [Requirement(line) for line in lines]
-    return {item.name: item.specifier for item in items if item.marker is None and item.name not in OPTIONAL}
+    return {
+        item.name: item.specifier
+        for item in items
+        if item.marker is None and item.name not in OPTIONAL
+    }
 
 
 def is_within(version: str | None, versions: SpecifierSet) -> bool:
-    """Whether a version is in a range. A release candidate counts as its release; None is in no range."""
+    """Whether a version is in a range. A release candidate counts as its release; None is in no
+    range."""
     try:
         return versions.contains(Version(version or "").base_version)
     except InvalidVersion:
@@ -110,11 +139,16 @@ def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
     """One line for each needed library that is missing or has an untested version."""
     lines = []
     for name, versions in needed_ranges().items():
-        version, wanted = installed.get(name), name + ",".join(sorted(map(str, versions), reverse=True))
+        version, wanted = (
+            installed.get(name),
+            name + ",".join(sorted(map(str, versions), reverse=True)),
+        )
         if version is None:
             lines.append(f'{name} is missing; pip install "{wanted}"')
         elif not is_within(version, versions):
-            lines.append(f"{name} {version} was not tried with this program; it was run with {wanted}")
+            lines.append(
+                f"{name} {version} was not tried with this program; it was run with {wanted}"
+            )
     return lines
 
 
@@ -125,17 +159,26 @@ def examine_machine(found: Findings) -> None:
     found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
     found.facts["disk"] = f"{free:.1f} GiB free here"
     if free < NEEDED_DISK_GIB:
-        found.warnings.append(f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}")
+        found.warnings.append(
+            f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}"
+        )
     try:
         import torch
     except Exception as error:  # a broken installation may raise any error
         found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import apple_gib, has_fast_bf16, unused_gpu, what_compile_lacks
+    from dreambooth_moslora.base.machine import (
+        apple_gib,
+        has_fast_bf16,
+        unused_gpu,
+        what_compile_lacks,
+    )
 
     if torch.cuda.is_available():
         facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
-        found.facts["device"] = f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {count} of them"
+        found.facts["device"] = (
+            f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {count} of them"
+        )
     elif torch.backends.mps.is_available():
         found.facts["device"] = f"Apple GPU (mps), {apple_gib()[0]:.1f} GiB for a process"
     else:
@@ -160,14 +203,18 @@ def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: in
     try:
         vae = decode.load_vae_alone(base)
     except (UserError, OSError, ValueError) as error:
-        found.warnings.append(f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}")
+        found.warnings.append(
+            f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}"
+        )
         return
     device = best_device()
     if size_px is None:
         size_px = EMULATED_PX if device.type == "cpu" and not has_fast_bf16() else USUAL_PX
     pictures = [open_rgb(photo) for photo in photos[:8]]
     for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], pictures, size_px, device):
-        found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
+        found.facts[f"VAE in {probe.dtype}"] = (
+            f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
+        )
         if not probe.finite:
             found.warnings.append(
                 f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by itself; other programs "

@@ -1,5 +1,5 @@
-"""`evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter. `explain RUN`: what a run's figures
-mean, and which flag to try next."""
+"""`evaluate RUN_OR_FILE --photos DIR`: report.html and scores.json of one adapter. `explain RUN`:
+what a run's figures mean, and which flag to try next."""
 
 import argparse
 import sys
@@ -17,7 +17,13 @@ from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import read_json, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
-from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, RunDir, find_weights, is_card, subject_name
+from dreambooth_moslora.disk.run_folder import (
+    KOHYA_SUFFIX,
+    RunDir,
+    find_weights,
+    is_card,
+    subject_name,
+)
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -38,30 +44,61 @@ EVALUATE_EPILOG = """examples:
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EVALUATE_EPILOG
-    parser.add_argument("adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file")
-    parser.add_argument("--photos", metavar="DIR", help="the real photos (default: those that the run was trained on)")
-    parser.add_argument("--base", help='base model (default: what the run or the file says; "toy" is the embedded one)')
-    parser.add_argument("--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)')
-    parser.add_argument("--class_word", help="the kind of thing it is (default: found in the prompt)")
+    parser.add_argument(
+        "adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file"
+    )
+    parser.add_argument(
+        "--photos",
+        metavar="DIR",
+        help="the real photos (default: those that the run was trained on)",
+    )
+    parser.add_argument(
+        "--base",
+        help='base model (default: what the run or the file says; "toy" is the embedded one)',
+    )
+    parser.add_argument(
+        "--instance_prompt", help='"a photo of sks dog" (default: what the run or the file says)'
+    )
+    parser.add_argument(
+        "--class_word", help="the kind of thing it is (default: found in the prompt)"
+    )
     text_option_arguments(parser)
-    about_folder = "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
+    about_folder = (
+        "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
+    )
     parser.add_argument("--output_dir", metavar="DIR", help=about_folder)
     group = parser.add_argument_group("protocol")
     about = "auto (default), object, live, toy, or a text file with a prompt on each line, {} for the subject"
     group.add_argument("--prompts", default="auto", help=about)
-    group.add_argument("--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)")
+    group.add_argument(
+        "--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)"
+    )
     about = "pictures of each, of seeds 0, 1, … (default: 4)"
     group.add_argument("--images_per_prompt", type=positive, default=4, help=about)
-    group.add_argument("--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)")
-    group.add_argument("--inference_steps", type=positive, default=25, help="denoising steps (default: 25)")
+    group.add_argument(
+        "--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)"
+    )
+    group.add_argument(
+        "--inference_steps", type=positive, default=25, help="denoising steps (default: 25)"
+    )
     about_guidance = "how closely to follow prompts (default: the base's own)"
     group.add_argument("--guidance_scale", type=guidance, help=about_guidance)
-    group.add_argument("--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)")
+    group.add_argument(
+        "--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)"
+    )
     about = "score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card"
     group.add_argument("--sweep_scale", action="store_true", help=about)
-    group.add_argument("--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)")
-    group.add_argument("--dino", default="", help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)")
-    group.add_argument("--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)")
+    group.add_argument(
+        "--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)"
+    )
+    group.add_argument(
+        "--dino",
+        default="",
+        help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)",
+    )
+    group.add_argument(
+        "--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)"
+    )
 
 
 def positive(text: str) -> int:
@@ -105,16 +142,27 @@ def run_evaluate(args: argparse.Namespace) -> int:
     pairs = report.pairs_of(evaluators)
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
     count += sum(2 * pair.picture_count for pair in pairs)
-    followed = load.default_guidance(pipeline.pipeline) if args.guidance_scale is None else args.guidance_scale
+    followed = (
+        load.default_guidance(pipeline.pipeline)
+        if args.guidance_scale is None
+        else args.guidance_scale
+    )
     options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
     options["text_options"] = text_options_of(config)
     interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
-    with tqdm(total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0) as bar:
-        judge = partial(score_tables.evaluate_adapter, pipeline, name, on_picture=bar.update, **options)
+    with tqdm(
+        total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0
+    ) as bar:
+        judge = partial(
+            score_tables.evaluate_adapter, pipeline, name, on_picture=bar.update, **options
+        )
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]
-            by_scale = {s: report.pooled([judge(one, scale=s) for one in smaller]).score for s in explain.SCALES}
+            by_scale = {
+                s: report.pooled([judge(one, scale=s) for one in smaller]).score
+                for s in explain.SCALES
+            }
             choice = explain.choose_scale(by_scale)
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
     diversity = "LPIPS" if encoders.lpips else "DINO distance"
@@ -140,7 +188,8 @@ def check_paths(args: argparse.Namespace) -> None:
 
 
 def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
-    """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of a sweep."""
+    """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of
+    a sweep."""
     swept = len(explain.SCALES) * len(plan.subject_requests) if sweeps else 0
     by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
     return 2 * by_both + len(plan.bare_requests) + swept
@@ -153,9 +202,13 @@ def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
     if choice is None:
         return "no scale shows the subject, so none is recommended"
     run_dir = RunDir(path if path.is_dir() else path.parent)
-    files = [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")] if path.is_dir() else [path]
+    files = (
+        [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")] if path.is_dir() else [path]
+    )
     usable = (choice.low, choice.high)
-    noted = [file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)]
+    noted = [
+        file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)
+    ]
     card = run_dir.read_card() if path.is_dir() and noted else None
     if card is not None and is_card(card):
         atomic_write(run_dir.card_path, model_card.with_strength(card, choice.best, usable))
@@ -164,15 +217,22 @@ def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
 
 
 def resolve(args: argparse.Namespace) -> table.TrainConfig:
-    """What to evaluate, from the arguments, the run folder's configuration and the file's header. Raises UserError."""
+    """What to evaluate, from the arguments, the run folder's configuration and the file's header.
+    Raises UserError."""
     known = known_of(Path(find_asset(args.adapter))) | text_options_of(args)
     if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
-        named = {one.instance_prompt: one for one in table.TrainConfig.from_dict(known).each_subject}
+        named = {
+            one.instance_prompt: one for one in table.TrainConfig.from_dict(known).each_subject
+        }
         if args.instance_prompt not in named:
-            raise UserError(f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}.")
+            raise UserError(
+                f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}."
+            )
         known = named[args.instance_prompt].to_dict()
     if known.get("subjects"):
-        return table.TrainConfig.from_dict(known | ({"pretrained_model_name_or_path": args.base} if args.base else {}))
+        return table.TrainConfig.from_dict(
+            known | ({"pretrained_model_name_or_path": args.base} if args.base else {})
+        )
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
@@ -181,17 +241,26 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
         if not value:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
     given = {"class_word": args.class_word} if args.class_word else {}
-    chosen = {"pretrained_model_name_or_path": base, "instance_prompt": prompt, "instance_data_dir": photos, **given}
+    chosen = {
+        "pretrained_model_name_or_path": base,
+        "instance_prompt": prompt,
+        "instance_data_dir": photos,
+        **given,
+    }
     if args.photos:
-        chosen |= {"masks": "given", "captions": "given"}  # the run's made ones belong to its own photos
+        # the run's made ones belong to its own photos
+        chosen |= {"masks": "given", "captions": "given"}
         chosen["dataset_name"] = None
         there = Path(find_asset(photos))
-        chosen["leave_out"] = [name for name in known.get("leave_out", ()) if (there / name).exists()]
+        chosen["leave_out"] = [
+            name for name in known.get("leave_out", ()) if (there / name).exists()
+        ]
     return table.TrainConfig.from_dict(known | chosen)
 
 
 def known_of(path: Path) -> dict:
-    """The settings of the run with the file or folder; else those in the header of a file that we published."""
+    """The settings of the run with the file or folder; else those in the header of a file that we
+    published."""
     hush()
     from dreambooth_moslora.lora.published_file import load_published
 
@@ -202,19 +271,29 @@ def known_of(path: Path) -> dict:
     facts = load_published(find_weights(path))[1]
     if facts is None or not facts.trigger_words:
         return {}
-    known = {"pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id}
+    known = {
+        "pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id
+    }
     if not facts.subject_prompts:  # of several the user must choose one
-        known |= {"instance_prompt": f"a photo of {facts.trigger_words[0]}", "class_word": facts.class_word}
+        known |= {
+            "instance_prompt": f"a photo of {facts.trigger_words[0]}",
+            "class_word": facts.class_word,
+        }
         known |= {"resolution": facts.resolution_px} if facts.resolution_px else {}
     return known
 
 
-def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence[Photo]) -> "EvaluationPlan":
+def plan_of(
+    args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence[Photo]
+) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = user_path(args.prompts)
-    templates, seeds = "auto" if file.is_file() else args.prompts, tuple(range(args.images_per_prompt))
+    templates, seeds = (
+        "auto" if file.is_file() else args.prompts,
+        tuple(range(args.images_per_prompt)),
+    )
     counts = {"class_images": args.class_images, "inference_steps": args.inference_steps}
     plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
     if file.is_file():
@@ -223,18 +302,25 @@ def plan_of(args: argparse.Namespace, subject: table.TrainConfig, photos: Sequen
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file}: {sources.reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
-    return replace(plan, templates=spread(plan.templates, args.num_prompts)) if args.num_prompts else plan
+    return (
+        replace(plan, templates=spread(plan.templates, args.num_prompts))
+        if args.num_prompts
+        else plan
+    )
 
 
 def usual_folder(args: argparse.Namespace) -> Path:
-    """That of `best/` or of a checkpoint lies beside it, as the run replaces or removes these; that of one of several
-    subjects in the report of all."""
+    """That of `best/` or of a checkpoint lies beside it, as the run replaces or removes these; that
+    of one of several subjects in the report of all."""
     path = user_path(args.adapter)
     home, parent = RunDir(path), RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
     beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
     if args.instance_prompt:
-        prompts = [one["instance_prompt"] for one in known_of(Path(find_asset(args.adapter))).get("subjects", ())]
+        prompts = [
+            one["instance_prompt"]
+            for one in known_of(Path(find_asset(args.adapter))).get("subjects", ())
+        ]
         if len(prompts) > 1 and args.instance_prompt in prompts:
             return beside / subject_name(prompts.index(args.instance_prompt) + 1)
     return beside
@@ -245,7 +331,11 @@ def summary(found: "Evaluation") -> str:
     for name, row in measures.MEASURES.items():
         if row.summary and name in found.tables:
             lines.append(f"{name:18} {found.interval(name)}")
-    alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies" if found.alarm.raised else "no copy alarm"
+    alarm = (
+        f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
+        if found.alarm.raised
+        else "no copy alarm"
+    )
     return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])
 
 
@@ -253,12 +343,18 @@ STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it fai
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run folder; its scores, if any, are those of its evaluations"
+    )
 
 
 def run_explain(args: argparse.Namespace) -> int:
     found = explain.figures_of(RunDir(args.run))
-    shown = "" if found.exposures is None else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+    shown = (
+        ""
+        if found.exposures is None
+        else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+    )
     is_early = found.planned is not None and found.step < found.planned
     steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
     print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
@@ -267,7 +363,10 @@ def run_explain(args: argparse.Namespace) -> int:
         print(spelled_out(line))
     if not (leads or advice):
         advice = [explain.NOTHING]
-    for title, lines in {"what the figures mean": explain.meanings(found), "what to try next": advice}.items():
+    for title, lines in {
+        "what the figures mean": explain.meanings(found),
+        "what to try next": advice,
+    }.items():
         if lines:
             print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))
     return 0

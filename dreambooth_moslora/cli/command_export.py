@@ -1,5 +1,5 @@
-"""`info FILE…`: what a LoRA file contains, whichever program wrote it. `export RAW_OR_CHECKPOINT --out DIR`: raw
-weights to files for diffusers, ComfyUI and the others; needs no base."""
+"""`info FILE…`: what a LoRA file contains, whichever program wrote it. `export RAW_OR_CHECKPOINT
+--out DIR`: raw weights to files for diffusers, ComfyUI and the others; needs no base."""
 
 import argparse
 import json
@@ -21,13 +21,16 @@ from dreambooth_moslora.disk.run_folder import (
 from dreambooth_moslora.errors import UserError, spelled_out
 
 LOKR_SUFFIX = ".lokr.safetensors"
-NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}  # These write what was trained
+# These write what was trained
+NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
     about = "safetensors files, or folders with a published adapter"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a file instead of lines")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a file instead of lines"
+    )
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -66,9 +69,18 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     readers = ["diffusers", "peft", "lycoris"]
     parser.add_argument("--for", dest="readers", choices=readers, default="diffusers", help=about)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the two files; made if it is not there")
-    parser.add_argument("--name", help="title and name of the kohya file; by default that of the output folder")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the two files; made if it is not there",
+    )
+    parser.add_argument(
+        "--name", help="title and name of the kohya file; by default that of the output folder"
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)"
+    )
     about = "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)"
     parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
 
@@ -88,11 +100,15 @@ def run_export(args: argparse.Namespace) -> int:
     from dreambooth_moslora.lora import new_tokens, published_file, raw_file
 
     if args.readers == "peft":
-        print(f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M).")
+        print(
+            f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M)."
+        )
         return 0
     check_name(name := args.name or out.resolve().name or "adapter")
     _, facts = raw_file.read_raw(source)
-    if missing := [note["file"] for note in facts.tokens if not (source.parent / note["file"]).is_file()]:
+    if missing := [
+        note["file"] for note in facts.tokens if not (source.parent / note["file"]).is_file()
+    ]:
         raise UserError(f"{source.name} has new tokens in {missing[0]}: put that file beside it")
     tokens = new_tokens.tokens_beside(source, facts.header)
     token_files = [tokens_name(name, number) for number in range(len(tokens))]
@@ -103,11 +119,22 @@ def run_export(args: argparse.Namespace) -> int:
             print(f"{out / file}: its new tokens.")
         return 0
     refuse_to_replace(out, source, facts.step)
-    components = {name: raw_file.empty_model(structure) for name, structure in facts.structures.items()}
+    components = {
+        name: raw_file.empty_model(structure) for name, structure in facts.structures.items()
+    }
     raw_file.load_raw(source, components)
-    before, keep = sum(rank_sum(model) for model in components.values()), 1.0 if args.keep is None else args.keep
+    before, keep = (
+        sum(rank_sum(model) for model in components.values()),
+        1.0 if args.keep is None else args.keep,
+    )
     proof = published_file.publish(
-        components, out, name, facts, published_file.DTYPES[args.dtype or "fp32"], keep=keep, tokens=tokens
+        components,
+        out,
+        name,
+        facts,
+        published_file.DTYPES[args.dtype or "fp32"],
+        keep=keep,
+        tokens=tokens,
     )
     for file in [*proof.files, *token_files]:
         size = (out / file).stat().st_size / 2**20
@@ -125,10 +152,15 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
-    """Raises UserError when `out` is a run, or its best/, and the adapter there is another run's or step's."""
+    """Raises UserError when `out` is a run, or its best/, and the adapter there is another run's or
+    step's."""
     from dreambooth_moslora.lora.metadata import metadata_in
 
-    run_dir, file, there = RunDir(out.parent if out.name == BEST_NAME else out), out / PUBLISHED_NAME, None
+    run_dir, file, there = (
+        RunDir(out.parent if out.name == BEST_NAME else out),
+        out / PUBLISHED_NAME,
+        None,
+    )
     if run_dir.config_path.is_file() and file.is_file():
         with suppress(UserError):  # a damaged file may be replaced
             there = metadata_in(header_of(file))
@@ -145,7 +177,8 @@ def rank_sum(model: object) -> int:
 
 
 def find_raw(path: Path) -> Path:
-    """The raw file: the path, that of a checkpoint folder, or of a run's last complete checkpoint. Raises UserError."""
+    """The raw file: the path, that of a checkpoint folder, or of a run's last complete checkpoint.
+    Raises UserError."""
     if path.is_file():
         return path
     if not path.is_dir():

@@ -42,14 +42,26 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
-    add("from_png", metavar="FILE", help="take all parameters from a PNG; other options override them")
+    add(
+        "from_png",
+        metavar="FILE",
+        help="take all parameters from a PNG; other options override them",
+    )
     add("seed", type=int, help="of a picture's noise (default 0); -1: any; image i has seed + i")
     add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
-    add("guidance_scale", type=float, help="how closely to follow the prompt (default: the base's own, 5 for SDXL)")
+    add(
+        "guidance_scale",
+        type=float,
+        help="how closely to follow the prompt (default: the base's own, 5 for SDXL)",
+    )
     add("height", type=int, help="of a picture, px (default: the base's own size)")
     add("width", type=int, help="of a picture, px (default: the base's own size)")
     add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
-    add("scheduler", choices=list(params.SCHEDULERS), help="how steps remove noise (default: the base's own)")
+    add(
+        "scheduler",
+        choices=list(params.SCHEDULERS),
+        help="how steps remove noise (default: the base's own)",
+    )
     text_option_arguments(parser)
     add("grid", nargs="+", metavar="AXIS", help=GRID_HELP)
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
@@ -59,7 +71,9 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
     for name in TEXT_OPTIONS:
         what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
         several = {"nargs": "+", "metavar": "N"} if table.FIELD_TYPES[name][0] is tuple else {}
-        parser.add_argument(f"--{name}", **several, help=f"{what} (default: as in the adapter's training)")
+        parser.add_argument(
+            f"--{name}", **several, help=f"{what} (default: as in the adapter's training)"
+        )
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -68,7 +82,12 @@ def run_generate(args: argparse.Namespace) -> int:
     base = base_of_runs(args.adapter, args.base)
     check_paths(args, recipe)
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline, adapters_of_picture, given_adapter, told_apart
+    from dreambooth_moslora.generation.pipeline import (
+        SubjectPipeline,
+        adapters_of_picture,
+        given_adapter,
+        told_apart,
+    )
 
     hush()
     axes = tuple(parse_axis(text) for text in args.grid or ())
@@ -76,7 +95,9 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = adapters_of_picture(recipe)
         base = base_of_runs([str(item.file) for item in adapters], args.base)
     else:
-        adapters = list(told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter))
+        adapters = list(
+            told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter)
+        )
         for note in filter(None, (item.note for item in adapters)):
             print(f"note: {note}", file=sys.stderr)
     if not adapters:
@@ -84,7 +105,11 @@ def run_generate(args: argparse.Namespace) -> int:
     pipeline = SubjectPipeline.from_base(base)
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
-        say([f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"])
+        say(
+            [
+                f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"
+            ]
+        )
     turns = {value for axis in axes if axis.name == "adapter" for value in axis.values}
     adapters.sort(key=lambda item: item.name not in turns)  # the first is replaced by each of them
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
@@ -94,8 +119,9 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
-    """The given base; else that of the first adapter which lies in its run's folder, or in a folder there; else the
-    embedded one. Raises UserError for a damaged file of its run, and for a base that is missing."""
+    """The given base; else that of the first adapter which lies in its run's folder, or in a folder
+    there; else the embedded one. Raises UserError for a damaged file of its run, and for a base
+    that is missing."""
     if given:
         return Base.find(given)
     for path, _ in map(_split_scale, adapters):
@@ -121,16 +147,22 @@ def settings_in(file: Path) -> dict[str, Any]:
 
 
 def without_adapter(base: Base, prompt: str) -> str:
-    """A line that the base draws alone. The embedded one draws a toy for a word that is no token of its own."""
+    """A line that the base draws alone. The embedded one draws a toy for a word that is no token of
+    its own."""
     unknown = toys.unknown_words(prompt) if base.is_toy else []
-    never = f"; it has never read {', '.join(unknown)}, and draws one of its toys instead" if unknown else ""
+    never = (
+        f"; it has never read {', '.join(unknown)}, and draws one of its toys instead"
+        if unknown
+        else ""
+    )
     return f"note: without --adapter the base draws alone{never}"
 
 
 def without_effect(values: dict, facts: Facts) -> list[str]:
     """A line for each parameter that this family's pictures do not obey."""
     title, lines = f"{facts.title}'s pictures", []
-    if facts.style == "flow" and values.get("scheduler") not in (None, "euler"):  # theirs is called Euler in a PNG
+    # theirs is called Euler in a PNG
+    if facts.style == "flow" and values.get("scheduler") not in (None, "euler"):
         lines.append(f"note: --scheduler has no effect: {title} are drawn with the base's own")
     if not facts.has_negative and values.get("negative_prompt"):
         lines.append(f"note: --negative_prompt has no effect: {title} are drawn without one")
@@ -138,7 +170,8 @@ def without_effect(values: dict, facts: Facts) -> list[str]:
 
 
 def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
-    """Raises UserError for a file that is not there or a folder that cannot be written, before torch is imported."""
+    """Raises UserError for a file that is not there or a folder that cannot be written, before
+    torch is imported."""
     in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
         if path not in in_picture:
@@ -147,7 +180,8 @@ def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
 
 
 def _split_scale(text: str) -> tuple[str, float | None]:
-    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. None: no scale was given."""
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. None: no scale was
+    given."""
     path, colon, scale = text.rpartition(":")
     try:
         return (path, float(scale)) if colon and path else (text, None)
@@ -156,11 +190,20 @@ def _split_scale(text: str) -> tuple[str, float | None]:
 
 
 def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> dict:
-    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt, and for a seed that
-    is below -1."""
+    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt,
+    and for a seed that is below -1."""
     values = recipe.params.to_dict() if recipe else {}
     names = {"height": "height_px", "width": "width_px"}
-    for name in ("prompt", "negative_prompt", "steps", "guidance_scale", "height", "width", "num_images", "scheduler"):
+    for name in (
+        "prompt",
+        "negative_prompt",
+        "steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "num_images",
+        "scheduler",
+    ):
         if (value := getattr(args, name)) is not None:
             values[names.get(name, name)] = value
     if args.seed is not None:
@@ -184,7 +227,9 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
             black.append(event)
         if isinstance(event, params.Step) and clear:
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
-            done = f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
+            done = (
+                f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
+            )
             print(f"{clear}{done}", end="", file=sys.stderr, flush=True)
         elif isinstance(event, Sheet) or (isinstance(event, params.Image) and not only_sheet):
             print(clear, end="", file=sys.stderr, flush=True)

@@ -42,7 +42,9 @@ def queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "list (default), start, stop, move NAME PLACE, or remove NAME"
     parser.add_argument("words", metavar="WHAT", nargs="*", default=["list"], help=about)
-    parser.add_argument("--runs_dir", metavar="DIR", default=RUNS, help=f"folder of the runs (default: {RUNS})")
+    parser.add_argument(
+        "--runs_dir", metavar="DIR", default=RUNS, help=f"folder of the runs (default: {RUNS})"
+    )
 
 
 def run_queue(args: argparse.Namespace) -> int:
@@ -69,12 +71,15 @@ def run_queue(args: argparse.Namespace) -> int:
             turns.queue.remove(name)
             print(spelled_out(f"{name} was removed from the queue"))
         case _:
-            raise UserError(f"queue {' '.join(args.words)}: say list, start, stop, move NAME PLACE, or remove NAME.")
+            raise UserError(
+                f"queue {' '.join(args.words)}: say list, start, stop, move NAME PLACE, or remove NAME."
+            )
     return 0
 
 
 def enqueue(config: TrainConfig, argv: list[str]) -> str:
-    """Check the run and queue it; returns a line to print. Raises UserError for whatever training would refuse."""
+    """Check the run and queue it; returns a line to print. Raises UserError for whatever training
+    would refuse."""
     from dreambooth_moslora.photos.folder import photo_report
     from dreambooth_moslora.plan.checks import check_folders, check_settings, family_settings
     from dreambooth_moslora.training.dry_run import made_lines
@@ -83,7 +88,9 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     if process_count() > 1:
         raise UserError("--queue: its runs are one process each; start it without a launcher.")
     if config.hub_token:
-        raise UserError("--hub_token: it would lie in the queue's file; log in instead (`hf auth login`).")
+        raise UserError(
+            "--hub_token: it would lie in the queue's file; log in instead (`hf auth login`)."
+        )
     check_folders(config)
     base = Base.of(config)
     trained = replace(config, **family_settings(config, base))
@@ -99,7 +106,9 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     run_dir.mkdir(parents=True, exist_ok=True)  # so that the next `train` chooses another name
     facts = {"folder": os.getcwd(), "argv": tuple(argv), "settings": config.to_dict()}
     try:
-        place = RunQueue(run_dir.parent).add(QueuedRun(run_dir.name, is_new=is_new, queued=time.time(), **facts))
+        place = RunQueue(run_dir.parent).add(
+            QueuedRun(run_dir.name, is_new=is_new, queued=time.time(), **facts)
+        )
     except BaseException:
         if is_new:
             with suppress(OSError):
@@ -116,7 +125,11 @@ def lines_of(turns: "QueueTurns") -> list[str]:
         job, said = live_job(turns, queued), "interrupted; its next turn resumes it"
         if job is not None:
             state = turns.jobs.state(job)
-            said = f"step {state.step} of {state.max_train_steps}" if state.max_train_steps else "starting"
+            said = (
+                f"step {state.step} of {state.max_train_steps}"
+                if state.max_train_steps
+                else "starting"
+            )
         lines.append(f"now: {queued.name}, {said}")
     for number, queued in enumerate(turns.queue.waiting(), 1):
         unsaid = "added on the page" if queued.settings else "its file cannot be read"
@@ -139,7 +152,8 @@ def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
 
 
 def train_all(turns: "QueueTurns") -> int:
-    """Train until the queue is empty, and end a pause. Returns 0, 1 when some failed, 130 when stopped."""
+    """Train until the queue is empty, and end a pause. Returns 0, 1 when some failed, 130 when
+    stopped."""
     turns.queue.pause(False)
     if turns.is_empty:
         print(NOTHING, file=sys.stderr)

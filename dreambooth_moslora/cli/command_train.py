@@ -1,7 +1,9 @@
-"""The command `train`: from flags and files to settings, a plan and a run; defaults < --like < --config < flags.
+"""The command `train`: from flags and files to settings, a plan and a run; defaults < --like <
+--config < flags.
 
-A switch may be written `--flag`, `--flag false` or `--no_flag`. `train photos/dog dog` chooses every other setting for
-a folder and a word; a --config file replaces the recipe. Nothing imports torch before the arguments are checked.
+A switch may be written `--flag`, `--flag false` or `--no_flag`. `train photos/dog dog` chooses
+every other setting for a folder and a word; a --config file replaces the recipe. Nothing imports
+torch before the arguments are checked.
 """
 
 import argparse
@@ -21,8 +23,21 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
-from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, StopRequest, TerminalProgress, exit_code, say
-from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, free_name, public_name
+from dreambooth_moslora.cli.terminal import (
+    DONE,
+    INTERRUPTED,
+    StopRequest,
+    TerminalProgress,
+    exit_code,
+    say,
+)
+from dreambooth_moslora.disk.paths import (
+    MAX_WORD_CHARACTERS,
+    SUBJECT_FILE,
+    find_asset,
+    free_name,
+    public_name,
+)
 from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError, spelled_out
@@ -49,7 +64,12 @@ EXAMPLE = """examples:
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
 Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
 DAILY = {
-    "what is taught": ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "class_prompt"),
+    "what is taught": (
+        "pretrained_model_name_or_path",
+        "instance_data_dir",
+        "instance_prompt",
+        "class_prompt",
+    ),
     "how long and how strong": ("max_train_steps", "learning_rate", "rank", "mixer", "resolution"),
     "what is kept": ("output_dir", "resume_from_checkpoint", "seed"),
     "before it begins": ("memory", "dry_run"),
@@ -94,7 +114,11 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
         if refusal := Base.of(config).unreachable:
             raise UserError(refusal)
         file_only = start_log(config)
-        file_only.info("begins: version %s, base %s", __version__, public_name(config.pretrained_model_name_or_path))
+        file_only.info(
+            "begins: version %s, base %s",
+            __version__,
+            public_name(config.pretrained_model_name_or_path),
+        )
         try:
             code = run_trainer(config, stop, report, chosen.last_words)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
@@ -113,11 +137,15 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     texts["usage"] = f"{prog} [PHOTOS WORD] [--FLAG VALUE …]"
     parser = Parser(prog=prog, add_help=False, **texts)
     short = short_help(prog, texts)
-    parser.add_argument("-h", "--help", action="version", version=short, help="the flags in daily use")
+    parser.add_argument(
+        "-h", "--help", action="version", version=short, help="the flags in daily use"
+    )
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
     about = "put the run at the end of the queue beside its --output_dir and return"
-    parser.add_argument("--queue", action="store_true", help=f"{about}; `queue start` or the page trains it")
+    parser.add_argument(
+        "--queue", action="store_true", help=f"{about}; `queue start` or the page trains it"
+    )
     add_training_flags(parser, notes=WITHOUT_WORDS)
     return parser
 
@@ -129,18 +157,27 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
         for name in names:
             add_flag(group, table.SETTINGS[name], WITHOUT_WORDS.get(name, ""))
     group = parser.add_argument_group("the other flags")
-    group.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
-    group.add_argument("--help_all", action="help", help=f"all {len(table.SETTINGS)} settings, by topic")
+    group.add_argument(
+        "--config", metavar="FILE", help="settings from a .toml or .json file; flags override them"
+    )
+    group.add_argument(
+        "--help_all", action="help", help=f"all {len(table.SETTINGS)} settings, by topic"
+    )
     return parser.format_help()
 
 
 def add_training_flags(
     parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Add `--config`, `--like` and a flag for each setting; the result has the given ones. `notes` end their help."""
+    """Add `--config`, `--like` and a flag for each setting; the result has the given ones. `notes`
+    end their help."""
     parser.is_of_training = True
-    parser.add_argument("--config", metavar="FILE", help="settings from a .toml or .json file; flags override them")
-    about_like = "settings from a published adapter file, also kohya's; flags and --config override them"
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings from a .toml or .json file; flags override them"
+    )
+    about_like = (
+        "settings from a published adapter file, also kohya's; flags and --config override them"
+    )
     parser.add_argument("--like", metavar="FILE", help=about_like)
     for title, rows in groupby(table.SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
@@ -162,11 +199,14 @@ def add_flag(group: Any, item: Field, note: str = "", *, is_hidden: bool = False
         group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
     else:
         metavar = "{" + ",".join(facts["choices"]) + "}" if facts["choices"] else METAVARS[base]
-        group.add_argument(*names, nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options)
+        group.add_argument(
+            *names, nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options
+        )
 
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainConfig:
-    """The resolved settings of a command line. Raises UserError; SystemExit for --help and --version."""
+    """The resolved settings of a command line. Raises UserError; SystemExit for --help and
+    --version."""
     return parse_training(argv, prog)[0]
 
 
@@ -177,7 +217,8 @@ def parse_training(
     """Settings, whether the run waits in the queue, and what was chosen. Raises UserError."""
     rank = int(os.environ.get("LOCAL_RANK", "-1"))  # as a launcher sets it; -1 is none
     given = memory.same_for_all(
-        lambda: given_by(argv, prog), lambda own: "\n".join([*own.words, memory.in_lines(own.settings)])
+        lambda: given_by(argv, prog),
+        lambda own: "\n".join([*own.words, memory.in_lines(own.settings)]),
     )
     chosen = choose(given) if given.words else choices.Choices(given.settings)
     require(chosen.all)
@@ -196,12 +237,17 @@ class Given(NamedTuple):
 def given_by(argv: Sequence[str], prog: str) -> Given:
     """Raises UserError; SystemExit for --help and --version."""
     if not argv:
-        raise UserError(f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags.")
+        raise UserError(
+            f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags."
+        )
     argv = underscored(argv)
-    first_flag = next((number for number, word in enumerate(argv) if word.startswith("-")), len(argv))
+    first_flag = next(
+        (number for number, word in enumerate(argv) if word.startswith("-")), len(argv)
+    )
     words = argv[:first_flag]
     found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
-    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():  # words after the flags
+    # words after the flags
+    if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():
         words, unknown = unknown, []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
@@ -211,12 +257,17 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
     return Given(words, settings, has_recipe, is_queued)
 
 
-def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[dict[str, Any], bool]:
-    """The settings of flags, --config and --like, and whether there is such a file. Raises UserError."""
+def settings_of(
+    flags: dict[str, Any], *, without_words: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """The settings of flags, --config and --like, and whether there is such a file. Raises
+    UserError."""
     flags = dict(flags)
     file, like = flags.pop("config"), flags.pop("like")
     if "" in (file, like):  # as a variable of the shell that is not set
-        raise UserError(f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out.")
+        raise UserError(
+            f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out."
+        )
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     unknown = next((name for name in recipe if name not in table.SETTINGS), "")
@@ -224,8 +275,14 @@ def settings_of(flags: dict[str, Any], *, without_words: bool = False) -> tuple[
         raise UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
     like = like or like_of_file
     given = {*flags, WORDS} if without_words else {*flags}
-    yields = {name for name, item in table.SETTINGS.items() if given.intersection(item.metadata["yields_to"])}
-    settings = table.check_each({name: value for name, value in recipe.items() if name not in yields} | flags)
+    yields = {
+        name
+        for name, item in table.SETTINGS.items()
+        if given.intersection(item.metadata["yields_to"])
+    }
+    settings = table.check_each(
+        {name: value for name, value in recipe.items() if name not in yields} | flags
+    )
     if like:
         taken, lines = sources.settings_like(str(like), settings)
         settings = taken | settings
@@ -238,22 +295,31 @@ def require(settings: Mapping[str, Any]) -> None:
     missing = []
     for item in table.SETTINGS.values():
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
-        if item.metadata["required"] and not is_said_by_subjects and not str(settings.get(item.name, "")).strip():
+        if (
+            item.metadata["required"]
+            and not is_said_by_subjects
+            and not str(settings.get(item.name, "")).strip()
+        ):
             missing.append(f"--{item.name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
-        raise UserError(f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help.")
+        raise UserError(
+            f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help."
+        )
 
 
 def choose(given: Given) -> choices.Choices:
-    """All settings for the photos and the class in the given words, each choice printed. Raises UserError."""
+    """All settings for the photos and the class in the given words, each choice printed. Raises
+    UserError."""
     from dreambooth_moslora.photos.folder import photo_report
 
     folder, word = folder_and_word(given.words)
     settings = {name: table.checked_setting(name, value) for name, value in given.settings.items()}
     if settings.get("instance_data_dir"):
-        raise UserError(f"{given.words[0]} and --instance_data_dir: give the folder of photos once.")
+        raise UserError(
+            f"{given.words[0]} and --instance_data_dir: give the folder of photos once."
+        )
     if base := settings.get("pretrained_model_name_or_path"):
         Base.find(base)  # before PyTorch is imported to ask for the GPU's memory
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
@@ -262,13 +328,20 @@ def choose(given: Given) -> choices.Choices:
         chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
     free_gib = None if chosen.base.is_toy else memory.least_free_gib(is_later=given.is_queued)
     if free_gib is not None and memory.is_alone() and (count := machine.gpu_count()) > 1:
-        chosen.say(f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all")
-    exposures = choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
+        chosen.say(
+            f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all"
+        )
+    exposures = (
+        choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
+    )
     choices.choose_words(chosen, word)
     output = run_folder(word, settings.get("resume_from_checkpoint"))
     chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
-    choices.choose_resolution(chosen)  # by which photos are judged; a recipe has it, a file may lack it
-    chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all | {"early_stopping": None}))
+    # by which photos are judged; a recipe has it, a file may lack it
+    choices.choose_resolution(chosen)
+    chosen.photo_report = photo_report(
+        table.TrainConfig.from_dict(chosen.all | {"early_stopping": None})
+    )
     choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
     choices.choose_scores(chosen, chosen.photo_report.photos)
     say(chosen.lines)
@@ -284,8 +357,13 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
     elif memory.least_free_gib() is None:
         if "pretrained_model_name_or_path" not in chosen.given and (line := machine.unused_gpu()):
             cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
-            raise UserError(f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}")
-        base, said = "toy", "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+            raise UserError(
+                f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}"
+            )
+        base, said = (
+            "toy",
+            "the embedded one, as there is no GPU here, and the embedded base knows toys alone",
+        )
         is_for_lack = "pretrained_model_name_or_path" not in chosen.given
     chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
     return is_for_lack
@@ -301,7 +379,9 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
     folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
-        raise UserError(f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}.")
+        raise UserError(
+            f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}."
+        )
     if word.startswith("-"):
         raise UserError(unknown_flag_message(word))
     if not word or "/" in word:
@@ -315,8 +395,8 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 
 def run_folder(word: str, resumed_from: str | None = None) -> Path:
-    """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint, else the latest one,
-    with a checkpoint if any has one; for several processes the first."""
+    """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint,
+    else the latest one, with a checkpoint if any has one; for several processes the first."""
     if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
         return Path(resumed_from).parent
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
@@ -324,8 +404,11 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
         return RUNS / name
     if not resumed_from:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
-    there = [path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)]
-    there = [path for path in there if RunDir(path).latest_checkpoint()] or there  # another may wait in the queue
+    there = [
+        path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)
+    ]
+    # another may wait in the queue
+    there = [path for path in there if RunDir(path).latest_checkpoint()] or there
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
 
@@ -335,7 +418,8 @@ def run_trainer(
     report: "PhotoReport | None" = None,
     last_words: Sequence[str] = (),
 ) -> int:
-    """`report` is given where the photos were read before. `last_words` are said behind all remarks."""
+    """`report` is given where the photos were read before. `last_words` are said behind all
+    remarks."""
     from dreambooth_moslora.plan.plan import make_plan
 
     plan = make_plan(config, report)  # refuses the run, if it must, before torch is imported
@@ -357,7 +441,8 @@ def run_trainer(
 
 
 def print_ending(plan: "Plan", result: "TrainResult") -> None:
-    """Say where the adapter is, and of a run that was not stopped the most important advice of `explain`."""
+    """Say where the adapter is, and of a run that was not stopped the most important advice of
+    `explain`."""
     folder, step = result.run_dir, result.step
     if not result.interrupted:
         load = f'pipe.load_lora_weights("{folder}") loads the adapter'
@@ -389,7 +474,8 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
 
 
 def start_log(config: table.TrainConfig) -> logging.Logger:
-    """Send all records to the run folder, warnings also to the terminal; returns a logger for the folder alone."""
+    """Send all records to the run folder, warnings also to the terminal; returns a logger for the
+    folder alone."""
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()
@@ -413,13 +499,16 @@ class SpelledOut(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """A log file that reports a failed write once, as on a full disk, instead of a traceback for each record."""
+    """A log file that reports a failed write once, as on a full disk, instead of a traceback for
+    each record."""
 
     is_lost = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         if not self.is_lost:
-            print(f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+            print(
+                f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr
+            )
         self.is_lost = True
 
 
@@ -429,6 +518,8 @@ def log_file(run_dir: RunDir) -> logging.Handler:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserError(f"--output_dir {run_dir.path}: cannot be written: {error.strerror}.") from error
+        raise UserError(
+            f"--output_dir {run_dir.path}: cannot be written: {error.strerror}."
+        ) from error
     handler.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

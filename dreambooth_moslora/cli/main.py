@@ -1,4 +1,5 @@
-"""The programs' entry point with commands. Exit codes: 0 done, 2 a user's mistake, 130 stopped, 1 a bug.
+"""The programs' entry point with commands. Exit codes: 0 done, 2 a user's mistake, 130 stopped, 1 a
+bug.
 
 python -m dreambooth_moslora COMMAND …  main, as is the installed `dreambooth-moslora COMMAND …`
 python train_dreambooth.py …            `train.train_main`
@@ -39,16 +40,20 @@ COMMANDS = {
     "selftest": ("extras.lab.command_selftest",
         "train, resume and draw on this machine's device, and compare the results with its CPU"),
 }
-"""Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line of the help."""
+"""Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line
+of the help."""
 # fmt: on
-UNLISTED = {"together": ("extras.cluster.together", "train several subjects of a fleet in one process")}
+UNLISTED = {
+    "together": ("extras.cluster.together", "train several subjects of a fleet in one process")
+}
 """What a fleet's worker starts for a group of subjects."""
 FIRST_STEPS = """
 first steps, with a folder of photos and a word for what they show:
   check photos/dog dog
   train photos/dog dog
   generate --adapter runs/dog --prompt "a photo of a sks dog\""""
-INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"  # The two ways to start `main`.
+# The two ways to start `main`.
+INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

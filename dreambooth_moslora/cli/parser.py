@@ -1,6 +1,7 @@
 """A parser of the command line whose mistakes are one line, and flags of other trainers.
 
-Flags may have underscores or hyphens. For a flag of another trainer the error says what to give instead.
+Flags may have underscores or hyphens. For a flag of another trainer the error says what to give
+instead.
 """
 
 import argparse
@@ -84,7 +85,11 @@ FOREIGN = {
 }
 """Flags of other trainers -> what to give instead."""
 FOREIGN_FLAGS = {
-    **{flag: f"use --{name}" for name, item in table.SETTINGS.items() for flag in item.metadata["elsewhere"].split()},
+    **{
+        flag: f"use --{name}"
+        for name, item in table.SETTINGS.items()
+        for flag in item.metadata["elsewhere"].split()
+    },
     **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
 }
 MOST_IN_USAGE = 8
@@ -105,7 +110,8 @@ def unknown_flag_message(word: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for a mistake. `is_of_training`: it takes the settings of a run."""
+    """An ArgumentParser that raises UserError for a mistake. `is_of_training`: it takes the
+    settings of a run."""
 
     is_of_training = False
 
@@ -116,7 +122,9 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Of many flags the usage names those that are needed: each is explained below it."""
         if self.usage is None and len(self._actions) > MOST_IN_USAGE:
-            needed = [action for action in self._actions if action.required or not action.option_strings]
+            needed = [
+                action for action in self._actions if action.required or not action.option_strings
+            ]
             formatter = self._get_formatter()
             formatter.add_usage(None, needed, [], prefix="")
             self.usage = f"{formatter.format_help().strip()} [--FLAG VALUE …]"

@@ -1,8 +1,9 @@
-"""The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and bars, exit codes.
+"""The terminal: streams that never end a run, Ctrl-C as a request to stop, events as lines and
+bars, exit codes.
 
-In `train … | tee log` Ctrl-C ends `tee` first; the run must still save and return its own exit code. So Ctrl-C, SIGTERM
-and a closed terminal (SIGHUP) only set a flag, which the loop checks between two steps. So does a file that a page, a
-queue or a fleet's worker makes.
+In `train … | tee log` Ctrl-C ends `tee` first; the run must still save and return its own exit
+code. So Ctrl-C, SIGTERM and a closed terminal (SIGHUP) only set a flag, which the loop checks
+between two steps. So does a file that a page, a queue or a fleet's worker makes.
 """
 
 import errno
@@ -39,14 +40,16 @@ def say(lines: list[str]) -> None:
 
 
 def hush() -> None:
-    """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask for nothing."""
+    """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask
+    for nothing."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
     logging.getLogger("diffusers.models.modeling_utils").addFilter(is_of_use)
-    warnings.filterwarnings("ignore", "invalid value encountered in cast")  # `about_black` says it in words
+    # `about_black` says it in words
+    warnings.filterwarnings("ignore", "invalid value encountered in cast")
 
 
 def is_of_use(record: logging.LogRecord) -> bool:
@@ -57,8 +60,8 @@ IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BreakableStream:
-    """A text stream that drops its output once a write has failed: then it goes to the null device. `is_full` says
-    whether that was for lack of room."""
+    """A text stream that drops its output once a write has failed: then it goes to the null device.
+    `is_full` says whether that was for lack of room."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -85,8 +88,8 @@ class BreakableStream:
 
 @contextmanager
 def survive_broken_pipes() -> Iterator[BreakableStream]:
-    """In this block `sys.stdout`, which it gives, and `sys.stderr` survive their reader, and escape what cannot be
-    encoded."""
+    """In this block `sys.stdout`, which it gives, and `sys.stderr` survive their reader, and escape
+    what cannot be encoded."""
     before = sys.stdout, sys.stderr
     streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
     for stream in streams:
@@ -109,8 +112,9 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Context manager; calling it returns whether someone asked to stop, by a signal or by the file that the process's
-    starter has named (`disk.processes.ask_to_stop`). A third Ctrl-C ends the process at once."""
+    """Context manager; calling it returns whether someone asked to stop, by a signal or by the file
+    that the process's starter has named (`disk.processes.ask_to_stop`). A third Ctrl-C ends the
+    process at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -124,8 +128,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows lacks it
-            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as under `nohup`
+            # Windows lacks it
+            numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
+            # as under `nohup`
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
                 numbers.append(hangup)
             self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
@@ -159,7 +165,8 @@ PHASE_TITLES = {
 }
 TRAINING = "training"  # Title of the bar of steps.
 STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-"""Without the bar's own forecast, which would take the seconds of scoring and of samples for those of a step."""
+"""Without the bar's own forecast, which would take the seconds of scoring and of samples for those
+of a step."""
 PLAIN_INTERVAL_SEC = 5.0  # Seconds between two lines of progress when the output is a file.
 
 
@@ -186,10 +193,19 @@ class TerminalProgress:
             case events.SamplesDrawn():
                 self.write(f"step {event.step}: {len(event.files)} sample images")
             case events.StepEvaluated():
-                named = {label: event.scores[name] for name, label in curves().items() if name in event.scores}
-                self.write(f"step {event.step}: " + ", ".join(f"{label} {v:.3f}" for label, v in named.items()))
+                named = {
+                    label: event.scores[name]
+                    for name, label in curves().items()
+                    if name in event.scores
+                }
+                self.write(
+                    f"step {event.step}: "
+                    + ", ".join(f"{label} {v:.3f}" for label, v in named.items())
+                )
             case events.ScaleFound():
-                self.write(f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}")
+                self.write(
+                    f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}"
+                )
             case events.RunEnded():
                 self.close()
 
@@ -205,8 +221,12 @@ class TerminalProgress:
     def _open(self, title: str, total: int, start: int, unit: str) -> None:
         self.close()
         interval = 0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC
-        options = {"mininterval": interval, "maxinterval": 60.0} | ({"bar_format": STEPS} if title == TRAINING else {})
-        self._bar = tqdm(total=total, initial=start, desc=title, unit=unit, file=self.stream, **options)
+        options = {"mininterval": interval, "maxinterval": 60.0} | (
+            {"bar_format": STEPS} if title == TRAINING else {}
+        )
+        self._bar = tqdm(
+            total=total, initial=start, desc=title, unit=unit, file=self.stream, **options
+        )
         self._phase = title
 
     def _show_phase(self, event: events.PhaseProgress) -> None:
@@ -219,7 +239,9 @@ class TerminalProgress:
                 self.write(f"{title} …")
             return
         if self._phase != title:
-            self._open(title, event.total, event.done, "step" if event.phase == "sampling" else "image")
+            self._open(
+                title, event.total, event.done, "step" if event.phase == "sampling" else "image"
+            )
         self._advance(event.done)
 
     def _show_step(self, event: events.StepDone) -> None:
@@ -243,7 +265,15 @@ class TerminalProgress:
 
 DONE, OUR_BUG, MISTAKE = 0, 1, 2
 FILE_MISTAKES = (
-    *(errno.EBUSY, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR),
+    *(
+        errno.EBUSY,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+    ),
     *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
 )
 NO_NAME = (123, 161, 206)
@@ -264,19 +294,24 @@ OUT_OF_MEMORY = (
 )
 
 NO_FIXED_ORDER = re.compile(r"(\S+) does not have a deterministic implementation")
-"""What PyTorch says of an operation where `--deterministic` asks for kernels that sum in one order."""
+"""What PyTorch says of an operation where `--deterministic` asks for kernels that sum in one order.
+"""
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not end the run."""
+    """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not
+    end the run."""
     processes.avoid_fragmentation()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns without a GPU, even if unused
+    # it warns without a GPU, even if unused
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with survive_broken_pipes() as output:
         try:
             code = run()
             output.flush()
             if output.is_full:
-                raise UserError("the disk is full, and the printed answer is not complete; free some and repeat.")
+                raise UserError(
+                    "the disk is full, and the printed answer is not complete; free some and repeat."
+                )
             return code
         except UserError as error:
             return print_user_error(str(error))
@@ -296,7 +331,8 @@ def print_user_error(text: str) -> int:
 
 
 def message_for_known_error(error: Exception) -> str | None:
-    """One line for an error of the machine (memory, kernels, disk, permissions); None for any other error."""
+    """One line for an error of the machine (memory, kernels, disk, permissions); None for any other
+    error."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if found := NO_FIXED_ORDER.search(str(error)):

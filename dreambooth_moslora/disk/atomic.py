@@ -1,4 +1,5 @@
-"""Whole files and folders: they appear complete, by temporary name, fsync and rename, or not at all."""
+"""Whole files and folders: they appear complete, by temporary name, fsync and rename, or not at
+all."""
 
 import logging
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from dreambooth_moslora.disk.process_identity import is_running, own_token
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)")
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)"
+)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -31,13 +34,14 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 IS_OPEN = (5, 32)
-"""Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION)."""
+"""Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED,
+ERROR_SHARING_VIOLATION)."""
 WAIT_SEC, AGAIN_SEC = 10.0, 0.1
 
 
 def rename(source: Path, target: Path) -> None:
-    """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which only Windows refuses: a
-    viewer, or a scanner of viruses. Raises the last PermissionError."""
+    """`os.replace`, tried again for WAIT_SEC while another program has a file there open, which
+    only Windows refuses: a viewer, or a scanner of viruses. Raises the last PermissionError."""
     end = time.monotonic() + WAIT_SEC
     while True:
         try:
@@ -50,7 +54,8 @@ def rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
-    """A folder in `folder` for the length of the block. Folders that a killed process left are removed."""
+    """A folder in `folder` for the length of the block. Folders that a killed process left are
+    removed."""
     clean_stale(folder)
     scratch = temporary_name(folder / name, "new")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -63,7 +68,8 @@ def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without an error."""
+    """Yield a temporary folder beside `path`; it is renamed to `path` when the block ends without
+    an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(path.parent, path.name) as temporary:
@@ -87,7 +93,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Rename it, so that its name is free at once, then delete it. One that is in use stays whole, with a warning."""
+    """Rename it, so that its name is free at once, then delete it. One that is in use stays whole,
+    with a warning."""
     doomed = temporary_name(path, "new")
     try:
         rename(path, doomed)
@@ -105,7 +112,12 @@ def recover(folder: Path) -> None:
     """Restore a folder's name after a kill between the two renames of its replacement."""
     for path, match in temporaries(folder):
         target = folder / match["name"]
-        if match["kind"] == "old" and path.is_dir() and not target.exists() and not is_in_use(match):
+        if (
+            match["kind"] == "old"
+            and path.is_dir()
+            and not target.exists()
+            and not is_in_use(match)
+        ):
             with suppress(OSError):
                 os.replace(path, target)
 

@@ -64,7 +64,8 @@ def read_json(path: Path, model: type[M] = dict, most_bytes: int = MOST_TEXT_BYT
 
 def from_json(text: str | bytes, model: type[M] = dict) -> M:
     """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
-    pydantic checks: 1 is a float, but no "1" and no true. Raises UserError with the first wrong value.
+    pydantic checks: 1 is a float, but no "1" and no true. Raises UserError with the first wrong
+    value.
     """
     try:
         if model is not dict:
@@ -92,4 +93,6 @@ def reason_of(error: Exception) -> str:
         return "there is no such file"
     if isinstance(error, UserError):
         return str(error)
-    return error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
+    return (
+        error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
+    )

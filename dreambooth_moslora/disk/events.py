@@ -1,4 +1,5 @@
-"""The events of a run, one frozen dataclass each, and their file, `metrics.jsonl`, one JSON object a line.
+"""The events of a run, one frozen dataclass each, and their file, `metrics.jsonl`, one JSON object
+a line.
 
 RunStarted  PhaseProgress*
 (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
@@ -62,8 +63,9 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped. A resumed run replaces the file, and a folder's name may be
-    used again: the last line read, which holds its time, must still be there, else everything is read again."""
+    """The events, read from where the last reading stopped. A resumed run replaces the file, and a
+    folder's name may be used again: the last line read, which holds its time, must still be there,
+    else everything is read again."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -103,7 +105,8 @@ class Metrics:
         return next((event for event in reversed(self.events) if event.get("type") == kind), {})
 
     def since_start(self) -> list[dict[str, Any]]:
-        """Events since the last start. In a resumed run, events of the earlier one, even an `end`, come before it."""
+        """Events since the last start. In a resumed run, events of the earlier one, even an `end`,
+        come before it."""
         starts = [i for i, event in enumerate(self.events) if event.get("type") == "start"]
         return self.events[starts[-1] :] if starts else []
 
@@ -168,7 +171,8 @@ class StepEvaluated(Event):
     best: Best = field(default_factory=dict)
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
-    photos: dict[str, float] = field(default_factory=dict)  # `count`, `nearness`, `largest`, `without_bare_prompt`
+    # `count`, `nearness`, `largest`, `without_bare_prompt`
+    photos: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ def record_of(event: Event) -> dict[str, Any]:
 
 
 def event_of(record: Mapping[str, Any]) -> Event | None:
-    """The event of one line; None for another program's line, and for a missing field or a wrong type."""
+    """The event of one line; None for another program's line, and for a missing field or a wrong
+    type."""
     kind = KINDS.get(str(record.get("type")))
     if kind is None:
         return None
@@ -221,7 +226,9 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     values = {name: value for name, value in record.items() if name in names}
     if kind is StepEvaluated:
         values = {"best": {}} | values
-        values["scores"] = {k: v for k, v in record.items() if isinstance(v, float) and k not in names}
+        values["scores"] = {
+            k: v for k, v in record.items() if isinstance(v, float) and k not in names
+        }
     with suppress(UserError):
         return from_json(json.dumps(values), kind)
     return None

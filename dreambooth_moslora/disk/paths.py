@@ -10,11 +10,16 @@ from dreambooth_moslora.errors import UserError
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where neither is known."""
+    """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where
+    neither is known."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+        return (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
+        )
     except RuntimeError:
-        raise UserError("this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir.") from None
+        raise UserError(
+            "this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir."
+        ) from None
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,7 +36,8 @@ def assets_folder() -> Path:
 
 
 def import_environment() -> dict[str, str]:
-    """Environment variables that let a child process import this program from any folder: PYTHONPATH in a clone."""
+    """Environment variables that let a child process import this program from any folder:
+    PYTHONPATH in a clone."""
     clone = clone_folder()
     if clone is None:
         return {}
@@ -40,12 +46,14 @@ def import_environment() -> dict[str, str]:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises a RuntimeError."""
+    """A path of the user's, `~` resolved. That of an unknown user stays, where pathlib's own raises
+    a RuntimeError."""
     return Path(os.path.expanduser(path))
 
 
 def find_asset(path: str) -> str:
-    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the README's examples)."""
+    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the
+    README's examples)."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
     if parts[:1] != ("assets",) or os.path.exists(path):
@@ -60,7 +68,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def public_name(name: str | Path) -> str:
-    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the rest is private."""
+    """A hub id or `toy` unchanged; of a path, also a Windows path, only its last part, since the
+    rest is private."""
     path = os.path.expanduser(str(name))
     if path and os.path.exists(path):
         return os.path.basename(os.path.abspath(path))
@@ -68,8 +77,11 @@ def public_name(name: str | Path) -> str:
     return text if HUB_ID.fullmatch(text) else Path(text).name
 
 
-def free_name(name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False) -> str:
-    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins at `name_1`."""
+def free_name(
+    name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False
+) -> str:
+    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins
+    at `name_1`."""
     if not is_numbered and not is_taken(name):
         return name
     numbers = count(1 if is_numbered else 2)

@@ -13,18 +13,23 @@ def own_token(pid: int) -> str:
 
 
 def process_token(pid: int) -> str:
-    """Distinguishes a running process from an earlier one of the same number: systems use numbers again. "" without a
-    process, and where its start is not told."""
+    """Distinguishes a running process from an earlier one of the same number: systems use numbers
+    again. "" without a process, and where its start is not told."""
     birth = birth_of(pid)
     return hashlib.blake2b(f"{pid} {birth}".encode(), digest_size=4).hexdigest() if birth else ""
 
 
 def birth_of(pid: int) -> str:
-    """When the process was started: on Linux the machine's boot and the tick, which no change of the clock alters,
-    elsewhere the time. "" without a process, and if it is not told."""
+    """When the process was started: on Linux the machine's boot and the tick, which no change of
+    the clock alters, elsewhere the time. "" without a process, and if it is not told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        facts = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
         return f"{boot} {facts[19]}"
     except (OSError, IndexError):
         import psutil
@@ -36,8 +41,8 @@ def birth_of(pid: int) -> str:
 
 
 def is_running(pid: int, token: str) -> bool:
-    """Whether the process with this `process_token` still runs; by its number alone where its start is not told. It is
-    not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
+    """Whether the process with this `process_token` still runs; by its number alone where its start
+    is not told. It is not asked by a signal: on Windows `os.kill(pid, 0)` ends the process."""
     import psutil
 
     now = process_token(pid)

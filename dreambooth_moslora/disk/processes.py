@@ -1,8 +1,10 @@
-"""This process: its threads, memory and imports. The process that trains: how it is started, and why it ended.
+"""This process: its threads, memory and imports. The process that trains: how it is started, and
+why it ended.
 
-A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block from the kernel and
-returns it when it is freed, so that every step faults its pages in again, 4 KiB at a time. Reusing them, in pages of 2
-MiB, saves a fifth of a step's time at SDXL's size. Sources: mallopt(3), madvise(2).
+A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block
+from the kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB
+at a time. Reusing them, in pages of 2 MiB, saves a fifth of a step's time at SDXL's size. Sources:
+mallopt(3), madvise(2).
 """
 
 import ctypes
@@ -41,8 +43,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     if kept:
-        # Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask for huge pages there,
-        # and free it again: it is no longer trimmed, so later allocations come from this range.
+        # Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask
+        # for huge pages there, and free it again: it is no longer trimmed, so later allocations
+        # come from this range.
         page = os.sysconf("SC_PAGE_SIZE")
         size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
         libc.malloc.restype = ctypes.c_void_p
@@ -54,7 +57,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without glibc."""
+    """Return freed memory to the system for a smaller phase, by malloc_trim(3); nothing without
+    glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -62,18 +66,22 @@ def give_freed_memory_back() -> None:
 
 
 def page_out(tensor: "Tensor") -> None:
-    """Let a host tensor's pages leave memory until they are read again, by madvise(2); only Linux since 5.4."""
+    """Let a host tensor's pages leave memory until they are read again, by madvise(2); only Linux
+    since 5.4."""
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
         return
     page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
     first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
     if end > first:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT
+        )
 
 
 def share_heaps() -> bool:
-    """Let all threads share one of glibc's arenas: for a server, before there are threads. Each thread may else begin
-    its own, and what it leaves there (tens of MiB) serves no other. mallopt(3); False without glibc."""
+    """Let all threads share one of glibc's arenas: for a server, before there are threads. Each
+    thread may else begin its own, and what it leaves there (tens of MiB) serves no other.
+    mallopt(3); False without glibc."""
     try:
         return sys.platform.startswith("linux") and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
     except (AttributeError, OSError):
@@ -93,7 +101,8 @@ def peak_memory_gib() -> float | None:
 
 
 def reset_peak_memory() -> None:
-    """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5), clear_refs)."""
+    """Restart `peak_memory_gib` from what is resident now, on systems that can (proc(5),
+    clear_refs)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
@@ -106,7 +115,8 @@ def avoid_fragmentation() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For large imports: the garbage collector, a sixth of their time, pauses and never examines the objects."""
+    """For large imports: the garbage collector, a sixth of their time, pauses and never examines
+    the objects."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -133,8 +143,9 @@ def when_orphaned(parent: int, then: Callable[[], object]) -> None:
 
 
 def ask_to_stop(run_dir: Path) -> None:
-    """Ask the process that `start_logged` has started there to end between two steps, with a checkpoint and an adapter.
-    It reads the request (`cli.terminal.StopRequest`): no signal does that on Windows, where SIGTERM ends a process."""
+    """Ask the process that `start_logged` has started there to end between two steps, with a
+    checkpoint and an adapter. It reads the request (`cli.terminal.StopRequest`): no signal does
+    that on Windows, where SIGTERM ends a process."""
     (run_dir / STOP_NAME).touch()
 
 
@@ -154,20 +165,24 @@ def end_process(pid: int) -> None:
 
 
 def has_gone_silent(asked: float, run_dirs: Iterable[Path]) -> bool:
-    """Whether a process that was `asked` to stop at that time has written no event and no line of its log for
-    ANSWER_SEC in any of its runs."""
+    """Whether a process that was `asked` to stop at that time has written no event and no line of
+    its log for ANSWER_SEC in any of its runs."""
     files = [run_dir / name for run_dir in run_dirs for name in ("metrics.jsonl", LOG_NAME)]
-    return time.time() - max([asked, *(file.stat().st_mtime for file in files if file.exists())]) > ANSWER_SEC
+    return (
+        time.time() - max([asked, *(file.stat().st_mtime for file in files if file.exists())])
+        > ANSWER_SEC
+    )
 
 
 def was_killed(code: int | None, log_tail: str) -> bool:
-    """Whether a process that recorded no end was killed. Without an exit status, and on Windows, where that of a killed
-    one is of no kind of its own, its log decides."""
+    """Whether a process that recorded no end was killed. Without an exit status, and on Windows,
+    where that of a killed one is of no kind of its own, its log decides."""
     return code < 0 if code is not None and IS_POSIX else "rror" not in _last_words(log_tail)
 
 
 def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
-    """The reason, for a process that recorded no end. `code` is None if an earlier server had started it."""
+    """The reason, for a process that recorded no end. `code` is None if an earlier server had
+    started it."""
     words = _last_words(log_tail)
     if code in STOPPED_EARLY and was_asked:
         return "It was stopped before training had begun."
@@ -188,12 +203,16 @@ def _last_words(log_tail: str) -> str:
 
 
 IS_POSIX = os.name == "posix"  # Sessions, handed-on files, and exit statuses that name a signal
-CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"  # Of a run: its settings, and the terminal's output
-TRAIN = ("-P", "-m", "dreambooth_moslora", "train")  # -P: no `torch.py` of the current folder is imported
+# Of a run: its settings, and the terminal's output
+CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
+# -P: no `torch.py` of the current folder is imported
+TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
 STOP_NAME, STOP_FILE = "job.stop", "DREAMBOOTH_STOP_FILE"
-"""A file whose presence asks the run to stop, and the environment variable that tells the process its path."""
+"""A file whose presence asks the run to stop, and the environment variable that tells the process
+its path."""
 ANSWER_SEC = 1200.0
-"""How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter in minutes."""
+"""How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
+in minutes."""
 KILLED, STOPPED_EARLY = -9, (-signal.SIGTERM, signal.SIGTERM)
 """Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
 LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
@@ -210,11 +229,15 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python with the arguments in `folder` (None: the current one), its output to the log in `run_dir`, apart
-    from this terminal's Ctrl-C and end. `environment` is added; open files in `inherits` are passed on, but not on
-    Windows. Removes a request to stop an earlier process."""
+    """Start Python with the arguments in `folder` (None: the current one), its output to the log in
+    `run_dir`, apart from this terminal's Ctrl-C and end. `environment` is added; open files in
+    `inherits` are passed on, but not on Windows. Removes a request to stop an earlier process."""
     (run_dir / STOP_NAME).unlink(missing_ok=True)
-    own = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", STOP_FILE: os.path.abspath(run_dir / STOP_NAME)}
+    own = {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        STOP_FILE: os.path.abspath(run_dir / STOP_NAME),
+    }
     own |= {**import_environment(), **(environment or {})}
     with (run_dir / LOG_NAME).open("ab") as log:
         return subprocess.Popen(
@@ -229,7 +252,8 @@ def start_logged(
 
 
 def apart(inherits: Sequence[int]) -> dict[str, Any]:
-    """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console is not shown."""
+    """Options by which no Ctrl-C here and no closed terminal reaches it; on Windows its own console
+    is not shown."""
     if IS_POSIX:
         return {"start_new_session": True, "pass_fds": inherits}
     return {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}

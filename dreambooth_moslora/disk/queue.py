@@ -50,8 +50,9 @@ WRITTEN_TO += (processes.LOG_NAME, processes.CONFIG_NAME, HOLD_NAME, NEW_RECORD_
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another run holds it, or
-    when a file that a run writes to is a link or a pipe: the folder may be a stranger's."""
+    """Hold the existing `folder` of the option `flag` for the block. Raises UserError when another
+    run holds it, or when a file that a run writes to is a link or a pipe: the folder may be a
+    stranger's."""
     refuse_links(folder, flag)
     path, owner = folder / LOCK_NAME, folder / OWNER_NAME
     file = take(path, flag)
@@ -72,8 +73,8 @@ def refuse_links(folder: Path, flag: str) -> None:
 
 
 def release(path: Path, file: BinaryIO) -> None:
-    """Remove the file and give up its lock, in the order that the system allows: Windows removes no open file, and
-    none that the next owner has opened meanwhile."""
+    """Remove the file and give up its lock, in the order that the system allows: Windows removes no
+    open file, and none that the next owner has opened meanwhile."""
     try:
         path.unlink()
     except PermissionError:
@@ -148,7 +149,8 @@ class QueuedRun:
     name: str
     folder: str = ""  # that paths in the settings are relative to
     argv: tuple[str, ...] = ()  # the words of the command that added it; () of the page
-    settings: dict[str, Any] = field(default_factory=dict)  # checked; {} if its file could not be read
+    # checked; {} if its file could not be read
+    settings: dict[str, Any] = field(default_factory=dict)
     is_new: bool = False  # its run folder was made for it
     queued: float = 0.0  # time, s
     started: float = 0.0  # time, s
@@ -200,7 +202,10 @@ class RunQueue:
         with suppress(UserError):
             names = read_json(self.folder / "order.json", list[str])
         moved = {name: number for number, name in enumerate(names)}
-        return sorted(self._all("waiting"), key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name))
+        return sorted(
+            self._all("waiting"),
+            key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name),
+        )
 
     def started(self) -> list[QueuedRun]:
         """The run whose turn it is, or an empty list."""
@@ -244,7 +249,8 @@ class RunQueue:
             lock.close()
 
     def claim(self) -> QueuedRun | None:
-        """Move the first waiting run to `started` and return it; None when none waits, or the queue is paused."""
+        """Move the first waiting run to `started` and return it; None when none waits, or the queue
+        is paused."""
         with self._held():
             run = None if self.is_paused else next(iter(self.waiting()), None)
             if run is not None:
@@ -291,7 +297,9 @@ class RunQueue:
                 lock = take(self.folder / "order.lock", "--runs_dir")
                 break
             if time.monotonic() > end:
-                raise UserError(f"{self.folder}: another process is changing the queue and does not end")
+                raise UserError(
+                    f"{self.folder}: another process is changing the queue and does not end"
+                )
             time.sleep(POLL_SEC)
         try:
             yield
@@ -300,7 +308,8 @@ class RunQueue:
 
 
 def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
-    """The names with `name` at its new place. Raises UserError for an unknown name and for an invalid place."""
+    """The names with `name` at its new place. Raises UserError for an unknown name and for an
+    invalid place."""
     if name not in names:
         raise UserError(not_waiting(name))
     rest, now = [one for one in names if one != name], list(names).index(name)
@@ -309,7 +318,9 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
     elif place in PLACES:
         index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
     else:
-        raise UserError(f"{place!r:.20} is not a place in the queue: {', '.join(PLACES)}, or a number from 1")
+        raise UserError(
+            f"{place!r:.20} is not a place in the queue: {', '.join(PLACES)}, or a number from 1"
+        )
     return [*rest[:index], name, *rest[index:]]
 
 

@@ -1,6 +1,8 @@
-"""The run folder: the names of its files, which of its checkpoints are complete, and the adapters in it.
+"""The run folder: the names of its files, which of its checkpoints are complete, and the adapters
+in it.
 
-Adapter files lie in folders of adapters and in runs. A user chooses one by the name that `name_of` gives it.
+Adapter files lie in folders of adapters and in runs. A user chooses one by the name that `name_of`
+gives it.
 """
 
 import re
@@ -20,7 +22,8 @@ from dreambooth_moslora.disk.paths import free_name, user_path
 from dreambooth_moslora.errors import UserError, one_line
 
 PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
-KOHYA_SUFFIX = ".kohya.safetensors"  # End of the name of the file for other programs, after the run's name.
+# End of the name of the file for other programs, after the run's name.
+KOHYA_SUFFIX = ".kohya.safetensors"
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
 TOKENS_SUFFIX = "_emb.safetensors"
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
@@ -44,7 +47,8 @@ class RunDir:
         self.captions_path = path / "captions.json"  # made by --captions auto
         self.best_dir = path / BEST_NAME
         self.evaluation_dir = path / "evaluation"  # what `evaluate` wrote
-        self.last_dir = path / "last"  # a checkpoint at the end, if its step is no multiple of --checkpointing_steps
+        # a checkpoint at the end, if its step is no multiple of --checkpointing_steps
+        self.last_dir = path / "last"
         self.contact_sheet_path = path / "contact_sheet.png"
         self.loss_plot_path = path / "loss.png"
 
@@ -76,7 +80,9 @@ class RunDir:
         if not self.path.is_dir():
             return []
         recover(self.path)
-        named = [p for p in self.path.iterdir() if checkpoint_step(p) is not None or p == self.last_dir]
+        named = [
+            p for p in self.path.iterdir() if checkpoint_step(p) is not None or p == self.last_dir
+        ]
         return sorted(named, key=step_of)
 
     def latest_checkpoint(self) -> Path | None:
@@ -101,15 +107,19 @@ class RunDir:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that files cannot have here, with room for suffixes and temporaries' names."""
+    """Raises UserError for a name that files cannot have here, with room for suffixes and
+    temporaries' names."""
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
-        raise UserError(f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes")
+        raise UserError(
+            f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes"
+        )
 
 
 def tokens_name(name: str = "moslora", number: int = 0) -> str:
-    """New tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` of the run `dog`."""
+    """New tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` of the
+    run `dog`."""
     return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
 
 
@@ -120,7 +130,8 @@ def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
 
 
 def subject_name(number: int) -> str:
-    """The folder, in that of an evaluation of several subjects, with the report of subject `number` alone, from 1."""
+    """The folder, in that of an evaluation of several subjects, with the report of subject `number`
+    alone, from 1."""
     return f"subject_{number}"
 
 
@@ -131,7 +142,8 @@ def checkpoint_step(path: PurePath) -> int | None:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that is damaged."""
+    """The step of a checkpoint: from its name, or for `last` from its position file; -1 when that
+    is damaged."""
     named = checkpoint_step(path)
     if named is not None:
         return named
@@ -154,11 +166,14 @@ class Position:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether all files of a checkpoint exist; their content is not checked."""
-    return all((path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES)
+    return all(
+        (path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES
+    )
 
 
 SIGNATURE = "Made with dreambooth_moslora"
-PICTURE = re.compile(r"image_\d+\.png")  # The trainer's; other files that a card names are not the run's
+# The trainer's; other files that a card names are not the run's
+PICTURE = re.compile(r"image_\d+\.png")
 
 
 def is_card(text: str) -> bool:
@@ -185,19 +200,23 @@ UNSAFE = re.compile(r"[^\w .+-]+")
 
 
 def find_weights(path: str | Path) -> Path:
-    """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError, also for pickles."""
+    """An adapter's file: the path, a run's published or a checkpoint's raw one. Raises UserError,
+    also for pickles."""
     path = user_path(path)
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():
         raise UserError(f"there is no adapter file {path}")
     if path.suffix != ".safetensors":
-        raise UserError(f"{path.name} is not a .safetensors file; other formats can carry code and are not opened")
+        raise UserError(
+            f"{path.name} is not a .safetensors file; other formats can carry code and are not opened"
+        )
     return path
 
 
 def header_of(file: Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any other file."""
+    """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any
+    other file."""
     return _header_and_keys(file)[0]
 
 
@@ -211,15 +230,21 @@ def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
         with safe_open(file, framework="np") as opened:
             return dict(opened.metadata() or {}), list(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"it is not a safetensors file, or it is damaged: {one_line(error)}") from None
+        raise UserError(
+            f"it is not a safetensors file, or it is damaged: {one_line(error)}"
+        ) from None
 
 
-def files_by_name(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
+def files_by_name(
+    files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
+) -> dict[str, Path]:
     """`named_files` without links out of `folders`."""
     return named_files((file for file in files if is_file_inside(file, folders)), folders, taken)
 
 
-def named_files(files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()) -> dict[str, Path]:
+def named_files(
+    files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
+) -> dict[str, Path]:
     """Name -> file, in order, with a number if `taken`; without tokens."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
@@ -231,19 +256,25 @@ def named_files(files: Iterable[Path], folders: Collection[Path], taken: Collect
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
-    """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run first."""
+    """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run
+    first."""
     dirs = [RunDir(run) for run in runs]
     places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME)]
     newest = {d.path: d.adapter_path.stat().st_mtime for d in dirs if d.adapter_path.is_file()}
     finished = [file for file in places if file.is_file()]
-    finished.sort(key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent)))
+    finished.sort(
+        key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent))
+    )
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    checkpoints.sort(key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0)))
+    checkpoints.sort(
+        key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0))
+    )
     return [*finished, *checkpoints]
 
 
 def is_of_run(path: PurePath) -> bool:
-    """Whether `run_files` finds a path of at most three parts, relative to a run or to a folder of runs."""
+    """Whether `run_files` finds a path of at most three parts, relative to a run or to a folder of
+    runs."""
     if path.name == RAW_NAME:
         return checkpoint_step(path.parent) is not None
     is_best = path.name == PUBLISHED_NAME and path.parent.name == BEST_NAME
@@ -257,7 +288,9 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
     is_best = file.parent.name == BEST_NAME and file.parent.parent not in folders
-    return f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
+    return (
+        f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
+    )
 
 
 def clean_name(text: str) -> str:
@@ -266,7 +299,8 @@ def clean_name(text: str) -> str:
 
 
 def is_file_inside(file: Path, folders: Collection[Path]) -> bool:
-    """Whether it is a regular file inside the folders, after following links. Circular links and pipes are not."""
+    """Whether it is a regular file inside the folders, after following links. Circular links and
+    pipes are not."""
     try:
         place = file.resolve(strict=True)
         return place.is_file() and any(place.is_relative_to(folder.resolve()) for folder in folders)

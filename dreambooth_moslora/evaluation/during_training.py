@@ -1,6 +1,8 @@
-"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best step.
+"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best
+step.
 
-Scores are the means over several subjects. The best step has the highest `metrics.checkpoint_score`.
+Scores are the means over several subjects. The best step has the highest
+`metrics.checkpoint_score`.
 """
 
 from collections.abc import Sequence
@@ -21,8 +23,9 @@ SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
 
 
 class TrainingEvaluator:
-    """The trainer calls it with its sampler and step. `prompts` must be encoded before the text encoders are freed.
-    Raises UserError for an encoder that cannot be loaded; without `scores` there are only prompts."""
+    """The trainer calls it with its sampler and step. `prompts` must be encoded before the text
+    encoders are freed. Raises UserError for an encoder that cannot be loaded; without `scores`
+    there are only prompts."""
 
     def __init__(
         self,
@@ -36,7 +39,8 @@ class TrainingEvaluator:
         of_each = report.photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
         if encoders is None and scores:
-            encoders = metrics.load_encoders(config.pretrained_model_name_or_path)  # fail now, not late in the run
+            # fail now, not late in the run
+            encoders = metrics.load_encoders(config.pretrained_model_name_or_path)
         self.encoders = encoders
 
     @property
@@ -50,17 +54,24 @@ class TrainingEvaluator:
 
     @cached_property
     def evaluators(self) -> list[score_tables.Evaluator]:
-        """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and no GPU memory."""
+        """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and
+        no GPU memory."""
         photos = self.photos_as_trained
-        return report.evaluators_of(self.subjects, photos, self.plans, self.encoders, self.config.resolution)
+        return report.evaluators_of(
+            self.subjects, photos, self.plans, self.encoders, self.config.resolution
+        )
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
-        """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of this evaluation."""
+        """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of
+        this evaluation."""
         draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = report.pooled(of_each)
         # Numbered, as trackers must not get the user's words.
-        numbered = {f"dino_subject_{n}": round(one.mean("dino"), 4) for n, one in enumerate(of_each, start=1)}
+        numbered = {
+            f"dino_subject_{n}": round(one.mean("dino"), 4)
+            for n, one in enumerate(of_each, start=1)
+        }
         photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
         near = {"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}
@@ -73,15 +84,25 @@ class TrainingEvaluator:
             "copy_alarm": found.alarm.raised,
             "photos": {"count": len(photos), **near, **largest, "without_bare_prompt": bare},
             "best": asdict(best),
-            "cost": {"seconds": round(found.seconds, 2), "pictures": sum(map(len, found.pictures.values()))},
+            "cost": {
+                "seconds": round(found.seconds, 2),
+                "pictures": sum(map(len, found.pictures.values())),
+            },
         }
 
     def _draw(self, sampler: Sampler) -> score_tables.Draw:
-        return score_tables.sampler_draw(replace(sampler, inference_steps=self.plans[0].inference_steps))
+        return score_tables.sampler_draw(
+            replace(sampler, inference_steps=self.plans[0].inference_steps)
+        )
 
-    def find_scale(self, sampler: Sampler, components: dict[str, torch.nn.Module]) -> ScaleChoice | None:
+    def find_scale(
+        self, sampler: Sampler, components: dict[str, torch.nn.Module]
+    ) -> ScaleChoice | None:
         """Score the live adapter at several scales; afterwards it has the trained scale again."""
-        draw, of_subject = self._draw(sampler), [evaluator.of_subject() for evaluator in self.evaluators]
+        draw, of_subject = (
+            self._draw(sampler),
+            [evaluator.of_subject() for evaluator in self.evaluators],
+        )
 
         def score(scale: float) -> float:
             for model in components.values():

@@ -1,9 +1,12 @@
-"""What a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals of their means.
+"""What a DreamBooth user cares about, as functions of unit vectors, with 95 % intervals of their
+means.
 
-CLIP and DINOv2 give the vectors, in fp32, so that a picture gets the same vector in any batch: by default
-openai/clip-vit-large-patch14 and facebook/dinov2-base, for the embedded base the toy world's own.
+CLIP and DINOv2 give the vectors, in fp32, so that a picture gets the same vector in any batch: by
+default openai/clip-vit-large-patch14 and facebook/dinov2-base, for the embedded base the toy
+world's own.
 
-DreamBooth (Ruiz et al., CVPR 2023, arXiv 2208.12242, sections 4.1 and 4.3) names five measures. With u·v the cosine:
+DreamBooth (Ruiz et al., CVPR 2023, arXiv 2208.12242, sections 4.1 and 4.3) names five measures.
+With u·v the cosine:
 
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
@@ -12,12 +15,13 @@ DreamBooth (Ruiz et al., CVPR 2023, arXiv 2208.12242, sections 4.1 and 4.3) name
             high value means that every member of the class has become the subject
     DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
 
-Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). A score is
-a table with one axis per random factor: prompts × seeds, or subjects × seeds. All axes are resampled at once, each
-as a whole (the crossed bootstrap of Owen, "The pigeonhole bootstrap", 2007). Resampling a handful of items
-underestimates their spread: with six subjects nine intervals of ten hold the truth, not nineteen of twenty. The
-interval is therefore widened to Student's t (the "expanded percentile interval" of Hesterberg, "What teachers should
-know about the bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
+Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch.
+13). A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All
+axes are resampled at once, each as a whole (the crossed bootstrap of Owen, "The pigeonhole
+bootstrap", 2007). Resampling a handful of items underestimates their spread: with six subjects nine
+intervals of ten hold the truth, not nineteen of twenty. The interval is therefore widened to
+Student's t (the "expanded percentile interval" of Hesterberg, "What teachers should know about the
+bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -70,17 +74,30 @@ class Encoders:
         return self._images(images, self.clip.processor, self.clip.embed_images)
 
     def dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """N pictures of any size -> unit vectors (N, D) of the class token after the last layer norm, on the CPU."""
-        return self._images(images, self.dino_processor, lambda x: self.dino(pixel_values=x).last_hidden_state[:, 0])
+        """N pictures of any size -> unit vectors (N, D) of the class token after the last layer
+        norm, on the CPU."""
+        return self._images(
+            images, self.dino_processor, lambda x: self.dino(pixel_values=x).last_hidden_state[:, 0]
+        )
 
     def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
-        read = partial(self.clip.tokenizer, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        read = partial(
+            self.clip.tokenizer,
+            padding=True,
+            truncation=True,
+            max_length=TOKENS,
+            return_tensors="pt",
+        )
         return self._vectors(texts, read, self.clip.embed_texts)
 
-    def _images(self, images: Sequence[Image.Image], processor: Any, embed: Callable) -> torch.Tensor:
+    def _images(
+        self, images: Sequence[Image.Image], processor: Any, embed: Callable
+    ) -> torch.Tensor:
         def read(some: list[Image.Image]) -> torch.Tensor:
-            return processor([image.convert("RGB") for image in some], return_tensors="pt").pixel_values
+            return processor(
+                [image.convert("RGB") for image in some], return_tensors="pt"
+            ).pixel_values
 
         return self._vectors(images, read, embed)
 
@@ -96,41 +113,57 @@ class Encoders:
 
 
 def load_encoders(
-    base: str | Path = "", clip: str | Path = "", dino: str | Path = "", device: str | torch.device = "cpu"
+    base: str | Path = "",
+    clip: str | Path = "",
+    dino: str | Path = "",
+    device: str | torch.device = "cpu",
 ) -> Encoders:
-    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named. Raises UserError."""
+    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named.
+    Raises UserError."""
     folder = toys.CLIP_FOLDER if toys.is_toy(base) else None
     clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
     towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
     dino = dino or (toys.DINO_FOLDER if folder else DINO)
     model = frozen(transformers.AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
-        raise UserError(f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2")
+        raise UserError(
+            f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2"
+        )
     names = (clip_name, public_name(dino))
     lpips, weights = None, Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    # LPIPS (Zhang et al., CVPR 2018) on AlexNet, which was trained on photographs, not toys. Nothing is downloaded.
+    # LPIPS (Zhang et al., CVPR 2018) on AlexNet, which was trained on photographs, not toys.
+    # Nothing is downloaded.
     if not folder and find_spec("lpips") is not None and weights.is_file():
         from lpips import LPIPS
 
         alexnet = LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device)
         lpips = picture_distance(alexnet, device)
-    return Encoders(towers, model, loaded(transformers.AutoImageProcessor, dino), names, lpips=lpips)
+    return Encoders(
+        towers, model, loaded(transformers.AutoImageProcessor, dino), names, lpips=lpips
+    )
 
 
 def picture_distance(model: torch.nn.Module, device: str | torch.device) -> PictureDistance:
     """A model of two pictures in [-1, 1] as a function of two pictures of one size."""
 
     def pixels(image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        return (
+            torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device)
+            / 127.5
+            - 1
+        )
 
     return lambda a, b: float(model(pixels(a), pixels(b)))
 
 
 def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool) -> Clip:
-    """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text encoder."""
+    """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text
+    encoder."""
     if is_pipeline:
         folder = Path(name)
-        vision = frozen(transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device)
+        vision = frozen(
+            transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device
+        )
         text = frozen(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device)
         return Clip(
             lambda pixels: vision(pixel_values=pixels).image_embeds,
@@ -142,14 +175,17 @@ def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool
     image_part, text_part = model.vision_model, model.text_model
     return Clip(
         lambda pixels: model.visual_projection(image_part(pixel_values=pixels).pooler_output),
-        lambda words: model.text_projection(text_part(words.input_ids, words.attention_mask).pooler_output),
+        lambda words: model.text_projection(
+            text_part(words.input_ids, words.attention_mask).pooler_output
+        ),
         loaded(transformers.CLIPTokenizer, name),
         loaded(transformers.CLIPImageProcessor, name),
     )
 
 
 def frozen(kind: Any, name: str | Path, device: str | torch.device) -> torch.nn.Module:
-    """A complete model. Raises UserError for missing weights, which transformers would initialise at random."""
+    """A complete model. Raises UserError for missing weights, which transformers would initialise
+    at random."""
     model, found = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
     if lacking := sorted(found["missing_keys"]):
         raise UserError(f"the encoder {name} is no {kind.__name__}: it has no {lacking[0]}")
@@ -166,7 +202,9 @@ def loaded(kind: Any, name: str | Path, **options) -> Any:
         ) from error
     except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
-        raise UserError(f"the encoder {name} cannot be read as a {kind.__name__}: {reason}") from error
+        raise UserError(
+            f"the encoder {name} cannot be read as a {kind.__name__}: {reason}"
+        ) from error
 
 
 RESAMPLES = 4000
@@ -198,14 +236,20 @@ class Interval:
         return format(self)
 
     def to_dict(self, digits: int = 4) -> dict[str, float | None]:
-        return {name: value if value is None else round(value, digits) for name, value in asdict(self).items()}
+        return {
+            name: value if value is None else round(value, digits)
+            for name, value in asdict(self).items()
+        }
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of a table of any number of axes and its interval. Raises ValueError when empty or not finite."""
+    """The mean of a table of any number of axes and its interval. Raises ValueError when empty or
+    not finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"a mean needs finite values, not a table of shape {values.shape} with gaps")
+        raise ValueError(
+            f"a mean needs finite values, not a table of shape {values.shape} with gaps"
+        )
     if values.size == 1:
         return Interval(float(values.mean()), None, None)
     rng = np.random.default_rng(seed)
@@ -219,7 +263,8 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 
 
 def widening(values: np.ndarray) -> float:
-    """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44 for six subjects."""
+    """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44
+    for six subjects."""
     sizes = [(axis, n) for axis, n in enumerate(values.shape) if n > 1]
     others = [tuple(other for other in range(values.ndim) if other != axis) for axis, _ in sizes]
     variances = np.array([values.mean(axis=o).var(ddof=1) / n for o, (_, n) in zip(others, sizes)])
@@ -238,16 +283,19 @@ def student(degrees: float) -> float:
 
 COPIED = 0.5  # A copy is more than this fraction of the way from another photo to one photo itself
 ALARM_SHARE = 0.1  # The alarm is raised when more than this fraction of the pictures are copies
-LONE_PHOTO_NEARNESS = 0.8  # Nearness assumed for a single photo, which has nothing to be compared with
+# Nearness assumed for a single photo, which has nothing to be compared with
+LONE_PHOTO_NEARNESS = 0.8
 
 
 def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """CLIP-I, DINO or (of the bare class) PRES: (N, D), photos (P, D) -> (N,), mean cosine to all photos."""
+    """CLIP-I, DINO or (of the bare class) PRES: (N, D), photos (P, D) -> (N,), mean cosine to all
+    photos."""
     return (generated @ photos.T).mean(1)
 
 
 def photo_fidelity(photos: torch.Tensor) -> float:
-    """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single photo."""
+    """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single
+    photo."""
     similarities = photos @ photos.T
     return float(similarities[~torch.eye(len(photos), dtype=torch.bool)].mean())
 
@@ -262,26 +310,32 @@ def diversity(
     groups: Sequence[Hashable],
     distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
 ) -> dict[Hashable, float]:
-    """DIV of groups of two or more: the mean `distance` of pairs of vectors, or of pictures for LPIPS."""
+    """DIV of groups of two or more: the mean `distance` of pairs of vectors, or of pictures for
+    LPIPS."""
     members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
     pairs = {group: list(combinations(some, 2)) for group, some in members.items()}
-    return {g: sum(distance(a, b) for a, b in some) / len(some) for g, some in pairs.items() if some}
+    return {
+        g: sum(distance(a, b) for a, b in some) / len(some) for g, some in pairs.items() if some
+    }
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of the adapter's and base's `joint_vectors` (N, D) -> (N,); the base's `diversity` is its scale."""
+    """1 - cosine of the adapter's and base's `joint_vectors` (N, D) -> (N,); the base's `diversity`
+    is its scale."""
     return 1 - (adapted * base).sum(1)
 
 
 def joint_vectors(clip: torch.Tensor, dino: torch.Tensor) -> torch.Tensor:
-    """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and place."""
+    """CLIP (N, C) and DINO (N, D) as unit vectors (N, C + D): a copy is near in both, subject and
+    place."""
     return torch.cat([clip, dino], dim=1) / 2**0.5
 
 
 def photo_nearness(photos: torch.Tensor) -> float:
-    """The mean over photos (P, D) of their largest cosine to another; a picture this near is no copy yet."""
+    """The mean over photos (P, D) of their largest cosine to another; a picture this near is no
+    copy yet."""
     if len(photos) < 2:
         return LONE_PHOTO_NEARNESS
     similarities = (photos @ photos.T).fill_diagonal_(-1)
@@ -289,14 +343,16 @@ def photo_nearness(photos: torch.Tensor) -> float:
 
 
 def copy_index(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r `photo_nearness`."""
+    """(m - r)/(1 - r) of each picture (N, D) -> (N,): m its largest cosine to a photo (P, D), r
+    `photo_nearness`."""
     nearness = min(photo_nearness(photos), 0.99)  # equal frames would divide by zero
     return ((generated @ photos.T).amax(1) - nearness) / (1 - nearness)
 
 
 @dataclass(frozen=True)
 class CopyAlarm:
-    """`share` of pictures that are copies, the `largest` index, which picture and which photo, and the verdict."""
+    """`share` of pictures that are copies, the `largest` index, which picture and which photo, and
+    the verdict."""
 
     share: float
     largest: float
@@ -314,28 +370,37 @@ def copy_alarm(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
     return CopyAlarm(share, float(index[worst]), worst, nearest, share > ALARM_SHARE)
 
 
-def background_leak(generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor) -> torch.Tensor:
-    """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's (N, D): (N,)."""
+def background_leak(
+    generated: torch.Tensor, base: torch.Tensor, backgrounds: torch.Tensor
+) -> torch.Tensor:
+    """How much nearer to the photos' backgrounds (P, D) in CLIP pictures (N, D) are than the base's
+    (N, D): (N,)."""
     return subject_fidelity(generated, backgrounds) - subject_fidelity(base, backgrounds)
 
 
 def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D), (Q, D) -> (N,).
+    """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D),
+    (Q, D) -> (N,).
 
         confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)
 
-    m_own and m_other are m of the own photos and of the other's, each mean without the photo itself. 0: told
-    apart as well as the photos; 1: like the other subject; 1/2: equally near to both, or to neither; below 0:
-    told apart better than the photos. A single photo is assumed to be LONE_PHOTO_NEARNESS near to itself.
+    m_own and m_other are m of the own photos and of the other's, each mean without the photo
+    itself. 0: told apart as well as the photos; 1: like the other subject; 1/2: equally near to
+    both, or to neither; below 0: told apart better than the photos. A single photo is assumed to be
+    LONE_PHOTO_NEARNESS near to itself.
     """
     alike = float((own @ other.T).mean())
-    within = [LONE_PHOTO_NEARNESS if len(photos) < 2 else photo_fidelity(photos) for photos in (own, other)]
+    within = [
+        LONE_PHOTO_NEARNESS if len(photos) < 2 else photo_fidelity(photos)
+        for photos in (own, other)
+    ]
     margin = subject_fidelity(generated, own) - subject_fidelity(generated, other)
     apart = max(sum(within) - 2 * alike, 0.01)  # equal series would divide by zero
     return (within[0] - alike - margin) / apart
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity (DINO) × prompt (CLIP-T to the base's, at most 1) × (1 - fraction `copied`), in [0, 1]."""
+    """fidelity (DINO) × prompt (CLIP-T to the base's, at most 1) × (1 - fraction `copied`), in [0,
+    1]."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

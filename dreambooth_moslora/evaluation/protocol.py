@@ -1,4 +1,5 @@
-"""What is drawn to judge an adapter: fixed prompts from fixed seeds, by the adapter and by the base alone.
+"""What is drawn to judge an adapter: fixed prompts from fixed seeds, by the adapter and by the base
+alone.
 
 subject    template with "token class"    by the adapter    fidelity, diversity, copies
 base       template with the class alone  by the base       what the prompt gives without the subject
@@ -21,7 +22,21 @@ TEMPLATE_SETS = {
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
     "toy": toys.TEMPLATES,
 }
-LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird", "person", "man", "woman", "boy", "girl"}
+LIVING = {
+    "dog",
+    "puppy",
+    "cat",
+    "kitten",
+    "animal",
+    "pet",
+    "horse",
+    "bird",
+    "person",
+    "man",
+    "woman",
+    "boy",
+    "girl",
+}
 LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
 UNRELATED = (
     "a bowl of fruit on a kitchen table",
@@ -44,8 +59,14 @@ class EvaluationPlan:
     bare_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if not self.templates or not self.seeds or any("{}" not in template for template in self.templates):
-            raise UserError("an evaluation needs seeds, and prompts that hold {} for the subject's words")
+        if (
+            not self.templates
+            or not self.seeds
+            or any("{}" not in template for template in self.templates)
+        ):
+            raise UserError(
+                "an evaluation needs seeds, and prompts that hold {} for the subject's words"
+            )
 
     @property
     def class_word(self) -> str:
@@ -58,7 +79,9 @@ class EvaluationPlan:
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
-        return self._each([template.replace("{}", self.subject.words) for template in self.templates])
+        return self._each(
+            [template.replace("{}", self.subject.words) for template in self.templates]
+        )
 
     @property
     def base_requests(self) -> list[SampleRequest]:
@@ -80,16 +103,29 @@ class EvaluationPlan:
     @property
     def prompts(self) -> list[str]:
         of_subject = self.subject_requests + self.base_requests + self.bare_requests
-        return sorted({request.prompt for request in of_subject + self.class_requests + self.unrelated_requests})
+        return sorted(
+            {
+                request.prompt
+                for request in of_subject + self.class_requests + self.unrelated_requests
+            }
+        )
 
     def _each(self, prompts: list[str]) -> list[SampleRequest]:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]
 
     def smaller(
-        self, templates: int, seeds: int, class_images: int, unrelated: int, inference_steps: int | None = None
+        self,
+        templates: int,
+        seeds: int,
+        class_images: int,
+        unrelated: int,
+        inference_steps: int | None = None,
     ) -> "EvaluationPlan":
         """A plan with fewer pictures, spread evenly over the templates, for scores during training."""
-        fewer = {"templates": spread(self.templates, templates), "unrelated": spread(self.unrelated, unrelated)}
+        fewer = {
+            "templates": spread(self.templates, templates),
+            "unrelated": spread(self.unrelated, unrelated),
+        }
         fewer |= {"seeds": self.seeds[:seeds], "class_images": min(class_images, self.class_images)}
         return replace(self, **fewer, inference_steps=inference_steps or self.inference_steps)
 
@@ -103,17 +139,27 @@ def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
 def plan_for(
     base: str, subject: Subject, templates: str = "auto", captions: Collection[str] = (), **changes
 ) -> EvaluationPlan:
-    """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates otherwise.
+    """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates
+    otherwise.
 
-    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects (a stuffed animal is
-    an object). Those whose place is in the photos' `captions` are left out, as a copy would score best there, unless no
-    other is left. `changes` sets other fields. Raises UserError.
+    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects
+    (a stuffed animal is an object). Those whose place is in the photos' `captions` are left out, as
+    a copy would score best there, unless no other is left. `changes` sets other fields. Raises
+    UserError.
     """
     if templates == "auto":
         words = set(subject.class_word.lower().split())
-        templates = "toy" if toys.is_toy(base) else "live" if words & LIVING and not words & LIFELESS else "object"
+        templates = (
+            "toy"
+            if toys.is_toy(base)
+            else "live"
+            if words & LIVING and not words & LIFELESS
+            else "object"
+        )
     if templates not in TEMPLATE_SETS:
-        raise UserError(f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file")
+        raise UserError(
+            f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file"
+        )
     known, unseen = " | ".join(captions).lower(), []
     for template in TEMPLATE_SETS[templates]:
         place = template.partition("{}")[2].strip().lower()
@@ -127,7 +173,10 @@ def plan_for(
 def plan_of_subject(
     subject: table.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
 ) -> EvaluationPlan:
-    """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises UserError."""
+    """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises
+    UserError."""
     captions = [caption for photo in photos for caption in photo.captions]
     base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
-    return plan_for(base, prompts.subject_of(subject), templates, captions, bare_prompt=bare, **changes)
+    return plan_for(
+        base, prompts.subject_of(subject), templates, captions, bare_prompt=bare, **changes
+    )

@@ -1,12 +1,14 @@
 """An evaluation as files: `scores.json` for programs, `report.html` for people.
 
-Several subjects of one adapter are judged separately, against each other, together, and in pairs in one prompt:
+Several subjects of one adapter are judged separately, against each other, together, and in pairs in
+one prompt:
 
 evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
 TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos of either
 
-Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of each alone.
+Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of
+each alone.
 """
 
 import json
@@ -66,7 +68,9 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
-        "dino_of_photos": None if math.isnan(found.photo_fidelity) else round(found.photo_fidelity, 4),
+        "dino_of_photos": None
+        if math.isnan(found.photo_fidelity)
+        else round(found.photo_fidelity, 4),
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "score": round(found.score, 4),
@@ -87,10 +91,16 @@ def per_prompt(found: score_tables.Evaluation) -> list[dict]:
     return rows
 
 
-def report_html(found: score_tables.Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
-    """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a copy."""
+def report_html(
+    found: score_tables.Evaluation, about: ReportContext, photos: list[Image.Image]
+) -> str:
+    """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a
+    copy."""
     relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
-    names = ["prompt", *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0])]
+    names = [
+        "prompt",
+        *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0]),
+    ]
     return render(
         "evaluation.html",
         title=f"Fidelity of {about.adapter}",
@@ -98,33 +108,54 @@ def report_html(found: score_tables.Evaluation, about: ReportContext, photos: li
         about=about,
         photos=photos,
         scores=score_rows(found),
-        shares=[(row.title, f"{relative[name]:.3f}") for name, row in MEASURES.items() if name in relative],
-        truths=rows_beside(found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")),
-        judged=rows_beside(found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)),
-        by_prompt=([name.replace("_", " ") for name in names], [[row[name] for name in names] for row in means]),
+        shares=[
+            (row.title, f"{relative[name]:.3f}")
+            for name, row in MEASURES.items()
+            if name in relative
+        ],
+        truths=rows_beside(
+            found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")
+        ),
+        judged=rows_beside(
+            found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)
+        ),
+        by_prompt=(
+            [name.replace("_", " ") for name in names],
+            [[row[name] for name in names] for row in means],
+        ),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )
 
 
 def score_rows(found: score_tables.Evaluation) -> list[tuple]:
-    """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each measure."""
+    """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each
+    measure."""
     rows = []
     for name, row in MEASURES.items():
         if row.title and row.kind == "score" and name in found.tables:
-            own = found.photo_fidelity if name == "dino" and not math.isnan(found.photo_fidelity) else ""
+            own = (
+                found.photo_fidelity
+                if name == "dino" and not math.isnan(found.photo_fidelity)
+                else ""
+            )
             base = found.interval(row.base) if row.base in found.tables else ""
             rows.append((row.title, found.interval(name), base, own, row.help))
     return rows
 
 
-def rows_beside(found: score_tables.Evaluation, names: Sequence[str], ends: Sequence[str]) -> list[tuple]:
-    """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was compared with them."""
+def rows_beside(
+    found: score_tables.Evaluation, names: Sequence[str], ends: Sequence[str]
+) -> list[tuple]:
+    """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was
+    compared with them."""
     rows = []
     for name in names:
         tables = [name + end for end in ("", *ends)]
         if all(table in found.tables for table in tables):
-            rows.append((MEASURES[name].truth or MEASURES[name].title, *map(found.interval, tables)))
+            rows.append(
+                (MEASURES[name].truth or MEASURES[name].title, *map(found.interval, tables))
+            )
     return rows
 
 
@@ -144,7 +175,9 @@ def evaluators_of(
 ) -> list[score_tables.Evaluator]:
     """One for each subject; photos are numbered by subject."""
     found = []
-    for subject, own, plan in zip(subjects, photos_by_subject(photos, len(subjects)), plans, strict=True):
+    for subject, own, plan in zip(
+        subjects, photos_by_subject(photos, len(subjects)), plans, strict=True
+    ):
         base, folder = subject.pretrained_model_name_or_path, subject.instance_data_dir
         truth = score_tables.truth_of(base, folder, plan, encoders, size_px)
         shown = [open_rgb(photo) for photo in own], [open_mask(photo) for photo in own]
@@ -156,16 +189,27 @@ def evaluators_of(
 
 
 def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
-    """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the worst copy."""
+    """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the
+    worst copy."""
     if len(found) == 1:
         return found[0]
-    tables = {name: np.concatenate([one.tables[name] for one in found]) for name in in_all(found, found[0].tables)}
+    tables = {
+        name: np.concatenate([one.tables[name] for one in found])
+        for name in in_all(found, found[0].tables)
+    }
     alarms = [one.alarm for one in found]
-    share, worst = float(np.mean([alarm.share for alarm in alarms])), max(alarms, key=lambda alarm: alarm.largest)
+    share, worst = (
+        float(np.mean([alarm.share for alarm in alarms])),
+        max(alarms, key=lambda alarm: alarm.largest),
+    )
     alarm = replace(worst, share=share, raised=any(alarm.raised for alarm in alarms))
     score = float(np.mean([one.score for one in found]))
-    pictures = {name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures}
-    return score_tables.Evaluation(found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures)
+    pictures = {
+        name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures
+    }
+    return score_tables.Evaluation(
+        found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures
+    )
 
 
 def in_all(found: Sequence[score_tables.Evaluation], names: Iterable[str]) -> list[str]:
@@ -182,7 +226,11 @@ class Together:
     @property
     def rows(self) -> list[tuple[str, metrics.Interval, float]]:
         return [
-            (f"DINO to “{words}”", metrics.bootstrap_mean(self.tables[name]), float(self.tables[f"{name}_base"].mean()))
+            (
+                f"DINO to “{words}”",
+                metrics.bootstrap_mean(self.tables[name]),
+                float(self.tables[f"{name}_base"].mean()),
+            )
             for name, words in zip(("first", "second"), self.words)
         ]
 
@@ -192,7 +240,9 @@ class TogetherEvaluator:
 
     def __init__(self, first: score_tables.Evaluator, second: score_tables.Evaluator):
         self.pair = (first, second)
-        self.plan = replace(first.plan, templates=protocol.spread(first.plan.templates, TOGETHER_TEMPLATES))
+        self.plan = replace(
+            first.plan, templates=protocol.spread(first.plan.templates, TOGETHER_TEMPLATES)
+        )
 
     @property
     def picture_count(self) -> int:
@@ -207,11 +257,15 @@ class TogetherEvaluator:
         shape, tables = (len(self.plan.templates), len(self.plan.seeds)), {}
         for name, one in zip(("first", "second"), self.pair):
             for end, dino in vectors.items():
-                tables[name + end] = metrics.subject_fidelity(dino, one.photos.dino).numpy().reshape(shape)
+                tables[name + end] = (
+                    metrics.subject_fidelity(dino, one.photos.dino).numpy().reshape(shape)
+                )
         return Together(words, tables, pictures, base)
 
     def requests(self, words: Sequence[str]) -> list[SampleRequest]:
-        prompts = [template.replace("{}", " and a ".join(words)) for template in self.plan.templates]
+        prompts = [
+            template.replace("{}", " and a ".join(words)) for template in self.plan.templates
+        ]
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
 
 
@@ -229,7 +283,8 @@ def write_reports(
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
-    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's in subject_1 …"""
+    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's
+    in subject_1 …"""
 
     def write(place: Path, scores: dict, html: str) -> None:
         place.mkdir(parents=True, exist_ok=True)
@@ -241,14 +296,25 @@ def write_reports(
         own = folder / subject_name(number) if len(found) > 1 else folder
         write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
     if len(found) > 1:
-        write(folder, subjects_json(found, together, about), subjects_html(evaluators, found, together, about))
+        write(
+            folder,
+            subjects_json(found, together, about),
+            subjects_html(evaluators, found, together, about),
+        )
 
 
-def subjects_json(found: Sequence[score_tables.Evaluation], together: Sequence[Together], about: ReportContext) -> dict:
-    """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and `together`."""
+def subjects_json(
+    found: Sequence[score_tables.Evaluation], together: Sequence[Together], about: ReportContext
+) -> dict:
+    """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and
+    `together`."""
     whole, cells = scores_json(pooled(found), about), []
-    for one, other in permutations(found, 2):  # a cell of both matrices: pictures `of` one, photos of the other
-        confusion, names = f"confusion_with {other.words}", ("confusion", "confusion_base", "dino_own", "dino_other")
+    # a cell of both matrices: pictures `of` one, photos of the other
+    for one, other in permutations(found, 2):
+        confusion, names = (
+            f"confusion_with {other.words}",
+            ("confusion", "confusion_base", "dino_own", "dino_other"),
+        )
         tables = zip(names, (confusion, f"{confusion}_base", "dino", f"dino_to {other.words}"))
         intervals = {name: one.interval(table).to_dict() for name, table in tables}
         cells.append({"of": one.words, "with": other.words, **intervals})
@@ -257,7 +323,10 @@ def subjects_json(found: Sequence[score_tables.Evaluation], together: Sequence[T
         "subjects": [scores_json(one, about) for one in found],
         "confusion": cells,
         "together": [
-            {"words": list(pair.words), **{n: metrics.bootstrap_mean(t).to_dict() for n, t in pair.tables.items()}}
+            {
+                "words": list(pair.words),
+                **{n: metrics.bootstrap_mean(t).to_dict() for n, t in pair.tables.items()},
+            }
             for pair in together
         ],
     }
@@ -287,7 +356,9 @@ def subjects_html(
         likeness.append([one.words])
         for other in found:
             is_own, name = one is other, f"confusion_with {other.words}"
-            confusion[-1].append("–" if is_own else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}")
+            confusion[-1].append(
+                "–" if is_own else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}"
+            )
             likeness[-1].append(one.interval("dino" if is_own else f"dino_to {other.words}"))
     header = ["", *(one.words for one in found)]
     return render(

@@ -3,7 +3,8 @@
     draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds)
         -> scores
 
-`Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of adapters.
+`Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of
+adapters.
 """
 
 import time
@@ -59,10 +60,15 @@ class Evaluation:
     def logged(self) -> dict[str, float]:
         """The means that a training run writes into its events."""
         means = self.means()
-        return {name: float(means[name]) for name, row in MEASURES.items() if row.logged and name in means}
+        return {
+            name: float(means[name])
+            for name, row in MEASURES.items()
+            if row.logged and name in means
+        }
 
     def relative(self) -> dict[str, float]:
-        """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in deviations)."""
+        """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in
+        deviations)."""
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
@@ -82,7 +88,8 @@ class Evaluation:
         return [alike] if own < LEAST_DIVERSITY * base else []
 
 
-Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]  # (requests, with the adapter?) -> pictures
+# (requests, with the adapter?) -> pictures
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
 LEAST_DIVERSITY = 0.5  # Of the base's; below it a remark is made
 BATCH = 4
 GREY = (128, 128, 128)
@@ -93,7 +100,11 @@ class Truth(Protocol):
     """A world that knows the subject's true appearance (`toybox.truth.ToyTruth`)."""
 
     def tables(
-        self, plan: protocol.EvaluationPlan, pictures: list[Image.Image], vectors: torch.Tensor, photos: torch.Tensor
+        self,
+        plan: protocol.EvaluationPlan,
+        pictures: list[Image.Image],
+        vectors: torch.Tensor,
+        photos: torch.Tensor,
     ) -> Tables: ...
 
 
@@ -109,7 +120,8 @@ class Views:
 
 
 class Evaluator:
-    """Judges adapters of one subject by `plan`. `masks`: white = subject, or None. `rivals`: others' vectors."""
+    """Judges adapters of one subject by `plan`. `masks`: white = subject, or None. `rivals`:
+    others' vectors."""
 
     def __init__(
         self,
@@ -123,22 +135,35 @@ class Evaluator:
         self.photos = self._views(list(photos))
         masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
         self.rivals: dict[str, torch.Tensor] = {}
-        self.backgrounds = encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
+        self.backgrounds = (
+            encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
+        )
         self._base: dict[str, Views] | None = None
 
     def __call__(self, draw: Draw) -> Evaluation:
         started, plan = time.perf_counter(), self.plan
-        groups = {"subject": plan.base_requests, "class": plan.class_requests, "unrelated": plan.unrelated_requests}
+        groups = {
+            "subject": plan.base_requests,
+            "class": plan.class_requests,
+            "unrelated": plan.unrelated_requests,
+        }
         if self._base is None:
-            self._base = {name: self._views(draw(wanted, False)) for name, wanted in groups.items() if wanted}
+            self._base = {
+                name: self._views(draw(wanted, False)) for name, wanted in groups.items() if wanted
+            }
         groups |= {"subject": plan.subject_requests, "bare": plan.bare_requests}
         drawn = {name: self._views(draw(groups[name], True)) for name in GROUPS if groups[name]}
-        tables = self._subject_tables(drawn["subject"], self._base["subject"]) | self._other_tables(drawn)
+        tables = self._subject_tables(drawn["subject"], self._base["subject"]) | self._other_tables(
+            drawn
+        )
         alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
         means = [float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")]
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
-        score, seconds = metrics.checkpoint_score(*means, alarm.share), time.perf_counter() - started
+        score, seconds = (
+            metrics.checkpoint_score(*means, alarm.share),
+            time.perf_counter() - started,
+        )
         of_photos = metrics.photo_fidelity(self.photos.dino)
         return Evaluation(plan, tables, alarm, score, seconds, pictures, of_photos)
 
@@ -150,11 +175,14 @@ class Evaluator:
 
     @cached_property
     def texts(self) -> torch.Tensor:
-        """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds, P)."""
+        """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds,
+        P)."""
         return self.encoders.clip_texts(self.plan.texts).repeat_interleave(len(self.plan.seeds), 0)
 
     def _views(self, pictures: list[Image.Image]) -> Views:
-        return Views(pictures, self.encoders.clip_images(pictures), self.encoders.dino_images(pictures))
+        return Views(
+            pictures, self.encoders.clip_images(pictures), self.encoders.dino_images(pictures)
+        )
 
     def _subject_tables(self, subject: Views, base: Views) -> Tables:
         photos = self.photos
@@ -168,44 +196,70 @@ class Evaluator:
             "copy_index": metrics.copy_index(subject.joint, photos.joint),
         }
         if self.backgrounds is not None:
-            columns["background_leak"] = metrics.background_leak(subject.clip, base.clip, self.backgrounds)
+            columns["background_leak"] = metrics.background_leak(
+                subject.clip, base.clip, self.backgrounds
+            )
         for words, others in self.rivals.items():
             columns[f"dino_to {words}"] = metrics.subject_fidelity(subject.dino, others)
-            columns[f"confusion_with {words}"] = metrics.confusion(subject.dino, photos.dino, others)
-            columns[f"confusion_with {words}_base"] = metrics.confusion(base.dino, photos.dino, others)
+            columns[f"confusion_with {words}"] = metrics.confusion(
+                subject.dino, photos.dino, others
+            )
+            columns[f"confusion_with {words}_base"] = metrics.confusion(
+                base.dino, photos.dino, others
+            )
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
         if self.rivals:
             for end in ("", "_base"):
-                tables[f"confusion{end}"] = np.mean([tables[f"confusion_with {w}{end}"] for w in self.rivals], axis=0)
+                tables[f"confusion{end}"] = np.mean(
+                    [tables[f"confusion_with {w}{end}"] for w in self.rivals], axis=0
+                )
         if len(self.plan.seeds) > 1:
-            tables |= {"diversity": self._diversity(subject), "diversity_base": self._diversity(base)}
+            tables |= {
+                "diversity": self._diversity(subject),
+                "diversity_base": self._diversity(base),
+            }
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
-        """Of the bare prompt; PRES and DIV of the class; drift, with the base's own spread between seeds as its scale,
-        in CLIP and DINO together: DINO does not see a duck on the beach become one in a kitchen."""
+        """Of the bare prompt; PRES and DIV of the class; drift, with the base's own spread between
+        seeds as its scale, in CLIP and DINO together: DINO does not see a duck on the beach become
+        one in a kitchen."""
         tables = {}
         if "bare" in drawn:
-            tables["dino_bare"] = metrics.subject_fidelity(drawn["bare"].dino, self.photos.dino).numpy()[None]
-        for end, views in (("", drawn["class"]), ("_base", self._base["class"])) if "class" in drawn else ():
+            tables["dino_bare"] = metrics.subject_fidelity(
+                drawn["bare"].dino, self.photos.dino
+            ).numpy()[None]
+        for end, views in (
+            (("", drawn["class"]), ("_base", self._base["class"])) if "class" in drawn else ()
+        ):
             tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, self.photos.dino).numpy()
             if len(views.pictures) > 1:
                 one_prompt = [0] * len(views.pictures)
-                tables[f"class_diversity{end}"] = by_prompt(metrics.diversity(views.dino, one_prompt))
+                tables[f"class_diversity{end}"] = by_prompt(
+                    metrics.diversity(views.dino, one_prompt)
+                )
         if "unrelated" in drawn:
             base, shape = self._base["unrelated"], (len(self.plan.unrelated), len(self.plan.seeds))
-            tables["drift"] = metrics.drift(drawn["unrelated"].joint, base.joint).numpy().reshape(shape)
+            tables["drift"] = (
+                metrics.drift(drawn["unrelated"].joint, base.joint).numpy().reshape(shape)
+            )
             if len(self.plan.seeds) > 1:
-                tables["drift_base_spread"] = by_prompt(metrics.diversity(base.joint, self._prompts_of(base)))
+                tables["drift_base_spread"] = by_prompt(
+                    metrics.diversity(base.joint, self._prompts_of(base))
+                )
         return tables
 
     def _diversity(self, views: Views) -> np.ndarray:
         """DIV of each prompt, (prompts, 1): by LPIPS if available, else by DINO."""
         groups, lpips = self._prompts_of(views), self.encoders.lpips
-        found = metrics.diversity(views.pictures, groups, lpips) if lpips else metrics.diversity(views.dino, groups)
+        found = (
+            metrics.diversity(views.pictures, groups, lpips)
+            if lpips
+            else metrics.diversity(views.dino, groups)
+        )
         return by_prompt(found)
 
     def _prompts_of(self, views: Views) -> list[int]:
@@ -217,24 +271,37 @@ def by_prompt(values: dict[int, float]) -> np.ndarray:
 
 
 def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:
-    """The photo with the subject (white in the mask) painted grey, so that only its background is left."""
+    """The photo with the subject (white in the mask) painted grey, so that only its background is
+    left."""
     grey = Image.new("RGB", photo.size, GREY)
     return Image.composite(grey, photo.convert("RGB"), mask.convert("L").resize(photo.size))
 
 
 def truth_of(
-    base: str, photos_dir: str | Path | None, plan: protocol.EvaluationPlan, encoders: metrics.Encoders, size_px: int
+    base: str,
+    photos_dir: str | Path | None,
+    plan: protocol.EvaluationPlan,
+    encoders: metrics.Encoders,
+    size_px: int,
 ) -> Truth | None:
-    """The truth about a toy in the toy world's places; None for anything else, and without the toy world (a wheel)."""
+    """The truth about a toy in the toy world's places; None for anything else, and without the toy
+    world (a wheel)."""
     if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
     from toybox.truth import find_truth, is_known_place
 
-    return find_truth(Path(photos_dir), encoders, size_px) if all(map(is_known_place, plan.templates)) else None
+    return (
+        find_truth(Path(photos_dir), encoders, size_px)
+        if all(map(is_known_place, plan.templates))
+        else None
+    )
 
 
-def sampler_draw(sampler: Sampler, batch_size: int = BATCH, on_picture: Callable[[], object] = bool) -> Draw:
-    """Draw through a Sampler; for the base alone the adapters are switched off. `on_picture` hears of each picture."""
+def sampler_draw(
+    sampler: Sampler, batch_size: int = BATCH, on_picture: Callable[[], object] = bool
+) -> Draw:
+    """Draw through a Sampler; for the base alone the adapters are switched off. `on_picture` hears
+    of each picture."""
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
@@ -260,9 +327,9 @@ def evaluate_adapter(
     on_picture: Callable[[], object] = bool,
     text_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of encoding or those of
-    the adapter's run. It draws on the pipeline's home, where models take turns if memory is short. `on_picture` is
-    called after each."""
+    """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of
+    encoding or those of the adapter's run. It draws on the pipeline's home, where models take turns
+    if memory is short. `on_picture` is called after each."""
     inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
     embed = partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner)
     pipeline.activate(((adapter, scale),))

@@ -1,7 +1,8 @@
-"""Pictures that a run draws at fixed seeds: training's samples, evaluation's pictures, class images.
+"""Pictures that a run draws at fixed seeds: training's samples, evaluation's pictures, class
+images.
 
-The same prompt and seed give the same noise at every step, so that only the adapter differs. Prompts are
-encoded once; the text encoders may be freed before the first picture is drawn.
+The same prompt and seed give the same noise at every step, so that only the adapter differs.
+Prompts are encoded once; the text encoders may be freed before the first picture is drawn.
 """
 
 import logging
@@ -40,8 +41,11 @@ class Sampler:
     guidance_scale: float | None = None  # None is the base's own
     on_step: Callable[[], object] = bool  # after each denoising step
 
-    def __call__(self, requests: Sequence[SampleRequest], batch_size: int = 1) -> Generator[Image.Image, None, None]:
-        """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is needed."""
+    def __call__(
+        self, requests: Sequence[SampleRequest], batch_size: int = 1
+    ) -> Generator[Image.Image, None, None]:
+        """The pictures, in order. Each has its own noise in any batch. Without requests, no VAE is
+        needed."""
         if not requests:
             return
         pipeline = self.pipeline
@@ -97,7 +101,8 @@ def drawn(
     guidance: float | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None is the base's own."""
+    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None
+    is the base's own."""
     facts = facts_of(type(pipeline).__name__)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options |= {"height": size_px[0], "width": size_px[1], "generator": generators}
@@ -105,10 +110,14 @@ def drawn(
     if facts.style == "flow":
         return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
     options["guidance_rescale"] = load.guidance_rescale(pipeline)
-    return decode.decode_pixels(pipeline.vae, pipeline(**words, **options, output_type="latent").images)
+    return decode.decode_pixels(
+        pipeline.vae, pipeline(**words, **options, output_type="latent").images
+    )
 
 
-def stopper(should_stop: Callable[[], bool], on_step: Callable[[], object] = bool) -> Callable[..., dict]:
+def stopper(
+    should_stop: Callable[[], bool], on_step: Callable[[], object] = bool
+) -> Callable[..., dict]:
     """A callback for the pipeline, for after each denoising step."""
 
     def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
@@ -129,15 +138,18 @@ def generate_images(
     should_stop: Callable[[], bool] = bool,
     text_options: dict[str, Any] | None = None,
 ) -> list[Image.Image]:
-    """Class images (h, w) = `size_px` by the base alone; `text_options` are those of `encode_prompt`. Raises UserError
-    for NaN, which would be trained on."""
+    """Class images (h, w) = `size_px` by the base alone; `text_options` are those of
+    `encode_prompt`. Raises UserError for NaN, which would be trained on."""
     words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
-    if facts_of(type(pipeline).__name__).style == "flow":  # a pipeline given a prompt alone may draw without guidance
+    # a pipeline given a prompt alone may draw without guidance
+    if facts_of(type(pipeline).__name__).style == "flow":
         family = pipelines.family_of(pipeline, options=text_options)
         texts = *family.texts(pipeline, [prompt]), family.negative(pipeline, "")
         words = family.with_negative(*(family.arguments([text] * len(seeds)) for text in texts))
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
-        remedy = "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
+        remedy = (
+            "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
+        )
         raise UserError(f"the base draws pictures that are not finite (NaN): {remedy}")
     return decode.pictures_of(pixels)

@@ -1,4 +1,5 @@
-"""Grids: one parameter varies downwards, another across. Each cell is a picture, and a captioned sheet shows all."""
+"""Grids: one parameter varies downwards, another across. Each cell is a picture, and a captioned
+sheet shows all."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +10,13 @@ import PIL.Image
 from PIL import ImageDraw, ImageFont
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, recipe_text
+from dreambooth_moslora.generation.params import (
+    GenerationParams,
+    Image,
+    Provenance,
+    Step,
+    recipe_text,
+)
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.previews import Preview
 
@@ -17,8 +24,8 @@ MAX_CELLS = 64
 MARGIN_PX = 12
 INK, PAPER = (20, 20, 24), (255, 255, 255)
 AXES = {"scale": float, "seed": int, "prompt": str, "adapter": str, "steps": int, "guidance": float}
-"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter; one that is a value of
-`adapter` is in no other cell."""
+"""What a grid can vary -> the type of its values. `scale` and `adapter` mean the first adapter; one
+that is a value of `adapter` is in no other cell."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,21 @@ class Sheet:
     provenance: Provenance  # of all cells
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the axes."""
+        """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the
+        axes."""
         text = recipe_text(self.params, self.provenance)
-        text.add_itxt("dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes}))
+        text.add_itxt(
+            "dreambooth_moslora_grid", json.dumps({axis.name: axis.values for axis in self.axes})
+        )
         self.pixels.save(path, format="PNG", pnginfo=text)
         return Path(path)
 
 
-def _varied(params: GenerationParams, axis: Axis, value: str | int | float, scales: dict) -> GenerationParams:
-    """The parameters with another value on the axis; the adapter "none" is none of the axis's. `scales`: of the
-    adapters that have their own."""
+def _varied(
+    params: GenerationParams, axis: Axis, value: str | int | float, scales: dict
+) -> GenerationParams:
+    """The parameters with another value on the axis; the adapter "none" is none of the axis's.
+    `scales`: of the adapters that have their own."""
     name, first, rest = axis.name, params.adapters[:1], params.adapters[1:]
     if name == "scale":
         if not first:
@@ -59,7 +71,9 @@ def _varied(params: GenerationParams, axis: Axis, value: str | int | float, scal
     if name == "adapter":
         scale = scales.get(value, first[0][1] if first else 1.0)
         chosen = () if value == "none" else ((value, scale),)
-        return replace(params, adapters=(*chosen, *(pair for pair in rest if pair[0] not in axis.values)))
+        return replace(
+            params, adapters=(*chosen, *(pair for pair in rest if pair[0] not in axis.values))
+        )
     return replace(params, **{"guidance_scale" if name == "guidance" else name: value})
 
 
@@ -68,7 +82,9 @@ def parse_axis(text: str) -> Axis:
     name, equals, rest = text.partition("=")
     name = name.strip()
     if name not in AXES or not equals:
-        raise UserError(f"{text!r:.60} is not a grid axis; write one of {', '.join(AXES)}, then = and values")
+        raise UserError(
+            f"{text!r:.60} is not a grid axis; write one of {', '.join(AXES)}, then = and values"
+        )
     kind = AXES[name]
     parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",") if part.strip()]
     try:
@@ -81,7 +97,8 @@ def parse_axis(text: str) -> Axis:
 
 
 def cells_of(params: GenerationParams, axes: tuple[Axis, ...]) -> list[list[GenerationParams]]:
-    """Rows of cells: the first axis goes down, the second, if any, across. Raises UserError for an impossible grid."""
+    """Rows of cells: the first axis goes down, the second, if any, across. Raises UserError for an
+    impossible grid."""
     if not 1 <= len(axes) <= 2 or len({axis.name for axis in axes}) != len(axes):
         raise UserError("a grid has one axis or two different ones")
     down, across = axes[0], axes[1] if len(axes) == 2 else None
@@ -102,8 +119,9 @@ def generate_grid(
     should_stop: Callable[[], bool] | None = None,
     load: Callable[[GenerationParams], GenerationParams] | None = None,
 ) -> Iterator[Step | Preview | Image | Sheet]:
-    """The events of every cell, row by row, and finally the Sheet (not if stopped). `load` brings a cell's adapters
-    into the model: for all cells first, to find a mistake early, and again before each. Raises UserError."""
+    """The events of every cell, row by row, and finally the Sheet (not if stopped). `load` brings a
+    cell's adapters into the model: for all cells first, to find a mistake early, and again before
+    each. Raises UserError."""
     load = load or pipeline.complete
     cells = [load(cell) for row in cells_of(params, axes) for cell in row]
     images: list[Image] = []
@@ -111,7 +129,12 @@ def generate_grid(
         for event in pipeline.generate(load(cell), should_stop=should_stop):
             changes = {"index": number}
             if isinstance(event, Step):
-                rest = (len(cells) - number - 1) * event.eta_sec * event.steps / max(event.steps - event.step, 1)
+                rest = (
+                    (len(cells) - number - 1)
+                    * event.eta_sec
+                    * event.steps
+                    / max(event.steps - event.step, 1)
+                )
                 changes |= {"num_images": len(cells), "eta_sec": event.eta_sec + rest}
             yield replace(event, **changes)
             if isinstance(event, Image):
@@ -128,10 +151,14 @@ def _sheet_of(images: list[Image], axes: tuple[Axis, ...]) -> Sheet:
     rows = [pictures[i : i + len(columns)] for i in range(0, len(pictures), len(columns))]
     hashes = {name: sha for image in images for name, sha in image.provenance.adapter_sha256}
     origin = replace(images[0].provenance, adapter_sha256=tuple(hashes.items()))
-    return Sheet(draw_sheet(rows, down if across else [""], columns), images[0].params, axes, origin)
+    return Sheet(
+        draw_sheet(rows, down if across else [""], columns), images[0].params, axes, origin
+    )
 
 
-def draw_sheet(rows: list[list[PIL.Image.Image]], row_labels: list[str], column_labels: list[str]) -> PIL.Image.Image:
+def draw_sheet(
+    rows: list[list[PIL.Image.Image]], row_labels: list[str], column_labels: list[str]
+) -> PIL.Image.Image:
     """Pictures of equal size in rows, with a caption over each column and left of each row."""
     width, height = rows[0][0].size
     font = ImageFont.load_default(max(11, min(width, height) // 12))
@@ -146,7 +173,9 @@ def draw_sheet(rows: list[list[PIL.Image.Image]], row_labels: list[str], column_
         draw.text((middle, top // 2), _cut(font, label, width), INK, font, anchor="mm")
     for row, (label, pictures) in enumerate(zip(row_labels, rows)):
         y = top + row * cell_h
-        draw.text((left - MARGIN_PX, y + height // 2), _cut(font, label, width), INK, font, anchor="rm")
+        draw.text(
+            (left - MARGIN_PX, y + height // 2), _cut(font, label, width), INK, font, anchor="rm"
+        )
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (left + column * cell_w, y))
     return sheet
@@ -157,7 +186,8 @@ def _text_width(font: ImageFont.FreeTypeFont, text: str) -> int:
 
 
 def _cut(font: ImageFont.FreeTypeFont, text: str, width_px: int) -> str:
-    """`text`, shortened with an ellipsis until it fits; newlines become spaces, as they would break the layout."""
+    """`text`, shortened with an ellipsis until it fits; newlines become spaces, as they would break
+    the layout."""
     text = " ".join(text.split())
     if _text_width(font, text) <= width_px:
         return text

@@ -1,4 +1,5 @@
-"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no torch.
+"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no
+torch.
 
 Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
 `dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture
@@ -28,13 +29,19 @@ PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
 SIZE_STEP_PX = 8
-LIMITS = {"seed": (0, MAX_SEED), "steps": (1, 200), "guidance_scale": (0.0, 50.0), "num_images": (1, 64)}
+LIMITS = {
+    "seed": (0, MAX_SEED),
+    "steps": (1, 200),
+    "guidance_scale": (0.0, 50.0),
+    "num_images": (1, 64),
+}
 LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
 LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
 MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
-MAX_AREA = 4  # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
+# Largest area relative to the base's own: larger pictures take much longer and repeat themselves
+MAX_AREA = 4
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ SCHEDULERS = {
     ),
     "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
 }
-"""Schedulers by this program's names. One seed decides all noise of a picture, also that which DPM++ 2M SDE adds
-after each step, so that later steps correct what earlier ones did."""
+"""Schedulers by this program's names. One seed decides all noise of a picture, also that which
+DPM++ 2M SDE adds after each step, so that later steps correct what earlier ones did."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The files and programs that made a picture, without paths and facts about photos or the machine."""
+    """The files and programs that made a picture, without paths and facts about photos or the
+    machine."""
 
     base: str = ""
     adapter_sha256: tuple[tuple[str, str], ...] = ()
@@ -71,10 +79,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the base's own, also for
-    guidance and scheduler. Image i has the seed `seed + i`, whatever `num_images` is. `text_options` are settings of
-    training, such as max_sequence_length: without them those of the adapters' runs are taken; an empty one is the
-    base's own. Raises UserError on a value that cannot be generated."""
+    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the
+    base's own, also for guidance and scheduler. Image i has the seed `seed + i`, whatever
+    `num_images` is. `text_options` are settings of training, such as max_sequence_length: without
+    them those of the adapters' runs are taken; an empty one is the base's own. Raises UserError on
+    a value that cannot be generated."""
 
     prompt: str
     negative_prompt: str = ""
@@ -93,7 +102,9 @@ class GenerationParams:
             if not isinstance(text := getattr(self, name), str):
                 raise UserError(f"{name} must be text, not {type(text).__name__}")
             if len(text) > MAX_PROMPT_CHARACTERS:
-                raise UserError(f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed")
+                raise UserError(
+                    f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
+                )
             check_characters(text, name)
         if not self.prompt.strip():
             raise UserError("the prompt is empty; write what the picture should show")
@@ -102,8 +113,12 @@ class GenerationParams:
         for name in ("height_px", "width_px"):
             if (size := getattr(self, name)) is not None and size % SIZE_STEP_PX:
                 raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
-        if self.scheduler is not None and (not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS):
-            raise UserError(f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}")
+        if self.scheduler is not None and (
+            not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS
+        ):
+            raise UserError(
+                f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}"
+            )
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
         object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
 
@@ -112,7 +127,8 @@ class GenerationParams:
         return replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_images=1)
 
     def apply_tags(self) -> "GenerationParams":
-        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen elsewhere."""
+        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen
+        elsewhere."""
         prompt, tags = split_lora_tags(self.prompt)
         adapters = tuple((dict(self.adapters) | dict(tags)).items())
         return replace(self, prompt=prompt, adapters=adapters) if tags else self
@@ -125,7 +141,8 @@ class GenerationParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
-        """Raises UserError for an unknown name or a value of the wrong type: anyone may have written the PNG."""
+        """Raises UserError for an unknown name or a value of the wrong type: anyone may have
+        written the PNG."""
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise UserError(f"unknown generation parameter {unknown[0]!r}")
         if "prompt" not in values:
@@ -142,7 +159,10 @@ class GenerationParams:
             "adapter_sha256": dict(provenance.adapter_sha256),
             "versions": dict(provenance.versions),
         }
-        return {"parameters": _a1111_text(self, provenance), PNG_KEY: json.dumps(recipe, ensure_ascii=False)}
+        return {
+            "parameters": _a1111_text(self, provenance),
+            PNG_KEY: json.dumps(recipe, ensure_ascii=False),
+        }
 
     @classmethod
     def from_png(cls, path: str | Path) -> "GenerationParams":
@@ -172,19 +192,24 @@ def draw_seed(seed: int) -> int:
 
 
 def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
-    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1; equal names add up. Raises
-    UserError for a tag that is not read."""
+    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1; equal
+    names add up. Raises UserError for a tag that is not read."""
     tags = added(map(tag_of, LORA_TAG.findall(prompt)))
-    return (re.sub(r"\s{2,}", " ", LORA_TAG.sub("", prompt)).strip(), tags) if tags else (prompt, ())
+    return (
+        (re.sub(r"\s{2,}", " ", LORA_TAG.sub("", prompt)).strip(), tags) if tags else (prompt, ())
+    )
 
 
 def tag_of(text: str) -> tuple[str, float]:
-    """ "rex:0.8" -> ("rex", 0.8); two equal scales, the text encoders' and the UNet's, are one. Raises UserError."""
+    """ "rex:0.8" -> ("rex", 0.8); two equal scales, the text encoders' and the UNet's, are one.
+    Raises UserError."""
     name, *scales = text.split(":")
     try:
         (scale,) = set(map(float, scales)) or {1.0}
     except ValueError:
-        raise UserError(f"<lora:{text:.100}> is not read here: write <lora:NAME:SCALE> with one number") from None
+        raise UserError(
+            f"<lora:{text:.100}> is not read here: write <lora:NAME:SCALE> with one number"
+        ) from None
     return name.strip(), scale
 
 
@@ -215,9 +240,12 @@ def texts_in(path: Path) -> dict[str, str]:
 
 
 def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
-    """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a damaged one."""
+    """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a
+    damaged one."""
     if PNG_KEY not in text:
-        raise UserError(f"{name} carries no recipe of this program; was it saved again by another one?")
+        raise UserError(
+            f"{name} carries no recipe of this program; was it saved again by another one?"
+        )
     try:
         found = from_json(text[PNG_KEY], StoredRecipe)
     except UserError as error:
@@ -227,11 +255,14 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
 
 
 def check_characters(text: str, name: str) -> None:
-    """Raises UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers cannot."""
+    """Raises UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers
+    cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} holds {text[error.start]!r}, which is not a character; remove it") from error
+        raise UserError(
+            f"{name} holds {text[error.start]!r}, which is not a character; remove it"
+        ) from error
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
@@ -248,12 +279,18 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     try:
         pairs = tuple((name, float(scale)) for name, scale in adapters)
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"adapters must be pairs of name and scale, not {adapters!r:.60}") from error
+        raise UserError(
+            f"adapters must be pairs of name and scale, not {adapters!r:.60}"
+        ) from error
     if len(pairs) > MAX_ADAPTERS:
-        raise UserError(f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined")
+        raise UserError(
+            f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined"
+        )
     for name, scale in pairs:
         if not isinstance(name, str) or not name or not abs(scale) <= 10:
-            raise UserError(f"adapter {name!r:.60} with scale {scale} is not usable; scales lie between -10 and 10")
+            raise UserError(
+                f"adapter {name!r:.60} with scale {scale} is not usable; scales lie between -10 and 10"
+            )
     if len(dict(pairs)) != len(pairs):
         raise UserError("an adapter is named twice; give each one scale")
     return pairs
@@ -267,7 +304,9 @@ def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
         raise UserError(f"text_options must be names with values, not {options!r:.60}") from error
     for name, value in options.items():
         if name not in TEXT_OPTIONS:
-            raise UserError(f"the text option {name!r:.60} is unknown; there are {', '.join(TEXT_OPTIONS)}")
+            raise UserError(
+                f"the text option {name!r:.60} is unknown; there are {', '.join(TEXT_OPTIONS)}"
+            )
         if len(str(value)) > MAX_PROMPT_CHARACTERS:
             raise UserError(f"{name} is longer than {MAX_PROMPT_CHARACTERS} characters")
         check_characters(str(value), name)
@@ -284,7 +323,9 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
         "Sampler": SCHEDULERS[params.scheduler].title if params.scheduler else "",
         "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
         "Seed": params.seed,
-        "Size": f"{params.width_px}x{params.height_px}" if params.width_px and params.height_px else "",
+        "Size": f"{params.width_px}x{params.height_px}"
+        if params.width_px and params.height_px
+        else "",
         "Model": provenance.base,
         "Lora hashes": f'"{hashes}"' if hashes else "",
         "Version": f"{PNG_KEY} {dict(provenance.versions).get(PNG_KEY, '')}".strip(),
@@ -299,7 +340,9 @@ def check_size(params: GenerationParams, resolution_px: int) -> None:
     height, width = params.height_px or resolution_px, params.width_px or resolution_px
     if height * width > MAX_AREA * resolution_px**2:
         side = int(MAX_AREA**0.5 * resolution_px)
-        raise UserError(f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn")
+        raise UserError(
+            f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn"
+        )
 
 
 def check_steps(params: GenerationParams) -> None:
@@ -341,8 +384,15 @@ CENSORED = "the base's safety checker blackens what it takes for unsafe; try ano
 
 def about_black(pictures: Iterable[Image]) -> str:
     """How many are black and why, "" for none: too large values give black pictures, not errors."""
-    black = Counter(CENSORED if one.is_censored else TOO_LARGE for one in pictures if one.pixels.getbbox() is None)
-    which = {why: "1 of them is" if count == 1 else f"{count} of them are" for why, count in black.items()}
+    black = Counter(
+        CENSORED if one.is_censored else TOO_LARGE
+        for one in pictures
+        if one.pixels.getbbox() is None
+    )
+    which = {
+        why: "1 of them is" if count == 1 else f"{count} of them are"
+        for why, count in black.items()
+    }
     return "; ".join(f"{these} black: {why}" for why, these in which.items())
 
 

@@ -1,4 +1,5 @@
-"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded one by one.
+"""SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded
+one by one.
 
 GenerationParams --generate--> Step, Preview … Image: the same parameters give the same pixels for any
 `num_images`.
@@ -26,7 +27,14 @@ from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import assets_folder, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Image, Provenance, Recipe, Step
+from dreambooth_moslora.generation.params import (
+    SCHEDULERS,
+    GenerationParams,
+    Image,
+    Provenance,
+    Recipe,
+    Step,
+)
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.lora import lora_file, metadata, new_tokens
 from dreambooth_moslora.settings.families import Facts
@@ -34,14 +42,17 @@ from dreambooth_moslora.settings.families import Facts
 Item = TypeVar("Item")
 Stamp = tuple[Path, int, int]
 CPU = torch.device("cpu")
-ROOM_BESIDE_WEIGHTS = 1.5  # Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
-UNET_BYTES_A_PIXEL = 400  # In half precision per pixel of the picture, with and without the prompt together
+# Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
+ROOM_BESIDE_WEIGHTS = 1.5
+# In half precision per pixel of the picture, with and without the prompt together
+UNET_BYTES_A_PIXEL = 400
 RESIDENT_ADAPTERS = 8  # Adapters kept in the model; the least recently used one is dropped first
 Event = Step | Preview | Image
 
 
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
-    """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its exception."""
+    """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its
+    exception."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
 
@@ -85,19 +96,31 @@ class AdapterFile:
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
     """The adapters of the picture, looked up among local files. Raises UserError for a missing one."""
     hashes = dict(recipe.provenance.adapter_sha256)
-    return [AdapterFile(_find(name, hashes.get(name)), name, scale) for name, scale in recipe.params.adapters]
+    return [
+        AdapterFile(_find(name, hashes.get(name)), name, scale)
+        for name, scale in recipe.params.adapters
+    ]
 
 
 def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
     """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
-    scales, hashes = (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256)) if recipe else ({}, {})
+    scales, hashes = (
+        (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256))
+        if recipe
+        else ({}, {})
+    )
     place = Path(find_asset(path))
     is_name = path in scales and not place.exists()
     file = _find(path, hashes.get(path)) if is_name else find_weights(place)
-    name, digest = path if is_name else lora_file.adapter_name(file), file_digest(file) if hashes else ""
+    name, digest = (
+        path if is_name else lora_file.adapter_name(file),
+        file_digest(file) if hashes else "",
+    )
     in_picture = next((known for known in scales if hashes.get(known) == digest), name)
     differs = hashes.get(in_picture, digest) != digest
-    note = f"the adapter {name} is another file than the one that made the picture" if differs else ""
+    note = (
+        f"the adapter {name} is another file than the one that made the picture" if differs else ""
+    )
     return AdapterFile(file, name, scales.get(in_picture, 1.0) if scale is None else scale, note)
 
 
@@ -108,12 +131,17 @@ def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
         place = item.file.resolve()
         name = free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
         files[name] = place
-        said = f"{item.file} is called {name} here, as another file is called {item.name}" if name != item.name else ""
+        said = (
+            f"{item.file} is called {name} here, as another file is called {item.name}"
+            if name != item.name
+            else ""
+        )
         yield replace(item, name=name, note="; ".join(filter(None, (item.note, said))))
 
 
 def _find(name: str, sha256: str | None) -> Path:
-    """The file with this content under any name; without a sha256, the file with this name. Raises UserError."""
+    """The file with this content under any name; without a sha256, the file with this name. Raises
+    UserError."""
     runs = Path("runs")
     own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
     places = [*own, *sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])]
@@ -133,12 +161,18 @@ def _find(name: str, sha256: str | None) -> Path:
 def weights_gib(model: DiffusionPipeline | torch.nn.Module) -> float:
     """GiB of all weights, in their current dtype."""
     parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
-    weights = [weight for part in parts if isinstance(part, torch.nn.Module) for weight in part.parameters()]
+    weights = [
+        weight
+        for part in parts
+        if isinstance(part, torch.nn.Module)
+        for weight in part.parameters()
+    ]
     return sum(weight.numel() * weight.element_size() for weight in weights) / machine.GIB
 
 
 class Home:
-    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models take turns on it."""
+    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models
+    take turns on it."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
@@ -176,7 +210,9 @@ class Home:
         if height_px * width_px > most:
             side = int(most**0.5) // 32 * 32
             asked = f"{height_px} x {width_px} px"
-            raise UserError(f"there is too little memory for {asked}: at most {side} x {side} px fit now")
+            raise UserError(
+                f"there is too little memory for {asked}: at most {side} x {side} px fit now"
+            )
 
 
 def check_sides(sides: tuple[int, int], facts: Facts) -> None:
@@ -184,23 +220,30 @@ def check_sides(sides: tuple[int, int], facts: Facts) -> None:
     step = facts.multiple_px
     if wrong := next((side for side in sides if side % step), 0):
         near = wrong // step * step
-        raise UserError(f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}")
+        raise UserError(
+            f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}"
+        )
 
 
 def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
     """The name of a base's own scheduler in `SCHEDULERS`; None if it has none there."""
     kind, config = type(scheduler).__name__.removeprefix("FlowMatch"), scheduler.config
     for name, known in SCHEDULERS.items():
-        if kind == known.class_name and all(config.get(key) == value for key, value in known.options.items()):
+        if kind == known.class_name and all(
+            config.get(key) == value for key, value in known.options.items()
+        ):
             return name
     return None
 
 
 class SubjectPipeline:
-    """Base and adapters, for one caller at a time; other threads wait. `home` is the device that draws. A resting
-    pipeline is in the CPU's memory until `generate`; if `home` is short of memory, its models take turns."""
+    """Base and adapters, for one caller at a time; other threads wait. `home` is the device that
+    draws. A resting pipeline is in the CPU's memory until `generate`; if `home` is short of memory,
+    its models take turns."""
 
-    def __init__(self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None
+    ) -> None:
         self.resident_adapters = RESIDENT_ADAPTERS
         self.pipeline = pipeline
         self.base_name = base_name
@@ -222,8 +265,8 @@ class SubjectPipeline:
         *,
         resting: bool = False,
     ) -> "SubjectPipeline":
-        """Load a base, or the base of that name: "toy", a folder, a hub id or a file. It is drawn with by whichever of
-        its files are here.
+        """Load a base, or the base of that name: "toy", a folder, a hub id or a file. It is drawn
+        with by whichever of its files are here.
 
         dtype: by default a half precision that suits its family on a GPU, else fp32
         device: a GPU by default
@@ -256,18 +299,23 @@ class SubjectPipeline:
         return load.default_resolution(self.pipeline)
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the model; returns its name.
+        """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the
+        model; returns its name.
 
-        An unchanged file that is already loaded costs nothing. New tokens come from the files that its header names,
-        beside it, or from the file itself, as OneTrainer bundles them. Raises UserError when it is no adapter for
-        this base, or its tokens belong to another.
+        An unchanged file that is already loaded costs nothing. New tokens come from the files that
+        its header names, beside it, or from the file itself, as OneTrainer bundles them. Raises
+        UserError when it is no adapter for this base, or its tokens belong to another.
         """
         name, file = name or lora_file.adapter_name(path), find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
             known = self.adapters.get(name)
-            if known and known.stamp == stamp and len(known.tokens) >= len(metadata.notes_in(known.header)):
+            if (
+                known
+                and known.stamp == stamp
+                and len(known.tokens) >= len(metadata.notes_in(known.header))
+            ):
                 self._touch(name)
                 return name
             adapter = self._install(name, file, stamp)
@@ -293,8 +341,9 @@ class SubjectPipeline:
     def generate(
         self, params: GenerationParams, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Step | Preview | Image]:
-        """Yield Step and Preview for each denoising step, Image for each picture, until `should_stop()` or the iterator
-        is closed. Raises UserError for an adapter that is not loaded, and for want of memory."""
+        """Yield Step and Preview for each denoising step, Image for each picture, until
+        `should_stop()` or the iterator is closed. Raises UserError for an adapter that is not
+        loaded, and for want of memory."""
         params = self.complete(params)
 
         def work(emit: Callable[[Event], None], abandoned: Callable[[], bool]) -> None:
@@ -305,22 +354,29 @@ class SubjectPipeline:
         return iterate(work)
 
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
-        """The finished pictures of `generate`, drawn in the calling thread; fewer than requested after a stop."""
+        """The finished pictures of `generate`, drawn in the calling thread; fewer than requested
+        after a stop."""
         params, images = self.complete(params), []
         with self._lock, torch.no_grad():
-            self._generate_all(params, lambda e: images.append(e) if isinstance(e, Image) else None, should_stop)
+            self._generate_all(
+                params, lambda e: images.append(e) if isinstance(e, Image) else None, should_stop
+            )
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
-        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an unknown adapter, and
-        for a scheduler that knows nothing of the base's noise levels."""
+        """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an
+        unknown adapter, and for a scheduler that knows nothing of the base's noise levels."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
         side = self.resolution_px
-        guidance = load.default_guidance(self.pipeline) if params.guidance_scale is None else params.guidance_scale
+        guidance = (
+            load.default_guidance(self.pipeline)
+            if params.guidance_scale is None
+            else params.guidance_scale
+        )
         size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
         scheduler = params.scheduler or scheduler_name(self._own_scheduler)
         if scheduler and "EDM" in type(self._own_scheduler).__name__:
@@ -329,8 +385,8 @@ class SubjectPipeline:
         return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
-        """Make exactly these adapters active; scales of files of equal content add up. Scale 0 means absent: the result
-        is the base's, bit for bit."""
+        """Make exactly these adapters active; scales of files of equal content add up. Scale 0
+        means absent: the result is the base's, bit for bit."""
         chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
         totals = defaultdict(float)
         for adapter, scale in chosen:
@@ -350,12 +406,17 @@ class SubjectPipeline:
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
     ) -> pipelines.Family:
-        """The family with the `given` text options, and else with those that the adapters' runs set: none where a run
-        has the default. Raises UserError for one that is not the family's, or that two runs set differently."""
+        """The family with the `given` text options, and else with those that the adapters' runs
+        set: none where a run has the default. Raises UserError for one that is not the family's, or
+        that two runs set differently."""
         facts, options = self.family.facts, dict(given or {})
         if wrong := [name for name in options if name not in facts.text_options]:
             raise UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
-        told = {name: metadata.text_options_in(self.adapters[name].header) for name, scale in adapters if scale}
+        told = {
+            name: metadata.text_options_in(self.adapters[name].header)
+            for name, scale in adapters
+            if scale
+        }
         for option in facts.text_options:
             values = {own[option]: name for name, own in told.items() if option in own}
             if option in options or not values:
@@ -368,10 +429,15 @@ class SubjectPipeline:
 
     def provenance(self, params: GenerationParams) -> Provenance:
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
-        versions = (("dreambooth_moslora", __version__), *((lib, version(lib)) for lib in ("diffusers", "torch")))
+        versions = (
+            ("dreambooth_moslora", __version__),
+            *((lib, version(lib)) for lib in ("diffusers", "torch")),
+        )
         return Provenance(self.base_name, hashes, versions)
 
-    def _generate_all(self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]) -> None:
+    def _generate_all(
+        self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]
+    ) -> None:
         try:
             self.home.enter()
             check_sides((params.height_px, params.width_px), self.family.facts)
@@ -390,7 +456,9 @@ class SubjectPipeline:
                 raise
             machine.free_unused_blocks(self.home.device)
             size = f"{params.height_px} x {params.width_px} px"
-            raise UserError(f"there is too little memory for {size}; choose a smaller size") from error
+            raise UserError(
+                f"there is too little memory for {size}; choose a smaller size"
+            ) from error
         finally:
             self.pipeline.scheduler = self._own_scheduler
             if self.home.is_resting:  # the models took turns
@@ -405,7 +473,9 @@ class SubjectPipeline:
             words = words | {"guidance_rescale": load.guidance_rescale(self.pipeline)}
         watcher = Watcher(index, own, clock, None if is_flow else self.colours, emit, stop)
         size, device = (own.height_px, own.width_px), self.home.device
-        with nullcontext() if is_flow else decode.tiled_where_short(self.pipeline.vae, size, device):
+        with (
+            nullcontext() if is_flow else decode.tiled_where_short(self.pipeline.vae, size, device)
+        ):
             drawn = self.pipeline(
                 **words | {self.family.facts.guidance_name: own.guidance_scale},
                 height=own.height_px,
@@ -424,7 +494,12 @@ class SubjectPipeline:
             (said,) = family.texts(self.pipeline, [params.prompt])
             against = family.negative(self.pipeline, params.negative_prompt)
             return family.with_negative(family.arguments([said]), family.arguments([against]))
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        names = (
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        )
         embeds = self.pipeline.encode_prompt(
             params.prompt,
             device=self.pipeline._execution_device,

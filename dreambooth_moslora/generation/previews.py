@@ -1,7 +1,8 @@
 """What happens between two denoising steps: progress, previews of the picture, and stopping.
 
-A preview is a linear map from latents to colours, fitted once to the VAE's decoder. It is computed only when
-someone looks at it: copying the latents to the CPU after each step would make the GPU wait.
+A preview is a linear map from latents to colours, fitted once to the VAE's decoder. It is computed
+only when someone looks at it: copying the latents to the CPU after each step would make the GPU
+wait.
 """
 
 import logging
@@ -25,8 +26,8 @@ FIT_SIDE = 32  # Side of the latents that the map is fitted on; 1024 pixels dete
 
 
 class LatentColours:
-    """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random latents (B, 4, h, w),
-    as the UNet sees them. If the VAE fails, previews are grey."""
+    """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random
+    latents (B, 4, h, w), as the UNet sees them. If the VAE fails, previews are grey."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
@@ -55,15 +56,23 @@ class LatentColours:
 
 
 class PreviewTracker:
-    """Estimates the clean latents after each step. Solvers of DPM++'s kind and UniPC keep what the model predicted of
-    them. Euler keeps x0 + σ·ε, on a straight line to x0. Of other schedulers the latents are shown as they are."""
+    """Estimates the clean latents after each step. Solvers of DPM++'s kind and UniPC keep what the
+    model predicted of them. Euler keeps x0 + σ·ε, on a straight line to x0. Of other schedulers the
+    latents are shown as they are."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         kind, config = type(scheduler).__name__, scheduler.config
-        keeps_clean = config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++") or config.get("predict_x0")
-        self.predicted = scheduler.model_outputs if keeps_clean and hasattr(scheduler, "model_outputs") else None
+        keeps_clean = config.get("algorithm_type") in (
+            "dpmsolver++",
+            "sde-dpmsolver++",
+        ) or config.get("predict_x0")
+        self.predicted = (
+            scheduler.model_outputs if keeps_clean and hasattr(scheduler, "model_outputs") else None
+        )
         self.sigmas = (
-            scheduler.sigmas.float().cpu() if kind in ("EulerDiscreteScheduler", "EDMEulerScheduler") else None
+            scheduler.sigmas.float().cpu()
+            if kind in ("EulerDiscreteScheduler", "EDMEulerScheduler")
+            else None
         )
         self.previous: torch.Tensor | None = None
 
@@ -81,8 +90,11 @@ class PreviewTracker:
 
 
 def smooth_latents(channels: int, seed: int = 0) -> torch.Tensor:
-    """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's latents."""
-    coarse = torch.randn(1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed))
+    """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's
+    latents."""
+    coarse = torch.randn(
+        1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed)
+    )
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
 
@@ -116,8 +128,8 @@ class Clock:
         self.done = 0
 
     def tick(self, steps: int) -> float:
-        """Count one of an image's `steps`; returns the remaining seconds, NaN after the first step, which includes the
-        warm-up."""
+        """Count one of an image's `steps`; returns the remaining seconds, NaN after the first step,
+        which includes the warm-up."""
         now = time.perf_counter()
         self.done += 1
         if self.started is None:
@@ -128,7 +140,8 @@ class Clock:
 
 @dataclass
 class Watcher:
-    """diffusers' `callback_on_step_end`: reports progress, offers a preview, and stops the loop on request."""
+    """diffusers' `callback_on_step_end`: reports progress, offers a preview, and stops the loop on
+    request."""
 
     index: int
     params: GenerationParams
@@ -138,7 +151,9 @@ class Watcher:
     stop: Callable[[], bool]
     tracker: PreviewTracker | None = None
 
-    def __call__(self, pipeline: StableDiffusionXLPipeline, step: int, _timestep: object, tensors: dict) -> dict:
+    def __call__(
+        self, pipeline: StableDiffusionXLPipeline, step: int, _timestep: object, tensors: dict
+    ) -> dict:
         if self.stop():
             raise StopRequestedError
         params, steps = self.params, len(pipeline.scheduler.timesteps)

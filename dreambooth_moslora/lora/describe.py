@@ -22,7 +22,13 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Key, Module
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
-from dreambooth_moslora.method.mixer import Folded, LowRank, MixedLowRank, initial_mixer, nominal_scale
+from dreambooth_moslora.method.mixer import (
+    Folded,
+    LowRank,
+    MixedLowRank,
+    initial_mixer,
+    nominal_scale,
+)
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.table import KRONECKER
 
@@ -35,7 +41,8 @@ class Diagnosis(NamedTuple):
 
 
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U (out, r), S (r,), Vh."""
+    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U
+    (out, r), S (r,), Vh."""
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
     left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
@@ -43,13 +50,15 @@ def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best approximation."""
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best
+    approximation."""
     root = sizes[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
 def effective_rank_of(layer: LowRank) -> float:
-    """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are flattened."""
+    """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are
+    flattened."""
     sizes = product_svd(layer.up.flatten(1), layer.down.flatten(1))[1]
     shares = sizes[sizes > 0] / sizes.sum()
     return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
@@ -57,11 +66,14 @@ def effective_rank_of(layer: LowRank) -> float:
 
 @torch.no_grad()
 def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 1) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`; s has no influence."""
+    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`; s has no
+    influence."""
     drift, condition = None, None
     if matrices.mixer is not None:
         mixer = matrices.mixer.detach().cpu().double()
-        start = initial_mixer(kind, factor if kind == KRONECKER else len(mixer), seed, path).double()
+        start = initial_mixer(
+            kind, factor if kind == KRONECKER else len(mixer), seed, path
+        ).double()
         start = torch.kron(start, torch.eye(len(mixer) // len(start)).double())
         sizes = torch.linalg.svdvals(mixer)
         largest, smallest = float(sizes[0]), float(sizes[-1])
@@ -77,7 +89,9 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
     drifts = [f.drift for f in figures.values() if f.drift is not None]
     medians = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
     if drifts:
-        conditions = [f.condition_number for f in figures.values() if f.condition_number is not None]
+        conditions = [
+            f.condition_number for f in figures.values() if f.condition_number is not None
+        ]
         medians |= {"mixer_drift_median": median(drifts), "mixer_drift_max": max(drifts)}
         medians["mixer_condition_median"] = median(conditions)
     return medians
@@ -85,9 +99,12 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
 
 @torch.no_grad()
 def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
-    """Each projection in the lowest rank that keeps `keep` of its ‖ΔW‖², and the fraction kept. Raises UserError."""
+    """Each projection in the lowest rank that keeps `keep` of its ‖ΔW‖², and the fraction kept.
+    Raises UserError."""
     if not 0 < keep <= 1:
-        raise UserError(f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99")
+        raise UserError(
+            f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99"
+        )
     reduced, before, after = {component: {} for component in components}, 0.0, 0.0
     for component, layers in components.items():
         for path, layer in layers.items():
@@ -95,7 +112,10 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
             energy = sizes.square().cumsum(0)
             rank = int((energy >= keep * energy[-1]).nonzero()[0]) + 1
             up, down = leading_part(left, sizes, right, rank)
-            down, up = down.view(rank, *layer.down.shape[1:]), up.view(-1, rank, *layer.up.shape[2:])
+            down, up = (
+                down.view(rank, *layer.down.shape[1:]),
+                up.view(-1, rank, *layer.up.shape[2:]),
+            )
             reduced[component][path] = LowRank(down.float(), up.float(), magnitude=layer.magnitude)
             before, after = before + float(energy[-1]), after + float(energy[rank - 1])
     return reduced, after / before if before else 1.0
@@ -111,7 +131,8 @@ class Pair:
 
 
 def describe(path: str | Path) -> dict[str, object]:
-    """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one without a LoRA."""
+    """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one
+    without a LoRA."""
     path = user_path(path)
     tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
@@ -120,15 +141,22 @@ def describe(path: str | Path) -> dict[str, object]:
         widths = {new_tokens.KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
         kind = "new tokens of SDXL's text encoders"
         return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count, "widths": widths}
-    facts["dtypes"] = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    facts["dtypes"] = sorted(
+        {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    )
     if raw_file.RAW_KEY in tensors:
         return facts | describe_raw(path)
     try:
-        raw_file.check_finite({k: t for k, t in tensors.items() if t.is_floating_point()}, path.name)
+        raw_file.check_finite(
+            {k: t for k, t in tensors.items() if t.is_floating_point()}, path.name
+        )
         facts |= describe_pairs(path, tensors, header)
         if bundled := new_tokens.tokens_inside(path):
-            facts["new_tokens"] = "; ".join(f"{one.count} for the word {one.word}, in this file" for one in bundled)
-    except RuntimeError as error:  # torch lacks the operation for this dtype, or the values are too large
+            facts["new_tokens"] = "; ".join(
+                f"{one.count} for the word {one.word}, in this file" for one in bundled
+            )
+    # torch lacks the operation for this dtype, or the values are too large
+    except RuntimeError as error:
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
 
@@ -142,7 +170,9 @@ def describe_raw(path: Path) -> dict[str, object]:
             modules[component] += 1
             name = f"{component}.{module}"
             matrices = raw_file.matrices_from(parts, metadata, name)
-            figures[name] = diagnose(matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor)
+            figures[name] = diagnose(
+                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
+            )
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
@@ -150,20 +180,29 @@ def describe_raw(path: Path) -> dict[str, object]:
         "alpha": metadata.alpha,
         "use_rslora": metadata.use_rslora,
         "use_dora": metadata.use_dora,
-        "mixer": metadata.mixer + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
+        "mixer": metadata.mixer
+        + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
         **{name: round(value, 4) for name, value in summary(figures).items()},
         **said_by_metadata(metadata),
     }
 
 
-def describe_pairs(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, object]:
-    """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises UserError."""
-    name, settings = path.name, lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name)
+def describe_pairs(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str]
+) -> dict[str, object]:
+    """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises
+    UserError."""
+    name, settings = (
+        path.name,
+        lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name),
+    )
     pairs = with_settings(name, find_pairs(name, tensors), settings)
     tools = {key.tool for key in map(key_names.parse, tensors) if key}
     others = [tool for tool in dict.fromkeys(row.tool for row in ENDINGS) if tool in tools - PAIRED]
     if not pairs and not others:
-        raise UserError(f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}")
+        raise UserError(
+            f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}"
+        )
     sizes = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
@@ -174,7 +213,8 @@ def describe_pairs(path: Path, tensors: dict[str, Tensor], header: dict[str, str
 
 
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
-    """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without its partner."""
+    """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without
+    its partner."""
     modules: dict[Module, dict[str, Tensor]] = {}
     downs: dict[Module, Key] = {}
     for text, tensor in tensors.items():
@@ -189,11 +229,17 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         if "mixer" in parts or (down is None and up is None):
             continue
         if down is None:
-            raise UserError(f"{name} is broken: {module.name:.100} has an up matrix without a down matrix")
+            raise UserError(
+                f"{name} is broken: {module.name:.100} has an up matrix without a down matrix"
+            )
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
-            raise UserError(f"{name} is broken: {module.name} has a down matrix without an up matrix of its rank")
+            raise UserError(
+                f"{name} is broken: {module.name} has a down matrix without an up matrix of its rank"
+            )
         if not isfinite(float(down.double().norm() * up.double().norm())):
-            raise UserError(f"{name} is broken: {module.name} has values too large to be multiplied")
+            raise UserError(
+                f"{name} is broken: {module.name} has values too large to be multiplied"
+            )
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module.name}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and "mid" not in parts
@@ -209,7 +255,11 @@ def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> 
     for pair in pairs:
         component, path = pair.key.module.component or DENOISERS[0], pair.key.module.path
         prefix = "" if is_of_one_model else f"{component}."
-        own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+        own = {
+            key.removeprefix(prefix): value
+            for key, value in settings.items()
+            if key.startswith(prefix)
+        }
         if own and pair.alpha is None:
             told = lora_settings.scales_of_settings(component, [path], own, name)
             lora_settings.check_alphas(told.alphas, name)
@@ -220,7 +270,8 @@ def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> 
 
 @torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW = up·down."""
+    """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW =
+    up·down."""
     with_alpha = [p for p in pairs if p.alpha is not None]
     alphas = {p.alpha for p in with_alpha}
     scales = {nominal_scale(p.alpha, p.matrices.rank, p.use_rslora) for p in with_alpha}
@@ -228,11 +279,14 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     facts: dict[str, object] = {
         "modules": dict(modules),
         "ranks": by_rank(p.matrices.rank for p in pairs),
-        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas)) or "not in the file (read as alpha = rank)",
+        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas))
+        or "not in the file (read as alpha = rank)",
         "scale": ", ".join(f"{s:g}" for s in sorted(scales)) or "1",
     }
     if dense := [p for p in pairs if p.is_product]:
-        facts["effective_rank_median"] = round(median(effective_rank_of(p.matrices) for p in dense), 4)
+        facts["effective_rank_median"] = round(
+            median(effective_rank_of(p.matrices) for p in dense), 4
+        )
     return facts
 
 
@@ -269,14 +323,21 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
         "best_scale": metadata.best_scale,
-        "new_tokens": "; ".join("{count} for the word {word}, in {file}".format_map(note) for note in metadata.tokens),
+        "new_tokens": "; ".join(
+            "{count} for the word {word}, in {file}".format_map(note) for note in metadata.tokens
+        ),
         "usable_scales": " to ".join(f"{scale:g}" for scale in metadata.usable_scales),
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}
 
 
-SPELLINGS = {"size_mib": "Size (MiB)", "use_dora": "DoRA", "use_rslora": "rsLoRA", "resolution_px": "Resolution (px)"}
+SPELLINGS = {
+    "size_mib": "Size (MiB)",
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA",
+    "resolution_px": "Resolution (px)",
+}
 
 
 def label(key: str) -> str:
@@ -285,11 +346,14 @@ def label(key: str) -> str:
 
 
 def lines(facts: dict[str, object]) -> list[str]:
-    return [f"{label(key) + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()]
+    return [
+        f"{label(key) + ':':<24} {printable(as_text(key, value))}" for key, value in facts.items()
+    ]
 
 
 def printable(text: str) -> str:
-    """The text without control characters: a file's header may contain some that affect the terminal."""
+    """The text without control characters: a file's header may contain some that affect the
+    terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -311,4 +375,6 @@ def ranks_in_words(counts: dict[str, int]) -> str:
     if len(counts) > 3:
         lowest, *_, highest = counts
         return f"ranks {lowest} to {highest} in {sum(counts.values())} layers"
-    return ", ".join(f"rank {rank} in {number} layer{'s' * (number != 1)}" for rank, number in counts.items())
+    return ", ".join(
+        f"rank {rank} in {number} layer{'s' * (number != 1)}" for rank, number in counts.items()
+    )

@@ -1,22 +1,24 @@
-"""How the tools that people have spell the keys of a LoRA: a table of what a key begins with, and one of its end.
+"""How the tools that people have spell the keys of a LoRA: a table of what a key begins with, and
+one of its end.
 
     prefix         path                                        ending
     unet.          mid_block.attentions.0.….attn1.to_q         .lora_A.weight          diffusers, with PEFT's ends
     lora_unet_     mid_block_attentions_0_…_attn1_to_q         .lora_down.weight       kohya
 
-Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. Which layer of a base a
-path means is in `named_layers`.
+Any prefix may go with any ending. Another tool costs a row here and a row of the test's table.
+Which layer of a base a path means is in `named_layers`.
 
 A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
 
     lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
                           [.dora_scale (out, 1)]
 
-ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and `up` of the
-others is multiplied by r/alpha: diffusers loses the alphas of attention projections when a file has several.
-DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of W, as in PEFT and LyCORIS. diffusers drops
-`dora_scale`, so kohya files with DoRA are evaluated by this definition. Header keys: github.com/Stability-AI/ModelSpec,
-and `ss_*` of kohya's sd-scripts, without its folder names, captions and tag counts.
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and
+`up` of the others is multiplied by r/alpha: diffusers loses the alphas of attention projections
+when a file has several. DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of
+W, as in PEFT and LyCORIS. diffusers drops `dora_scale`, so kohya files with DoRA are evaluated by
+this definition. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of kohya's sd-scripts,
+without its folder names, captions and tag counts.
 """
 
 import re
@@ -70,7 +72,10 @@ DIFFUSERS_KEYS, ENCODER_KEYS = "diffusers keys", "diffusers text encoder keys"
 LOHA, LOKR = "LyCORIS LoHa", "LyCORIS LoKr"
 UNFOLDED = "MoSLoRA in PEFT's form, unfolded"
 ENDINGS = (
-    *(Ending(f".hada_{part}", f"hada_{part}", LOHA) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(
+        Ending(f".hada_{part}", f"hada_{part}", LOHA)
+        for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+    ),
     *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w1", "w1_a", "w1_b")),
     *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w2", "w2_a", "w2_b", "t2")),
     Ending(".lora_mid.weight", "mid", "LyCORIS LoCon"),
@@ -145,18 +150,21 @@ OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out"
 
 
 def spell(tool: str, name: str, part: str) -> str:
-    """The key of a part of the layer `name` (as the file names it) with the tool's ending, the first of ENDINGS."""
+    """The key of a part of the layer `name` (as the file names it) with the tool's ending, the
+    first of ENDINGS."""
     return name + next(row.text for row in ENDINGS if (row.tool, row.part) == (tool, part))
 
 
 def published_path(component: str, path: str) -> str:
-    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which transformers 5 dropped."""
+    """The path that other programs know: they keep CLIPTextModel's `text_model.`, which
+    transformers 5 dropped."""
     is_bare = component not in DENOISERS and not path.startswith(("text_model.", "text_projection"))
     return f"text_model.{path}" if is_bare else path
 
 
 def kohya_name(component: str, path: str, components: Collection[str] = COMPONENTS) -> str:
-    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these components."""
+    """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these
+    components."""
     is_alone = component == "text_encoder" and "text_encoder_2" not in components
     prefix = KOHYA_ALONE if is_alone else KOHYA_PREFIXES[component]
     return prefix + path.replace(".", "_")
@@ -166,7 +174,8 @@ WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5
 
 
 def is_by_rows(dora_scale: torch.Tensor) -> bool:
-    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write (1, in)."""
+    """Whether DoRA's magnitudes are of W's rows: (out, 1) or (out, 1, 1, 1). Some programs write
+    (1, in)."""
     return dora_scale.ndim > 1 and dora_scale.shape[1:].numel() == 1
 
 
@@ -193,15 +202,22 @@ def common_rank(components: Folded) -> int:
 
 
 def kohya_header(title: str, metadata: AdapterMetadata, components: Folded) -> dict[str, str]:
-    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors requires."""
+    """Title, trigger phrase, architecture and rank. Every value is a string, as safetensors
+    requires."""
     ranks = {layer.rank for layers in components.values() for layer in layers.values()}
-    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for a file of several ranks
+    # sd-scripts' word for a file of several ranks
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     config = metadata.structures.get("unet", {}).get("config", {"addition_embed_type": "text_time"})
-    facts, cross = facts_of_model("UNet2DConditionModel", config), config.get("cross_attention_dim", WIDTHS[0])
+    facts, cross = (
+        facts_of_model("UNet2DConditionModel", config),
+        config.get("cross_attention_dim", WIDTHS[0]),
+    )
     is_usual = cross in WIDTHS
     header = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{facts.modelspec}/lora" if is_usual else f"{facts.name}-like-{cross}/lora",
+        "modelspec.architecture": f"{facts.modelspec}/lora"
+        if is_usual
+        else f"{facts.name}-like-{cross}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": title,
         "modelspec.trigger_phrase": ", ".join(metadata.trigger_words),

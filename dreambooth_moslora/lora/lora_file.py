@@ -1,10 +1,12 @@
-"""Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a pipeline.
+"""Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a
+pipeline.
 
 file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
      --read_start-->   AdapterWeights --begin_with--> the start of a fresh adapter:  A := down,  B := up·M⁻¹ / s
 
-A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other keys are refused. As
-a start, a file of lower rank fills the first rows of A, and one of higher rank is reduced by SVD.
+A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other
+keys are refused. As a start, a file of lower rank fills the first rows of A, and one of higher rank
+is reduced by SVD.
 
 <component>.<module path>.<part>  ->  component -> module path -> LowRank
 """
@@ -51,7 +53,8 @@ Layers = dict[str, LowRank]  # by module path
 
 
 def projections(parts: Parts, file_name: str) -> Folded:
-    """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for others."""
+    """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for
+    others."""
     if not parts:
         raise UserError(f"{file_name} holds no LoRA projection")
     result: Folded = {}
@@ -60,21 +63,33 @@ def projections(parts: Parts, file_name: str) -> Folded:
         for field, tensor in own.items():
             check_numbers(f"{name}.{field}", tensor, file_name)
         down, up = own.get("down"), own.get("up")
-        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or not 0 < len(down) == up.shape[1]:
+        if (
+            down is None
+            or up is None
+            or down.ndim < 2
+            or up.ndim < 2
+            or not 0 < len(down) == up.shape[1]
+        ):
             raise broken(file_name, f"{name!r:.100} is half there")
         result.setdefault(component, {})[path] = LowRank(**own)
     for component, layers in result.items():
         if len({projection.magnitude is None for projection in layers.values()}) > 1:
-            raise UserError(f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load")
+            raise UserError(
+                f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load"
+            )
     return result
 
 
 def check_numbers(name: str, tensor: Tensor, file_name: str) -> None:
     """Raises UserError for a tensor that is no weight."""
     if tensor.dtype not in DTYPES:
-        raise broken(file_name, f"{name!r:.100} is in {tensor.dtype}, which is not a dtype of weights")
+        raise broken(
+            file_name, f"{name!r:.100} is in {tensor.dtype}, which is not a dtype of weights"
+        )
     if not tensor.float().isfinite().all():
-        raise broken(file_name, f"{name!r:.100} has values that are NaN, infinite or beyond single precision")
+        raise broken(
+            file_name, f"{name!r:.100} has values that are NaN, infinite or beyond single precision"
+        )
 
 
 def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
@@ -82,28 +97,44 @@ def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
     tensors, parts = found if isinstance(found, dict) else found[0], {}
     for text, tensor in tensors.items():
         key = key_names.parse(text)
-        if key is None or key.module.prefix.text != f"{key.module.component}." or key.tool not in key_names.PAIRED:
-            raise UserError(f"{file_name} is not a LoRA of a diffusion model: {text!r:.100} does not belong to one")
+        if (
+            key is None
+            or key.module.prefix.text != f"{key.module.component}."
+            or key.tool not in key_names.PAIRED
+        ):
+            raise UserError(
+                f"{file_name} is not a LoRA of a diffusion model: {text!r:.100} does not belong to one"
+            )
         parts.setdefault((key.module.component, key.module.path), {})[key.part] = tensor
     return parts
 
 
-MOST_VALUES = 200  # PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
+# PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
+MOST_VALUES = 200
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 
 
-def scales(component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str) -> Scales:
-    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid and contradicting
-    settings."""
+def scales(
+    component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str
+) -> Scales:
+    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid and
+    contradicting settings."""
     if of_peft and alphas:
         raise broken(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
     settings = {k.removeprefix(prefix): v for k, v in of_peft.items() if k.startswith(prefix)}
     if settings:
         result = _from_settings(component, found, settings, file_name)
-    else:  # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the rank
+    # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the
+    # rank
+    else:
         common = most_common(alphas.values()) if alphas else None
-        result = Scales({path: alphas.get(path, p.rank if common is None else common) for path, p in found.items()})
+        result = Scales(
+            {
+                path: alphas.get(path, p.rank if common is None else common)
+                for path, p in found.items()
+            }
+        )
     check_alphas(result.alphas, file_name)
     if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
         raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
@@ -113,13 +144,18 @@ def scales(component: str, found: Layers, alphas: dict[str, float], of_peft: dic
 def _from_settings(component: str, found: Layers, settings: dict, file_name: str) -> Scales:
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
-        raise UserError(f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA")
-    if flag(settings, "use_dora", file_name) != any(p.magnitude is not None for p in found.values()):
+        raise UserError(
+            f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA"
+        )
+    if flag(settings, "use_dora", file_name) != any(
+        p.magnitude is not None for p in found.values()
+    ):
         raise broken(file_name, "its use_dora does not go with its tensors")
     return scales_of_settings(component, found, settings, file_name)
 
 
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by cross-attention width
+# by cross-attention width
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -143,21 +179,30 @@ def adapter_name(path: str | Path) -> str:
     folder = file.parent.resolve()
     if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):
         return file.stem
-    if folder.name.startswith("checkpoint-") or (folder.name, file.name) == ("last", run_folder.RAW_NAME):
+    if folder.name.startswith("checkpoint-") or (folder.name, file.name) == (
+        "last",
+        run_folder.RAW_NAME,
+    ):
         return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}"
-    if folder.name == run_folder.BEST_NAME and run_folder.RunDir(folder.parent).config_path.is_file():
+    if (
+        folder.name == run_folder.BEST_NAME
+        and run_folder.RunDir(folder.parent).config_path.is_file()
+    ):
         return f"{folder.parent.name}@best"
     return folder.name
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
-    """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds no known LoRA."""
+    """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds
+    no known LoRA."""
     file = run_folder.find_weights(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header, keys = dict(opened.metadata() or {}), set(opened.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from error
+        raise UserError(
+            f"{file.name} is not a whole safetensors file: {one_line(error)}"
+        ) from error
     is_raw = raw_file.RAW_KEY in keys
     tools = {key.tool for key in map(key_names.parse, keys) if key}
     if not is_raw and not beside(file, keys) and key_names.UNFOLDED in tools:
@@ -165,7 +210,9 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
             f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: save it by "
             "lora.published_file.publish, which folds them"
         )
-    layers, alphas, settings = (fold_raw(file), {}, {}) if is_raw else _read_published(file, pipeline)
+    layers, alphas, settings = (
+        (fold_raw(file), {}, {}) if is_raw else _read_published(file, pipeline)
+    )
     parts = {}
     for component, of_component in layers.items():
         paths = {path: _base_path(component, path, pipeline) for path in of_component}
@@ -176,7 +223,8 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
 
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
-    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files have it or not."""
+    """The module's path in the base; transformers 5 has no `text_model.` in CLIPTextModel, files
+    have it or not."""
     path = key_names.published_path(component, path)
     has_prefix = component in DENOISERS or hasattr(getattr(pipeline, component, None), "text_model")
     return path if has_prefix else path.removeprefix("text_model.")
@@ -193,7 +241,9 @@ def fold_raw(file: Path) -> Folded:
     return folded
 
 
-def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Folded, dict[str, dict], dict]:
+def _read_published(
+    file: Path, pipeline: DiffusionPipeline
+) -> tuple[Folded, dict[str, dict], dict]:
     """Matrices, alphas by component and path, and PEFT's settings. Raises UserError."""
     try:
         tensors = _tensors_of(file)
@@ -201,8 +251,9 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Folded, di
         tensors = scaled(tensors, own, file.name)
         parts = as_lora(tensors, pipeline, file.name)
         if not parts:
-            # The names are none of this base's layers, until diffusers gives them others. If it does not, `check_fits`
-            # refuses the file, so that the alphas that diffusers keeps apart are not missed.
+            # The names are none of this base's layers, until diffusers gives them others. If it
+            # does not, `check_fits` refuses the file, so that the alphas that diffusers keeps apart
+            # are not missed.
             is_unet = facts_of(type(pipeline).__name__).denoiser == "unet"
             options = {"unet_config": pipeline.unet.config} if is_unet else {}
             parts = by_layer(pipeline.lora_state_dict(tensors, **options), file.name)
@@ -210,21 +261,38 @@ def _read_published(file: Path, pipeline: DiffusionPipeline) -> tuple[Folded, di
         for (component, path), of_layer in parts.items():
             if "alpha" in of_layer:
                 alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
-        settings = {} if own.get("peft_type") in OF_LYCORIS else own or in_header(run_folder.header_of(file), file.name)
+        settings = (
+            {}
+            if own.get("peft_type") in OF_LYCORIS
+            else own or in_header(run_folder.header_of(file), file.name)
+        )
         if own or "lora_alpha" in settings:  # of one model, whatever its name
-            settings = {f"{component}.{name}": value for component, _ in parts for name, value in settings.items()}
+            settings = {
+                f"{component}.{name}": value
+                for component, _ in parts
+                for name, value in settings.items()
+            }
         return projections(parts, file.name), alphas, settings
     except UserError:
         raise
     except Exception as error:  # diffusers' conversion raises any error on unknown names
-        raise UserError(f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}") from error
+        raise UserError(
+            f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}"
+        ) from error
 
 
 def _tensors_of(file: Path) -> Tensors:
     """The file's tensors, fp8 as fp32, without new tokens."""
     with safe_open(file, framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in sorted(opened.keys()) if not key.startswith(BUNDLE)}
-    return {k: t.float() if t.is_floating_point() and t.element_size() == 1 else t for k, t in tensors.items()}
+        tensors = {
+            key: opened.get_tensor(key)
+            for key in sorted(opened.keys())
+            if not key.startswith(BUNDLE)
+        }
+    return {
+        k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
+        for k, t in tensors.items()
+    }
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
@@ -269,12 +337,21 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
         kind = "transformer" if "transformer" in weights.parts else "UNet"
         return [f"a {kind} with layers of widths {widths[:6]}", f"{facts.title}, {facts.model}"]
     found = weights.parts["unet"][0] if "unet" in weights.parts else {}
-    needed = max((p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0)
+    needed = max(
+        (p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0
+    )
     outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
     layers = moslora.matrix_layers(pipeline.unet)
-    own = {moslora.weight_size(module)[0] for name, module in layers.items() if name.endswith("attn1.to_q")}
+    own = {
+        moslora.weight_size(module)[0]
+        for name, module in layers.items()
+        if name.endswith("attn1.to_q")
+    }
     texts = []
-    for cross, widths in ((needed, outputs), (architecture(pipeline.unet)["cross_attention_dim"], own)):
+    for cross, widths in (
+        (needed, outputs),
+        (architecture(pipeline.unet)["cross_attention_dim"], own),
+    ):
         family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
         seen = f"cross-attention width {cross}" if cross else "no cross-attention"
         listed = ", ".join(map(str, sorted(widths))) or "unknown"
@@ -283,27 +360,36 @@ def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
-    """Add the adapter under `weights.key`. Raises UserError when that fails; the components are then as before."""
+    """Add the adapter under `weights.key`. Raises UserError when that fails; the components are
+    then as before."""
     try:
         for component, (found, scales) in weights.parts.items():
             _load(component, found, scales, weights.key, pipeline)
     except Exception as error:
         pipeline.delete_adapters(weights.key)
-        raise UserError(f"{weights.file_name} could not be put into the base: {one_line(error)}") from error
+        raise UserError(
+            f"{weights.file_name} could not be put into the base: {one_line(error)}"
+        ) from error
 
 
 def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> None:
-    """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text encoder."""
+    """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text
+    encoder."""
     is_denoiser = component in DENOISERS
     tool = PEFT_KEYS if is_denoiser else ENCODER_KEYS
     tensors = {}
     for path, projection in found.items():
         name = f"{component}.{path}"
-        parts = {spell(tool, name, part): getattr(projection, part) for part in ("down", "up", "bias")}
+        parts = {
+            spell(tool, name, part): getattr(projection, part) for part in ("down", "up", "bias")
+        }
         parts[spell(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
         tensors |= {key: part for key, part in parts.items() if part is not None}
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
-    model, options = getattr(pipeline, component), {"adapter_name": key, "metadata": config, "_pipeline": pipeline}
+    model, options = (
+        getattr(pipeline, component),
+        {"adapter_name": key, "metadata": config, "_pipeline": pipeline},
+    )
     if component == "unet":
         pipeline.load_lora_into_unet(tensors, unet=model, network_alphas=None, **options)
     elif is_denoiser:
@@ -330,7 +416,8 @@ def lora_config(found: Layers, scales: Scales) -> dict[str, Any]:
     }
 
 
-BOUND, BOUND_KAIMING = 1e-5, 1e-3  # fp32's rounding, and its amplification by a badly conditioned mixer
+# fp32's rounding, and its amplification by a badly conditioned mixer
+BOUND, BOUND_KAIMING = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -343,13 +430,17 @@ class Start:
     left_out: tuple[str, ...]  # layers of the file that are not trained
 
     def sentence(self) -> str:
-        parts = [f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"]
+        parts = [
+            f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"
+        ]
         if self.kept < 1:
             parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
         if self.anew:
             parts.append(f"{shortened(self.anew)} not in the file: they begin anew")
         if self.left_out:
-            parts.append(f"{shortened(self.left_out)} of the file not trained here: they are left out")
+            parts.append(
+                f"{shortened(self.left_out)} of the file not trained here: they are left out"
+            )
         return f"--init_adapter {self.file_name}: {'; '.join(parts)}."
 
 
@@ -357,8 +448,11 @@ def shortened(names: tuple[str, ...]) -> str:
     return f"{len(names)} layers ({names[0]}{', …' * (len(names) > 1)}) are"
 
 
-def read_start(path: str | Path, pipeline: DiffusionPipeline, base_name: str, use_dora: bool) -> AdapterWeights:
-    """The file's content. Raises UserError for another base's, and for what no adapter of the run can hold."""
+def read_start(
+    path: str | Path, pipeline: DiffusionPipeline, base_name: str, use_dora: bool
+) -> AdapterWeights:
+    """The file's content. Raises UserError for another base's, and for what no adapter of the run
+    can hold."""
     try:
         weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline, base_name)
@@ -369,20 +463,31 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, base_name: str, us
         check_start_file(run_folder.find_weights(path))
     except UserError as error:
         raise UserError(f"{name}: {error}.") from error
-    found = [projection for projections, _ in weights.parts.values() for projection in projections.values()]
+    found = [
+        projection
+        for projections, _ in weights.parts.values()
+        for projection in projections.values()
+    ]
     if any(projection.bias is not None for projection in found):
         raise UserError(f"{name}: its layers have biases, which this adapter has not.")
     has_dora = any(projection.magnitude is not None for projection in found)
     if has_dora != use_dora:
-        what = "it holds DoRA: give --use_dora" if has_dora else "it holds no DoRA: leave --use_dora out"
+        what = (
+            "it holds DoRA: give --use_dora"
+            if has_dora
+            else "it holds no DoRA: leave --use_dora out"
+        )
         raise UserError(f"{name}: {what}.")
     return weights
 
 
 @torch.no_grad()
 @proof.full_fp32()
-def begin_with(weights: AdapterWeights, components: Components, adapter_name: str = "default") -> Start:
-    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common layer."""
+def begin_with(
+    weights: AdapterWeights, components: Components, adapter_name: str = "default"
+) -> Start:
+    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common
+    layer."""
     live = raw_file.all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.of(path, projection.rank))
@@ -392,13 +497,26 @@ def begin_with(weights: AdapterWeights, components: Components, adapter_name: st
     common = [path for path in live if path in update]
     if not common:
         first = f"it holds {min(update)}, the run trains {min(live)}"
-        raise UserError(f"--init_adapter {weights.file_name}: no layer of it is trained here ({first}).")
+        raise UserError(
+            f"--init_adapter {weights.file_name}: no layer of it is trained here ({first})."
+        )
     figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
     _, before, kept = map(sum, zip(*figures.values(), strict=True))
     worst = max(common, key=lambda path: figures[path][0])
-    anew, left_out = (tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live)))
-    start = Start(weights.file_name, len(common), figures[worst][0], kept / before if before else 1.0, anew, left_out)
-    kinds = {getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()}
+    anew, left_out = (
+        tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live))
+    )
+    start = Start(
+        weights.file_name,
+        len(common),
+        figures[worst][0],
+        kept / before if before else 1.0,
+        anew,
+        left_out,
+    )
+    kinds = {
+        getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()
+    }
     bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
     if not start.deviation <= bound:
         raise UserError(
@@ -408,8 +526,11 @@ def begin_with(weights: AdapterWeights, components: Components, adapter_name: st
     return start
 
 
-def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> tuple[float, float, float]:
-    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and what is kept)."""
+def begin_layer(
+    layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float
+) -> tuple[float, float, float]:
+    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and
+    what is kept)."""
     own = moslora.matrices_of(layer, adapter_name)
     wanted, before, kept = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale
@@ -425,9 +546,11 @@ def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale:
 
 
 def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
-    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and after."""
+    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and
+    after."""
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
-    used = (down != 0).any(1) | (up != 0).any(0)  # rows that are zero on both sides would never learn
+    # rows that are zero on both sides would never learn
+    used = (down != 0).any(1) | (up != 0).any(0)
     down, up, rank = down[used], up[:, used], len(own)
     if len(down) > rank:
         left, sizes, right = describe.product_svd(up, down)
@@ -437,4 +560,8 @@ def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, fl
         before = kept = float(((up.T @ up) * (down @ down.T)).sum())
     own = own.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
-    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)), before, kept
+    return (
+        LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)),
+        before,
+        kept,
+    )

@@ -1,5 +1,5 @@
-"""PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its weights: which alpha and
-scale a layer has."""
+"""PEFT's settings of a LoRA, as diffusers writes them into a file's header and PEFT beside its
+weights: which alpha and scale a layer has."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,8 @@ from dreambooth_moslora.method.mixer import Tensors, nominal_scale
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.values import is_number
 
-PEFT_SETTINGS = "lora_adapter_metadata"  # In the header, as diffusers' scripts for transformers write it
+# In the header, as diffusers' scripts for transformers write it
+PEFT_SETTINGS = "lora_adapter_metadata"
 LARGEST_ALPHA = 1e6
 PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
 OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
@@ -31,9 +32,15 @@ class Scales:
         return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
-def scales_of_settings(component: str, paths: Iterable[str], settings: dict, file_name: str) -> Scales:
+def scales_of_settings(
+    component: str, paths: Iterable[str], settings: dict, file_name: str
+) -> Scales:
     """The alphas of one component's modules. Raises UserError for settings that are none."""
-    paths, alpha, pattern = list(paths), settings.get("lora_alpha", PEFT_ALPHA), settings.get("alpha_pattern") or {}
+    paths, alpha, pattern = (
+        list(paths),
+        settings.get("lora_alpha", PEFT_ALPHA),
+        settings.get("alpha_pattern") or {},
+    )
     alphas = dict.fromkeys(paths, alpha) | matches(component, paths, pattern, file_name)
     return Scales(alphas, flag(settings, "use_rslora", file_name))
 
@@ -46,7 +53,8 @@ def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
 
 
 def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
-    """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises UserError."""
+    """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises
+    UserError."""
     try:
         return from_json(header.get(PEFT_SETTINGS, "{}"), dict[str, Any] | None) or {}
     except UserError as error:
@@ -54,15 +62,16 @@ def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
 
 
 def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises UserError."""
+    """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises
+    UserError."""
     config = file.parent / PEFT_CONFIG
     is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
     return read_json(config) if is_pefts else {}
 
 
 def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:
-    """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it is. Raises UserError
-    for another type."""
+    """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it
+    is. Raises UserError for another type."""
     if (kind := settings.get("peft_type", "LORA")) == "LORA":
         return tensors
     if kind not in OF_LYCORIS:
@@ -86,8 +95,11 @@ def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Ten
     return result
 
 
-def matches(component: str, paths: Iterable[str], pattern: object, file_name: str) -> dict[str, float]:
-    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a whole name only)."""
+def matches(
+    component: str, paths: Iterable[str], pattern: object, file_name: str
+) -> dict[str, float]:
+    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a
+    whole name only)."""
     if not isinstance(pattern, dict):
         raise broken(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}

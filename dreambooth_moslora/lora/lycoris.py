@@ -3,8 +3,8 @@
     LoHa    ΔW = s (a·b) ∘ (c·d)     its rank is at most the product of the two ranks
     LoKr    ΔW = s W1 ⊗ W2           each of them whole, or a product; the ranks multiply
 
-A layer whose shorter side is below that rank gets the whole ΔW, and a unit matrix beside it. A Tucker core t is
-multiplied out first. n stands for in, or in·h·w of a convolution.
+A layer whose shorter side is below that rank gets the whole ΔW, and a unit matrix beside it. A
+Tucker core t is multiplied out first. n stands for in, or in·h·w of a convolution.
 """
 
 from math import prod
@@ -20,7 +20,8 @@ LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
-    """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …). Raises ValueError."""
+    """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …).
+    Raises ValueError."""
     outputs, inputs = size[0], prod(size[1:])
     matrices = {name: tensor.double() for name, tensor in parts.items() if name != "alpha"}
     if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != "alpha"):
@@ -45,14 +46,20 @@ def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor,
     """LoHa's factors and its own rank. Raises ValueError."""
     check_names(parts, LOHA | {"hada_t1", "hada_t2"})
     rank = len(parts["hada_w1_b"])
-    pairs = [factors(parts, f"hada_{name}", f"hada_{core}", outputs * inputs) for name, core in CORES]
+    pairs = [
+        factors(parts, f"hada_{name}", f"hada_{core}", outputs * inputs) for name, core in CORES
+    ]
     for up, down in pairs:
         if up.shape != (outputs, len(down)) or down.shape[1] != inputs:
             raise ValueError("another size")
     (up, down), (other_up, other_down) = pairs
     if len(down) * len(other_down) >= min(outputs, inputs):
         return *whole((up @ down) * (other_up @ other_down)), rank
-    return (up[:, :, None] * other_up[:, None]).flatten(1), (down[:, None] * other_down[None]).flatten(0, 1), rank
+    return (
+        (up[:, :, None] * other_up[:, None]).flatten(1),
+        (down[:, None] * other_down[None]).flatten(0, 1),
+        rank,
+    )
 
 
 CORES = (("w1", "t1"), ("w2", "t2"))
@@ -62,7 +69,9 @@ LOKR = {f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", 
 def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
     """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
     check_names(parts, LOKR)
-    pairs = [factors(parts, f"lokr_{name}", f"lokr_{core}", outputs * inputs) for name, core in CORES]
+    pairs = [
+        factors(parts, f"lokr_{name}", f"lokr_{core}", outputs * inputs) for name, core in CORES
+    ]
     (up, down), (other_up, other_down) = pairs
     if (len(up) * len(other_up), down.shape[1] * other_down.shape[1]) != (outputs, inputs):
         raise ValueError("another size")

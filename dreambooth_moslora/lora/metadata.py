@@ -1,7 +1,8 @@
 """The metadata of an adapter, as JSON in its file's header, and which values are valid.
 
-Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they take different ones;
-as the shapes (out, 1) and (1, in) both broadcast, none of them raises an error.
+Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they
+take different ones; as the shapes (out, 1) and (1, in) both broadcast, none of them raises an
+error.
 
     trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
 """
@@ -13,7 +14,14 @@ from dataclasses import asdict, field, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
@@ -171,19 +179,24 @@ def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
 
 
 def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells them."""
+    """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells
+    them."""
     facts = metadata_in(header)
     if facts is None:
         return {}
-    told, _ = sources.checked_recipe({name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe})
+    told, _ = sources.checked_recipe(
+        {name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe}
+    )
     return told
 
 
-BUNDLE = "bundle_emb."  # OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on
+# OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on
+BUNDLE = "bundle_emb."
 
 
 def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Word -> the names of its tensors (`clip_l`), of the keys of an adapter with bundled new tokens."""
+    """Word -> the names of its tensors (`clip_l`), of the keys of an adapter with bundled new
+    tokens."""
     found = defaultdict(list)
     for key in sorted(key for key in keys if key.startswith(BUNDLE)):
         word, _, name = key.removeprefix(BUNDLE).rpartition(".")
@@ -192,21 +205,29 @@ def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def check_start_file(file: Path) -> None:
-    """Raises UserError for an adapter that no run can begin with, and for any other file than safetensors."""
+    """Raises UserError for an adapter that no run can begin with, and for any other file than
+    safetensors."""
     words = [note["word"] for note in notes_in(header_of(file))] + [*bundled(keys_of(file))]
     if words:
-        raise UserError(f"it has learnt new tokens for {words[0]!r:.40}, and no run begins with such an adapter")
+        raise UserError(
+            f"it has learnt new tokens for {words[0]!r:.40}, and no run begins with such an adapter"
+        )
 
 
 def most_common(values: Iterable[float]) -> float:
-    """The value that occurs most often, the first if several do. A file states it once for all its modules."""
+    """The value that occurs most often, the first if several do. A file states it once for all its
+    modules."""
     return Counter(values).most_common(1)[0][0]
 
 
 def versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
-    others = {name: rules.version_of(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    return {"dreambooth_moslora": __version__} | {name: found for name, found in others.items() if found}
+    others = {
+        name: rules.version_of(name) for name in ("torch", "diffusers", "transformers", "peft")
+    }
+    return {"dreambooth_moslora": __version__} | {
+        name: found for name, found in others.items() if found
+    }
 
 
 def with_recipe(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:

@@ -1,7 +1,8 @@
 """Which layers of a base the names in a file mean, and the LoRA that the file has for each.
 
-LoHa and LoKr become a LoRA with its scale in `up`; an alpha beside plain matrices stays apart. Names of the original
-blocks of a UNet are those that diffusers renames: it is handed pairs with a number each.
+LoHa and LoKr become a LoRA with its scale in `up`; an alpha beside plain matrices stays apart.
+Names of the original blocks of a UNet are those that diffusers renames: it is handed pairs with a
+number each.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MOST_NUMBERS = 2**29  # of LoHa and LoKr as a LoRA: 2 GiB in fp32
-Parts = dict[tuple[str, str], Tensors]  # component and module path -> a LowRank's fields, and an alpha
+# component and module path -> a LowRank's fields, and an alpha
+Parts = dict[tuple[str, str], Tensors]
 
 
 class Layer(NamedTuple):
@@ -45,7 +47,9 @@ def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
     if unknown:
         # diffusers drops DoRA's magnitudes, and knows LoHa and LoKr of few families.
         if any(parts.keys() & {"dora_scale", *LYCORIS_PARTS} for parts in modules.values()):
-            raise UserError(f"{file_name} does not fit this base: {unknown[0]!r:.100} is no layer of it")
+            raise UserError(
+                f"{file_name} does not fit this base: {unknown[0]!r:.100} is no layer of it"
+            )
         return None
 
     found: Parts = {}
@@ -53,7 +57,9 @@ def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
     for module, parts in modules.items():
         # SDXL's text encoders share their names, and have other widths.
         rows = rows_of(parts)
-        layer = next((layer for layer in layers[module] if layer.size[:1] == (rows,)), layers[module][0])
+        layer = next(
+            (layer for layer in layers[module] if layer.size[:1] == (rows,)), layers[module][0]
+        )
         if "dora_scale" in parts:
             parts["magnitude"] = as_magnitude(parts.pop("dora_scale"), module, file_name)
         if parts.keys() & LYCORIS_PARTS:
@@ -90,7 +96,8 @@ def folded(parts: Tensors, layer: Layer, file_name: str) -> Tensors:
 
 
 def as_magnitude(dora_scale: torch.Tensor, module: Module, file_name: str) -> torch.Tensor:
-    """PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1). Raises UserError for columns'."""
+    """PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1). Raises UserError
+    for columns'."""
     if not key_names.is_by_rows(dora_scale):
         raise UserError(
             f"{file_name} holds DoRA by the columns of W ({module.name:.100}.dora_scale "
@@ -100,8 +107,11 @@ def as_magnitude(dora_scale: torch.Tensor, module: Module, file_name: str) -> to
     return dora_scale[:, 0] if dora_scale.ndim == 2 else dora_scale.transpose(0, 1)
 
 
-def layers_named(modules: Iterable[Module], pipeline: "DiffusionPipeline") -> dict[Module, list[Layer]]:
-    """The layers that a name may mean: SDXL's two text encoders share theirs. Without the names of no layer."""
+def layers_named(
+    modules: Iterable[Module], pipeline: "DiffusionPipeline"
+) -> dict[Module, list[Layer]]:
+    """The layers that a name may mean: SDXL's two text encoders share theirs. Without the names of
+    no layer."""
     from dreambooth_moslora.method import moslora
 
     known: dict[str, dict[str, Layer]] = {}
@@ -118,15 +128,22 @@ def layers_named(modules: Iterable[Module], pipeline: "DiffusionPipeline") -> di
         places = [known[component].get(module.path) for component in module.prefix.components]
         if layers := [layer for layer in places if layer is not None]:
             found[module] = layers
-    others = [module for module in modules if module not in found and module.name.startswith("lora_")]
-    for module, (component, path) in (renamed(others, pipeline) if hasattr(pipeline, "unet") else {}).items():
+    others = [
+        module for module in modules if module not in found and module.name.startswith("lora_")
+    ]
+    for module, (component, path) in (
+        renamed(others, pipeline) if hasattr(pipeline, "unet") else {}
+    ).items():
         if path in known[component]:
             found[module] = [known[component][path]]
     return found
 
 
-def renamed(modules: Iterable[Module], pipeline: "DiffusionPipeline") -> dict[Module, tuple[str, str]]:
-    """kohya's names, also of original blocks -> component and path, as diffusers renames pairs with a number each."""
+def renamed(
+    modules: Iterable[Module], pipeline: "DiffusionPipeline"
+) -> dict[Module, tuple[str, str]]:
+    """kohya's names, also of original blocks -> component and path, as diffusers renames pairs with
+    a number each."""
     numbered = list(modules)
     pairs = {
         key_names.spell(KOHYA_KEYS, module.name, part): torch.full((1, 1), float(number))
@@ -134,7 +151,12 @@ def renamed(modules: Iterable[Module], pipeline: "DiffusionPipeline") -> dict[Mo
         for part in ("down", "up")
     }
     found = {}
-    for text, number in (pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}).items():
+    for text, number in (
+        pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}
+    ).items():
         module = key_names.parse(text).module
-        found[numbered[int(number)]] = module.component, key_names.published_path(module.component, module.path)
+        found[numbered[int(number)]] = (
+            module.component,
+            key_names.published_path(module.component, module.path),
+        )
     return found

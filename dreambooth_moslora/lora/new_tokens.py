@@ -4,9 +4,9 @@
                           a word stands for them
               --write_tokens--> NAME_emb.safetensors: clip_l (n, D), clip_g (n, D2), fp32
 
-diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is one word, so each
-subject of an adapter has its own. The header of the adapter beside them holds the files' names and digests. OneTrainer
-keeps them in the adapter's own file.
+diffusers' `load_textual_inversion`, ComfyUI and A1111 read such a file. For the last two a file is
+one word, so each subject of an adapter has its own. The header of the adapter beside them holds the
+files' names and digests. OneTrainer keeps them in the adapter's own file.
 """
 
 import hashlib
@@ -59,7 +59,9 @@ class NewTokens:
     @property
     def content(self) -> bytes:
         """The file's bytes, equal for equal tokens."""
-        tensors = {KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()}
+        tensors = {
+            KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()
+        }
         raw_file.check_finite(tensors, "the new tokens")
         return raw_file.with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
@@ -69,12 +71,16 @@ class NewTokens:
 
 
 class TableWithRows(nn.Module):
-    """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at `first`."""
+    """A frozen embedding table with additional `rows`, (n, D) each, whose token ids start at
+    `first`."""
 
     def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
         super().__init__()
         self.table, self.first = table, first
-        own = [one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False) for one in rows]
+        own = [
+            one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False)
+            for one in rows
+        ]
         self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
 
     @property
@@ -90,13 +96,17 @@ class TableWithRows(nn.Module):
 
 
 class AttachedTokens:
-    """New tokens in use by a pipeline until `detach`: `encode_prompt` and its callers know their words."""
+    """New tokens in use by a pipeline until `detach`: `encode_prompt` and its callers know their
+    words."""
 
     def __init__(self, pipeline: "StableDiffusionXLPipeline", several: Sequence[NewTokens]):
-        """Raises UserError for two with the same word, and for rows of another width than the base's."""
+        """Raises UserError for two with the same word, and for rows of another width than the
+        base's."""
         words = [tokens.word for tokens in several]
         if twice := next((word for word in words if words.count(word) > 1), None):
-            raise UserError(f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time")
+            raise UserError(
+                f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time"
+            )
         self.pipeline, self.several = pipeline, tuple(several)
         self.spellings = spellings_of({tokens.word: tokens.count for tokens in several})
         self._tokenizers = {part: getattr(pipeline, name) for part, name in TOKENIZERS.items()}
@@ -106,18 +116,28 @@ class AttachedTokens:
     def attach(self) -> None:
         for part, tokens in product(KEYS, self.several):
             if tokens.rows[part].shape[1] != self._tables[part].weight.shape[1]:
-                raise UserError(f"the tokens of {tokens.word!r:.40} were learnt on another base than this one")
-        names = [name for own in token_names(tokens.count for tokens in self.several) for name in own]
+                raise UserError(
+                    f"the tokens of {tokens.word!r:.40} were learnt on another base than this one"
+                )
+        names = [
+            name for own in token_names(tokens.count for tokens in self.several) for name in own
+        ]
         for part, table in self._tables.items():
             tokenizer = deepcopy(self._tokenizers[part])
             first = len(tokenizer)
             if tokenizer.add_tokens(names) != len(names):
-                raise UserError(f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it")
+                raise UserError(
+                    f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it"
+                )
             setattr(self.pipeline, TOKENIZERS[part], tokenizer)
             rows = [tokens.rows[part] for tokens in self.several]
-            rows = [one if isinstance(one, nn.Parameter) else one.to(table.weight.device) for one in rows]
+            rows = [
+                one if isinstance(one, nn.Parameter) else one.to(table.weight.device)
+                for one in rows
+            ]
             getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
-        self.pipeline.maybe_convert_prompt = self.spelled  # diffusers expands textual inversions there
+        # diffusers expands textual inversions there
+        self.pipeline.maybe_convert_prompt = self.spelled
 
     def detach(self) -> None:
         vars(self.pipeline).pop("maybe_convert_prompt", None)
@@ -127,7 +147,9 @@ class AttachedTokens:
 
     def is_in(self, prompt: str) -> bool:
         """Whether the prompt contains one of the words, or the tokens of one."""
-        return spelled(prompt, self.spellings) != prompt or any(spelt in prompt for spelt in self.spellings.values())
+        return spelled(prompt, self.spellings) != prompt or any(
+            spelt in prompt for spelt in self.spellings.values()
+        )
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
         if isinstance(prompt, list):
@@ -150,42 +172,60 @@ def read_tokens(path: Path) -> NewTokens:
     raw_file.check_finite(tensors, path.name)
     found = tokens_of(header.get(WORD, ""), tensors, path)
     if not found.word.strip():
-        raise UserError(f"{path.name} holds no new tokens of this program: its header names no word for them")
+        raise UserError(
+            f"{path.name} holds no new tokens of this program: its header names no word for them"
+        )
     return found
 
 
 def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
     """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
-    tables = {key: one for key, one in tensors.items() if one.is_floating_point() and one.ndim == 2 and one.numel()}
+    tables = {
+        key: one
+        for key, one in tensors.items()
+        if one.is_floating_point() and one.ndim == 2 and one.numel()
+    }
     rows = {part: tables[key] for part, key in KEYS.items() if key in tables}
     counts = {len(table) for table in rows.values()}
     if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
     if (count := counts.pop()) > MOST:
-        raise UserError(f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}")
+        raise UserError(
+            f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}"
+        )
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
 
 
 def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
-    """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a word that has
-    vectors for the encoders' outputs, are logged and left out. Raises UserError for broken ones, and for too many."""
+    """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a
+    word that has vectors for the encoders' outputs, are logged and left out. Raises UserError for
+    broken ones, and for too many."""
     with safe_open(path, framework="pt") as opened:
         words = metadata.bundled(opened.keys())
         if len(words) > MOST:
-            raise UserError(f"{path.name} holds new tokens for {len(words)} words, and a prompt has room for {MOST}")
-        known = [word for word, names in words.items() if is_for_sdxl and word.strip() and set(names) == FILE_KEYS]
+            raise UserError(
+                f"{path.name} holds new tokens for {len(words)} words, and a prompt has room for {MOST}"
+            )
+        known = [
+            word
+            for word, names in words.items()
+            if is_for_sdxl and word.strip() and set(names) == FILE_KEYS
+        ]
         for word in words.keys() - known:
             logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
         found = []
         for word in known:
-            tensors = {name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS}
+            tensors = {
+                name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS
+            }
             raw_file.check_finite(tensors, path.name)
             found.append(tokens_of(word, tensors, path))
     return tuple(found)
 
 
 def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, ...]:
-    """The tokens that an adapter's header names, from files beside it; a missing one is logged. Raises UserError."""
+    """The tokens that an adapter's header names, from files beside it; a missing one is logged.
+    Raises UserError."""
     found = []
     for note in metadata.notes_in(header):
         path = adapter.parent / note["file"]
@@ -200,8 +240,11 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
 
 
 @torch.no_grad()
-def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]) -> "tuple[FileProof, ...]":
-    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the attached ones."""
+def prove_tokens(
+    paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
+) -> "tuple[FileProof, ...]":
+    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the
+    attached ones."""
     from dreambooth_moslora.base.load import encode_text
     from dreambooth_moslora.lora import proof
 
@@ -210,18 +253,33 @@ def prove_tokens(paths: Sequence[Path], attached: AttachedTokens, prompts: Seque
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
     proofs = []
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
-        found, own = read_tokens(path).rows, {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()}
-        rows = {KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()}
+        found, own = (
+            read_tokens(path).rows,
+            {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()},
+        )
+        rows = {
+            KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()
+        }
         pairs = [(stock[number][name], here) for name, here in live[number].items()]
-        outputs = max(proof.relative_difference(there.float().cpu(), here.float().cpu()) for there, here in pairs)
+        outputs = max(
+            proof.relative_difference(there.float().cpu(), here.float().cpu())
+            for there, here in pairs
+        )
         worst = max(rows, key=rows.__getitem__)
-        proofs.append(proof.FileProof(path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"))
+        proofs.append(
+            proof.FileProof(
+                path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"
+            )
+        )
     return tuple(proofs)
 
 
 @contextmanager
-def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator["StableDiffusionXLPipeline"]:
-    """The pipeline with the files as diffusers loads them; afterwards the tokens are attached again."""
+def stock_loaded(
+    paths: Sequence[Path], attached: AttachedTokens
+) -> Iterator["StableDiffusionXLPipeline"]:
+    """The pipeline with the files as diffusers loads them; afterwards the tokens are attached
+    again."""
     from dreambooth_moslora.lora import proof
 
     pipeline, files = attached.pipeline, [raw_file.read_tensors(path)[0] for path in paths]
@@ -229,15 +287,23 @@ def stock_loaded(paths: Sequence[Path], attached: AttachedTokens) -> Iterator["S
     attached.detach()
     try:
         with proof.collected_warnings():
-            # As the model card says, but into a copy of the tokenizer, and of the table, as it grows in place.
+            # As the model card says, but into a copy of the tokenizer, and of the table, as it
+            # grows in place.
             for part, key in KEYS.items():
                 several = [tensors[key] for tensors in files]
-                encoder, tokenizer = getattr(pipeline, part), deepcopy(getattr(pipeline, TOKENIZERS[part]))
+                encoder, tokenizer = (
+                    getattr(pipeline, part),
+                    deepcopy(getattr(pipeline, TOKENIZERS[part])),
+                )
                 setattr(pipeline, TOKENIZERS[part], tokenizer)
                 table = encoder.get_input_embeddings().weight
-                encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach().cpu().clone()))
+                encoder.set_input_embeddings(
+                    nn.Embedding.from_pretrained(table.detach().cpu().clone())
+                )
                 for rows, names in zip(several, token_names(map(len, several)), strict=True):
-                    pipeline.load_textual_inversion(rows, token=names, text_encoder=encoder, tokenizer=tokenizer)
+                    pipeline.load_textual_inversion(
+                        rows, token=names, text_encoder=encoder, tokenizer=tokenizer
+                    )
                 encoder.get_input_embeddings().to(table.device)
         yield pipeline
     finally:

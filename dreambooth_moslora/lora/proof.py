@@ -1,8 +1,10 @@
-"""Verifies an export: a stock loader reads the file back, in diffusers' or kohya's names, and must compute the same.
+"""Verifies an export: a stock loader reads the file back, in diffusers' or kohya's names, and must
+compute the same.
 
-diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that memory never holds a
-second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32, at scale 1: ΔW of every projection, as PEFT
-computes it on both sides, DoRA's magnitudes, and the outputs of a few projections on fixed inputs.
+diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that
+memory never holds a second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32, at scale
+1: ΔW of every projection, as PEFT computes it on both sides, DoRA's magnitudes, and the outputs of
+a few projections on fixed inputs.
 """
 
 import inspect
@@ -24,7 +26,8 @@ from dreambooth_moslora.lora.key_names import KOHYA_KEYS
 from dreambooth_moslora.method.mixer import Components, Tensors
 from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # Of ΔW, by rounding up and down
+# Of ΔW, by rounding up and down
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SAMPLED_LAYERS = 8
 TOKENS = 16
 STOCK = "proof"
@@ -62,7 +65,11 @@ class Proof:
         return max(p.largest for p in self.file_proofs)
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "files": self.files, "max_relative_difference": self.max_relative_difference}
+        return {
+            **asdict(self),
+            "files": self.files,
+            "max_relative_difference": self.max_relative_difference,
+        }
 
     def sentence(self) -> str:
         return (
@@ -72,7 +79,8 @@ class Proof:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for NaN."""
+    """‖found − expected‖ / ‖expected‖; 0 if both are zero, infinite if only `expected` is, or for
+    NaN."""
     size, difference = float(expected.norm()), float((found - expected).norm())
     if difference == 0:
         return 0.0
@@ -81,12 +89,20 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Compute fp32 products in full precision, without TF32, and restore PyTorch's settings afterwards. Where its older
-    switches and its settings contradict each other, reading a switch raises RuntimeError in any library."""
+    """Compute fp32 products in full precision, without TF32, and restore PyTorch's settings
+    afterwards. Where its older switches and its settings contradict each other, reading a switch
+    raises RuntimeError in any library."""
     backends = torch.backends
-    newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv
+    newer = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
     settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
-    settings += [(setting, "fp32_precision", "ieee") for setting in newer]  # later, as each switch changes some
+    # later, as each switch changes some
+    settings += [(setting, "fp32_precision", "ieee") for setting in newer]
     before = []
     for backend, name, _ in settings:
         with suppress(RuntimeError):  # the newer settings contradict this switch
@@ -102,37 +118,50 @@ def full_fp32() -> Iterator[None]:
 
 @torch.no_grad()
 @full_fp32()
-def prove_file(path: Path, components: Components, adapter_name: str, expected: Tensors | None = None) -> FileProof:
-    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW). Raises UserError."""
+def prove_file(
+    path: Path, components: Components, adapter_name: str, expected: Tensors | None = None
+) -> FileProof:
+    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW).
+    Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
         return prove_kohya_dora(path, tensors, live, adapter_name, expected)
     stock = stock_layers(path, components)
     if missing := sorted(set(live) ^ set(stock)):
-        raise UserError(f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}")
+        raise UserError(
+            f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}"
+        )
     differences = {}
     for name, layer in live.items():
         with alone(layer, adapter_name), alone(stock[name], STOCK):
             wanted = delta(layer, adapter_name) if expected is None else expected[name]
             differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
             if adapter_name in layer.lora_magnitude_vector:
-                pair = stock[name].lora_magnitude_vector[STOCK], layer.lora_magnitude_vector[adapter_name]
+                pair = (
+                    stock[name].lora_magnitude_vector[STOCK],
+                    layer.lora_magnitude_vector[adapter_name],
+                )
                 sizes = (module.weight.float().cpu() for module in pair)
                 differences[name] = max(differences[name], relative_difference(*sizes))
     outputs = 0.0
     if expected is None:
         names = list(live)
         spread = names[:: max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))][: SAMPLED_LAYERS - 1]
-        outputs = max(output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1]))
+        outputs = max(
+            output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1])
+        )
     worst = max(differences, key=differences.__getitem__)
     return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
 
 
 @torch.no_grad()
 @full_fp32()
-def check_reduction(components: Components, adapter_name: str, expected: Tensors, keep: float) -> None:
-    """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live ‖ΔW‖²."""
+def check_reduction(
+    components: Components, adapter_name: str, expected: Tensors, keep: float
+) -> None:
+    """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live
+    ‖ΔW‖²."""
     bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
     for name, layer in raw_file.all_layers(components, adapter_name).items():
         with alone(layer, adapter_name):
@@ -145,30 +174,50 @@ def check_reduction(components: Components, adapter_name: str, expected: Tensors
 
 
 def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
-    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or warns."""
+    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or
+    warns."""
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
-        raise UserError("a LoRA file is loaded through the denoiser; give `unet` or `transformer` among the components")
-    twins = {name: raw_file.empty_model(raw_file.model_config(model)) for name, model in components.items()}
+        raise UserError(
+            "a LoRA file is loaded through the denoiser; give `unet` or `transformer` among the components"
+        )
+    twins = {
+        name: raw_file.empty_model(raw_file.model_config(model))
+        for name, model in components.items()
+    }
     kind = getattr(diffusers, facts_of_model(type(denoiser).__name__, denoiser.config).pipeline)
     names = inspect.signature(kind.__init__).parameters.items()
-    parts = {name: None for name, parameter in names if parameter.default is parameter.empty and name != "self"}
+    parts = {
+        name: None
+        for name, parameter in names
+        if parameter.default is parameter.empty and name != "self"
+    }
     with collected_warnings():  # of a pipeline without a safety checker
         shell = kind(**parts | twins)
     with collected_warnings() as warnings:
         try:
-            shell.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True)
+            shell.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True
+            )
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path.name} was not published: the stock loader refuses it: {one_line(error)}") from error
-    # The loader announces components without an adapter; missing ones are found by comparing the layers.
+            raise UserError(
+                f"{path.name} was not published: the stock loader refuses it: {one_line(error)}"
+            ) from error
+    # The loader announces components without an adapter; missing ones are found by comparing the
+    # layers.
     if warnings := [text for text in warnings if not text.startswith("No LoRA keys associated")]:
-        raise UserError(f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}")
-    return raw_file.all_layers({n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK)
+        raise UserError(
+            f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}"
+        )
+    return raw_file.all_layers(
+        {n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK
+    )
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the loaders' warnings about unused keys, which would otherwise appear in the user's terminal."""
+    """Collect the loaders' warnings about unused keys, which would otherwise appear in the user's
+    terminal."""
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
@@ -186,8 +235,14 @@ def collected_warnings() -> Iterator[list[str]]:
 
 @contextmanager
 def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
-    """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if given."""
-    saved = layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name]
+    """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if
+    given."""
+    saved = (
+        layer.base_layer,
+        layer._active_adapter,
+        layer._disable_adapters,
+        layer.scaling[adapter_name],
+    )
     modes = [(module, module.training) for module in layer.modules()]
     layer.eval()
     layer._active_adapter, layer._disable_adapters = [adapter_name], False
@@ -196,7 +251,12 @@ def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) ->
     try:
         yield
     finally:
-        layer.base_layer, layer._active_adapter, layer._disable_adapters, layer.scaling[adapter_name] = saved
+        (
+            layer.base_layer,
+            layer._active_adapter,
+            layer._disable_adapters,
+            layer.scaling[adapter_name],
+        ) = saved
         for module, mode in modes:
             module.training = mode
 
@@ -207,8 +267,9 @@ def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The base is zero, as the
-    effect of an early adapter would vanish in the rounding of W·x; DoRA needs a base."""
+    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The
+    base is zero, as the effect of an early adapter would vanish in the rounding of W·x; DoRA needs
+    a base."""
     device = live.lora_A[adapter_name].weight.device
     is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
     shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
@@ -226,23 +287,36 @@ def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
     """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
     kind, options, real = nn.Linear, {}, layer.get_base_layer()
     if isinstance(real, nn.Conv2d):
-        kind, options = nn.Conv2d, {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")}
-    base = kind(layer.in_features, layer.out_features, bias=False, device="meta", **options).to_empty(device="cpu")
+        kind, options = (
+            nn.Conv2d,
+            {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")},
+        )
+    base = kind(
+        layer.in_features, layer.out_features, bias=False, device="meta", **options
+    ).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
     return base.requires_grad_(False)
 
 
 def prove_kohya_dora(
-    path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str, expected: Tensors | None
+    path: Path,
+    tensors: Tensors,
+    live: dict[str, LoraLayer],
+    adapter_name: str,
+    expected: Tensors | None,
 ) -> FileProof:
-    """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT merges them."""
+    """Compare merged weights (fp64, over the fixed base), as the file defines them and as PEFT
+    merges them."""
     differences, components = {}, {name.partition(".")[0] for name in live}
     for name, layer in live.items():
         component, module = name.split(".", 1)
-        named = key_names.kohya_name(component, key_names.published_path(component, module), components)
+        named = key_names.kohya_name(
+            component, key_names.published_path(component, module), components
+        )
         up, down, alpha, found_size = (
-            tensors[key_names.spell(KOHYA_KEYS, named, part)].double() for part in ("up", "down", "alpha", "dora_scale")
+            tensors[key_names.spell(KOHYA_KEYS, named, part)].double()
+            for part in ("up", "down", "alpha", "dora_scale")
         )
         scale = float(alpha) / len(down)
         wanted = expected[name] if expected is not None else delta(layer, adapter_name)

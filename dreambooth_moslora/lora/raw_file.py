@@ -1,12 +1,15 @@
-"""The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to restore them.
+"""The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to
+restore them.
 
     <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
 
-A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w) for a convolution.
-The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A without the mixer would be wrong.
+A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w)
+for a convolution. The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A
+without the mixer would be wrong.
 
-Before it, safetensors files in general: written atomically and in a fixed order, read without running code, finite. And
-models without weights, a few MB for an SDXL UNet: every parameter is a single zero, expanded by strides of 0.
+Before it, safetensors files in general: written atomically and in a fixed order, read without
+running code, finite. And models without weights, a few MB for an SDXL UNet: every parameter is a
+single zero, expanded by strides of 0.
 """
 
 import inspect
@@ -41,7 +44,9 @@ def check_finite(tensors: Tensors, owner: str) -> None:
         if tensor.is_floating_point() and tensor.element_size() == 1:
             tensor = tensor.float()  # eight-bit floats have no isfinite
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint")
+            raise UserError(
+                f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint"
+            )
 
 
 def write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
@@ -61,19 +66,28 @@ def with_sorted_metadata(content: bytes) -> bytes:
 
 
 def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other file."""
+    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other
+    file."""
     path = user_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with path.open("rb") as file:
-        start = file.read(9)  # in a safetensors file: the header's length in 8 bytes, and its opening brace
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
-        raise UserError(f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file")
+        # in a safetensors file: the header's length in 8 bytes, and its opening brace
+        start = file.read(9)
+    if (
+        start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        and start[8:] != b"{"
+    ):
+        raise UserError(
+            f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path.name} is truncated or not a safetensors file: {one_line(error)}") from None
+        raise UserError(
+            f"{path.name} is truncated or not a safetensors file: {one_line(error)}"
+        ) from None
 
 
 def model_config(model: nn.Module) -> dict[str, object]:
@@ -86,25 +100,36 @@ def model_config(model: nn.Module) -> dict[str, object]:
 
 CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
 CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
-"""Class of an adapted model -> its library. A file names the class, so no other class is ever built."""
-MOST_LAYERS = 2000  # of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
+"""Class of an adapted model -> its library. A file names the class, so no other class is ever
+built."""
+# of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
+MOST_LAYERS = 2000
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 DEPTHS += ("num_layers", "num_single_layers", "n_layers")
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 
 
 def empty_model(description: Mapping[str, object]) -> nn.Module:
-    """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other class."""
+    """The model of a `model_config`, with zeros that take no memory. Raises UserError for any other
+    class."""
     name, config = description.get("class"), description.get("config")
     if name not in CLASSES or not isinstance(config, dict):
-        raise UserError(f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}")
+        raise UserError(
+            f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}"
+        )
     blocks = config.get("down_block_types")  # the constructor judges unreadable numbers
-    if (len(blocks) if isinstance(blocks, list) else 1) * prod(deepest(config.get(n)) for n in DEPTHS) > MOST_LAYERS:
-        raise UserError(f"the {name} that the file describes has more than {MOST_LAYERS} layers, as no known one has")
+    if (len(blocks) if isinstance(blocks, list) else 1) * prod(
+        deepest(config.get(n)) for n in DEPTHS
+    ) > MOST_LAYERS:
+        raise UserError(
+            f"the {name} that the file describes has more than {MOST_LAYERS} layers, as no known one has"
+        )
     try:
         return build(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes
-        raise UserError(f"the {name} that the file describes cannot be built: {one_line(error)}") from error
+        raise UserError(
+            f"the {name} that the file describes cannot be built: {one_line(error)}"
+        ) from error
 
 
 def deepest(depths: object) -> int:
@@ -120,9 +145,17 @@ def build(name: str, config: dict) -> nn.Module:
     with torch.device("meta"):
         if CLASSES[name] == "diffusers":
             names = inspect.signature(kind.__init__).parameters  # of this version
-            model = kind.from_config({name: value for name, value in config.items() if name in names})
-        else:  # an attention implementation may name a kernel on the hub, which is code: a file must not choose it
-            model = kind(kind.config_class(**{k: v for k, v in config.items() if "attn_implementation" not in k}))
+            model = kind.from_config(
+                {name: value for name, value in config.items() if name in names}
+            )
+        # an attention implementation may name a kernel on the hub, which is code: a file must not
+        # choose it
+        else:
+            model = kind(
+                kind.config_class(
+                    **{k: v for k, v in config.items() if "attn_implementation" not in k}
+                )
+            )
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
@@ -133,7 +166,15 @@ def build(name: str, config: dict) -> nn.Module:
 
 
 COMPONENTS = (*families.DENOISERS, "text_encoder", "text_encoder_2")
-SHARED_SETTINGS = ("use_rslora", "use_dora", "lora_dropout", "mixer", "train_mixer", "mixer_seed", "mixer_factor")
+SHARED_SETTINGS = (
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "mixer",
+    "train_mixer",
+    "mixer_seed",
+    "mixer_factor",
+)
 """A file has one value of each for all its components."""
 RAW_KEY = "raw_format"
 
@@ -141,14 +182,17 @@ RAW_KEY = "raw_format"
 def adapter_metadata(
     components: Components, adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """A live adapter's metadata. Raises UserError for an unknown component, and for several settings."""
+    """A live adapter's metadata. Raises UserError for an unknown component, and for several
+    settings."""
     check_components(components)
     settings = {}
     for name in SHARED_SETTINGS:  # PEFT's own config has no mixer
         configs = [model.peft_config[adapter_name] for model in components.values()]
         values = {getattr(config, name, getattr(AdapterMetadata, name)) for config in configs}
         if len(values) > 1:
-            raise UserError(f"the components of one adapter file need one {name}, but have {sorted(values)}")
+            raise UserError(
+                f"the components of one adapter file need one {name}, but have {sorted(values)}"
+            )
         settings[name] = values.pop()
     settings["mixer_factor"] *= settings["mixer"] == table.KRONECKER
     layers = all_layers(components, adapter_name)
@@ -176,10 +220,13 @@ def check_components(components: Components) -> None:
 
 
 def check_storable(components: Components, adapter_name: str) -> None:
-    """Raises UserError for an unknown component, and for DoRA on a convolution, which the files cannot hold."""
+    """Raises UserError for an unknown component, and for DoRA on a convolution, which the files
+    cannot hold."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
-        if adapter_name in layer.lora_magnitude_vector and isinstance(layer.get_base_layer(), nn.Conv2d):
+        if adapter_name in layer.lora_magnitude_vector and isinstance(
+            layer.get_base_layer(), nn.Conv2d
+        ):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
@@ -195,9 +242,13 @@ def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLaye
 
 
 def save_raw(
-    components: Components, path: str | Path, metadata: AdapterMetadata, adapter_name: str = "default"
+    components: Components,
+    path: str | Path,
+    metadata: AdapterMetadata,
+    adapter_name: str = "default",
 ) -> None:
-    """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or infinity."""
+    """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or
+    infinity."""
     from dreambooth_moslora.method import moslora
 
     check_storable(components, adapter_name)
@@ -216,11 +267,14 @@ def save_raw(
 
 
 def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
-    """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken one."""
+    """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken
+    one."""
     tensors, header = read_tensors(path)
     name = Path(path).name
     if RAW_KEY not in tensors:
-        raise UserError(f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)")
+        raise UserError(
+            f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)"
+        )
     del tensors[RAW_KEY]
     try:
         metadata = AdapterMetadata.from_json(header[HEADER])
@@ -233,11 +287,16 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
 
 
 def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
-    """Raises UserError unless the modules have exactly the matrices that the metadata says, of its ranks."""
+    """Raises UserError unless the modules have exactly the matrices that the metadata says, of its
+    ranks."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
     for key, tensor in tensors.items():
-        if key.count(".") < 2 or key.split(".", 1)[0] not in COMPONENTS or not tensor.is_floating_point():
+        if (
+            key.count(".") < 2
+            or key.split(".", 1)[0] not in COMPONENTS
+            or not tensor.is_floating_point()
+        ):
             raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
     for component, modules in by_module(tensors).items():
         for path, parts in modules.items():
@@ -248,29 +307,42 @@ def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
             own = rank // metadata.factor
             sizes = {"lora_A": (own, *inputs), "lora_B": (*outputs, own)}
             if metadata.mixer != "none":
-                sizes["mixer"] = (metadata.factor if metadata.mixer == table.KRONECKER else rank,) * 2
+                sizes["mixer"] = (
+                    metadata.factor if metadata.mixer == table.KRONECKER else rank,
+                ) * 2
             if metadata.use_dora:
                 sizes["magnitude"] = (outputs[0] * metadata.factor,)
-            is_odd = metadata.mixer == table.KRONECKER and (not metadata.mixer_factor or rank % metadata.factor)
+            is_odd = metadata.mixer == table.KRONECKER and (
+                not metadata.mixer_factor or rank % metadata.factor
+            )
             if is_odd or found != sizes:
-                raise UserError(f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank")
+                raise UserError(
+                    f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank"
+                )
 
 
-def load_raw(path: str | Path, components: Components, adapter_name: str = "default") -> AdapterMetadata:
-    """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or component."""
+def load_raw(
+    path: str | Path, components: Components, adapter_name: str = "default"
+) -> AdapterMetadata:
+    """Create a raw file's adapter in the models, bit for bit. Raises UserError for another base or
+    component."""
     from dreambooth_moslora.method import moslora
 
     check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)
     if missing := sorted(by_component.keys() - components.keys()):
-        raise UserError(f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it")
+        raise UserError(
+            f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it"
+        )
     for component, modules in by_component.items():
         check_fits(Path(path).name, metadata, component, components[component], modules)
     settings = {name: getattr(metadata, name) for name in SHARED_SETTINGS}
     for component, modules in by_component.items():
         ranks = {path: metadata.ranks.get(f"{component}.{path}", metadata.rank) for path in modules}
-        alphas = {path: metadata.alphas.get(f"{component}.{path}", metadata.alpha) for path in modules}
+        alphas = {
+            path: metadata.alphas.get(f"{component}.{path}", metadata.alpha) for path in modules
+        }
         config = moslora.exact_config(ranks, alphas, metadata.rank, metadata.alpha, **settings)
         moslora.inject(components[component], config, adapter_name)
         for path, layer in moslora.adapter_layers(components[component], adapter_name).items():
@@ -289,22 +361,33 @@ def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
 
 
 def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a LoKr's untied."""
-    rank, alpha = metadata.ranks.get(module, metadata.rank), metadata.alphas.get(module, metadata.alpha)
+    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a
+    LoKr's untied."""
+    rank, alpha = (
+        metadata.ranks.get(module, metadata.rank),
+        metadata.alphas.get(module, metadata.alpha),
+    )
     matrices = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
     if metadata.mixer == table.KRONECKER:
         matrices = untied(*matrices)
-    return MixedLowRank(*matrices, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude"))
+    return MixedLowRank(
+        *matrices, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude")
+    )
 
 
-def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict) -> None:
+def check_fits(
+    name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict
+) -> None:
     """Raises UserError unless the model has every module of the file, in its size."""
     from dreambooth_moslora.method import moslora
 
     made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
-        own, here = (len(parts["lora_B"]), *parts["lora_A"].shape[1:]), moslora.weight_size(known.get(module_path))
+        own, here = (
+            (len(parts["lora_B"]), *parts["lora_A"].shape[1:]),
+            moslora.weight_size(known.get(module_path)),
+        )
         size = tuple(side * metadata.factor for side in own)
         if size != here:
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
@@ -318,7 +401,9 @@ def check_fits(name: str, metadata: AdapterMetadata, component: str, model: nn.M
 def fill(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    (lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight).copy_(parts["lora_A"])
+    (lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight).copy_(
+        parts["lora_A"]
+    )
     if isinstance(lora_b, mixer.MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])

@@ -1,30 +1,36 @@
-"""Adapted projections with fewer kernels: one autograd node each, or one for all projections of one input.
+"""Adapted projections with fewer kernels: one autograd node each, or one for all projections of one
+input.
 
     y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
 
-PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and autograd keeps a cast
-copy of x for each projection. Here the branch is added to the base's output in place, and autograd keeps x once and
-A·x (n,r). Adapters stay fp32 masters; the arithmetic is in the base weight's dtype. The scale is folded into U: `addmm`
-with a factor other than 1 is outside the fast CPU kernels.
+PEFT computes the branch in full-width tensors of its own, in fp32 when the adapter is fp32, and
+autograd keeps a cast copy of x for each projection. Here the branch is added to the base's output
+in place, and autograd keeps x once and A·x (n,r). Adapters stay fp32 masters; the arithmetic is in
+the base weight's dtype. The scale is folded into U: `addmm` with a factor other than 1 is outside
+the fast CPU kernels.
 
-It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias (`slow_reason`). A
-`TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's own forward.
+It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias
+(`slow_reason`). A `TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's
+own forward.
 
-Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node together:
+Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node
+together:
 
     [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
-The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is one buffer, and the
-layers' own weights become views of it, so that the base takes no more memory and each layer can be called alone.
+The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is
+one buffer, and the layers' own weights become views of it, so that the base takes no more memory
+and each layer can be called alone.
 
-`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as leaves of autograd, at
-the addresses of the step before:
+`WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
+leaves of autograd, at the addresses of the step before:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
-Their gradients are summed in fp32 over the micro-batches, and at the end of the step become those of A, B and M. Layers
-of equal shapes form one batch. U is held as Uᵀ (r,out), the form in which its gradient is computed.
+Their gradients are summed in fp32 over the micro-batches, and at the end of the step become those
+of A, B and M. Layers of equal shapes form one batch. U is held as Uᵀ (r,out), the form in which its
+gradient is computed.
 """
 
 from collections import defaultdict
@@ -44,13 +50,20 @@ from dreambooth_moslora.method import mixer, moslora
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype -> y (…,out)."""
+    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype
+    -> y (…,out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows.mm(down.t())
-        result = F.linear(rows, weight, bias) if packed is None else linear_4bit(rows, weight, bias, packed)
+        result = (
+            F.linear(rows, weight, bias)
+            if packed is None
+            else linear_4bit(rows, weight, bias, packed)
+        )
         result.addmm_(inner, up)
         ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
@@ -88,7 +101,8 @@ class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
     working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
-    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a place in it."""
+    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a
+    place in it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         name, base = self._only_adapter(), self.base_layer
@@ -102,11 +116,16 @@ class ShortWay:
             if slow_reason(self, name):
                 return super().forward(x)
             dtype, scale, up = compute_dtype(base), self.scaling[name], self.lora_B[name].weight
-            copies = self.lora_A[name].weight.to(dtype), (up if scale == 1 else up * scale).to(dtype).t()
+            copies = (
+                self.lora_A[name].weight.to(dtype),
+                (up if scale == 1 else up * scale).to(dtype).t(),
+            )
         if isinstance(base, TextProjection):
             return _JointBeside.apply(x, base(x), *(one[None] for one in copies))[0]
         packed = getattr(base.weight, "quant_state", None)
-        return _AdaptedLinear.apply(x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies)
+        return _AdaptedLinear.apply(
+            x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies
+        )
 
     def _only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
@@ -130,7 +149,8 @@ def fast_class(kind: type) -> type | None:
 
 
 def compute_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the weight's own."""
+    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the
+    weight's own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
 
 
@@ -148,8 +168,11 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
     base = layer.base_layer
     packed = getattr(getattr(base, "weight", None), "quant_state", None)
-    is_4bit = type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
-    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)  # that is for inference
+    is_4bit = (
+        type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
+    )
+    # that is for inference
+    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
     if type(base) not in (nn.Linear, TextProjection) and not is_for_training:
         return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
@@ -168,8 +191,13 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
 
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many were."""
-    switched = [m for m in moslora.adapter_layers(model, adapter_name).values() if slow_reason(m, adapter_name) is None]
+    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many
+    were."""
+    switched = [
+        m
+        for m in moslora.adapter_layers(model, adapter_name).values()
+        if slow_reason(m, adapter_name) is None
+    ]
     for layer in switched:
         layer.__class__ = fast_class(type(layer))
     return len(switched)
@@ -182,10 +210,13 @@ def disable_fast_path(model: nn.Module) -> None:
 
 
 class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out)."""
+    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype ->
+    k × (…,out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
+    ) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
         result = add_blocks(F.linear(rows, weight, bias), inner, up)
@@ -200,19 +231,32 @@ class _JointLinear(torch.autograd.Function):
         grad = torch.cat(grads, -1).view(len(inner), -1)
         grad_inner = add_blocks(None, grad, up.mT)
         grad_up = parts(inner, count).mT.bmm(parts(grad, count))
-        grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape) if needs_x else None
-        return grad_x, None, None, grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape), grad_up
+        grad_x = (
+            grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape)
+            if needs_x
+            else None
+        )
+        return (
+            grad_x,
+            None,
+            None,
+            grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape),
+            grad_up,
+        )
 
 
 class _JointBeside(torch.autograd.Function):
-    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has no gradient."""
+    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has
+    no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
         ctx.save_for_backward(rows, inner, up)
-        result = torch.baddbmm(parts(products.reshape(len(rows), -1), count), parts(inner, count), up)
+        result = torch.baddbmm(
+            parts(products.reshape(len(rows), -1), count), parts(inner, count), up
+        )
         return result.view(count, *x.shape[:-1], -1).unbind()
 
     @staticmethod
@@ -230,9 +274,11 @@ def parts(wide: Tensor, count: int) -> Tensor:
 
 
 def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
-    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of `blocks` (k,v,w)."""
+    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of
+    `blocks` (k,v,w)."""
     count = len(blocks)
-    if torch.compiler.is_compiling():  # the compiler fuses it, and cannot trace in-place changes of such a view
+    # the compiler fuses it, and cannot trace in-place changes of such a view
+    if torch.compiler.is_compiling():
         product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
         return product if wide is None else wide + product
     beta = 0 if wide is None else 1
@@ -249,7 +295,8 @@ class Alone:
         self.layers = layers
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in) and (k,r,out)."""
+        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in)
+        and (k,r,out)."""
         self.layers[0].working = {adapter_name: (down, up)}
 
     def take_back(self) -> None:
@@ -258,7 +305,8 @@ class Alone:
 
 
 class Joint(Alone):
-    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose results wait."""
+    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose
+    results wait."""
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         self.down, self.up, self._input, self._waiting = down, up, None, []
@@ -271,9 +319,15 @@ class Joint(Alone):
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """y (…,out) of the layer at `place` for x (…,in)."""
-        # The same tensor object: changing it in place in between raises an error in autograd, which has saved it.
+        # The same tensor object: changing it in place in between raises an error in autograd, which
+        # has saved it.
         known, with_gradients = self._input, torch.is_grad_enabled()
-        if known is None or known[0] is not x or known[1] != with_gradients or self._waiting[place] is None:
+        if (
+            known is None
+            or known[0] is not x
+            or known[1] != with_gradients
+            or self._waiting[place] is None
+        ):
             found = self.outputs(x)
             self._input, self._waiting = (x, with_gradients), list(found)
         result, self._waiting[place] = self._waiting[place], None
@@ -295,7 +349,8 @@ class JointProducts(Joint):
 
 
 class JointWeights(Joint):
-    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own size."""
+    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own
+    size."""
 
     def __init__(self, *layers: ShortWay):
         super().__init__(*layers)
@@ -304,17 +359,21 @@ class JointWeights(Joint):
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        return _JointLinear.apply(x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up)
+        return _JointLinear.apply(
+            x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up
+        )
 
     def are_shared(self) -> bool:
-        """Whether the layers still use the buffer; not after one was moved, cast or given other weights."""
+        """Whether the layers still use the buffer; not after one was moved, cast or given other
+        weights."""
         weights = [layer.base_layer.weight for layer in self.layers]
         places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
         return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
 
 
 def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are already."""
+    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are
+    already."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
     has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
@@ -346,10 +405,17 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 
 
 def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
-    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; [] elsewhere."""
-    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")):
+    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; []
+    elsewhere."""
+    if not all(
+        isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")
+    ):
         return []
-    own = ("to_k", "to_v") if getattr(attention, "is_cross_attention", False) else ("to_q", "to_k", "to_v")
+    own = (
+        ("to_k", "to_v")
+        if getattr(attention, "is_cross_attention", False)
+        else ("to_q", "to_k", "to_v")
+    )
     groups = []
     for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
         layers = [getattr(attention, name, None) for name in names]
@@ -358,11 +424,13 @@ def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are computed together;
-    None: not on a CPU, where it gains nothing and stacking would copy weights that are mapped from a file, and not on
-    Apple's GPU, where nobody has tried it."""
+    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are
+    computed together; None: not on a CPU, where it gains nothing and stacking would copy weights
+    that are mapped from a file, and not on Apple's GPU, where nobody has tried it."""
 
-    def __init__(self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None):
+    def __init__(
+        self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None
+    ):
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
@@ -380,7 +448,10 @@ class WorkingCopies:
                 continue
             if are_matrices(bases):
                 self.joints.append(JointWeights(*layers))
-            elif all(isinstance(base, TextProjection) for base in bases) and len(bases) == bases[0].siblings:
+            elif (
+                all(isinstance(base, TextProjection) for base in bases)
+                and len(bases) == bases[0].siblings
+            ):
                 self.joints.append(JointProducts(*layers))
 
     def _is_fast(self, layer: nn.Module) -> bool:
@@ -388,11 +459,16 @@ class WorkingCopies:
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the block, in which the adapter is constant; `collect` after each backward pass."""
+        """Lend the copies for the block, in which the adapter is constant; `collect` after each
+        backward pass."""
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}
-        alone = [unit for layer, unit in self.alone.items() if layer not in joined and self._is_fast(layer)]
+        alone = [
+            unit
+            for layer, unit in self.alone.items()
+            if layer not in joined and self._is_fast(layer)
+        ]
         step = StepCopies([*together, *alone], self.adapter_name)
         if self.before is None or self.before.groups != step.groups:
             self.before = step
@@ -401,7 +477,8 @@ class WorkingCopies:
 
 
 class StepCopies:
-    """The copies of a step, in batches of alike units; those of the next step with these units take their place."""
+    """The copies of a step, in batches of alike units; those of the next step with these units take
+    their place."""
 
     def __init__(self, units: Iterable[Alone], adapter_name: str):
         self.groups = defaultdict(list)
@@ -412,11 +489,18 @@ class StepCopies:
     @property
     def leaves(self) -> list[Tensor]:
         """The copies that get gradients."""
-        return [leaf for batch in self.batches for pair in batch.copies for leaf in pair if leaf.requires_grad]
+        return [
+            leaf
+            for batch in self.batches
+            for pair in batch.copies
+            for leaf in pair
+            if leaf.requires_grad
+        ]
 
     @contextmanager
     def lent(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of the block; hand the gradients over if it ends without an error."""
+        """Lend the copies for the length of the block; hand the gradients over if it ends without
+        an error."""
         for batch in self.batches:
             batch.lend()
         try:
@@ -435,13 +519,24 @@ class StepCopies:
 def kind_of(layer: ShortWay, name: str) -> tuple:
     """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
     lora_b, base = layer.lora_B[name], layer.base_layer
-    learns_mixer, down = isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad, layer.lora_A[name].weight
+    learns_mixer, down = (
+        isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad,
+        layer.lora_A[name].weight,
+    )
     sizes = down.shape, base.out_features, layer.scaling[name]
-    return sizes, compute_dtype(base), base.weight.device, type(lora_b), learns_mixer, down.requires_grad
+    return (
+        sizes,
+        compute_dtype(base),
+        base.weight.device,
+        type(lora_b),
+        learns_mixer,
+        down.requires_grad,
+    )
 
 
 class Batch:
-    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ (nk,r,out)."""
+    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ
+    (nk,r,out)."""
 
     def __init__(self, units: list[Alone], adapter_name: str):
         self.units, self.adapter_name = units, adapter_name
@@ -467,7 +562,8 @@ class Batch:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They stay where they are."""
+        """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They
+        stay where they are."""
         dtype = compute_dtype(self.layers[0].base_layer)
         up = torch.stack(self.ups).mT
         if self.is_mixed:

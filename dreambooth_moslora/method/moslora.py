@@ -1,10 +1,12 @@
-"""MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off, fold it.
+"""MoSLoRA adapters on a model, as PEFT layers: add one, list its layers, scale it, switch it off,
+fold it.
 
-The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works here: quantised
-bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in place, `MoSLoraConfig` is also for
-`peft.get_peft_model`. What PEFT would compute wrongly is refused. The first config with a mixer wraps two methods of
-PEFT's LoraModel, for the life of the process: `add_adapter` and `add_weighted_adapter` can be called at any later time,
-and PEFT has no hook there.
+The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works
+here: quantised bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in
+place, `MoSLoraConfig` is also for `peft.get_peft_model`. What PEFT would compute wrongly is
+refused. The first config with a mixer wraps two methods of PEFT's LoraModel, for the life of the
+process: `add_adapter` and `add_weighted_adapter` can be called at any later time, and PEFT has no
+hook there.
 """
 
 import math
@@ -35,7 +37,8 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without the model."""
+    """Module path -> module, as without PEFT's wrappers; a shared one under its first path, without
+    the model."""
     modules, seen = {}, set()
     for path, module in _walk(without_wrapper(model), ""):
         if module not in seen:
@@ -53,13 +56,19 @@ def _walk(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and embeddings."""
+    """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and
+    embeddings."""
     modules = base_modules(model).items()
-    return {path: module for path, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) > 1}
+    return {
+        path: module
+        for path, module in modules
+        if getattr(getattr(module, "weight", None), "ndim", 0) > 1
+    }
 
 
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on every module."""
+    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on
+    every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
         paths.setdefault(value, []).append(re.escape(path))
@@ -67,13 +76,15 @@ def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float
 
 
 def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position of its kernel."""
+    """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position
+    of its kernel."""
     sizes = {path: weight_size(layer) for path, layer in layers.items()}
     return {path: min(outputs, math.prod(inputs)) for path, (outputs, *inputs) in sizes.items()}
 
 
 def weight_size(module: nn.Module | None) -> tuple[int, ...]:
-    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of anything else."""
+    """(out, in) of a projection, also if quantised, (out, in, h, w) of a convolution, () of
+    anything else."""
     module = getattr(module, "base_layer", module)
     if isinstance(module, nn.Conv2d):
         return (module.out_channels, module.in_channels, *module.kernel_size)
@@ -85,8 +96,9 @@ create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it combines them. Its
-    registration of layer classes is ignored for a second adapter, and it would write to a computed `lora_B.weight`."""
+    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it
+    combines them. Its registration of layer classes is ignored for a second adapter, and it would
+    write to a computed `lora_B.weight`."""
     LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
 
 
@@ -95,15 +107,25 @@ def has_mixer(config: LoraConfig) -> bool:
 
 
 @wraps(create)
-def create_and_mix(self, lora_config, adapter_name, target, target_name, parent, current_key, **options):
-    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies by lora_B."""
+def create_and_mix(
+    self, lora_config, adapter_name, target, target_name, parent, current_key, **options
+):
+    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies
+    by lora_B."""
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return
     layer = getattr(parent, target_name)
     base = layer.get_base_layer()
-    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (nn.Linear, nn.Conv2d)
-    if not is_plain or isinstance(layer, (MultiheadAttention, ParamWrapper)) or is_odd_convolution(base):
+    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (
+        nn.Linear,
+        nn.Conv2d,
+    )
+    if (
+        not is_plain
+        or isinstance(layer, (MultiheadAttention, ParamWrapper))
+        or is_odd_convolution(base)
+    ):
         raise cannot_carry(current_key, base)
     if adapter_name in layer.lora_magnitude_vector:
         check_dora(current_key, base)
@@ -111,7 +133,9 @@ def create_and_mix(self, lora_config, adapter_name, target, target_name, parent,
         tie(layer, adapter_name, lora_config, current_key)
         return
     plain = layer.lora_B[adapter_name].weight
-    start = mixer.initial_mixer(lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key).to(plain.device)
+    start = mixer.initial_mixer(
+        lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key
+    ).to(plain.device)
     mixer_class = mixer.MixerConv2d if plain.ndim == 4 else mixer.MixerLinear
     mixed = mixer_class(plain.detach().flatten(1).float(), start, lora_config.train_mixer)
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
@@ -120,12 +144,18 @@ def create_and_mix(self, lora_config, adapter_name, target, target_name, parent,
 
 def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
     """A and B of a LoKr in place of the layer's own, which give their values; B is zero."""
-    factor, lora_a, lora_b = config.mixer_factor, layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    factor, lora_a, lora_b = (
+        config.mixer_factor,
+        layer.lora_A[adapter_name],
+        layer.lora_B[adapter_name],
+    )
     start = mixer.initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
     down, up = (one.weight.detach().float() for one in (lora_a, lora_b))
     (rank, inputs), outputs = down.shape, len(up)
     down = down[: rank // factor, : inputs // factor].clone()
-    mixed = mixer.KroneckerUp(up[: outputs // factor, : rank // factor].clone(), start, config.train_mixer)
+    mixed = mixer.KroneckerUp(
+        up[: outputs // factor, : rank // factor].clone(), start, config.train_mixer
+    )
     learns = lora_b.weight.requires_grad
     layer.lora_A[adapter_name] = mixer.KroneckerDown(down, factor).requires_grad_(learns)
     layer.lora_B[adapter_name] = mixed.requires_grad_(learns)
@@ -134,7 +164,9 @@ def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> N
 @wraps(combine)
 def combine_folded(self, *arguments, **options):
     live = dict(self.peft_config)
-    self.peft_config.update({name: config.without_mixer() for name, config in live.items() if has_mixer(config)})
+    self.peft_config.update(
+        {name: config.without_mixer() for name, config in live.items() if has_mixer(config)}
+    )
     try:
         combine(self, *arguments, **options)
     finally:
@@ -152,10 +184,14 @@ def check_settings(config: LoraConfig) -> None:
     if not has_mixer(config):
         return
     # PEFT would compute variants of LoRA from B·A, without the mixer.
-    variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
+    variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {
+        "use_dora"
+    }
     for name in sorted(variants | {"lora_bias"}):
         if getattr(config, name):
-            raise UserError(f'{name} cannot be combined with a mixer; leave it out or use mixer="none"')
+            raise UserError(
+                f'{name} cannot be combined with a mixer; leave it out or use mixer="none"'
+            )
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise UserError(
             f"init_lora_weights={config.init_lora_weights!r} computes B·A from the base weights, which a mixer would "
@@ -164,15 +200,25 @@ def check_settings(config: LoraConfig) -> None:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an unsuitable module."""
+    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an
+    unsuitable module."""
     modules = base_modules(model)
-    targets = {p: module for p, module in modules.items() if LoraModel._check_target_module_exists(config, p)}
+    targets = {
+        p: module
+        for p, module in modules.items()
+        if LoraModel._check_target_module_exists(config, p)
+    }
     if not targets:
         name = type(without_wrapper(model)).__name__
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {name}")
     for path, module in targets.items():
-        if all(part.ndim < 2 for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            raise UserError(f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out")
+        if all(
+            part.ndim < 2
+            for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        ):
+            raise UserError(
+                f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out"
+            )
         if config.use_dora:
             check_dora(path, module)
     if not has_mixer(config):
@@ -187,7 +233,9 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
 def check_dora(path: str, base: nn.Module) -> None:
     """Raises UserError for DoRA on a convolution."""
     if isinstance(base, nn.modules.conv._ConvNd):
-        raise UserError(f"{path} is a convolution, and DoRA is for projections; leave out the one or the other")
+        raise UserError(
+            f"{path} is a convolution, and DoRA is for projections; leave out the one or the other"
+        )
 
 
 def is_odd_convolution(module: nn.Module) -> bool:
@@ -199,8 +247,14 @@ def is_odd_convolution(module: nn.Module) -> bool:
 
 
 def cannot_carry(path: str, module: nn.Module) -> UserError:
-    kind = "grouped, dilated or circular Conv2d" if isinstance(module, nn.Conv2d) else type(module).__name__
-    return UserError(f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules")
+    kind = (
+        "grouped, dilated or circular Conv2d"
+        if isinstance(module, nn.Conv2d)
+        else type(module).__name__
+    )
+    return UserError(
+        f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules"
+    )
 
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
@@ -210,13 +264,18 @@ START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer excludes."""
+    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer
+    excludes."""
 
     init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
-    mixer: str = field(default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."})
+    mixer: str = field(
+        default="orthogonal", metadata={"help": f"How M starts: one of {', '.join(MIXERS)}."}
+    )
     train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
-    mixer_factor: int = field(default=8, metadata={"help": "Rows and columns of W₁, of the mixer kronecker."})
+    mixer_factor: int = field(
+        default=8, metadata={"help": "Rows and columns of W₁, of the mixer kronecker."}
+    )
 
     def __post_init__(self):
         check_settings(self)
@@ -231,7 +290,8 @@ class MoSLoraConfig(LoraConfig):
             patch_peft()
 
     def to_dict(self) -> dict[str, object]:
-        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would compute wrongly."""
+        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would
+        compute wrongly."""
         if self.mixer == "none":
             return self.without_mixer().to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}
@@ -242,14 +302,20 @@ class MoSLoraConfig(LoraConfig):
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # for `PeftModel.from_pretrained`
-# `hotswap_adapter` then compares mixers: a plain LoRA swapped in for one with a mixer would become zero.
+# `hotswap_adapter` then compares mixers: a plain LoRA swapped in for one with a mixer would become
+# zero.
 CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
 
 
 def exact_config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], rank: int, alpha: float, **settings: object
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    rank: int,
+    alpha: float,
+    **settings: object,
 ) -> MoSLoraConfig:
-    """A config for exactly these layers (module paths), each with its rank and alpha; the last two are the usual."""
+    """A config for exactly these layers (module paths), each with its rank and alpha; the last two
+    are the usual."""
     return MoSLoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -261,10 +327,13 @@ def exact_config(
 
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises UserError when no
-    module matches, the name is taken, or a target cannot carry a mixer; the model is unchanged then."""
+    """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises
+    UserError when no module matches, the name is taken, or a target cannot carry a mixer; the model
+    is unchanged then."""
     if adapter_name in getattr(model, "peft_config", {}):
-        raise UserError(f"The model already has an adapter named {adapter_name!r}; delete it or choose another name")
+        raise UserError(
+            f"The model already has an adapter named {adapter_name!r}; delete it or choose another name"
+        )
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
         check_targets(model, config)
     if isinstance(model, PeftModel):
@@ -283,16 +352,25 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Module path -> PEFT layer, for each projection with this adapter, in the model's order. Raises UserError."""
+    """Module path -> PEFT layer, for each projection with this adapter, in the model's order.
+    Raises UserError."""
     base = without_wrapper(model)
-    layers = {p: m for p, m in base.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+    layers = {
+        p: m
+        for p, m in base.named_modules()
+        if isinstance(m, LoraLayer) and adapter_name in m.lora_A
+    }
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
-        raise UserError(f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {known}")
+        raise UserError(
+            f"No adapter named {adapter_name!r} in {type(base).__name__}; it has: {known}"
+        )
     return layers
 
 
-def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
+def adapter_parameters(
+    model: nn.Module, adapter_name: str = "default"
+) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every learnt A, B, M and DoRA magnitude, in the model's order."""
     found = []
     for path, layer in adapter_layers(model, adapter_name).items():
@@ -303,9 +381,16 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> list[
     return found
 
 
-def mixer_parameters(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, nn.Parameter]]:
-    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its start: exempt them."""
-    return [(name, p) for name, p in adapter_parameters(model, adapter_name) if name.endswith(".lora_B.mixer")]
+def mixer_parameters(
+    model: nn.Module, adapter_name: str = "default"
+) -> list[tuple[str, nn.Parameter]]:
+    """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its
+    start: exempt them."""
+    return [
+        (name, p)
+        for name, p in adapter_parameters(model, adapter_name)
+        if name.endswith(".lora_B.mixer")
+    ]
 
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
@@ -319,7 +404,8 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch does."""
+    """Switch all adapters off for the block, without changing gradient flags as PEFT's own switch
+    does."""
     return switched_off(lora_layers(model))
 
 
@@ -337,11 +423,14 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
-    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of `set_scale`."""
+    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of
+    `set_scale`."""
     matrices, magnitudes = stored_matrices(layer, adapter_name), layer.lora_magnitude_vector
     if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
         matrices = mixer.untied(*matrices)
-    scale = mixer.nominal_scale(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
+    scale = mixer.nominal_scale(
+        layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
+    )
     magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
     return mixer.MixedLowRank(*matrices, scale, magnitude)
 
@@ -355,6 +444,7 @@ def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
-    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises UserError."""
+    """Module path -> the plain LoRA (fp32, CPU) that equals this adapter at scale 1. Raises
+    UserError."""
     layers = adapter_layers(model, adapter_name)
     return {path: matrices_of(layer, adapter_name).fold() for path, layer in layers.items()}

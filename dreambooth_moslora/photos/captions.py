@@ -1,8 +1,9 @@
 """Captions made for photos that have none: the models that describe, and the files they leave.
 
-A model describes the surroundings of the subject, but not the subject: for photographs Qwen3-VL 2B (Apache 2.0), or
-another with a chat template, which continues the text "A photo of a dog"; the embedded base reads place and light by
-its own CLIP. torch is imported only to load a model. What the user wrote is never changed. The made captions lie
+A model describes the surroundings of the subject, but not the subject: for photographs Qwen3-VL 2B
+(Apache 2.0), or another with a chat template, which continues the text "A photo of a dog"; the
+embedded base reads place and light by its own CLIP. torch is imported only to load a model. What
+the user wrote is never changed. The made captions lie
 
 beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
                      the made ones; a caption that was edited since counts as the user's
@@ -36,7 +37,8 @@ QUESTION = (
     "side from which it is seen. Say nothing about how the {word} itself looks."
 )
 START = "A photo of a {word}"
-SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30  # Photo's longer side; of an answer (SDXL reads 77 tokens)
+# Photo's longer side; of an answer (SDXL reads 77 tokens)
+SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,21 @@ class Captioner:
 
 
 def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
-    """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL, loaded onto the torch
-    device at the first caption. Raises UserError without a class word, and later for a missing model."""
+    """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL,
+    loaded onto the torch device at the first caption. Raises UserError without a class word, and
+    later for a missing model."""
     own = toys.CLIP_FOLDER.name
     default = own if toys.is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
     word = prompts.class_word_of(config) or ("toy" if name == own else "")
     if not word:
-        raise UserError('captions: no word says what the photos show; name it behind the rare word, as in "sks dog".')
+        raise UserError(
+            'captions: no word says what the photos show; name it behind the rare word, as in "sks dog".'
+        )
 
-    reader = cache(lambda: chat_reader(name, word, device) if name != own else toy_reader(word, device))
+    reader = cache(
+        lambda: chat_reader(name, word, device) if name != own else toy_reader(word, device)
+    )
     return Captioner(public_name(name), word, lambda image: reader()(image))
 
 
@@ -68,17 +75,23 @@ def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
-    """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises UserError."""
+    """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises
+    UserError."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
     kind = torch.device(device).type
-    half = "bf16" if kind == "cpu" else half_precision()  # before Ampere cuDNN has no convolution in bf16
-    dtype = torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
+    # before Ampere cuDNN has no convolution in bf16
+    half = "bf16" if kind == "cpu" else half_precision()
+    dtype = (
+        torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
+    )
     processor = masks.loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
-        raise UserError(f"--caption_model {name} has no chat template: name a model that follows instructions")
+        raise UserError(
+            f"--caption_model {name} has no chat template: name a model that follows instructions"
+        )
     about |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, found = masks.loaded(AutoModelForImageTextToText, name, **about)
     if lacking := sorted(found["missing_keys"]):
@@ -87,10 +100,16 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 
     def read(image: Image.Image) -> str:
         inputs = processor.apply_chat_template(
-            conversation(image, word), continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+            conversation(image, word),
+            continue_final_message=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         ).to(model.device, dtype)
         found = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
-        return surroundings_in(processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return surroundings_in(
+            processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
 
     return read
 
@@ -98,13 +117,17 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
     small = image.copy()
     small.thumbnail((SEEN_PX, SEEN_PX))
-    asked = [{"type": "image", "image": small}, {"type": "text", "text": QUESTION.format(word=word)}]
+    asked = [
+        {"type": "image", "image": small},
+        {"type": "text", "text": QUESTION.format(word=word)},
+    ]
     begun = [{"type": "text", "text": START.format(word=word)}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
 
 
 def surroundings_in(answer: str) -> str:
-    """The first sentence of an answer that continues START, without its full stop; "" when there is none."""
+    """The first sentence of an answer that continues START, without its full stop; "" when there is
+    none."""
     sentence = re.split(r"[.!?](?:\s|$)|\n", answer.strip(), maxsplit=1)[0]
     printable = "".join(letter for letter in sentence if letter.isprintable())
     words = printable.strip(" \"'“”,;:").split()[:MOST_WORDS]
@@ -122,7 +145,8 @@ class MadeCaption:
 def make_beside(
     photos: Iterable[photo_file.Photo], captioner: Captioner, prompt: str, *, anew: bool = False
 ) -> Iterator[MadeCaption]:
-    """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones. Raises OSError."""
+    """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones.
+    Raises OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_suffix(folder.CAPTION_SUFFIX)
@@ -140,7 +164,9 @@ def make_beside(
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
-                made = MadeCaption(photo, None, "its name is too long for a caption beside it: rename it")
+                made = MadeCaption(
+                    photo, None, "its name is too long for a caption beside it: rename it"
+                )
         yield made
 
 
@@ -154,10 +180,15 @@ def was_made(photo: photo_file.Photo, target: Path) -> bool:
         return False
 
 
-def make_for_run(photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path) -> MadeCaption:
-    """A caption that `keep` writes into the file `path`. One there of the same photo, model and words is taken."""
+def make_for_run(
+    photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path
+) -> MadeCaption:
+    """A caption that `keep` writes into the file `path`. One there of the same photo, model and
+    words is taken."""
     old = folder.kept_captions(path).get(photo.kept_name)
-    is_same = old and old["made_from"] == photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
+    is_same = old and old["made_from"] == photo.key(
+        model=captioner.name, word=captioner.word, prompt=prompt
+    )
     return MadeCaption(photo, old["caption"]) if is_same else make(photo, captioner, prompt)
 
 

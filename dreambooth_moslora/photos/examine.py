@@ -1,9 +1,11 @@
-"""A folder's pixels, examined: blurred and badly lit photos, nearly equal pairs, and a picture of training's crops.
+"""A folder's pixels, examined: blurred and badly lit photos, nearly equal pairs, and a picture of
+training's crops.
 
-Sharpness compares second differences with first ones at edges, √mean L² / √mean |∇|², over tiles; the sharpest tenth
-decides, so that a plain or blurred background is fine. Real photos have 1.8 to 3.2; blurred by a Gaussian of 3 px at
-1024 px they have 0.5 to 0.8. Likeness is the correlation of 16 × 16 thumbnails: different photos of one subject have up
-to 0.8; a copy that is cropped by a few percent, brighter or smaller has 0.93 to 1.
+Sharpness compares second differences with first ones at edges, √mean L² / √mean |∇|², over tiles;
+the sharpest tenth decides, so that a plain or blurred background is fine. Real photos have 1.8 to
+3.2; blurred by a Gaussian of 3 px at 1024 px they have 0.5 to 0.8. Likeness is the correlation of
+16 × 16 thumbnails: different photos of one subject have up to 0.8; a copy that is cropped by a few
+percent, brighter or smaller has 0.93 to 1.
 """
 
 from collections.abc import Iterator
@@ -27,8 +29,11 @@ TILE_PX = THUMBNAIL_PX = 16
 EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
 
 
-def plans_of(photo: photo_file.Photo, number: int, config: table.TrainConfig) -> Iterator[photo_file.CropPlan]:
-    """The crops of photo `number` of its subject, with the random draws of training; without a seed those of seed 0."""
+def plans_of(
+    photo: photo_file.Photo, number: int, config: table.TrainConfig
+) -> Iterator[photo_file.CropPlan]:
+    """The crops of photo `number` of its subject, with the random draws of training; without a seed
+    those of seed 0."""
     rule, stream = photo_file.crop_rule(config), subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
@@ -36,16 +41,21 @@ def plans_of(photo: photo_file.Photo, number: int, config: table.TrainConfig) ->
 
 
 def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list[Row]:
-    """One row per photo: the photo with frames, then up to five crops; parts outside the mask are dark."""
+    """One row per photo: the photo with frames, then up to five crops; parts outside the mask are
+    dark."""
     rows = []
     for number, photo in enumerate(photos):
         shown = masked(photo_file.open_rgb(photo), photo_file.open_mask(photo))
         plans = list(islice(plans_of(photo, number, config), MAX_CROPS))
-        crops = [photo_file.apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans]
+        crops = [
+            photo_file.apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans
+        ]
         crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
         title = "; ".join([photo.path.name, *photo.reasons])
         scale = SHOWN_PX / max(shown.size)
-        framed = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))))
+        framed = shown.resize(
+            (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
+        )
         for plan in plans:
             left, top, right, bottom = plan.box(*framed.size)
             frame = (left, top, max(left, right - 1), max(top, bottom - 1))
@@ -63,13 +73,17 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-LESSER = BLURRED, DARK, OVEREXPOSED = "blurred", "too dark", "overexposed"  # such a copy of a photo is the duplicate
-BRIGHTEST = 64  # of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
-WHITE, MOST_WHITE = 250, 0.75  # where more is pure white, the light has burnt it out, or the subject is small
+# such a copy of a photo is the duplicate
+LESSER = BLURRED, DARK, OVEREXPOSED = "blurred", "too dark", "overexposed"
+# of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
+BRIGHTEST = 64
+# where more is pure white, the light has burnt it out, or the subject is small
+WHITE, MOST_WHITE = 250, 0.75
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
-    """The report with what is wrong with a photo as its reasons. Of equal photos the worse ones are duplicates."""
+    """The report with what is wrong with a photo as its reasons. Of equal photos the worse ones are
+    duplicates."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos, thumbnails = [], []
     for photo in report.photos:
@@ -77,12 +91,18 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
         opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
         reasons = exposure(image, opaque)
         if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
-            reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more")
+            reasons.append(
+                f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more"
+            )
         thumbnails.append(thumbnail(image, opaque))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
-    best_first = sorted(range(len(photos)), key=lambda number: quality(photos[number]), reverse=True)
+    best_first = sorted(
+        range(len(photos)), key=lambda number: quality(photos[number]), reverse=True
+    )
     for place, number in enumerate(best_first):
-        nearest = max(best_first[:place], key=lambda n: thumbnails[n] @ thumbnails[number], default=number)
+        nearest = max(
+            best_first[:place], key=lambda n: thumbnails[n] @ thumbnails[number], default=number
+        )
         if nearest != number and thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
             reasons = (*photos[number].reasons, f"near-duplicate of {photos[nearest].path.name}")
             photos[number] = replace(photos[number], reasons=reasons)
@@ -91,7 +111,9 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
     """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
-    return not any(reason.startswith(LESSER) for reason in photo.reasons), photo.size_px[0] * photo.size_px[1]
+    return not any(reason.startswith(LESSER) for reason in photo.reasons), photo.size_px[
+        0
+    ] * photo.size_px[1]
 
 
 def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
@@ -108,7 +130,8 @@ def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
-    """Steepness of the sharpest edges of an RGB picture, scaled to `look_px`; 0 when it has no edges."""
+    """Steepness of the sharpest edges of an RGB picture, scaled to `look_px`; 0 when it has no
+    edges."""
     scale = look_px / min(image.size)
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))
@@ -132,10 +155,14 @@ def tile_energy(squares: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(image: Image.Image, opaque: Image.Image | None = None) -> np.ndarray:
-    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat colour. The white behind
-    parts that are not `opaque` (L) counts as the mean of the others."""
+    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat
+    colour. The white behind parts that are not `opaque` (L) counts as the mean of the others."""
     values = shrunk(image, THUMBNAIL_PX).astype(np.float32)
-    share = np.float32(1) if opaque is None else shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
+    share = (
+        np.float32(1)
+        if opaque is None
+        else shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
+    )
     values -= 255 * (1 - share)
     values -= share * values.mean() / max(share.mean(), 1e-6)
     values = values.ravel()

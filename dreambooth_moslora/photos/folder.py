@@ -1,18 +1,21 @@
 """A folder of photos as a report: the photos, the files beside them, and why a file is left out.
 
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl` ({"file_name", "text"}, the
-format of the datasets library), else a caption kept in the run folder by `captions`, else the instance prompt. Training
-draws one of them for each exposure. `masks` finds its mask, `name.mask.png` or another image format. No file in the
-folder can stop the program: unusable files are listed with a reason.
+A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl`
+({"file_name", "text"}, the format of the datasets library), else a caption kept in the run folder
+by `captions`, else the instance prompt. Training draws one of them for each exposure. `masks` finds
+its mask, `name.mask.png` or another image format. No file in the folder can stop the program:
+unusable files are listed with a reason.
 
-`--dataset_name`: the images of a data set, on the hub or local, become such a folder, written unchanged.
+`--dataset_name`: the images of a data set, on the hub or local, become such a folder, written
+unchanged.
 
-Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by the run's seed:
+Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by
+the run's seed:
 
     prefix  sks dog, red collar, on grass, side view  suffix        --keep_tokens 1 leaves `sks dog` where it is
 
-If all captions of a photo name a place, the bare instance prompt would not draw the subject. So such a photo is shown
-with it in a share of its exposures.
+If all captions of a photo name a place, the bare instance prompt would not draw the subject. So
+such a photo is shown with it in a share of its exposures.
 """
 
 import json
@@ -61,15 +64,27 @@ def bare_prompt_line(config: TrainConfig, photos: Sequence[photo_file.Photo]) ->
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept tags."""
+    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept
+    tags."""
     if not config.shuffle_caption:
         return captions
     found = []
     for caption in captions:
-        ends = (config.caption_prefix, config.caption_suffix) if caption != config.instance_prompt else ("", "")
+        ends = (
+            (config.caption_prefix, config.caption_suffix)
+            if caption != config.instance_prompt
+            else ("", "")
+        )
         prefix, suffix = (joined((end or "").strip()) for end in ends)
-        head, tail = prefix if caption.startswith(prefix) else "", suffix if caption.endswith(suffix) else ""
-        tags = [tag.strip() for tag in caption[len(head) : len(caption) - len(tail)].split(",") if tag.strip()]
+        head, tail = (
+            prefix if caption.startswith(prefix) else "",
+            suffix if caption.endswith(suffix) else "",
+        )
+        tags = [
+            tag.strip()
+            for tag in caption[len(head) : len(caption) - len(tail)].split(",")
+            if tag.strip()
+        ]
         found.append(caption)
         for number in range(1, ORDERS):
             others = tags[config.keep_tokens :]
@@ -79,7 +94,8 @@ def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[s
 
 
 def sidecar_of(path: Path) -> tuple[str, str] | None:
-    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its name."""
+    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its
+    name."""
     if path.suffix.lower() == CAPTION_SUFFIX:
         return path.stem, CAPTION_SUFFIX
     inner = Path(path.stem)
@@ -89,7 +105,8 @@ def sidecar_of(path: Path) -> tuple[str, str] | None:
 
 
 def sidecars_of(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
-    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it sorts last."""
+    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it
+    sorts last."""
     return {named: path for path in sorted(paths) if (named := sidecar_of(path))}
 
 
@@ -102,7 +119,9 @@ class Captions:
         self._by_name: dict[str, str] = {}
         metadata, text = folder / METADATA, None
         if metadata.is_file() and metadata.stat().st_size > MOST_TEXT_BYTES:
-            self.complaints.append((metadata, f"not read: it has more than {MOST_TEXT_BYTES // 2**20} MiB"))
+            self.complaints.append(
+                (metadata, f"not read: it has more than {MOST_TEXT_BYTES // 2**20} MiB")
+            )
         elif metadata.is_file():
             text = self._text_of(metadata)
         for number, line in enumerate((text or "").split("\n"), start=1):
@@ -124,14 +143,19 @@ class Captions:
         return lines or ((named,) if named else ())
 
     def _text_of(self, path: Path) -> str | None:
-        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a complaint."""
+        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a
+        complaint."""
         try:
             content = path.read_bytes()
-            text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+            text = content.decode(
+                "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+            )
         except OSError as error:
             self.complaints.append((path, f"captions not read: {error.strerror}"))
         except UnicodeDecodeError:
-            self.complaints.append((path, "captions not read: neither UTF-8 nor UTF-16 text; save it as UTF-8"))
+            self.complaints.append(
+                (path, "captions not read: neither UTF-8 nor UTF-16 text; save it as UTF-8")
+            )
         else:
             if "\0" not in text:
                 return text
@@ -152,7 +176,9 @@ class Captions:
         if not name or not os.path.exists(path.parent / name):
             self.complaints.append((path, f"line {number} names no file of this folder"))
         elif not caption.strip():
-            self.complaints.append((path, f"line {number} has no text, as one of {', '.join(CAPTION_KEYS)}"))
+            self.complaints.append(
+                (path, f"line {number} has no text, as one of {', '.join(CAPTION_KEYS)}")
+            )
         return name, one_space(caption)
 
 
@@ -162,7 +188,8 @@ class KeptCaption(TypedDict):
 
 
 def kept_captions(path: Path) -> dict[str, KeptCaption]:
-    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged, or is none."""
+    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged,
+    or is none."""
     entries: dict[str, KeptCaption] = {}
     if path.is_file():
         with suppress(UserError):
@@ -177,18 +204,27 @@ def one_space(text: str) -> str:
 
 
 def dataset_folder(config: TrainConfig) -> Path:
-    """The folder with the data set's images; its name is a digest of their content. Raises UserError."""
+    """The folder with the data set's images; its name is a digest of their content. Raises
+    UserError."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     table = load_images(config)
-    caches = [config.cache_dir or datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    caches = [
+        config.cache_dir or datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+    ]
     local = [config.dataset_name] if Path(config.dataset_name).is_dir() else []
-    own = [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]  # all that may hold its files
+    # all that may hold its files
+    own = [Path(folder).resolve() for folder in (*local, *caches, HF_HUB_CACHE)]
     rows, digest = [], sha256()
     for row in table:
         content = image_bytes(row[config.image_column], own)
-        captions = captions_in(row[config.caption_column], config.caption_column) if config.caption_column else []
+        captions = (
+            captions_in(row[config.caption_column], config.caption_column)
+            if config.caption_column
+            else []
+        )
         if content:
             rows.append((content, captions))
             digest.update(sha256(content).digest() + "\0".join(captions).encode())
@@ -205,7 +241,9 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
     name, column = config.dataset_name, config.image_column
     try:
-        table = datasets.load_dataset(name, config.dataset_config_name, cache_dir=config.cache_dir, split="train")
+        table = datasets.load_dataset(
+            name, config.dataset_config_name, cache_dir=config.cache_dir, split="train"
+        )
     except Exception as error:  # raised by the library, the hub or the file formats
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from error
@@ -220,22 +258,32 @@ def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
 
 
 def captions_in(cell: Any, column: str) -> list[str]:
-    """Those in a cell of the column: a text, or a list of texts. Raises UserError for anything else."""
+    """Those in a cell of the column: a text, or a list of texts. Raises UserError for anything
+    else."""
     texts = cell if isinstance(cell, list) else [cell]
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise UserError(f"--caption_column {column}: it holds neither texts nor lists of texts; name another.")
+        raise UserError(
+            f"--caption_column {column}: it holds neither texts nor lists of texts; name another."
+        )
     return list(filter(None, texts))
 
 
 def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file, empty for an empty cell. Raises UserError for no file in `own`: anyone wrote the table."""
+    """The image's file, empty for an empty cell. Raises UserError for no file in `own`: anyone
+    wrote the table."""
     cell = cell or {}
     content, named = cell.get("bytes") or b"", cell.get("path") or ""
     if content or not named:
         return content
     path = Path(named.replace("\0", "")).resolve()
-    if "\0" in named or not path.is_file() or not any(path.is_relative_to(folder) for folder in own):
-        raise UserError(f"--dataset_name: it names {one_line(named)}, which is not a file of the data set.")
+    if (
+        "\0" in named
+        or not path.is_file()
+        or not any(path.is_relative_to(folder) for folder in own)
+    ):
+        raise UserError(
+            f"--dataset_name: it names {one_line(named)}, which is not a file of the data set."
+        )
     return path.read_bytes()
 
 
@@ -276,7 +324,9 @@ class PhotoReport:
 
 def log_strays(report: PhotoReport) -> None:
     """Mention the files that are no photos in one line of the log."""
-    if strays := [item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")]:
+    if strays := [
+        item for item in report.skipped if not item.is_photo and not item.path.name.startswith(".")
+    ]:
         line = f"files not used ({len(strays)}): {summary_of_skipped(PhotoReport(skipped=strays))}"
         logger.warning("%s", spelled_out(line))
 
@@ -290,14 +340,17 @@ def usable_photos(report: PhotoReport) -> list[photo_file.Photo]:
 
 
 def photo_report(config: TrainConfig) -> PhotoReport:
-    """The photos of all subjects, numbered by subject. Raises UserError for a subject without a usable photo."""
+    """The photos of all subjects, numbered by subject. Raises UserError for a subject without a
+    usable photo."""
     found = PhotoReport()
     for number, subject in enumerate(config.each_subject):
         report, used = report_of(subject, number), len(found.photos)
         found.skipped.extend(report.skipped)
         for photo in report.photos:
             if photo.path.name in config.leave_out:
-                found.skipped.append(Skipped(photo.path, "left out by --leave_out", size_px=photo.size_px))
+                found.skipped.append(
+                    Skipped(photo.path, "left out by --leave_out", size_px=photo.size_px)
+                )
             else:
                 found.photos.append(photo)
         if len(found.photos) == used:
@@ -311,7 +364,8 @@ def photo_report(config: TrainConfig) -> PhotoReport:
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
-    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises UserError."""
+    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises
+    UserError."""
     if not (config.dataset_name or config.instance_data_dir):
         raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
     folder = dataset_folder(config) if config.dataset_name else Path(config.instance_data_dir)
@@ -323,7 +377,8 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
 
 
 def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[photo_file.Photo]:
-    """The photos; with `--captions auto` and `--masks auto` with what training has made in the run folder by now."""
+    """The photos; with `--captions auto` and `--masks auto` with what training has made in the run
+    folder by now."""
     photos, run_dir = list(photos), RunDir(config.output_dir)
     if config.captions == "auto":
         subjects, kept = config.each_subject, kept_captions(run_dir.captions_path)
@@ -331,11 +386,14 @@ def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[p
             if not photo.is_captioned and (made := kept.get(photo.kept_name)):
                 captioned = replace(photo, captions=(made["caption"],))
                 photos[number] = with_own_captions(subjects[photo.subject], captioned)
-    return photo_file.with_kept_masks(photos, run_dir.masks_dir) if config.masks == "auto" else photos
+    return (
+        photo_file.with_kept_masks(photos, run_dir.masks_dir) if config.masks == "auto" else photos
+    )
 
 
 def with_own_captions(config: TrainConfig, photo: photo_file.Photo) -> photo_file.Photo:
-    """With prefix and suffix on its own captions, and its bare prompt if none of them is the instance prompt."""
+    """With prefix and suffix on its own captions, and its bare prompt if none of them is the
+    instance prompt."""
     prompt, found = config.instance_prompt, []
     prefix, suffix = ((end or "").strip() for end in (config.caption_prefix, config.caption_suffix))
     for caption in photo.captions:
@@ -350,7 +408,10 @@ def as_heard(prompt: str) -> str:
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
-    shown = [f"{item.path.name} ({item.reason})" for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]]
+    shown = [
+        f"{item.path.name} ({item.reason})"
+        for item in sorted(report.skipped, key=lambda s: not s.is_photo)[:3]
+    ]
     more = len(report.skipped) - len(shown)
     return ("; ".join(shown) or "it is empty") + (f"; and {more} more." if more else ".")
 
@@ -362,8 +423,11 @@ def require_folder_of_photos(folder: Path) -> None:
         raise UserError(f"{folder}: {reason}; give a folder of photos.")
 
 
-def find_photos(folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask") -> PhotoReport:
-    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot be read."""
+def find_photos(
+    folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask"
+) -> PhotoReport:
+    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot
+    be read."""
     folder = Path(folder)
     require_folder_of_photos(folder)
     try:
@@ -407,7 +471,9 @@ def read_photo(
         return Skipped(path, reason, is_photo=True, size_px=(height, width))
     if shorter < resolution_px:
         times = resolution_px / shorter
-        reasons.append(f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times")
+        reasons.append(
+            f"too small for the resolution: {width} x {height} px is enlarged {times:.1f} times"
+        )
     beside = captions.sidecars.get((path.stem, MASK_SUFFIX))
     mask_path, remarks = photo_file.find_mask(path, image, beside, alpha_is_mask=alpha == "mask")
     own, reasons = captions.of(path), (*reasons, *remarks)

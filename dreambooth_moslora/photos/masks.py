@@ -1,8 +1,9 @@
 """Masks made for photos that have none: the models that find the subject, and the files they leave.
 
-CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy world's own net. Both
-give a probability for each pixel, in fp32. The mask has the pixels of at least half of the largest one: CLIPSeg's
-certainty depends more on the word than on the outline. torch is imported only to load a model.
+CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy
+world's own net. Both give a probability for each pixel, in fp32. The mask has the pixels of at
+least half of the largest one: CLIPSeg's certainty depends more on the word than on the outline.
+torch is imported only to load a model.
 
 The user's own masks are never changed. The made ones lie
 
@@ -38,19 +39,23 @@ SPECK = 0.02  # Pieces below this fraction of the mask are not counted
 
 
 def segmenter_name(config: table.TrainConfig) -> str:
-    """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other bases."""
+    """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other
+    bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
     return OWN if toys.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
 
 
 def sought_word(config: table.TrainConfig) -> str:
-    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net. Raises UserError."""
+    """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net.
+    Raises UserError."""
     if segmenter_name(config) == OWN:
         return ""
     word = config.mask_prompt or prompts.class_word_of(config)
     if not word:
-        raise UserError('masks: no word says what the subject is; give --mask_prompt, such as "dog".')
+        raise UserError(
+            'masks: no word says what the subject is; give --mask_prompt, such as "dog".'
+        )
     return word
 
 
@@ -72,7 +77,9 @@ def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
     name, word = segmenter_name(config), sought_word(config)
 
-    finder = cache(lambda: clipseg_finder(name, word, device) if name != OWN else toy_finder(device))
+    finder = cache(
+        lambda: clipseg_finder(name, word, device) if name != OWN else toy_finder(device)
+    )
     return Segmenter(public_name(name), word, lambda image: finder()(image))
 
 
@@ -91,7 +98,8 @@ def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
 
 
 def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image], Any]:
-    """A function from an RGB picture (width, height) to probabilities (height, width). Raises UserError."""
+    """A function from an RGB picture (width, height) to probabilities (height, width). Raises
+    UserError."""
     import torch
     from torch.nn.functional import interpolate
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
@@ -105,7 +113,9 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
     model = model.requires_grad_(False).eval().to(device)
 
     def find(image: Image.Image) -> torch.Tensor:
-        inputs = processor(text=[word], images=[image], padding=True, truncation=True, return_tensors="pt")
+        inputs = processor(
+            text=[word], images=[image], padding=True, truncation=True, return_tensors="pt"
+        )
         logits = model(**inputs.to(device)).logits
         found = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
         return interpolate(found, size=(image.height, image.width), mode="bilinear")[0, 0].cpu()
@@ -114,7 +124,8 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
 
 
 def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any:
-    """`kind.from_pretrained(name)`, without code of the repository. Raises UserError about the `flag` on failure."""
+    """`kind.from_pretrained(name)`, without code of the repository. Raises UserError about the
+    `flag` on failure."""
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -139,12 +150,17 @@ def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Ite
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
-        reason = "it has a mask, which is kept" if photo.mask_path else photo_file.why_not_beside(photo, target, photos)
+        reason = (
+            "it has a mask, which is kept"
+            if photo.mask_path
+            else photo_file.why_not_beside(photo, target, photos)
+        )
         yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
 
 
 def make_kept(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> MadeMask:
-    """Write the photo's mask into `folder`. One made before from the same photo, model and word is kept."""
+    """Write the photo's mask into `folder`. One made before from the same photo, model and word is
+    kept."""
     key = photo.key(model=segmenter.name, word=segmenter.word)
     target = photo_file.kept_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +199,9 @@ def quality_warning(mask: Image.Image) -> str:
 
 def pieces_of(mask: Image.Image) -> int:
     """How many connected pieces a mask has, without specks."""
-    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
+    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(
+        lambda value: 255 * (value > 127)
+    )
     white = np.asarray(small) > 0
     whole, count = white.sum(), 0
     while white.any():

@@ -1,12 +1,14 @@
-"""One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and its crops.
+"""One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and
+its crops.
 
-Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab, palettes, greys and 16
-bits. Sizes are (height, width) px of the upright picture. What training cuts out is planned as numbers, then cut:
+Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab,
+palettes, greys and 16 bits. Sizes are (height, width) px of the upright picture. What training cuts
+out is planned as numbers, then cut:
 
     photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
 
-With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the photo's. SDXL is
-conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the
+photo's. SDXL is conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 """
 
 import errno
@@ -31,7 +33,20 @@ from dreambooth_moslora.settings import rows, table
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".heic", ".heif", ".hif", ".avif"}
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".apng",
+        ".webp",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".avif",
+    }
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
 )
 OPAQUE_FROM = 250
@@ -45,7 +60,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the transposition that makes the picture upright."""
-TILE_PX = 1024  # Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
+# Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
+TILE_PX = 1024
 
 
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
@@ -64,7 +80,8 @@ def register_heif() -> None:
 
 
 def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame as stored, at most `longest_px` long. Raises UnreadableImageError; OSError by the machine."""
+    """The first frame as stored, at most `longest_px` long. Raises UnreadableImageError; OSError by
+    the machine."""
     register_heif()
     try:
         with warnings.catch_warnings():
@@ -80,7 +97,9 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImageError(f"enormous: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels") from None
+        raise UnreadableImageError(
+            f"enormous: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        ) from None
     except PermissionError:
         raise UnreadableImageError("cannot be read: permission denied") from None
     except Image.UnidentifiedImageError:
@@ -93,7 +112,8 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
 
 
 def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
-    """Scale down to `longest_px`, after converting modes that cannot be averaged (palettes, 16 and 32 bits)."""
+    """Scale down to `longest_px`, after converting modes that cannot be averaged (palettes, 16 and
+    32 bits)."""
     turn = orientation(image)
     if is_deep(image):
         image = deep_grey(image)
@@ -127,7 +147,9 @@ def upright(image: Image.Image) -> Image.Image:
     if (turn := TURNS.get(orientation(image))) is None:
         return image
     turned = image.transpose(turn)
-    turned.info = {key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info}
+    turned.info = {
+        key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info
+    }
     return turned
 
 
@@ -138,7 +160,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return to_srgb(image)
     rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
-    white.paste(to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")), mask=rgba.getchannel("A"))
+    white.paste(
+        to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")), mask=rgba.getchannel("A")
+    )
     return white
 
 
@@ -169,9 +193,13 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
 def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
     """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile) if isinstance(profile, bytes) else profile)
+        source = ImageCms.ImageCmsProfile(
+            BytesIO(profile) if isinstance(profile, bytes) else profile
+        )
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB", intent)
+        transform = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), image.mode, "RGB", intent
+        )
         return ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
@@ -182,7 +210,8 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def deep_grey(image: Image.Image) -> Image.Image:
-    """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0 to 1."""
+    """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0
+    to 1."""
     top = max(values.max(initial=0.0) for _, values in tiles(image))
     deep = image.mode.startswith("I;16") or (image.mode == "I" and top > 255)
     white = 65535.0 if deep else 255.0 if image.mode == "I" or top > 1 else 1.0
@@ -209,12 +238,14 @@ class Photo:
     mask_path: Path | None = None  # `path` if the transparency is the mask
     reasons: tuple[str, ...] = ()  # remarks for the user; none forbids its use
     is_captioned: bool = False  # the captions are its own
-    bare_prompt: str | None = None  # the instance prompt, if no caption is it (`--instance_prompt_share`)
+    # the instance prompt, if no caption is it (`--instance_prompt_share`)
+    bare_prompt: str | None = None
     subject: int = 0  # its number in the run, from 0
 
     @property
     def kept_name(self) -> str:
-        """Name of files that a run folder keeps for it; those of further subjects are in `1/` and so on."""
+        """Name of files that a run folder keeps for it; those of further subjects are in `1/` and
+        so on."""
         return f"{self.subject}/{self.path.name}" if self.subject else self.path.name
 
     @property
@@ -223,7 +254,8 @@ class Photo:
         return self.mask_path not in (None, self.path)
 
     def key(self, **made_by: str) -> str:
-        """Of what is made for it: changes with the photo's content, and with the model and words that make it."""
+        """Of what is made for it: changes with the photo's content, and with the model and words
+        that make it."""
         return content_key(photo=file_digest(self.path), **made_by)
 
 
@@ -238,7 +270,8 @@ def quoted(photo: Photo) -> str:
 def open_again(path: Path) -> Image.Image:
     """A file that could be read before. Raises UserError when it cannot any more."""
     try:
-        if path.exists() and not path.is_file():  # a pipe, which nobody writes to, would be waited for
+        # a pipe, which nobody writes to, would be waited for
+        if path.exists() and not path.is_file():
             raise UnreadableImageError("not a file")
         return open_image(path)
     except UnreadableImageError as error:
@@ -250,8 +283,11 @@ def open_rgb(photo: Photo) -> Image.Image:
     return to_rgb(open_again(photo.path))
 
 
-def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False) -> str:
-    """Why `target` is not made beside a photo, or "": something has its name, or two photos would share it."""
+def why_not_beside(
+    photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False
+) -> str:
+    """Why `target` is not made beside a photo, or "": something has its name, or two photos would
+    share it."""
     if target.exists() and not replaces:
         return f"{target.name} exists but cannot be used; it is kept"
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:
@@ -262,7 +298,8 @@ def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo], *, repla
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if `alpha_is_mask` and has alpha."""
+    """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if
+    `alpha_is_mask` and has alpha."""
     reasons = []
     if beside and beside.is_file():
         if (problem := mask_problem(beside, upright_size(photo))) is None:
@@ -273,7 +310,9 @@ def find_mask(
         return None, reasons
     if transparent.getextrema()[1] == 0:
         return None, [*reasons, "entirely transparent: it is a white square"]
-    reasons.append("transparent: on white" + (", its opaque part is the mask" if alpha_is_mask else ""))
+    reasons.append(
+        "transparent: on white" + (", its opaque part is the mask" if alpha_is_mask else "")
+    )
     return path if alpha_is_mask else None, reasons
 
 
@@ -285,12 +324,15 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
         return str(error)
     height, width = photo_px
     if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
-        return f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
+        return (
+            f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
+        )
     return "it is black everywhere" if mask.getextrema()[1] == 0 else None
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
-    """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of 255."""
+    """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of
+    255."""
     if (alpha := alpha_of(image)) is None:
         grey = to_rgb(image).convert("L")
     else:
@@ -314,7 +356,8 @@ def kept_path(photo: Photo, folder: Path) -> Path:
 
 
 def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
-    """The photos; those without a mask of their own get the one that training made, if it is there and fits."""
+    """The photos; those without a mask of their own get the one that training made, if it is there
+    and fits."""
     found = []
     for photo in photos:
         photo, path = without_kept_mask(photo, folder), kept_path(photo, folder)
@@ -343,11 +386,13 @@ class CropPlan:
 
     @property
     def time_ids(self) -> tuple[int, ...]:
-        """SDXL's size and crop conditioning: original height, width, crop top, left, target height, width; px."""
+        """SDXL's size and crop conditioning: original height, width, crop top, left, target height,
+        width; px."""
         return *self.original_size, *self.crop_top_left, *self.target_size
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at (width, height)."""
+        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at
+        (width, height)."""
         (crop_height, crop_width), (whole_height, whole_width) = self.target_size, self.resized
         top, left = self.crop_top_left
         left = whole_width - crop_width - left if self.flip else left
@@ -364,13 +409,18 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 
 
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to `size_px`'s."""
+    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to
+    `size_px`'s."""
     shapes: set[tuple[int, int]] = set()
-    for side in range(step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px):
+    for side in range(
+        step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px
+    ):
         if other := min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px:
             shapes |= {(side, other), (other, side)}
     ratio = size_px[0] / size_px[1]
-    return min(sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1]))
+    return min(
+        sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1])
+    )
 
 
 def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -388,42 +438,63 @@ class CropRule:
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
     bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
-    sizes: tuple[tuple[int, int], ...] = ()  # (h, w), of which a photo gets the one nearest to its shape
+    # (h, w), of which a photo gets the one nearest to its shape
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
         if self.sizes:  # as diffusers' scripts choose: of two equally near ones the later
-            return min(reversed(self.sizes), key=lambda size: abs(size_px[0] * size[1] - size_px[1] * size[0]))
+            return min(
+                reversed(self.sizes),
+                key=lambda size: abs(size_px[0] * size[1] - size_px[1] * size[0]),
+            )
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
-    def plan(self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None) -> CropPlan:
-        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w). Draws four numbers."""
+    def plan(
+        self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None
+    ) -> CropPlan:
+        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
+        Draws four numbers."""
         flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
         target = target or self.target(size_px)
         side = min(target)
         own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
         shorter = max(side, min(round(side * (1 + (self.zoom - 1) * closer)), own))
-        height, width = resized_size(size_px, (target[0] * shorter // side, target[1] * shorter // side))
+        height, width = resized_size(
+            size_px, (target[0] * shorter // side, target[1] * shorter // side)
+        )
         if self.center_crop:
             top, left = (height - target[0]) // 2, (width - target[1]) // 2
         else:
             top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
-        return CropPlan(size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5)
+        return CropPlan(
+            size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5
+        )
 
 
 def crop_rule(config: table.TrainConfig) -> CropRule:
     """The rule that these settings describe."""
     crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
-    drawing = (config.center_crop, config.random_flip, config.image_interpolation_mode, crops, config.crop_zoom)
-    buckets = (step_px if config.enable_bucket else None, rows.parse_sizes(config.aspect_ratio_buckets))
+    drawing = (
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        crops,
+        config.crop_zoom,
+    )
+    buckets = (
+        step_px if config.enable_bucket else None,
+        rows.parse_sizes(config.aspect_ratio_buckets),
+    )
     return CropRule(config.resolution, *drawing, *buckets)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is resampled."""
+    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
+    resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)

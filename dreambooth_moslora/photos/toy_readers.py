@@ -1,10 +1,12 @@
-"""What the embedded base's own networks read in a photo: which pixels are its toy, and where the toy stands.
+"""What the embedded base's own networks read in a photo: which pixels are its toy, and where the
+toy stands.
 
     load_net(folder).logits(pixels)                     # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
     SurroundingsReader(folder).read(image, "duck")      # ("on the beach", "sunset")
 
-The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by `toybox.learning.train_segmenter`. The
-base's own CLIP reads the surroundings, zero shot (`python -m toybox.measures.surroundings` measures how well).
+The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by
+`toybox.learning.train_segmenter`. The base's own CLIP reads the surroundings, zero shot (`python -m
+toybox.measures.surroundings` measures how well).
 """
 
 from functools import cache
@@ -15,7 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate, normalize, pixel_shuffle, pixel_unshuffle
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from dreambooth_moslora.settings.toys import PLACES
 
@@ -32,8 +39,8 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequent
 
 
 class ToySegmenter(torch.nn.Module):
-    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W). Each halving of the sides is followed by a
-    bilinear doubling, to which the features of that size are added."""
+    """Pixels (N,3,H,W) in [-1, 1], sides multiples of 16 -> logits (N,H,W). Each halving of the
+    sides is followed by a bilinear doubling, to which the features of that size are added."""
 
     def __init__(self):
         super().__init__()
@@ -81,9 +88,17 @@ LIGHT_PHRASES = {
     "rain": "in the rain",
     "snowfall": "in falling snow",
 }
-INDOORS = ("on a wooden floor", "on a purple rug", "on a checkered floor", "in a pink room", "in a kitchen")
+INDOORS = (
+    "on a wooden floor",
+    "on a purple rug",
+    "on a checkered floor",
+    "in a pink room",
+    "in a kitchen",
+)
 LIGHTS_AT = dict.fromkeys(PLACES, tuple(LIGHT_PHRASES)) | dict.fromkeys(INDOORS, ("day", "night"))
-LIGHTS_AT |= dict.fromkeys(("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1])
+LIGHTS_AT |= dict.fromkeys(
+    ("on the beach", "on water", "on autumn leaves"), tuple(LIGHT_PHRASES)[:-1]
+)
 LIGHTS_AT |= dict.fromkeys(("on the moon", "on a stage with red curtains", "on lava"), ("day",))
 LIGHTS_AT["in the snow"] = ("day", "sunset", "night", "overcast", "fog", "snowfall")
 LIGHTS_AT["in the desert"] = ("day", "sunset", "night", "overcast")
@@ -101,8 +116,12 @@ class SurroundingsReader:
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         options = {"dtype": torch.float32}
-        self.vision = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", **options)
-        self.text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **options)
+        self.vision = CLIPVisionModelWithProjection.from_pretrained(
+            folder / "image_encoder", **options
+        )
+        self.text = CLIPTextModelWithProjection.from_pretrained(
+            folder / "text_encoder_2", **options
+        )
         self.processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
         self.device = device

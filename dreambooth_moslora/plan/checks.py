@@ -1,7 +1,8 @@
 """Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
 
-`check_folders`: a run must not write over photos, nor over files that no run has made. `preflight`: the settings fit
-the base and each other, the packages that they need are installed, and the GPU has the memory.
+`check_folders`: a run must not write over photos, nor over files that no run has made. `preflight`:
+the settings fit the base and each other, the packages that they need are installed, and the GPU has
+the memory.
 """
 
 import os
@@ -22,26 +23,39 @@ from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precisi
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 
 PACKAGE = Path(__file__).resolve().parents[1]
-UNREADABLE = "add_embedding."  # diffusers reads no such layers from a kohya file: they cannot be verified
+# diffusers reads no such layers from a kohya file: they cannot be verified
+UNREADABLE = "add_embedding."
 
 
 def check_layers(
     targets: Iterable[str], layers: Mapping[str, int], use_dora: bool, facts: families.Facts = SDXL
 ) -> None:
-    """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight), or unfit ones."""
+    """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight),
+    or unfit ones."""
     targets = list(targets)
     check_targets(targets, layers, facts)
     for name in targets:
         for layer in (layer for layer in layers if rows.is_target(layer, name)):
             if layer.startswith(UNREADABLE):
-                instead = "name the blocks: down_blocks.* mid_block.* up_blocks.*" if "*" in name else "leave it out"
-                raise UserError(f"--target_modules {name}: {layer} has no name in kohya's files; {instead}.")
+                instead = (
+                    "name the blocks: down_blocks.* mid_block.* up_blocks.*"
+                    if "*" in name
+                    else "leave it out"
+                )
+                raise UserError(
+                    f"--target_modules {name}: {layer} has no name in kohya's files; {instead}."
+                )
             if use_dora and layers[layer] > 2:
-                raise UserError(f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules.")
+                raise UserError(
+                    f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules."
+                )
 
 
-def check_targets(targets: Iterable[str], layers: Iterable[str], facts: families.Facts = SDXL) -> None:
-    """Raises UserError for a name that matches none of the paths `layers`, and suggests the one that was meant."""
+def check_targets(
+    targets: Iterable[str], layers: Iterable[str], facts: families.Facts = SDXL
+) -> None:
+    """Raises UserError for a name that matches none of the paths `layers`, and suggests the one
+    that was meant."""
     layers = list(layers)
     for name in targets:
         if not any(rows.is_target(layer, name) for layer in layers):
@@ -49,21 +63,27 @@ def check_targets(targets: Iterable[str], layers: Iterable[str], facts: families
             if facts.denoiser != "unet":
                 usual = f"diffusers' script takes {', '.join(facts.targets)}."
             hint = hint_for(name, layers) or usual
-            raise UserError(f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}")
+            raise UserError(
+                f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}"
+            )
 
 
 def hint_for(name: str, layers: Iterable[str]) -> str:
-    """Names what was probably meant: a layer's last name, or for a path that of a layer or of a block; else ""."""
+    """Names what was probably meant: a layer's last name, or for a path that of a layer or of a
+    block; else ""."""
     known = set(layers) if "." in name else {last_name(layer) for layer in layers}
     if "." in name:
         for layer in layers:
-            known |= {".".join(layer.split(".")[:depth]) for depth in range(1, layer.count(".") + 1)}
+            known |= {
+                ".".join(layer.split(".")[:depth]) for depth in range(1, layer.count(".") + 1)
+            }
     close = rows.nearest(rows.full_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
 
 
 def check_patterns(config: table.TrainConfig, layers: Iterable[str]) -> None:
-    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with an adapter."""
+    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with
+    an adapter."""
     adapted = [layer for layer in layers if rows.is_adapted(layer, config.target_modules)]
     for flag in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, flag):
@@ -80,15 +100,21 @@ def last_name(path: str) -> str:
 
 
 def check_folders(config: table.TrainConfig) -> None:
-    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates nothing."""
+    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates
+    nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
     place = Path(config.output_dir).resolve()
-    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):  # a run would fill it with files
-        raise UserError(f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own.")
+    # a run would fill it with files
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(
+            f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own."
+        )
     if ".git" in place.parts or place.is_relative_to(PACKAGE):
         owner = "git's" if ".git" in place.parts else "this program's own"
-        raise UserError(f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog.")
+        raise UserError(
+            f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog."
+        )
     run_dir = run_folder.RunDir(config.output_dir)
     run_folder.check_name(run_dir.name)
     for subject in config.each_subject:
@@ -99,10 +125,13 @@ def check_folders(config: table.TrainConfig) -> None:
 
 
 def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves its own files."""
+    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves
+    its own files."""
     photos, images = config.instance_data_dir, config.class_data_dir
     if photos and images and Path(photos).resolve() == Path(images).resolve():
-        raise UserError("--class_data_dir is the folder of --instance_data_dir: the class is not the subject.")
+        raise UserError(
+            "--class_data_dir is the folder of --instance_data_dir: the class is not the subject."
+        )
     home = run_dir.path.resolve()
     for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
         value = getattr(config, name)
@@ -110,23 +139,44 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
         if folder is None or not folder.is_relative_to(home):
             continue
         if folder == home:
-            raise UserError(f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own.")
+            raise UserError(
+                f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own."
+            )
         first = folder.relative_to(home).parts[0]
-        own = {run_dir.samples_dir, run_dir.best_dir, run_dir.last_dir, run_dir.masks_dir, run_dir.evaluation_dir}
+        own = {
+            run_dir.samples_dir,
+            run_dir.best_dir,
+            run_dir.last_dir,
+            run_dir.masks_dir,
+            run_dir.evaluation_dir,
+        }
         own |= {run_dir.class_images_dir} if name != "class_data_dir" else set()
-        if first in {path.name for path in own} or run_folder.checkpoint_step(Path(first)) is not None:
-            raise UserError(f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere.")
+        if (
+            first in {path.name for path in own}
+            or run_folder.checkpoint_step(Path(first)) is not None
+        ):
+            raise UserError(
+                f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere."
+            )
 
 
 def check_places(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError when a place that the run writes to is a file or cannot be written."""
     is_kept = config.caching == "disk" or config.dataset_name is not None
     cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
-    places = {"output_dir": config.output_dir, "class_data_dir": config.class_data_dir, "cache_dir": cache}
+    places = {
+        "output_dir": config.output_dir,
+        "class_data_dir": config.class_data_dir,
+        "cache_dir": cache,
+    }
     for name, value in places.items():
         if value:
             require_folder(name, value, Path(value))
-            if not Path(value).exists() or name == "output_dir" or (name == "cache_dir" and is_kept):
+            if (
+                not Path(value).exists()
+                or name == "output_dir"
+                or (name == "cache_dir" and is_kept)
+            ):
                 require_writable(name, value)
     if config.report_to in ("tensorboard", "all"):
         require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
@@ -148,7 +198,8 @@ def require_writable(name: str, value: str) -> None:
 
 
 def output_folder(path: str | Path) -> Path:
-    """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot be written."""
+    """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot
+    be written."""
     folder = user_path(path)
     require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))
@@ -162,16 +213,21 @@ def nearest_existing(path: Path) -> Path:
 
 
 def check_strangers(run_dir: run_folder.RunDir) -> None:
-    """Raises UserError for a model card or pictures that have a run's file names but come from no run."""
+    """Raises UserError for a model card or pictures that have a run's file names but come from no
+    run."""
     if not run_dir.path.is_dir():
         return
     card = run_dir.read_card()
     if card is not None and not run_folder.is_card(card):
-        raise UserError(f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir.")
+        raise UserError(
+            f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir."
+        )
     known = run_folder.pictures_named(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
         if path.name not in known:
-            raise UserError(f"{path} is not a run's and would be taken for its picture: name another --output_dir.")
+            raise UserError(
+                f"{path} is not a run's and would be taken for its picture: name another --output_dir."
+            )
 
 
 def preflight(config: table.TrainConfig, base: Base, *, is_later: bool = False) -> BaseSize:
@@ -189,7 +245,10 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
         require_folder_of_photos(Path(config.instance_data_dir))
     machine.check_bf16(config)
     prompts.learnt_words(config)
-    ranks = [config.rank, *(int(rows.parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern)]
+    ranks = [
+        config.rank,
+        *(int(rows.parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern),
+    ]
     for rank in ranks:
         table.check_rank(config.mixer, rank, config.mixer_factor)
     if config.push_to_hub:
@@ -198,7 +257,9 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
         check_start(config.init_adapter)
     base.check()
     shapes = base.denoiser_shapes
-    layers = {name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1}
+    layers = {
+        name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1
+    }
     if layers:
         check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
@@ -209,7 +270,8 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
 
 
 def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
-    """What the base's family says where nothing was chosen. Raises UserError for what it cannot obey."""
+    """What the base's family says where nothing was chosen. Raises UserError for what it cannot
+    obey."""
     facts = base.facts
     if facts is None:
         return {}
@@ -232,8 +294,11 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
 
 
 def own_bucket_step(config: table.TrainConfig, base: Base) -> dict[str, int]:
-    """The setting of a small base's family for crops in the photos' shapes, unless given. Raises UserError."""
-    is_open = config.enable_bucket and not config.bucket_reso_steps and config.resolution <= SMALL_BASE_PX
+    """The setting of a small base's family for crops in the photos' shapes, unless given. Raises
+    UserError."""
+    is_open = (
+        config.enable_bucket and not config.bucket_reso_steps and config.resolution <= SMALL_BASE_PX
+    )
     return {"bucket_reso_steps": base.facts.multiple_px} if is_open and base.facts else {}
 
 
@@ -241,23 +306,33 @@ def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
     """Raises UserError for crops whose sides the family's patches do not divide."""
     sides = {"resolution": config.resolution, "bucket_reso_steps": config.bucket_reso_steps or 0}
     if sizes := rows.parse_sizes(config.aspect_ratio_buckets):
-        sides = {"aspect_ratio_buckets": next((x for size in sizes for x in size if x % facts.multiple_px), 0)}
+        sides = {
+            "aspect_ratio_buckets": next(
+                (x for size in sizes for x in size if x % facts.multiple_px), 0
+            )
+        }
     for name, px in sides.items():
         if px % facts.multiple_px:
             near = max(1, px // facts.multiple_px) * facts.multiple_px
-            raise UserError(f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {near}.")
+            raise UserError(
+                f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {near}."
+            )
 
 
 def targets_of(config: table.TrainConfig, base: Base) -> tuple[str, ...]:
-    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last block may lack some of
-    the family's, which are left out where the base's files tell."""
+    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last
+    block may lack some of the family's, which are left out where the base's files tell."""
     is_usual = config.target_modules == rows.ATTENTION
     names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
         return names
-    named = tuple(f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names)
+    named = tuple(
+        f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names
+    )
     paths = [path.removesuffix(".weight") for path in base.denoiser_shapes] if is_usual else []
-    return tuple(name for name in named if any(rows.is_target(path, name) for path in paths)) or named
+    return (
+        tuple(name for name in named if any(rows.is_target(path, name) for path in paths)) or named
+    )
 
 
 def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
@@ -267,7 +342,9 @@ def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     others += tuple(name for name in families.TEXT_OPTIONS if name not in facts.text_options)
     others += () if facts.has_level_shift else ("shift_timesteps",)
     others += () if facts.has_new_tokens else ("train_text_encoder_ti",)
-    others += ("train_text_encoder",) if config.train_text_encoder and not facts.adapted_encoders else ()
+    others += (
+        ("train_text_encoder",) if config.train_text_encoder and not facts.adapted_encoders else ()
+    )
     for name in others:
         if flag := rules.given_flag(config, name):
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")

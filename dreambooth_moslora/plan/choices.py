@@ -1,8 +1,10 @@
-"""Chooses the settings of a run when only photos and a word are given, the same on the command line and the page.
+"""Chooses the settings of a run when only photos and a word are given, the same on the command line
+and the page.
 
     given settings --choose_…--> chosen settings and lines about them      a given setting always wins
 
-The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the family's.
+The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the
+family's.
 """
 
 import shlex
@@ -32,20 +34,27 @@ USUAL_EXPOSURES = 200  # Exposures of each photo if a file that replaces the rec
 PHOTOS_OF_A_RECIPE = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (
-    *("pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "class_prompt"),
+    *(
+        "pretrained_model_name_or_path",
+        "instance_data_dir",
+        "output_dir",
+        "instance_prompt",
+        "class_prompt",
+    ),
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
 PRACTICE = "the practice model (a 128 px toy)"
 """What a person is told of the embedded base that is trained on photographs."""
 OF_SAMPLES = ("num_validation_images", "validation_steps")
-"""Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes."""
+"""Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes.
+"""
 
 
 @dataclass
 class Choices:
-    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos were read for one.
-    `last_words` are lines to be said just before the run begins."""
+    """`said` has a sentence about each choice and its flags; `photo_report` is set if the photos
+    were read for one. `last_words` are lines to be said just before the run begins."""
 
     given: Mapping[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +63,8 @@ class Choices:
     last_words: Sequence[str] = ()
 
     def add(self, words: str, *flags: str, **settings: Any) -> None:
-        """Choose these settings unless given. `words` are said if any was chosen, unless they are empty."""
+        """Choose these settings unless given. `words` are said if any was chosen, unless they are
+        empty."""
         chosen = {name: value for name, value in settings.items() if name not in self.given}
         self.settings |= chosen
         if chosen and words:
@@ -101,7 +111,11 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     if choices.given.get("do_edm_style_training"):
         recipe.pop("snr_gamma", None)
     if base.facts and not base.is_toy:
-        recipe = {key: value for key, value in recipe.items() if not (base.is_flow and key in families.OF_UNETS)}
+        recipe = {
+            key: value
+            for key, value in recipe.items()
+            if not (base.is_flow and key in families.OF_UNETS)
+        }
         if not base.is_flow or not base.facts.recipes:
             recipe["resolution"] = base.resolution_px
     if choices.given.get("with_prior_preservation") is False:
@@ -110,7 +124,11 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
-        lacks = "this GPU has no bf16, and the model overflows in fp16" if machine.has_gpu() else "this CPU has no bf16"
+        lacks = (
+            "this GPU has no bf16, and the model overflows in fp16"
+            if machine.has_gpu()
+            else "this CPU has no bf16"
+        )
         choices.say(f"precision: fp32, as {lacks}", "mixed_precision")
     return exposures
 
@@ -125,9 +143,10 @@ def choose_resolution(choices: Choices) -> None:
 
 
 def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base, and its settings, with what the recipes leave open: bases without
-    fp16 files, and the precision that the GPU, or the CPU where there is none, computes fast. A flow family has recipes
-    by GB: the largest that needs at most nine tenths of the card is taken; without a GPU, for 12 GB."""
+    """The file in `assets/configs` for this base, and its settings, with what the recipes leave
+    open: bases without fp16 files, and the precision that the GPU, or the CPU where there is none,
+    computes fast. A flow family has recipes by GB: the largest that needs at most nine tenths of
+    the card is taken; without a GPU, for 12 GB."""
     folder = assets_folder() / "configs"
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
@@ -153,7 +172,8 @@ def choose_words(choices: Choices, word: str) -> None:
     token = choices.given.get("token") or TOKEN
     prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
     if "instance_prompt" not in choices.given:
-        choices.add("", class_word=word)  # the whole: a prompt's words from "with" on count as its context
+        # the whole: a prompt's words from "with" on count as its context
+        choices.add("", class_word=word)
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.given.get("with_prior_preservation") is not False:
         wanted = {"with_prior_preservation": True, "class_prompt": of_class, "prior": "adapter_off"}
@@ -178,7 +198,8 @@ def in_words(prompts: Iterable[str | None]) -> str:
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:
-    """Choose masks and shapes, and unless the steps were given, the number that shows each photo `exposures` times."""
+    """Choose masks and shapes, and unless the steps were given, the number that shows each photo
+    `exposures` times."""
     from dreambooth_moslora.photos.photo_file import counts_of
 
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
@@ -186,11 +207,14 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
         choices.settings["exposures_per_photo"] = exposures
     counts, masked = counts_of(photos), sum(photo.mask_path is not None for photo in photos)
     shown = " + ".join(map(str, counts))
-    choices.said.insert(0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ()))
+    choices.said.insert(
+        0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ())
+    )
     bare = len(photos) - masked
     if bare and choices.base.is_toy:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
-    elif bare and "masks" not in choices.given:  # SDXL's segmenter is a download, which needs the user's consent
+    # SDXL's segmenter is a download, which needs the user's consent
+    elif bare and "masks" not in choices.given:
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
     choose_shapes(choices, photos)
     if not is_given:
@@ -200,8 +224,8 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
-    """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos followed the prompts
-    less on the sample subjects (`docs/photos.md`)."""
+    """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos
+    followed the prompts less on the sample subjects (`docs/photos.md`)."""
     if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
         choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 
@@ -210,13 +234,15 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
     from dreambooth_moslora.photos.photo_file import counts_of
     from dreambooth_moslora.plan.plan import plan_steps
 
-    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})  # the scores it needs are chosen later
+    # the scores it needs are chosen later
+    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})
     return plan_steps(config, counts_of(photos), process_count()).total_steps
 
 
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
-    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a download.
-    `is_wanted`: the user has asked for scores, or has refused them; None when neither. Given steps of 0 refuse them."""
+    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a
+    download. `is_wanted`: the user has asked for scores, or has refused them; None when neither.
+    Given steps of 0 refuse them."""
     given = choices.given.get("evaluate_steps")
     is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
     if encoders_are_here(choices.base.name) if is_open else is_wanted:
@@ -229,13 +255,23 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
         parts.append("the best in best/")
         if settings["find_scale"]:
             parts.append("and the best scale at the end")
-        choices.add(f"scores: every {every} steps, {', '.join(parts)}", "evaluate_steps", "no_find_scale", **wanted)
+        choices.add(
+            f"scores: every {every} steps, {', '.join(parts)}",
+            "evaluate_steps",
+            "no_find_scale",
+            **wanted,
+        )
     elif is_open and not given and not choices.given.get("find_scale"):
-        choices.say("scores: none, as they take CLIP and DINOv2 from the hub", "evaluate_steps", "find_scale")
+        choices.say(
+            "scores: none, as they take CLIP and DINOv2 from the hub",
+            "evaluate_steps",
+            "find_scale",
+        )
 
 
 def encoders_are_here(base: str) -> bool:
-    """Whether a run can be scored without a download: the embedded base has encoders; others must be in the cache."""
+    """Whether a run can be scored without a download: the embedded base has encoders; others must
+    be in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return toys.is_toy(base) or all(

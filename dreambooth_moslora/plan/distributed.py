@@ -1,7 +1,7 @@
 """The processes of a run: they share work, agree on what they find, and end together.
 
-A process that raised alone would leave the others waiting. So each tells the others how its part of the work ended.
-`make_accelerator` joins them and chooses the precision.
+A process that raised alone would leave the others waiting. So each tells the others how its part of
+the work ended. `make_accelerator` joins them and chooses the precision.
 """
 
 import logging
@@ -50,7 +50,8 @@ def any_process(accelerator: Accelerator, said: bool) -> bool:
 
 
 def mean_over(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a process has gone."""
+    """The mean of the processes' `values`, of one shape. All must call it. Raises UserError when a
+    process has gone."""
     if accelerator.num_processes == 1:
         return values
     with others_present():
@@ -66,17 +67,21 @@ def on_main(accelerator: Processes, work: Callable[[], Result]) -> Result:
 
 
 def on_each(accelerator: Processes, work: Callable[[], Result]) -> Result:
-    """Do `work` on each process, which gets its own result. An error or stop of one is raised on all."""
+    """Do `work` on each process, which gets its own result. An error or stop of one is raised on
+    all."""
     result, error = attempt(work)
     exchange(accelerator, [], error)
     return result
 
 
 def share_out(
-    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Sequence[Item]], Generator[Result, None, None]]
+    accelerator: Accelerator,
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], Generator[Result, None, None]],
 ) -> Iterator[Result]:
-    """The results of `items`, equal in all processes, in their order; of n processes each works on every n-th. `work`
-    yields one picklable result for each of its items. An error or stop of one is raised on all after an item."""
+    """The results of `items`, equal in all processes, in their order; of n processes each works on
+    every n-th. `work` yields one picklable result for each of its items. An error or stop of one is
+    raised on all after an item."""
     with closing(work(share_of(accelerator, items))) as own:
         for first in range(0, len(items), accelerator.num_processes):
             has_one = first + accelerator.process_index < len(items)
@@ -95,8 +100,9 @@ def agreed(
     words: Callable[[Result], str],
     remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
 ) -> Result:
-    """What each process finds, in `words` as the main process does. Raises UserError on all where one finds something
-    else, naming the lines that differ and the `remedy`; an error of `find` is raised on all too."""
+    """What each process finds, in `words` as the main process does. Raises UserError on all where
+    one finds something else, naming the lines that differ and the `remedy`; an error of `find` is
+    raised on all too."""
     if accelerator.num_processes == 1:
         return find()
     found, error = attempt(find)
@@ -121,7 +127,8 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
 
 
 def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
-    """The results of all processes, in their order. One's `error` is raised on all; an error is more than a stop."""
+    """The results of all processes, in their order. One's `error` is raised on all; an error is
+    more than a stop."""
     is_stop = isinstance(error, StopRequestedError)
     told = [(own, None if error is None else (is_stop, str(error) or type(error).__name__))]
     if accelerator.num_processes > 1:
@@ -139,7 +146,8 @@ def exchange(accelerator: Processes, own: list[Result], error: Exception | None)
 
 @contextmanager
 def others_present() -> Iterator[None]:
-    """Within it the processes exchange values. Raises UserError when one has gone, as when it was killed."""
+    """Within it the processes exchange values. Raises UserError when one has gone, as when it was
+    killed."""
     try:
         yield
     except RuntimeError as error:
@@ -152,7 +160,8 @@ def others_present() -> Iterator[None]:
 
 
 def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Accelerator:
-    """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises UserError."""
+    """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises
+    UserError."""
     check_bf16(config)
     refuse_sharding()
     diffusers_logging.disable_progress_bar()
@@ -169,7 +178,8 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
             mixed_precision=config.mixed_precision,
             log_with=tracker,
             project_config=folders,
-            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),  # `TrainStep` divides
+            # `TrainStep` divides
+            gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
@@ -179,18 +189,21 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
         raise UserError(f"{asks}: give --mixed_precision no, fp16 or bf16.")
     check_world_size(accelerator.num_processes)
     is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
-    if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:  # several were asked for
+    # several were asked for
+    if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         logger.warning(ONE_PROCESS)
     if is_alone and accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
         logger.warning(ONE_GPU, torch.cuda.device_count())
-    if accelerator.device.type == "cpu":  # a GPU run should return this memory, which it no longer needs
+    # a GPU run should return this memory, which it no longer needs
+    if accelerator.device.type == "cpu":
         processes.keep_freed_memory()
     return accelerator
 
 
 def compute_exactly(is_wanted: bool) -> None:
-    """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has none. To warn is not
-    enough: attention would go on as usual (pytorch #182551). Call it before the first product on the GPU."""
+    """With it PyTorch takes kernels that sum in one order, and raises RuntimeError where it has
+    none. To warn is not enough: attention would go on as usual (pytorch #182551). Call it before
+    the first product on the GPU."""
     torch.use_deterministic_algorithms(is_wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it only shows errors of programs
     if is_wanted:
@@ -199,7 +212,8 @@ def compute_exactly(is_wanted: bool) -> None:
 
 
 def joined() -> PartialState:
-    """The processes that a launcher started, before their precision is known. Raises UserError if they are apart."""
+    """The processes that a launcher started, before their precision is known. Raises UserError if
+    they are apart."""
     refuse_sharding()
     try:
         state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
@@ -221,17 +235,21 @@ def check_world_size(num_processes: int) -> None:
     """Raises UserError when a launcher started processes that accelerate does not join."""
     started = os.environ.get("WORLD_SIZE", "")
     if started.isdigit() and int(started) != num_processes:
-        found = f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}"
+        found = (
+            f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}"
+        )
         raise UserError(f"{found}: use accelerate launch --multi_gpu, or start one process.")
 
 
 def refusal(mixed_precision: str | None, said: str) -> str:
-    """accelerate's message, with the source of the wrong value: the flag, or accelerate's own settings."""
+    """accelerate's message, with the source of the wrong value: the flag, or accelerate's own
+    settings."""
     if mixed_precision is not None and "precision" in said:
         return f"--mixed_precision {mixed_precision}: {said}"
     return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
 
 
 def chosen_seed(seed: int | None, accelerator: Accelerator) -> int:
-    """`--seed`, or a random one that all processes share. It is saved, so that the run can be resumed."""
+    """`--seed`, or a random one that all processes share. It is saved, so that the run can be
+    resumed."""
     return on_main(accelerator, lambda: SystemRandom().randrange(2**31) if seed is None else seed)

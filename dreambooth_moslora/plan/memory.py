@@ -1,26 +1,31 @@
-"""Memory and speed of a run before it begins, and what is chosen by them, the same in all its processes.
+"""Memory and speed of a run before it begins, and what is chosen by them, the same in all its
+processes.
 
-Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step was counted
-on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024 px), and on a model of each flow
-family (`benchmarks.family_memory`); it is scaled by pixels or tokens, images and bytes.
+Weights and adapters are counted exactly, from the headers of the base's files. The memory of a step
+was counted on SDXL's UNet operation by operation (`benchmarks.gpu_memory`: bf16, images of 1024
+px), and on a model of each flow family (`benchmarks.family_memory`); it is scaled by pixels or
+tokens, images and bytes.
 
-Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the first.
+Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on` turns on the
+first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
 
-`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in `settings.table.PLANS`.
-It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was given. `auto` is the
-first plan that is possible and fits the GPU's free memory; full without a GPU. On Apple's, whose attention keeps all
-scores, it is always one that recomputes.
+`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
+`settings.table.PLANS`. It only adds to the given flags; on a GPU it also chooses half precision,
+unless a precision was given. `auto` is the first plan that is possible and fits the GPU's free
+memory; full without a GPU. On Apple's, whose attention keeps all scores, it is always one that
+recomputes.
 
-Gradients of these differ at most by rounding, and so do those of one large pass and of several small ones
-(`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one after the other keep half the
-activations, and recompute nothing. Of the plan, the largest pass that fits is taken.
+Gradients of these differ at most by rounding, and so do those of one large pass and of several
+small ones (`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one
+after the other keep half the activations, and recompute nothing. Of the plan, the largest pass that
+fits is taken.
 
-Processes with different settings would train different adapters, or wait for each other for ever. So they agree on
-the flags and files, then on what is chosen by the GPU with the least free memory. One process asks nobody, and then
-nothing here loads torch.
+Processes with different settings would train different adapters, or wait for each other for ever.
+So they agree on the flags and files, then on what is chosen by the GPU with the least free memory.
+One process asks nobody, and then nothing here loads torch.
 """
 
 import math
@@ -42,45 +47,53 @@ from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, 
 
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
-"""Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their precision."""
+"""Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their
+precision."""
 AVERAGE_BYTES = 4  # Further bytes per parameter of the adapter with `--use_ema`.
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
 STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
-"""GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with recomputation."""
+"""GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with
+recomputation."""
 SCORES_GIB = (12.2, 1.75)
-"""What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294): without and with
-recomputation, counted with attention in single operations."""
+"""What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294):
+without and with recomputation, counted with attention in single operations."""
 FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
 TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
-"""GiB of a prompt's pass through SDXL's text encoders where they, or new tokens, are trained; counted like a step."""
+"""GiB of a prompt's pass through SDXL's text encoders where they, or new tokens, are trained;
+counted like a step."""
 TOKENS = 77
 PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
 TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
-DRAWING_GIB = 0.15  # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
+# GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
+DRAWING_GIB = 0.15
 PNG_BYTES_A_PIXEL = 1.6
-SMALL_GIB = 2.0  # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
+# Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
+SMALL_GIB = 2.0
 SDXL = families.facts_of("StableDiffusionXLPipeline")
 STOCK = SDXL.models[0]
 STOCK_SDXL = STOCK.hub_id
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 """Paths of a transformer's repeated blocks, whose linear layers are quantised."""
 WORTH_IMAGES = 1000
-"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured here: others
-report about a minute to compile the blocks, and a tenth of a second saved per image."""
+"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured
+here: others report about a minute to compile the blocks, and a tenth of a second saved per image.
+"""
 OF_A_LOADED_BASE = ("recompute_ff", "recompute", "nf4")
 """The plans that a run can change to before its first update, from the fastest to the leanest."""
-USABLE = 0.9  # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
+# Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
+USABLE = 0.9
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers` that get an adapter.
-    `projections` counts the UNet's parameters that quantisation replaces, `text_projections` those of cross-attention's
-    to_k and to_v, which have `text_outputs` outputs together. For a convolution (out, in, h, w), in is in·h·w."""
+    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers`
+    that get an adapter. `projections` counts the UNet's parameters that quantisation replaces,
+    `text_projections` those of cross-attention's to_k and to_v, which have `text_outputs` outputs
+    together. For a convolution (out, in, h, w), in is in·h·w."""
 
     unet: int = STOCK.parameters
     projections: int = STOCK.in_blocks
@@ -95,7 +108,8 @@ class BaseSize:
     """Path and in + out of each layer that gets an adapter, where known."""
     family: families.Facts = SDXL
     hub_id: str = ""  # Of the known model, where its files are not here.
-    is_assumed: bool = False  # Whether the base is another model than that one, whose size is not known.
+    # Whether the base is another model than that one, whose size is not known.
+    is_assumed: bool = False
     text_layers: int = sum(count for count, _ in families.CLIP_LAYERS.values())
     text_widths: int = sum(width for _, width in families.CLIP_LAYERS.values())
     """The same of the text encoders' layers that get an adapter if those are trained."""
@@ -119,10 +133,11 @@ class Estimate:
 
 
 def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
-    """The size of a base with the adapter on these layers, counted in its folder where that is whole.
-    Else it is assumed, with the adapter on the family's usual layers, by the model that is known by
-    its id, or that a single file is nearest to; of another base by the largest model of its family, or
-    by SDXL where the family is not known either. Raises UserError for damaged files."""
+    """The size of a base with the adapter on these layers, counted in its folder where that is
+    whole. Else it is assumed, with the adapter on the family's usual layers, by the model that is
+    known by its id, or that a single file is nearest to; of another base by the largest model of
+    its family, or by SDXL where the family is not known either. Raises UserError for damaged files.
+    """
     if base.shapes and all(base.shapes.values()):
         return size_of_shapes(base.facts, base.shapes, target_modules)
     facts, model = base.known or (base.facts, None)
@@ -133,36 +148,73 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     if facts in (None, SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
     is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
-    counts = {"unet": model.parameters, "projections": model.in_blocks, "text_projections": 0, "text_outputs": 0}
+    counts = {
+        "unet": model.parameters,
+        "projections": model.in_blocks,
+        "text_projections": 0,
+        "text_outputs": 0,
+    }
     adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
     clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
-    adapter |= {"text_layers": sum(count for count, _ in clip), "text_widths": sum(width for _, width in clip)}
-    others = {"text_encoders": model.encoders, "vae": model.vae, "family": facts, "hub_id": model.hub_id}
+    adapter |= {
+        "text_layers": sum(count for count, _ in clip),
+        "text_widths": sum(width for _, width in clip),
+    }
+    others = {
+        "text_encoders": model.encoders,
+        "vae": model.vae,
+        "family": facts,
+        "hub_id": model.hub_id,
+    }
     return BaseSize(**counts, **adapter, **others, is_assumed=is_assumed)
 
 
 def size_of_shapes(
-    facts: families.Facts, shapes: Mapping[str, dict[str, list[int]]], target_modules: tuple[str, ...]
+    facts: families.Facts,
+    shapes: Mapping[str, dict[str, list[int]]],
+    target_modules: tuple[str, ...],
 ) -> BaseSize:
     """The same by the shapes of each part's weights; a part may be missing."""
     denoiser = facts.denoiser
-    weights = {name: shape for name, shape in shapes[denoiser].items() if name.endswith(".weight") and len(shape) > 1}
+    weights = {
+        name: shape
+        for name, shape in shapes[denoiser].items()
+        if name.endswith(".weight") and len(shape) > 1
+    }
     layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
-    adapted = {path: shape for path, shape in layers.items() if rows.is_adapted(path, target_modules)}
+    adapted = {
+        path: shape for path, shape in layers.items() if rows.is_adapted(path, target_modules)
+    }
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
     widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
     total = sum(width for _, width in widths)
     blocks = BLOCKS.match if facts.style == "flow" else re.compile("transformer_blocks").search
     quantized = (shape for name, shape in weights.items() if blocks(name) and len(shape) == 2)
-    projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)  # as `base.load` chooses them
+    # as `base.load` chooses them
+    projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)
     of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
     hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
-    encoders = [weight for part in facts.adapted_encoders for weight in shapes.get(part, {}).items()]
-    clip = [
-        sum(shape) for name, shape in encoders if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS)
+    encoders = [
+        weight for part in facts.adapted_encoders for weight in shapes.get(part, {}).items()
     ]
-    known = count[denoiser], projections, *hosted, texts, count.get("vae", 0), total, len(widths), True, widths, facts
+    clip = [
+        sum(shape)
+        for name, shape in encoders
+        if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS)
+    ]
+    known = (
+        count[denoiser],
+        projections,
+        *hosted,
+        texts,
+        count.get("vae", 0),
+        total,
+        len(widths),
+        True,
+        widths,
+        facts,
+    )
     return BaseSize(*known, text_layers=len(clip), text_widths=sum(clip))
 
 
@@ -182,28 +234,42 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     step += vae if config.caching == "off" else 0.0  # which encodes the photos of each
     tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
     decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
-    drawing = vae + max(decoder, drawing_gib(config, size, images=2)) + products_gib(config, size, images=2)
+    drawing = (
+        vae
+        + max(decoder, drawing_gib(config, size, images=2))
+        + products_gib(config, size, images=2)
+    )
     in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * (config.use_ema or kind.averages)
     checkpoint = adapter * in_checkpoint / machine.GIB
     return Estimate(
         adapter_parameters=adapter,
         encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),
         training_gib=CONTEXT_GIB + weights + step,
-        sampling_gib=CONTEXT_GIB + weights + (drawing if config.sample_count or config.is_scored else 0),
+        sampling_gib=CONTEXT_GIB
+        + weights
+        + (drawing if config.sample_count or config.is_scored else 0),
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
 
 
-def preparing_gib(config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float) -> float:
-    """The most before the first step: photos are encoded, then texts. `unet`, `texts`, `vae`: their weights, GiB."""
-    side = config.resolution if size.family.style == "flow" else min(config.resolution, machine.TILES_PX[-1])
+def preparing_gib(
+    config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
+) -> float:
+    """The most before the first step: photos are encoded, then texts. `unet`, `texts`, `vae`: their
+    weights, GiB."""
+    side = (
+        config.resolution
+        if size.family.style == "flow"
+        else min(config.resolution, machine.TILES_PX[-1])
+    )
     encoder = side**2 * machine.ENCODER_BYTES_A_PIXEL / machine.GIB
     if config.draws_class_images:  # the whole pipeline draws before
         drawing = drawing_gib(config, size, images=2 * config.sample_batch_size)
         return unet + texts + vae + max(encoder, drawing)
-    if size.family.style == "flow" and not config.keeps_text_encoders:  # the denoiser is loaded later
+    # the denoiser is loaded later
+    if size.family.style == "flow" and not config.keeps_text_encoders:
         return vae + encoder  # encoders that do not fit encode on the CPU
     is_there = config.base_quantization == "int8"  # it is quantised on the GPU
     return max(vae + encoder, texts + TEXTS_GIB) + (unet if is_there else 0.0)
@@ -213,32 +279,38 @@ def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
     """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
     layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
     if not layers:
-        layers = [(config.rank, size.adapted_widths / max(1, size.adapted_layers))] * size.adapted_layers
+        layers = [
+            (config.rank, size.adapted_widths / max(1, size.adapted_layers))
+        ] * size.adapted_layers
     if config.train_text_encoder:
         layers += [(config.rank, size.text_widths / max(1, size.text_layers))] * size.text_layers
     return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
 
 
 def precision_of(config: table.TrainConfig) -> str:
-    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the environment."""
+    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the
+    environment."""
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
 def products_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
-    """The products of cross-attention's to_k and to_v with the images' text, while the host holds these weights."""
+    """The products of cross-attention's to_k and to_v with the images' text, while the host holds
+    these weights."""
     products = images * TOKENS * size.text_outputs if config.cache_cross_attention else 0
     return products * BYTES[precision_of(config)] / machine.GIB
 
 
 def drawing_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
-    """Memory of the UNet for images denoised together. A picture counts as two images, with and without its prompt."""
+    """Memory of the UNet for images denoised together. A picture counts as two images, with and
+    without its prompt."""
     memory = size.family.memory
     return (memory.drawing_gib if memory else DRAWING_GIB) * images * scale_of(config, size)
 
 
 def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
-    """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the family was counted on;
-    a narrower model needs less, about as its width. A transformer's grows with all tokens, those of the text too."""
+    """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the
+    family was counted on; a narrower model needs less, about as its width. A transformer's grows
+    with all tokens, those of the text too."""
     if memory := size.family.memory:
         tokens = (config.resolution / 16) ** 2 + memory.text_tokens
         width = math.sqrt(size.unet / memory.parameters)
@@ -259,15 +331,26 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
         return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
     if memory:
         return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
-    rank = adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))  # on average
-    image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (PEFT_STEP if is_pefts else 1)
+    # on average
+    rank = (
+        adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))
+    )
+    image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (
+        PEFT_STEP if is_pefts else 1
+    )
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     casts = adapter * 2 / machine.GIB
-    return image * scale + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet) + casts + products
+    return (
+        image * scale
+        + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet)
+        + casts
+        + products
+    )
 
 
 def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
-    """What a step's prompts keep in text encoders for the backward pass; recomputed as much less as the UNet."""
+    """What a step's prompts keep in text encoders for the backward pass; recomputed as much less as
+    the UNet."""
     if not config.keeps_text_encoders:
         return 0.0
     is_recomputed = config.gradient_checkpointing and config.train_text_encoder
@@ -276,20 +359,28 @@ def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
     return kept * (RECOMPUTED_GIB / STEP_GIB if is_recomputed else 1)
 
 
-def disk_gib(config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int) -> float:
+def disk_gib(
+    config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
+) -> float:
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
     subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
-    classes = {one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir}
+    classes = {
+        one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir
+    }
     pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
     published = 2 if config.evaluate_steps else 1  # that of the best step is kept beside the last
-    return checkpoints * checkpoint_gib + (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
+    return (
+        checkpoints * checkpoint_gib
+        + (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
+    )
 
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
-    """Raises UserError, with settings that fit, for a base of known size that needs more memory than is free."""
+    """Raises UserError, with settings that fit, for a base of known size that needs more memory
+    than is free."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
     if need < SMALL_GIB or not is_known:
@@ -302,8 +393,8 @@ def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
 
 
 def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
-    """`machine.free_gib` of this process's GPU; None without a GPU, or when accelerate is told to use the CPU. It
-    includes the CUDA context, which asking the driver creates."""
+    """`machine.free_gib` of this process's GPU; None without a GPU, or when accelerate is told to
+    use the CPU. It includes the CUDA context, which asking the driver creates."""
     if machine.asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch  # not before it is needed: a dry run answers at once
@@ -317,18 +408,27 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, and the recipe for such a card."""
-    is_kept = config.memory == "auto" and kept_plan(config) is not None  # the same word would keep it again
+    # the same word would keep it again
+    is_kept = config.memory == "auto" and kept_plan(config) is not None
     for changes in ({}, {"sample_batch_size": 1}):
-        tried = replace(without_plan(config) if is_kept else config, memory="auto", images_at_once=None, **changes)
+        tried = replace(
+            without_plan(config) if is_kept else config,
+            memory="auto",
+            images_at_once=None,
+            **changes,
+        )
         tried = replace(tried, **half_settings(tried, size.family, free_gib))
         word = plan_name(tried, size, free_gib) if is_kept else "auto"
         tried = replace(tried, **fitting_settings(tried, size, free_gib))
         cost = estimate(tried, size, 1).peak_gib
         if cost <= free_gib:
             flags = "".join(f" --{name} {value}" for name, value in changes.items())
-            fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)  # a tenth is the desktop's
+            # a tenth is the desktop's
+            fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)
             card = next(fitting, None)
-            recipe = f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
+            recipe = (
+                f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
+            )
             is_given = config.memory == "auto" and config.images_at_once and not is_kept
             said = (
                 f"leave out --images_at_once{flags and f' and give{flags}'}"
@@ -355,12 +455,15 @@ class Speed:
 
 
 def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
-    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or 8 bit."""
+    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or
+    8 bit."""
     images = images_of(config, steps)
     is_cuda = device_type == "cuda"
     pays = is_cuda and images >= WORTH_IMAGES
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    searches = pays and machine.searches_fast() and not config.enable_bucket and not config.deterministic
+    searches = (
+        pays and machine.searches_fast() and not config.enable_bucket and not config.deterministic
+    )
     return Speed(config.compile == "on" or by_itself, searches, images)
 
 
@@ -376,9 +479,12 @@ def images_of(config: table.TrainConfig, steps: int) -> float:
     return images * (config.resolution / 1024) ** 2
 
 
-def memory_settings(config: table.TrainConfig, base: Base, free_gib: float | None = None) -> dict[str, Any]:
-    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's, if another process
-    will train; else all processes of the run must call it. Raises UserError for damaged files."""
+def memory_settings(
+    config: table.TrainConfig, base: Base, free_gib: float | None = None
+) -> dict[str, Any]:
+    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's,
+    if another process will train; else all processes of the run must call it. Raises UserError for
+    damaged files."""
     if config.memory is None:
         return {}
     free = least_free_gib() if free_gib is None else free_gib
@@ -390,8 +496,9 @@ def memory_settings(config: table.TrainConfig, base: Base, free_gib: float | Non
 
 
 def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
-    """What `--memory` chose for a run that goes on from a checkpoint with the same word: another plan would change the
-    result's bytes. None for a fresh run, and for one that began with another word."""
+    """What `--memory` chose for a run that goes on from a checkpoint with the same word: another
+    plan would change the result's bytes. None for a fresh run, and for one that began with another
+    word."""
     run_dir = RunDir(config.output_dir)
     if not config.resume_from_checkpoint or run_dir.latest_checkpoint() is None:
         return None
@@ -403,23 +510,36 @@ def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
 
 
 def without_plan(config: table.TrainConfig) -> table.TrainConfig:
-    plain = {name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"}
+    plain = {
+        name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"
+    }
     return replace(config, **plain)
 
 
 def still_open(config: table.TrainConfig) -> set[str]:
     """The settings that a word of `--memory` decides, but for those that were given."""
-    return {name for name in table.SETTINGS["memory"].metadata["replaces"] if not rules.given_flag(config, name)}
+    return {
+        name
+        for name in table.SETTINGS["memory"].metadata["replaces"]
+        if not rules.given_flag(config, name)
+    }
 
 
-def half_settings(config: table.TrainConfig, facts: families.Facts, free_gib: float | None) -> dict[str, str]:
+def half_settings(
+    config: table.TrainConfig, facts: families.Facts, free_gib: float | None
+) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_open = free_gib is not None and config.mixed_precision is None and precision_of(config) == "no"
+    is_open = (
+        free_gib is not None and config.mixed_precision is None and precision_of(config) == "no"
+    )
     return {"mixed_precision": machine.half_precision_of(facts)} if is_open else {}
 
 
-def fitting_settings(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> dict[str, Any]:
-    """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its largest that fits."""
+def fitting_settings(
+    config: table.TrainConfig, size: BaseSize, free_gib: float | None
+) -> dict[str, Any]:
+    """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
+    largest that fits."""
     passes, plan = passes_of(config), plan_settings(config, plan_name(config, size, free_gib))
     for images in passes if free_gib is not None else ():
         if estimate(replace(config, **plan, **images), size, 1).peak_gib <= USABLE * free_gib:
@@ -433,34 +553,50 @@ def plan_name(config: table.TrainConfig, size: BaseSize, free_gib: float | None)
 
 
 def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
-    """The passes to choose from, as settings: all images of a step together, half of them, and so on down to one; the
-    given one, and a micro-batch where texts are trained, alone. A pass of one micro-batch sets nothing."""
+    """The passes to choose from, as settings: all images of a step together, half of them, and so
+    on down to one; the given one, and a micro-batch where texts are trained, alone. A pass of one
+    micro-batch sets nothing."""
     if config.images_at_once is not None or rules.excluded_by("images_at_once", config):
         return [{}]
     found, images = [], config.gradient_accumulation_steps * config.images_a_micro_batch
     while images not in found:
         found.append(images)
         images = math.ceil(images / 2)
-    return [{"images_at_once": images} if images != config.images_a_micro_batch else {} for images in found]
+    return [
+        {"images_at_once": images} if images != config.images_a_micro_batch else {}
+        for images in found
+    ]
 
 
 def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; int8 stays."""
     is_quantized = config.base_quantization != "none"
-    return {key: value for key, value in table.PLANS[name].items() if not (is_quantized and key == "base_quantization")}
+    return {
+        key: value
+        for key, value in table.PLANS[name].items()
+        if not (is_quantized and key == "base_quantization")
+    }
 
 
 def fitting(
-    config: table.TrainConfig, size: BaseSize, free_gib: float | None, names: Collection[str] = tuple(table.PLANS)
+    config: table.TrainConfig,
+    size: BaseSize,
+    free_gib: float | None,
+    names: Collection[str] = tuple(table.PLANS),
 ) -> str:
-    """The first of `names` that fits, or else the leanest possible plan; a later check refuses that."""
+    """The first of `names` that fits, or else the leanest possible plan; a later check refuses
+    that."""
     if free_gib is None:
         return "full"
     needs = costs(config, size, names)
-    return next((name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1])
+    return next(
+        (name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1]
+    )
 
 
-def costs(config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)) -> dict[str, float]:
+def costs(
+    config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)
+) -> dict[str, float]:
     """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
     return {
         name: estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
@@ -513,10 +649,14 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in costs(without_plan(config), size).items())
+    needs = ", ".join(
+        f"{name} {cost:.1f} GiB" for name, cost in costs(without_plan(config), size).items()
+    )
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
     passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
-    return [f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"]
+    return [
+        f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"
+    ]
 
 
 def is_alone() -> bool:
@@ -525,7 +665,8 @@ def is_alone() -> bool:
 
 
 def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
-    """What each process finds. Raises UserError on all where one has other `words`, or where `find` raises it."""
+    """What each process finds. Raises UserError on all where one has other `words`, or where `find`
+    raises it."""
     if is_alone():
         return find()
     from dreambooth_moslora.plan.distributed import agreed, joined
@@ -550,12 +691,19 @@ def by_all(check: Callable[[], Result]) -> Result:
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share; one that is not given has its default."""
     apart = {*table.named("secret"), *table.named("per_process")}
-    shared = {name: settings.get(name, item.default) for name, item in table.SETTINGS.items() if name not in apart}
-    return "\n".join(f"--{name} {table.checked_setting(name, value)!r}" for name, value in shared.items())
+    shared = {
+        name: settings.get(name, item.default)
+        for name, item in table.SETTINGS.items()
+        if name not in apart
+    }
+    return "\n".join(
+        f"--{name} {table.checked_setting(name, value)!r}" for name, value in shared.items()
+    )
 
 
 def least_free_gib(*, is_later: bool = False) -> float | None:
-    """`free_gib_of_gpu` of the process that has the least, so that all choose the same. All must call it."""
+    """`free_gib_of_gpu` of the process that has the least, so that all choose the same. All must
+    call it."""
     own = free_gib_of_gpu(is_later=is_later)
     if is_alone():
         return own

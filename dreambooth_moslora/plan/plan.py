@@ -1,4 +1,5 @@
-"""The plan of a run, made once, before the base is loaded: a dry run and the page print it, the trainer follows it.
+"""The plan of a run, made once, before the base is loaded: a dry run and the page print it, the
+trainer follows it.
 
 settings --memory--> settings --checks--> base --photos--> steps --estimate--> cost
 
@@ -6,8 +7,8 @@ samples per epoch = photos × repeats, or the number of class images if larger
 steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
-Several subjects are shown equally often. Each counts as if it had as many photos as the largest one: an epoch
-shows each photo of that subject once, and photos of the others more often.
+Several subjects are shown equally often. Each counts as if it had as many photos as the largest
+one: an epoch shows each photo of that subject once, and photos of the others more often.
 """
 
 import math
@@ -52,8 +53,11 @@ class StepPlan:
         )
 
 
-def plan_steps(config: TrainConfig, photos: int | Sequence[int], process_count: int = 1) -> StepPlan:
-    """`photos` is their number, or one for each subject. Raises ZeroDivisionError for none (see `photo_report`)."""
+def plan_steps(
+    config: TrainConfig, photos: int | Sequence[int], process_count: int = 1
+) -> StepPlan:
+    """`photos` is their number, or one for each subject. Raises ZeroDivisionError for none (see
+    `photo_report`)."""
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
@@ -97,8 +101,9 @@ def make_plan(
     free_gib: float | None = None,
     is_later: bool = False,
 ) -> Plan:
-    """The plan of a run whose folders `check_folders` allows, in all its processes. `report`: photos read before.
-    `is_later`: another process trains, on a GPU with `free_gib`. Raises UserError for what training would refuse."""
+    """The plan of a run whose folders `check_folders` allows, in all its processes. `report`:
+    photos read before. `is_later`: another process trains, on a GPU with `free_gib`. Raises
+    UserError for what training would refuse."""
     memory.check_same(config)
     base = memory.by_all(lambda: Base.of(config))
     config = replace(config, **checks.family_settings(config, base))

@@ -1,7 +1,8 @@
-"""What is known of each family of models without loading one: the parts of its pipeline, and its usual settings.
+"""What is known of each family of models without loading one: the parts of its pipeline, and its
+usual settings.
 
-The base says which family it is, by the class of its pipeline (`model_index.json`). How a family encodes and predicts
-is in `base.pipelines`. Nothing else asks for a family by name.
+The base says which family it is, by the class of its pipeline (`model_index.json`). How a family
+encodes and predicts is in `base.pipelines`. Nothing else asks for a family by name.
 
 Sources: diffusers 0.42, its pipelines' defaults and its `examples/dreambooth` scripts.
 """
@@ -17,8 +18,8 @@ from dreambooth_moslora.errors import UserError
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so many `parameters`
-    with the targets below at rank 16 (`benchmarks.family_memory`)."""
+    """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so
+    many `parameters` with the targets below at rank 16 (`benchmarks.family_memory`)."""
 
     full_gib: float
     recomputed_gib: float
@@ -29,8 +30,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model: its parameters, those in linear layers of its blocks, the number of its layers that get an
-    adapter by default and the sum of their inputs and outputs, and the parameters of its text encoders and VAE."""
+    """A published model: its parameters, those in linear layers of its blocks, the number of its
+    layers that get an adapter by default and the sum of their inputs and outputs, and the
+    parameters of its text encoders and VAE."""
 
     hub_id: str
     parameters: int
@@ -43,14 +45,16 @@ class Model:
 
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
 CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
-"""Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and their in + out."""
+"""Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and
+their in + out."""
 QWEN3_4B, QWEN3_8B, GEMMA2_2B = 4_022_468_096, 8_190_735_360, 2_614_341_888
 """Parameters of text encoders that several models have."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the page."""
+    """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the
+    page."""
 
     name: str
     title: str
@@ -63,11 +67,13 @@ class Facts:
     """Those whose LoRA diffusers loads: what `--train_text_encoder` trains."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     style: str = "flow"
-    """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity."""
+    """What the denoiser predicts: `flow`, n - x of z = (1 - σ)x + σn, or `ddpm`, noise or velocity.
+    """
     weighting_scheme: str = "none"  # As the next, a default of diffusers' script.
     precondition_outputs: bool = False
     has_level_shift: bool = False
-    """Whether its scheduler has a line by which larger pictures get noisier levels; else all get the same."""
+    """Whether its scheduler has a line by which larger pictures get noisier levels; else all get
+    the same."""
     text_options: tuple[str, ...] = ("max_sequence_length",)
     """Settings that are arguments of the pipeline's `encode_prompt`."""
     guidance: float = 4.0
@@ -79,24 +85,28 @@ class Facts:
     resolution_px: int = 1024
     multiple_px: int = 16  # Sides of pictures are multiples of this.
     needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
-    has_new_tokens: bool = False  # Whether new tokens can be learnt in its text encoders (pivotal tuning).
+    # Whether new tokens can be learnt in its text encoders (pivotal tuning).
+    has_new_tokens: bool = False
     modelspec: str = ""
-    """Name of the architecture in the header of a file in kohya's form, and kohya's own word for it."""
+    """Name of the architecture in the header of a file in kohya's form, and kohya's own word for
+    it."""
     kohya_version: str = ""
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
     memory: Memory | None = None  # None for UNets, which are counted by SDXL's.
     file_mark: str = ""
-    """A tensor that only this family's single files have, in the layout of its authors. "" for SDXL's, which are those
-    without another's mark."""
+    """A tensor that only this family's single files have, in the layout of its authors. "" for
+    SDXL's, which are those without another's mark."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
     not_in_comfyui: str = ""
     """Why ComfyUI, "it", does not read the published file; "" where it does."""
-    call: str = ""  # What the pipeline's call needs beside a prompt, in the snippet of a model card.
+    # What the pipeline's call needs beside a prompt, in the snippet of a model card.
+    call: str = ""
     recipes: tuple[int, ...] = ()
-    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's, which is for all."""
+    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's,
+    which is for all."""
 
     @property
     def denoiser_name(self) -> str:
@@ -106,11 +116,27 @@ class Facts:
 
 JOINT = tuple(
     f"attn.{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    for name in (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    )
 )
-"""Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1 name them."""
+"""Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1
+name them."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-UNET = {"model": "UNet2DConditionModel", "denoiser": "unet", "style": "ddpm", "multiple_px": 8, "text_options": ()}
+UNET = {
+    "model": "UNet2DConditionModel",
+    "denoiser": "unet",
+    "style": "ddpm",
+    "multiple_px": 8,
+    "text_options": (),
+}
 
 # fmt: off
 FAMILIES = (
@@ -185,7 +211,12 @@ FAMILIES = (
         )),
 )
 # fmt: on
-OF_UNETS = ("do_edm_style_training", "snr_gamma", "debiased_estimation_loss", "timestep_bias_strategy")
+OF_UNETS = (
+    "do_edm_style_training",
+    "snr_gamma",
+    "debiased_estimation_loss",
+    "timestep_bias_strategy",
+)
 OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward")
 """Settings that only UNets obey."""
 OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
@@ -198,28 +229,35 @@ DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 
 
 def text_options_of(settings: object) -> dict[str, Any]:
-    """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the base's own."""
-    return {name: value for name in TEXT_OPTIONS if (value := getattr(settings, name)) not in (None, ())}
+    """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the
+    base's own."""
+    return {
+        name: value for name in TEXT_OPTIONS if (value := getattr(settings, name)) not in (None, ())
+    }
 
 
 def facts_of(pipeline: str) -> Facts:
     """The family of a pipeline's class. Raises UserError for a class that is not one of these."""
     if pipeline not in BY_PIPELINE:
         known = ", ".join(facts.title for facts in FAMILIES)
-        raise UserError(f"a base of the class {pipeline} cannot be trained here: take one of {known}.")
+        raise UserError(
+            f"a base of the class {pipeline} cannot be trained here: take one of {known}."
+        )
     return BY_PIPELINE[pipeline]
 
 
 FEW_STEPS = ("turbo", "schnell", "lightning", "hyper-sd")
 """Words in the names of models that draw in a few steps."""
 UNDONE = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
-"""In the names of models that were trained back to many steps, which are bases: Z-Image-De-Turbo."""
+"""In the names of models that were trained back to many steps, which are bases: Z-Image-De-Turbo.
+"""
 
 
 def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
-    """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what few-step models have
-    learnt, or learns a subject that is anybody's."""
-    parts = Path(name.lower()).parts  # of a path the base's own folder tells, and in the hub's cache the model's
+    """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what
+    few-step models have learnt, or learns a subject that is anybody's."""
+    # of a path the base's own folder tells, and in the hub's cache the model's
+    parts = Path(name.lower()).parts
     named = " ".join([*parts[-1:], *(part for part in parts if part.startswith("models--"))])
     words = [] if UNDONE.search(named) else [word for word in FEW_STEPS if word in named]
     if not (words or index.get("is_distilled")):
@@ -230,8 +268,13 @@ def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
 
 
 def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:
-    """The family of a denoiser's class and configuration: SDXL's UNet is conditioned on sizes. Raises UserError."""
+    """The family of a denoiser's class and configuration: SDXL's UNet is conditioned on sizes.
+    Raises UserError."""
     found = [facts for facts in FAMILIES if facts.model == model]
     if not found:
         raise UserError(f"{model} is not a model of a family that can be trained here.")
-    return found[0] if len(found) == 1 or config.get("addition_embed_type") == "text_time" else found[1]
+    return (
+        found[0]
+        if len(found) == 1 or config.get("addition_embed_type") == "text_time"
+        else found[1]
+    )

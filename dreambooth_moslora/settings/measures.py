@@ -1,7 +1,8 @@
-"""The measures of an adapter: one row each, from which reports, logs, plots, cards and studies follow.
+"""The measures of an adapter: one row each, from which reports, logs, plots, cards and studies
+follow.
 
-The formulas are in `evaluation/metrics.py`, and `evaluation/score_tables.py` computes a table of each measure by its
-name. Rows stand in the order in which people see them.
+The formulas are in `evaluation/metrics.py`, and `evaluation/score_tables.py` computes a table of
+each measure by its name. Rows stand in the order in which people see them.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,20 @@ CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"  # Score pi
 @dataclass(frozen=True)
 class Measure:
     title: str = ""  # its name in reports; a row without one is in no table of a report
-    kind: Literal["score", "share", "judge"] = "score"  # scores, shares of a scale, answers of the toy's judge
+    # scores, shares of a scale, answers of the toy's judge
+    kind: Literal["score", "share", "judge"] = "score"
     base: str = ""  # the measure of the base's own pictures that stands beside it
     help: str = ""  # what it means
     share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
-    truth: str = ""  # its title beside the toy's true renders (NAME_ceiling) and other individuals (NAME_floor)
+    # its title beside the toy's true renders (NAME_ceiling) and other individuals (NAME_floor)
+    truth: str = ""
     summary: bool = False  # whether `evaluate` prints it
-    logged: bool = False  # whether evaluations during training write it into the run's events, and so into the card
+    # whether evaluations during training write it into the run's events, and so into the card
+    logged: bool = False
     curve: str = ""  # its label on plots of a run, short enough for a phone
     sentence: str = ""  # what `explain` says of it, with fields for any score
-    study: Literal["", "values", "scores", "differences"] = ""  # what a study does with it: compares the values, shows
+    # what a study does with it: compares the values, shows
+    study: Literal["", "values", "scores", "differences"] = ""
     # the score of each arm, or the differences too
     column: str = ""  # its title in a study's tables, if not `title`
     panel: str = ""  # its title on a study's plots, if it is drawn there
@@ -93,7 +98,8 @@ MEASURES = {
         study="differences", panel="score"),
     "class_moved": Measure(sentence="a bare {class_word} went {class_moved:.0%} of the way to yours (PRES)"),
 }
-"""By the name that `scores.json` and a run's events give it. For PRES, drift, confusion and copies, less is better."""
+"""By the name that `scores.json` and a run's events give it. For PRES, drift, confusion and copies,
+less is better."""
 # fmt: on
 
 

@@ -1,6 +1,7 @@
 """The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
 
-Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank 16.
+Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank
+16.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ class OptimizerKind:
     options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
     package: str | None = None  # what pip installs for it
     in_8_bit: str | None = None
-    learns: tuple[str, ...] = ()  # the values of a group that its steps change, which a checkpoint keeps
+    # the values of a group that its steps change, which a checkpoint keeps
+    learns: tuple[str, ...] = ()
     bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
     one_rate: bool = False  # all groups share one learning rate
     averages: bool = False  # it publishes the average of its steps
@@ -31,7 +33,8 @@ OF_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
 # fmt: off
 OPTIMIZERS = {
     "AdamW": OptimizerKind("torch.optim:AdamW",
-        # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
+        # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on
+        # a CPU
         lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
         in_8_bit="bitsandbytes.optim:AdamW8bit"),
     # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it

@@ -1,7 +1,7 @@
 """Prompts: their token and class, what to draw during training, and the evaluation templates.
 
-The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz et al. 2023 (arXiv 2208.12242,
-google/dreambooth). `{}` stands for "token class", or for the class alone.
+The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz et al. 2023 (arXiv
+2208.12242, google/dreambooth). `{}` stands for "token class", or for the class alone.
 """
 
 import re
@@ -14,27 +14,60 @@ from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.table import TrainConfig
 
 PLACES = (
-    *("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric"),
-    *("on top of a wooden floor", "with a city in the background", "with a mountain in the background"),
+    *(
+        "in the jungle",
+        "in the snow",
+        "on the beach",
+        "on a cobblestone street",
+        "on top of pink fabric",
+    ),
+    *(
+        "on top of a wooden floor",
+        "with a city in the background",
+        "with a mountain in the background",
+    ),
     *("with a blue house in the background", "on top of a purple rug in a forest"),
 )
 OBJECT_PLACES = (
     *("with a wheat field in the background", "with a tree and autumn leaves in the background"),
-    *("with the Eiffel Tower in the background", "floating on top of water", "floating in an ocean of milk"),
+    *(
+        "with the Eiffel Tower in the background",
+        "floating on top of water",
+        "floating in an ocean of milk",
+    ),
     *("on top of green grass with sunflowers around it", "on top of a mirror"),
-    *("on top of the sidewalk in a crowded street", "on top of a dirt road", "on top of a white rug"),
+    *(
+        "on top of the sidewalk in a crowded street",
+        "on top of a dirt road",
+        "on top of a white rug",
+    ),
 )
 OUTFITS = (
-    *("wearing a red hat", "wearing a santa hat", "wearing a rainbow scarf", "wearing a black top hat and a monocle"),
+    *(
+        "wearing a red hat",
+        "wearing a santa hat",
+        "wearing a rainbow scarf",
+        "wearing a black top hat and a monocle",
+    ),
     *("in a chef outfit", "in a firefighter outfit", "in a police outfit", "wearing pink glasses"),
     *("wearing a yellow shirt", "in a purple wizard outfit"),
 )
 LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
-DREAMBOOTH_OBJECT_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES), *(f"a {look} {{}}" for look in LOOKS))
-DREAMBOOTH_LIVE_TEMPLATES = (*(f"a {{}} {p}" for p in PLACES + OUTFITS), *(f"a {look} {{}}" for look in LOOKS))
-OPENING = re.compile(r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I)
+DREAMBOOTH_OBJECT_TEMPLATES = (
+    *(f"a {{}} {p}" for p in PLACES + OBJECT_PLACES),
+    *(f"a {look} {{}}" for look in LOOKS),
+)
+DREAMBOOTH_LIVE_TEMPLATES = (
+    *(f"a {{}} {p}" for p in PLACES + OUTFITS),
+    *(f"a {look} {{}}" for look in LOOKS),
+)
+OPENING = re.compile(
+    r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I
+)
 ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
-CONTEXT = re.compile(r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I)
+CONTEXT = re.compile(
+    r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I
+)
 USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
 CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
@@ -54,7 +87,8 @@ class Subject:
 
 
 def subject_of(config: TrainConfig) -> Subject:
-    """A run's one subject: as given, else the words of the instance prompt that the class prompt lacks."""
+    """A run's one subject: as given, else the words of the instance prompt that the class prompt
+    lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     if token := (config.token or "").strip():
@@ -64,7 +98,9 @@ def subject_of(config: TrainConfig) -> Subject:
         found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
     else:
         found = Subject(" ".join(words[:1]), " ".join(words[1:]))
-    return Subject(found.token, config.class_word if config.class_word is not None else found.class_word)
+    return Subject(
+        found.token, config.class_word if config.class_word is not None else found.class_word
+    )
 
 
 def noun_of(prompt: str) -> str:
@@ -88,34 +124,46 @@ def word_pattern(word: str) -> re.Pattern:
 
 
 def learnt_words(config: TrainConfig) -> tuple[str, ...]:
-    """The word of each subject that its new tokens stand for. Raises UserError unless prompts and words are apart."""
+    """The word of each subject that its new tokens stand for. Raises UserError unless prompts and
+    words are apart."""
     if not config.train_text_encoder_ti:
         return ()
     subjects = config.each_subject
     words = tuple(map(learnt_word, subjects))
     for one, other in permutations(words, 2):
         if word_pattern(one).search(other):
-            raise UserError(f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word of its own.")
+            raise UserError(
+                f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word of its own."
+            )
     for word, subject in product(words, subjects):
         for prompt in (subject.class_prompt or "", *subject.prior_prompts):
             if word_pattern(word).search(prompt):
-                raise UserError(f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}.")
+                raise UserError(
+                    f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}."
+                )
     return words
 
 
 def learnt_word(config: TrainConfig) -> str:
     """The word of a run's one subject. Raises UserError unless the instance prompt has it."""
-    usual = USUAL_WORD if word_pattern(USUAL_WORD).search(config.instance_prompt) else subject_of(config).token
+    usual = (
+        USUAL_WORD
+        if word_pattern(USUAL_WORD).search(config.instance_prompt)
+        else subject_of(config).token
+    )
     word = (config.token_abstraction or usual).strip()
     if "," in word:
         raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
     if not word or not word_pattern(word).search(config.instance_prompt):
-        raise UserError(f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt.")
+        raise UserError(
+            f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt."
+        )
     return word
 
 
 def token_names(counts: Iterable[int]) -> list[list[str]]:
-    """Names of the new tokens of each word, which has so many, as in diffusers' scripts: `<s0>`, `<s1>` and so on."""
+    """Names of the new tokens of each word, which has so many, as in diffusers' scripts: `<s0>`,
+    `<s1>` and so on."""
     numbers = count()
     return [[f"<s{next(numbers)}>" for _ in range(of_one)] for of_one in counts]
 
@@ -138,14 +186,24 @@ def joined(*parts: str) -> str:
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one.validation_prompt or one.instance_prompt for one in config.each_subject))
+    return tuple(
+        dict.fromkeys(one.validation_prompt or one.instance_prompt for one in config.each_subject)
+    )
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """New contexts for each subject, which show what the adapter can do beyond the photos; then pairs of subjects."""
-    templates = toys.CONTEXT_TEMPLATES if toys.is_toy(config.pretrained_model_name_or_path) else CONTEXT_TEMPLATES
+    """New contexts for each subject, which show what the adapter can do beyond the photos; then
+    pairs of subjects."""
+    templates = (
+        toys.CONTEXT_TEMPLATES
+        if toys.is_toy(config.pretrained_model_name_or_path)
+        else CONTEXT_TEMPLATES
+    )
     names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
-    return (*(template.format(name) for name in names for template in templates), *together_prompts(config))
+    return (
+        *(template.format(name) for name in names for template in templates),
+        *together_prompts(config),
+    )
 
 
 def together_prompts(config: TrainConfig) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from dreambooth_moslora.errors import UserError
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
-"""B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style."""
+"""B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
+"""
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
 NUMBER = re.compile(r"[0-9]{1,3}")
 SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
@@ -32,7 +33,9 @@ SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
 def is_target(path: str, name: str) -> bool:
     """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
     name = full_name(name)
-    return is_like(path, name) or (path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION))
+    return is_like(path, name) or (
+        path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION)
+    )
 
 
 def is_adapted(path: str, names: Iterable[str]) -> bool:
@@ -57,21 +60,29 @@ def is_like(path: str, name: str) -> bool:
 
 
 def parse_pattern(flag: str, text: str) -> tuple[str, float]:
-    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises UserError."""
+    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises
+    UserError."""
     match = PATTERN.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
     except ValueError:
         value = math.nan
     is_rank = flag == "rank_pattern"
-    if match is None or not 0 < value <= 1e6 or (is_rank and not (value.is_integer() and value <= 4096)):
+    if (
+        match is None
+        or not 0 < value <= 1e6
+        or (is_rank and not (value.is_integer() and value <= 4096))
+    ):
         kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
-        raise UserError(f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8.")
+        raise UserError(
+            f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8."
+        )
     return match["name"], value
 
 
 def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    """`1024,1024;768,1360` of `--aspect_ratio_buckets` -> (height, width) of each, px. Raises UserError."""
+    """`1024,1024;768,1360` of `--aspect_ratio_buckets` -> (height, width) of each, px. Raises
+    UserError."""
     matches = [SIZE.fullmatch(pair) for pair in text.split(";")] if text else []
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match)
     if len(sizes) < len(matches) or any(side % 8 for size in sizes for side in size):
@@ -92,14 +103,18 @@ def is_text_projection(path: str) -> bool:
 
 
 Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
-Subject = NewType("Subject", Any)  # A `table.SubjectTable`; before conversion, a mapping of its settings
-WORDS = "words"  # In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
-Idle = tuple[tuple[str, Callable[[Any], object]], ...]  # (how "--flag has no effect …" goes on, when), …
+# A `table.SubjectTable`; before conversion, a mapping of its settings
+Subject = NewType("Subject", Any)
+# In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
+WORDS = "words"
+# (how "--flag has no effect …" goes on, when), …
+Idle = tuple[tuple[str, Callable[[Any], object]], ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of a setting beside its name, type and default; it becomes the field's metadata."""
+    """What the table says of a setting beside its name, type and default; it becomes the field's
+    metadata."""
 
     help: str
     group: str
@@ -108,23 +123,29 @@ class Row:
     high: float | None = None
     below: float | None = None  # low <= value <= high, above < value < below
     choices: Collection[str] = ()
-    spellings: Mapping[str, str] = field(default_factory=dict)  # other spellings, in lower case -> choice
-    required: bool = False  # `train` needs it as a flag or in a file, except with a folder and a word
+    # other spellings, in lower case -> choice
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    # `train` needs it as a flag or in a file, except with a folder and a word
+    required: bool = False
     secret: bool = False  # never written to a file
-    path: Callable[[str], str] | None = None  # finds the file or folder; no shell expands `~` in files
+    # finds the file or folder; no shell expands `~` in files
+    path: Callable[[str], str] | None = None
     per_process: bool = False  # may differ between the processes of one run
     per_subject: bool = False  # each of several subjects may have its own
     check: bool = False  # the command `check` takes it too
-    yields_to: tuple[str, ...] = ()  # dropped from --config if one is given (`per_subject`: subjects, WORDS)
+    # dropped from --config if one is given (`per_subject`: subjects, WORDS)
+    yields_to: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()  # if it is given, these are not taken from the file of --like
     publish: str | None = None
-    """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it differs from the
-    default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
+    """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it
+    differs from the default, so that other files keep their bytes). Only for what cannot hold text
+    of the user's."""
     idle: Idle = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
     resume: str | None = None  # "same": a resumed run must have the checkpoint's value
     kohya: str = ""  # its keys in kohya's headers
-    of_kohya: Callable[[str], Any] = str  # its value from such a key's text; None if the key does not set it
+    # its value from such a key's text; None if the key does not set it
+    of_kohya: Callable[[str], Any] = str
     elsewhere: str = ""  # flags of other trainers that mean the same
     also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
 
@@ -146,8 +167,13 @@ def where(words: str, applies: Callable[[Any], object]) -> Idle:
 
 def unless(**needed: Any) -> Idle:
     """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
-    flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in needed.items())
-    return where(f"without {flags}", lambda run: any(getattr(run, name) != value for name, value in needed.items()))
+    flags = " ".join(
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in needed.items()
+    )
+    return where(
+        f"without {flags}",
+        lambda run: any(getattr(run, name) != value for name, value in needed.items()),
+    )
 
 
 def one_side(text: str) -> str:

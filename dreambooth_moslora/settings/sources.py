@@ -1,11 +1,13 @@
-"""Where settings come from: TOML and JSON files, the recipe in an adapter's header, another trainer's header.
+"""Where settings come from: TOML and JSON files, the recipe in an adapter's header, another
+trainer's header.
 
     --config FILE --load_settings--> settings
     --like FILE   --recipe_in_file--> FoundRecipe --unless_given--> settings
 
-The recipe of a run is what a published adapter file tells of its settings: numbers, switches, choices and names of
-layers, never paths, prompts or words. Anyone may have written a header, kohya's (`ss_*`) or one like ours: only
-settings that a recipe may hold are taken, and each is checked. What the user says overrides them.
+The recipe of a run is what a published adapter file tells of its settings: numbers, switches,
+choices and names of layers, never paths, prompts or words. Anyone may have written a header,
+kohya's (`ss_*`) or one like ours: only settings that a recipe may hold are taken, and each is
+checked. What the user says overrides them.
 """
 
 import re
@@ -22,11 +24,18 @@ from dreambooth_moslora.disk.contents import from_json, read_json, reason_of, sm
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig, checked_setting, named
+from dreambooth_moslora.settings.table import (
+    FIELD_TYPES,
+    SETTINGS,
+    TrainConfig,
+    checked_setting,
+    named,
+)
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
-    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`. Raises UserError."""
+    """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`.
+    Raises UserError."""
     return flatten(read_tables(path), Path(path))
 
 
@@ -109,12 +118,18 @@ OF_DATASETS = (
     *("batch_size_per_device", "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso"),
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens"),
 )
-"""What a header says in `ss_datasets`, for each data set or subset, if kohya's --dataset_config was given."""
+"""What a header says in `ss_datasets`, for each data set or subset, if kohya's --dataset_config was
+given."""
 KOHYA = {
-    key: {name: item.metadata["of_kohya"] for name, item in SETTINGS.items() if key in item.metadata["kohya"].split()}
+    key: {
+        name: item.metadata["of_kohya"]
+        for name, item in SETTINGS.items()
+        if key in item.metadata["kohya"].split()
+    }
     for key in " ".join(item.metadata["kohya"] for item in SETTINGS.values()).split()
 }
-"""kohya's key -> settings that it means, and how their values are read. The values are not checked yet."""
+"""kohya's key -> settings that it means, and how their values are read. The values are not checked
+yet."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +142,17 @@ class FoundRecipe:
     def remarks(self) -> list[str]:
         lines = []
         if self.without_equivalent:
-            lines.append(f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}")
+            lines.append(
+                f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}"
+            )
         if self.invalid:
             lines.append(f"ignored, as they are invalid: {one_line('; '.join(self.invalid), 600)}")
         return lines
 
 
 def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The recipe's settings that are not `given`, and lines about them; `path`: file or run. Raises UserError."""
+    """The recipe's settings that are not `given`, and lines about them; `path`: file or run. Raises
+    UserError."""
     file = Path(find_asset(path))
     try:
         file = file / PUBLISHED_NAME if file.is_dir() else file
@@ -144,19 +162,23 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except UserError as error:
         raise UserError(f"--like {path}: {error}.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"--like {path}: it is not a safetensors file: {one_line(error)}.") from None
+        raise UserError(
+            f"--like {path}: it is not a safetensors file: {one_line(error)}."
+        ) from None
     settings = unless_given(found.settings, given)
     said = f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"
     return settings, [said, *found.remarks]
 
 
 def recipe_in_file(file: Path) -> FoundRecipe:
-    """The recipe in the file's header. Raises UserError for a file without one, and for another kind of file."""
+    """The recipe in the file's header. Raises UserError for a file without one, and for another
+    kind of file."""
     return recipe_in(header_of(file))
 
 
 def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
-    """This program's recipe, else kohya's settings. Raises UserError for a header without one of these."""
+    """This program's recipe, else kohya's settings. Raises UserError for a header without one of
+    these."""
     facts = {}
     with suppress(UserError):
         facts = from_json(header.get("moslora", "{}"))
@@ -171,7 +193,8 @@ def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
 
 
 def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not `given` themselves or replaced by given ones. Raises UserError for a wrong value."""
+    """The settings that are not `given` themselves or replaced by given ones. Raises UserError for
+    a wrong value."""
     gone = set()
     for name, item in SETTINGS.items():
         if item.metadata["replaces"] and name in given and checked_setting(name, given[name]):
@@ -180,10 +203,14 @@ def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 
 def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys without one."""
+    """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys
+    without one."""
     of_datasets = told_by_datasets(header.get("ss_datasets", "[]"))
     header = {key: text for key, (text, *others) in of_datasets.items() if not others} | header
-    values, meaningless = {}, [f"several values of {key}" for key, texts in of_datasets.items() if len(texts) > 1]
+    values, meaningless = (
+        {},
+        [f"several values of {key}" for key, texts in of_datasets.items() if len(texts) > 1],
+    )
     for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
         text = header[key].strip()
         if key in KOHYA and text not in UNSET:
@@ -206,7 +233,8 @@ DataSet.__pydantic_config__ = {"extra": "allow"}
 
 
 def told_by_datasets(text: str) -> dict[str, list[str]]:
-    """`ss_resolution` and its like -> the different values that the data sets have; {} for a text that is broken."""
+    """`ss_resolution` and its like -> the different values that the data sets have; {} for a text
+    that is broken."""
     found: dict[str, dict[str, None]] = {}
     with suppress(UserError):
         for dataset in from_json(text, list[DataSet]):

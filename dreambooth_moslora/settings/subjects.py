@@ -5,7 +5,8 @@
                                                                      "a photo of a duck"
     instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or two lines: its prompt, its class prompt
 
-A table overrides the run's other settings. A run without tables has one subject, described by its settings.
+A table overrides the run's other settings. A run without tables has one subject, described by its
+settings.
 """
 
 import os
@@ -21,21 +22,27 @@ from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 
 Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
-COUNTED = re.compile(r"^\d+_")  # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
+# kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
+COUNTED = re.compile(r"^\d+_")
 
 
 def to_tables(value: Any) -> tuple[Any, ...] | None:
     """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
     if isinstance(value, (str, Path)):
         path = Path(find_asset(str(value)))
-        return to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(one, Mapping) or is_dataclass(one) for one in value):
+        return (
+            to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
+        )
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(one, Mapping) or is_dataclass(one) for one in value
+    ):
         return None
     return tuple(value)
 
 
 def tables_in(path: Path) -> list[dict[str, Any]]:
-    """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises UserError."""
+    """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises
+    UserError."""
     try:
         return read_json(path, list[dict[str, Any]])
     except UserError as error:
@@ -44,18 +51,25 @@ def tables_in(path: Path) -> list[dict[str, Any]]:
 
 def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
     if not folder.is_dir():
-        raise UserError(f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}.")
+        raise UserError(
+            f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}."
+        )
     try:
-        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = sorted(
+            path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
     except OSError as error:
         raise UserError(f"--subjects {folder}: {error.strerror}.") from error
     if not folders:
-        raise UserError(f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`.")
+        raise UserError(
+            f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`."
+        )
     return tuple({"instance_data_dir": str(path)} | prompts_of(path) for path in folders)
 
 
 def prompts_of(folder: Path) -> dict[str, str]:
-    """Instance and class prompt: the lines of `name.txt` beside the folder, else from its name. Raises UserError."""
+    """Instance and class prompt: the lines of `name.txt` beside the folder, else from its name.
+    Raises UserError."""
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
         try:
@@ -63,16 +77,23 @@ def prompts_of(folder: Path) -> dict[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--subjects: {file} is not a text file.") from error
         if len(lines) not in (1, 2):
-            raise UserError(f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class.")
+            raise UserError(
+                f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class."
+            )
     else:
         token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
         noun = " ".join(kind)
-        lines = [f"a photo of a {token} {noun}", f"a photo of a {noun}"] if kind else [f"a photo of {token}"]
+        lines = (
+            [f"a photo of a {token} {noun}", f"a photo of a {noun}"]
+            if kind
+            else [f"a photo of {token}"]
+        )
     return dict(zip(("instance_prompt", "class_prompt"), lines))
 
 
 def stream_of(name: str, number: int) -> str:
-    """The seed name for random draws of subject `number`, from 0; the first has that of a run with one subject."""
+    """The seed name for random draws of subject `number`, from 0; the first has that of a run with
+    one subject."""
     return f"{name} {number}" if number else name
 
 
@@ -81,7 +102,9 @@ def check_subjects(config: Config) -> None:
     defaults = {item.name: item.default for item in fields(config)}
     for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
         if getattr(config, name) != defaults[name]:
-            raise UserError(f"--subjects and --{name}: each subject names its own; give one of the two.")
+            raise UserError(
+                f"--subjects and --{name}: each subject names its own; give one of the two."
+            )
     found = []
     for number, table in enumerate(config.subjects, 1):
         for name in ("instance_data_dir", "instance_prompt"):
@@ -93,10 +116,17 @@ def check_subjects(config: Config) -> None:
             raise UserError(f"subject {number} ({table.instance_data_dir}): {error}") from error
     for name in ("instance_data_dir", "instance_prompt"):
         values = [getattr(one, name) for one in found]
-        value, count = Counter(map(os.path.normpath, values) if name.endswith("_dir") else values).most_common(1)[0]
+        value, count = Counter(
+            map(os.path.normpath, values) if name.endswith("_dir") else values
+        ).most_common(1)[0]
         if count > 1:
-            raise UserError(f"--subjects: {count} of them have the {name} {value!r}; each needs its own.")
+            raise UserError(
+                f"--subjects: {count} of them have the {name} {value!r}; each needs its own."
+            )
     classes: dict[str, str | None] = {}
     for one in found:
-        if one.class_data_dir and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt:
+        if (
+            one.class_data_dir
+            and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt
+        ):
             raise UserError(f"--class_data_dir {one.class_data_dir}: two classes cannot share it.")

@@ -1,9 +1,11 @@
-"""The table of all settings of a training run: each is one row of `TrainConfig`, with all that is known of it.
+"""The table of all settings of a training run: each is one row of `TrainConfig`, with all that is
+known of it.
 
-A row has the setting's name, type, default and help, and what `rows.Row` lists: bounds, choices, whether a published
-file tells it, when it has no effect, its names elsewhere. The command line, the configuration files, `--like`, the
-header of a published file, the remarks before a run and the list in `docs/settings.md` are made from the rows. A rule
-between several settings is a sentence in `rules`.
+A row has the setting's name, type, default and help, and what `rows.Row` lists: bounds, choices,
+whether a published file tells it, when it has no effect, its names elsewhere. The command line, the
+configuration files, `--like`, the header of a published file, the remarks before a run and the list
+in `docs/settings.md` are made from the rows. A rule between several settings is a sentence in
+`rules`.
 """
 
 import math
@@ -24,7 +26,8 @@ from dreambooth_moslora.values import is_number
 
 KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
-BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")  # Files whose content decides a result.
+# Files whose content decides a result.
+BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "full_cached": {"cache_cross_attention": True},
@@ -41,7 +44,17 @@ NO_ADAM = rows.where("with --optimizer {optimizer}",
     lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run))  # fmt: skip
 NO_PRODIGY = rows.unless(optimizer="Prodigy")
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "comet_ml",
+    "trackio",
+    "aim",
+    "mlflow",
+    "clearml",
+    "dvclive",
+    "swanlab",
+)
 
 of_base = rows.grouped("base model")
 of_photos = rows.grouped("photos")
@@ -57,8 +70,9 @@ of_hub = rows.grouped("hub")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Values are converted and checked on construction; UserError names the wrong setting and the reason. None means
-    "not set" where it is allowed. Lengths ending in `_steps` count optimizer steps; sizes are px."""
+    """Values are converted and checked on construction; UserError names the wrong setting and the
+    reason. None means "not set" where it is allowed. Lengths ending in `_steps` count optimizer
+    steps; sizes are px."""
 
     # fmt: off
     pretrained_model_name_or_path: str = of_base("toy",
@@ -444,7 +458,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
-        if areas := [height * width for height, width in rows.parse_sizes(self.aspect_ratio_buckets)]:
+        if areas := [
+            height * width for height, width in rows.parse_sizes(self.aspect_ratio_buckets)
+        ]:
             object.__setattr__(self, "enable_bucket", True)
             object.__setattr__(self, "resolution", max(32, round(math.sqrt(max(areas)) / 32) * 32))
         rules.check_together(self)
@@ -452,7 +468,9 @@ class TrainConfig:
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
         """The run's 1 to n subjects, each as the settings of a run with this subject alone."""
-        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (self,)
+        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (
+            self,
+        )
 
     @property
     def draws_class_images(self) -> bool:
@@ -474,8 +492,8 @@ class TrainConfig:
 
     @property
     def images_a_pass(self) -> int:
-        """The most images that pass through the denoiser together: whole micro-batches, or a part of one, which has
-        photos alone or prior images alone."""
+        """The most images that pass through the denoiser together: whole micro-batches, or a part
+        of one, which has photos alone or prior images alone."""
         whole, wanted = self.images_a_micro_batch, self.images_at_once or self.images_a_micro_batch
         if wanted < whole:
             return min(wanted, self.train_batch_size)
@@ -488,8 +506,8 @@ class TrainConfig:
 
     @property
     def bare_share(self) -> float:
-        """The share of exposures with the instance prompt, of photos whose captions lack it. A data set's captions are
-        used as they are, as diffusers' scripts do, unless a share was given."""
+        """The share of exposures with the instance prompt, of photos whose captions lack it. A data
+        set's captions are used as they are, as diffusers' scripts do, unless a share was given."""
         if self.instance_prompt_share is not None:
             return self.instance_prompt_share
         return 1 / 4 if self.caption_column is None else 0.0
@@ -501,18 +519,24 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the nearest known one."""
+        """Settings by name, as from a file. Raises UserError for an unknown name and suggests the
+        nearest known one."""
         return cls(**check_each(values))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values of all settings but the secret ones, for `from_dict`."""
-        shown = {name: getattr(self, name) for name, item in SETTINGS.items() if not item.metadata["secret"]}
+        shown = {
+            name: getattr(self, name)
+            for name, item in SETTINGS.items()
+            if not item.metadata["secret"]
+        }
         lists = {name: list(value) for name, value in shown.items() if isinstance(value, tuple)}
         return shown | lists | {"subjects": [subject.to_dict() for subject in self.subjects]}
 
 
 FieldType = tuple[Any, bool]
-"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is allowed)."""
+"""(bool, int, float, str, tuple for names, Prompt or Subject for several of them; whether None is
+allowed)."""
 
 
 def field_types(owner: type) -> dict[str, FieldType]:
@@ -521,7 +545,9 @@ def field_types(owner: type) -> dict[str, FieldType]:
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kind = next(k for k in kinds if k is not type(None))
         if kind not in (bool, int, float, str):
-            kind = next((item for item in (rows.Prompt, rows.Subject) if item in get_args(kind)), tuple)
+            kind = next(
+                (item for item in (rows.Prompt, rows.Subject) if item in get_args(kind)), tuple
+            )
         types[name] = kind, type(None) in kinds
     return types
 
@@ -542,7 +568,9 @@ OTHER_NAMES = {
     for other in f"{item.metadata['also']} {item.metadata['elsewhere']}".split()
 }
 """What other trainers call a setting -> its name."""
-SAID_BY_SUBJECTS = tuple(name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"])
+SAID_BY_SUBJECTS = tuple(
+    name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"]
+)
 """What the tables of several subjects say instead of the run's own settings."""
 SubjectTable = make_dataclass(
     "SubjectTable",
@@ -551,7 +579,9 @@ SubjectTable = make_dataclass(
     namespace={
         "__doc__": "The settings in which a subject differs from the run; None for the others.",
         "__module__": __name__,
-        "to_dict": lambda self: {name: value for name, value in vars(self).items() if value is not None},
+        "to_dict": lambda self: {
+            name: value for name, value in vars(self).items() if value is not None
+        },
     },
 )
 
@@ -562,12 +592,15 @@ def subject_table(values: Any) -> Any:
         return values
     known = named("per_subject")
     if unknown := sorted(map(str, values.keys() - set(known))):
-        raise UserError(f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}.")
+        raise UserError(
+            f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}."
+        )
     return SubjectTable(**values)
 
 
 def checked_setting(name: str, value: Any) -> Any:
-    """The value of any source, converted to the setting's type and within its limits. Raises UserError."""
+    """The value of any source, converted to the setting's type and within its limits. Raises
+    UserError."""
     item, (base, is_optional) = SETTINGS[name], FIELD_TYPES[name]
     facts = item.metadata
     if value is None and is_optional:
@@ -587,7 +620,16 @@ def checked_setting(name: str, value: Any) -> Any:
 
 
 MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+BOOLEANS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -600,11 +642,18 @@ EXPECTED = {
 
 
 def as_type(base: Any, value: Any) -> Any:
-    """The value as one of the type; None if it is none. Raises UserError for tables of subjects that cannot be read."""
+    """The value as one of the type; None if it is none. Raises UserError for tables of subjects
+    that cannot be read."""
     if base is rows.Subject:
         return subjects.to_tables(value)
     if base is bool:
-        return value if isinstance(value, bool) else BOOLEANS.get(value.lower()) if isinstance(value, str) else None
+        return (
+            value
+            if isinstance(value, bool)
+            else BOOLEANS.get(value.lower())
+            if isinstance(value, str)
+            else None
+        )
     if base is str:
         return str(value) if isinstance(value, (str, Path)) else None
     if base in (int, float):
@@ -623,7 +672,8 @@ def as_type(base: Any, value: Any) -> Any:
 
 
 def whole(value: Any, number: float) -> int | None:
-    """The value, which is near `number`, as a whole number, with all digits of a text; None if it is none."""
+    """The value, which is near `number`, as a whole number, with all digits of a text; None if it
+    is none."""
     if not number.is_integer():
         return None
     try:
@@ -642,7 +692,8 @@ BOUNDS = {
 
 
 def check_number(name: str, value: float, **bounds: float | None) -> None:
-    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks one of BOUNDS."""
+    """Raises UserError, which begins with `--name`, for a number that is not finite or breaks one
+    of BOUNDS."""
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
     if bounds.get("high") is None and isinstance(value, int):
@@ -661,15 +712,25 @@ def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             plain = name.replace("-", "_")
             close = OTHER_NAMES.get(plain) or rows.nearest(plain, SETTINGS)
-            raise UserError(f"unknown setting `{name}`" + (f": did you mean `{close}`?" if close else "; see --help."))
+            raise UserError(
+                f"unknown setting `{name}`"
+                + (f": did you mean `{close}`?" if close else "; see --help.")
+            )
     return dict(values)
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
-    """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals the layer's rank."""
+    """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals
+    the layer's rank."""
     is_text = component.startswith("text_encoder")
-    rank = rows.pattern_value(() if is_text else config.rank_pattern, "rank_pattern", path) or config.rank
-    alpha = rows.pattern_value(() if is_text else config.alpha_pattern, "alpha_pattern", path) or config.lora_alpha
+    rank = (
+        rows.pattern_value(() if is_text else config.rank_pattern, "rank_pattern", path)
+        or config.rank
+    )
+    alpha = (
+        rows.pattern_value(() if is_text else config.alpha_pattern, "alpha_pattern", path)
+        or config.lora_alpha
+    )
     return int(rank), float(alpha or rank)
 
 
@@ -688,19 +749,27 @@ def check_rank(mixer: str, rank: int, factor: int) -> None:
     if mixer == "butterfly" and rank % 2:
         raise UserError(f"mixer butterfly needs an even rank, not {rank}")
     if mixer == KRONECKER and (factor < 1 or rank % factor):
-        raise UserError(f"mixer kronecker needs a rank that mixer_factor {factor} divides, not {rank}")
+        raise UserError(
+            f"mixer kronecker needs a rank that mixer_factor {factor} divides, not {rank}"
+        )
 
 
 def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
-    """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x `factor` blocks."""
+    """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x
+    `factor` blocks."""
     if len(size) != 2 or any(side % factor for side in size):
         shape = "×".join(map(str, size))
-        cure = "choose another mixer, leave it out of --target_modules, or give another --mixer_factor"
-        raise UserError(f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks: {cure}")
+        cure = (
+            "choose another mixer, leave it out of --target_modules, or give another --mixer_factor"
+        )
+        raise UserError(
+            f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks: {cure}"
+        )
 
 
 def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
-    """A warning where a layer's rank exceeds the fewer of its inputs and outputs (`narrowest`, by path); else None."""
+    """A warning where a layer's rank exceeds the fewer of its inputs and outputs (`narrowest`, by
+    path); else None."""
     ranks = {path: rank_and_alpha(config, component, path)[0] for path in narrowest}
     wide = [path for path, rank in ranks.items() if rank > narrowest[path]]
     if not wide:

@@ -1,7 +1,8 @@
-"""The embedded bases, and what belongs to their world: its places, and the networks that read its pictures.
+"""The embedded bases, and what belongs to their world: its places, and the networks that read its
+pictures.
 
-They are small models, each of one family, that train in minutes without a GPU. What they draw are toys in sixteen
-places, and they know no other words (`toybox` renders the world and trains them).
+They are small models, each of one family, that train in minutes without a GPU. What they draw are
+toys in sixteen places, and they know no other words (`toybox` renders the world and trains them).
 """
 
 import json
@@ -16,20 +17,37 @@ TOYS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
 """Their names and folders."""
 ABOUT = "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows only its own toys"
 RESOLUTION_PX = 128
-GUIDANCE = 1.5  # Above the value that uses the prompt alone: with the family's, their colours saturate.
+# Above the value that uses the prompt alone: with the family's, their colours saturate.
+GUIDANCE = 1.5
 CLIP_FOLDER = TOYS["toy"]
-"""The CLIP that scores pictures and reads the surroundings in photos: the optional parts of that pipeline."""
+"""The CLIP that scores pictures and reads the surroundings in photos: the optional parts of that
+pipeline."""
 DINO_FOLDER, SEGMENTER_FOLDER = ASSETS / "toy-dino", ASSETS / "toy-segmenter"
 """What scores likeness, and what finds the toy in a photo."""
 
 PLACES = (
-    *("on grass", "in the snow", "on the beach", "on a wooden floor", "on a purple rug", "in the desert"),
-    *("on a checkered floor", "in a pink room", "on water", "in a forest", "on a city street", "on the moon"),
+    *(
+        "on grass",
+        "in the snow",
+        "on the beach",
+        "on a wooden floor",
+        "on a purple rug",
+        "in the desert",
+    ),
+    *(
+        "on a checkered floor",
+        "in a pink room",
+        "on water",
+        "in a forest",
+        "on a city street",
+        "on the moon",
+    ),
     *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
 )
 TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in PLACES)
 CONTEXT_TEMPLATES = tuple(
-    f"a photo of a {{}} {place}" for place in ("on the beach", "in the snow", "on lava", "on the moon")
+    f"a photo of a {{}} {place}"
+    for place in ("on the beach", "in the snow", "on lava", "on the moon")
 )
 UNRELATED = (
     ("a photo of a yellow {} on the beach", "duck"),

@@ -1,1 +1,2 @@
-"""Trains an adapter on photos: inputs, objective, step, loop, checkpoints, and the results of a run."""
+"""Trains an adapter on photos: inputs, objective, step, loop, checkpoints, and the results of a
+run."""

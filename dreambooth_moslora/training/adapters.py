@@ -1,8 +1,8 @@
 """What a run learns: the adapters of the base's layers, and new tokens.
 
-Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed after it. Only their
-rows are parameters; the encoders and their embedding tables are frozen. Prompts with the new word are encoded at each
-step before the pivot, and once after it.
+Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed
+after it. Only their rows are parameters; the encoders and their embedding tables are frozen.
+Prompts with the new word are encoded at each step before the pivot, and once after it.
 """
 
 import logging
@@ -34,7 +34,9 @@ from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 logger = logging.getLogger(__name__)
 
 
-def trained_modules(config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+def trained_modules(
+    config: TrainConfig, facts: Facts, pipeline: DiffusionPipeline
+) -> dict[str, torch.nn.Module]:
     """The modules that get adapters, by diffusers' names."""
     names = (facts.denoiser, *(facts.adapted_encoders if config.train_text_encoder else ()))
     return {name: getattr(pipeline, name) for name in names}
@@ -47,14 +49,16 @@ def add_adapters(
     *,
     start: lora_file.AdapterWeights | None = None,
 ) -> None:
-    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start` if given. Raises
-    UserError for a checkpoint of other layers."""
+    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start`
+    if given. Raises UserError for a checkpoint of other layers."""
     if checkpoint is None:
         fresh_adapters(config, components, start)
     else:
         raw_file.load_raw(checkpoint / RAW_NAME, components)
         for name, module in components.items():
-            differing = set(moslora.adapter_layers(module)) ^ set(target_paths(config, name, module))
+            differing = set(moslora.adapter_layers(module)) ^ set(
+                target_paths(config, name, module)
+            )
             if differing:
                 raise UserError(
                     f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
@@ -67,11 +71,15 @@ def add_adapters(
 
 
 class PlainAttention(AttnProcessor2_0):
-    """Attention of a UNet's transformer block without diffusers' division of the result by 1: the same numbers, two
-    kernels less in a step."""
+    """Attention of a UNet's transformer block without diffusers' division of the result by 1: the
+    same numbers, two kernels less in a step."""
 
     def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **others
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **others,
     ):
         if any(value is not None for value in others.values()):  # a mask
             return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
@@ -83,7 +91,8 @@ class PlainAttention(AttnProcessor2_0):
 
 
 class PlainResnet(ResnetBlock2D):
-    """A UNet's residual block without diffusers' division of the sum by 1: the same numbers, two kernels less."""
+    """A UNet's residual block without diffusers' division of the sum by 1: the same numbers, two
+    kernels less."""
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         inner = self.conv1(self.nonlinearity(self.norm1(x)))
@@ -93,7 +102,8 @@ class PlainResnet(ResnetBlock2D):
 
 
 def drop_divisions(denoiser: torch.nn.Module) -> None:
-    """In place, where diffusers' own attention and residual blocks would add nothing but a division by 1."""
+    """In place, where diffusers' own attention and residual blocks would add nothing but a division
+    by 1."""
     for module in denoiser.modules():
         if is_plain_attention(module):
             module.processor = PlainAttention()
@@ -102,9 +112,17 @@ def drop_divisions(denoiser: torch.nn.Module) -> None:
 
 
 def is_plain_attention(module: torch.nn.Module) -> bool:
-    if type(getattr(module, "processor", None)) is not AttnProcessor2_0 or not isinstance(module, Attention):
+    if type(getattr(module, "processor", None)) is not AttnProcessor2_0 or not isinstance(
+        module, Attention
+    ):
         return False
-    extras = (module.group_norm, module.spatial_norm, module.norm_cross, module.norm_q, module.norm_k)
+    extras = (
+        module.group_norm,
+        module.spatial_norm,
+        module.norm_cross,
+        module.norm_q,
+        module.norm_k,
+    )
     adds_nothing = all(extra is None for extra in extras) and not module.residual_connection
     return adds_nothing and module.rescale_output_factor == 1
 
@@ -113,7 +131,11 @@ def is_plain_resnet(module: torch.nn.Module) -> bool:
     if type(module) is not ResnetBlock2D or module.time_emb_proj is None or module.skip_time_act:
         return False
     resamples = module.upsample is not None or module.downsample is not None
-    return not resamples and module.time_embedding_norm == "default" and module.output_scale_factor == 1
+    return (
+        not resamples
+        and module.time_embedding_norm == "default"
+        and module.output_scale_factor == 1
+    )
 
 
 class RecomputedFeedForward(FeedForward):
@@ -139,20 +161,26 @@ def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
 
 
 def fresh_adapters(
-    config: TrainConfig, components: dict[str, torch.nn.Module], start: lora_file.AdapterWeights | None
+    config: TrainConfig,
+    components: dict[str, torch.nn.Module],
+    start: lora_file.AdapterWeights | None,
 ) -> None:
     """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
         paths, layers = target_paths(config, name, module), moslora.matrix_layers(module)
-        if line := ranks_in_vain(config, name, moslora.narrowest_sides({path: layers[path] for path in paths})):
+        if line := ranks_in_vain(
+            config, name, moslora.narrowest_sides({path: layers[path] for path in paths})
+        ):
             logger.warning("%s", line)
         torch.manual_seed(seed_of(config.seed, "adapter", name))
         sizes = {path: rank_and_alpha(config, name, path) for path in paths}
         ranks, alphas = ({path: both[place] for path, both in sizes.items()} for place in (0, 1))
         same = ("lora_dropout", "use_dora", "use_rslora", "mixer", "train_mixer", "mixer_factor")
         settings = {name: getattr(config, name) for name in same} | {"mixer_seed": config.seed}
-        moslora.inject(module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings))
+        moslora.inject(
+            module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings)
+        )
     if start is not None:
         logger.warning("%s", lora_file.begin_with(start, components).sentence())
 
@@ -163,7 +191,8 @@ def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -
 
 
 class LearntTokens:
-    """The new tokens of a run's subjects, fixed from step `pivot` on. `cached` encodes the prompts without them."""
+    """The new tokens of a run's subjects, fixed from step `pivot` on. `cached` encodes the prompts
+    without them."""
 
     def __init__(
         self,
@@ -175,16 +204,25 @@ class LearntTokens:
     ):
         self.pipeline, self.cached = pipeline, cached
         self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
-        kept = [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)] if checkpoint else []
+        kept = (
+            [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)]
+            if checkpoint
+            else []
+        )
         started = kept or fresh_tokens(config, pipeline)
         device = pipeline.text_encoder.device
         learnt = [
-            {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()} for one in started
+            {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()}
+            for one in started
         ]
-        self.tokens = tuple(new_tokens.NewTokens(one.word, rows) for one, rows in zip(started, learnt))
+        self.tokens = tuple(
+            new_tokens.NewTokens(one.word, rows) for one, rows in zip(started, learnt)
+        )
         self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
         self.is_averaged = False
-        self._encoded = PromptCache(lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), "")
+        self._encoded = PromptCache(
+            lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), ""
+        )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -192,7 +230,8 @@ class LearntTokens:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """For a step's update. Missing gradients become zero; from the pivot on the rows stay as they are."""
+        """For a step's update. Missing gradients become zero; from the pivot on the rows stay as
+        they are."""
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
@@ -203,7 +242,8 @@ class LearntTokens:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """In this block the rows hold their average, so encodings of the rows themselves are neither used nor kept."""
+        """In this block the rows hold their average, so encodings of the rows themselves are
+        neither used nor kept."""
         self.is_averaged = True
         try:
             yield
@@ -211,33 +251,46 @@ class LearntTokens:
             self.is_averaged = False
 
     def texts(self, prompts: list[str], step: int) -> list[pipelines.Text]:
-        """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients before the pivot."""
+        """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients
+        before the pivot."""
         mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
         is_at_rest = step >= self.pivot and not self.is_averaged
-        encode = self._encoded if is_at_rest else lambda texts: load.encode_text(self.pipeline, texts)
+        encode = (
+            self._encoded if is_at_rest else lambda texts: load.encode_text(self.pipeline, texts)
+        )
         found = {}
         for group, ask in ((mine, encode), (others, self.cached)):
             found |= dict(zip(group, ask(group) if group else [], strict=True))
         device = self.parameters[0].device
-        return [{name: tensor.to(device) for name, tensor in found[prompt].items()} for prompt in prompts]
+        return [
+            {name: tensor.to(device) for name, tensor in found[prompt].items()}
+            for prompt in prompts
+        ]
 
 
 def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[new_tokens.NewTokens]:
-    """Rows (n, D) of the concept's words, or random as the table, for each subject. Raises UserError for no words."""
+    """Rows (n, D) of the concept's words, or random as the table, for each subject. Raises
+    UserError for no words."""
     found = []
-    for number, (word, subject) in enumerate(zip(learnt_words(config), config.each_subject, strict=True)):
+    for number, (word, subject) in enumerate(
+        zip(learnt_words(config), config.each_subject, strict=True)
+    ):
         concept, rows = subject.initializer_concept, {}
         for part in new_tokens.KEYS:
             table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
             if concept:
-                ids = getattr(pipeline, new_tokens.TOKENIZERS[part])(concept, add_special_tokens=False).input_ids
+                ids = getattr(pipeline, new_tokens.TOKENIZERS[part])(
+                    concept, add_special_tokens=False
+                ).input_ids
                 rows[part] = table[ids].clone()
             else:
                 draws = generator(subject.seed, stream_of("new tokens", number), part)
                 shape = subject.num_new_tokens_per_abstraction, table.shape[1]
                 rows[part] = torch.randn(shape, generator=draws) * table.std()
         if len({len(each) for each in rows.values()}) != 1 or not len(rows["text_encoder"]):
-            raise UserError(f"--initializer_concept {concept}: the tokenizers make no such words of it.")
+            raise UserError(
+                f"--initializer_concept {concept}: the tokenizers make no such words of it."
+            )
         found.append(new_tokens.NewTokens(word, rows))
     return found

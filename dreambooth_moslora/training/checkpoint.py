@@ -1,9 +1,11 @@
 """Checkpoints, from which one a run goes on, and the files of earlier runs in its folder.
 
-A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent. Every draw is named by
-(seed, step) (see `seeds`), so the step number suffices to continue as if the run had never stopped.
+A checkpoint holds the raw adapter (A, M, B), the optimizer and the position, complete or absent.
+Every draw is named by (seed, step) (see `seeds`), so the step number suffices to continue as if the
+run had never stopped.
 
-Files in the run folder that a new run does not continue, or would overwrite, are moved to `earlier_run_1`.
+Files in the run folder that a new run does not continue, or would overwrite, are moved to
+`earlier_run_1`.
 """
 
 import json
@@ -31,7 +33,8 @@ from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_
 from dreambooth_moslora.training.reporter import RunContext
 
 OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
-WEIGHTS = "weights.pt"  # The weights that training continues from, if the checkpoint's adapter is their average
+# The weights that training continues from, if the checkpoint's adapter is their average
+WEIGHTS = "weights.pt"
 
 
 def save_checkpoint(
@@ -44,7 +47,8 @@ def save_checkpoint(
     weights: list[torch.Tensor] | None = None,
     tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> None:
-    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS, if any."""
+    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS,
+    if any."""
     with atomic_directory(path) as folder:
         for number, of_one in enumerate(tokens):
             new_tokens.write_tokens(folder / run_folder.tokens_name(number=number), of_one)
@@ -63,7 +67,9 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [path for name in names if (path := checkpoint / name).is_file()]
-    files = {path.name: file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]}
+    files = {
+        path.name: file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]
+    }
     return content_key(**asdict(replace(position, digest="")), files=files)
 
 
@@ -83,14 +89,17 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def check_whole(checkpoint: Path) -> Position:
-    """The checkpoint's position. Raises UserError when its files were changed, or belong to different checkpoints."""
+    """The checkpoint's position. Raises UserError when its files were changed, or belong to
+    different checkpoints."""
     position = read_position(checkpoint)
     if min(position.step, position.seed) < 0:
         raise damaged(checkpoint, POSITION, "step and seed are below 0")
     if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
         raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest != digest_of(checkpoint, position):
-        raise damaged(checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint")
+        raise damaged(
+            checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint"
+        )
     return position
 
 
@@ -102,11 +111,14 @@ def save_states(states: dict, path: Path) -> None:
 
 
 def damaged(checkpoint: Path, name: str, reason: object) -> UserError:
-    return UserError(f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint.")
+    return UserError(
+        f"{checkpoint} is damaged ({name}: {one_line(reason)}); resume from another checkpoint."
+    )
 
 
 def load_states(checkpoint: Path, name: str) -> dict:
-    """Read what `torch.save` wrote; its content cannot run code. Raises UserError when it is damaged."""
+    """Read what `torch.save` wrote; its content cannot run code. Raises UserError when it is
+    damaged."""
     try:
         states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
@@ -117,13 +129,19 @@ def load_states(checkpoint: Path, name: str) -> dict:
 
 
 def restore_optimizer(
-    checkpoint: Path, step: int, optimizer: Optimizer, schedule: LambdaLR, scaler: torch.amp.GradScaler | None = None
+    checkpoint: Path,
+    step: int,
+    optimizer: Optimizer,
+    schedule: LambdaLR,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Restore the optimizer's moments, with the current settings, and the rates of `step`."""
     states = load_states(checkpoint, OPTIMIZER)
     optimizer.load_state_dict(with_own_settings(states, optimizer))
     schedule.last_epoch = step
-    for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+    for group, lr, factor in zip(
+        optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
         group["lr"] = lr * factor(step)
     if scaler is not None and (checkpoint / SCALER).is_file():
         scaler.load_state_dict(load_states(checkpoint, SCALER))
@@ -138,14 +156,17 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | None:
-    """`latest` (undamaged; None and a warning without), a path, or a name in the run. Raises UserError."""
+    """`latest` (undamaged; None and a warning without), a path, or a name in the run. Raises
+    UserError."""
     if not wanted:
         return None
     if wanted != "latest":
         for path in (Path(wanted), run_dir.path / wanted):
             if run_folder.is_checkpoint(path):
                 return path
-        raise UserError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`.")
+        raise UserError(
+            f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`."
+        )
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
@@ -154,12 +175,20 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
         else:
             return checkpoint
     incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
-    there = f"{run_dir.path} ({incomplete}: not complete, or another program's)" if incomplete else run_dir.path
-    logger.warning("--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.", there)
+    there = (
+        f"{run_dir.path} ({incomplete}: not complete, or another program's)"
+        if incomplete
+        else run_dir.path
+    )
+    logger.warning(
+        "--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.", there
+    )
     return None
 
 
-def resume_point(config: table.TrainConfig, run_dir: run_folder.RunDir) -> tuple[Path, Position] | None:
+def resume_point(
+    config: table.TrainConfig, run_dir: run_folder.RunDir
+) -> tuple[Path, Position] | None:
     """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
     if checkpoint is None:
@@ -170,7 +199,8 @@ def resume_point(config: table.TrainConfig, run_dir: run_folder.RunDir) -> tuple
 
 
 def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Position) -> None:
-    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged adapter file."""
+    """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged
+    adapter file."""
     facts, modules = trained_modules(checkpoint)
     if position.optimizer != optimizer_kind(config):
         raise UserError(
@@ -186,8 +216,11 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
 
 
 def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
-    """Raises UserError when `base` has other weights than the checkpoint's, where both are held alike."""
-    (held_there, _, there), (held, _, here) = (name.rpartition(" ") for name in (position.base, base))
+    """Raises UserError when `base` has other weights than the checkpoint's, where both are held
+    alike."""
+    (held_there, _, there), (held, _, here) = (
+        name.rpartition(" ") for name in (position.base, base)
+    )
     if checkpoint is not None and held_there == held and there != here:
         raise UserError(
             f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with other weights: "
@@ -196,35 +229,63 @@ def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
 
 
 def settings_of_both(
-    config: table.TrainConfig, checkpoint: Path, seed: int, facts: metadata.AdapterMetadata, modules: set[str]
+    config: table.TrainConfig,
+    checkpoint: Path,
+    seed: int,
+    facts: metadata.AdapterMetadata,
+    modules: set[str],
 ) -> Iterator[tuple[str, object, object]]:
-    """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a missing file."""
+    """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a
+    missing file."""
     if config.seed is not None:
         yield "seed", seed, config.seed
-    yield "train_text_encoder", any(m.startswith("text_encoder") for m in modules), config.train_text_encoder
+    yield (
+        "train_text_encoder",
+        any(m.startswith("text_encoder") for m in modules),
+        config.train_text_encoder,
+    )
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
     if facts.tokens:
         words = [note["word"] for note in facts.tokens]
         yield "token_abstraction", " ".join(words), " ".join(prompts.learnt_words(config))
     for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
-            yield "num_new_tokens_per_abstraction", note["count"], config.num_new_tokens_per_abstraction
+            yield (
+                "num_new_tokens_per_abstraction",
+                note["count"],
+                config.num_new_tokens_per_abstraction,
+            )
         if not (checkpoint / run_folder.tokens_name(number=number)).is_file():
             raise damaged(checkpoint, run_folder.tokens_name(number=number), "it is missing")
     for module in sorted(modules):
         rank, alpha = table.rank_and_alpha(config, *module.split(".", 1))
-        yield "rank_pattern" if config.rank_pattern else "rank", facts.ranks.get(module, facts.rank), rank
-        yield "alpha_pattern" if config.alpha_pattern else "lora_alpha", facts.alphas.get(module, facts.alpha), alpha
+        yield (
+            "rank_pattern" if config.rank_pattern else "rank",
+            facts.ranks.get(module, facts.rank),
+            rank,
+        )
+        yield (
+            "alpha_pattern" if config.alpha_pattern else "lora_alpha",
+            facts.alphas.get(module, facts.alpha),
+            alpha,
+        )
     if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
     unlike = {"train_mixer"} if config.mixer == "none" else set()
     unlike |= {"mixer_factor"} if config.mixer != table.KRONECKER else set()
     for name in (name for name in table.named("resume", "same") if name not in unlike):
         yield name, getattr(facts, name), getattr(config, name)
-    asked, adapted = config.target_modules, [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")]
+    asked, adapted = (
+        config.target_modules,
+        [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")],
+    )
     is_met = all(any(rows.is_target(module, target) for module in adapted) for target in asked)
     if not is_met or not all(rows.is_adapted(module, asked) for module in adapted):
-        yield "target_modules", " ".join(sorted({last_name(module) for module in adapted})), " ".join(asked)
+        yield (
+            "target_modules",
+            " ".join(sorted({last_name(module) for module in adapted})),
+            " ".join(asked),
+        )
 
 
 def shown(value: object) -> str:
@@ -232,18 +293,23 @@ def shown(value: object) -> str:
 
 
 def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:
-    """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises UserError."""
+    """The metadata in the adapter file's header, and the modules (`component.path`) adapted. Raises
+    UserError."""
     try:
         with safe_open(checkpoint / run_folder.RAW_NAME, framework="pt") as file:
             facts = metadata.AdapterMetadata.from_json((file.metadata() or {})["moslora"])
             return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own kind, the disk another, and a header may hold anything
+    # safetensors raises its own kind, the disk another, and a header may hold anything
+    except Exception as error:
         raise damaged(checkpoint, run_folder.RAW_NAME, error) from None
 
 
 def has_previous_run(run_dir: run_folder.RunDir) -> bool:
     """Whether a checkpoint or an adapter exists; metrics alone come from a run without a result."""
-    return bool(run_dir.named_checkpoints() or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir))
+    return bool(
+        run_dir.named_checkpoints()
+        or present(run_dir.adapter_path, run_dir.kohya_path, run_dir.best_dir)
+    )
 
 
 def published_as(run_dir: run_folder.RunDir) -> list[Path]:
@@ -254,7 +320,9 @@ def published_as(run_dir: run_folder.RunDir) -> list[Path]:
 
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
-    later = [path for path in reversed(run_dir.named_checkpoints()) if run_folder.step_of(path) > step]
+    later = [
+        path for path in reversed(run_dir.named_checkpoints()) if run_folder.step_of(path) > step
+    ]
     scored = run_dir.read_scores()
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
@@ -269,7 +337,9 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     """Into the next `earlier_run_1`, if there are any paths, and say so."""
     if not paths:
         return
-    home = run_dir.path / free_name("earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True)
+    home = run_dir.path / free_name(
+        "earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True
+    )
     home.mkdir()
     for path in paths:
         place = home / path.relative_to(run_dir.path)
@@ -278,33 +348,55 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
     logger.warning("%s %s: moved to %s.", run_dir.path, what, home.name)
 
 
-def report_start(config: table.TrainConfig, context: RunContext, step: int, max_train_steps: int) -> None:
-    """Report the start. A folder without an earlier run is claimed at once, so that the run can be watched."""
-    context.report(events.RunStarted(max_train_steps, config.to_dict(), context.accelerator.num_processes))
+def report_start(
+    config: table.TrainConfig, context: RunContext, step: int, max_train_steps: int
+) -> None:
+    """Report the start. A folder without an earlier run is claimed at once, so that the run can be
+    watched."""
+    context.report(
+        events.RunStarted(max_train_steps, config.to_dict(), context.accelerator.num_processes)
+    )
     if step == 0 and not has_previous_run(context.run_dir):
         claim_run_folder(config, context, step)
 
 
-def claim_run_folder(config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None) -> None:
-    """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved away."""
+def claim_run_folder(
+    config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None
+) -> None:
+    """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved
+    away."""
     run_dir, report = context.run_dir, context.report
     if report.waiting is None or not context.accelerator.is_main_process:
         return
     is_own = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
     if is_own:
         archive_checkpoints_after(run_dir, step)
-        own = {run_dir.kohya_path, *run_dir.tokens_paths}  # a resumed run would not replace the others
+        # a resumed run would not replace the others
+        own = {run_dir.kohya_path, *run_dir.tokens_paths}
         renamed = [path for path in published_as(run_dir) if path not in own]
         move(renamed, run_dir, "held files with an earlier name of the folder")
     elif has_previous_run(run_dir):
         # class images stay, since the new run can use them, and the log, which continues
-        pictures = [run_dir.path / name for name in sorted(run_folder.pictures_named(run_dir.read_card() or ""))]
+        pictures = [
+            run_dir.path / name
+            for name in sorted(run_folder.pictures_named(run_dir.read_card() or ""))
+        ]
         adapter = [run_dir.adapter_path, *published_as(run_dir)]
         weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
-        facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+        facts = [
+            run_dir.metrics_path,
+            run_dir.config_path,
+            run_dir.card_path,
+            run_dir.loss_plot_path,
+        ]
         sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
-        evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))  # of the run, and of single files
-        move(present(*weights, *facts, *sheets, *evaluations, *report.earlier_curves), run_dir, "held an earlier run")
+        # of the run, and of single files
+        evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))
+        move(
+            present(*weights, *facts, *sheets, *evaluations, *report.earlier_curves),
+            run_dir,
+            "held an earlier run",
+        )
     write_settings(config, run_dir)
     report.begin_at(step if is_own else 0)  # else the log is of a run that failed here
 

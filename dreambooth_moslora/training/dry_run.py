@@ -22,18 +22,32 @@ from dreambooth_moslora.settings.sources import DEFAULTS
 
 
 def advice(plan: Plan) -> list[str]:
-    lines, seen, needed = rules.remarks(plan.config), plan.steps.exposures_a_photo, plan.cost.disk_gib
+    lines, seen, needed = (
+        rules.remarks(plan.config),
+        plan.steps.exposures_a_photo,
+        plan.cost.disk_gib,
+    )
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
     warm_up, steps = plan.config.lr_warmup_steps, plan.steps.total_steps
     if plan.config.lr_scheduler != "constant" and warm_up >= steps:
-        lines.append(f"the learning rate rises for {warm_up} steps, and the run has {steps}: set --lr_warmup_steps")
+        lines.append(
+            f"the learning rate rises for {warm_up} steps, and the run has {steps}: set --lr_warmup_steps"
+        )
     facts = plan.base.facts
-    if facts is not None and facts.has_negative and (flag := rules.given_flag(plan.config, "guidance_scale")):
-        lines.append(f"{flag} has no effect with {facts.title}, which is told no guidance in training")
+    if (
+        facts is not None
+        and facts.has_negative
+        and (flag := rules.given_flag(plan.config, "guidance_scale"))
+    ):
+        lines.append(
+            f"{flag} has no effect with {facts.title}, which is told no guidance in training"
+        )
     if (free := free_disk_gib(plan.config)) < needed:
-        lines.append(f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free")
+        lines.append(
+            f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free"
+        )
     is_unet = facts is None or facts.denoiser == "unet"
     return lines + [dora_note(has_kohya_file=is_unet)] * plan.config.use_dora
 
@@ -44,7 +58,8 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 
 
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would refuse."""
+    """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would
+    refuse."""
     check_folders(config)
     queue.check_free(Path(config.output_dir))
     plan = make_plan(config, report)
@@ -65,10 +80,13 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
 
 
 def changed_lines(config: table.TrainConfig) -> list[str]:
-    """Those of the run that this one tells of. What `train` requires has no default, but several subjects their own."""
+    """Those of the run that this one tells of. What `train` requires has no default, but several
+    subjects their own."""
     values, required = config.to_dict() | {"dry_run": False}, {*table.named("required")}
     required -= {*table.named("per_subject")} if config.subjects else set()
-    shown = {name: value for name, value in values.items() if value != DEFAULTS[name] or name in required}
+    shown = {
+        name: value for name, value in values.items() if value != DEFAULTS[name] or name in required
+    }
     return [f"{name} = {as_toml(value)}" for name, value in shown.items()]
 
 
@@ -95,16 +113,21 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
         lines.append(f"cropped to {sizes_in_words(counts)}")
         if config.draws_class_images:
             drawn = Counter(shares(counts, config.num_class_images))
-            lines.append(f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}")
+            lines.append(
+                f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}"
+            )
     return lines
 
 
 def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
-    return ", ".join(f"{width} x {height} px ({count})" for (height, width), count in counts.most_common())
+    return ", ".join(
+        f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()
+    )
 
 
 def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
-    """The instance prompt's share, and what would be made. Raises UserError when no word says what to look for."""
+    """The instance prompt's share, and what would be made. Raises UserError when no word says what
+    to look for."""
     subjects, made = config.each_subject, "makes them before training"
     lines = list(filter(None, [folder.bare_prompt_line(config, report.photos)]))
     bare = sum(not photo.is_captioned for photo in report.photos)
@@ -127,8 +150,14 @@ def step_lines(plan: Plan) -> list[str]:
         lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
     subjects = config.each_subject
     if config.with_prior_preservation:
-        source = f"{config.num_class_images} class images" if config.prior == "class_images" else "the base's answer"
-        prompts = ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects))
+        source = (
+            f"{config.num_class_images} class images"
+            if config.prior == "class_images"
+            else "the base's answer"
+        )
+        prompts = ", ".join(
+            f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects)
+        )
         if config.prior == "adapter_off" and config.prior_prompts:
             prompts += f" or, for about half of them, to one of --prior_prompts ({len(config.prior_prompts)})"
         lines.append(f"as many prior examples beside {beside(config)}, from {source} to {prompts}")
@@ -141,7 +170,8 @@ def step_lines(plan: Plan) -> list[str]:
 
 
 def beside(config: table.TrainConfig) -> str:
-    """What has prior examples beside it, and where some have none, the images that a process passes in a step."""
+    """What has prior examples beside it, and where some have none, the images that a process passes
+    in a step."""
     if config.prior_every == 1:
         return "them"
     found = (config.mean_images_a_micro_batch, config.images_a_micro_batch)
@@ -171,7 +201,10 @@ def base_in_words(size: BaseSize) -> str:
     if size.is_measured:
         return "counted in its files"
     facts = size.family
-    of, layers = f"{facts.title}'s", "attention alone" if facts.style == "ddpm" else "its usual layers"
+    of, layers = (
+        f"{facts.title}'s",
+        "attention alone" if facts.style == "ddpm" else "its usual layers",
+    )
     why = "as its files are not here"
     if size.is_assumed:
         of = f"that of {size.hub_id}" if size.hub_id else of

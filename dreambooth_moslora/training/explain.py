@@ -3,9 +3,9 @@
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
                                       --leads--> what comes before them: how to go on, what cannot be learnt
 
-Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior preservation,
-which learn well, and six without, whose class became the subject), and from runs of the embedded base with
-faults made on purpose.
+Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior
+preservation, which learn well, and six without, whose class became the subject), and from runs of
+the embedded base with faults made on purpose.
 """
 
 import math
@@ -56,8 +56,10 @@ def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
     return BestStep(step, score, sum(later > step for later, _ in evaluations))
 
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)  # 1 is that of training; smaller hardly show the subject, larger burn
-EQUAL = 0.99  # Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
+# 1 is that of training; smaller hardly show the subject, larger burn
+SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
+# Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
+EQUAL = 0.99
 USABLE = 0.95  # Scales of at least this fraction of the best score are usable
 
 
@@ -69,7 +71,11 @@ class ScaleChoice:
     scores: dict[float, float]  # scale -> score, which decided
 
     def sentence(self) -> str:
-        around = f"usable from {self.low:g} to {self.high:g}" if self.low < self.high else "no other comes near it"
+        around = (
+            f"usable from {self.low:g} to {self.high:g}"
+            if self.low < self.high
+            else "no other comes near it"
+        )
         tried = ", ".join(f"{scale:g}: {score:.3f}" for scale, score in self.scores.items())
         return f"the adapter's best scale is {self.best:g}, {around} (scores {tried})"
 
@@ -90,7 +96,8 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
 
 
-LEAST_LIKENESS = 0.1  # A rise over the base below which distances from class to subject are not measured
+# A rise over the base below which distances from class to subject are not measured
+LEAST_LIKENESS = 0.1
 NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not scores
 
 
@@ -126,7 +133,8 @@ class Figures:
         return self.step * photos_a_step * self.processes / self.photos
 
     def moved(self, name: str) -> float | None:
-        """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the subject."""
+        """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the
+        subject."""
         here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
@@ -138,7 +146,9 @@ def figures_from(
 ) -> Figures:
     """Figures from the lines of `metrics.jsonl`; `photos`: what is known of them, if in none."""
     kinds = ("start", "step", "evaluation", "checkpoint", "end")
-    starts, steps, scored, saved, ends = ([event for event in records if event.get("type") == kind] for kind in kinds)
+    starts, steps, scored, saved, ends = (
+        [event for event in records if event.get("type") == kind] for kind in kinds
+    )
     start, last, end = ([{}, *some][-1] for some in (starts, scored, ends))
     about = {**photos, **as_table(last.get("photos"))}
     count, largest = (number(about.get(name)) for name in ("count", "largest"))
@@ -146,7 +156,9 @@ def figures_from(
         config=config,
         state=str(end.get("state", "")),
         message=str(end.get("message", "")),
-        step=max((event.get("step") or 0 for event in steps if not event.get("skipped")), default=0),
+        step=max(
+            (event.get("step") or 0 for event in steps if not event.get("skipped")), default=0
+        ),
         skipped=sum(bool(event.get("skipped")) for event in steps),
         photos=None if count is None else int(count),
         largest=None if largest is None else int(largest),
@@ -178,7 +190,8 @@ def number(value: Any) -> float | None:
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None) -> Figures:
-    """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError for no run."""
+    """A run's figures: events, configuration, and a newer report of `evaluate`. Raises UserError
+    for no run."""
     for path in (run_dir.config_path, run_dir.metrics_path):
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
@@ -210,8 +223,8 @@ def is_held(run_dir: RunDir) -> bool:
 
 
 def is_practice(config: table.TrainConfig) -> bool:
-    """Whether the embedded base was trained on one folder of photos that are not of its world, as `train PHOTOS WORD`
-    does without a GPU. False where the folder is gone."""
+    """Whether the embedded base was trained on one folder of photos that are not of its world, as
+    `train PHOTOS WORD` does without a GPU. False where the folder is gone."""
     if config.subjects or not config.instance_data_dir:
         return False
     photos = Path(find_asset(config.instance_data_dir))
@@ -220,13 +233,16 @@ def is_practice(config: table.TrainConfig) -> bool:
 
 
 def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
-    """A run's configuration, without settings that are unknown here. Raises UserError for impossible values."""
-    return table.TrainConfig.from_dict({name: value for name, value in values.items() if name in table.FIELD_TYPES})
+    """A run's configuration, without settings that are unknown here. Raises UserError for
+    impossible values."""
+    return table.TrainConfig.from_dict(
+        {name: value for name, value in values.items() if name in table.FIELD_TYPES}
+    )
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another scale than the run's,
-    or of one of its several subjects. Raises UserError if it is damaged."""
+    """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another
+    scale than the run's, or of one of its several subjects. Raises UserError if it is damaged."""
     path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file():
         return found
@@ -236,7 +252,9 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
     if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
         return found
-    tables, relative, alarm = (as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm"))
+    tables, relative, alarm = (
+        as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm")
+    )
     values = {name: as_table(interval).get("mean") for name, interval in tables.items()}
     values |= {**relative, "copied": alarm.get("share"), "score": report.get("score")}
     return replace(found, scores=numbers(values), copy_alarm=alarm.get("raised") is True)
@@ -253,19 +271,27 @@ SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is
 RISE_LEFT = 0.1  # Of the likeness gained, in a run's last third: then more steps would help
 SCORE_LOST = 0.03  # Since the best step. A score from six pictures varies by about as much
 CLASS_MOVED = 1 / 3
-"""Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior preservation."""
-DRIFTED = 1.5  # Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
-PROMPT_KEPT = 0.75  # CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others
-BARE_SHOWN = 1 / 2  # Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
+"""Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior
+preservation."""
+# Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
+DRIFTED = 1.5
+# CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others
+PROMPT_KEPT = 0.75
+# Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
+BARE_SHOWN = 1 / 2
 BARE_SHARES = (0.25, 0.5)  # Shares of the instance prompt to try, one after the other
 LEAK = 0.05  # A leak above this is mentioned with a lost prompt
 LEAK_ALONE = 0.25
 """A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
-CONFUSED = 0.25  # Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
+# Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
+CONFUSED = 0.25
 FEW_PHOTOS = 3
-ALIKE = 0.9  # Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
-BROKEN = re.compile(r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+")
+# Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
+ALIKE = 0.9
+BROKEN = re.compile(
+    r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+"
+)
 
 
 def about_the_steps(run: Figures) -> Iterator[str]:
@@ -306,7 +332,8 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
 
 
 def about_the_bare_prompt(run: Figures) -> Iterator[str]:
-    """The remedy is a larger share of the instance prompt where captions lack it, else less that holds the class."""
+    """The remedy is a larger share of the instance prompt where captions lack it, else less that
+    holds the class."""
     moved, config = run.moved("dino_bare"), run.config
     if moved is None or moved >= BARE_SHOWN:
         return
@@ -318,7 +345,9 @@ def about_the_bare_prompt(run: Figures) -> Iterator[str]:
     else:
         remedy = f"--exposures_per_photo {more_exposures(run)}"
     prompts = " and ".join(f"“{one.instance_prompt}”" for one in config.each_subject)
-    text = f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
+    text = (
+        f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
+    )
     yield f"{text}: try {remedy}"
 
 
@@ -334,7 +363,11 @@ def about_the_class(run: Figures) -> Iterator[str]:
     if moved is not None and moved > CLASS_MOVED:
         yield f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try {remedy}"
     elif spread > DRIFTED:
-        if config.with_prior_preservation and config.prior == "adapter_off" and not config.prior_prompts:
+        if (
+            config.with_prior_preservation
+            and config.prior == "adapter_off"
+            and not config.prior_prompts
+        ):
             remedy = "--prior_prompts"
         yield f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
     confusion = run.scores.get("confusion", 0.0)
@@ -345,7 +378,8 @@ def about_the_class(run: Figures) -> Iterator[str]:
 
 
 def about_length_and_photos(run: Figures) -> Iterator[str]:
-    """A score that fell since its best step, a likeness that still rose in the last third, and too few photos."""
+    """A score that fell since its best step, a likeness that still rose in the last third, and too
+    few photos."""
     if len(run.score) > 1:
         (last, score), best = run.score[-1], best_of(run.score)
         if best.score - score > SCORE_LOST:
@@ -354,7 +388,9 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
     start = run.scores.get("dino_base")
     if start is not None and len(run.likeness) > 2 and not run.copy_alarm and not is_short(run):
         last, end = run.likeness[-1]
-        before, earlier = ([pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1])[-1]
+        before, earlier = (
+            [pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1]
+        )[-1]
         if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
             rose = f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last})"
             yield f"{rose}: try --exposures_per_photo {more_exposures(run)}"
@@ -368,13 +404,14 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
 
 
 def is_short(run: Figures) -> bool:
-    """Whether its photos were shown too rarely, which `about_the_steps` says; not of a run that has shown none."""
+    """Whether its photos were shown too rarely, which `about_the_steps` says; not of a run that has
+    shown none."""
     return run.exposures is not None and 0 < run.exposures < FEW_EXPOSURES
 
 
 def more_exposures(run: Figures) -> int:
-    """Half as many again, in tens, as the flag counts them: of a photo of the largest subject. After a short run the
-    usual number."""
+    """Half as many again, in tens, as the flag counts them: of a photo of the largest subject.
+    After a short run the usual number."""
     if is_short(run):
         return USUAL_EXPOSURES
     shown = run.exposures or USUAL_EXPOSURES
@@ -383,12 +420,19 @@ def more_exposures(run: Figures) -> int:
     return math.ceil(0.15 * shown) * 10
 
 
-RULES = (about_the_steps, about_the_prompt, about_the_bare_prompt, about_the_class, about_length_and_photos)
+RULES = (
+    about_the_steps,
+    about_the_prompt,
+    about_the_bare_prompt,
+    about_the_class,
+    about_length_and_photos,
+)
 """The most important first."""
 
 
 def leads(run: Figures) -> list[str]:
-    """What stands before all figures and advice: what the base cannot learn, and how a run that ended early goes on."""
+    """What stands before all figures and advice: what the base cannot learn, and how a run that
+    ended early goes on."""
     found = []
     if run.is_practice:
         word = class_word_of(run.config) or "subject"
@@ -422,13 +466,18 @@ def advice_after(run: Figures) -> list[str]:
 
 
 def closing_advice(run: Figures) -> list[str]:
-    """Up to three lines of advice for the end of a run, the most important first; none for a run without scores."""
+    """Up to three lines of advice for the end of a run, the most important first; none for a run
+    without scores."""
     return (advice_after(run)[:MOST_LINES] or [NOTHING]) if run.scores else []
 
 
 def meanings(run: Figures) -> list[str]:
     """The latest scores in plain words, one line each."""
-    known = {"dino_base": math.nan, **run.scores, "class_word": class_word_of(run.config) or "thing"}
+    known = {
+        "dino_base": math.nan,
+        **run.scores,
+        "class_word": class_word_of(run.config) or "thing",
+    }
     if (moved := run.moved("pres")) is not None:
         known["class_moved"] = max(moved, 0)
     rows = [row for name, row in measures.MEASURES.items() if row.sentence and name in known]

@@ -1,7 +1,8 @@
 """The frozen base: loading it, and what its encoders gave, in a cache.
 
-Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they depend on (the file's
-bytes, the crop, the encoder's weights). On disk, a file that does not match its header's digest is encoded anew.
+Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they
+depend on (the file's bytes, the crop, the encoder's weights). On disk, a file that does not match
+its header's digest is encoded anew.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ logger = logging.getLogger(__name__)
 LoadBase = Callable[[TrainConfig, Base, torch.dtype, torch.device], DiffusionPipeline]
 
 FP32_ON_A_GPU = (
-    "The base trains in fp32, which takes twice the memory and several times the time: give --mixed_precision %s."
+    "The base trains in fp32, which takes twice the memory and several times the time: "
+    "give --mixed_precision %s."
 )
 BF16_ON_A_CPU = (
     "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: give --mixed_precision no, which "
@@ -44,7 +46,8 @@ def load_base(
     *,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it cannot be."""
+    """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it
+    cannot be."""
     vae_dtype = dtype if base.vae or base.is_flow else torch.float32
     pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
@@ -56,15 +59,21 @@ def load_base(
 
 
 def load_denoiser_of(
-    config: TrainConfig, base: Base, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
+    config: TrainConfig,
+    base: Base,
+    pipeline: DiffusionPipeline,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises UserError."""
+    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises
+    UserError."""
     load.load_denoiser(pipeline, base, dtype)
     load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
-    """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without it."""
+    """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without
+    it."""
     kind = device.type, pipelines.denoiser_of(pipeline).dtype
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
@@ -81,7 +90,8 @@ DIGEST = "sha256"
 
 
 class TensorCache:
-    """With a `folder`, values are kept in one safetensors file per key, shared between runs; with None, in memory."""
+    """With a `folder`, values are kept in one safetensors file per key, shared between runs; with
+    None, in memory."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -134,7 +144,8 @@ def digest_of(tensors: Tensors) -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training changes them)."""
+    """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training
+    changes them)."""
     digest = hashlib.sha256()
     for name, weight in module.state_dict().items():
         head = weight.detach().flatten()[:16].to("cpu", torch.float64)
@@ -143,9 +154,12 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 class PromptCache:
-    """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees their memory."""
+    """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees
+    their memory."""
 
-    def __init__(self, encode: Callable[[list[str]], list[pipelines.Text]], cache: TensorCache, identity: str):
+    def __init__(
+        self, encode: Callable[[list[str]], list[pipelines.Text]], cache: TensorCache, identity: str
+    ):
         self.encode, self.cache, self.identity = encode, cache, identity
 
     def __call__(self, prompts: Sequence[str]) -> list[pipelines.Text]:
@@ -153,7 +167,8 @@ class PromptCache:
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
         """The prompt's key in the cache, and the function that encodes it."""
-        said = prompt or None  # "" was the key while Lumina 2's encoder was instructed before an empty prompt too
+        # "" was the key while Lumina 2's encoder was instructed before an empty prompt too
+        said = prompt or None
         return content_key(prompt=said, texts_of=self.identity), lambda: self._compute(prompt)
 
     @torch.no_grad()
@@ -162,7 +177,8 @@ class PromptCache:
         return {name: tensor.cpu() for name, tensor in text.items()}
 
     def release_encoders(self) -> None:
-        """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache UserError."""
+        """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache
+        UserError."""
 
         def gone(prompts: list[str]) -> list[pipelines.Text]:
             if self.cache.folder is not None:
@@ -170,6 +186,8 @@ class PromptCache:
                     f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
                     "encoders have left memory; resume the run, which encodes it anew."
                 )
-            raise RuntimeError(f"the text encoders have left memory; {prompts} was not encoded before")
+            raise RuntimeError(
+                f"the text encoders have left memory; {prompts} was not encoded before"
+            )
 
         self.encode = gone

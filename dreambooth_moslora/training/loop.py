@@ -1,4 +1,5 @@
-"""The training loop: from a plan to a verified adapter. A run can be stopped and resumed at any time.
+"""The training loop: from a plan to a verified adapter. A run can be stopped and resumed at any
+time.
 
 train(config) -> TrainResult    `set_up` is what comes before the loop, `fit` is the loop,
                                 `Training` has a method for each of its lines
@@ -28,13 +29,22 @@ from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import checkpoint, explain, frozen_base, made_before, optimizer, reporter, results
+from dreambooth_moslora.training import (
+    checkpoint,
+    explain,
+    frozen_base,
+    made_before,
+    optimizer,
+    reporter,
+    results,
+)
 from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 20  # Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million
+# Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million
+MOST_SKIPPED = 20
 NO_SAMPLES = (
     "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
     "--num_validation_images 4 draws them all the same."
@@ -48,7 +58,9 @@ class StepScorer(Protocol):
 
     def __call__(self, sampler: Sampler, step: int) -> dict: ...
 
-    def find_scale(self, sampler: Sampler, components: dict[str, torch.nn.Module]) -> explain.ScaleChoice | None: ...
+    def find_scale(
+        self, sampler: Sampler, components: dict[str, torch.nn.Module]
+    ) -> explain.ScaleChoice | None: ...
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,9 @@ class TrainResult:
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from, `checkpoint_step` its step. Its
-    step began at `started`, so that `seconds` of the last steps count neither samples nor saving."""
+    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from,
+    `checkpoint_step` its step. Its step began at `started`, so that `seconds` of the last steps
+    count neither samples nor saving."""
 
     config: TrainConfig
     context: reporter.RunContext
@@ -118,18 +131,24 @@ class Training:
         checkpoint.write_settings(config, self.run_dir)
 
     def check_finite(self, losses: StepLosses) -> None:
-        """Raises UserError unless the loss is finite. Losses are shared, so all processes stop together."""
+        """Raises UserError unless the loss is finite. Losses are shared, so all processes stop
+        together."""
         if not math.isfinite(losses.total):
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
         on_gpu = self.accelerator.device.type != "cpu"
-        has_bf16 = self.accelerator.mixed_precision == "fp16" and (not on_gpu or half_precision() == "bf16")
+        has_bf16 = self.accelerator.mixed_precision == "fp16" and (
+            not on_gpu or half_precision() == "bf16"
+        )
         other = ", or use --mixed_precision bf16 instead of fp16" if has_bf16 else ""
-        return UserError(f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}")
+        return UserError(
+            f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}"
+        )
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """Take an optimizer step; False when fp16 overflowed: it is repeated. Raises UserError if that stays."""
+        """Take an optimizer step; False when fp16 overflowed: it is repeated. Raises UserError if
+        that stays."""
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
@@ -162,10 +181,14 @@ class Training:
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
         if self.step == 0:
-            total = len(distributed.share_of(self.accelerator, self.samples.requests)) * sampler.inference_steps
+            total = (
+                len(distributed.share_of(self.accelerator, self.samples.requests))
+                * sampler.inference_steps
+            )
             counts = self.report.counted("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
-        with suppress(StopRequestedError), self.train_step.averaged():  # the loop checks for a stop next
+        # the loop checks for a stop next
+        with suppress(StopRequestedError), self.train_step.averaged():
             self.report(self.samples.draw(self.step, sampler, self.accelerator))
         reporter.free_unused_memory(self.accelerator.device)
 
@@ -198,7 +221,8 @@ class Training:
             logger.warning("step %d: %s", found.step, line)
 
     def recall_scores(self) -> None:
-        """Give a resumed run its earlier scores; score the step at which it was stopped if that is missing."""
+        """Give a resumed run its earlier scores; score the step at which it was stopped if that is
+        missing."""
         scored = self.run_dir.read_scores()
         if scored:
             self.note_scores(scored[-1])
@@ -207,7 +231,8 @@ class Training:
 
     @property
     def has_stalled(self) -> bool:
-        """Whether the score has not risen for as long as `--early_stopping` allows, the same in all processes."""
+        """Whether the score has not risen for as long as `--early_stopping` allows, the same in all
+        processes."""
         patience, since = self.config.early_stopping, self.best.since if self.best else 0
         return bool(patience) and distributed.any_process(self.accelerator, since >= patience)
 
@@ -216,15 +241,24 @@ class Training:
         return self.step % self.config.checkpointing_steps == 0
 
     def save_checkpoint(self, path: Path) -> None:
-        """Write a checkpoint and remove an older `last`. Raises on all processes what the main one raises."""
+        """Write a checkpoint and remove an older `last`. Raises on all processes what the main one
+        raises."""
 
         def write() -> None:
             step, scaler = self.train_step, self.accelerator.scaler
             position = replace(self.publisher.position, step=self.step)
-            parts = position, step.components, self.publisher.facts_now, step.optimizer.optimizer, scaler
+            parts = (
+                position,
+                step.components,
+                self.publisher.facts_now,
+                step.optimizer.optimizer,
+                scaler,
+            )
             own = optimizer.copies(step.trained) if step.average is not None else None
             with step.averaged():
-                checkpoint.save_checkpoint(path, *parts, own, step.learnt.tokens if step.learnt else ())
+                checkpoint.save_checkpoint(
+                    path, *parts, own, step.learnt.tokens if step.learnt else ()
+                )
             if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
                 remove_directory(self.run_dir.last_dir)
             self.run_dir.rotate(self.config.checkpoints_total_limit)
@@ -249,14 +283,21 @@ class Training:
                 by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
                 self.report(events.ScaleFound(found.best, found.low, found.high, by_scale))
                 usable = (found.low, found.high)
-                self.publisher.facts = replace(self.publisher.facts, best_scale=found.best, usable_scales=usable)
+                self.publisher.facts = replace(
+                    self.publisher.facts, best_scale=found.best, usable_scales=usable
+                )
                 if self.best is not None and self.best.step == self.step:
                     self.publisher.keep_best()
         reporter.free_unused_memory(self.accelerator.device)
 
     def finish(self, interrupted: bool) -> TrainResult:
-        """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or `last`."""
-        here = self.run_dir.checkpoint_path(self.step) if self.is_checkpoint_due else self.run_dir.last_dir
+        """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or
+        `last`."""
+        here = (
+            self.run_dir.checkpoint_path(self.step)
+            if self.is_checkpoint_due
+            else self.run_dir.last_dir
+        )
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
             self.save_checkpoint(here)
@@ -277,9 +318,10 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config`, or a plan made of it, to its end, or until `should_stop` says so. Every event is written to
-    `metrics.jsonl` and passed to `on_event`; `evaluator(sampler, step)` returns scores. Raises UserError for a mistake
-    in the settings or files, and for a loss that is no longer finite."""
+    """Run `config`, or a plan made of it, to its end, or until `should_stop` says so. Every event
+    is written to `metrics.jsonl` and passed to `on_event`; `evaluator(sampler, step)` returns
+    scores. Raises UserError for a mistake in the settings or files, and for a loss that is no
+    longer finite."""
     steps = training(config, on_event, should_stop, evaluator)
     try:
         run = next(steps)
@@ -290,11 +332,13 @@ def train(
 
 
 Steps = Generator[Training, StepLosses, TrainResult]
-"""A generator that trains a run: it yields the run before each step and is sent the step's losses."""
+"""A generator that trains a run: it yields the run before each step and is sent the step's losses.
+"""
 
 
 def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
-    """Send the gradients' losses to the run, and return it before its next step. Raises StopIteration at its end."""
+    """Send the gradients' losses to the run, and return it before its next step. Raises
+    StopIteration at its end."""
     try:
         losses = accumulate()
     except BaseException as error:
@@ -334,10 +378,17 @@ def training(
 
 
 def set_up(
-    context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None, load: frozen_base.LoadBase | None = None
+    context: reporter.RunContext,
+    plan: Plan,
+    evaluator: StepScorer | None,
+    load: frozen_base.LoadBase | None = None,
 ) -> Training:
-    """Everything before the first step, such as class images. Raises UserError and StopRequestedError."""
-    fresh = None, checkpoint.Position(0, distributed.chosen_seed(plan.config.seed, context.accelerator))
+    """Everything before the first step, such as class images. Raises UserError and
+    StopRequestedError."""
+    fresh = (
+        None,
+        checkpoint.Position(0, distributed.chosen_seed(plan.config.seed, context.accelerator)),
+    )
     resumed_from, position = distributed.agreed(
         context.accelerator,
         lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
@@ -346,9 +397,13 @@ def set_up(
     config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
-    steps = plan_steps(config, photo_file.counts_of(photos), context.accelerator.num_processes)  # MPI: no WORLD_SIZE
+    # MPI: no WORLD_SIZE
+    steps = plan_steps(config, photo_file.counts_of(photos), context.accelerator.num_processes)
     report.step = step
-    distributed.on_main(context.accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps))
+    distributed.on_main(
+        context.accelerator,
+        lambda: checkpoint.report_start(config, context, step, steps.total_steps),
+    )
     made_before.make_captions(config, context, photos)
     made_before.make_masks(config, context, photos)
     photos = folder.with_made(config, photos)
@@ -359,17 +414,28 @@ def set_up(
     samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
     sample_count = steps.total_steps * steps.photos_a_step
-    inputs = prepare(config, plan.base, context, photos, sample_count, prompts, resumed_from is None, load)
-    distributed.on_each(context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base))
+    inputs = prepare(
+        config, plan.base, context, photos, sample_count, prompts, resumed_from is None, load
+    )
+    distributed.on_each(
+        context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
+    )
     if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
         samples.requests, samples.contexts = [], []
         logger.warning(NO_SAMPLES)
-    train_step = TrainStep(config, inputs, context.accelerator, steps.total_steps, resumed_from, step)
+    train_step = TrainStep(
+        config, inputs, context.accelerator, steps.total_steps, resumed_from, step
+    )
     settings = config.resolution, context.accelerator.device
     sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
     parts = train_step, samples, sampler
-    publisher = results.Publisher(config, context.run_dir, inputs, *parts, steps.total_steps, resumed_from)
-    distributed.on_main(context.accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from))
+    publisher = results.Publisher(
+        config, context.run_dir, inputs, *parts, steps.total_steps, resumed_from
+    )
+    distributed.on_main(
+        context.accelerator,
+        lambda: checkpoint.claim_run_folder(config, context, step, resumed_from),
+    )
     return Training(config, context, steps.total_steps, *parts, publisher, evaluator, resumed_from)
 
 

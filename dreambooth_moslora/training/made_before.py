@@ -1,12 +1,14 @@
-"""What a run makes before its first step: captions, masks and class images that photos and folders lack.
+"""What a run makes before its first step: captions, masks and class images that photos and folders
+lack.
 
 Captions and masks (`--captions auto`, `--masks auto`) are made before the base is loaded.
 
-Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows of the class. A
-folder is topped up to the wanted number with generated images of the class prompt. `manifest.json` beside them records
-how each was made: prompt, seed, model, size, text options, and its SHA-256. The user's own images count and come first.
-Generated images of another prompt, model, size or encoding stay in the folder but are not used. A generated image is
-drawn again when its file or its entry in the manifest is damaged.
+Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows
+of the class. A folder is topped up to the wanted number with generated images of the class prompt.
+`manifest.json` beside them records how each was made: prompt, seed, model, size, text options, and
+its SHA-256. The user's own images count and come first. Generated images of another prompt, model,
+size or encoding stay in the folder but are not used. A generated image is drawn again when its file
+or its entry in the manifest is damaged.
 """
 
 import hashlib
@@ -36,7 +38,13 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos import masks, photo_file
-from dreambooth_moslora.photos.captions import Captioner, MadeCaption, keep, load_captioner, make_for_run
+from dreambooth_moslora.photos.captions import (
+    Captioner,
+    MadeCaption,
+    keep,
+    load_captioner,
+    make_for_run,
+)
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import png_bytes
@@ -64,8 +72,9 @@ def make_missing(
     size: Callable[[Item], int] = lambda item: 1,
     done: int = 0,
 ) -> None:
-    """`make` each of the `items`, equal in all processes and shared out; the main process does `keep`. Reported is each
-    item's `size` on top of `done`. Raises StopRequestedError between items, and one's error in all."""
+    """`make` each of the `items`, equal in all processes and shared out; the main process does
+    `keep`. Reported is each item's `size` on top of `done`. Raises StopRequestedError between
+    items, and one's error in all."""
     accelerator = context.accelerator
 
     def own(share: Sequence[Item]) -> Generator[Made, None, None]:
@@ -96,17 +105,23 @@ def make_for_photos(
     make: Callable[[Photo, Model], Made],
     keep: Callable[[Photo, Made], object],
 ) -> None:
-    """Make what the photos, in the order of their subjects, lack, by each subject's model; one is in memory."""
+    """Make what the photos, in the order of their subjects, lack, by each subject's model; one is
+    in memory."""
     subjects, device = config.each_subject, context.accelerator.device
-    same = agreed(context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}")
+    same = agreed(
+        context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}"
+    )
     model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
-    make_missing(context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep)
+    make_missing(
+        context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep
+    )
     model_of.cache_clear()
     reporter.free_unused_memory(device)
 
 
 def make_captions(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
-    """Make the captions that the photos and the run folder lack. Raises UserError and StopRequestedError."""
+    """Make the captions that the photos and the run folder lack. Raises UserError and
+    StopRequestedError."""
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
@@ -123,7 +138,8 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
 
 
 def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
-    """Make what the run folder lacks of masks for the photos without one. Raises UserError, StopRequestedError."""
+    """Make what the run folder lacks of masks for the photos without one. Raises UserError,
+    StopRequestedError."""
     if config.masks != "auto":
         return
     folder = context.run_dir.masks_dir
@@ -135,7 +151,13 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
     own = [photo_file.without_kept_mask(photo, folder) for photo in photos]
     if bare := [photo for photo in own if photo.mask_path is None]:
         make_for_photos(
-            config, context, "mask", bare, masks.load_segmenter, partial(masks.make_kept, folder=folder), tell
+            config,
+            context,
+            "mask",
+            bare,
+            masks.load_segmenter,
+            partial(masks.make_kept, folder=folder),
+            tell,
         )
 
 
@@ -146,8 +168,8 @@ GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base without its path.
-    `text_options` are arguments of `encode_prompt` that the run sets."""
+    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base
+    without its path. `text_options` are arguments of `encode_prompt` that the run sets."""
 
     folder: Path
     prompt: str
@@ -170,7 +192,8 @@ class ClassImages:
         return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
-        """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image; {} if damaged."""
+        """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image;
+        {} if damaged."""
         with suppress(UserError):
             return read_json(self.folder / MANIFEST, dict[str, dict[str, Any]])
         return {}
@@ -178,7 +201,9 @@ class ClassImages:
     def stale(self, paths: list[Path]) -> set[Path]:
         """The generated images of another or unknown prompt, model or size."""
         known, wanted = self.manifest(), self.facts().items()
-        return {path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()}
+        return {
+            path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()
+        }
 
     def generated(self, paths: list[Path]) -> set[Path]:
         """The images that were generated. Their names tell, even without the manifest."""
@@ -186,7 +211,8 @@ class ClassImages:
         return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing, whole: last bits depend on neighbours."""
+        """The batches of the first `count` images in which one is missing, whole: last bits depend
+        on neighbours."""
         known, found = self.manifest(), []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
@@ -207,7 +233,12 @@ class ClassImages:
 
     def facts(self) -> dict[str, object]:
         encoding = {name: str(value) for name, value in self.text_options.items()}
-        return {"prompt": self.prompt, "model": self.model, "resolution": self.resolution, **encoding}
+        return {
+            "prompt": self.prompt,
+            "model": self.model,
+            "resolution": self.resolution,
+            **encoding,
+        }
 
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
         """Whether the file exists, opens, has the right size, and matches its manifest entry."""
@@ -216,10 +247,15 @@ class ClassImages:
             fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
-        return fits and self.facts().items() <= made.items() and made.get(DIGEST) in (None, file_digest(path))
+        return (
+            fits
+            and self.facts().items() <= made.items()
+            and made.get(DIGEST) in (None, file_digest(path))
+        )
 
     def write(self, index: int, seed: int, content: bytes) -> None:
-        """Write the manifest's entry, then the image. An edited picture in its place goes to the folder `changed`."""
+        """Write the manifest's entry, then the image. An edited picture in its place goes to the
+        folder `changed`."""
         path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
@@ -245,7 +281,9 @@ class ClassBatch:
 
     def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
         """Generate the batch; returns the missing images as PNG files."""
-        pictures = dict(zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True))
+        pictures = dict(
+            zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True)
+        )
         return [png_bytes(pictures[index]) for index in self.missing]
 
     def keep(self, files: list[bytes]) -> None:
@@ -255,7 +293,8 @@ class ClassBatch:
             self.images.write(index, seed_of_each[index], content)
 
 
-Sets = list[tuple[ClassImages, int]]  # Sets of generated images, one per size, each with the wanted number
+# Sets of generated images, one per size, each with the wanted number
+Sets = list[tuple[ClassImages, int]]
 
 
 def class_photos_of_each(
@@ -265,13 +304,16 @@ def class_photos_of_each(
     pipeline: DiffusionPipeline,
     photos: list[Photo],
 ) -> list[list[Photo]]:
-    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share theirs."""
+    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share
+    theirs."""
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects, rule = config.each_subject, photo_file.crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key not in found:
-            sizes = Counter(rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key)
+            sizes = Counter(
+                rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key
+            )
             folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
             with alone_in(folder, context) if subject.class_data_dir else nullcontext():
                 found[key] = top_up(folder, subject, base, context, pipeline, sizes)
@@ -280,8 +322,9 @@ def class_photos_of_each(
 
 @contextmanager
 def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
-    """Let runs that share the folder draw one after the other, as they write one manifest and the same names. A stop
-    ends the wait. In a folder that cannot be written nothing is drawn, and nobody waits."""
+    """Let runs that share the folder draw one after the other, as they write one manifest and the
+    same names. A stop ends the wait. In a folder that cannot be written nothing is drawn, and
+    nobody waits."""
     path, held = folder / LOCK_NAME, []
 
     def wait() -> None:
@@ -294,7 +337,10 @@ def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
                     held.append(queue.take(path, "--class_data_dir"))
                 except UserError:
                     if not is_told:
-                        logger.warning("%s", spelled_out(f"{folder}: another run draws there, and this one waits"))
+                        logger.warning(
+                            "%s",
+                            spelled_out(f"{folder}: another run draws there, and this one waits"),
+                        )
                     is_told = True
                     time.sleep(LOOK_SEC)
 
@@ -314,7 +360,8 @@ def top_up(
     pipeline: DiffusionPipeline,
     sizes: Mapping[tuple[int, int], int],
 ) -> list[Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`, in the proportion of `sizes`."""
+    """The user's own class images, then generated ones up to `num_class_images`, in the proportion
+    of `sizes`."""
     accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if wanted := sum(count for _, count in sets):
@@ -323,11 +370,17 @@ def top_up(
 
         @cache
         def drawing() -> DiffusionPipeline:
-            return (pipeline if asked == precision else frozen_base.load_base(config, base, asked, device)).to(device)
+            return (
+                pipeline
+                if asked == precision
+                else frozen_base.load_base(config, base, asked, device)
+            ).to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
             settings = {"size_px": batch.images.size_px, "text_options": batch.images.text_options}
-            return batch.files(partial(generate_images, drawing(), should_stop=context.should_stop, **settings))
+            return batch.files(
+                partial(generate_images, drawing(), should_stop=context.should_stop, **settings)
+            )
 
         done = wanted - sum(map(len, lacking))
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
@@ -335,11 +388,17 @@ def top_up(
     return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
 
 
-def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]) -> tuple[Sets, list[ClassBatch]]:
-    """The sets of the run beside the user's own images, and the batches to draw for them. The folder is made."""
+def planned(
+    folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]
+) -> tuple[Sets, list[ClassBatch]]:
+    """The sets of the run beside the user's own images, and the batches to draw for them. The
+    folder is made."""
     base_id = public_name(config.pretrained_model_name_or_path)
     options = encoding_options(text_options_of(config))
-    sets = [ClassImages(folder, config.class_prompt, base_id, config.seed, size, options) for size in sizes]
+    sets = [
+        ClassImages(folder, config.class_prompt, base_id, config.seed, size, options)
+        for size in sizes
+    ]
     paths = []
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
@@ -349,18 +408,27 @@ def planned(folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], i
     folder.mkdir(parents=True, exist_ok=True)
     clean_stale(folder)
     counted = [(images, counts[images.size_px]) for images in sets]
-    return counted, [batch for images, count in counted for batch in images.lacking(count, config.sample_batch_size)]
+    return counted, [
+        batch
+        for images, count in counted
+        for batch in images.lacking(count, config.sample_batch_size)
+    ]
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
-    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would be weaker."""
-    found = usable_photos(find_photos(folder, config.class_prompt, config.resolution, alpha="white"))
+    """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would
+    be weaker."""
+    found = usable_photos(
+        find_photos(folder, config.class_prompt, config.resolution, alpha="white")
+    )
     paths = [photo.path for photo in found]
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))
     wanted = {folder / images.name(index) for images, count in sets for index in range(count)}
     generated = sets[0][0].generated(paths)
     own = [photo for photo in found if photo.path not in generated]
-    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][: config.num_class_images]
+    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][
+        : config.num_class_images
+    ]
     if len(usable) < config.num_class_images:
         raise UserError(
             f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "

@@ -106,7 +106,9 @@ def alike(micros: Iterable[MicroBatch], most: int) -> Iterator[list[MicroBatch]]
         yield group
 
 
-def predicted_together(predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]) -> list[torch.Tensor | None]:
+def predicted_together(
+    predict: Callable[[Rows], torch.Tensor], parts: Sequence[Rows]
+) -> list[torch.Tensor | None]:
     """The prediction (B, C, h, w) of each part, computed in one pass; None for a part without
     rows."""
     some = [part for part in parts if len(part)]

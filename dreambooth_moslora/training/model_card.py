@@ -1,8 +1,9 @@
 """The model card, and the push of a finished adapter to the hub.
 
-The card says what the adapter shows, how to load it, how it was made, and how exactly its files reload; it contains no
-path, no photo and nothing about a photo. The push sends the adapter's files, the card and its pictures. Photos, the
-contact sheet (which shows them), checkpoints, class images and the configuration (paths) stay on this machine.
+The card says what the adapter shows, how to load it, how it was made, and how exactly its files
+reload; it contains no path, no photo and nothing about a photo. The push sends the adapter's files,
+the card and its pictures. Photos, the contact sheet (which shows them), checkpoints, class images
+and the configuration (paths) stay on this machine.
 """
 
 import logging
@@ -58,7 +59,9 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         front=front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
         prompt=repr(spelled(prompts[0], spellings_of(counts))),
-        tokens=list(zip(adapter.tokens, token_names(note["count"] for note in adapter.tokens), strict=True)),
+        tokens=list(
+            zip(adapter.tokens, token_names(note["count"] for note in adapter.tokens), strict=True)
+        ),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=dora_table(),
         strength=strength(adapter.best_scale, adapter.usable_scales, family_in(facts)),
@@ -72,13 +75,23 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
 def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
     known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
     if facts.images:
-        known["widget"] = [{"text": prompt, "output": {"url": file}} for file, prompt in facts.images]
+        known["widget"] = [
+            {"text": prompt, "output": {"url": file}} for file, prompt in facts.images
+        ]
     tag = family_in(facts).hub_tag or family_in(facts).name
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=", ".join(prompts_of(config)),
-        tags=["text-to-image", "diffusers", "lora", "moslora", "dreambooth", tag, "template:sd-lora"],
+        tags=[
+            "text-to-image",
+            "diffusers",
+            "lora",
+            "moslora",
+            "dreambooth",
+            tag,
+            "template:sd-lora",
+        ],
         **known,
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -96,21 +109,31 @@ def family_in(facts: CardFacts) -> families.Facts:
 
 
 def call_of(facts: CardFacts) -> str:
-    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's text options."""
+    """How the pipeline's call goes on after the prompt: with the family's arguments and the run's
+    text options."""
     from dreambooth_moslora.base.pipelines import encoding_options  # it loads diffusers
 
-    told = {name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))}
+    told = {
+        name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))
+    }
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
-    if toys.is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":  # a transformer does not tell its side
+    # a transformer does not tell its side
+    if toys.is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":
         given += f", height={toys.RESOLUTION_PX}, width={toys.RESOLUTION_PX}"
     return f"{family_in(facts).call}{given}).images[0]"
 
 
-def strength(best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]) -> str:
+def strength(
+    best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]
+) -> str:
     """The scale to load the adapter at; "" when it was not measured."""
     if best is None:
         return ""
-    around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it" if len(set(usable)) > 1 else ""
+    around = (
+        f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it"
+        if len(set(usable)) > 1
+        else ""
+    )
     how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
     if family.denoiser != "unet":
         how = f"`pipe.set_adapters(pipe.get_active_adapters(), {best:g})`"
@@ -120,7 +143,10 @@ def strength(best: float | None, usable: tuple[float, ...], family: families.Fac
 def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
-    loaded = next((facts for facts in families.FAMILIES if f"import {facts.pipeline}\n" in text), families.FAMILIES[0])
+    loaded = next(
+        (facts for facts in families.FAMILIES if f"import {facts.pipeline}\n" in text),
+        families.FAMILIES[0],
+    )
     return kept.replace("## Training\n", f"{strength(best, usable, loaded)}\n\n## Training\n", 1)
 
 
@@ -143,14 +169,22 @@ PUBLIC_FILES += [f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}"]
 
 def public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may be uploaded."""
-    return sorted(p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES)))
+    return sorted(
+        p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES))
+    )
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Upload `public_files`; returns the address, or None and a warning when the hub cannot be reached or refuses."""
+    """Upload `public_files`; returns the address, or None and a warning when the hub cannot be
+    reached or refuses."""
     api = HfApi(token=token)
-    names = [escape(name) for name in public_files(run_dir)]  # patterns that match these alone, brackets or not
-    about = {"folder_path": run_dir, "allow_patterns": names, "commit_message": "Upload the adapter"}
+    # patterns that match these alone, brackets or not
+    names = [escape(name) for name in public_files(run_dir)]
+    about = {
+        "folder_path": run_dir,
+        "allow_patterns": names,
+        "commit_message": "Upload the adapter",
+    }
     try:
         url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, **about)

@@ -1,6 +1,7 @@
 """The training objective: add noise to latents, and compare the UNet's prediction with its target.
 
-Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative product:
+Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative
+product:
 
     ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
     flow   z = (1 - s)·x + s·n                       the transformer predicts n - x (Liu et al. 2022)
@@ -10,7 +11,8 @@ With prior preservation (Ruiz et al. 2022) a batch holds instance and prior imag
 
     total = instance + prior_loss_weight · prior
 
-The error at a position is the square of the difference d, or grows like |d| beyond a width c (`--loss_type`):
+The error at a position is the square of the difference d, or grows like |d| beyond a width c
+(`--loss_type`):
 
     huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
 """
@@ -23,7 +25,8 @@ import torch
 
 from dreambooth_moslora.settings.table import TrainConfig
 
-Pointwise = Callable[[torch.Tensor], torch.Tensor]  # Differences (B, 4, h, w) -> the error at each position, same shape
+# Differences (B, 4, h, w) -> the error at each position, same shape
+Pointwise = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,17 @@ class NoiseSchedule:
     timesteps: torch.Tensor  # (T,) as the UNet gets them
     prediction_type: str = "epsilon"  # `epsilon`, `v_prediction` or `flow`
     style: str = "ddpm"  # `ddpm`, `edm` or `flow`
-    sigma_data: float | None = None  # of bases trained with EDM's own preconditioning (Playground v2.5)
-    shift_line: tuple[float, float] | None = None  # slope and intercept of the logarithm of a flow's shift, by tokens
+    # of bases trained with EDM's own preconditioning (Playground v2.5)
+    sigma_data: float | None = None
+    # slope and intercept of the logarithm of a flow's shift, by tokens
+    shift_line: tuple[float, float] | None = None
 
     @classmethod
-    def from_alphas(cls, alphas_cumprod: torch.Tensor, prediction_type: str, style: str) -> "NoiseSchedule":
-        """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an infinite sigma."""
+    def from_alphas(
+        cls, alphas_cumprod: torch.Tensor, prediction_type: str, style: str
+    ) -> "NoiseSchedule":
+        """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an
+        infinite sigma."""
         sigmas = (1 / alphas_cumprod.double() - 1).sqrt().float()
         return cls(sigmas, torch.arange(len(sigmas)), prediction_type, style)
 
@@ -49,7 +57,8 @@ class NoiseSchedule:
         return replace(self, sigmas=self.sigmas.to(device), timesteps=self.timesteps.to(device))
 
     def signal_and_noise(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of x and n at `index` (B,), (B, 1, 1, 1) each: √α and √(1 - α), of a flow 1 - s and s."""
+        """Factors of x and n at `index` (B,), (B, 1, 1, 1) each: √α and √(1 - α), of a flow 1 - s
+        and s."""
         sigma = self.sigmas[index].view(-1, 1, 1, 1)
         if self.style == "flow":
             share = 1 / (1 + 1 / sigma)
@@ -85,7 +94,8 @@ class LossParts:
     prior: torch.Tensor | None  # None without prior images
 
     def share(self, of_all: float) -> "LossParts":
-        """Of a part of a micro-batch's images, which are such a share of its instance images, or of its prior ones."""
+        """Of a part of a micro-batch's images, which are such a share of its instance images, or of
+        its prior ones."""
         prior = torch.zeros_like(self.instance) if self.prior is None else self.prior
         return LossParts(self.total * of_all, self.instance * of_all, prior * of_all)
 
@@ -98,7 +108,8 @@ def sample_timesteps(
     multiplier: float = 1.0,
     portion: float = 0.25,
 ) -> torch.Tensor:
-    """Indices (count,) of noise levels; `portion` is `multiplier` times as likely, as in diffusers' scripts."""
+    """Indices (count,) of noise levels; `portion` is `multiplier` times as likely, as in diffusers'
+    scripts."""
     if strategy == "none":
         return torch.randint(len(schedule), (count,), generator=generator)
     chances = torch.ones(len(schedule))
@@ -117,10 +128,10 @@ def flow_levels(
     mode: float,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024, section 3.1). With
-    the `tokens` (count,) of the pictures, the share s of noise is shifted to fs/(1 + (f - 1)s) by the base's scheduler:
-    f = exp(slope·tokens + intercept). Pictures are drawn with it too, but FLUX.2's with another f, which depends on the
-    number of steps."""
+    """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024,
+    section 3.1). With the `tokens` (count,) of the pictures, the share s of noise is shifted to
+    fs/(1 + (f - 1)s) by the base's scheduler: f = exp(slope·tokens + intercept). Pictures are drawn
+    with it too, but FLUX.2's with another f, which depends on the number of steps."""
     if scheme == "logit_normal":
         drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
     else:
@@ -134,15 +145,19 @@ def flow_levels(
 
 
 def offset_noise(noise: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
-    """Noise (B, C, h, w) plus a draw per channel of deviation `strength`, so that brightness is learnt (Guttenberg
-    2023, "Diffusion with Offset Noise"; kohya's and diffusers' `--noise_offset`). A strength of 0 draws nothing."""
+    """Noise (B, C, h, w) plus a draw per channel of deviation `strength`, so that brightness is
+    learnt (Guttenberg 2023, "Diffusion with Offset Noise"; kohya's and diffusers'
+    `--noise_offset`). A strength of 0 draws nothing."""
     if strength == 0:
         return noise
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
 
 
-def add_noise(schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor) -> NoisySample:
-    """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit variance."""
+def add_noise(
+    schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
+) -> NoisySample:
+    """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit
+    variance."""
     timesteps = schedule.timesteps[index]
     signal, spread = schedule.signal_and_noise(index)
     if schedule.style != "edm":
@@ -157,7 +172,8 @@ def add_noise(schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tenso
 def loss_target(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style the latents."""
+    """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style
+    the latents."""
     if schedule.style == "edm":
         return latents
     if schedule.style == "flow":
@@ -168,7 +184,9 @@ def loss_target(
     return signal * noise - spread * latents
 
 
-def prediction_of(schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample) -> torch.Tensor:
+def prediction_of(
+    schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample
+) -> torch.Tensor:
     """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
     if schedule.style != "edm":
         return output
@@ -231,7 +249,8 @@ WEIGHTINGS: dict[str, Weighting] = {
     "cosmap": cosmap,
     "preconditioned": error_of_latents,
 }
-"""Ways to weigh the loss by the noise level, as diffusers' scripts do. `weightings_of` names them."""
+"""Ways to weigh the loss by the noise level, as diffusers' scripts do. `weightings_of` names them.
+"""
 OF_THE_SUBJECT = ("min_snr",)
 """Those that weigh the subject's images alone, and leave the prior's as they are."""
 
@@ -274,9 +293,10 @@ def pointwise_error(
     huber_c: float = 0.1,
     huber_schedule: str = "snr",
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on `index` (B,). With C =
-    `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T); `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha
-    2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts, after arXiv 2403.16728)."""
+    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on
+    `index` (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T);
+    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and
+    kohya's sd-scripts, after arXiv 2403.16728)."""
     if loss_type == "l2":
         return torch.square
     if huber_schedule == "constant":
@@ -299,9 +319,10 @@ def loss(
     mask: torch.Tensor | None = None,
     pointwise: Pointwise = torch.square,
 ) -> LossParts:
-    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32. prediction, target
-    (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions of an image. The first
-    `instance_count` images are the subject's, the others are prior images; either may be none."""
+    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
+    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions
+    of an image. The first `instance_count` images are the subject's, the others are prior images;
+    either may be none."""
     per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
     if instance_count == 0:
         prior = per_image.mean()
@@ -314,10 +335,14 @@ def loss(
 
 
 def image_errors(
-    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None, pointwise: Pointwise = torch.square
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None,
+    pointwise: Pointwise = torch.square,
 ) -> torch.Tensor:
-    """Mean error (B,) of each image; under a mask weighted, so that a small subject counts in full, and times the
-    mask's largest weight, so that an image without the subject counts no more than its positions do."""
+    """Mean error (B,) of each image; under a mask weighted, so that a small subject counts in full,
+    and times the mask's largest weight, so that an image without the subject counts no more than
+    its positions do."""
     errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)

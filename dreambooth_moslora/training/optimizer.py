@@ -29,13 +29,22 @@ def parameter_groups(
     world_size: int = 1,
     tokens: Sequence[torch.nn.Parameter] = (),
 ) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens, without empty ones.
-    Mixers do not decay: that would pull them to zero, not to their start; in LoRA+ they belong to B's group. As in
-    diffusers' script, `scale_lr` scales only the UNet's rate, which text encoders without one use too."""
-    lr_scale = config.gradient_accumulation_steps * config.train_batch_size * world_size if config.scale_lr else 1
+    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens,
+    without empty ones. Mixers do not decay: that would pull them to zero, not to their start; in
+    LoRA+ they belong to B's group. As in diffusers' script, `scale_lr` scales only the UNet's rate,
+    which text encoders without one use too."""
+    lr_scale = (
+        config.gradient_accumulation_steps * config.train_batch_size * world_size
+        if config.scale_lr
+        else 1
+    )
     groups = []
     unet_lr = lr_scale * config.learning_rate
-    text_lr = unet_lr if optimizer_kinds.optimizer_of(config).one_rate else config.text_encoder_lr or unet_lr
+    text_lr = (
+        unet_lr
+        if optimizer_kinds.optimizer_of(config).one_rate
+        else config.text_encoder_lr or unet_lr
+    )
     for name, module in components.items():
         is_text = name not in families.DENOISERS
         lr = text_lr if is_text else unet_lr
@@ -45,7 +54,9 @@ def parameter_groups(
         others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
         mixer_lr = lr * config.mixer_lr_scale
         groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
-        groups.append({"name": f"{name}.mixer", "params": mixers, "lr": mixer_lr, "weight_decay": 0.0})
+        groups.append(
+            {"name": f"{name}.mixer", "params": mixers, "lr": mixer_lr, "weight_decay": 0.0}
+        )
     groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
@@ -57,7 +68,8 @@ def optimizer_kind(config: table.TrainConfig) -> str:
 
 
 def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
-    """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its package is missing."""
+    """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its
+    package is missing."""
     kind = optimizer_kinds.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
     home = kind.in_8_bit if is_8_bit else kind.home
@@ -74,8 +86,11 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
     return optimizer
 
 
-def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int) -> LRScheduler:
-    """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises UserError."""
+def make_lr_schedule(
+    config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int
+) -> LRScheduler:
+    """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises
+    UserError."""
     # polynomial divides by the steps after the warm-up, after the run's last step too
     steps = max(max_train_steps, config.lr_warmup_steps + 1)
     try:
@@ -93,7 +108,8 @@ def make_lr_schedule(config: table.TrainConfig, optimizer: Optimizer, max_train_
 
 
 def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A checkpoint's states with the settings of the optimizer's own groups, but for what its steps have learnt.
+    """A checkpoint's states with the settings of the optimizer's own groups, but for what its steps
+    have learnt.
 
     Raises ValueError for another number of groups.
     """
@@ -105,7 +121,8 @@ def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str,
 
 
 class MovingAverage:
-    """The exponential average of `parameters`, as diffusers' `EMAModel`: about n/9 steps back at step n."""
+    """The exponential average of `parameters`, as diffusers' `EMAModel`: about n/9 steps back at
+    step n."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
         self.parameters, self.decay = parameters, decay
@@ -148,8 +165,11 @@ def average_of(
 
 
 @contextmanager
-def lent(average: MovingAverage | ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    """For the length of the block the parameters hold the average; afterwards their own bits return. Do not nest."""
+def lent(
+    average: MovingAverage | ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]
+) -> Iterator[None]:
+    """For the length of the block the parameters hold the average; afterwards their own bits
+    return. Do not nest."""
     if average is None:
         yield
         return

@@ -1,13 +1,17 @@
-"""From photos to batches: the endless, shuffled, seeded stream of encoded crops with captions, of all subjects.
+"""From photos to batches: the endless, shuffled, seeded stream of encoded crops with captions, of
+all subjects.
 
     sample at position p  ->  (photo, repeat, crop)  ->  EncodedView  ->  TrainBatch
 
-Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a cache every epoch has
-fresh crops. Each of several subjects is shown equally often, whatever its number of photos:
+Each epoch shuffles photos × repeats. The crop number is epoch mod `crops_per_photo`; without a
+cache every epoch has fresh crops. Each of several subjects is shown equally often, whatever its
+number of photos:
 
-    position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at the round
+position p  ->  round p div k, subject (order drawn anew each round)  ->  that subject's stream at
+the round
 
-The position alone determines the sample: resumed or distributed runs show what an unbroken run of one process shows.
+The position alone determines the sample: resumed or distributed runs show what an unbroken run of
+one process shows.
 """
 
 import math
@@ -30,7 +34,8 @@ from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
 Size = tuple[int, int]  # (h, w) in px
-View = tuple[int, int, Size]  # (slot, crop number, crop size); the slot numbers photos times repeats
+# (slot, crop number, crop size); the slot numbers photos times repeats
+View = tuple[int, int, Size]
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class EncodedView:
 
 @dataclass(eq=False)
 class PhotoEncoder:
-    """Crops and encodes photos. The VAE computes only what the cache does not hold. Without a cache, `readers` threads
-    open and crop photos ahead of time."""
+    """Crops and encodes photos. The VAE computes only what the cache does not hold. Without a
+    cache, `readers` threads open and crop photos ahead of time."""
 
     vae: torch.nn.Module
     cache: TensorCache | None
@@ -54,24 +59,38 @@ class PhotoEncoder:
     alpha: str = "mask"
 
     def __post_init__(self) -> None:
-        constants = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        constants = {
+            name: value for name, value in self.vae.config.items() if not name.startswith("_")
+        }
         how = {"family": self.family.facts.name, "constants": constants}  # their scale is no weight
         self.vae_identity = content_key(weights=fingerprint(self.vae), **how)
         self._digest = lru_cache(maxsize=None)(file_digest)
-        self._readers = ThreadPoolExecutor(self.readers) if self.readers and self.cache is None else None
+        self._readers = (
+            ThreadPoolExecutor(self.readers) if self.readers and self.cache is None else None
+        )
         self._reading: dict[tuple[photo_file.Photo, photo_file.CropPlan], Future] = {}
 
     def encode(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> EncodedView:
-        """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is transparent."""
-        tensors = self._compute(photo, plan) if self.cache is None else self.cache.get(*self.entry(photo, plan))
+        """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
+        transparent."""
+        tensors = (
+            self._compute(photo, plan)
+            if self.cache is None
+            else self.cache.get(*self.entry(photo, plan))
+        )
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
         weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
         if "opaque" in tensors:
             weights = weights * tensors["opaque"]
-        return EncodedView(tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights)
+        return EncodedView(
+            tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights
+        )
 
-    def entry(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it (UserError if photo or cache changed)."""
+    def entry(
+        self, photo: photo_file.Photo, plan: photo_file.CropPlan
+    ) -> tuple[str, Callable[[], Tensors]]:
+        """The crop's key in the cache, and the function that encodes it (UserError if photo or
+        cache changed)."""
         how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
         how |= {"alpha": self.alpha} if photo.has_mask_file else {}
         subject = photo.mask_path and self._digest(photo.mask_path)
@@ -113,11 +132,16 @@ class PhotoEncoder:
     def load_crop(
         self, photo: photo_file.Photo, plan: photo_file.CropPlan
     ) -> tuple[Image.Image, dict[str, Image.Image]]:
-        """The crop as RGB, and as L that of the mask ("subject") and what is opaque beside a mask file ("opaque")."""
+        """The crop as RGB, and as L that of the mask ("subject") and what is opaque beside a mask
+        file ("opaque")."""
         image, parts = photo_file.open_again(photo.path), {"subject": photo_file.open_mask(photo)}
         if photo.has_mask_file and self.alpha == "mask":
             parts["opaque"] = photo_file.alpha_of(image)
-        cut = {name: photo_file.apply_crop(part, plan, "bilinear") for name, part in parts.items() if part is not None}
+        cut = {
+            name: photo_file.apply_crop(part, plan, "bilinear")
+            for name, part in parts.items()
+            if part is not None
+        }
         return photo_file.apply_crop(photo_file.to_rgb(image), plan, self.rule.interpolation), cut
 
 
@@ -128,8 +152,9 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 @dataclass(eq=False)
 class PhotoStream:
-    """The samples of one set of photos, by position. Two streams of one run differ by `name`. Crops have one size in
-    each group of `batch_size` positions, or that of a stream `beside` at the place."""
+    """The samples of one set of photos, by position. Two streams of one run differ by `name`. Crops
+    have one size in each group of `batch_size` positions, or that of a stream `beside` at the
+    place."""
 
     photos: Sequence[photo_file.Photo]
     encoder: PhotoEncoder
@@ -146,7 +171,11 @@ class PhotoStream:
         self.groups: dict[Size, list[int]] = {size: [] for size in of_beside}
         for slot in range(len(self)):
             size_px = self.photos[slot // self.repeats].size_px
-            target = photo_file.nearest_shape(size_px, of_beside) if of_beside else self.encoder.rule.target(size_px)
+            target = (
+                photo_file.nearest_shape(size_px, of_beside)
+                if of_beside
+                else self.encoder.rule.target(size_px)
+            )
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
@@ -154,7 +183,8 @@ class PhotoStream:
         return len(self.photos) * self.repeats
 
     def at(self, position: int) -> tuple[EncodedView, str]:
-        """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by `bare_share`, or random."""
+        """The view at `position` >= 0, and a caption: empty by `caption_dropout`, bare by
+        `bare_share`, or random."""
         photo, plan = self._sample(position)
         view = self.encoder.encode(photo, plan)
         if self._is_in(self.caption_dropout, "caption dropout", position):
@@ -178,7 +208,10 @@ class PhotoStream:
 
     def _sample(self, position: int) -> tuple[photo_file.Photo, photo_file.CropPlan]:
         slot, crop, target = self._view(position)
-        photo, draws = self.photos[slot // self.repeats], rng(self.seed, self.name, "crop", slot, crop)
+        photo, draws = (
+            self.photos[slot // self.repeats],
+            rng(self.seed, self.name, "crop", slot, crop),
+        )
         return photo, self.encoder.rule.plan(photo.size_px, draws, target)
 
     @property
@@ -187,7 +220,8 @@ class PhotoStream:
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
-        """Where batches need one size, each group has as many of a round's batches as slots: all are shown alike."""
+        """Where batches need one size, each group has as many of a round's batches as slots: all
+        are shown alike."""
         target = None
         if self.beside is not None:
             target = self.beside._view(position)[2]
@@ -213,7 +247,8 @@ class PhotoStream:
         return epoch, slots[found]
 
     def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
-        """The different views among the first `sample_count` samples; none when each epoch crops anew."""
+        """The different views among the first `sample_count` samples; none when each epoch crops
+        anew."""
         crops = self.encoder.rule.crops_per_photo or 0
         turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
         bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
@@ -286,11 +321,16 @@ def instance_streams(
     streams = []
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
-        shuffled = [replace(photo, captions=folder.shuffled_captions(subject, photo.captions)) for photo in own]
+        shuffled = [
+            replace(photo, captions=folder.shuffled_captions(subject, photo.captions))
+            for photo in own
+        ]
         varied = (config.repeats, config.caption_dropout, config.train_batch_size)
         name, share = subjects.stream_of("instance", number), subject.bare_share
         streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
-    return SubjectStreams(streams, config.seed, config.train_batch_size if config.enable_bucket else 1)
+    return SubjectStreams(
+        streams, config.seed, config.train_batch_size if config.enable_bucket else 1
+    )
 
 
 def prior_streams(
@@ -299,11 +339,16 @@ def prior_streams(
     encoder: PhotoEncoder,
     instance: SubjectStreams,
 ) -> SubjectStreams:
-    """The streams of class images: beside each sample one of its class; with buckets, of the same size."""
+    """The streams of class images: beside each sample one of its class; with buckets, of the same
+    size."""
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
         beside = own if config.enable_bucket else None
-        streams.append(PhotoStream(photos, encoder, config.seed, subjects.stream_of("prior", number), beside=beside))
+        streams.append(
+            PhotoStream(
+                photos, encoder, config.seed, subjects.stream_of("prior", number), beside=beside
+            )
+        )
     return SubjectStreams(streams, config.seed, instance.run)
 
 
@@ -316,31 +361,42 @@ class TrainBatch:
     prompts: list[str]  # (B)
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
-        """The batch twice (2B): the second half has these prompts (B), and the base's prediction as its target."""
+        """The batch twice (2B): the second half has these prompts (B), and the base's prediction as
+        its target."""
         mask = None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)])
         latents, time_ids = self.latents.repeat(2, 1, 1, 1), self.time_ids.repeat(2, 1)
         return TrainBatch(latents, time_ids, len(self.prompts), mask, [*self.prompts, *prompts])
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
-    """One batch, the subject's views first. If only some have a mask, the others get a mask of ones."""
+    """One batch, the subject's views first. If only some have a mask, the others get a mask of
+    ones."""
     views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):
-        masks = torch.stack([torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views])
-    latents, time_ids = (torch.stack([getattr(view, name) for view in views]) for name in ("latents", "time_ids"))
+        masks = torch.stack(
+            [torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views]
+        )
+    latents, time_ids = (
+        torch.stack([getattr(view, name) for view in views]) for name in ("latents", "time_ids")
+    )
     return TrainBatch(latents, time_ids, instance_count, masks, [caption for _, caption in samples])
 
 
-def move_together(tensors: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor | None]:
-    """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned memory)."""
+def move_together(
+    tensors: dict[str, torch.Tensor | None], device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """The CPU tensors, or None, on `device`, by one transfer as fp32, asynchronous on CUDA (pinned
+    memory)."""
     if device.type == "cpu":
         return tensors
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
     if is_cuda := device.type == "cuda":
         buffer = buffer.pin_memory()
-    parts = buffer.to(device, non_blocking=is_cuda).split([tensor.numel() for tensor in given.values()])
+    parts = buffer.to(device, non_blocking=is_cuda).split(
+        [tensor.numel() for tensor in given.values()]
+    )
     for part, (name, tensor) in zip(parts, given.items(), strict=True):
         given[name] = part.view(tensor.shape).to(tensor.dtype)
     return tensors | given

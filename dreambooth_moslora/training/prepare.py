@@ -3,7 +3,8 @@
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
     photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser      (flow models)
 
-The processes share the encoding, after which each finds every encoding in its memory or on its machine's disk.
+The processes share the encoding, after which each finds every encoding in its memory or on its
+machine's disk.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
@@ -59,11 +65,15 @@ class TrainInputs:
     def batch_at(
         self, micro_batch: int, size: int, next_micro_batch: int, has_prior: Callable[[int], bool]
     ) -> photo_stream.TrainBatch:
-        """Micro-batch `micro_batch`: `size` instance images, and as many class images if it `has_prior`; the next is
-        read ahead."""
+        """Micro-batch `micro_batch`: `size` instance images, and as many class images if it
+        `has_prior`; the next is read ahead."""
 
         def places(number: int) -> Iterator[tuple[photo_stream.SubjectStreams, int]]:
-            streams = [self.instance] if self.prior is None or not has_prior(number) else [self.instance, self.prior]
+            streams = (
+                [self.instance]
+                if self.prior is None or not has_prior(number)
+                else [self.instance, self.prior]
+            )
             return product(streams, range(number * size, (number + 1) * size))
 
         samples = [stream.at(position) for stream, position in places(micro_batch)]
@@ -82,19 +92,29 @@ def prepare(
     is_fresh: bool = True,
     load: frozen_base.LoadBase | None = None,
 ) -> TrainInputs:
-    """Load the base, generate class images, and encode what the first `sample_count` samples and later `prompts` need.
-    `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError and StopRequestedError."""
+    """Load the base, generate class images, and encode what the first `sample_count` samples and
+    later `prompts` need. `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError
+    and StopRequestedError."""
     device = context.accelerator.device
     context.report.phase("loading")
     dtype = distributed.DTYPES[context.accelerator.mixed_precision]
     needs_both = config.keeps_text_encoders or config.draws_class_images
     is_late = load is None and not needs_both and base.is_flow  # its encoders have to go before
-    load = partial(frozen_base.load_base, has_denoiser=False) if is_late else load or frozen_base.load_base
+    load = (
+        partial(frozen_base.load_base, has_denoiser=False)
+        if is_late
+        else load or frozen_base.load_base
+    )
     pipeline = load(config, base, dtype, device)
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():  # of the base, without the flag too
-        raise UserError(f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out.")
-    family = pipelines.family_of(pipeline, told_guidance=config.guidance_scale, options=text_options(config))
+    # of the base, without the flag too
+    for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():
+        raise UserError(
+            f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out."
+        )
+    family = pipelines.family_of(
+        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
+    )
     checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, base, context, pipeline, is_fresh)
@@ -103,9 +123,15 @@ def prepare(
     if config.draws_class_images:
         class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
     options = config.dataloader_num_workers, config.unmasked_weight, family, config.alpha
-    encoder = photo_stream.PhotoEncoder(pipeline.vae.to(device), cache_of(config), crop_rule(config), *options)
+    encoder = photo_stream.PhotoEncoder(
+        pipeline.vae.to(device), cache_of(config), crop_rule(config), *options
+    )
     instance = photo_stream.instance_streams(config, photos, encoder)
-    prior = photo_stream.prior_streams(config, class_photos, encoder, instance) if class_photos else None
+    prior = (
+        photo_stream.prior_streams(config, class_photos, encoder, instance)
+        if class_photos
+        else None
+    )
     prompt_embeds = prompt_cache(config, pipeline, family)
     streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
@@ -146,8 +172,13 @@ def check_denoiser(
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
         frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
-    layers = {path: layer.weight.ndim for path, layer in moslora.matrix_layers(pipelines.denoiser_of(pipeline)).items()}
-    checks.check_layers(config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__))
+    layers = {
+        path: layer.weight.ndim
+        for path, layer in moslora.matrix_layers(pipelines.denoiser_of(pipeline)).items()
+    }
+    checks.check_layers(
+        config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__)
+    )
     checks.check_patterns(config, layers)
     if not is_fresh or config.init_adapter is None:
         return None
@@ -159,36 +190,49 @@ def text_options(config: table.TrainConfig) -> dict[str, Any]:
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
-    """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown prediction."""
-    if scheduler.config.get("use_flow_sigmas"):  # a solver that draws flows, as Sana's: these are its levels
+    """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown
+    prediction."""
+    # a solver that draws flows, as Sana's: these are its levels
+    if scheduler.config.get("use_flow_sigmas"):
         levels, shift = scheduler.config.num_train_timesteps, scheduler.config.flow_shift
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=shift)
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
         line = shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
-        return objective.NoiseSchedule((share / (1 - share)).float(), fresh.timesteps, "flow", "flow", shift_line=line)
+        return objective.NoiseSchedule(
+            (share / (1 - share)).float(), fresh.timesteps, "flow", "flow", shift_line=line
+        )
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained.")
+        raise UserError(
+            f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained."
+        )
     if "EDM" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
         sigmas = fresh.sigmas[: len(fresh.timesteps)]
-        return objective.NoiseSchedule(sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data)
+        return objective.NoiseSchedule(
+            sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data
+        )
     alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
     if edm_style:
-        alphas = alphas.clamp(min=2**-24)  # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
+        # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
+        alphas = alphas.clamp(min=2**-24)
     return objective.NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
 def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     """Slope and intercept through a scheduler's two points, as its pipelines compute the shift."""
-    (least, low), (most, high) = ((config[f"{end}_image_seq_len"], config[f"{end}_shift"]) for end in ("base", "max"))
+    (least, low), (most, high) = (
+        (config[f"{end}_image_seq_len"], config[f"{end}_shift"]) for end in ("base", "max")
+    )
     slope = (high - low) / (most - least)
     return slope, low - slope * least
 
 
-def too_slow_for_samples(config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device) -> bool:
+def too_slow_for_samples(
+    config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
+) -> bool:
     """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
     prompts = [subject.validation_prompt for subject in config.each_subject]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
@@ -201,13 +245,16 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
         return None
     if config.caching == "memory":
         return frozen_base.TensorCache()
-    return frozen_base.TensorCache((Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded")
+    return frozen_base.TensorCache(
+        (Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded"
+    )
 
 
 def prompt_cache(
     config: table.TrainConfig, pipeline: DiffusionPipeline, family: pipelines.Family
 ) -> frozen_base.PromptCache:
-    """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded anew in training."""
+    """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
+    anew in training."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
     if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
@@ -226,7 +273,9 @@ def prompt_cache(
     return frozen_base.PromptCache(encode, cache_of(config) or frozen_base.TensorCache(), identity)
 
 
-def move_encoders(pipeline: DiffusionPipeline, family: pipelines.Family, device: torch.device) -> None:
+def move_encoders(
+    pipeline: DiffusionPipeline, family: pipelines.Family, device: torch.device
+) -> None:
     """Move the text encoders to `device` if they fit there."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
     place = device_with_room(encoders, device)
@@ -237,19 +286,26 @@ def move_encoders(pipeline: DiffusionPipeline, family: pipelines.Family, device:
 def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
     """`device`, or the CPU where a GPU lacks the memory for these models."""
     free_gib = machine.free_gib(device)
-    needed = sum(weight.numel() * weight.element_size() for model in models for weight in model.parameters())
+    needed = sum(
+        weight.numel() * weight.element_size() for model in models for weight in model.parameters()
+    )
     fits = free_gib is None or needed <= memory.USABLE * free_gib * machine.GIB
     return device if fits else torch.device("cpu")
 
 
-def encode_photos(context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int) -> None:
-    """Fill the cache with every crop of the first `sample_count` samples. Raises UserError, StopRequestedError."""
+def encode_photos(
+    context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int
+) -> None:
+    """Fill the cache with every crop of the first `sample_count` samples. Raises UserError,
+    StopRequestedError."""
     encoder = streams[0].encoder
     if encoder.cache is None:
         return
 
     def crops() -> Entries:
-        return dict(encoder.entry(*view) for stream in streams for view in stream.views_ahead(sample_count))
+        return dict(
+            encoder.entry(*view) for stream in streams for view in stream.views_ahead(sample_count)
+        )
 
     entries = same_everywhere(context, crops, "crops")
     for _ in context.report.counted("caching", fill(encoder.cache, context, entries), len(entries)):
@@ -263,26 +319,40 @@ def encode_prompts(
     prompt_embeds: frozen_base.PromptCache,
     prompts: Iterable[str],
 ) -> None:
-    """Fill the cache with every caption and prompt that the run will use. Raises UserError and StopRequestedError."""
+    """Fill the cache with every caption and prompt that the run will use. Raises UserError and
+    StopRequestedError."""
     captions = {*prompts, ""}.union(*(stream.captions for stream in streams))
     for subject in config.each_subject:
         captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
     learnt = [word_pattern(word) for word in learnt_words(config)]
-    plain = [caption for caption in sorted(captions) if not any(pattern.search(caption) for pattern in learnt)]
-    entries = same_everywhere(context, lambda: dict(prompt_embeds.entry(caption) for caption in plain), "prompts")
+    plain = [
+        caption
+        for caption in sorted(captions)
+        if not any(pattern.search(caption) for pattern in learnt)
+    ]
+    entries = same_everywhere(
+        context, lambda: dict(prompt_embeds.entry(caption) for caption in plain), "prompts"
+    )
     for _ in fill(prompt_embeds.cache, context, entries):
         pass
 
 
-def same_everywhere(context: reporter.RunContext, find: Callable[[], Entries], kind: str) -> Entries:
+def same_everywhere(
+    context: reporter.RunContext, find: Callable[[], Entries], kind: str
+) -> Entries:
     """What this process finds to encode. Raises UserError when processes find different keys."""
     return distributed.agreed(
-        context.accelerator, find, lambda found: f"{len(found)} {kind} ({content_key(keys=[*found])[:8]})"
+        context.accelerator,
+        find,
+        lambda found: f"{len(found)} {kind} ({content_key(keys=[*found])[:8]})",
     )
 
 
-def fill(cache: frozen_base.TensorCache, context: reporter.RunContext, entries: Entries) -> Iterator[int]:
-    """Compute what the cache lacks of `entries`, which all processes have alike; yields how many are done."""
+def fill(
+    cache: frozen_base.TensorCache, context: reporter.RunContext, entries: Entries
+) -> Iterator[int]:
+    """Compute what the cache lacks of `entries`, which all processes have alike; yields how many
+    are done."""
     accelerator = context.accelerator
     keeps = cache.folder is None or accelerator.is_local_main_process
 
@@ -298,7 +368,9 @@ def fill(cache: frozen_base.TensorCache, context: reporter.RunContext, entries: 
         yield number
 
 
-def release_vae(config: table.TrainConfig, pipeline: DiffusionPipeline, encoder: photo_stream.PhotoEncoder) -> None:
+def release_vae(
+    config: table.TrainConfig, pipeline: DiffusionPipeline, encoder: photo_stream.PhotoEncoder
+) -> None:
     """Free the VAE unless a step, sample or score needs it; the last two find it on the CPU."""
     if config.caching != "off" and (config.sample_count or config.is_scored):
         pipeline.vae.to("cpu")

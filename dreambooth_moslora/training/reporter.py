@@ -1,7 +1,8 @@
-"""Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers (tensorboard, wandb and others).
+"""Reports a run's events: to `metrics.jsonl`, to the caller, and to the trackers (tensorboard,
+wandb and others).
 
-Only the main process reports. Trackers get no path, prompt or photo; those that show pictures get the samples, which
-show the subject. `RunContext` is what every part of a run shares.
+Only the main process reports. Trackers get no path, prompt or photo; those that show pictures get
+the samples, which show the subject. `RunContext` is what every part of a run shares.
 """
 
 import gc
@@ -28,22 +29,25 @@ logger = logging.getLogger(__name__)
 
 TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)  # Events that trackers get
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-"""Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB)."""
+"""Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB).
+"""
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
 
 
 @dataclass(eq=False)
 class Reporter:
-    """Call it with each event. `on_event` gets those of the file too, which may be an earlier run's: events wait until
-    `begin_at`. `step` is the latest. Of several processes the main one keeps an error of reporting until all meet, and
-    `raise_failure` then raises it: alone it would leave the others waiting."""
+    """Call it with each event. `on_event` gets those of the file too, which may be an earlier
+    run's: events wait until `begin_at`. `step` is the latest. Of several processes the main one
+    keeps an error of reporting until all meet, and `raise_failure` then raises it: alone it would
+    leave the others waiting."""
 
     run_dir: run_folder.RunDir
     accelerator: Accelerator
     on_event: Callable[[events.Event], None] | None
     step: int = 0
     failure: Exception | None = None
-    earlier_curves: list[Path] = field(default_factory=list)  # of tensorboard, in the run folder before it opened
+    # of tensorboard, in the run folder before it opened
+    earlier_curves: list[Path] = field(default_factory=list)
     waiting: list[events.Event] | None = field(default_factory=list)
 
     def __call__(self, event: events.Event) -> None:
@@ -66,7 +70,8 @@ class Reporter:
             self.failure = self.failure or error
 
     def start_trackers(self, config: TrainConfig) -> None:
-        """Open them, with settings that cannot hold text of the user's. Raises UserError if one does not open."""
+        """Open them, with settings that cannot hold text of the user's. Raises UserError if one
+        does not open."""
         public = {}
         for name, value in config.to_dict().items():
             is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]
@@ -74,36 +79,54 @@ class Reporter:
                 public[name] = value
         home = self.run_dir.path
         curves = sorted((home / config.logging_dir).rglob("*.tfevents.*"))
-        self.earlier_curves = [path for path in curves if path.resolve().is_relative_to(home.resolve())]
+        self.earlier_curves = [
+            path for path in curves if path.resolve().is_relative_to(home.resolve())
+        ]
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors
             self.accelerator.trackers.clear()
             said = one_line(f"{type(error).__name__} {error}")
-            raise UserError(f"--report_to {config.report_to} cannot start: {said}; none trains without it.") from error
+            raise UserError(
+                f"--report_to {config.report_to} cannot start: {said}; none trains without it."
+            ) from error
 
     def _track(self, event: events.StepDone | events.StepEvaluated | events.SamplesDrawn) -> None:
-        """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one warning."""
+        """Log numbers, and samples to trackers that show pictures. A tracker that fails causes one
+        warning."""
         for tracker in list(self.accelerator.trackers):
             try:
                 if not isinstance(event, events.SamplesDrawn):
                     record = events.record_of(event)
                     numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-                    tracker.log({k: v for k, v in numbers.items() if k not in ("step", "time")}, step=event.step)
+                    tracker.log(
+                        {k: v for k, v in numbers.items() if k not in ("step", "time")},
+                        step=event.step,
+                    )
                 elif tracker.name in PICTURE_OPTIONS:
-                    pictures = np.stack([np.asarray(Image.open(self.run_dir.path / name)) for name in event.files])
-                    tracker.log_images({"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name])
+                    pictures = np.stack(
+                        [np.asarray(Image.open(self.run_dir.path / name)) for name in event.files]
+                    )
+                    tracker.log_images(
+                        {"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name]
+                    )
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
-                logger.warning("--report_to: %s failed and is not used again in this run: %s", tracker.name, said)
+                logger.warning(
+                    "--report_to: %s failed and is not used again in this run: %s",
+                    tracker.name,
+                    said,
+                )
 
     def end_trackers(self) -> None:
         """Their errors are only logged, so that they do not hide the run's result or error."""
         try:
             self.accelerator.end_training()
         except Exception as error:  # each tracker raises its own errors
-            logger.warning("--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}"))
+            logger.warning(
+                "--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}")
+            )
 
     def raise_failure(self) -> None:
         if self.failure is not None:
@@ -113,7 +136,8 @@ class Reporter:
         self(events.PhaseProgress(phase, done, total))
 
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
-        """Report each count of a phase, at most four times a second, and always the first and the last."""
+        """Report each count of a phase, at most four times a second, and always the first and the
+        last."""
         self.phase(phase, 0, total)
         last = time.monotonic()
         for done in counts:
@@ -123,7 +147,8 @@ class Reporter:
             yield done
 
     def begin_at(self, step: int) -> None:
-        """Remove from the file the events of steps that will be repeated, and of the earlier end; then write."""
+        """Remove from the file the events of steps that will be repeated, and of the earlier end;
+        then write."""
         if not self.accelerator.is_main_process:
             return
         known = self.run_dir.read_metrics() if step else []
@@ -145,7 +170,8 @@ def free_unused_memory(device: torch.device) -> None:
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process; on Apple's what it has now."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process; on Apple's what
+    it has now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     if device.type == "mps":
@@ -161,7 +187,8 @@ class RunContext:
     should_stop: Callable[[], bool]  # whether this process was asked to stop
 
     def stop_requested(self) -> bool:
-        """Whether any process was asked to stop, or failed to report (raised). All must call it together."""
+        """Whether any process was asked to stop, or failed to report (raised). All must call it
+        together."""
         ends = any_process(self.accelerator, self.report.failure is not None or self.should_stop())
         if ends:
             on_each(self.accelerator, self.report.raise_failure)
@@ -173,6 +200,7 @@ class RunContext:
             raise StopRequestedError
 
     def raise_if_asked(self) -> None:
-        """Raises StopRequestedError when this process was asked to stop: for work whose errors all processes hear."""
+        """Raises StopRequestedError when this process was asked to stop: for work whose errors all
+        processes hear."""
         if self.should_stop():
             raise StopRequestedError

@@ -1,8 +1,8 @@
 """What a run leaves: samples, proved adapter files, card, sheets, plots, and the hub.
 
-Samples have the same prompts and noise at step 0, during the run and at the end. At the end it also draws new
-contexts: the subject where no photo shows it. The pictures of step 0 are read from the run folder, so that a resumed
-run has them as well.
+Samples have the same prompts and noise at step 0, during the run and at the end. At the end it also
+draws new contexts: the subject where no photo shows it. The pictures of step 0 are read from the
+run folder, so that a resumed run has them as well.
 """
 
 import json
@@ -28,13 +28,24 @@ from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
 from dreambooth_moslora.lora.proof import Proof
-from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image, open_rgb, to_rgb
+from dreambooth_moslora.photos.photo_file import (
+    Photo,
+    UnreadableImageError,
+    open_image,
+    open_rgb,
+    to_rgb,
+)
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.distributed import on_main, share_out
 from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings import measures, prompts, table
 from dreambooth_moslora.training import explain, prepare
-from dreambooth_moslora.training.checkpoint import Position, digest_of_shown, read_position, trained_modules
+from dreambooth_moslora.training.checkpoint import (
+    Position,
+    digest_of_shown,
+    read_position,
+    trained_modules,
+)
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.step import TrainStep
@@ -58,11 +69,19 @@ class ValidationSamples:
     latest_step: int = 0
 
     @classmethod
-    def of(cls, config: table.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int) -> "ValidationSamples":
+    def of(
+        cls, config: table.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
+    ) -> "ValidationSamples":
         wanted = prompts.validation_prompts(config)
-        seeds = [seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)]
+        seeds = [
+            seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)
+        ]
         requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
-        contexts = [SampleRequest(p, seeds[0]) for p in prompts.context_prompts(config)] if requests else []
+        contexts = (
+            [SampleRequest(p, seeds[0]) for p in prompts.context_prompts(config)]
+            if requests
+            else []
+        )
         every = config.validation_steps or config.validation_epochs * steps_per_epoch
         return cls(run_dir, requests, contexts, every)
 
@@ -74,12 +93,16 @@ class ValidationSamples:
         return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
 
     def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> events.SamplesDrawn:
-        """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises StopRequestedError."""
+        """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises
+        StopRequestedError."""
         self.latest, self.latest_step = [], step
         for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
             on_main(accelerator, partial(self.save, self.path(step, number), picture))
-        files = [str(self.path(step, n).relative_to(self.run_dir.path)) for n in range(len(self.requests))]
+        files = [
+            str(self.path(step, n).relative_to(self.run_dir.path))
+            for n in range(len(self.requests))
+        ]
         drawn = [request.prompt for request in self.requests]
         return events.SamplesDrawn(step, files, drawn, [request.seed for request in self.requests])
 
@@ -87,9 +110,17 @@ class ValidationSamples:
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
     def first(self, requests: Iterable[SampleRequest]) -> list[Shown]:
-        """The pictures of step 0 of these requests that exist and can be read; a resumed run may have others."""
-        drawn = events.events_of(events.SamplesDrawn, self.run_dir.read_metrics(events.SamplesDrawn.kind))
-        pairs = (pair for event in drawn if event.step == 0 for pair in enumerate(zip(event.prompts, event.seeds)))
+        """The pictures of step 0 of these requests that exist and can be read; a resumed run may
+        have others."""
+        drawn = events.events_of(
+            events.SamplesDrawn, self.run_dir.read_metrics(events.SamplesDrawn.kind)
+        )
+        pairs = (
+            pair
+            for event in drawn
+            if event.step == 0
+            for pair in enumerate(zip(event.prompts, event.seeds))
+        )
         numbers, found = {SampleRequest(*request): number for number, request in pairs}, []
         for request in (one for one in requests if one in numbers):
             with suppress(UnreadableImageError, FileNotFoundError):
@@ -102,7 +133,8 @@ class ValidationSamples:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each position (fewer at the start); same length as `values`."""
+    """Mean of the last `window` values at each position (fewer at the start); same length as
+    `values`."""
     ends = np.arange(1, len(values) + 1)
     return np.array([values[max(0, end - window) : end].mean() for end in ends])
 
@@ -115,11 +147,15 @@ def draw_loss_plot(
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for key, (colour, label) in CURVES.items():
-        points = [(event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None]
+        points = [
+            (event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None
+        ]
         if points:
             at, values = map(np.array, zip(*points))
             axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes[0].plot(at, running_mean(values, max(5, len(values) // 20)), color=colour, label=label)
+            axes[0].plot(
+                at, running_mean(values, max(5, len(values) // 20)), color=colour, label=label
+            )
     axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(frameon=False)
@@ -138,7 +174,9 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
     for key, label in measures.curves().items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
         if np.isfinite(values).any():
-            axes.plot(at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label)
+            axes.plot(
+                at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label
+            )
     best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
     axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")
@@ -147,7 +185,8 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
 
 @dataclass(eq=False)
 class Publisher:
-    """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the evaluator's latest."""
+    """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the
+    evaluator's latest."""
 
     config: table.TrainConfig
     run_dir: run_folder.RunDir
@@ -163,15 +202,25 @@ class Publisher:
     def __post_init__(self) -> None:
         self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        streams = [stream for stream in (self.inputs.instance, self.inputs.prior) if stream is not None]
+        streams = [
+            stream for stream in (self.inputs.instance, self.inputs.prior) if stream is not None
+        ]
         shown = [stream.identity for stream in streams]
         digest = digest_of_shown(self.config, self.inputs.instance.encoder.vae_identity, shown)
-        named = {"optimizer": optimizer_kind(self.config), "base": self.inputs.base, "shown": digest}
+        named = {
+            "optimizer": optimizer_kind(self.config),
+            "base": self.inputs.base,
+            "shown": digest,
+        }
         self.position = Position(self.train_step.step, self.config.seed, **named)
         self.facts = facts_of(self.config, self.inputs, self.train_step)
-        if self.checkpoint is not None and (names := changed_names(self.checkpoint, self.facts, digest)):
+        if self.checkpoint is not None and (
+            names := changed_names(self.checkpoint, self.facts, digest)
+        ):
             which = f"{self.checkpoint.name} (step {self.position.step}), which had other settings: {', '.join(names)}"
-            logger.warning("goes on from %s; for a new run leave --resume_from_checkpoint out.", which)
+            logger.warning(
+                "goes on from %s; for a new run leave --resume_from_checkpoint out.", which
+            )
 
     @property
     def facts_now(self) -> metadata.AdapterMetadata:
@@ -180,18 +229,22 @@ class Publisher:
         return replace(self.facts, step=None if step == self.max_train_steps else step)
 
     def keep_best(self) -> None:
-        """Write the current adapter to `best/`, loadable like the final one, completely or not at all."""
+        """Write the current adapter to `best/`, loadable like the final one, completely or not at
+        all."""
         with atomic_directory(self.run_dir.best_dir) as folder:
             self._publish_to(folder)
 
     def publish(self, finished: bool) -> Proof:
-        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed; all processes draw."""
+        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed;
+        all processes draw."""
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
         contexts: list[Shown] = []
         with suppress(StopRequestedError):
             asked = self.samples.contexts if finished else []
-            for picture, request in zip(share_out(accelerator, asked, self.sampler), asked, strict=True):
+            for picture, request in zip(
+                share_out(accelerator, asked, self.sampler), asked, strict=True
+            ):
                 contexts.append((request, picture))
         on_main(accelerator, lambda: self._present(finished, proof, contexts))
         return proof
@@ -199,8 +252,13 @@ class Publisher:
     def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
         config, run_dir = self.config, self.run_dir
         best = self.best if run_dir.best_dir.is_dir() else None
-        adapter, step = replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)), self.train_step.step
-        facts = CardFacts(run_dir.name, step, self.max_train_steps, adapter, proof, scores=self.scores, best=best)
+        adapter, step = (
+            replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)),
+            self.train_step.step,
+        )
+        facts = CardFacts(
+            run_dir.name, step, self.max_train_steps, adapter, proof, scores=self.scores, best=best
+        )
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, drawn, contexts)
         try:
@@ -218,12 +276,19 @@ class Publisher:
         components, name, facts = self.train_step.components, self.run_dir.name, self.facts_now
         if self.learnt is None:
             return published_file.publish(components, folder, name, facts)
-        attached, bare = self.learnt.attached, [one.instance_prompt for one in self.config.each_subject]
+        attached, bare = (
+            self.learnt.attached,
+            [one.instance_prompt for one in self.config.each_subject],
+        )
         prove = lambda paths: new_tokens.prove_tokens(paths, attached, bare)  # noqa: E731
-        return published_file.publish(components, folder, name, facts, tokens=self.tokens, prove=prove)
+        return published_file.publish(
+            components, folder, name, facts, tokens=self.tokens, prove=prove
+        )
 
 
-def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep) -> metadata.AdapterMetadata:
+def facts_of(
+    config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
+) -> metadata.AdapterMetadata:
     facts = raw_file.adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -232,7 +297,11 @@ def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step:
         class_word=prompts.class_word_of(config),
         resolution_px=config.resolution,
     )
-    bare = tuple(one.instance_prompt for one in config.each_subject) if len(config.subjects) > 1 else ()
+    bare = (
+        tuple(one.instance_prompt for one in config.each_subject)
+        if len(config.subjects) > 1
+        else ()
+    )
     accelerator = train_step.accelerator
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
     if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
@@ -241,7 +310,8 @@ def facts_of(config: table.TrainConfig, inputs: prepare.TrainInputs, train_step:
 
 
 def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str) -> list[str]:
-    """What a resumed run has otherwise than its checkpoint: one from the start would give other weights."""
+    """What a resumed run has otherwise than its checkpoint: one from the start would give other
+    weights."""
     before, now = settings_in(trained_modules(checkpoint)[0]), settings_in(facts)
     names = [name for name in before | now if before.get(name) != now.get(name)]
     return names + ["photos or words"] * (read_position(checkpoint).shown != digest)
@@ -254,26 +324,40 @@ def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:
 
 
 def write_card(
-    config: table.TrainConfig, run_dir: run_folder.RunDir, facts: CardFacts, drawn: list[Shown], contexts: list[Shown]
+    config: table.TrainConfig,
+    run_dir: run_folder.RunDir,
+    facts: CardFacts,
+    drawn: list[Shown],
+    contexts: list[Shown],
 ) -> None:
-    """Write README.md and its pictures, old ones first away: at all times a card names every picture."""
+    """Write README.md and its pictures, old ones first away: at all times a card names every
+    picture."""
     pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
     if len(config.subjects) > 1:
         first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
         pairs = prompts.together_prompts(config)
-        pictures = [*reversed(first_of_each.values()), *(shown for shown in contexts if shown[0].prompt in pairs)]
+        pictures = [
+            *reversed(first_of_each.values()),
+            *(shown for shown in contexts if shown[0].prompt in pairs),
+        ]
     for stale in run_folder.pictures_named(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
-    names = [(f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)]
+    names = [
+        (f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)
+    ]
     atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, picture) in zip(names, pictures):
         write_png(run_dir.path / name, picture)
 
 
 def sheet_rows(
-    config: table.TrainConfig, photos: list[Photo], samples: ValidationSamples, contexts: list[Shown]
+    config: table.TrainConfig,
+    photos: list[Photo],
+    samples: ValidationSamples,
+    contexts: list[Shown],
 ) -> list[Row]:
-    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is never uploaded."""
+    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is
+    never uploaded."""
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
     rows = []
@@ -285,7 +369,10 @@ def sheet_rows(
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
             row_of(f"Step 0: the {start}, before training", samples.first(asked)),
-            row_of(f"Step {samples.latest_step}: the same prompts, from the same noise", own_of(latest, wanted)),
+            row_of(
+                f"Step {samples.latest_step}: the same prompts, from the same noise",
+                own_of(latest, wanted),
+            ),
             row_of("New contexts", own_of(contexts, prompts.context_prompts(subject))),
         ]
     pairs = prompts.together_prompts(config)
@@ -298,7 +385,9 @@ def own_of(shown: list[Shown], wanted: Sequence[str]) -> list[Shown]:
 
 
 def row_of(title: str, shown: list[Shown]) -> Row:
-    return Row(title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown))
+    return Row(
+        title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown)
+    )
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:

@@ -1,12 +1,14 @@
 """One optimizer step: gradients from micro-batches, then an update of the adapter.
 
-Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over steps, accumulation and
-processes, so one process with accumulation 2 draws what two processes draw. One all-reduce per step averages the
-adapters' gradients over processes. No module is wrapped, so any part of the base can be trained. Adapters are fp32; the
-frozen base computes in its own dtype, with copies of the adapter made once per step.
+Every random draw has the name (seed, what, micro-batch number). Micro-batches are counted over
+steps, accumulation and processes, so one process with accumulation 2 draws what two processes draw.
+One all-reduce per step averages the adapters' gradients over processes. No module is wrapped, so
+any part of the base can be trained. Adapters are fp32; the frozen base computes in its own dtype,
+with copies of the adapter made once per step.
 
-`--compile` compiles each of the UNet's transformer blocks in place, so that no checkpoint key changes its name. Blocks
-of one width share a graph, which stays valid with recomputation and without the adapter.
+`--compile` compiles each of the UNet's transformer blocks in place, so that no checkpoint key
+changes its name. Blocks of one width share a graph, which stays valid with recomputation and
+without the adapter.
 """
 
 import logging
@@ -29,13 +31,20 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.micro_batch import MicroBatch, Rows, alike, predicted_together
-from dreambooth_moslora.training.optimizer import average_of, lent, make_lr_schedule, make_optimizer, parameter_groups
+from dreambooth_moslora.training.optimizer import (
+    average_of,
+    lent,
+    make_lr_schedule,
+    make_optimizer,
+    parameter_groups,
+)
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 GOES_ON = "the run goes on without"
-PX_A_TOKEN = 16 * 16  # Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
+# Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
+PX_A_TOKEN = 16 * 16
 GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
 
 
@@ -47,7 +56,8 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the steps done. `trained` are the adapter's `parameters` and new tokens."""
+    """The adapter, its optimizer, and the steps done. `trained` are the adapter's `parameters` and
+    new tokens."""
 
     def __init__(
         self,
@@ -69,15 +79,21 @@ class TrainStep:
         self.compiled = []  # the transformer blocks that are compiled at their first call
         if speed.compiled:
             kinds = pipelines.block_classes(inputs.denoiser)
-            self.compiled = [block for block in inputs.denoiser.modules() if type(block).__name__ in kinds]
+            self.compiled = [
+                block for block in inputs.denoiser.modules() if type(block).__name__ in kinds
+            ]
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for block in self.compiled:
                 block.compile(backend=BACKEND)
         if accelerator.is_main_process and speed.compiled:
             logger.warning("%s", speed.sentence())
-        self.parameters = [p for module in self.components.values() for _, p in moslora.adapter_parameters(module)]
+        self.parameters = [
+            p for module in self.components.values() for _, p in moslora.adapter_parameters(module)
+        ]
         self.copies = fast_linear.WorkingCopies(*self.components.values())
-        self.lora_layers = [layer for module in self.components.values() for layer in moslora.lora_layers(module)]
+        self.lora_layers = [
+            layer for module in self.components.values() for layer in moslora.lora_layers(module)
+        ]
         self.learnt: adapters.LearntTokens | None = None
         if config.train_text_encoder_ti:
             frozen = inputs.pipeline, inputs.prompt_embeds
@@ -120,7 +136,9 @@ class TrainStep:
                 copies.collect()
         return self.mean_of(found)
 
-    def differentiated(self, micros: Sequence[MicroBatch], share: float | None) -> list[torch.Tensor]:
+    def differentiated(
+        self, micros: Sequence[MicroBatch], share: float | None
+    ) -> list[torch.Tensor]:
         """One pass forward and backward. Returns the `numbers_of` (3,) each micro-batch; gradients
         are added to the copies'."""
         losses = self.losses(micros, share)
@@ -128,7 +146,9 @@ class TrainStep:
         self.accelerator.backward(total / self.config.gradient_accumulation_steps)
         return [numbers_of(parts) for parts in losses]
 
-    def losses(self, micros: Sequence[MicroBatch], share: float | None = None) -> list[objective.LossParts]:
+    def losses(
+        self, micros: Sequence[MicroBatch], share: float | None = None
+    ) -> list[objective.LossParts]:
         """The loss of each of these, which pass through the denoiser together. `share` is that of a
         part of a micro-batch, whose parts sum to its loss."""
         # Predict. The frozen base's answer is the target of the prior's pictures.
@@ -145,7 +165,9 @@ class TrainStep:
             found.append(parts if share is None else parts.share(share))
         return found
 
-    def loss_of(self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None) -> objective.LossParts:
+    def loss_of(
+        self, micro: MicroBatch, prediction: torch.Tensor, answer: torch.Tensor | None
+    ) -> objective.LossParts:
         """The loss of `prediction` (B, C, h, w). `answer` (B/2, C, h, w) is the base's, the target
         of the prior's half."""
         config, schedule, index = self.config, self.schedule, micro.rows.noisy.index
@@ -218,10 +240,13 @@ class TrainStep:
         return (self.step * count + turn) * world + self.accelerator.process_index
 
     def update_adapter(self) -> float:
-        """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has skipped it."""
+        """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has
+        skipped it."""
         with self.learnt.step(self.step) if self.learnt else nullcontext():
             self._average_gradients()
-            norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf)
+            norm = self.accelerator.clip_grad_norm_(
+                self.trained, self.config.max_grad_norm or math.inf
+            )
             self.optimizer.step()
         norm = float(norm)
         if math.isfinite(norm):
@@ -233,10 +258,13 @@ class TrainStep:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The adapter holds its average, as it is published, scored and sampled, for the length of the block."""
+        """The adapter holds its average, as it is published, scored and sampled, for the length of
+        the block."""
         # pictures would need graphs of their own
         pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        apart = self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
+        apart = (
+            self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
+        )
         with pause, apart, lent(self.average, self.trained):
             yield
 
@@ -267,7 +295,9 @@ class TrainStep:
             for place, text in enumerate(cached):
                 drawn |= {(place, name): tensor for name, tensor in text.items()}
             moved = photo_stream.move_together(drawn, self.device)
-            texts = [{name: moved[place, name] for name in text} for place, text in enumerate(cached)]
+            texts = [
+                {name: moved[place, name] for name in text} for place, text in enumerate(cached)
+            ]
 
         latents, noise, index = moved["latents"], moved["noise"], moved["index"]
         return MicroBatch(
@@ -307,8 +337,9 @@ class TrainStep:
         )
 
     def has_prior(self, micro_batch: int) -> bool:
-        """Whether micro-batch number `micro_batch` of the run has a prior half: of each `prior_every` in a row a drawn
-        one has, with so many times the weight. The expected gradient is that of a prior in each."""
+        """Whether micro-batch number `micro_batch` of the run has a prior half: of each
+        `prior_every` in a row a drawn one has, with so many times the weight. The expected gradient
+        is that of a prior in each."""
         every = self.config.prior_every
         turn, place = divmod(micro_batch, every)
         drawn = rng(self.config.seed, "prior's turn", turn).randrange(every)
@@ -320,13 +351,20 @@ class TrainStep:
         batch = self.inputs.batch_at(micro_batch, size, following, self.has_prior)
         if not self.base_is_prior or not self.has_prior(micro_batch):
             return batch
-        shown = [self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)]
+        shown = [
+            self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)
+        ]
         classes = [self.class_prompts[number] for number in shown]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def predict(self, rows: Rows) -> torch.Tensor:
-        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px 1368."""
-        inputs, family, to = self.inputs, self.inputs.family, {"device": self.device, "dtype": self.inputs.dtype}
+        """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px
+        1368."""
+        inputs, family, to = (
+            self.inputs,
+            self.inputs.family,
+            {"device": self.device, "dtype": self.inputs.dtype},
+        )
         words = family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
         if inputs.text_products is not None:
             inputs.text_products.show(words["prompt_embeds"], rows.prompts)
@@ -375,16 +413,21 @@ class TrainStep:
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.trained if p.grad is not None]
-        vector_to_parameters(distributed.mean_over(self.accelerator, parameters_to_vector(grads)), grads)
+        vector_to_parameters(
+            distributed.mean_over(self.accelerator, parameters_to_vector(grads)), grads
+        )
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches, of the prior's over those that have one, and over all processes. `found`
-        are the `numbers_of` (3,) each, or of its parts, which sum to it."""
+        """Means over the step's micro-batches, of the prior's over those that have one, and over
+        all processes. `found` are the `numbers_of` (3,) each, or of its parts, which sum to it."""
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
         total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
         of_step = count * self.accelerator.num_processes
-        share = sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step))) / of_step
+        share = (
+            sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step)))
+            / of_step
+        )
         return StepLosses(total, instance, prior / share if share else None)
 
 

@@ -1,5 +1,5 @@
-"""From the command line of `app.py` to a running page, which loads its base while it is already up. Which bases it
-offers by name, and what each is and needs, follows from their files alone."""
+"""From the command line of `app.py` to a running page, which loads its base while it is already up.
+Which bases it offers by name, and what each is and needs, follows from their files alone."""
 
 import argparse
 import os
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 DEPTH = 3
-CHECKPOINT_MARK = "model.diffusion_model."  # Begins keys of a single-file checkpoint, and of no adapter
+# Begins keys of a single-file checkpoint, and of no adapter
+CHECKPOINT_MARK = "model.diffusion_model."
 MAX_PORT = 65535
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
@@ -37,13 +38,27 @@ Drawer = Callable[[Base], Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, **options) -> None:
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+        parser.add_argument(
+            *dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options
+        )
 
-    add("base", default="toy", help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)')
+    add(
+        "base",
+        default="toy",
+        help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)',
+    )
     add("bases_dir", metavar="DIR", help="folder below which bases lie, of which you choose one")
-    add("adapters_dir", default=str(assets_folder() / "adapters"), help="folder of .safetensors adapters to offer")
+    add(
+        "adapters_dir",
+        default=str(assets_folder() / "adapters"),
+        help="folder of .safetensors adapters to offer",
+    )
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
-    add("server_name", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add(
+        "server_name",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1: this machine only)",
+    )
     add("server_port", type=int, help="default: the first free one from 7860")
     add(
         "allowed_host",
@@ -66,7 +81,9 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     avoid_fragmentation()
     share_heaps()
     about = "A web page to generate with adapters and train them."
-    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=about)
+    parser = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=about
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -90,7 +107,9 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     from dreambooth_moslora.ui import guard, page  # gradio takes seconds
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
-        raise UserError(f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}")
+        raise UserError(
+            f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}"
+        )
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_exposed = args.share or args.server_name not in guard.LOOPBACK
@@ -126,7 +145,8 @@ def parse_login(text: str) -> tuple[str, str]:
 
 
 def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppContext":
-    """Start loading the base, and tell the page what it needs before that is loaded. Raises UserError."""
+    """Start loading the base, and tell the page what it needs before that is loaded. Raises
+    UserError."""
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
     from dreambooth_moslora.ui.workspace import new_workspace
@@ -155,7 +175,8 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
             return draw_by(base)
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-        return SubjectPipeline.from_base(base.name, resting=True)  # found anew: its files may have come since
+        # found anew: its files may have come since
+        return SubjectPipeline.from_base(base.name, resting=True)
 
     is_named = base.path is None or base.name in toys.TOYS
     return state.PageBase(
@@ -181,8 +202,8 @@ def runs_folder(text: str) -> Path:
 
 
 def bases_below(folder: Path) -> list[Path]:
-    """Diffusers folders and single-file checkpoints at most three levels below `folder`. What cannot be read is left
-    out."""
+    """Diffusers folders and single-file checkpoints at most three levels below `folder`. What
+    cannot be read is left out."""
     found = []
     for place, folders, names in os.walk(folder):
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
@@ -196,13 +217,16 @@ def bases_below(folder: Path) -> list[Path]:
 
 def is_checkpoint(file: Path) -> bool:
     try:
-        return file.suffix == ".safetensors" and any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
+        return file.suffix == ".safetensors" and any(
+            name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file)
+        )
     except (UserError, OSError):
         return False
 
 
 def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
-    """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below `bases_dir`."""
+    """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below
+    `bases_dir`."""
     bases = [first, *map(Base.find, toys.TOYS)]
     if (sdxl := Base.find(HUB_SDXL)).folder:
         bases.append(sdxl)
@@ -233,6 +257,13 @@ def about(base: Base) -> str:
 
 def templates_for(base: Base) -> list[str]:
     """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora.settings.prompts import DREAMBOOTH_LIVE_TEMPLATES, DREAMBOOTH_OBJECT_TEMPLATES
+    from dreambooth_moslora.settings.prompts import (
+        DREAMBOOTH_LIVE_TEMPLATES,
+        DREAMBOOTH_OBJECT_TEMPLATES,
+    )
 
-    return list(toys.TEMPLATES) if base.is_toy else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    return (
+        list(toys.TEMPLATES)
+        if base.is_toy
+        else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
+    )

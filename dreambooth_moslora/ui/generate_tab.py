@@ -1,4 +1,5 @@
-"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their events."""
+"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their
+events."""
 
 import html
 import shutil
@@ -14,14 +15,25 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
 from dreambooth_moslora.ui import generate_values, state
 from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, recipe_of, summary_of
-from dreambooth_moslora.ui.html import LARGE_PREVIEW, SHOWN, explain_bad_values, faint, progress_card
+from dreambooth_moslora.ui.html import (
+    LARGE_PREVIEW,
+    SHOWN,
+    explain_bad_values,
+    faint,
+    progress_card,
+)
 from dreambooth_moslora.ui.workspace import Picture
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
 PICTURES = [".png"]
 """Files that may carry a recipe."""
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
-AXIS_LABELS = [("Adapter scale", "scale"), ("Seed", "seed"), ("Prompt", "prompt"), ("Adapter or checkpoint", "adapter")]
+AXIS_LABELS = [
+    ("Adapter scale", "scale"),
+    ("Seed", "seed"),
+    ("Prompt", "prompt"),
+    ("Adapter or checkpoint", "adapter"),
+]
 AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
 
 
@@ -30,16 +42,27 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     first = next(iter(files), NONE)
     summary = summary_of(files[first]) if files else generate_values.AdapterSummary()
     words, parts = summary.sentence(), {}
-    look = {"placeholder": "a photo of … in the snow", "lines": 1, "max_lines": 5, "autofocus": True}
-    fields: dict[str, Any] = {"prompt": gr.Textbox(prompt_for(summary), label="Prompt", elem_id="prompt", **look)}
+    look = {
+        "placeholder": "a photo of … in the snow",
+        "lines": 1,
+        "max_lines": 5,
+        "autofocus": True,
+    }
+    fields: dict[str, Any] = {
+        "prompt": gr.Textbox(prompt_for(summary), label="Prompt", elem_id="prompt", **look)
+    }
     with gr.Row(elem_classes="tight"):
         look = {"allow_custom_value": True, "elem_id": "adapter", "scale": 4}
         fields["adapter"] = gr.Dropdown([NONE, *files], value=first, label="Adapter", **look)
-        parts["refresh"] = gr.Button("↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon")
+        parts["refresh"] = gr.Button(
+            "↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon"
+        )
         if not ctx.public:
             look = {"scale": 0, "min_width": 88, "elem_id": "upload_adapter", "size": "md"}
             parts["upload"] = gr.UploadButton("Upload", file_types=[".safetensors"], **look)
-    parts["about"] = gr.HTML(faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter")
+    parts["about"] = gr.HTML(
+        faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
+    )
     fields["scale"] = slider("scale", summary.scale, "Adapter scale", elem_id="scale")
     fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
     with gr.Row(elem_classes="tight"):
@@ -51,23 +74,39 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
     step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
-    return gr.Slider(*generate_values.RANGES[name], value, step=step, label=label, buttons=[], **look)
+    return gr.Slider(
+        *generate_values.RANGES[name], value, step=step, label=label, buttons=[], **look
+    )
 
 
 def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
     sizes, fields = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px), {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        look = {"lines": 1, "max_lines": 3, "visible": ctx.facts.has_negative, "elem_id": "negative"}
+        look = {
+            "lines": 1,
+            "max_lines": 3,
+            "visible": ctx.facts.has_negative,
+            "elem_id": "negative",
+        }
         fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", **look)
         with gr.Row():
             fields["steps"] = slider("steps", 25, "Steps", min_width=160, elem_id="steps")
             look = {"min_width": 160, "elem_id": "guidance"}
-            fields["guidance_scale"] = slider("guidance_scale", ctx.guidance_scale, "Guidance", **look)
+            fields["guidance_scale"] = slider(
+                "guidance_scale", ctx.guidance_scale, "Guidance", **look
+            )
         with gr.Row():
             look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
             fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
-            schedulers = [("The base's own", ""), *((known.title, name) for name, known in SCHEDULERS.items())]
-            look = {"info": "how noise is taken out", "visible": ctx.facts.style == "ddpm", "min_width": 160}
+            schedulers = [
+                ("The base's own", ""),
+                *((known.title, name) for name, known in SCHEDULERS.items()),
+            ]
+            look = {
+                "info": "how noise is taken out",
+                "visible": ctx.facts.style == "ddpm",
+                "min_width": 160,
+            }
             fields["scheduler"] = gr.Dropdown(schedulers, value="", label="Scheduler", **look)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
@@ -75,7 +114,9 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
         names, look = [NONE, *ctx.catalog.files()], {"allow_custom_value": True, "min_width": 130}
         for n in (2, 3):
             with gr.Row():
-                fields[f"adapter_{n}"] = gr.Dropdown(names, value=NONE, label=f"Adapter {n}", **look)
+                fields[f"adapter_{n}"] = gr.Dropdown(
+                    names, value=NONE, label=f"Adapter {n}", **look
+                )
                 fields[f"scale_{n}"] = slider("scale", 1.0, f"Scale {n}", min_width=130)
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return fields
@@ -93,9 +134,13 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 look = {"size": "sm", "min_width": 100, "interactive": False}
                 parts["reuse"] = gr.Button("Use these settings", elem_id="reuse", **look)
                 parts["last_seed"] = gr.Button("Keep the seed", elem_id="last_seed", **look)
-            parts["used_seed"] = gr.Number(label="Seed used", interactive=False, elem_id="used_seed", visible="hidden")
+            parts["used_seed"] = gr.Number(
+                label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
+            )
             with gr.Accordion("Use it in code", open=False):
-                parts["code"] = gr.Code(language="python", label="Python", buttons=["copy"], elem_id="code")
+                parts["code"] = gr.Code(
+                    language="python", label="Python", buttons=["copy"], elem_id="code"
+                )
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             gr.HTML(faint("Left without, right with the adapter."))
@@ -114,7 +159,9 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
 
 
 def _gallery(label: str, elem_id: str) -> gr.Gallery:
-    return gr.Gallery(label=label, columns=2, object_fit="contain", elem_id=elem_id, height="auto", **SHOWN)
+    return gr.Gallery(
+        label=label, columns=2, object_fit="contain", elem_id=elem_id, height="auto", **SHOWN
+    )
 
 
 def _grid_widgets() -> dict[str, Any]:
@@ -126,8 +173,12 @@ def _grid_widgets() -> dict[str, Any]:
         parts["down_values"] = gr.Textbox(AXIS_VALUES["scale"], label="Row values", **look)
     with gr.Row():
         look = {"min_width": 120, "elem_id": "grid_columns"}
-        parts["across"] = gr.Dropdown([("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", **look)
-        parts["across_values"] = gr.Textbox(AXIS_VALUES["seed"], label="Column values", min_width=120)
+        parts["across"] = gr.Dropdown(
+            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", **look
+        )
+        parts["across_values"] = gr.Textbox(
+            AXIS_VALUES["seed"], label="Column values", min_width=120
+        )
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
     parts["draw"] = gr.Button("Draw the grid", elem_id="draw_grid")
     parts["sheet"] = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
@@ -167,7 +218,9 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
-    of_base = {name: widgets[name] for name in ("size", "guidance_scale", "negative_prompt", "scheduler")}
+    of_base = {
+        name: widgets[name] for name in ("size", "guidance_scale", "negative_prompt", "scheduler")
+    }
     of_base["template"] = template
     adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
     tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
@@ -209,16 +262,21 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip(), gr.skip()
-            else:  # the gallery chooses its first when it is emptied, and keeps what is chosen as it fills
+            # the gallery chooses its first when it is emptied, and keeps what is chosen as it fills
+            else:
                 selected = gr.skip() if frame.pictures else 0
                 yield _items(frame.pictures), seed, frame.status, list(frame.pictures), selected
 
-    results["status"].change(None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
+    results["status"].change(
+        None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE
+    )
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
     _without_stop(ctx, "generate", made, buttons["stop"])
 
-    @results["shown"].change(inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE)
+    @results["shown"].change(
+        inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE
+    )
     def usable(pictures: list[Picture]) -> list[gr.Button]:
         return [gr.Button(interactive=bool(pictures))] * 2
 
@@ -229,15 +287,18 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         params = replace(GenerationParams.from_png(pictures[0].path), num_images=len(pictures))
         return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths())
 
-    # The page drops a click while the last one is not answered, but for this mode: each Stop must count.
-    @buttons["stop"].click(inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop")
+    # The page drops a click while the last one is not answered, but for this mode: each Stop must
+    # count.
+    @buttons["stop"].click(
+        inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop"
+    )
     def stop(request: gr.Request) -> None:
         ctx.stop(request)
 
 
 def _without_stop(ctx: state.AppContext, work: str, made: Any, stop: gr.Button) -> None:
-    """After it there is nothing to stop but the page's other work. Gradio leaves out `then` where a stream ended in an
-    error."""
+    """After it there is nothing to stop but the page's other work. Gradio leaves out `then` where a
+    stream ended in an error."""
 
     def ended(request: gr.Request) -> gr.Button:
         return gr.Button(interactive=ctx.ended(request, work))
@@ -291,7 +352,9 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
     def grid(
         rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
     ) -> Iterator[tuple]:
-        axes = [f"{rows}={row_values}"] + ([f"{columns}={column_values}"] if columns != NONE else [])
+        axes = [f"{rows}={row_values}"] + (
+            [f"{columns}={column_values}"] if columns != NONE else []
+        )
         for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
@@ -321,7 +384,9 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
         return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
 
 
-def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict) -> None:
+def _connect_adapters(
+    ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict
+) -> None:
     first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
 
     @gr.api(api_name="adapters", queue=False)
@@ -343,7 +408,8 @@ def _connect_adapters(ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, 
             return gr.HTML(faint(""), visible=False), gr.skip()
         summary = summary_of(files[name])
         words = summary.sentence()
-        # the adapter's own words, unless the user has edited the prompt that another one had filled in
+        # the adapter's own words, unless the user has edited the prompt that another one had filled
+        # in
         untouched = {"", *(prompt_for(summary_of(file)) for file in files.values())}
         renewed = prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
@@ -371,7 +437,11 @@ def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadBu
             shutil.rmtree(ctx.workspace.uploads.pop(name).parent, ignore_errors=True)
             raise
         names = [NONE, *ctx.catalog.files()]
-        return gr.Dropdown(choices=names, value=name), gr.Dropdown(choices=names), gr.Dropdown(choices=names)
+        return (
+            gr.Dropdown(choices=names, value=name),
+            gr.Dropdown(choices=names),
+            gr.Dropdown(choices=names),
+        )
 
     uploaded = button.upload(upload, button, tab.adapters, api_visibility="private", **state.GPU)
     uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
@@ -444,10 +514,13 @@ def _picked(pictures: list[Picture], index: int) -> Path:
 
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
-    """The values of all fields, in order, that give the recipe again; differences are shown as remarks."""
+    """The values of all fields, in order, that give the recipe again; differences are shown as
+    remarks."""
     files = ctx.catalog.files()
     settled, remarks = generate_values.match_adapters(recipe, files, ctx.public_name)
-    params, changes = generate_values.clamp_to_widgets(settled, ctx.resolution_px, ctx.guidance_scale)
+    params, changes = generate_values.clamp_to_widgets(
+        settled, ctx.resolution_px, ctx.guidance_scale
+    )
     for remark in (*remarks, *changes):
         gr.Warning(html.escape(state.sentence(remark), quote=False))
     form = GenerateForm.from_params(params)

@@ -1,6 +1,8 @@
-"""The Generate tab's values, under the API's names, and its actions, which stream their state as `Frame`s.
+"""The Generate tab's values, under the API's names, and its actions, which stream their state as
+`Frame`s.
 
-A picture's recipe comes back into the form: its adapters are found again by content, and differences are remarks.
+A picture's recipe comes back into the form: its adapters are found again by content, and
+differences are remarks.
 """
 
 import json
@@ -36,7 +38,12 @@ if TYPE_CHECKING:
     from dreambooth_moslora.generation.params import Image, Step
 
 MAX_IMAGES = 8
-RANGES = {"steps": (1, MAX_STEPS), "guidance_scale": (0, 30), "scale": (-2, 2), "num_images": (1, MAX_IMAGES)}
+RANGES = {
+    "steps": (1, MAX_STEPS),
+    "guidance_scale": (0, 30),
+    "scale": (-2, 2),
+    "num_images": (1, MAX_IMAGES),
+}
 """Ranges of the sliders, narrower than a program's, so that usual values are easy to set."""
 RATIOS = {"Square": (1, 1), "Portrait": (7 / 8, 9 / 8), "Tall": (13 / 16, 19 / 16)}
 
@@ -62,17 +69,26 @@ class GenerateForm:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "GenerateForm":
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        return cls(
+            **{field.name: values[field.name] for field in fields(cls) if field.name in values}
+        )
 
     def params(self) -> GenerationParams:
-        """A negative or empty seed is drawn here. Raises UserError for values that cannot be generated."""
+        """A negative or empty seed is drawn here. Raises UserError for values that cannot be
+        generated."""
         width, height = parse_size(self.size)
         for name in ("adapter", "adapter_2", "adapter_3", "scheduler"):
             if not isinstance(word := getattr(self, name), str | None):
                 raise UserError(f"{name} must be a name, not {word!r:.30}")
         if not 1 <= _whole(self.num_images, "images") <= MAX_IMAGES:
-            raise UserError(f"{self.num_images} images were requested; the page makes 1 to {MAX_IMAGES} at a time")
-        slots = ((self.adapter, self.scale), (self.adapter_2, self.scale_2), (self.adapter_3, self.scale_3))
+            raise UserError(
+                f"{self.num_images} images were requested; the page makes 1 to {MAX_IMAGES} at a time"
+            )
+        slots = (
+            (self.adapter, self.scale),
+            (self.adapter_2, self.scale_2),
+            (self.adapter_3, self.scale_3),
+        )
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),
@@ -82,13 +98,16 @@ class GenerateForm:
             height_px=height,
             width_px=width,
             num_images=_whole(self.num_images, "images"),
-            adapters=tuple((name, scale) for name, scale in slots if name and name != run_folder.NONE),
+            adapters=tuple(
+                (name, scale) for name, scale in slots if name and name != run_folder.NONE
+            ),
             scheduler=self.scheduler or None,
         )
 
     @classmethod
     def from_params(cls, params: GenerationParams) -> "GenerateForm":
-        """The form that gives these parameters again. Adapters beyond the third become tags in the prompt."""
+        """The form that gives these parameters again. Adapters beyond the third become tags in the
+        prompt."""
         slots = {}
         for number, (name, scale) in enumerate(params.adapters[:3]):
             suffix = f"_{number + 1}" if number else ""
@@ -118,7 +137,9 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
     try:
         width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
     except (ValueError, AttributeError) as error:  # a program may send anything but text
-        raise UserError(f"the size {text!r:.30} is not understood; write it like 832 x 1216") from error
+        raise UserError(
+            f"the size {text!r:.30} is not understood; write it like 832 x 1216"
+        ) from error
     return width, height
 
 
@@ -126,7 +147,9 @@ def size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, st
     """(label, value) of the presets around a base's own resolution, all multiples of `multiple_px`."""
     choices = []
     for name, (w, h) in RATIOS.items():
-        width, height = (round(resolution_px * ratio / multiple_px) * multiple_px for ratio in (w, h))
+        width, height = (
+            round(resolution_px * ratio / multiple_px) * multiple_px for ratio in (w, h)
+        )
         choices.append((f"{name} {width} × {height}", format_size(width, height)))
         if width != height:
             wide = "Landscape" if name == "Portrait" else "Wide"
@@ -168,8 +191,8 @@ MOST_OTHERS = 8
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Values are empty if the file lacks them. `tokens` are those of its files of new tokens that are missing;
-    `others` are the words of further subjects."""
+    """Values are empty if the file lacks them. `tokens` are those of its files of new tokens that
+    are missing; `others` are the words of further subjects."""
 
     trigger: str = ""
     class_word: str = ""
@@ -184,7 +207,11 @@ class AdapterSummary:
     @property
     def subject(self) -> str:
         """The words that call the subject, such as "sks dog"."""
-        return f"{self.trigger} {self.class_word}".strip() if self.class_word not in self.trigger else self.trigger
+        return (
+            f"{self.trigger} {self.class_word}".strip()
+            if self.class_word not in self.trigger
+            else self.trigger
+        )
 
     def sentence(self) -> str:
         names = " or ".join(f"“{words}”" for words in (self.subject, *self.others))
@@ -203,8 +230,14 @@ def summary_of(file: Path) -> AdapterSummary:
     """The summary. It never raises: loading is the check, and the header only a hint."""
     try:
         facts = file.stat()
-        found = _read(file, facts.st_mtime_ns, facts.st_size) if S_ISREG(facts.st_mode) else AdapterSummary()
-        return replace(found, tokens=tuple(name for name in found.tokens if not (file.parent / name).is_file()))
+        found = (
+            _read(file, facts.st_mtime_ns, facts.st_size)
+            if S_ISREG(facts.st_mode)
+            else AdapterSummary()
+        )
+        return replace(
+            found, tokens=tuple(name for name in found.tokens if not (file.parent / name).is_file())
+        )
     except OSError:
         return AdapterSummary()
 
@@ -227,7 +260,8 @@ def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
         base=_word(facts.get("base_id")),
         rank=_rank(facts),
         mixer=_word(facts.get("mixer")),
-        scale=float(scale) if is_number(scale) and low <= scale <= high else 1.0,  # what the slider offers
+        # what the slider offers
+        scale=float(scale) if is_number(scale) and low <= scale <= high else 1.0,
         tokens=_tokens(facts.get("tokens")),
         others=tuple(filter(None, map(_word, others[:MOST_OTHERS]))),
         new_tokens=bool(facts.get("tokens")),
@@ -235,9 +269,12 @@ def _read(file: Path, mtime_ns: int, size: int) -> AdapterSummary:
 
 
 def _tokens(notes: Any) -> tuple[str, ...]:
-    """The names of the files of new tokens: the header has one note, or a list for several subjects."""
+    """The names of the files of new tokens: the header has one note, or a list for several
+    subjects."""
     several = notes if isinstance(notes, list) else [notes]
-    names = [_word(note.get("file")) for note in several[: 1 + MOST_OTHERS] if isinstance(note, dict)]
+    names = [
+        _word(note.get("file")) for note in several[: 1 + MOST_OTHERS] if isinstance(note, dict)
+    ]
     return tuple(name for name in names if name and Path(name).name == name)
 
 
@@ -263,7 +300,8 @@ def prompt_for(summary: AdapterSummary) -> str:
 
 
 def recipe_of(file: str | Path) -> Recipe:
-    """The recipe of any picture. Raises UserError for one that is damaged, or that contains infinite numbers."""
+    """The recipe of any picture. Raises UserError for one that is damaged, or that contains
+    infinite numbers."""
     try:
         return read_recipe(file)
     except UserError:
@@ -272,8 +310,11 @@ def recipe_of(file: str | Path) -> Recipe:
         raise UserError("the recipe inside the picture is damaged") from error
 
 
-def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tuple[GenerationParams, list[str]]:
-    """The parameters with this page's names of the adapters (`files`), and a remark for each difference."""
+def match_adapters(
+    recipe: Recipe, files: Mapping[str, Path], base: str
+) -> tuple[GenerationParams, list[str]]:
+    """The parameters with this page's names of the adapters (`files`), and a remark for each
+    difference."""
     wanted = dict(recipe.provenance.adapter_sha256)
     adapters, remarks = [], []
     for name, scale in recipe.params.adapters:
@@ -289,7 +330,8 @@ def match_adapters(recipe: Recipe, files: Mapping[str, Path], base: str) -> tupl
 def clamp_to_widgets(
     params: GenerationParams, resolution_px: int, guidance: float
 ) -> tuple[GenerationParams, list[str]]:
-    """The nearest parameters that the widgets accept (for no guidance the base's own), a remark for each change."""
+    """The nearest parameters that the widgets accept (for no guidance the base's own), a remark for
+    each change."""
     remarks: list[str] = []
 
     def near(value: float, name: str, words: str) -> float:
@@ -302,13 +344,17 @@ def clamp_to_widgets(
 
     if params.text_options:
         names = " and ".join(f"--{name}" for name, _ in params.text_options)
-        remarks.append(f"it was drawn with {names}, which the page cannot set: the adapter's own is taken")
+        remarks.append(
+            f"it was drawn with {names}, which the page cannot set: the adapter's own is taken"
+        )
     wanted = guidance if params.guidance_scale is None else params.guidance_scale
     params = replace(
         params,
         steps=near(params.steps, "steps", "the number of steps"),
         guidance_scale=near(wanted, "guidance_scale", "guidance"),
-        adapters=tuple((name, near(scale, "scale", f"scale of {name}:")) for name, scale in params.adapters),
+        adapters=tuple(
+            (name, near(scale, "scale", f"scale of {name}:")) for name, scale in params.adapters
+        ),
     )
     try:
         check_size(params, resolution_px)
@@ -322,7 +368,9 @@ def _find(name: str, sha256: str | None, files: Mapping[str, Path]) -> tuple[str
     """(name on this page, remark). A file with the same content under another name is used."""
     if name in files and sha256 in (None, _sha256_of(files[name])):
         return name, ""
-    if sha256 and (twin := next((n for n, file in files.items() if _sha256_of(file) == sha256), None)):
+    if sha256 and (
+        twin := next((n for n, file in files.items() if _sha256_of(file) == sha256), None)
+    ):
         return twin, ""
     if name in files:
         return name, f"the adapter {name} here is another file than the one that made the picture"
@@ -339,7 +387,8 @@ def _digest(file: Path, mtime_ns: int, size: int) -> str:
     return file_digest(file)
 
 
-FRAME_SEC = 0.12  # Least seconds between two updates of the page; finished pictures are always shown
+# Least seconds between two updates of the page; finished pictures are always shown
+FRAME_SEC = 0.12
 
 
 @dataclass(frozen=True)
@@ -355,7 +404,8 @@ class Frame:
 def make_pictures(
     ctx: state.AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
 ) -> Iterator[Frame]:
-    """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and the captioned sheet."""
+    """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and the
+    captioned sheet."""
     parsed = ()
     if axes:
         state.import_libraries()
@@ -366,29 +416,41 @@ def make_pictures(
 
 
 def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
-    """Draw the same seed without and with the adapters: two pictures, in this order. Raises UserError."""
+    """Draw the same seed without and with the adapters: two pictures, in this order. Raises
+    UserError."""
     with_adapters = replace(form.params(), num_images=1).apply_tags()
     if not with_adapters.adapters:
         raise UserError("choose an adapter to compare the base with")
     pictures: tuple[Picture, ...] = ()
     halves = (replace(with_adapters, adapters=()), with_adapters)
-    for number, (params, word) in enumerate(zip(halves, ("Without the adapter", "With the adapter"))):
+    for number, (params, word) in enumerate(
+        zip(halves, ("Without the adapter", "With the adapter"))
+    ):
         for frame in _run(ctx, params, request, axes=(), word=f"{word}, "):
             pictures = (*pictures[:number], *(frame.pictures or ()))
             yield replace(frame, pictures=pictures if frame.pictures else None)
         if len(pictures) <= number:
             return
-    yield Frame(html.progress_card("Without and with the adapter, at the same seed", pictures[1].caption), pictures)
+    yield Frame(
+        html.progress_card("Without and with the adapter, at the same seed", pictures[1].caption),
+        pictures,
+    )
 
 
 def _run(
-    ctx: state.AppContext, params: GenerationParams, request: gr.Request, axes: tuple, word: str = ""
+    ctx: state.AppContext,
+    params: GenerationParams,
+    request: gr.Request,
+    axes: tuple,
+    word: str = "",
 ) -> Iterator[Frame]:
     """An error is told on the card; what a picture leaves of memory goes back to the system."""
     try:
         check_size(params, ctx.resolution_px)
         if ctx.loaded() is None:
-            yield Frame(html.progress_card("Loading the base …", "the next pictures need not wait for it"))
+            yield Frame(
+                html.progress_card("Loading the base …", "the next pictures need not wait for it")
+            )
         with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
             pipeline = ctx.pipeline()
             if axes:
@@ -457,17 +519,23 @@ def _keep(image: "Image", workspace: Workspace) -> Picture:
     return picture
 
 
-def _status(step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None) -> str:
+def _status(
+    step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None
+) -> str:
     done = step.index + step.step / step.steps
     which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
     line = f"{word}{which}step {step.step} of {step.steps}"
     left = "" if step.eta_sec != step.eta_sec else f"about {format_seconds(step.eta_sec)} left"
-    return html.progress_card(line[:1].upper() + line[1:], left, done / step.num_images, picture, size_px)
+    return html.progress_card(
+        line[:1].upper() + line[1:], left, done / step.num_images, picture, size_px
+    )
 
 
 def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
     if len(pictures) < total:
-        return html.progress_card("Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept")
+        return html.progress_card(
+            "Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept"
+        )
     plural = "s" if total != 1 else ""
     detail = pictures[0].caption if not is_grid else "they are in the history, too"
     return html.progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)

@@ -1,5 +1,5 @@
-"""How the page looks: HTML (what came from a user or a file is escaped), CSS, theme, keys, and the rows of photos.
-Nothing is fetched."""
+"""How the page looks: HTML (what came from a user or a file is escaped), CSS, theme, keys, and the
+rows of photos. Nothing is fetched."""
 
 import base64
 import html
@@ -28,14 +28,21 @@ def progress_card(
     picture: str = "",
     size_px: tuple[int, int] | None = None,
 ) -> str:
-    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them. With the size (width,
-    height) that the picture will have, the page shows it in the gallery instead (`LARGE_PREVIEW`)."""
-    look = 'class="large" style="--width:{};--height:{}"'.format(*size_px) if size_px else 'class="thumb"'
+    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them. With
+    the size (width, height) that the picture will have, the page shows it in the gallery instead
+    (`LARGE_PREVIEW`)."""
+    look = (
+        'class="large" style="--width:{};--height:{}"'.format(*size_px)
+        if size_px
+        else 'class="thumb"'
+    )
     image = f'<img {look} alt="Preview" src="{escape(picture)}">' if picture else ""
     bar = ""
     if fraction is not None:
         percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
-        label = f'role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent:g}"'
+        label = (
+            f'role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent:g}"'
+        )
         bar = f'<div class="bar" {label}><i style="width:{percent:g}%"></i></div>'
     return (
         f'<div class="card run">{image}<div class="words"><div class="line">{escape(line)}</div>'
@@ -68,7 +75,11 @@ def folded_card(title: str, lines: list[str]) -> str:
 
 
 def facts_table(facts: list[tuple[str, str]]) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts if value)
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        for name, value in facts
+        if value
+    )
     return f'<div class="card"><table class="facts">{rows}</table></div>'
 
 
@@ -207,7 +218,16 @@ footer .divider { display: none; }
 """
 
 
-FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+FONTS = [
+    "ui-sans-serif",
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Roboto",
+    "Helvetica",
+    "Arial",
+    "sans-serif",
+]
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
     neutral_hue=gr.themes.colors.zinc,
@@ -271,13 +291,18 @@ LARGE_PREVIEW = """card => {
   return found ? found.outerHTML : "";
 }"""
 NUMBERS = (gr.Slider, gr.Number)
-SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+SHOWN = {
+    "show_label": False,
+    "format": "png",
+    "interactive": False,
+    "buttons": ["download", "fullscreen"],
+}
 """Options of pictures that are only looked at."""
 
 
 def explain_bad_values(widget: gr.components.Component) -> None:
-    """Make the widget name itself and its expected type when it cannot take a value, such as a box of text a list:
-    gradio would take Python's spelling of it, and round what should be whole."""
+    """Make the widget name itself and its expected type when it cannot take a value, such as a box
+    of text a list: gradio would take Python's spelling of it, and round what should be whole."""
     own = widget.preprocess
 
     def preprocess(value: object) -> object:
@@ -323,16 +348,17 @@ ROWS = f"""
   </div>
 </template>
 """
-"""A row for each photo of a subject: as it is cropped, its caption to edit, and buttons for its mask and to remove it.
+"""A row for each photo of a subject: as it is cropped, its caption to edit, and buttons for its
+mask and to remove it.
 
-One component holds all rows and shows twelve at a time. The server sends `cards`: {photo, picture, remark, caption,
-made}, where `photo` is the digest of the clean copy, `picture` a data URL, `caption` what was kept for it, and `made`
-what the captioner wrote. The browser sends back its value, [[photo, caption], …] in the cards' order. What was typed
-stays with its photo whatever cards come; `made` fills only an empty caption. A new word in `reset` drops what was
-typed.
+One component holds all rows and shows twelve at a time. The server sends `cards`: {photo, picture,
+remark, caption, made}, where `photo` is the digest of the clean copy, `picture` a data URL,
+`caption` what was kept for it, and `made` what the captioner wrote. The browser sends back its
+value, [[photo, caption], …] in the cards' order. What was typed stays with its photo whatever cards
+come; `made` fills only an empty caption. A new word in `reset` drops what was typed.
 
-Events: `written` (the value has changed), `keep` (a caption is finished), `mask` and `drop` (of `event.photo`),
-`write` (captions are wanted), `masks` (masks are to be shown).
+Events: `written` (the value has changed), `keep` (a caption is finished), `mask` and `drop` (of
+`event.photo`), `write` (captions are wanted), `masks` (masks are to be shown).
 """
 ROWS_SCRIPT = r"""
 const PER_PAGE = 12;
@@ -407,7 +433,8 @@ watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), () => t
 take(!props.value);
 """
 CAPTIONS = "(rows) => (rows || []).map(([photo, caption]) => `${photo}:${caption}`).join('\\n')"
-"""The value as the field `captions`: a photo may be removed elsewhere, so each line names its own."""
+"""The value as the field `captions`: a photo may be removed elsewhere, so each line names its own.
+"""
 
 
 def photo_rows(elem_id: str) -> gr.HTML:
@@ -418,4 +445,6 @@ def photo_rows(elem_id: str) -> gr.HTML:
 
 def with_cards(cards: list[dict[str, Any]], *, is_reset: bool = False) -> gr.HTML:
     """The rows of these cards; with `is_reset`, their captions replace what was typed."""
-    return gr.HTML(visible=bool(cards), cards=cards, **({"reset": secrets.token_hex(4)} if is_reset else {}))
+    return gr.HTML(
+        visible=bool(cards), cards=cards, **({"reset": secrets.token_hex(4)} if is_reset else {})
+    )

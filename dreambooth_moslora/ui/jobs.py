@@ -1,9 +1,9 @@
-"""Training runs as processes of the server: they go on when the page is closed or the app is restarted.
+"""Training runs as processes of the server: they go on when the page is closed or the app is
+restarted.
 
 `runs/<name>/job.json` names the process; `metrics.jsonl`, which anyone may have edited, has the
-progress.
-A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any
-page or `queue start` trains its runs, one after the other.
+progress. A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The
+queue's state is on the disk: any page or `queue start` trains its runs, one after the other.
 """
 
 import json
@@ -58,7 +58,9 @@ class RunEvents(Metrics):
 def is_sound(event: dict[str, Any]) -> bool:
     if event["type"] == "step" and event.get("step") is None:
         return False
-    return all(event.get(name) is None or isinstance(event[name], kind) for name, kind in KINDS.items())
+    return all(
+        event.get(name) is None or isinstance(event[name], kind) for name, kind in KINDS.items()
+    )
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
@@ -71,7 +73,9 @@ def phase_of(events: list[dict[str, Any]]) -> str:
 
 
 JOB_NAME = "job.json"
-REMARK = re.compile(r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note: )?(.+)", re.MULTILINE)
+REMARK = re.compile(
+    r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note: )?(.+)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Job:
     birth: str = ""
     folder: str = ""
     began: float = 0.0
-    """The clock just before the process was made: `created` is exact to a second only, and an earlier process may have
-    ended within it."""
+    """The clock just before the process was made: `created` is exact to a second only, and an
+    earlier process may have ended within it."""
 
     @property
     def name(self) -> str:
@@ -100,7 +104,8 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """The record in the folder; None when it is missing or cannot be read. Reading a pipe would have no end."""
+        """The record in the folder; None when it is missing or cannot be read. Reading a pipe would
+        have no end."""
         if not (run_dir / JOB_NAME).is_file():
             return None
         names = [name for name in cls.__dataclass_fields__ if name != "run_dir"]
@@ -110,7 +115,9 @@ class Job:
         except (OSError, ValueError, TypeError, RecursionError):
             return None
         texts, numbers = (job.birth, job.folder), (job.created, job.stop_asked, job.began)
-        is_sound = type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
+        is_sound = (
+            type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
+        )
         return job if is_sound and all(map(is_finite_number, numbers)) else None
 
     @property
@@ -133,7 +140,8 @@ class Job:
         return processes.log_tail(self.run_dir)
 
     def remarks(self) -> list[str]:
-        """What the trainer remarked, such as settings without effect: each warning in the beginning of its own log."""
+        """What the trainer remarked, such as settings without effect: each warning in the beginning
+        of its own log."""
         if not (path := run_folder.RunDir(self.run_dir).log_path).is_file():
             return []
         with path.open("rb") as file:
@@ -142,7 +150,8 @@ class Job:
 
 
 def job_of_terminal(run_dir: Path) -> Job:
-    """The run in a folder without a record, and the process that the lock names, if it lives on this machine."""
+    """The run in a folder without a record, and the process that the lock names, if it lives on
+    this machine."""
     try:
         owner, began = queue.owner_of(run_dir), (run_dir / queue.OWNER_NAME).stat().st_mtime
         pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", owner)[1])
@@ -164,7 +173,8 @@ MOST_NAME_BYTES = 255  # Of any folder
 
 @dataclass(frozen=True)
 class JobState:
-    """`state`: starting, running, stopping, done, interrupted, failed. `phase` is what the trainer does now."""
+    """`state`: starting, running, stopping, done, interrupted, failed. `phase` is what the trainer
+    does now."""
 
     state: str
     step: int
@@ -178,10 +188,14 @@ class JobState:
 
 
 class Jobs:
-    """The runs under `runs_dir`, one process at a time. `make_room` is a context manager around its start."""
+    """The runs under `runs_dir`, one process at a time. `make_room` is a context manager around its
+    start."""
 
     def __init__(
-        self, runs_dir: Path, script: Path | None = None, make_room: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        runs_dir: Path,
+        script: Path | None = None,
+        make_room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
         self._children: dict[int, subprocess.Popen] = {}
@@ -208,7 +222,8 @@ class Jobs:
         return self._launch(job.run_dir, job.folder)
 
     def stop(self, name: str) -> Job:
-        """Ask the trainer to end with a checkpoint; after 30 s, kill it with its children. Raises UserError."""
+        """Ask the trainer to end with a checkpoint; after 30 s, kill it with its children. Raises
+        UserError."""
         job = self.recorded(name)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
@@ -222,8 +237,9 @@ class Jobs:
         return job
 
     def ask_to_stop(self, job: Job) -> Job:
-        """The request; `job` as it is then. A run that has not begun has nothing to save, and is ended: `terminate` is
-        SIGTERM, which also asks, or on Windows the end. So is one that no request can be written for."""
+        """The request; `job` as it is then. A run that has not begun has nothing to save, and is
+        ended: `terminate` is SIGTERM, which also asks, or on Windows the end. So is one that no
+        request can be written for."""
         has_begun = bool(self._events_of(job))
         try:
             processes.ask_to_stop(job.run_dir)
@@ -244,13 +260,19 @@ class Jobs:
         """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
         if name == "":
             raise UserError("choose a run; '' cannot be the name of a run")
-        if not isinstance(name, str) or not RUN_NAME.fullmatch(name) or len(name.encode()) > MOST_NAME_BYTES:
+        if (
+            not isinstance(name, str)
+            or not RUN_NAME.fullmatch(name)
+            or len(name.encode()) > MOST_NAME_BYTES
+        ):
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 
     def all(self) -> list[Job]:
         """All runs of the page and of the queue, the newest first."""
-        folders = sorted(self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime)
+        folders = sorted(
+            self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime
+        )
         return [job for folder in folders if (job := Job.load(folder.parent))]
 
     def of_terminals(self) -> list[Job]:
@@ -258,7 +280,11 @@ class Jobs:
         found = []
         for path in self.runs_dir.glob("*/metrics.jsonl"):
             folder = path.parent
-            if RUN_NAME.fullmatch(folder.name) and path.is_file() and not os.path.lexists(folder / JOB_NAME):
+            if (
+                RUN_NAME.fullmatch(folder.name)
+                and path.is_file()
+                and not os.path.lexists(folder / JOB_NAME)
+            ):
                 found.append(job_of_terminal(folder))
         return sorted(found, key=lambda job: -job.run_dir.stat().st_mtime)
 
@@ -283,18 +309,21 @@ class Jobs:
             return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:
-        alive = job.is_alive  # read before the metrics, which are complete once the process has ended
+        # read before the metrics, which are complete once the process has ended
+        alive = job.is_alive
         self._reap()
         metrics = self.metrics(job)
         events, code = self._events_of(job), self._exits.get(job.pid)
-        if events and code == signal.SIGTERM:  # Windows' status of any that was killed, here of one that had begun
+        # Windows' status of any that was killed, here of one that had begun
+        if events and code == signal.SIGTERM:
             code = None
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
         if alive:
             state = "stopping" if job.stop_asked else "running" if events else "starting"
         else:
-            was_stopped_early = job.stop_asked and code in processes.STOPPED_EARLY  # before it could record its end
+            # before it could record its end
+            was_stopped_early = job.stop_asked and code in processes.STOPPED_EARLY
             state = end.get("state") or ("interrupted" if was_stopped_early else "failed")
         is_starting = alive and not events  # the file still belongs to an earlier start
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
@@ -312,10 +341,15 @@ class Jobs:
             return False
         self._reap()
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
-        return ends[-1] == "interrupted" if ends else processes.was_killed(self._exits.get(job.pid), job.log_tail())
+        return (
+            ends[-1] == "interrupted"
+            if ends
+            else processes.was_killed(self._exits.get(job.pid), job.log_tail())
+        )
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
-        """Events since the first that is not older than its process, as the clock may be put back later."""
+        """Events since the first that is not older than its process, as the clock may be put back
+        later."""
         events, since = self.metrics(job).since_start(), job.began or job.created - 1
         return list(dropwhile(lambda event: (event.get("time") or 0) < since, events))
 
@@ -353,7 +387,9 @@ def settings_of(job: Job) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise UserError(f"the settings of the run {job.name} cannot be read, so it cannot be resumed; start a new one")
+        raise UserError(
+            f"the settings of the run {job.name} cannot be read, so it cannot be resumed; start a new one"
+        )
     return settings
 
 
@@ -363,7 +399,8 @@ UNREADABLE = "its file in the queue cannot be read; add it once more"
 
 
 class QueueTurns:
-    """`take` does the next thing: record the end of a run, resume an interrupted one, or start the next."""
+    """`take` does the next thing: record the end of a run, resume an interrupted one, or start the
+    next."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs, self.queue = jobs, queue.RunQueue(jobs.runs_dir)
@@ -371,7 +408,11 @@ class QueueTurns:
     def take(self) -> None:
         """Does nothing while any run is in progress, or while another process holds the turn."""
         with self.queue.turn() as is_mine:
-            if not is_mine or self.jobs.current() or not (run := self.current() or self.queue.claim()):
+            if (
+                not is_mine
+                or self.jobs.current()
+                or not (run := self.current() or self.queue.claim())
+            ):
                 return
             if not run.settings:
                 self.queue.end(run, "failed", UNREADABLE)
@@ -384,11 +425,15 @@ class QueueTurns:
                 state = self.jobs.state(job)
                 self.queue.end(run, state.state, state.message)
                 return
-            is_killed = self.jobs.state(job).state != "interrupted" and not processes.is_asked_to_stop(job.run_dir)
+            is_killed = self.jobs.state(
+                job
+            ).state != "interrupted" and not processes.is_asked_to_stop(job.run_dir)
             killed = run.killed + is_killed
             killed = 0 if self._has_checkpoint_since(run.started, run) else killed
             if killed >= KILLED_MOST:
-                self.queue.end(run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory")
+                self.queue.end(
+                    run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory"
+                )
             else:
                 self._start(replace(run, killed=killed))
 
@@ -400,7 +445,8 @@ class QueueTurns:
         return not (self.queue.started() or self.queue.waiting())
 
     def keep_on(self) -> None:
-        """Call `take` every second while this process lives: a folder of runs that was deleted comes back."""
+        """Call `take` every second while this process lives: a folder of runs that was deleted
+        comes back."""
         while True:
             try:
                 self.take()
@@ -416,13 +462,15 @@ class QueueTurns:
         except UserError:  # an unrecorded process trains there
             return
         since = 0.0 if run.is_new else run.queued  # the clock may be put back
-        goes_on = bool(run.started) and self._has_checkpoint_since(since, run)  # before, another run wrote it
+        # before, another run wrote it
+        goes_on = bool(run.started) and self._has_checkpoint_since(since, run)
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         self.queue.note(replace(run, started=time.time()))
         try:
             queue.refuse_links(run_dir, "--output_dir")
             self.jobs.start(run.name, settings, run.folder)
-        except (OSError, ValueError) as error:  # UserError is a ValueError; so is the error of an impossible path
+        # UserError is a ValueError; so is the error of an impossible path
+        except (OSError, ValueError) as error:
             if not self.jobs.current():  # else another run was faster, and this one starts later
                 self.queue.end(run, "failed", one_line(error))
 

@@ -1,4 +1,5 @@
-"""The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and adapters, is here."""
+"""The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and
+adapters, is here."""
 
 import threading
 from collections.abc import Collection, Iterator
@@ -17,7 +18,8 @@ from dreambooth_moslora.ui.generate_tab import PICTURES, GenerateTab, build_gene
 from dreambooth_moslora.ui.train import screen, train_form
 
 MAX_SESSIONS = 256
-"""Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at the next click."""
+"""Of 250 KB each; by itself Gradio remembers 10,000. Whose session is forgotten begins a new one at
+the next click."""
 MOST_WAITING = 64
 """Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
 CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
@@ -27,7 +29,9 @@ HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safet
 def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
     """The page with its queue. A public one only draws; any other trains the queued runs, too."""
     with gr.Blocks(
-        title="dreambooth_moslora", analytics_enabled=False, delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC)
+        title="dreambooth_moslora",
+        analytics_enabled=False,
+        delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC),
     ) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
@@ -66,14 +70,27 @@ def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     return html.notice(mistake, "bad") + told if mistake else told
 
 
-def connect_bases(ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict) -> None:
-    """The chosen base is that of every page. `widgets` (`first_values`) show other values for another base."""
+def connect_bases(
+    ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict
+) -> None:
+    """The chosen base is that of every page. `widgets` (`first_values`) show other values for
+    another base."""
     outputs = [chooser, about, *widgets.values()]
 
     def shown() -> list:
-        return [gr.Dropdown(value=ctx.base), base_line(ctx), *(first_value(ctx, name) for name in widgets)]
+        return [
+            gr.Dropdown(value=ctx.base),
+            base_line(ctx),
+            *(first_value(ctx, name) for name in widgets),
+        ]
 
-    @chooser.input(inputs=chooser, outputs=outputs, api_visibility="private", show_progress="hidden", **state.GPU)
+    @chooser.input(
+        inputs=chooser,
+        outputs=outputs,
+        api_visibility="private",
+        show_progress="hidden",
+        **state.GPU,
+    )
     def choose(title: str) -> Iterator[list]:
         unchanged = [gr.skip()] * len(widgets)
         try:
@@ -102,7 +119,11 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
     if name == "template":
         return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
     if name in ("negative_prompt", "scheduler"):
-        return gr.update(visible=ctx.facts.has_negative if name == "negative_prompt" else ctx.facts.style == "ddpm")
+        return gr.update(
+            visible=ctx.facts.has_negative
+            if name == "negative_prompt"
+            else ctx.facts.style == "ddpm"
+        )
     row = train_form.rows(train_form.TrainForm)[name]
     is_of_family = not row.of_family or getattr(ctx.facts, row.of_family)
     is_shown = is_of_family and not (row.of_files and is_toy(ctx.base_name))
@@ -115,8 +136,8 @@ def launch_options(
     any_host: bool = False,
     public: bool = False,
 ) -> dict[str, Any]:
-    """The common options for `launch()`. The page answers to the loopback's names and those of the `allowed` origins,
-    or to every name (`any_host`). A `public` page takes no files."""
+    """The common options for `launch()`. The page answers to the loopback's names and those of the
+    `allowed` origins, or to every name (`any_host`). A `public` page takes no files."""
     hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": html.THEME,
@@ -139,14 +160,25 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
-                file_types=[*PICTURES, ".safetensors"], label="Picture or adapter", height=160, elem_id="inspect_file"
+                file_types=[*PICTURES, ".safetensors"],
+                label="Picture or adapter",
+                height=160,
+                elem_id="inspect_file",
             )
-            use = gr.Button("Use these settings", visible=False, variant="primary", elem_id="inspect_use")
+            use = gr.Button(
+                "Use these settings", visible=False, variant="primary", elem_id="inspect_use"
+            )
         with gr.Column(min_width=280, scale=3):
             facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
     fields = list(generate.fields.values())
 
-    @gr.on([file.upload, file.clear], inputs=file, outputs=[facts, use], api_name="inspect", concurrency_limit=2)
+    @gr.on(
+        [file.upload, file.clear],
+        inputs=file,
+        outputs=[facts, use],
+        api_name="inspect",
+        concurrency_limit=2,
+    )
     @state.as_gradio_error
     def inspect(file: str | None) -> tuple:
         if not file:
@@ -168,7 +200,10 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     hashes = dict(origin.adapter_sha256)
     size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
     adapters = [
-        ("Adapter", f"{name}, scale {scale:g}" + (f"\nsha256 {hashes[name]}" if name in hashes else ""))
+        (
+            "Adapter",
+            f"{name}, scale {scale:g}" + (f"\nsha256 {hashes[name]}" if name in hashes else ""),
+        )
         for name, scale in params.adapters
     ]
     return [

@@ -34,7 +34,9 @@ def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[s
         raise UserError("add some photos of your subject first")
     kept = len(kept_photos(folder)) if keep else 0
     if (count := kept + len(photos)) > MAX_PHOTOS:
-        raise UserError(f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough")
+        raise UserError(
+            f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name

@@ -1,5 +1,5 @@
-"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters, runs,
-and stops.
+"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters,
+runs, and stops.
 
 Adapters are looked up by name: a path that a request names is never opened.
 """
@@ -44,9 +44,11 @@ if TYPE_CHECKING:
 GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Options of every event that computes: one at a time, the others wait in one queue."""
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events outside the queue, whose errors and remarks the page does not show: they must not raise."""
+"""Options of small events outside the queue, whose errors and remarks the page does not show: they
+must not raise."""
 TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events with a message: errors and remarks reach the page only through the queue."""
+"""Options of small events with a message: errors and remarks reach the page only through the queue.
+"""
 
 MAX_WAITING = 1000
 LOOK_SEC = 0.5
@@ -61,7 +63,9 @@ PROJECT = assets_folder().parent
 def check_suffix(file: Path) -> None:
     """Raises UserError for anything but a safetensors file."""
     if file.suffix != ".safetensors":
-        raise UserError(f"{file.name} is not a .safetensors file; other formats can carry code and are not opened")
+        raise UserError(
+            f"{file.name} is not a .safetensors file; other formats can carry code and are not opened"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,14 @@ class AdapterCatalog:
         """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
         files = self.files()
         if name not in files:
-            raise UserError(f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}")
+            raise UserError(
+                f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}"
+            )
         return files[name]
 
     def public_paths(self) -> dict[str, str]:
-        """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this machine is shown."""
+        """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this
+        machine is shown."""
         paths = {}
         for name, file in self.files().items():
             is_run = self.runs_dir is not None and file.is_relative_to(self.runs_dir)
@@ -98,7 +105,9 @@ class AdapterCatalog:
             if wanted.is_relative_to(PROJECT):
                 paths[name] = wanted.relative_to(PROJECT).as_posix()
             else:
-                paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
+                paths[name] = (
+                    f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
+                )
         return paths
 
     def add_upload(self, uploaded: str | Path) -> str:
@@ -120,8 +129,9 @@ TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusi
 
 
 def import_libraries() -> None:
-    """Import torch, diffusers and transformers in the first thread that needs them, while the others wait. They import
-    each other in circles, and two threads would find half-made modules: call it before any import of one."""
+    """Import torch, diffusers and transformers in the first thread that needs them, while the
+    others wait. They import each other in circles, and two threads would find half-made modules:
+    call it before any import of one."""
     with _ONE_AT_A_TIME:
         logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
 
@@ -140,9 +150,10 @@ def facts_shown(base_name: str) -> Facts:
 
 @dataclass(frozen=True)
 class PageBase:
-    """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path. `about` is a sentence
-    without its first word and full stop. `load` may raise UserError. `public_name` is what its pictures say, if not the
-    title. `is_remote`: a service draws with it."""
+    """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path.
+    `about` is a sentence without its first word and full stop. `load` may raise UserError.
+    `public_name` is what its pictures say, if not the title. `is_remote`: a service draws with it.
+    """
 
     title: str
     name: str
@@ -160,8 +171,8 @@ class PageBase:
 
 
 class AppContext:
-    """State of the server, which offers these bases and loads the first from the start. `base` is shown to everyone;
-    the trainer gets `base_name`. A `public` page only draws."""
+    """State of the server, which offers these bases and loads the first from the start. `base` is
+    shown to everyone; the trainer gets `base_name`. A `public` page only draws."""
 
     def __init__(
         self,
@@ -185,16 +196,22 @@ class AppContext:
         self._pipeline: Future[SubjectPipeline] | None = self._loading(self.chosen)
 
     def _take(self, base: PageBase) -> None:
-        self.chosen, self.base, self.base_name, self.resolution_px = base, base.title, base.name, base.resolution_px
+        self.chosen, self.base, self.base_name, self.resolution_px = (
+            base,
+            base.title,
+            base.name,
+            base.resolution_px,
+        )
         self.public_name, self.facts = base.public_name or base.title, facts_shown(base.name)
         self.guidance_scale = guidance_of(base.name, self.facts)
 
     def choose(self, base: PageBase) -> Iterator[float]:
-        """Load another base in place of the present one, which stays if that fails; yields the seconds so far. It waits
-        for no picture: call it in their queue. Raises UserError."""
+        """Load another base in place of the present one, which stays if that fails; yields the
+        seconds so far. It waits for no picture: call it in their queue. Raises UserError."""
         if base is self.chosen:
             return
-        if not self.turns.is_small:  # two large ones do not fit; whoever needs the present one loads it again
+        # two large ones do not fit; whoever needs the present one loads it again
+        if not self.turns.is_small:
             self.unload()
         began, loading = time.monotonic(), self._loading(base)
         while wait([loading], timeout=LOOK_SEC).not_done:
@@ -208,10 +225,13 @@ class AppContext:
 
     def loaded(self) -> "SubjectPipeline | None":
         loading = self._pipeline
-        return loading.result() if loading and loading.done() and loading.exception() is None else None
+        return (
+            loading.result() if loading and loading.done() and loading.exception() is None else None
+        )
 
     def unload(self) -> None:
-        """Free the pipeline's memory, after its loading has ended; the next who needs it loads it again."""
+        """Free the pipeline's memory, after its loading has ended; the next who needs it loads it
+        again."""
         with self._load_lock:
             if self._pipeline is not None:
                 wait([self._pipeline])
@@ -220,7 +240,8 @@ class AppContext:
         processes.give_freed_memory_back()
 
     def pipeline(self) -> "SubjectPipeline":
-        """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when that fails."""
+        """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when
+        that fails."""
         with self._load_lock:
             loading = self._pipeline
             if loading is None or (loading.done() and loading.exception() is not None):
@@ -239,20 +260,24 @@ class AppContext:
                 future.set_exception(error)
             except Exception:
                 logger.exception("The base could not be loaded")
-                future.set_exception(UserError("the base could not be loaded; the server's log says why"))
+                future.set_exception(
+                    UserError("the base could not be loaded; the server's log says why")
+                )
 
         threading.Thread(target=fulfil, name="load-base", daemon=True).start()
         return future
 
     def load_adapters(self, params: GenerationParams) -> GenerationParams:
-        """Apply tags and load every adapter into the model. Raises UserError for an unknown or unsuitable one."""
+        """Apply tags and load every adapter into the model. Raises UserError for an unknown or
+        unsuitable one."""
         params = params.apply_tags()
         for name, _ in params.adapters:
             self.pipeline().load_adapter(self.catalog.path(name), name)
         return params
 
     def announce(self, request: gr.Request, work: str) -> None:
-        """This page's `work` joins the queue: it can be stopped until it has `ended`, even before its turn."""
+        """This page's `work` joins the queue: it can be stopped until it has `ended`, even before
+        its turn."""
         page, new = request.session_hash, (threading.Event(), set())
         known = self._announced.pop(page, new)
         stop, works = new if known[0].is_set() else known
@@ -290,8 +315,9 @@ BUSY = "this machine is training a run; pictures can be drawn again when the run
 
 
 class GpuTurns:
-    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base fits. On a GPU it
-    moves to the host while a run trains; without one it leaves memory (13 GiB in fp32)."""
+    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base
+    fits. On a GPU it moves to the host while a run trains; without one it leaves memory (13 GiB in
+    fp32)."""
 
     def __init__(self, ctx: AppContext) -> None:
         self._ctx = ctx
@@ -308,7 +334,8 @@ class GpuTurns:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Wraps all pictures of a request. Raises UserError while a run trains that leaves no room for the base."""
+        """Wraps all pictures of a request. Raises UserError while a run trains that leaves no room
+        for the base."""
         if self.is_small:
             yield
             return
@@ -326,15 +353,21 @@ class GpuTurns:
 
     @contextmanager
     def captioning(self) -> Iterator[None]:
-        """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while a run trains."""
+        """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while
+        a run trains."""
         with self._alone() if self._ctx.chosen.is_remote else self.drawing():
-            if not self.is_small and (pipeline := self._ctx.loaded()) is not None and pipeline.has_gpu:
+            if (
+                not self.is_small
+                and (pipeline := self._ctx.loaded()) is not None
+                and pipeline.has_gpu
+            ):
                 pipeline.rest()
             yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is left alone, in RAM."""
+        """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is
+        left alone, in RAM."""
         with self._lock:
             pipeline = None if self.is_small else self._ctx.loaded()
             if pipeline is not None and pipeline.has_gpu:
@@ -370,7 +403,8 @@ def as_gradio_error(handler: Callable) -> Callable:
 
 
 def as_user_error(error: Exception) -> UserError:
-    """A UserError unchanged; a message for a full disk; for any other error, which is a bug, a reference to the log."""
+    """A UserError unchanged; a message for a full disk; for any other error, which is a bug, a
+    reference to the log."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -380,6 +414,7 @@ def as_user_error(error: Exception) -> UserError:
 
 
 def sentence(error: Exception | str) -> str:
-    """The text of an error or a remark, capitalised. It may quote half a surrogate pair, which is replaced."""
+    """The text of an error or a remark, capitalised. It may quote half a surrogate pair, which is
+    replaced."""
     text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
     return text[:1].upper() + text[1:]

@@ -19,7 +19,10 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import TOYS
 from tests.helpers.tiny import RESOLUTION_PX
 
-SDXL, SD1, FLUX = (facts_of(name) for name in ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "FluxPipeline"))
+SDXL, SD1, FLUX = (
+    facts_of(name)
+    for name in ("StableDiffusionXLPipeline", "StableDiffusionPipeline", "FluxPipeline")
+)
 UNET = "unet/diffusion_pytorch_model.safetensors"
 COMMIT = "0" * 40
 
@@ -42,10 +45,15 @@ def world(tiny_base, tmp_path_factory):
     return world
 
 
-KNOWN, ELSEWHERE = "black-forest-labs/FLUX.1-dev", "as HF_HUB_OFFLINE is set: give the folder of a base"
+KNOWN, ELSEWHERE = (
+    "black-forest-labs/FLUX.1-dev",
+    "as HF_HUB_OFFLINE is set: give the folder of a base",
+)
 TOY_FOLDER = TOYS["toy"]
 # fmt: off
-ROWS = [  # name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not reachable
+# name, source, is it a folder here, family, own side in px, why it cannot be used, why it is not
+# reachable
+ROWS = [
     ("toy", "folder", True, SDXL, 128, None, None),
     (str(TOY_FOLDER), "folder", True, SDXL, 128, None, None),
     ("{tiny}", "folder", True, SDXL, RESOLUTION_PX, None, None),
@@ -104,7 +112,9 @@ def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_
     base = Base.find(tiny_base)
     base.check()
     base.check()
-    assert base.shapes == {part: files.tensor_shapes(tiny_base / part) for part in ("unet", *SDXL.encoders, "vae")}
+    assert base.shapes == {
+        part: files.tensor_shapes(tiny_base / part) for part in ("unet", *SDXL.encoders, "vae")
+    }
     assert len(opened) == 2 * len(set(opened))  # the second time by the test itself
     assert 0 < base.weights_gib < 0.1
 

@@ -1,5 +1,6 @@
-"""The base model: names, loading, quantising, encoding and decoding. Damaged, foreign or half fetched ones: `--dry_run`
-and training refuse them in the same line. One that is a single file, of any family, is the same model as its folder."""
+"""The base model: names, loading, quantising, encoding and decoding. Damaged, foreign or half
+fetched ones: `--dry_run` and training refuse them in the same line. One that is a single file, of
+any family, is the same model as its folder."""
 
 import copy
 import json
@@ -38,7 +39,10 @@ from tests.helpers.tiny import embeds_of, pooled_of
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
-KINDS = {"nf4": (bnb.Linear4bit, peft_bnb.Linear4bit), "int8": (bnb.Linear8bitLt, peft_bnb.Linear8bitLt)}
+KINDS = {
+    "nf4": (bnb.Linear4bit, peft_bnb.Linear4bit),
+    "int8": (bnb.Linear8bitLt, peft_bnb.Linear8bitLt),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,11 @@ def pipeline(tiny_base):
 
 NOWHERE = ("./nowhere", "/no/such/folder", "models/base.safetensors", "base.safetensors")
 NO_BASE = dict.fromkeys(NOWHERE, "does not exist")
-NO_BASE |= {"{here}": "no model_index", "{here}/odd.safetensors": "odd", "nobody/no-such-model": "nobody/no-such-model"}
+NO_BASE |= {
+    "{here}": "no model_index",
+    "{here}/odd.safetensors": "odd",
+    "nobody/no-such-model": "nobody/no-such-model",
+}
 
 
 @pytest.mark.parametrize("name", NO_BASE)
@@ -77,7 +85,9 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
         texts = load.encode_text(pipeline, ["", "a photo of sks dog"])
         found, found_pooled = embeds_of(texts), pooled_of(texts)
-        embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(["a photo of sks dog"], negative_prompt=None)
+        embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(
+            ["a photo of sks dog"], negative_prompt=None
+        )
         assert found.shape == (2, 77, 48) and found_pooled.shape == (2, 32)
         assert torch.allclose(found, torch.cat([nothing, embeds]), atol=1e-5)
         assert torch.allclose(found_pooled, torch.cat([pooled_nothing, pooled]), atol=1e-5)
@@ -94,25 +104,34 @@ def test_latents_are_the_scaled_posterior_mean_and_decoding_undoes_the_scale(pip
     latents = load.encode_image(pipeline.vae, pixels)
     assert latents.shape == (2, 4, 8, 8)
     with torch.no_grad():
-        assert torch.allclose(latents, 0.5 * pipeline.vae.encode(pixels).latent_dist.mean, atol=1e-6)
+        assert torch.allclose(
+            latents, 0.5 * pipeline.vae.encode(pixels).latent_dist.mean, atol=1e-6
+        )
     vae = copy.deepcopy(pipeline.vae)
     vae.register_to_config(latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert torch.allclose(load.encode_image(vae, pixels), (latents / 0.5 - 1) / 2 * 0.5, atol=1e-6)
     latents = torch.randn(2, 4, 8, 8) * 0.5
     pictures = drawn(pipeline.vae, latents)
     with torch.no_grad():
-        truth = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.5).sample, output_type="np")
+        truth = pipeline.image_processor.postprocess(
+            pipeline.vae.decode(latents / 0.5).sample, output_type="np"
+        )
     assert [p.size for p in pictures] == [(64, 64)] * 2
     assert np.abs(np.stack([np.asarray(p) for p in pictures]) - 255 * truth).max() <= 1
 
 
 def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
-    """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A broken one is refused. A
-    picture that is not finite is said: the VAE is not to blame."""
-    pixels, vae = torch.rand(1, 3, 64, 64), StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half()
+    """Its activations pass 65504, the largest fp16 number, but not the largest fp32 number. A
+    broken one is refused. A picture that is not finite is said: the VAE is not to blame."""
+    pixels, vae = (
+        torch.rand(1, 3, 64, 64),
+        StableDiffusionXLPipeline.from_pretrained(tiny_base).vae.half(),
+    )
     assert drawn(vae, torch.zeros(1, 4, 8, 8)) and not caplog.text
     (picture,) = drawn(vae, torch.full((1, 4, 8, 8), float("nan")))
-    assert picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
+    assert (
+        picture.getextrema() == ((0, 0),) * 3 and "bf16, or no on Nvidia GPUs before" in caplog.text
+    )
     assert vae.dtype == torch.float16
     caplog.clear()
     vae.encoder.conv_in.weight.data.fill_(6e4)
@@ -126,8 +145,13 @@ def test_nan_of_an_fp16_vae_is_answered_with_fp32(tiny_base, caplog):
 def test_the_noise_schedule_is_the_schedulers_own(pipeline):
     """An EDM base trains in EDM style; one of zero terminal SNR keeps its pure noise."""
     schedule = noise_schedule(pipeline.scheduler)
-    assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == ("ddpm", "epsilon")
-    assert torch.allclose(schedule.sigmas, (1 / pipeline.scheduler.alphas_cumprod - 1).sqrt(), rtol=1e-4)
+    assert len(schedule) == 1000 and (schedule.style, schedule.prediction_type) == (
+        "ddpm",
+        "epsilon",
+    )
+    assert torch.allclose(
+        schedule.sigmas, (1 / pipeline.scheduler.alphas_cumprod - 1).sqrt(), rtol=1e-4
+    )
     edm = noise_schedule(EDMEulerScheduler())
     assert (edm.style, edm.sigma_data) == ("edm", 0.5) and len(edm.sigmas) == len(edm.timesteps)
     zero_snr = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
@@ -149,13 +173,21 @@ class Unet(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(kind, caplog, monkeypatch):
-    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer as a quantised one: its layer for
-    dense weights would add the adapter's fp32 to the bf16 output, and round twice. A 4-bit layer waits where the dense
-    one was: the device is for the text encoders and the VAE until training begins."""
-    unet, before = Unet().to(torch.bfloat16).requires_grad_(False).eval(), torch.random.get_rng_state()
+def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
+    kind, caplog, monkeypatch
+):
+    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer as a
+    quantised one: its layer for dense weights would add the adapter's fp32 to the bf16 output, and
+    round twice. A 4-bit layer waits where the dense one was: the device is for the text encoders
+    and the VAE until training begins."""
+    unet, before = (
+        Unet().to(torch.bfloat16).requires_grad_(False).eval(),
+        torch.random.get_rng_state(),
+    )
     assert load.quantize(unet, kind, torch.bfloat16) == 1
-    assert torch.equal(torch.random.get_rng_state(), before), "drawn for weights that are thrown away"
+    assert torch.equal(torch.random.get_rng_state(), before), (
+        "drawn for weights that are thrown away"
+    )
     layers = unet.transformer_blocks[0]
     assert type(layers["to_q"]) is KINDS[kind][0]
     assert type(unet.conv_in) is nn.Linear and type(layers["narrow"]) is nn.Linear
@@ -164,7 +196,9 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(kind
     inject(unet, LoraConfig(r=4, target_modules=["to_q"]))
     assert type(layers["to_q"]) is KINDS[kind][1]
     seen, move = [], bnb.Linear4bit.to
-    monkeypatch.setattr(bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device))
+    monkeypatch.setattr(
+        bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device)
+    )
     load.quantize(Unet(), "nf4", torch.float32, "cpu:0")
     assert seen == ["cpu:0", "cpu"]
 
@@ -174,17 +208,26 @@ def vae(tiny_base):
     """Eight pixels a latent, as SDXL's; notes the shape of each decoded tensor."""
     vae = decode.load_vae_alone(tiny_base)
     vae.shapes = []
-    vae.decoder.register_forward_pre_hook(lambda _, inputs: vae.shapes.append((len(inputs[0]), *inputs[0].shape[2:])))
+    vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: vae.shapes.append((len(inputs[0]), *inputs[0].shape[2:]))
+    )
     return vae
 
 
-def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_were(vae, monkeypatch):
+def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_were(
+    vae, monkeypatch
+):
     latents = torch.randn(4, 4, 8, 8)
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
     assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
     vae.enable_tiling()
-    for free, bytes_a_pixel, side in ((1.2, 4300, 64), (1.0, 4300, 32), (1.0, 2600, 64), (0.1, 4300, 32)):
+    for free, bytes_a_pixel, side in (
+        (1.2, 4300, 64),
+        (1.0, 4300, 32),
+        (1.0, 2600, 64),
+        (0.1, 4300, 32),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(machine, "free_gib", lambda device, free=free: free)
             with decode.tiled_where_short(vae, (1024, 1024), vae.device, bytes_a_pixel):
@@ -198,7 +241,9 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     assert machine.free_gib(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)])
+@pytest.mark.parametrize(
+    ("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)]
+)
 def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
     monkeypatch.setattr(machine, "free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
@@ -209,7 +254,10 @@ def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gi
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
 INDEX, NO_SDXL = "model_index.json", "not an SDXL base model: its {} names no text_encoder_2"
-UNET, TEXT = Path("unet/diffusion_pytorch_model.safetensors"), Path("text_encoder/model.safetensors")
+UNET, TEXT = (
+    Path("unet/diffusion_pytorch_model.safetensors"),
+    Path("text_encoder/model.safetensors"),
+)
 CONFIG = "unet/config.json"
 
 
@@ -231,19 +279,46 @@ def cut(file, length):
 
 
 DAMAGES = {
-    "a pointer for the UNet": (lambda base: (base / UNET).write_text(POINTER), r"unet.* is a git-lfs pointer"),
-    "a pointer for a text encoder": (lambda base: (base / TEXT).write_text(POINTER), r"text_encoder.*`git lfs pull`"),
-    "half a file": (lambda base: cut(base / UNET, -1000), r"cut short.*not fully covered\): fetch it again"),
+    "a pointer for the UNet": (
+        lambda base: (base / UNET).write_text(POINTER),
+        r"unet.* is a git-lfs pointer",
+    ),
+    "a pointer for a text encoder": (
+        lambda base: (base / TEXT).write_text(POINTER),
+        r"text_encoder.*`git lfs pull`",
+    ),
+    "half a file": (
+        lambda base: cut(base / UNET, -1000),
+        r"cut short.*not fully covered\): fetch it again",
+    ),
     "half a header": (lambda base: cut(base / UNET, 100), r"is damaged, cut short.*header"),
-    "an empty file": (lambda base: cut(base / UNET, 0), r"not a safetensors file \(.*header too small"),
+    "an empty file": (
+        lambda base: cut(base / UNET, 0),
+        r"not a safetensors file \(.*header too small",
+    ),
     "no UNet": (lambda base: shutil.rmtree(base / "unet"), "unet is missing"),
     "no weights": (lambda base: (base / UNET).unlink(), "has no weights"),
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),
-    "another model's UNet": (lambda base: rename_tensors(base / UNET), r"another model: it has no conv_in\.weight"),
-    "another text encoder": (lambda base: rename_tensors(base / TEXT), "text_encoder holds weights of another model"),
-    "a broken index": (lambda base: (base / INDEX).write_text("{"), "model_index.json cannot be read"),
-    "no second text encoder": (lambda base: change(base / INDEX, text_encoder_2=[None, None]), NO_SDXL.format(INDEX)),
-    "no size conditioning": (lambda base: change(base / CONFIG, addition_embed_type=None), "SDXL base model: its UNet"),
+    "another model's UNet": (
+        lambda base: rename_tensors(base / UNET),
+        r"another model: it has no conv_in\.weight",
+    ),
+    "another text encoder": (
+        lambda base: rename_tensors(base / TEXT),
+        "text_encoder holds weights of another model",
+    ),
+    "a broken index": (
+        lambda base: (base / INDEX).write_text("{"),
+        "model_index.json cannot be read",
+    ),
+    "no second text encoder": (
+        lambda base: change(base / INDEX, text_encoder_2=[None, None]),
+        NO_SDXL.format(INDEX),
+    ),
+    "no size conditioning": (
+        lambda base: change(base / CONFIG, addition_embed_type=None),
+        "SDXL base model: its UNet",
+    ),
 }
 
 
@@ -259,7 +334,9 @@ def test_a_damaged_base_is_one_line_and_the_same_in_dry_run_and_in_training(name
 
 
 def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
-    save_file({k: v for k, v in load_file(base / UNET).items() if k != "conv_out.bias"}, base / UNET)
+    save_file(
+        {k: v for k, v in load_file(base / UNET).items() if k != "conv_out.bias"}, base / UNET
+    )
     with pytest.raises(UserError, match=r"not whole: the files of its unet have no conv_out\.bias"):
         load.load_pipeline(base)
     shutil.copy(tiny_base / UNET, base / UNET)
@@ -293,22 +370,34 @@ def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
         "owner/vae": None,
     }
     for name, says in names.items():
-        given = {"pretrained_model_name_or_path": str(base), "pretrained_vae_model_name_or_path": str(name)}
+        given = {
+            "pretrained_model_name_or_path": str(base),
+            "pretrained_vae_model_name_or_path": str(name),
+        }
         with pytest.raises(UserError, match=says) if says else nullcontext():
             checks.preflight(TrainConfig(**given), Base.of(given))
 
 
 @pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])
 def test_the_variants_of_a_component_are_read_from_its_file_names(name, tmp_path):
-    for file in (f"{name}.safetensors", "a.safetensors", "a-00001-of-00002.safetensors", "b.ema.bin", "a.json"):
+    for file in (
+        f"{name}.safetensors",
+        "a.safetensors",
+        "a-00001-of-00002.safetensors",
+        "b.ema.bin",
+        "a.json",
+    ):
         (tmp_path / file).touch()
     assert variants_in(tmp_path) == ["fp16"]
     assert [file.stem for file in weight_files(tmp_path, "fp16")] == [name]
     assert variants_in(tmp_path / "none") == []
 
 
-def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_base, tmp_path, monkeypatch):
-    """As a training by the recipe for SDXL leaves it in the hub's cache: the plain files are 14 GB more."""
+def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(
+    tiny_base, tmp_path, monkeypatch
+):
+    """As a training by the recipe for SDXL leaves it in the hub's cache: the plain files are 14 GB
+    more."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = tmp_path / "models--owner--half"
     folder = model / "snapshots" / ("0" * 40)
@@ -318,9 +407,14 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
     for name in (str(folder), "owner/half"):
         assert Base.find(name).variant_here == "fp16"
         assert SubjectPipeline.from_base(name).pipeline.unet.num_parameters()
-    with monkeypatch.context() as patch:  # what a run was told of its base: `evaluate` and `generate` take it again
+    # what a run was told of its base: `evaluate` and `generate` take it again
+    with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "other"))
-        run = {"pretrained_model_name_or_path": "owner/half", "revision": "0" * 40, "cache_dir": str(tmp_path)}
+        run = {
+            "pretrained_model_name_or_path": "owner/half",
+            "revision": "0" * 40,
+            "cache_dir": str(tmp_path),
+        }
         RunDir(tmp_path).config_path.write_text(json.dumps(run))
         told = base_of_runs([str(tmp_path)])
         assert told == Base.of_run(TrainConfig(**run))
@@ -328,7 +422,9 @@ def test_a_base_that_is_here_in_fp16_alone_is_drawn_with_from_these_files(tiny_b
         with pytest.raises(UserError, match="owner/half cannot be loaded"):
             SubjectPipeline.from_base("owner/half")
     load.load_pipeline(tiny_base).unet.save_pretrained(folder / "unet")
-    assert [Base.find(name).variant_here for name in ("owner/half", tiny_base, "owner/none")] == [None] * 3
+    assert [Base.find(name).variant_here for name in ("owner/half", tiny_base, "owner/none")] == [
+        None
+    ] * 3
 
 
 @pytest.fixture(scope="module")
@@ -336,16 +432,23 @@ def checkpoint(tiny_base, tmp_path_factory):
     """model.safetensors, and beside it `model` with the configs and no weights."""
     folder = tmp_path_factory.mktemp("single")
     shutil.copytree(tiny_base, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    return save_single_file(StableDiffusionXLPipeline.from_pretrained(tiny_base), folder / "model.safetensors")
+    return save_single_file(
+        StableDiffusionXLPipeline.from_pretrained(tiny_base), folder / "model.safetensors"
+    )
 
 
 def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
     """Its VAE is read alone too."""
     ours, truth = load.load_pipeline(checkpoint), load.load_pipeline(tiny_base)
-    pairs = [(getattr(ours, part), getattr(truth, part)) for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    pairs = [
+        (getattr(ours, part), getattr(truth, part))
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+    ]
     for one, other in (*pairs, (load_vae_alone(checkpoint), load_vae_alone(tiny_base))):
         found, wanted = one.state_dict(), other.state_dict()
-        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert found.keys() == wanted.keys() and all(
+            torch.equal(found[name], wanted[name]) for name in wanted
+        )
 
 
 WRONG_LAYERS = [
@@ -357,22 +460,34 @@ WRONG_LAYERS = [
 
 @pytest.mark.parametrize(("changes", "says"), WRONG_LAYERS)
 def test_wrong_layers_are_told_before_class_images_are_drawn(changes, says, checkpoint, tmp_path):
-    changes |= {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "prior": "class_images"}
+    changes |= {
+        "with_prior_preservation": True,
+        "class_prompt": "a photo of a dog",
+        "prior": "class_images",
+    }
     with pytest.raises(UserError, match=says):
-        train(tiny_config(checkpoint, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
+        train(
+            tiny_config(checkpoint, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes)
+        )
     assert not (tmp_path / "run" / "class_images").exists()
 
 
 def odd_copy(checkpoint, folder, tensors):
     """Another file beside a copy of the checkpoint's configs: of tensors or of bytes."""
     shutil.copytree(checkpoint.with_suffix(""), folder / "odd")
-    (folder / "odd.safetensors").write_bytes(tensors if isinstance(tensors, bytes) else save(tensors))
+    (folder / "odd.safetensors").write_bytes(
+        tensors if isinstance(tensors, bytes) else save(tensors)
+    )
     return folder / "odd.safetensors"
 
 
-def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_says_what_to_do(checkpoint, tmp_path):
+def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_says_what_to_do(
+    checkpoint, tmp_path
+):
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    scheduler = load.load_pipeline(odd_copy(checkpoint, tmp_path, load_file(checkpoint) | marks)).scheduler
+    scheduler = load.load_pipeline(
+        odd_copy(checkpoint, tmp_path, load_file(checkpoint) | marks)
+    ).scheduler
     assert noise_schedule(scheduler).prediction_type == "v_prediction"
     assert scheduler.config.timestep_spacing == "trailing"
     alone = shutil.copy(checkpoint, tmp_path / "alone.safetensors")
@@ -382,9 +497,13 @@ def test_a_mark_says_that_velocity_is_predicted_and_without_configs_one_line_say
 
 
 ELSE = {
-    "no VAE": lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("first_stage_model")},
+    "no VAE": lambda tensors: {
+        name: t for name, t in tensors.items() if not name.startswith("first_stage_model")
+    },
     "a LoRA": lambda tensors: {"unet.down_blocks.1.attn.to_q.lora_A.weight": torch.zeros(4, 8)},
-    "other widths": lambda tensors: {n: t[..., :1].contiguous() if t.ndim else t for n, t in tensors.items()},
+    "other widths": lambda tensors: {
+        n: t[..., :1].contiguous() if t.ndim else t for n, t in tensors.items()
+    },
     "empty": lambda tensors: b"",
     "text": lambda tensors: b"not a checkpoint",
     "JSON": lambda tensors: b"{}" * 10,
@@ -405,7 +524,13 @@ Z_IMAGE = {
     "attention.q.": "attention.q_norm.",
     "attention.k.": "attention.k_norm.",
 }
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 PREFIX = "model.diffusion_model."
 
 
@@ -445,16 +570,23 @@ LAYOUTS = {"z_image": lambda pipe: z_image_layout(pipe.transformer.state_dict())
 
 @pytest.fixture(params=LAYOUTS)
 def family_file(request, tmp_path):
-    """The family's facts, its base as a folder, and as a file with the folder's other parts beside it."""
+    """The family's facts, its base as a folder, and as a file with the folder's other parts beside
+    it."""
     pipe = tiny_pipeline(request.param, tmp_path / "files")
     pipe.save_pretrained(tmp_path / "folder")
-    tensors = {name: value.clone().contiguous() for name, value in LAYOUTS[request.param](pipe).items()}
+    tensors = {
+        name: value.clone().contiguous() for name, value in LAYOUTS[request.param](pipe).items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     facts = next(facts for facts in FAMILIES if facts.name == request.param)
     own = (facts.denoiser,) if facts.style == "flow" else (facts.denoiser, "vae", "text_encoder")
 
     def others(folder, names):
-        return [name for name in names if name.endswith(".safetensors") and any(f"/{part}" in folder for part in own)]
+        return [
+            name
+            for name in names
+            if name.endswith(".safetensors") and any(f"/{part}" in folder for part in own)
+        ]
 
     shutil.copytree(tmp_path / "folder", tmp_path / "model", ignore=others)
     return facts, tmp_path / "folder", tmp_path / "model.safetensors"
@@ -464,12 +596,24 @@ def family_file(request, tmp_path):
 def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path):
     facts, folder, file = family_file
     assert Base.find(file).facts is facts
-    ours, truth = (getattr(load.load_pipeline(base), facts.denoiser).state_dict() for base in (file, folder))
-    assert ours.keys() == truth.keys() and all(torch.equal(ours[name], truth[name]) for name in truth)
+    ours, truth = (
+        getattr(load.load_pipeline(base), facts.denoiser).state_dict() for base in (file, folder)
+    )
+    assert ours.keys() == truth.keys() and all(
+        torch.equal(ours[name], truth[name]) for name in truth
+    )
     found, photos = [], paint_photos(tmp_path / "photos")
     for base in (folder, file):
         out = tmp_path / base.stem / "run"
-        train(tiny_config(base, photos, out, target_modules=("to_q", "to_k", "to_v", "to_out.0"), max_train_steps=1))
+        train(
+            tiny_config(
+                base,
+                photos,
+                out,
+                target_modules=("to_q", "to_k", "to_v", "to_out.0"),
+                max_train_steps=1,
+            )
+        )
         found.append(load_file(out / "pytorch_lora_weights.safetensors"))
     torch.testing.assert_close(*found, rtol=0, atol=5e-5)
 
@@ -540,19 +684,27 @@ def test_a_scale_may_be_one_a_row_and_the_encoders_of_a_whole_checkpoint_stay_as
     assert all(found[name] is value for name, value in others.items())
 
 
-def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(family_file):
+def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(
+    family_file,
+):
     facts, _, file = family_file
     shutil.rmtree(file.with_suffix(""))
     assert memory.size_of_base(Base.find(file), ()).family is Base.find(file).facts is facts
     rest = "configs that belong to them could not be fetched"
-    with pytest.raises(UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"):
+    with pytest.raises(
+        UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"
+    ):
         load.load_pipeline(file)
 
 
 FOUND = {
     "sd3": {"sd35_large": ["joint_blocks.37.x_block.mlp.fc1.weight"]},
     "flux": {
-        "flux-dev": ["double_blocks.0.img_attn.norm.key_norm.scale", "guidance_in.in_layer.bias", "img_in.weight"]
+        "flux-dev": [
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+            "guidance_in.in_layer.bias",
+            "img_in.weight",
+        ]
     },
     "flux2": {"flux-2-dev": ["double_blocks.0.img_attn.norm.key_norm.scale"]},
     "z_image": {"z-image-turbo": ["cap_embedder.0.weight"]},

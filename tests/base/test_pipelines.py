@@ -1,4 +1,5 @@
-"""Each family computes what its own pipeline computes. A random tiny pipeline proves sign, time, places and masks."""
+"""Each family computes what its own pipeline computes. A random tiny pipeline proves sign, time,
+places and masks."""
 
 import inspect
 import os
@@ -30,7 +31,10 @@ FAST = ("flux", "z_image")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
 PX = 64
 PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
-INSTRUCTED = {"lumina2": {"system_prompt": "Draw well."}, "sana": {"complex_human_instruction": ["Draw well: "]}}
+INSTRUCTED = {
+    "lumina2": {"system_prompt": "Draw well."},
+    "sana": {"complex_human_instruction": ["Draw well: "]},
+}
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
 each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
@@ -38,7 +42,9 @@ each = pytest.mark.parametrize("made", NAMES, indirect=True)
 @pytest.fixture
 def made(request, tmp_path):
     pipe = tiny_pipeline(request.param, tmp_path)
-    return pipe, family_of(pipe, told_guidance=3.5, options=(OPTIONS | INSTRUCTED).get(request.param))
+    return pipe, family_of(
+        pipe, told_guidance=3.5, options=(OPTIONS | INSTRUCTED).get(request.param)
+    )
 
 
 def pixels() -> Tensor:
@@ -78,7 +84,9 @@ def test_the_pipelines_own_step_is_ours(made):
 def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(made):
     ours, theirs, calls = steps_of_both(*made, ["a photo of sks dog", "a photo of sks cat"])
     assert relative(ours, theirs) < 2e-6
-    masks = [given[2] if given else named["encoder_hidden_states_mask"] for given, named, _ in calls]
+    masks = [
+        given[2] if given else named["encoder_hidden_states_mask"] for given, named, _ in calls
+    ]
     assert len(masks) == 4 and all(mask is None for mask in masks)
 
 
@@ -99,11 +107,13 @@ def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_
 
 
 def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, list]:
-    """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the pipeline's three, then
-    ours; each its arguments, the named ones and the result."""
+    """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the
+    pipeline's three, then ours; each its arguments, the named ones and the result."""
     denoiser = getattr(pipe, family.facts.denoiser)
     words = family.arguments(family.texts(pipe, prompts))
-    noise = torch.randn(family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(
+        family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1)
+    )
     calls, seen = [], []
     denoiser.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
 
@@ -111,7 +121,12 @@ def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, lis
         seen.append((float(t), tensors["latents"].clone()))
         return tensors
 
-    options = {"num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": on_step, **unguided(family)}
+    options = {
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        "callback_on_step_end": on_step,
+        **unguided(family),
+    }
     pipe(**words, latents=as_taken(family, noise).clone(), **options)
     t, after = torch.full((2,), seen[0][0]), as_latents(seen[0][1], noise)
     if family.facts.style == "ddpm":
@@ -140,18 +155,34 @@ def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypat
         given = z / pipe.vae.config.scaling_factor
     else:
         monkeypatch.setattr(pipe.vae, "decode", decode)
-        getattr(pipe, family.facts.denoiser).register_forward_hook(lambda m, a, found: zeros_like(found))
+        getattr(pipe, family.facts.denoiser).register_forward_hook(
+            lambda m, a, found: zeros_like(found)
+        )
         words = family.arguments(family.texts(pipe, PROMPTS))
         with pytest.raises(DecodedError) as reached:
-            pipe(**words, latents=as_taken(family, z).clone(), num_inference_steps=2, **unguided(family))
+            pipe(
+                **words,
+                latents=as_taken(family, z).clone(),
+                num_inference_steps=2,
+                **unguided(family),
+            )
         given = reached.value.args[0]
     encoded = pipe.vae.encode(pixels()[:, :, None] if given.ndim == 5 else pixels())
-    assert relative(given, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()) < 2e-6
+    assert (
+        relative(
+            given, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        )
+        < 2e-6
+    )
 
 
 def zeros_like(found):
     first = found[0]
-    return ([torch.zeros_like(one) for one in first] if isinstance(first, list) else torch.zeros_like(first),)
+    return (
+        [torch.zeros_like(one) for one in first]
+        if isinstance(first, list)
+        else torch.zeros_like(first),
+    )
 
 
 @torch.no_grad()
@@ -177,14 +208,19 @@ def test_recomputation_changes_no_gradient(made):
     found.append(gradients_of(family, pipe, weights))
     assert [one is None for one in found[0]] == [other is None for other in found[1]]
     pairs = [pair for pair in zip(*found) if pair[0] is not None]
-    assert len(pairs) > 10 and max(relative(one, other) for one, other in pairs if other.norm() > 1e-9) < 1e-4
+    assert (
+        len(pairs) > 10
+        and max(relative(one, other) for one, other in pairs if other.norm() > 1e-9) < 1e-4
+    )
 
 
 @torch.no_grad()
 def predicted(family, pipe) -> Tensor:
     """Of two prompts."""
     words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
-    return family.predict(getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words)
+    return family.predict(
+        getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words
+    )
 
 
 def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
@@ -194,7 +230,9 @@ def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
     for weight in weights:
         weight.requires_grad_().grad = None
     denoiser = getattr(pipe, family.facts.denoiser)
-    family.predict(denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words).square().mean().backward()
+    family.predict(
+        denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words
+    ).square().mean().backward()
     return [weight.grad for weight in weights]
 
 
@@ -202,10 +240,17 @@ def test_chroma_has_other_gradients_when_it_is_recomputed_and_so_is_no_family():
     """diffusers drops its mask there. When this fails, Chroma can be added."""
     sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8}
     sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
-    sizes |= {f"approximator_{name}": size for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))}
+    sizes |= {
+        f"approximator_{name}": size
+        for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))
+    }
     torch.manual_seed(0)
     denoiser, found = diffusers.ChromaTransformer2DModel(**sizes).train(), []
-    words, z, mask = torch.randn(1, 5, 8), torch.randn(1, 4, 4), torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4])
+    words, z, mask = (
+        torch.randn(1, 5, 8),
+        torch.randn(1, 4, 4),
+        torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4]),
+    )
     places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
     for begin in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
         begin()
@@ -222,15 +267,25 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
     pipe, family = made
     taken = inspect.signature(pipe.__call__).parameters
     against = "a cat" if family.facts.has_negative and "negative_prompt" in taken else ""
-    said = {"prompt": [*PROMPTS], **family.options} | ({"negative_prompt": [against] * 2} if against else {})
+    said = {"prompt": [*PROMPTS], **family.options} | (
+        {"negative_prompt": [against] * 2} if against else {}
+    )
     said |= {name: False for name in ("use_resolution_binning",) if name in taken}
 
     def draw(rows: list[int], **words) -> Tensor:
         seeds = [torch.Generator().manual_seed(row) for row in rows]
-        options = {family.facts.guidance_name: family.facts.guidance, "num_inference_steps": 2, "output_type": "pt"}
+        options = {
+            family.facts.guidance_name: family.facts.guidance,
+            "num_inference_steps": 2,
+            "output_type": "pt",
+        }
         return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
 
-    theirs, texts, empty = draw([0, 1], **said), family.texts(pipe, PROMPTS), family.negative(pipe, against)
+    theirs, texts, empty = (
+        draw([0, 1], **said),
+        family.texts(pipe, PROMPTS),
+        family.negative(pipe, against),
+    )
     pipe.register_modules(**dict.fromkeys(family.facts.encoders))
 
     def kept(rows: list[int]) -> dict:
@@ -239,35 +294,55 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
         )
 
     both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
-    assert both.shape[:2] == (2, 3) and relative(both[:1], one) < 1e-4 and relative(both, theirs) < 1e-4
+    assert (
+        both.shape[:2] == (2, 3)
+        and relative(both[:1], one) < 1e-4
+        and relative(both, theirs) < 1e-4
+    )
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
     assert {facts.name for facts in FAMILIES} == METHODS.keys() == MAKERS.keys()
     for facts in FAMILIES:
         kind = getattr(diffusers, facts.pipeline)
-        assert {facts.denoiser, *facts.encoders} <= inspect.signature(kind.__init__).parameters.keys()
+        assert {facts.denoiser, *facts.encoders} <= inspect.signature(
+            kind.__init__
+        ).parameters.keys()
         assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
         assert set(facts.text_options) <= inspect.signature(kind.encode_prompt).parameters.keys()
         assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
-    with pytest.raises(UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"):
+    with pytest.raises(
+        UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"
+    ):
         facts_of("ChromaPipeline")
 
 
-JOINT_GROUPS = {"sdxl": 22, "sd1": 8, "sd3": 4, "flux": 6, "flux2": 2, "z_image": 4, "qwen_image": 2, "krea2": 4}
+JOINT_GROUPS = {
+    "sdxl": 22,
+    "sd1": 8,
+    "sd3": 4,
+    "flux": 6,
+    "flux2": 2,
+    "z_image": 4,
+    "qwen_image": 2,
+    "krea2": 4,
+}
 JOINT_GROUPS |= {"lumina2": 6, "sana": 4}
 """Groups of projections that one node computes."""
 
 
 @each
 def test_the_fused_path_has_the_gradients_of_peft(made):
-    """With working copies, alone and jointly: projections of pictures and of texts, with biases or without. Switched
-    off, it is the base bit for bit."""
+    """With working copies, alone and jointly: projections of pictures and of texts, with biases or
+    without. Switched off, it is the base bit for bit."""
     pipe, family = made
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
     of_base = predicted(family, pipe)
-    inject(denoiser, MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"))
+    inject(
+        denoiser,
+        MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"),
+    )
     weights = [weight for _, weight in adapter_parameters(denoiser)]
     with torch.no_grad():
         for weight in weights:
@@ -280,7 +355,9 @@ def test_the_fused_path_has_the_gradients_of_peft(made):
             gradients_of(family, pipe, weights)
             step.collect()
         fast = [weight.grad for weight in weights]
-        assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
+        assert (
+            max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
+        )
     assert len(copies.joints) == JOINT_GROUPS[family.facts.name]
     with switched_off(list(adapter_layers(denoiser).values())):
         assert torch.equal(predicted(family, pipe), of_base)
@@ -311,6 +388,8 @@ print(*told, asked)
 
 def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    found = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True
+    )
     asked = "['/some/Z-Image/resolve/main/model_index.json', '/some/other/resolve/main/model_index.json']"
     assert found.stdout.strip() == f"z_image None {asked}"

@@ -16,7 +16,9 @@ def test_a_row_a_subject_and_the_mean_with_its_interval(tmp_path, capsys):
         scores = json.dumps({"relative": relative, "scores": judged})
         (tmp_path / subject / "evaluation" / "scores.json").write_text(scores)
         (tmp_path / f"{subject}.json").write_text(json.dumps({"seconds": seconds[number]}))
-    one_word.main(["--subjects", *subjects, "--out", str(tmp_path), "--json", str(tmp_path / "all.json")])
+    one_word.main(
+        ["--subjects", *subjects, "--out", str(tmp_path), "--json", str(tmp_path / "all.json")]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| bear | 0.980 | 0.500 | 1.010 | 0.900 | 1.000 | 0.750 | 200 |"
     assert lines[5].startswith("| mean | 0.940 [0.") and lines[5].endswith("| 210 |")

@@ -1,7 +1,7 @@
 """Passes that are recorded and replayed give the bytes of usual ones.
 
-`CpuGraph` stands for CUDA's: it replays by doing the work again, and refuses what a graph on a GPU would do silently
-wrong or not at all."""
+`CpuGraph` stands for CUDA's: it replays by doing the work again, and refuses what a graph on a GPU
+would do silently wrong or not at all."""
 
 from collections.abc import Callable
 
@@ -32,14 +32,20 @@ class Watch(TorchDispatchMode):
         name = function.__name__
         if name.startswith(WAITS) or any(word in name for word in DRAWS):
             raise RuntimeError(f"{name} cannot be recorded")
-        self.read |= dict.fromkeys(place for place in places((args, kwargs)) if place not in self.made)
+        self.read |= dict.fromkeys(
+            place for place in places((args, kwargs)) if place not in self.made
+        )
         found = function(*args, **kwargs or {})
         self.made |= {place for place in places(found) if place not in self.read}
         return found
 
 
 def places(values) -> list[int]:
-    return [leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [
+        leaf.untyped_storage().data_ptr()
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, torch.Tensor)
+    ]
 
 
 class CpuGraph:
@@ -73,14 +79,21 @@ def test_the_stand_in_refuses_what_a_graph_cannot_hold():
 
 
 def stepped(record=None) -> tuple[list[float], list[torch.Tensor], list[CpuGraph]]:
-    """The losses and gradients' norms of four steps of two micro-batches, the adapter after them, and the records."""
+    """The losses and gradients' norms of four steps of two micro-batches, the adapter after them,
+    and the records."""
     torch.manual_seed(0)
-    config = TrainConfig(resolution=64, rank=2, mixed_precision="bf16", gradient_accumulation_steps=2, seed=0)
+    config = TrainConfig(
+        resolution=64, rank=2, mixed_precision="bf16", gradient_accumulation_steps=2, seed=0
+    )
     step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=4)
     recorded = []
     if record:
         record_passes(step, lambda work: recorded.append(record(work)) or recorded[-1])
-    numbers = [number for _ in range(4) for number in (step.accumulate_gradients().total, step.update_adapter())]
+    numbers = [
+        number
+        for _ in range(4)
+        for number in (step.accumulate_gradients().total, step.update_adapter())
+    ]
     return numbers, [parameter.detach() for parameter in step.trained], recorded
 
 

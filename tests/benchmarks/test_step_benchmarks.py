@@ -29,7 +29,15 @@ ROOT = Path(__file__).parents[2]
 def test_the_quick_form_steps_the_trainers_own_learner(tmp_path):
     report = tmp_path / "step.json"
     arms = ["--arms", "ours", "--warmup", "0", "--steps", "1"]
-    command = [sys.executable, "-m", "benchmarks.train_step", "--quick", *arms, "--json", str(report)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        "--quick",
+        *arms,
+        "--json",
+        str(report),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [result] = json.loads(report.read_text())["results"]
@@ -50,7 +58,11 @@ def test_our_step_and_the_floor_take_turns_on_the_same_weights():
 def test_the_commands_whose_peak_is_measured_are_trainings(tmp_path):
     words = command_of("recomputed, text cached", tmp_path / "base", tmp_path, 64, 2)
     config = parse_train_config(words[2:])
-    assert config.gradient_checkpointing and config.cache_cross_attention and config.max_train_steps == 2
+    assert (
+        config.gradient_checkpointing
+        and config.cache_cross_attention
+        and config.max_train_steps == 2
+    )
     assert len(list((tmp_path / "photos").iterdir())) == 3
 
 
@@ -64,14 +76,20 @@ def test_the_loop_in_diffusers_style_learns_with_the_adapter_in_either_dtype():
 def test_the_trainer_takes_the_random_base(tmp_path):
     random_sdxl("small").save_pretrained(tmp_path / "base")
     photos = paint_photos(tmp_path / "photos")
-    config = tiny_config(tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16")
+    config = tiny_config(
+        tmp_path / "base", photos, tmp_path / "run", max_train_steps=2, mixed_precision="bf16"
+    )
     proof = train(config).proof
-    assert proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    assert (
+        proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    )
 
 
 def test_subjects_on_one_base_are_timed():
     figures = trained("small", count=2, steps=4)
-    assert figures["count"] == 2 and figures["an_hour"] == pytest.approx(2 * 3600 / (480 * figures["step_sec"]))
+    assert figures["count"] == 2 and figures["an_hour"] == pytest.approx(
+        2 * 3600 / (480 * figures["step_sec"])
+    )
     assert figures["cpu_sec"] > 0 and figures["peak_gib"] > 0
 
 

@@ -28,7 +28,11 @@ def test_json_has_exactly_the_promised_form_also_where_nothing_is_usable(tmp_pat
     assert main(["check", str(folder), "--json", "--resolution", "64"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"photos", "usable"}
-    assert found["usable"] == sum(row["usable"] for row in found["photos"]) == sum(case.usable for case in CASES)
+    assert (
+        found["usable"]
+        == sum(row["usable"] for row in found["photos"])
+        == sum(case.usable for case in CASES)
+    )
     rows = {row["path"]: row for row in found["photos"]}
     assert all(set(row) == {"path", "usable", "reasons", "size_px"} for row in rows.values())
     turned = rows[str(folder / "turned_6.jpg")]
@@ -45,7 +49,8 @@ def test_json_has_exactly_the_promised_form_also_where_nothing_is_usable(tmp_pat
 
 
 def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_path, capsys):
-    """For the toy base where there is no GPU, and its size. A blurred copy is the duplicate, though it is first."""
+    """For the toy base where there is no GPU, and its size. A blurred copy is the duplicate, though
+    it is first."""
     for name in ("00.jpg", "01.jpg"):
         shutil.copy(ROOT / "assets" / "subjects" / "rocket" / name, tmp_path / name)
     with Image.open("00.jpg") as sharp:
@@ -53,22 +58,35 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
         sharp.resize((40, 40)).save("tiny.jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
     shown = capsys.readouterr()
-    assert "the embedded one, as there is no GPU here" in shown.err and "“a photo of a sks rocket”" in shown.out
+    assert (
+        "the embedded one, as there is no GPU here" in shown.err
+        and "“a photo of a sks rocket”" in shown.out
+    )
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
     bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); 2 good photos are there, too few"
     assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
-    marks = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  ") and ".jpg" in line]
+    marks = [
+        line.split()[0]
+        for line in shown.out.splitlines()
+        if line.startswith("  ") and ".jpg" in line
+    ]
     assert marks == ["bad", "ok", "ok", "bad"]
     assert main(["check", ".", "rocket", "--no_picture", "--resolution", "520"]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "verdict: no good photo is there: take 3 to 10 of the subject", "a run leaves out no photos of all"
+    assert said == "verdict: no good photo is there: take 3 to 10 of the subject", (
+        "a run leaves out no photos of all"
+    )
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
     said = capsys.readouterr().out
-    assert said.endswith("3 good photos are there, enough to train\n") and "“" not in said, "no word was given"
+    assert said.endswith("3 good photos are there, enough to train\n") and "“" not in said, (
+        "no word was given"
+    )
     (tmp_path / "tiny.jpg").rename("$(reboot).jpg")
     assert main(["check", ".", "--no_picture", "--resolution", "128"]) == 0
-    assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, "a shell runs none"
+    assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, (
+        "a shell runs none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,20 +94,33 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
     [
         ([], 1024, "note: judged for SDXL at 1024 px; `check DIR WORD` judges for the base"),
         (["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev"], 1024, ""),
-        (["--pretrained_model_name_or_path", "toy"], 128, "resolution: 128 px, the base's own (--resolution)\n"),
+        (
+            ["--pretrained_model_name_or_path", "toy"],
+            128,
+            "resolution: 128 px, the base's own (--resolution)\n",
+        ),
     ],
 )
-def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_said(words, px, says, capsys):
+def test_without_a_word_and_a_size_photos_are_judged_at_the_bases_own_and_it_is_said(
+    words, px, says, capsys
+):
     """Those of the sample were all bad, for the toy base too, and nothing said why."""
-    assert main(["check", str(ROOT / "assets" / "subjects" / "rocket"), "--no_picture", *words]) == 0
+    assert (
+        main(["check", str(ROOT / "assets" / "subjects" / "rocket"), "--no_picture", *words]) == 0
+    )
     shown = capsys.readouterr()
     assert shown.err.startswith(says) and shown.err.count("\n") == bool(says)
-    assert ("no good photo is" in shown.out, "5 good photos" in shown.out) == (px == 1024, px == 128)
+    assert ("no good photo is" in shown.out, "5 good photos" in shown.out) == (
+        px == 1024,
+        px == 128,
+    )
     assert main(["check", ".", "--pretrained_model_name_or_path", "my models/sdxl"]) == 2
     assert "the base my models/sdxl does not exist" in capsys.readouterr().err, "as training says"
 
 
-def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(tmp_path, capsys):
+def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suffix(
+    tmp_path, capsys
+):
     folder, name = tmp_path / "dog", "dog_crops.png"
     folder.mkdir()
     picture().save("dog/a.png")
@@ -100,7 +131,10 @@ def test_the_picture_shows_every_photo_and_its_crops_and_its_name_may_lack_a_suf
         colours = {sheet.getpixel((x, sheet.height // 2)) for x in range(sheet.width)}
     assert len(colours) > 4
     picture(size_px=(16, 20000)).save("dog/long.png")
-    for name, says in (("out.xyz", "no picture: out.xyz: it is drawn as a PNG"), ("out", "the crops: out.png")):
+    for name, says in (
+        ("out.xyz", "no picture: out.xyz: it is drawn as a PNG"),
+        ("out", "the crops: out.png"),
+    ):
         assert main(["check", "dog", "--resolution", "64", "--picture", name]) == 0
         assert says in "".join(capsys.readouterr()) and Path("out.png").exists() == (name == "out")
 
@@ -113,7 +147,9 @@ def test_the_picture_never_lies_among_the_photos(tmp_path, capsys, monkeypatch):
     assert main(["check", "dog", "--resolution", "64", "--picture", "~/x"]) == 0
     assert (tmp_path / "home" / "x.png").is_file() and not Path("~").exists()
     assert main(["check", "dog", "--resolution", "64", "--picture", "dog/x"]) == 0
-    assert "no picture: dog/x.png: among the photos it would be one of them" in capsys.readouterr().err
+    assert (
+        "no picture: dog/x.png: among the photos it would be one of them" in capsys.readouterr().err
+    )
     monkeypatch.chdir("dog")
     assert main(["check", ".", "--resolution", "64"]) == 0
     assert f"the crops: {tmp_path / 'dog_crops.png'}" in capsys.readouterr().out
@@ -132,15 +168,22 @@ def test_crops_have_the_shapes_that_one_word_chooses_and_flags_or_a_recipe_win(t
         return Path("p.png").read_bytes(), is_said
 
     own, square = crops("--enable_bucket"), crops("--no_enable_bucket")
-    assert own != square and crops() == (own[0], True) and crops("--config", "square.toml") == square
+    assert (
+        own != square and crops() == (own[0], True) and crops("--config", "square.toml") == square
+    )
     coarse = crops("--config", "coarse.toml")
-    assert coarse not in (own, square) and coarse == crops("--enable_bucket", "--bucket_reso_steps", "32")
+    assert coarse not in (own, square) and coarse == crops(
+        "--enable_bucket", "--bucket_reso_steps", "32"
+    )
     Path("large.toml").write_text("resolution = 2048\ninstance_prompt = 'my toy'\nrank = 8")
     assert main(["check", "photos", "--config", "large.toml", "--no_picture"]) == 2
     Path("wrong.toml").write_text("reslution = 64")
     assert main(["check", "photos", "--config", "wrong.toml", "--no_picture"]) == 2
     assert "unknown setting `reslution`: did you mean `resolution`?" in capsys.readouterr().err
-    assert main(["check", "photos", "--config", "large.toml", "--resolution", "64", "--no_picture"]) == 0
+    assert (
+        main(["check", "photos", "--config", "large.toml", "--resolution", "64", "--no_picture"])
+        == 0
+    )
     assert "“my toy”" in capsys.readouterr().out
 
 
@@ -150,18 +193,34 @@ def test_crops_have_sides_that_the_bases_patches_divide(base, step, other, tmp_p
     picture(size_px=(160, 90)).save("a.png")
 
     def crops(*words: str) -> bytes:
-        base_of = ["--pretrained_model_name_or_path", base, "--resolution", "128", "--enable_bucket"]
-        assert main(["check", ".", "--picture", str(tmp_path / "out" / "p.png"), *base_of, *words]) == 0
+        base_of = [
+            "--pretrained_model_name_or_path",
+            base,
+            "--resolution",
+            "128",
+            "--enable_bucket",
+        ]
+        assert (
+            main(["check", ".", "--picture", str(tmp_path / "out" / "p.png"), *base_of, *words])
+            == 0
+        )
         return (tmp_path / "out" / "p.png").read_bytes()
 
     assert crops() == crops("--bucket_reso_steps", step) != crops("--bucket_reso_steps", other)
 
 
-SEEDED = {"--json": True, "--center_crop --random_flip": True, "--center_crop": False, "--seed 0": False}
+SEEDED = {
+    "--json": True,
+    "--center_crop --random_flip": True,
+    "--center_crop": False,
+    "--seed 0": False,
+}
 
 
 @pytest.mark.parametrize("flags", SEEDED)
-def test_crops_that_a_training_without_a_seed_would_not_take_are_said_to_be_so(flags, tmp_path, capsys):
+def test_crops_that_a_training_without_a_seed_would_not_take_are_said_to_be_so(
+    flags, tmp_path, capsys
+):
     picture().save(tmp_path / "a.png")
     assert main(["check", ".", "--resolution", "64", *flags.split()]) == 0
     said = "(of seed 0: without --seed, training draws others)" in "".join(capsys.readouterr())
@@ -171,7 +230,16 @@ def test_crops_that_a_training_without_a_seed_would_not_take_are_said_to_be_so(f
 def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     """In the report, in the error line, and on a terminal that knows less than UTF-8."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
-    command = [sys.executable, "-m", "dreambooth_moslora", "check", ".", "--no_picture", "--resolution", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "dreambooth_moslora",
+        "check",
+        ".",
+        "--no_picture",
+        "--resolution",
+        "64",
+    ]
     check = lambda: subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)  # noqa: E731
     Path(os.fsdecode(bytes(tmp_path) + b"/broken\xff.png")).write_bytes(b"no picture")
     done = check()
@@ -180,7 +248,11 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     picture().save(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
     (tmp_path / "雪.txt").touch()
     done = check()
-    assert done.returncode == 0 and rb"ok    caf\udce9.png" in done.stdout and rb"left  \u96ea.txt" in done.stdout
+    assert (
+        done.returncode == 0
+        and rb"ok    caf\udce9.png" in done.stdout
+        and rb"left  \u96ea.txt" in done.stdout
+    )
 
 
 @pytest.mark.slow
@@ -194,17 +266,38 @@ def test_photos_whose_names_are_no_text_are_trained_on_and_control_characters_ne
     picture().save(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png"))
     Path(os.fsdecode(bytes(tmp_path) + b"/broken\xff.png")).write_bytes(b"no picture")
     small = ["--resolution", "64"]
-    train = ["--pretrained_model_name_or_path", tiny_base, "--instance_data_dir", tmp_path, *small, "--rank", "1"]
-    train += ["--instance_prompt", "a sks dog", "--output_dir", tmp_path / "run", "--report_to", "none"]
+    train = [
+        "--pretrained_model_name_or_path",
+        tiny_base,
+        "--instance_data_dir",
+        tmp_path,
+        *small,
+        "--rank",
+        "1",
+    ]
+    train += [
+        "--instance_prompt",
+        "a sks dog",
+        "--output_dir",
+        tmp_path / "run",
+        "--report_to",
+        "none",
+    ]
     train += ["--max_train_steps", "1", "--num_validation_images", "0"]
-    for words in (["check", tmp_path, "--no_picture", *small], ["train", *train, "--dry_run"], ["train", *train]):
+    for words in (
+        ["check", tmp_path, "--no_picture", *small],
+        ["train", *train, "--dry_run"],
+        ["train", *train],
+    ):
         assert main(list(map(str, words))) == 0
         shown = "".join(capfd.readouterr())
         assert "a\\x1b[31m\\x9b31m\\x0d\\x7f" in shown
         assert "[31m" not in shown.replace("\\x1b[31m", "") and not {"\x7f", "\x9b"} & set(shown)
         assert r"broken\udcff.png" in shown
     log = (tmp_path / "run" / "train.log").read_text()
-    assert r"broken\udcff.png is left out" in log and "begins: version" in log and "ended: done" in log
+    assert (
+        r"broken\udcff.png is left out" in log and "begins: version" in log and "ended: done" in log
+    )
 
 
 def of_duck(folder: Path, *names: str) -> Path:
@@ -220,7 +313,10 @@ def test_masks_are_made_beside_the_photos_of_a_toy_and_darken_the_crops(tmp_path
     command = ["check", "duck", "--resolution", "128", "--make_masks", *TOY]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "00.jpg  00.mask.png is written\n" in captured.err and "01.jpg  it has a mask, which is kept" in captured.err
+    assert (
+        "00.jpg  00.mask.png is written\n" in captured.err
+        and "01.jpg  it has a mask, which is kept" in captured.err
+    )
     assert captured.out.count("has a mask") == 2
     assert (duck / "01.mask.png").read_bytes() == own
     made = (duck / "00.mask.png").read_bytes()
@@ -234,8 +330,15 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, cap
     assert (duck / "01.txt").read_text() == "a photo of a sks duck on a wooden floor\n"
     assert (duck / "03.txt").read_bytes() == own
     out = capsys.readouterr().out
-    assert "03.jpg  it has a caption, which is kept" in out and out.endswith("2 photos, 1 captions written\n")
-    assert main(["caption", "duck", "--instance_prompt", "photo of ohwx duck", "--overwrite_made", *TOY]) == 0
+    assert "03.jpg  it has a caption, which is kept" in out and out.endswith(
+        "2 photos, 1 captions written\n"
+    )
+    assert (
+        main(
+            ["caption", "duck", "--instance_prompt", "photo of ohwx duck", "--overwrite_made", *TOY]
+        )
+        == 0
+    )
     assert (duck / "01.txt").read_text() == "photo of ohwx duck on a wooden floor\n"
     assert main(["check", "duck", "--no_picture", "--resolution", "128", *TOY]) == 0
     assert "“photo of ohwx duck on a wooden floor”" in capsys.readouterr().out
@@ -247,14 +350,29 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, cap
         ("check x --resolution 7", "--resolution 7"),
         ("check x --config missing.toml", "--config missing.toml"),
         ("check . --make_masks", 'give --mask_prompt, such as "dog"'),
-        ("check . --make_masks --mask_prompt dog", "CIDAS/clipseg-rd64-refined is not here and cannot be"),
-        ("check . --make_masks --mask_prompt dog --mask_model /nowhere", "--mask_model /nowhere is not here"),
+        (
+            "check . --make_masks --mask_prompt dog",
+            "CIDAS/clipseg-rd64-refined is not here and cannot be",
+        ),
+        (
+            "check . --make_masks --mask_prompt dog --mask_model /nowhere",
+            "--mask_model /nowhere is not here",
+        ),
         ("caption .", "--subject --instance_prompt is required"),
-        ("caption . --subject '   ' --pretrained_model_name_or_path toy", "--subject: it has no words"),
-        ("caption . --instance_prompt '\t' --pretrained_model_name_or_path toy", "--instance_prompt: it has no words"),
+        (
+            "caption . --subject '   ' --pretrained_model_name_or_path toy",
+            "--subject: it has no words",
+        ),
+        (
+            "caption . --instance_prompt '\t' --pretrained_model_name_or_path toy",
+            "--instance_prompt: it has no words",
+        ),
         ("caption . --subject sks", "no word says what the photos show"),
         ("caption . --subject 'sks duck'", "--caption_model Qwen/Qwen3-VL-2B-Instruct is not here"),
-        ("caption . --subject 'sks duck' --caption_model /nowhere", "--caption_model /nowhere is not here"),
+        (
+            "caption . --subject 'sks duck' --caption_model /nowhere",
+            "--caption_model /nowhere is not here",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(words, says, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""The command `train` before it trains: its help, the base's own resolution, and what it refuses without a trace."""
+"""The command `train` before it trains: its help, the base's own resolution, and what it refuses
+without a trace."""
 
 import json
 import re
@@ -24,23 +25,41 @@ from tests.helpers.tiny_training import paint_photos
 @pytest.fixture
 def flags(tmp_path):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
-    return ["--instance_data_dir", str(photos), "--instance_prompt", "a photo of a sks dog", "--output_dir", str(run)]
+    return [
+        "--instance_data_dir",
+        str(photos),
+        "--instance_prompt",
+        "a photo of a sks dog",
+        "--output_dir",
+        str(run),
+    ]
 
 
-def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(capsys):
+def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(
+    capsys,
+):
     shown = {}
     for words in ("train --help", "train --help_all", "check --help", "fleet --help"):
         with pytest.raises(SystemExit):
             main(words.split())
         shown[words] = capsys.readouterr().out
     daily, each = shown["train --help"], shown["train --help_all"]
-    assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(each.splitlines())
+    assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(
+        each.splitlines()
+    )
     assert "train photos/dog dog" in daily and "--help_all" in daily
     assert "the next flags" not in daily, "they are not shown there"
-    exceptions = ("PHOTOS WORD)", "PHOTOS WORD, --dataset_name or --subjects)", "PHOTOS WORD or --subjects)")
+    exceptions = (
+        "PHOTOS WORD)",
+        "PHOTOS WORD, --dataset_name or --subjects)",
+        "PHOTOS WORD or --subjects)",
+    )
     for words, text in shown.items():
         text = " ".join(text.split())
-        said = [f"(needed as a flag or by --config, except with {exception}" in text for exception in exceptions]
+        said = [
+            f"(needed as a flag or by --config, except with {exception}" in text
+            for exception in exceptions
+        ]
         assert said == [words.startswith("train")] * 3 and "(required)" not in text
         assert ("(needed as a flag or by --config)" in text) == words.startswith("fleet")
 
@@ -52,24 +71,33 @@ def test_the_usage_of_many_flags_is_one_line(command, capsys):
         main([command.partition(" ")[0], "--help"])
     said = capsys.readouterr().out
     assert re.match(rf"usage: \S.* {re.escape(command)} \[--FLAG VALUE …\]\n\n", said)
-    assert not re.search(r"--\w+-", said) and ("examples:" in said) == command.startswith(("generate", "evaluate"))
+    assert not re.search(r"--\w+-", said) and ("examples:" in said) == command.startswith(
+        ("generate", "evaluate")
+    )
 
 
 @pytest.mark.parametrize(("given", "px"), [([], RESOLUTION_PX), (["--resolution", "128"], 128)])
-def test_a_base_that_was_trained_smaller_has_its_own_resolution(given, px, flags, tiny_base, tmp_path):
-    """So has a run that one word describes, alone or with a file: its photos were judged for 1024 px, and left out."""
+def test_a_base_that_was_trained_smaller_has_its_own_resolution(
+    given, px, flags, tiny_base, tmp_path
+):
+    """So has a run that one word describes, alone or with a file: its photos were judged for 1024
+    px, and left out."""
     base, file = ["--pretrained_model_name_or_path", str(tiny_base)], tmp_path / "a.toml"
     file.write_text("rank = 2")
     for words in (flags, [flags[1], "dog"], [flags[1], "dog", "--config", str(file)]):
         assert parse_train_config([*words, *base, *given]).resolution == px
 
 
-def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(tiny_base, tmp_path):
+def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file(
+    tiny_base, tmp_path
+):
     assert Base.find(tiny_base).resolution_px == RESOLUTION_PX
     unet = tmp_path / "mine" / "unet" / "config.json"
     unet.parent.mkdir(parents=True)
     unet.write_text(json.dumps({"sample_size": 96}))
-    (tmp_path / "mine" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    (tmp_path / "mine" / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionXLPipeline"})
+    )
     save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "mine.safetensors")
     for base in (tmp_path / "mine", tmp_path / "mine.safetensors"):
         assert Base.find(base).resolution_px == 768
@@ -88,7 +116,8 @@ def test_what_the_hub_would_not_take_as_a_name_is_a_path(name):
 
 @pytest.fixture
 def hub_says(monkeypatch):
-    """Let the hub answer with this status and `model_index.json`, or not at all; the seconds that it is given."""
+    """Let the hub answer with this status and `model_index.json`, or not at all; the seconds that
+    it is given."""
 
     def say(answer, index=None) -> list:
         class Session:
@@ -109,7 +138,10 @@ def hub_says(monkeypatch):
 
 
 ANSWERS = [(401, "asks for a login"), (404, "has no such model"), (500, "has none")]
-ANSWERS += [(OSError("no route"), "does not answer"), (None, "is not asked, as HF_HUB_OFFLINE is set")]
+ANSWERS += [
+    (OSError("no route"), "does not answer"),
+    (None, "is not asked, as HF_HUB_OFFLINE is set"),
+]
 
 
 @pytest.mark.parametrize(("answer", "why"), ANSWERS)
@@ -126,14 +158,31 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("Flux2KleinPipeline", "taken to be that of black-forest-labs/FLUX.2-klein-base-9B, with the adapter on"),
-        ("StableDiffusionXLPipeline", "taken to be SDXL's, with the adapter on attention alone, as its files are no"),
-        (None, "as its size is not known without its .safetensors files, nor its family, which the hub does not tell"),
+        (
+            "Flux2KleinPipeline",
+            "taken to be that of black-forest-labs/FLUX.2-klein-base-9B, with the adapter on",
+        ),
+        (
+            "StableDiffusionXLPipeline",
+            "taken to be SDXL's, with the adapter on attention alone, as its files are no",
+        ),
+        (
+            None,
+            "as its size is not known without its .safetensors files, nor its family, which the hub does not tell",
+        ),
     ],
 )
-def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(kind, said, flags, hub_says, capsys):
+def test_a_dry_run_says_what_is_assumed_of_a_base_that_is_neither_here_nor_known(
+    kind, said, flags, hub_says, capsys
+):
     asked = hub_says(200 if kind else 404, {"_class_name": kind})
-    words = ["--pretrained_model_name_or_path", "nobody/a-model-2.0", "--resolution", "64", "--dry_run"]
+    words = [
+        "--pretrained_model_name_or_path",
+        "nobody/a-model-2.0",
+        "--resolution",
+        "64",
+        "--dry_run",
+    ]
     assert train_main([*flags, *words]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "adapter: " in line)
     assert said in line and len(asked) == 1
@@ -145,12 +194,20 @@ def test_a_distilled_base_of_the_hub_is_refused_before_it_is_fetched_and_the_one
     hub_says(200, {"_class_name": "Flux2KleinPipeline", "is_distilled": True})
     assert train_main([*flags, "--pretrained_model_name_or_path", "nobody/a-klein"]) == 2
     said = capsys.readouterr().err
-    assert "it is distilled to a few steps" in said and "black-forest-labs/FLUX.2-klein-base-4B or" in said
+    assert (
+        "it is distilled to a few steps" in said
+        and "black-forest-labs/FLUX.2-klein-base-4B or" in said
+    )
 
 
-def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(flags, monkeypatch, capsys):
+def test_the_launchers_fp16_is_refused_for_a_family_that_overflows_in_it(
+    flags, monkeypatch, capsys
+):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert train_main([*flags, "--pretrained_model_name_or_path", "Tongyi-MAI/Z-Image", "--dry_run"]) == 2
+    assert (
+        train_main([*flags, "--pretrained_model_name_or_path", "Tongyi-MAI/Z-Image", "--dry_run"])
+        == 2
+    )
     assert "Z-Image overflows in fp16; give bf16" in capsys.readouterr().err
 
 
@@ -174,14 +231,32 @@ def test_deterministic_ends_in_one_line_where_pytorch_has_no_such_kernel_and_the
             torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
         return losses(step, micros, share)
 
-    words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
-    words += ["--max_train_steps", "2", "--checkpointing_steps", "1", "--num_validation_images", "0"]
+    words = [
+        *flags,
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--resolution",
+        "64",
+        "--report_to",
+        "none",
+    ]
+    words += [
+        "--max_train_steps",
+        "2",
+        "--checkpointing_steps",
+        "1",
+        "--num_validation_images",
+        "0",
+    ]
     monkeypatch.setattr(TrainStep, "losses", unordered)
     try:
         assert train_main([*words, "--deterministic"]) == 2
     finally:
         compute_exactly(False)
     [line] = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert line.startswith("error: --deterministic: PyTorch has no kernel of put_ here") and "Traceback" not in line
+    assert (
+        line.startswith("error: --deterministic: PyTorch has no kernel of put_ here")
+        and "Traceback" not in line
+    )
     assert RunDir(tmp_path / "run").latest_checkpoint().name == "checkpoint-1"
     assert train_main([*words, "--resume_from_checkpoint", "latest"]) == 0

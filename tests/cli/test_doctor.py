@@ -33,8 +33,13 @@ def test_doctor_reads_versions_machine_and_the_vae(tiny_base, capsys, monkeypatc
     assert main(["doctor", "--base", str(tiny_base), "--size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     facts = found["facts"]
-    assert found["problems"] == [] and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= facts.keys()
-    assert facts["VAE in float16"].startswith("off by") and facts["processor"].endswith(" cores, 3.0 GiB")
+    assert (
+        found["problems"] == []
+        and {"torch", "peft", "device", "compile", "VAE in bfloat16"} <= facts.keys()
+    )
+    assert facts["VAE in float16"].startswith("off by") and facts["processor"].endswith(
+        " cores, 3.0 GiB"
+    )
 
 
 def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys):
@@ -45,12 +50,18 @@ def test_doctor_refuses_pictures_that_are_too_small_for_a_vae(tiny_base, capsys)
     assert found.finite
 
 
-@pytest.mark.parametrize(("has_bf16", "words", "px"), [(True, [], 256), (False, [], 64), (False, ["--size", "32"], 32)])
-def test_doctor_tries_smaller_pictures_where_half_precision_is_emulated(has_bf16, words, px, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("has_bf16", "words", "px"), [(True, [], 256), (False, [], 64), (False, ["--size", "32"], 32)]
+)
+def test_doctor_tries_smaller_pictures_where_half_precision_is_emulated(
+    has_bf16, words, px, monkeypatch, capsys
+):
     seen = []
     monkeypatch.setattr(machine, "best_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: has_bf16)
-    monkeypatch.setattr(decode, "probe_vae", lambda vae, dtypes, photos, size_px, device: seen.append(size_px) or [])
+    monkeypatch.setattr(
+        decode, "probe_vae", lambda vae, dtypes, photos, size_px, device: seen.append(size_px) or []
+    )
     assert main(["doctor", *words]) == 0 and seen == [px]
 
 
@@ -58,10 +69,17 @@ def test_doctor_refuses_a_folder_without_a_usable_photo(tmp_path, capsys):
     (tmp_path / "a.jpg").write_bytes(b"no")
     assert main(["doctor", "--base", "none", "--photos", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: no usable photo in {tmp_path}: a.jpg (broken") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: no usable photo in {tmp_path}: a.jpg (broken")
+        and error.count("\n") == 1
+    )
 
 
-LACKS = [(False, ["c++"], [], None), (False, ["gcc"], [], "a C++ compiler"), (True, ["gcc"], [], "Triton")]
+LACKS = [
+    (False, ["c++"], [], None),
+    (False, ["gcc"], [], "a C++ compiler"),
+    (True, ["gcc"], [], "Triton"),
+]
 LACKS += [(True, [], ["triton"], "a C compiler"), (True, ["gcc"], ["triton"], "Python.h")]
 
 
@@ -77,9 +95,14 @@ def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypat
 
 @pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])
 def test_doctor_sees_apples_gpu_and_that_bf16_begins_with_macos_14(apple, macos, says, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: major <= macos
+    )
     examine_machine(found := Findings())
-    assert found.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process" and found.facts["bf16"] == says
+    assert (
+        found.facts["device"] == "Apple GPU (mps), 21.3 GiB for a process"
+        and found.facts["bf16"] == says
+    )
     assert not [line for line in found.warnings if "GPU" in line]
 
 
@@ -113,13 +136,18 @@ def test_a_vae_that_overflows_is_found(tiny_base):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"optimizer": "Prodigy", "use_8bit_adam": True}, "--optimizer Prodigy needs prodigyopt: pip install prodig"),
+        (
+            {"optimizer": "Prodigy", "use_8bit_adam": True},
+            "--optimizer Prodigy needs prodigyopt: pip install prodig",
+        ),
         ({"use_8bit_adam": True}, "--use_8bit_adam needs bitsandbytes"),
         ({"base_quantization": "nf4"}, "--base_quantization nf4 needs bitsandbytes"),
         ({"report_to": "wandb"}, "--report_to wandb needs wandb"),
     ],
 )
-def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(settings, says, monkeypatch):
+def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
+    settings, says, monkeypatch
+):
     base = Base.find("toy")
     checks.preflight(TrainConfig(report_to="none"), base)
     monkeypatch.setattr(rules, "version_of", lambda name: None)

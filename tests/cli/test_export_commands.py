@@ -39,12 +39,19 @@ def test_export_needs_no_base_equals_the_file_of_the_live_adapter_and_says_what_
     shown = capsys.readouterr().out
     assert "largest relative difference" in shown and "dog.kohya.safetensors" in shown
     files = load_file(checkpoint / PUBLISHED_NAME), load_file(tmp_path / "dog" / PUBLISHED_NAME)
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
-    assert call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7") == 0
+    assert files[0].keys() == files[1].keys() and all(
+        torch.equal(files[0][k], files[1][k]) for k in files[0]
+    )
+    assert (
+        call("export", checkpoint / RAW_NAME, "--out", tmp_path, "--dtype", "fp16", "--keep", "0.7")
+        == 0
+    )
     assert "Rank reduced: 352 to " in capsys.readouterr().out
 
 
-def test_a_runs_own_file_is_not_replaced_by_an_earlier_steps_or_another_runs(checkpoint, tmp_path, capsys):
+def test_a_runs_own_file_is_not_replaced_by_an_earlier_steps_or_another_runs(
+    checkpoint, tmp_path, capsys
+):
     """A damaged one may be, and the same adapter in another precision."""
     run = RunDir(tmp_path / "dog")
     components = live(target_modules=["attn1.to_q"])
@@ -74,9 +81,15 @@ def test_export_of_dora_says_what_other_programs_make_of_it(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("source", "out", "says"),
-    [(".", "new", "holds neither"), ("absent", "new", "there is no file or folder"), (None, "file", "File exists")],
+    [
+        (".", "new", "holds neither"),
+        ("absent", "new", "there is no file or folder"),
+        (None, "file", "File exists"),
+    ],
 )
-def test_an_export_that_cannot_be_is_one_line(checkpoint, source, out, says, tmp_path, monkeypatch, capsys):
+def test_an_export_that_cannot_be_is_one_line(
+    checkpoint, source, out, says, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("here")
     assert call("export", source or checkpoint, "--out", out) == 2
@@ -86,17 +99,25 @@ def test_an_export_that_cannot_be_is_one_line(checkpoint, source, out, says, tmp
 
 @pytest.mark.parametrize("readers", ["diffusers", "lycoris"])
 def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(readers, tmp_path, capsys):
-    """The LoKr's header named a file that was not there; without theirs, the others' did not tell of them."""
+    """The LoKr's header named a file that was not there; without theirs, the others' did not tell
+    of them."""
     components = live(target_modules=["attn1.to_q"], mixer="kronecker", mixer_factor=4)
-    tokens = NewTokens("sks", {"text_encoder": torch.ones(2, 4), "text_encoder_2": torch.ones(2, 8)})
+    tokens = NewTokens(
+        "sks", {"text_encoder": torch.ones(2, 4), "text_encoder_2": torch.ones(2, 8)}
+    )
     facts = adapter_metadata(components, base_id="some/base", tokens=notes_of([tokens]))
     save_raw(components, tmp_path / RAW_NAME, facts)
     export = ["export", tmp_path / RAW_NAME, "--out", out := tmp_path / "dog", "--for", readers]
     assert call(*export) == 2
-    missing = f"error: {RAW_NAME} has new tokens in moslora_emb.safetensors: put that file beside it\n"
+    missing = (
+        f"error: {RAW_NAME} has new tokens in moslora_emb.safetensors: put that file beside it\n"
+    )
     assert capsys.readouterr().err == missing
     write_tokens(tmp_path / "moslora_emb.safetensors", tokens)
-    assert call(*export, "--name", "../dog") == 2 and "cannot be part of a file's name" in capsys.readouterr().err
+    assert (
+        call(*export, "--name", "../dog") == 2
+        and "cannot be part of a file's name" in capsys.readouterr().err
+    )
     assert call(*export) == 0 and str(out / "dog_emb.safetensors") in capsys.readouterr().out
     for file in set(out.iterdir()) - {out / "dog_emb.safetensors"}:
         (found,) = tokens_beside(file, header_of(file))
@@ -104,11 +125,16 @@ def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(readers, tmp
 
 
 @pytest.mark.parametrize(
-    ("readers", "words"), [("peft", ["--dtype", "fp32"]), ("peft", ["--name", "dog"]), ("lycoris", ["--keep", "0.9"])]
+    ("readers", "words"),
+    [("peft", ["--dtype", "fp32"]), ("peft", ["--name", "dog"]), ("lycoris", ["--keep", "0.9"])],
 )
-def test_what_an_export_for_others_does_not_obey_is_refused(readers, words, checkpoint, tmp_path, capsys):
+def test_what_an_export_for_others_does_not_obey_is_refused(
+    readers, words, checkpoint, tmp_path, capsys
+):
     assert call("export", checkpoint, "--out", tmp_path / "new", "--for", readers, *words) == 2
-    assert capsys.readouterr().err == f"error: {words[0]} is not for --for {readers}: leave it out\n"
+    assert (
+        capsys.readouterr().err == f"error: {words[0]} is not for --for {readers}: leave it out\n"
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -116,12 +142,20 @@ def test_info_of_our_three_files(checkpoint, capsys):
     assert call("info", "--json", *sorted(checkpoint.glob("*.safetensors"))) == 0
     kohya, raw, published = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     for facts in (kohya, raw, published):
-        assert facts["modules"] == {"unet": 88} and facts["ranks"] == {"4": 88} and facts["base"] == "some/base"
+        assert (
+            facts["modules"] == {"unet": 88}
+            and facts["ranks"] == {"4": 88}
+            and facts["base"] == "some/base"
+        )
         assert facts["trigger_words"] == "sks dog"
     assert raw["alpha"] == 11 and raw["mixer"] == "orthogonal" and 0 < raw["mixer_drift_median"] < 1
     assert kohya["alpha"] == "4" and kohya["scale"] == "1" and "kohya keys" in kohya["kind"]
     assert published["kind"] == "published by dreambooth_moslora, PEFT keys"
-    assert raw["effective_rank_median"] == published["effective_rank_median"] == kohya["effective_rank_median"]
+    assert (
+        raw["effective_rank_median"]
+        == published["effective_rank_median"]
+        == kohya["effective_rank_median"]
+    )
 
 
 def test_info_of_other_peoples_files(tmp_path, capsys):
@@ -131,15 +165,32 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     tags = json.dumps({"5_dog": {"sks": 12, "grass": 3}})
     header = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": tags}
     save_file(kohya, tmp_path / "kohya.safetensors", header)
-    old = {"unet.a.processor.to_q_lora.down.weight": down, "unet.a.processor.to_q_lora.up.weight": up}
+    old = {
+        "unet.a.processor.to_q_lora.down.weight": down,
+        "unet.a.processor.to_q_lora.up.weight": up,
+    }
     save_file(old, tmp_path / "old.safetensors")
     save_file({"a.lokr_w1": up}, tmp_path / "lokr.safetensors")
-    wanted = {"alpha": "2", "scale": "0.25", "base": "sdxl_base_v1-0", "modules": {"text_encoder": 1}}
-    assert describe(tmp_path / "kohya.safetensors").items() >= (wanted | {"trigger_words": "sks, grass"}).items()
+    wanted = {
+        "alpha": "2",
+        "scale": "0.25",
+        "base": "sdxl_base_v1-0",
+        "modules": {"text_encoder": 1},
+    }
+    assert (
+        describe(tmp_path / "kohya.safetensors").items()
+        >= (wanted | {"trigger_words": "sks, grass"}).items()
+    )
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
-    unfolded = {"lora_A.weight": torch.ones(2, 3), "lora_B.up": torch.ones(3, 2), "lora_B.mixer": torch.ones(2, 2)}
-    save_file({f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "peft.safetensors")
+    unfolded = {
+        "lora_A.weight": torch.ones(2, 3),
+        "lora_B.up": torch.ones(3, 2),
+        "lora_B.mixer": torch.ones(2, 2),
+    }
+    save_file(
+        {f"base_model.model.x.{k}": t for k, t in unfolded.items()}, tmp_path / "peft.safetensors"
+    )
     assert describe(tmp_path / "peft.safetensors")["kind"] == "MoSLoRA in PEFT's form, unfolded"
     save_file({"weight": up}, tmp_path / "model.safetensors")
     assert call("info", tmp_path / "model.safetensors", tmp_path / "old.safetensors") == 2
@@ -152,16 +203,32 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     ("tensors", "header", "said"),
     [
         ({"alpha": torch.ones(2)}, {}, "alpha is not one number"),
-        ({"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)}, {}, "without an up matrix"),
-        ({"half.lora_down.weight": torch.ones(2, 3)}, {}, "lora_unet_x.half has a down matrix without an up matrix"),
-        ({}, {"ss_tag_frequency": '{"a": {"b": Infinity}}', "modelspec.title": "\x1b[31m\nred"}, ""),
+        (
+            {"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)},
+            {},
+            "without an up matrix",
+        ),
+        (
+            {"half.lora_down.weight": torch.ones(2, 3)},
+            {},
+            "lora_unet_x.half has a down matrix without an up matrix",
+        ),
+        (
+            {},
+            {"ss_tag_frequency": '{"a": {"b": Infinity}}', "modelspec.title": "\x1b[31m\nred"},
+            "",
+        ),
         ({}, {"moslora": "[]"}, ""),
         ({"dora_scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}, ""),
     ],
 )
 def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys):
     pair = {"lora_down.weight": torch.ones(2, 3), "lora_up.weight": torch.ones(3, 2)}
-    save_file({f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()}, tmp_path / "x.safetensors", header)
+    save_file(
+        {f"lora_unet_x.{k}": t for k, t in (pair | tensors).items()},
+        tmp_path / "x.safetensors",
+        header,
+    )
     assert call("info", tmp_path / "x.safetensors") == (2 if said else 0)
     shown = capsys.readouterr()
     assert said in shown.err and shown.err.count("\n") <= 1 and "\x1b" not in shown.out + shown.err
@@ -170,9 +237,22 @@ def test_info_of_a_hostile_file_is_calm(tensors, header, said, tmp_path, capsys)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path, capsys):
     save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "huge.safetensors")
-    words = ["generate", "--base", tiny_base, "--prompt", "a dog", "--steps", "1", "--output_dir", tmp_path / "out"]
+    words = [
+        "generate",
+        "--base",
+        tiny_base,
+        "--prompt",
+        "a dog",
+        "--steps",
+        "1",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     for given, said in ((["--adapter", tmp_path / "huge.safetensors"], True), ([], False)):
         assert call(*words, *given) == 0
         black = "note: of the pictures, 1 of them is black: an adapter's values or its scale are too large"
         error = capsys.readouterr().err
-        assert (black in error, "without --adapter the base draws alone" in error) == (said, not said)
+        assert (black in error, "without --adapter the base draws alone" in error) == (
+            said,
+            not said,
+        )

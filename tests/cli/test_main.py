@@ -1,4 +1,5 @@
-"""The programs as a person starts them: exit codes, one line for a mistake, stopping, the terminal and the preview."""
+"""The programs as a person starts them: exit codes, one line for a mistake, stopping, the terminal
+and the preview."""
 
 import errno
 import io
@@ -47,7 +48,14 @@ print("saved", flush=True)
 
 
 def needed(base, photos, run):
-    words = ["--pretrained_model_name_or_path", base, "--instance_data_dir", photos, "--instance_prompt", "x"]
+    words = [
+        "--pretrained_model_name_or_path",
+        base,
+        "--instance_data_dir",
+        photos,
+        "--instance_prompt",
+        "x",
+    ]
     return [*map(str, words), "--output_dir", str(run), "--resolution", "64", "--report_to", "none"]
 
 
@@ -57,7 +65,9 @@ def photos(tmp_path):
 
 
 def python(*words, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, *words], env=ENVIRONMENT, capture_output=True, text=True, **options
+    )
 
 
 IMPORTED = """
@@ -74,7 +84,10 @@ for words, code, unneeded in json.loads(sys.argv[1]):
 
 def test_what_trains_nothing_imports_no_torch_and_info_nothing_but_torch(photos):
     before, libraries = sorted(photos.iterdir()), "torch diffusers numpy PIL"
-    asked = [(["train", *words], code, libraries) for words, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))]
+    asked = [
+        (["train", *words], code, libraries)
+        for words, code in ((["--help"], 0), (["--rnak", "3"], 2), ([], 2))
+    ]
     asked += [(["train", *needed("toy", ".", folder)], 2, "torch") for folder in (".", "")]
     asked += [(["train", *needed("toy", ".", "run"), "--dry_run"], 0, "torch")]
     rocket = assets_folder() / "adapters" / "rocket.safetensors"
@@ -88,7 +101,9 @@ def test_the_programs_own_files_are_found_from_another_folder(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rocket, photos = "assets/adapters/rocket.safetensors", "assets/subjects/rocket"
     for flag in ("--like", "--init_adapter"):
-        assert main(["train", photos, "rocket", flag, rocket, "--dry_run"]) == 0, capsys.readouterr().err
+        assert main(["train", photos, "rocket", flag, rocket, "--dry_run"]) == 0, (
+            capsys.readouterr().err
+        )
     assert main(["doctor", "--photos", photos, "--size", "1"]) == 2
     assert "no such" not in (said := capsys.readouterr().err), said
     assert open_catalogue(["assets/adapters"]).names() == ["rocket"]
@@ -98,8 +113,13 @@ def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(caps
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name:9} {about}\n" in out for name, (_, about) in COMMANDS.items())
-    steps, readme = out.partition("first steps")[2].splitlines()[1:], (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(steps) == 3 and all(f"python -m dreambooth_moslora {step.strip()}" in readme for step in steps)
+    steps, readme = (
+        out.partition("first steps")[2].splitlines()[1:],
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
+    assert len(steps) == 3 and all(
+        f"python -m dreambooth_moslora {step.strip()}" in readme for step in steps
+    )
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"{__version__}\n"
 
 
@@ -113,7 +133,8 @@ ABSENT = {
     "info x.safetensors": "there is no file x.safetensors",
     "generate --prompt dog --adapter x": "there is no adapter file x",
     "generate --prompt dog --base x": "the base x does not exist",
-    "generate --prompt dog --adapter run:0.5": "the base ./gone does not exist",  # that of the run's settings
+    # that of the run's settings
+    "generate --prompt dog --adapter run:0.5": "the base ./gone does not exist",
     "generate --prompt dog --adapter run/best": "the base ./gone does not exist",
     "generate --prompt dog --from_png x.png": "x.png: there is no such file",
     "evaluate x": "there is no adapter file x",
@@ -163,7 +184,11 @@ def test_a_path_that_is_not_there_is_told_before_torch_is_imported(tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, *ABSENT]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{[2] * len(ABSENT)}\n", done.stderr
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("base: ./gone, which the run in ")]
+    errors = [
+        line
+        for line in done.stderr.splitlines()
+        if not line.startswith("base: ./gone, which the run in ")
+    ]
     for line, said in zip(errors, ABSENT.values(), strict=True):
         assert line.startswith(f"error: {said.format(here=tmp_path)}")
 
@@ -193,7 +218,11 @@ def test_an_empty_word_as_of_an_unset_variable_is_one_line(word, capsys):
 @pytest.mark.parametrize("command", ["check", "compare"])
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--flag=a b", "unknown flag --flag; see"), ("-x y", "unknown flag -x y"), ("--rnak=4 5", "--rank?")],
+    [
+        ("--flag=a b", "unknown flag --flag; see"),
+        ("-x y", "unknown flag -x y"),
+        ("--rnak=4 5", "--rank?"),
+    ],
 )
 def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_path, capsys):
     assert main([command, str(tmp_path), flag]) == 2
@@ -224,17 +253,53 @@ OUT_OF_MEMORY = (
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("ours"), 1, "Traceback"),
         (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "your quota of the disk is used up; free some"),
-        (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "larger than the system allows: a.bin; raise the limit"),
-        (OSError(errno.EIO, "Input/output error"), 2, "the disk could not be read or written (input/output error)"),
-        (OSError(errno.EMFILE, "Too many open files", "a.bin"), 2, "too many files are open: a.bin; raise the limit"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "the system has no memory left; close some programs"),
-        (PermissionError(errno.EPERM, "Operation not permitted"), 2, "permission denied, while a file was written."),
-        (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only file system, while a file was written."),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), 2, "No such file or directory: a.png"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            2,
+            "your quota of the disk is used up; free some",
+        ),
+        (
+            OSError(errno.EFBIG, "File too large", "a.bin"),
+            2,
+            "larger than the system allows: a.bin; raise the limit",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            2,
+            "the disk could not be read or written (input/output error)",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a.bin"),
+            2,
+            "too many files are open: a.bin; raise the limit",
+        ),
+        (
+            OSError(errno.ENOMEM, "Cannot allocate memory"),
+            2,
+            "the system has no memory left; close some programs",
+        ),
+        (
+            PermissionError(errno.EPERM, "Operation not permitted"),
+            2,
+            "permission denied, while a file was written.",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            2,
+            "Read-only file system, while a file was written.",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"),
+            2,
+            "No such file or directory: a.png",
+        ),
         (type("_ArrayMemoryError", (MemoryError,), {})("numpy's"), 2, "out of memory: try"),
         *((RuntimeError(text), 2, "out of memory: try") for text in OUT_OF_MEMORY),
-        (RuntimeError("could not create a primitive descriptor for the sum primitive."), 1, "Traceback"),
+        (
+            RuntimeError("could not create a primitive descriptor for the sum primitive."),
+            1,
+            "Traceback",
+        ),
         (RuntimeError("HIP error: invalid argument"), 1, "Traceback"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), 1, "Traceback"),
         (PermissionError(13, "no", "/x"), 2, "permission denied"),
@@ -256,11 +321,15 @@ sys.meta_path.insert(0, Interrupter())
 """
 
 
-@pytest.mark.parametrize("program", [[SCRIPT], [ROOT / "app.py"], ["-m", "dreambooth_moslora"]], ids=lambda p: p[-1])
+@pytest.mark.parametrize(
+    "program", [[SCRIPT], [ROOT / "app.py"], ["-m", "dreambooth_moslora"]], ids=lambda p: p[-1]
+)
 def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTER)
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, *program, "--help"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *program, "--help"], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
@@ -268,7 +337,10 @@ def test_an_error_of_the_machine_ends_the_page_in_one_line_as_any_command():
     """Such as a folder that this user may not look into; it was a traceback."""
     command = [sys.executable, ROOT / "app.py", "--bases_dir", name := "x" * 300]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: {os.strerror(errno.ENAMETOOLONG)}: {name}.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {os.strerror(errno.ENAMETOOLONG)}: {name}.\n",
+    )
 
 
 @pytest.mark.slow
@@ -310,11 +382,18 @@ def test_signals_ask_and_never_tear(signals):
     assert process.stdout.readline() == b"ready\n"
     send(process, signals, 0.05)
     out, err = process.communicate(timeout=60)
-    assert out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
+    assert (
+        out == b"saving\nsaved\n" and process.returncode == 0 and b"stopping after this step" in err
+    )
 
 
-def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes_with_the_run(tmp_path):
-    hanging, asked = started("-c", STOPPER, HANG="1"), started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")})
+def test_a_third_ctrl_c_leaves_at_once_and_a_file_asks_as_a_signal_does_and_goes_with_the_run(
+    tmp_path,
+):
+    hanging, asked = (
+        started("-c", STOPPER, HANG="1"),
+        started("-c", STOPPER, **{STOP_FILE: str(tmp_path / "job.stop")}),
+    )
     assert hanging.stdout.readline() == asked.stdout.readline() == b"ready\n"
     send(hanging, [signal.SIGINT] * 3, 0.1)
     ask_to_stop(tmp_path)
@@ -336,8 +415,13 @@ def test_a_closed_terminal_stops_nothing_under_nohup():
 @pytest.mark.slow
 def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, tiny_base, tmp_path):
     """And `2>&1 | tee log` is gone before the training is asked to stop."""
-    run, words = RunDir(tmp_path / "run"), ["--train_batch_size", 1, "--max_train_steps", 100000, "--seed", 1]
-    process = started(SCRIPT, *needed(tiny_base, photos, run.path), *words, "--num_validation_images", 0)
+    run, words = (
+        RunDir(tmp_path / "run"),
+        ["--train_batch_size", 1, "--max_train_steps", 100000, "--seed", 1],
+    )
+    process = started(
+        SCRIPT, *needed(tiny_base, photos, run.path), *words, "--num_validation_images", 0
+    )
     while not any(event["type"] == "step" for event in run.read_metrics()):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
@@ -348,7 +432,11 @@ def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, ti
     (checkpoint,) = run.checkpoints()
     with safe_open(run.adapter_path, "pt") as file:
         assert file.keys()
-    assert run.read_metrics()[-1]["state"] == "interrupted" and checkpoint.name == "last" and step_of(checkpoint) > 0
+    assert (
+        run.read_metrics()[-1]["state"] == "interrupted"
+        and checkpoint.name == "last"
+        and step_of(checkpoint) > 0
+    )
     log = run.log_path.read_text()
     assert "Traceback" not in log and "ended: stopped" in log
 
@@ -357,7 +445,9 @@ def test_two_ctrl_c_during_training_leave_a_checkpoint_and_an_adapter(photos, ti
 @pytest.mark.parametrize("ending", ["| true", "2>&- >&-"])
 def test_help_without_a_reader_is_no_failure(ending):
     command = f'"{sys.executable}" "{SCRIPT}" --help {ending}'
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=ENVIRONMENT, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], env=ENVIRONMENT, capture_output=True
+    )
     assert done.returncode == 0 and done.stderr == b""
 
 
@@ -368,11 +458,17 @@ def test_an_answer_that_a_full_disk_cuts_off_is_a_failure(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["--version"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("error: the disk is full, and the printed answer is not complete")
+    assert said.count("\n") == 1 and said.startswith(
+        "error: the disk is full, and the printed answer is not complete"
+    )
 
 
-def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen")))
+def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(
+    photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        distributed, "make_accelerator", lambda *_: fail(ZeroDivisionError("unforeseen"))
+    )
     assert train_main(needed("toy", photos, tmp_path / "run")) == 1
     assert (tmp_path / "run" / "train.log").read_text().count("ZeroDivisionError: unforeseen") == 1
     assert capsys.readouterr().err.count("ZeroDivisionError: unforeseen") == 1
@@ -386,31 +482,59 @@ LATE_MISTAKES = {
     "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
     "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
     "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
-    "logging_dir": (["--report_to", "tensorboard", "--logging_dir", "../file"], "file is a file, not a folder"),
+    "logging_dir": (
+        ["--report_to", "tensorboard", "--logging_dir", "../file"],
+        "file is a file, not a folder",
+    ),
     "tracker": (TRACKER, "--report_to wandb needs wandb: pip install wandb"),
-    "projection": ([*TRACKER, "--target_modules", "to_q", "to_out"], "no such layer; did you mean to_out.0?"),
-    "butterfly": ([*TRACKER, "--mixer", "butterfly", "--rank", "3"], "mixer butterfly needs an even rank, not 3"),
-    "convolution": (["--use_dora", "--target_modules", "conv_in"], "--use_dora: conv_in is a convolution; leave"),
+    "projection": (
+        [*TRACKER, "--target_modules", "to_q", "to_out"],
+        "no such layer; did you mean to_out.0?",
+    ),
+    "butterfly": (
+        [*TRACKER, "--mixer", "butterfly", "--rank", "3"],
+        "mixer butterfly needs an even rank, not 3",
+    ),
+    "convolution": (
+        ["--use_dora", "--target_modules", "conv_in"],
+        "--use_dora: conv_in is a convolution; leave",
+    ),
     "checkpoint": (["--resume_from_checkpoint", "checkpoint-9"], "no complete checkpoint there"),
     "long name": (["--output_dir", "n" * 250], "is too long: an adapter's has at most 200 bytes"),
 }
 
 
 @pytest.mark.parametrize("name", LATE_MISTAKES)
-def test_a_mistake_that_is_found_late_is_one_line_too(name, photos, tiny_base, tmp_path, monkeypatch, capfd):
+def test_a_mistake_that_is_found_late_is_one_line_too(
+    name, photos, tiny_base, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     words, says = LATE_MISTAKES[name]
     words = [*words, "--exposures_per_photo", "100"]  # enough that no note stands beside the error
     for dry in ([], ["--dry_run"]):
         assert train_main([*needed(tiny_base, photos, "run"), *words, *dry]) == 2
-        lines = [line for line in capfd.readouterr().err.splitlines() if line and "…" not in line and "/s]" not in line]
+        lines = [
+            line
+            for line in capfd.readouterr().err.splitlines()
+            if line and "…" not in line and "/s]" not in line
+        ]
         assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
 
-def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(photos, tiny_base, tmp_path, capsys):
+def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
+    photos, tiny_base, tmp_path, capsys
+):
     (photos / "notes.md").write_text("x")
-    words = [*needed(tiny_base, photos, tmp_path / "run"), "--repeats", "4", "--train_batch_size", "2", "--rank", "3"]
+    words = [
+        *needed(tiny_base, photos, tmp_path / "run"),
+        "--repeats",
+        "4",
+        "--train_batch_size",
+        "2",
+        "--rank",
+        "3",
+    ]
     words += ["--gradient_accumulation_steps", "2", "--num_train_epochs", "5", "--dry_run"]
     assert train_main([*words, "--class_prompt", "a toy", "--prior", "adapter_off"]) == 0
     out = capsys.readouterr().out
@@ -424,7 +548,9 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
     assert out.count("has no effect without --with_prior_preservation") == 2
     assert "--prior has no effect without --with_prior_preservation" in out
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
-    layers = [m for name, m in unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    layers = [
+        m for name, m in unet.named_modules() if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    ]
     expected = sum(3 * (m.in_features + m.out_features) + 9 for m in layers)
     assert f"{expected:,} parameters on {len(layers)} layers" in out
     assert not (tmp_path / "run").exists()
@@ -434,14 +560,26 @@ def test_dry_run_prints_cost_steps_photos_and_changed_settings_and_does_nothing(
 
 @pytest.mark.slow
 def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base, tmp_path):
-    changes = {"with_prior_preservation": True, "num_validation_images": 1, "checkpointing_steps": 2}
+    changes = {
+        "with_prior_preservation": True,
+        "num_validation_images": 1,
+        "checkpointing_steps": 2,
+    }
     stream = io.StringIO()
     train(tiny_config(tiny_base, photos, tmp_path / "run", **changes), TerminalProgress(stream))
     seen = stream.getvalue()
-    for words in ("loading the base", "class images", "encoding photos", "drawing samples", "saving and verifying"):
+    for words in (
+        "loading the base",
+        "class images",
+        "encoding photos",
+        "drawing samples",
+        "saving and verifying",
+    ):
         assert words in seen, words
     assert "step 2: checkpoint" in seen and "step 0: 1 sample images" in seen
-    last = [line for line in seen.replace("\r", "\n").splitlines() if line.startswith("training")][-1]
+    last = [line for line in seen.replace("\r", "\n").splitlines() if line.startswith("training")][
+        -1
+    ]
     assert "5/5 [" in last and "left=00:00" in last
     assert all(word in last for word in ("loss=", "lr=", "instance=", "prior="))
 
@@ -464,7 +602,9 @@ def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of
     """There were fourteen of the program's own names in it."""
     seen = shown(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     assert "41/100" in seen and "0/100" not in seen.replace("40/100", "")
-    assert seen.count("goes on from step 40\n") == 1 and "left=02:05" in seen and "step/s" not in seen
+    assert (
+        seen.count("goes on from step 40\n") == 1 and "left=02:05" in seen and "step/s" not in seen
+    )
     scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75})
     seen = shown(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
     assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in seen and "goes on" not in seen
@@ -474,10 +614,15 @@ def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of
     ("changes", "says"),
     [
         ({"max_train_steps": 2}, "note: each photo is seen about "),
-        ({"max_train_steps": 10**9, "checkpointing_steps": 1}, "note: the disk has too little room"),
+        (
+            {"max_train_steps": 10**9, "checkpointing_steps": 1},
+            "note: the disk has too little room",
+        ),
     ],
 )
-def test_a_run_says_before_it_begins_what_will_go_badly(changes, says, photos, tiny_base, tmp_path, caplog):
+def test_a_run_says_before_it_begins_what_will_go_badly(
+    changes, says, photos, tiny_base, tmp_path, caplog
+):
     config = tiny_config(tiny_base, photos, tmp_path / "run", **changes)
     assert run_trainer(config, stop=lambda: True) == INTERRUPTED
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1

@@ -1,4 +1,5 @@
-"""`train photos/dog dog`: what is chosen for a folder and a word, what is said of it, and that flags win."""
+"""`train photos/dog dog`: what is chosen for a folder and a word, what is said of it, and that
+flags win."""
 
 import os
 import re
@@ -49,15 +50,24 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
     toy = load_settings(CONFIGS / "toy.toml")
     own = {"instance_data_dir", "output_dir", "instance_prompt", "class_prompt", "max_train_steps"}
     own |= {"validation_steps"}  # pictures come with the scores
-    assert {name: config.to_dict()[name] for name in toy.keys() - own} == {n: toy[n] for n in toy.keys() - own}
+    assert {name: config.to_dict()[name] for name in toy.keys() - own} == {
+        n: toy[n] for n in toy.keys() - own
+    }
     assert plan_steps(config, 5).total_steps == toy["max_train_steps"]
-    assert (config.instance_prompt, config.class_prompt) == ("a photo of a sks bear", "a photo of a bear")
+    assert (config.instance_prompt, config.class_prompt) == (
+        "a photo of a sks bear",
+        "a photo of a bear",
+    )
     assert config.output_dir == "runs/bear" and config.find_scale
     assert config.evaluate_steps == config.validation_steps == 120
     said = capsys.readouterr().err
     flags = set(re.findall(r"--(\w+)", said))
-    assert len(flags) > 8 and flags <= {f.lstrip("-") for f in build_train_parser()._option_string_actions}
-    assert "photos: 5, 5 with a mask" in said and "steps: 480, which show each photo 384 times" in said
+    assert len(flags) > 8 and flags <= {
+        f.lstrip("-") for f in build_train_parser()._option_string_actions
+    }
+    assert (
+        "photos: 5, 5 with a mask" in said and "steps: 480, which show each photo 384 times" in said
+    )
 
 
 def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, capsys):
@@ -66,44 +76,82 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
     assert "masks: made for the 5 without one (--masks)" in capsys.readouterr().err
     assert parse_train_config([*photos, *toy, "--masks", "given"]).masks == "given"
     assert "masks: " not in capsys.readouterr().err
-    assert parse_train_config([*photos, "--pretrained_model_name_or_path", STOCK_SDXL]).masks == "given"
-    assert "masks: made for none, as CLIPSeg comes from the hub (--masks auto)" in capsys.readouterr().err
+    assert (
+        parse_train_config([*photos, "--pretrained_model_name_or_path", STOCK_SDXL]).masks
+        == "given"
+    )
+    assert (
+        "masks: made for none, as CLIPSeg comes from the hub (--masks auto)"
+        in capsys.readouterr().err
+    )
 
 
 def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
     (oblong := tmp_path / "wide").mkdir()
     Image.new("RGB", (160, 128)).save(oblong / "0.png")
     for words in (photos, [str(oblong), "dog", "--no_enable_bucket"]):
-        assert not parse_train_config(words).enable_bucket and "crops: " not in capsys.readouterr().err
+        assert (
+            not parse_train_config(words).enable_bucket and "crops: " not in capsys.readouterr().err
+        )
     assert parse_train_config([str(oblong), "dog"]).enable_bucket
     assert "crops: in the photos' own shapes (--no_enable_bucket)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("are_before", [False, True])
 def test_flags_win_before_and_behind_and_are_not_said_to_be_chosen(photos, capsys, are_before):
-    flags = ["--pretrained_model_name_or_path", "toy", "--output_dir", "mine", "--max_train_steps=7", "--rank", "3"]
+    flags = [
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--output_dir",
+        "mine",
+        "--max_train_steps=7",
+        "--rank",
+        "3",
+    ]
     flags += ["--no_with_prior_preservation"]
     config = parse_train_config(flags + photos if are_before else photos + flags)
     assert (config.output_dir, config.max_train_steps, config.rank) == ("mine", 7, 3)
-    assert config.exposures_per_photo is None and not config.with_prior_preservation and not config.prior_prompts
+    assert (
+        config.exposures_per_photo is None
+        and not config.with_prior_preservation
+        and not config.prior_prompts
+    )
     said = capsys.readouterr().err
-    assert not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
+    assert (
+        not re.search("^(output|base|steps|the class)", said, re.MULTILINE) and "recipe: " in said
+    )
 
 
 def test_the_class_is_the_whole_word_that_was_given(photos):
     cup = subject_of(parse_train_config([photos[0], "cup with handle"]))
     assert (cup.token, cup.class_word) == ("sks", "cup with handle")
-    mug = subject_of(parse_train_config([photos[0], "cup with handle", "--instance_prompt", "a photo of sks mug"]))
+    mug = subject_of(
+        parse_train_config(
+            [photos[0], "cup with handle", "--instance_prompt", "a photo of sks mug"]
+        )
+    )
     assert mug.words == "sks mug"
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--evaluate_steps 500 --no_find_scale", "scores: every 500 steps, beside pictures, the best in best/ (--ev"),
-        ("--num_validation_images 0", "scores: every 120 steps, the best in best/, and the best scale at the end ("),
-        ("--validation_steps 9", "scores: every 120 steps, the best in best/, and the best scale at the end ("),
-        ("--class_prompt cats", "the class: “cats” stays as the base draws it (--no_with_prior_preservation, --class"),
+        (
+            "--evaluate_steps 500 --no_find_scale",
+            "scores: every 500 steps, beside pictures, the best in best/ (--ev",
+        ),
+        (
+            "--num_validation_images 0",
+            "scores: every 120 steps, the best in best/, and the best scale at the end (",
+        ),
+        (
+            "--validation_steps 9",
+            "scores: every 120 steps, the best in best/, and the best scale at the end (",
+        ),
+        (
+            "--class_prompt cats",
+            "the class: “cats” stays as the base draws it (--no_with_prior_preservation, --class",
+        ),
     ],
 )
 def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys):
@@ -111,36 +159,69 @@ def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys)
     assert f"\n{said}" in capsys.readouterr().err
 
 
-def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_that_are_chosen(capsys):
+def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_that_are_chosen(
+    capsys,
+):
     config = parse_train_config([*TOYS, "--evaluate_steps", "0"])
     assert not config.is_scored and "scores: " not in capsys.readouterr().err
     assert parse_train_config([*TOYS, "--evaluate_steps", "0", "--find_scale"]).find_scale
     assert parse_train_config([*TOYS, "--early_stopping", "2"]).evaluate_steps == 120
 
 
-def test_a_config_file_takes_the_recipes_place_and_nothing_that_it_says_of_its_subject_reaches_another(photos):
+def test_a_config_file_takes_the_recipes_place_and_nothing_that_it_says_of_its_subject_reaches_another(
+    photos,
+):
     config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
-    assert (config.max_train_steps, config.crops_per_photo, config.learning_rate) == (240, 8, 2.5e-3)
+    assert (config.max_train_steps, config.crops_per_photo, config.learning_rate) == (
+        240,
+        8,
+        2.5e-3,
+    )
     assert (config.instance_data_dir, config.output_dir) == ("dog", "runs/dog")
     assert config.class_prompt == "a photo of a dog" and config.token is None
-    names = ["mask_prompt", "validation_prompt", "class_data_dir", "token_abstraction", "initializer_concept"]
-    names += ["class_word", "caption_prefix", "caption_suffix", "leave_out", "hub_model_id", "output_dir"]
-    Path("rocket.toml").write_text("rank = 3\n" + "".join(f'{name} = "my rocket"\n' for name in names))
+    names = [
+        "mask_prompt",
+        "validation_prompt",
+        "class_data_dir",
+        "token_abstraction",
+        "initializer_concept",
+    ]
+    names += [
+        "class_word",
+        "caption_prefix",
+        "caption_suffix",
+        "leave_out",
+        "hub_model_id",
+        "output_dir",
+    ]
+    Path("rocket.toml").write_text(
+        "rank = 3\n" + "".join(f'{name} = "my rocket"\n' for name in names)
+    )
     config = parse_train_config([*photos, "--config", "rocket.toml"])
     assert config.rank == 3 and "rocket" not in str(config)
-    assert parse_train_config([*photos, "--config", "rocket.toml", "--mask_prompt", "dog"]).mask_prompt == "dog"
+    assert (
+        parse_train_config([*photos, "--config", "rocket.toml", "--mask_prompt", "dog"]).mask_prompt
+        == "dog"
+    )
 
 
 CARDS = [
     ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {}, "whl/cu128"),
-    ("nvidia-smi", "echo 'GPU 0: NVIDIA GeForce RTX 3060'", {"cuda": "12.8"}, "sees no GPU: install a newer driver"),
+    (
+        "nvidia-smi",
+        "echo 'GPU 0: NVIDIA GeForce RTX 3060'",
+        {"cuda": "12.8"},
+        "sees no GPU: install a newer driver",
+    ),
     ("rocminfo", "", {}, "whl/rocm6.4"),
     ("rocminfo", "", {"hip": "6.4"}, "usermod -aG render,video"),
     ("nvidia-smi", "echo 'it could not communicate with the driver'; exit 9", {}, None),
 ]
 
 
-@pytest.mark.skipif(os.name != "posix" or precision.has_gpu(), reason="scripts in the place of a driver's")
+@pytest.mark.skipif(
+    os.name != "posix" or precision.has_gpu(), reason="scripts in the place of a driver's"
+)
 @pytest.mark.parametrize(("program", "body", "built_for", "says"), CARDS)
 def test_a_gpu_that_pytorch_does_not_see_is_told_and_nothing_is_trained_in_its_place(
     photos, tmp_path, monkeypatch, capsys, program, body, built_for, says
@@ -162,10 +243,14 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     photos, monkeypatch, capsys
 ):
     another = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
-    assert another.variant is None and another.mixed_precision == "bf16"  # stock SDXL alone has files in fp16
+    # stock SDXL alone has files in fp16
+    assert another.variant is None and another.mixed_precision == "bf16"
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
-    assert "the embedded base knows toys alone (--pretrained_model_name_or_path)" in capsys.readouterr().err
+    assert (
+        "the embedded base knows toys alone (--pretrained_model_name_or_path)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +268,9 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
     """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first step."""
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
     last = "\nNo GPU here: the practice model (a 128 px toy) is trained, and it cannot draw a real dog.\n"
-    last += "On a machine with a GPU this trains SDXL: python -m dreambooth_moslora train dog dog\n\n"
+    last += (
+        "On a machine with a GPU this trains SDXL: python -m dreambooth_moslora train dog dog\n\n"
+    )
     assert main(["train", *words.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said
     Path("job.stop").touch()
@@ -191,7 +278,9 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
     assert main(["train", *words.split(), "--max_train_steps", "9"]) == INTERRUPTED
     said = capsys.readouterr().err
     assert (last in said) == is_said
-    assert not is_said or said.index("note: each photo is seen") < said.index(last) < said.index("stopped before")
+    assert not is_said or said.index("note: each photo is seen") < said.index(last) < said.index(
+        "stopped before"
+    )
 
 
 def test_on_a_gpu_one_recipe_is_taken_memory_alone_goes_by_what_is_free_and_a_second_is_told_of(
@@ -205,14 +294,20 @@ def test_on_a_gpu_one_recipe_is_taken_memory_alone_goes_by_what_is_free_and_a_se
     config, recipe = found[0], load_settings(CONFIGS / "sdxl.toml")
     assert found == [config] * 3 and config.memory == "auto"
     assert config.pretrained_model_name_or_path == STOCK_SDXL and config.rank == recipe["rank"]
-    assert config.with_prior_preservation and config.prior == "adapter_off" and config.evaluate_steps is None
+    assert (
+        config.with_prior_preservation
+        and config.prior == "adapter_off"
+        and config.evaluate_steps is None
+    )
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     assert parse_train_config([*photos, "--memory", "full"]).memory == "full"
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         capsys.readouterr()
         parse_train_config(photos)
-        assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (count == 2)
+        assert ("GPUs: one of 2; `accelerate launch --multi_gpu" in capsys.readouterr().err) == (
+            count == 2
+        )
 
 
 def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypatch, capsys):
@@ -234,7 +329,8 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     chosen = parse_train_config(words)
     assert chosen.mixed_precision == "no"
     assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
-    assert chosen.num_validation_images is chosen.validation_steps is None  # the trainer draws none there
+    # the trainer draws none there
+    assert chosen.num_validation_images is chosen.validation_steps is None
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 
 
@@ -248,7 +344,9 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     (Path("runs") / "dog" / "checkpoint-1").mkdir()
     for name in CHECKPOINT_FILES:
         (Path("runs") / "dog" / "checkpoint-1" / name).write_text("x")
-    assert parse_train_config(resumed).output_dir == "runs/dog", "the empty one may wait in the queue"
+    assert parse_train_config(resumed).output_dir == "runs/dog", (
+        "the empty one may wait in the queue"
+    )
     shutil.copytree("runs/dog/checkpoint-1", "runs/dog_2/checkpoint-1")
     assert parse_train_config(resumed).output_dir == "runs/dog_2"
     named = parse_train_config([*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"])
@@ -257,10 +355,16 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
     assert one_word.run_folder("dog") == Path("runs/dog")
 
 
-MISTAKES = [(["nowhere", "dog"], "nowhere: there is no such folder"), (["dog/0.png", "dog"], "it is a file")]
+MISTAKES = [
+    (["nowhere", "dog"], "nowhere: there is no such folder"),
+    (["dog/0.png", "dog"], "it is a file"),
+]
 MISTAKES += [(["dog"], "dog: say in one word what it shows"), (["dog", " "], "say in one word")]
 MISTAKES += [(["dog", "d" * 100_000], "the word has 100000 letters; at most 60 are allowed")]
-MISTAKES += [(["dog", "stuffed", "animal"], "`animal` belongs to no flag"), (["empty", "dog"], "no usable photo")]
+MISTAKES += [
+    (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
+    (["empty", "dog"], "no usable photo"),
+]
 MISTAKES += [
     (["dog", "--flag=a dog"], "unknown flag --flag"),
     (["--rank", "4", "dog", "--flag=dog"], "unknown flag --flag"),

@@ -1,4 +1,5 @@
-"""`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the same allocations."""
+"""`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the
+same allocations."""
 
 import gc
 import os
@@ -10,7 +11,13 @@ import psutil
 import pytest
 import torch
 
-from dreambooth_moslora.disk.processes import KEEP_MEMORY, keep_freed_memory, page_out, peak_memory_gib, uncollected
+from dreambooth_moslora.disk.processes import (
+    KEEP_MEMORY,
+    keep_freed_memory,
+    page_out,
+    peak_memory_gib,
+    uncollected,
+)
 
 ROUNDS = """
 import resource, sys
@@ -30,7 +37,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def printed(code: str, *words: str, **environment: str) -> list[str]:
     """The words that a program prints, in a process of its own."""
     command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     if done.returncode == 77:
         pytest.skip("no glibc here")
     assert done.returncode == 0, done.stderr
@@ -38,7 +47,8 @@ def printed(code: str, *words: str, **environment: str) -> list[str]:
 
 
 def test_freed_memory_is_found_again_by_the_next_round_unless_that_is_turned_off(monkeypatch):
-    """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost none."""
+    """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost
+    none."""
     kept, default = (int(printed(ROUNDS, mode)[0]) for mode in ("keep", "default"))
     assert kept * 20 < default
     monkeypatch.setenv(KEEP_MEMORY, "0")
@@ -58,7 +68,9 @@ print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), "torc
 """
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 PLAIN = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere PyTorch has no such blocks")
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere PyTorch has no such blocks"
+)
 SPLIT = "max_split_size_mb:64"
 
 
@@ -73,7 +85,9 @@ SPLIT = "max_split_size_mb:64"
         (POLICY, {"GOMP_SPINCOUNT": "77"}, "None 77 False"),
     ],
 )
-def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_chose_otherwise(code, own, used):
+def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_chose_otherwise(
+    code, own, used
+):
     command = [sys.executable, "-c", code.format("dreambooth_moslora")]
     assert subprocess.check_output(command, text=True, env=PLAIN | own).strip() == used
 
@@ -84,7 +98,10 @@ ORDERS = {"dreambooth_moslora, torch": 2000, "torch, dreambooth_moslora": 300_00
 @pytest.mark.parametrize(("order", "spins"), ORDERS.items())
 def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
     """libgomp prints what it has read as it is loaded."""
-    command, told = [sys.executable, "-c", POLICY.format(order)], PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    command, told = (
+        [sys.executable, "-c", POLICY.format(order)],
+        PLAIN | {"OMP_DISPLAY_ENV": "VERBOSE"},
+    )
     said = subprocess.run(command, capture_output=True, text=True, env=told, check=True).stderr
     if "GOMP_SPINCOUNT" not in said:
         pytest.skip("torch has another OpenMP here")

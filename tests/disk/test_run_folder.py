@@ -14,9 +14,21 @@ from unittest.mock import ANY
 import pytest
 
 from dreambooth_moslora.disk import events
-from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, clean_stale, scratch_directory
+from dreambooth_moslora.disk.atomic import (
+    atomic_directory,
+    atomic_write,
+    clean_stale,
+    scratch_directory,
+)
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.events import RunEnded, StepDone, StepEvaluated, event_of, events_of, record_of
+from dreambooth_moslora.disk.events import (
+    RunEnded,
+    StepDone,
+    StepEvaluated,
+    event_of,
+    events_of,
+    record_of,
+)
 from dreambooth_moslora.disk.process_identity import process_token
 from dreambooth_moslora.disk.queue import locked, owner_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
@@ -70,12 +82,16 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_one_checkpoint(tmp_path, ro
 
 
 @pytest.mark.parametrize("is_own", [False, True])
-def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in_nobodys_way(is_own, tmp_path):
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in_nobodys_way(
+    is_own, tmp_path
+):
     """Of a process that is gone, or of one that had this process's number."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for kind, text in (("old", "before"), ("new", "half")):
-        make_checkpoint(tmp_path / f".checkpoint-7.{os.getpid() if is_own else ended.pid}-0123abcd.{kind}", text)
+        make_checkpoint(
+            tmp_path / f".checkpoint-7.{os.getpid() if is_own else ended.pid}-0123abcd.{kind}", text
+        )
     (checkpoint,) = RunDir(tmp_path).checkpoints()
     assert (checkpoint / "optimizer.pt").read_text() == "before"
     with atomic_directory(tmp_path / "checkpoint-7") as folder:
@@ -86,7 +102,10 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing_and_is_in
 
 
 def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_left_alone(tmp_path):
-    names = {f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new", f".a.{'9' * 40}-0123abcd.new"}
+    names = {
+        f".checkpoint-7.{(pid := os.getppid())}-{process_token(pid)}.new",
+        f".a.{'9' * 40}-0123abcd.new",
+    }
     names |= {".diary.2024.new", ".book.1999-ab.old", ".my notes.4194300.old"}
     for name in names:
         (tmp_path / name).mkdir()
@@ -127,7 +146,8 @@ def test_a_folder_without_locks_is_trained_in_and_one_line_says_that_runs_are_no
     ],
 )
 def test_a_strangers_run_folder_has_no_file_written_elsewhere(name, kind, tmp_path):
-    """The lock emptied the file that its link led to, lines were added to others, and a queue's record replaced one."""
+    """The lock emptied the file that its link led to, lines were added to others, and a queue's
+    record replaced one."""
     (run := tmp_path / "run").mkdir()
     (mine := tmp_path / "mine.txt").write_text("precious")
     if kind.startswith("link"):
@@ -169,7 +189,9 @@ def test_a_strangers_file_of_gigabytes_is_not_read(name, tmp_path):
         REFUSED[name](path)
 
 
-def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(tmp_path):
+def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(
+    tmp_path,
+):
     with atomic_directory(tmp_path / "x") as folder:
         (folder / "a").write_text("1")
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "x") as folder:
@@ -196,13 +218,18 @@ def test_checkpoints_are_ordered_by_step_and_rotated(tmp_path):
     (run.checkpoint_path(2000) / "optimizer.pt").write_bytes(b"")
     (tmp_path / "checkpoint-9000").write_text("a file")
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
+    assert [path.name for path in run.checkpoints()] == [
+        "checkpoint-30",
+        "checkpoint-200",
+        "checkpoint-1000",
+    ]
     run.rotate(None)
     run.rotate(2)
     assert [path.name for path in run.checkpoints()] == ["checkpoint-200", "checkpoint-1000"]
     assert run.latest_checkpoint().name == "checkpoint-1000"
     make_checkpoint(run.last_dir)
-    (run.last_dir / "position.json").write_text('{"step": 1e999}')  # infinity, for which Python has no int
+    # infinity, for which Python has no int
+    (run.last_dir / "position.json").write_text('{"step": 1e999}')
     assert run.latest_checkpoint().name == "checkpoint-1000"
 
 
@@ -210,7 +237,14 @@ def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_
     """An event may hold every kind of line break."""
     run = RunDir(tmp_path / "new")
     assert run.read_metrics() == []
-    run.append_metrics({"type": "step", "loss": float("nan"), "inner": {"x": [float("inf"), 1.5]}, "path": Path("a")})
+    run.append_metrics(
+        {
+            "type": "step",
+            "loss": float("nan"),
+            "inner": {"x": [float("inf"), 1.5]},
+            "path": Path("a"),
+        }
+    )
     with run.metrics_path.open("a") as file:
         file.write('{"type": "st')
     run.append_metrics({"type": "end"})
@@ -219,7 +253,9 @@ def test_metrics_survive_a_torn_line_stay_json_and_other_lines_are_left_out(tmp_
     assert last == {"type": "end"}
     json.loads(run.metrics_path.read_text().splitlines()[0], parse_constant=pytest.fail)
     event = {"type": "start", "instance_prompt": "a\u2028b\x85c\nd\re"}
-    run.metrics_path.write_text('{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n')
+    run.metrics_path.write_text(
+        '{"step": 1}\n{"type": 3}\n{"type": "step", "step": "two"}\n[1]\n{"type": "end"}\n'
+    )
     run.append_metrics(event)
     assert run.read_metrics() == [{"type": "end"}, event]
     run.append_metrics({"type": "step", "said": "end"})
@@ -231,7 +267,13 @@ EVENTS = [
     events.PhaseProgress("caching", 2, 3),
     StepDone(3, loss=0.5, loss_instance=0.5, lr=1e-4),
     events.SamplesDrawn(3, ["samples/a.png"], ["a dog"], [7]),
-    StepEvaluated(3, {"dino": 0.5, "score": 0.25}, {"step": 3, "score": 0.25, "since": 0}, True, {"seconds": 1.0}),
+    StepEvaluated(
+        3,
+        {"dino": 0.5, "score": 0.25},
+        {"step": 3, "score": 0.25, "since": 0},
+        True,
+        {"seconds": 1.0},
+    ),
     events.CheckpointSaved(3, "checkpoint-3"),
     events.AdapterExported(["a.safetensors"], {"checked": 1}),
     RunEnded("done", 3),
@@ -245,7 +287,10 @@ def test_an_event_is_the_same_when_its_line_is_read_again_and_scores_are_keys_of
     assert record.get("dino") == (0.5 if isinstance(event, StepEvaluated) else None)
 
 
-CHANGED = [{"type": "step", "step": 2} | facts for facts in ({"loss": "0.5"}, {"lr": [1]}, {"time": "yesterday"})]
+CHANGED = [
+    {"type": "step", "step": 2} | facts
+    for facts in ({"loss": "0.5"}, {"lr": [1]}, {"time": "yesterday"})
+]
 CHANGED += [{"type": "evaluation", "step": 2} | facts for facts in ({"dino": 0.5}, {"best": 3})]
 CHANGED += [{"type": "evaluation", "step": 2, "best": {"stdp": 2, "score": 0.5, "since": 0}}]
 CHANGED += [{"type": "evaluation", "step": 2, "best": BEST | {"score": None}}]
@@ -256,7 +301,9 @@ CHANGED += [{"type": "epoch", "step": 1}]  # of another program
 
 def test_a_line_whose_letters_were_changed_is_no_event_and_a_whole_number_is_a_fraction_too():
     assert [line for line in CHANGED if event_of(line) is not None] == []
-    assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(2, loss=1, lr=None, time=ANY)
+    assert event_of({"type": "step", "step": 2, "loss": 1, "lr": None}) == StepDone(
+        2, loss=1, lr=None, time=ANY
+    )
     assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
     lines = [{"type": "step"}, {"type": "step", "step": 2, "new": 1}]
     assert [event.step for event in events_of(StepDone, lines)] == [2]

@@ -1,4 +1,5 @@
-"""The run folder, its lock, a stop and the queue with Windows' answers (`tests/helpers/windows.py`)."""
+"""The run folder, its lock, a stop and the queue with Windows' answers
+(`tests/helpers/windows.py`)."""
 
 import json
 import os
@@ -27,7 +28,9 @@ from tests.training.test_loop import HOLD
 from tests.ui.conftest import TRAINER, recorded, wait_for
 
 pytestmark = [
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is open is read in /proc"),
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="what is open is read in /proc"
+    ),
     pytest.mark.usefixtures("windows"),
 ]
 
@@ -35,9 +38,14 @@ pytestmark = [
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_lock_of_a_run_folder_holds_and_ends_with_its_process(is_killed, tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {holder.pid} on .* is training there"), locked(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {holder.pid} on .* is training there"),
+            locked(tmp_path),
+        ):
             pass
         if is_killed:
             holder.kill()
@@ -100,14 +108,21 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
     turns = QueueTurns(jobs := Jobs(tmp_path / "runs", script))
     for name in ("dog", "cat"):
         (folder := tmp_path / "runs" / name).mkdir(parents=True)
-        settings = {"mode": "good", "steps": 1000 if name == "dog" else 2, "output_dir": str(folder)}
+        settings = {
+            "mode": "good",
+            "steps": 1000 if name == "dog" else 2,
+            "output_dir": str(folder),
+        }
         turns.queue.add(QueuedRun(name, settings=settings, queued=time.time()))
     turns.take()
     wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
     jobs.stop("dog")
     processes.ask_to_stop(tmp_path / "runs" / "cat")  # left there by an earlier run
     wait_for(lambda: turns.take() or turns.is_empty)
-    assert {event["name"]: event["state"] for event in turns.queue.ended()} == {"dog": "interrupted", "cat": "done"}
+    assert {event["name"]: event["state"] for event in turns.queue.ended()} == {
+        "dog": "interrupted",
+        "cat": "done",
+    }
 
 
 def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch, caplog):
@@ -118,17 +133,25 @@ def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch,
     jobs.stop("dog")
     monkeypatch.setattr(processes, "ANSWER_SEC", -1)
     wait_for(lambda: not jobs.current())
-    assert {record.message for record in caplog.records} == {"dog did not answer the request to stop and was ended"}
+    assert {record.message for record in caplog.records} == {
+        "dog did not answer the request to stop and was ended"
+    }
 
 
 @pytest.mark.parametrize("has_begun", [True, False])
-def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was_not_answered(has_begun, tmp_path):
+def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was_not_answered(
+    has_begun, tmp_path
+):
     """`TerminateProcess` of psutil leaves 15 for either."""
     events = [{"type": "start"}] * has_begun
     job, jobs = recorded(tmp_path / "dog", *events, pid=2**30, stop_asked=1.0), Jobs(tmp_path)
     (job.run_dir / processes.LOG_NAME).write_text("training")
     jobs._exits[job.pid] = 15
-    state, says = ("failed", "training. It had not answered") if has_begun else ("interrupted", "before training had")
+    state, says = (
+        ("failed", "training. It had not answered")
+        if has_begun
+        else ("interrupted", "before training had")
+    )
     assert jobs.state(job).state == state and says in jobs.state(job).message
 
 
@@ -141,8 +164,14 @@ def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_p
 
 
 def config_of(base, folder, **changes) -> dict:
-    sizes = {"max_train_steps": 100_000, "checkpointing_steps": 1, "checkpoints_total_limit": 2} | changes
-    return tiny_config(base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes).to_dict()
+    sizes = {
+        "max_train_steps": 100_000,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 2,
+    } | changes
+    return tiny_config(
+        base, paint_photos(folder / "photos"), folder / "runs" / "dog", **sizes
+    ).to_dict()
 
 
 def told(settings: dict) -> dict:
@@ -150,7 +179,9 @@ def told(settings: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(tiny_base, tmp_path):
+def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_bytes(
+    tiny_base, tmp_path
+):
     jobs = Jobs(tmp_path / "runs")
     job = jobs.start("dog", told(config_of(tiny_base, tmp_path)))
     wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
@@ -158,9 +189,15 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
     wait_for(lambda: not job.is_alive, 120)
     run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog"))
     assert state.state == "interrupted", job.log_tail()
-    assert run.adapter_path.is_file() and run.latest_checkpoint() and not (run.path / processes.STOP_NAME).exists()
+    assert (
+        run.adapter_path.is_file()
+        and run.latest_checkpoint()
+        and not (run.path / processes.STOP_NAME).exists()
+    )
     steps = state.step + 2
-    settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {"max_train_steps": steps}
+    settings = json.loads((run.path / processes.CONFIG_NAME).read_text()) | {
+        "max_train_steps": steps
+    }
     processes.write_settings(run.path, settings)
     job = jobs.resume("dog")
     wait_for(lambda: not job.is_alive, 120)
@@ -176,9 +213,13 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
 def test_a_fleets_stop_leaves_a_checkpoint(tiny_base, tmp_path):
     out, found = tmp_path / "runs", []
     settings = told(config_of(tiny_base, tmp_path))
-    work = threading.Thread(target=lambda: found.append(train_subject(Work(str(out / "dog"), settings, "mark"))))
+    work = threading.Thread(
+        target=lambda: found.append(train_subject(Work(str(out / "dog"), settings, "mark")))
+    )
     work.start()
-    wait_for(lambda: RunDir(out / "dog").latest_checkpoint() if (out / "dog").exists() else None, 120)
+    wait_for(
+        lambda: RunDir(out / "dog").latest_checkpoint() if (out / "dog").exists() else None, 120
+    )
     stop_path(out).touch()
     work.join(timeout=120)
     assert found[0].state == "interrupted" and RunDir(out / "dog").adapter_path.is_file()

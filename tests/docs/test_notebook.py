@@ -36,9 +36,14 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     names: dict = {}
     assert all(any(words in cell for cell in CODE) for words in SHORTER)
     for cell in CODE:
-        for words, fewer in (SHORTER | {'RUNS = Path("runs")': f"RUNS = Path({str(tmp_path)!r})"}).items():
+        for words, fewer in (
+            SHORTER | {'RUNS = Path("runs")': f"RUNS = Path({str(tmp_path)!r})"}
+        ).items():
             cell = cell.replace(words, fewer)
         exec(compile(cell, "three_ways.ipynb", "exec"), names)
-    assert names["STEPS"] == 4 and (tmp_path / "notebook" / "pytorch_lora_weights.safetensors").is_file()
+    assert (
+        names["STEPS"] == 4
+        and (tmp_path / "notebook" / "pytorch_lora_weights.safetensors").is_file()
+    )
     assert names["checked"].returncode == 0 and len(names["pictures"]) == 2
     assert isinstance(names["image"], Image.Image)

@@ -1,4 +1,5 @@
-"""What the pages say is so: the tables for those who come from another trainer, and the commands that are followed."""
+"""What the pages say is so: the tables for those who come from another trainer, and the commands
+that are followed."""
 
 import json
 import re
@@ -45,7 +46,8 @@ def flags_in(text: str) -> set[str]:
 
 
 def wrong(names: list[str], ours: str) -> list[str]:
-    """What a row says that is not so: the same name that is no setting, another name where the name is one of ours."""
+    """What a row says that is not so: the same name that is no setting, another name where the name
+    is one of ours."""
     if ours == SAME:
         return [name for name in names if name not in SETTINGS]
     if ours == NONE:
@@ -69,19 +71,24 @@ prodigy_use_bias_correction prodigy_safeguard_warmup max_grad_norm push_to_hub h
 allow_tf32 cache_latents report_to mixed_precision upcast_before_saving offload prior_generation_precision local_rank
 enable_npu_flash_attention enable_vae_tiling fsdp_text_encoder remote_text_encoder bnb_quantization_config_path
 do_fp8_training image_interpolation_mode"""
-"""Flags of diffusers' scripts for SD 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2, Lumina 2 and Sana."""
+"""Flags of diffusers' scripts for SD 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image, Krea 2, Lumina 2 and
+Sana."""
 
 
 def test_each_flag_of_the_other_models_scripts_is_taken_or_answered_and_has_its_row():
     flags, taken = OF_FAMILIES.split(), build_train_parser()._option_string_actions
-    shown = {name: (ours, remark) for names, ours, remark in rows("from_diffusers") for name in names}
+    shown = {
+        name: (ours, remark) for names, ours, remark in rows("from_diffusers") for name in names
+    }
     assert [flag for flag in flags if flag not in shown] == []
     assert [flag for flag in flags if (f"--{flag}" in taken) == (flag in FOREIGN_FLAGS)] == []
     is_said = {flag: shown[flag][0] == SAME or "taken" in shown[flag][1] for flag in flags}
     assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in taken)] == []
 
 
-@pytest.mark.parametrize("facts", [facts for facts in FAMILIES if not facts.needs_sizes], ids=lambda facts: facts.name)
+@pytest.mark.parametrize(
+    "facts", [facts for facts in FAMILIES if not facts.needs_sizes], ids=lambda facts: facts.name
+)
 def test_each_family_has_its_ids_licence_and_recipes_on_the_page_and_its_command_is_one(facts):
     page = (DOCS / "families.md").read_text(encoding="utf-8").partition("## Each family")[2]
     section = re.search(rf"### {re.escape(facts.title)}\n(.+?)\n##", page, re.DOTALL)[1]
@@ -97,31 +104,51 @@ def test_each_family_has_its_ids_licence_and_recipes_on_the_page_and_its_command
 
 
 def test_each_list_of_memory_plans_has_all_of_them_in_their_order():
-    page, speed = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("page", "memory-and-speed"))
+    page, speed = (
+        (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("page", "memory-and-speed")
+    )
     assert SPAN.findall(re.search(r"`memory` is (.+?);", page, re.DOTALL)[1]) == ["auto", *PLANS]
     table = speed.partition("| `--memory` |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*PLANS]
 
 
-@pytest.mark.parametrize(("folder", "page"), [("benchmarks", "benchmarks/README.md"), ("tools", "docs/developing.md")])
+@pytest.mark.parametrize(
+    ("folder", "page"), [("benchmarks", "benchmarks/README.md"), ("tools", "docs/developing.md")]
+)
 def test_each_benchmark_and_tool_is_in_its_list(folder, page):
     text = (DOCS.parent / page).read_text(encoding="utf-8")
     files = (DOCS.parent / folder).glob("*.py")
-    names = [file.stem for file in files if 'if __name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    names = [
+        file.stem
+        for file in files
+        if 'if __name__ == "__main__"' in file.read_text(encoding="utf-8")
+    ]
     assert len(names) > 5
-    assert [name for name in names if not re.search(rf"^\| `(python -m {folder}\.)?{name}`", text, re.MULTILINE)] == []
+    assert [
+        name
+        for name in names
+        if not re.search(rf"^\| `(python -m {folder}\.)?{name}`", text, re.MULTILINE)
+    ] == []
 
 
 def test_the_tables_and_the_lines_were_found():
     assert {page: len(rows(page)) > 40 for page in PAGES} == dict.fromkeys(PAGES, True)
     assert len(TRAININGS) >= 7 and len(WALK) >= 8
-    assert {line.split()[3] for line in WALK} == {"check", "caption", "train", "generate", "explain"}
+    assert {line.split()[3] for line in WALK} == {
+        "check",
+        "caption",
+        "train",
+        "generate",
+        "explain",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
     assert [(names, ours) for names, ours, _ in rows(page) if wrong(names, ours)] == []
-    assert wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
+    assert (
+        wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
+    )
 
 
 def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
@@ -143,28 +170,46 @@ def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 RUN_ELSEWHERE = ("pip install ", "python -m venv ", "python -m dreambooth_moslora doctor")
-"""`tests/test_wheel.py` installs the program in a fresh environment, `tests/cli/test_doctor.py` runs the doctor."""
-LINES = list(dict.fromkeys(line for page in ("comfyui", *PAGES) for line in command_lines(DOCS / f"{page}.md")))
+"""`tests/test_wheel.py` installs the program in a fresh environment, `tests/cli/test_doctor.py`
+runs the doctor."""
+LINES = list(
+    dict.fromkeys(
+        line for page in ("comfyui", *PAGES) for line in command_lines(DOCS / f"{page}.md")
+    )
+)
 TRAININGS = [line for line in LINES if " train_dreambooth.py " in line or " train " in line]
 PLANNED = [
-    pytest.param(line, marks=pytest.mark.slow) if "--resume_from_checkpoint" in line else line for line in TRAININGS
+    pytest.param(line, marks=pytest.mark.slow) if "--resume_from_checkpoint" in line else line
+    for line in TRAININGS
 ]
 """To look for a checkpoint imports diffusers and PEFT."""
 WALK = [line for line in command_lines(DOCS / "comfyui.md") if not line.startswith(RUN_ELSEWHERE)]
 SHORTER = {
-    "train": ["--max_train_steps", "2", "--num_validation_images", "1", "--evaluate_steps", "0", "--no_find_scale"],
+    "train": [
+        "--max_train_steps",
+        "2",
+        "--num_validation_images",
+        "1",
+        "--evaluate_steps",
+        "0",
+        "--no_find_scale",
+    ],
     "generate": ["--steps", "1", "--base", "toy"],
     "caption": ["--pretrained_model_name_or_path", "toy"],
 }
 """Command -> what is added, so that it ends soon and needs no download."""
 
-FEWER = {'"max_train_steps": 120': '"max_train_steps": 2, "num_validation_images": 0', "seed=7": "seed=7, steps=1"}
+FEWER = {
+    '"max_train_steps": 120': '"max_train_steps": 2, "num_validation_images": 0',
+    "seed=7": "seed=7, steps=1",
+}
 """What the program of the API page says, and what it says in the test."""
 
 
 @pytest.fixture(autouse=True)
 def photos(tmp_path, monkeypatch) -> Path:
-    """`photos/dog` in an empty folder, where the command runs; on whatever processor the tests run, it has bf16."""
+    """`photos/dog` in an empty folder, where the command runs; on whatever processor the tests run,
+    it has bf16."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
     for path in paint_photos(tmp_path / "photos" / "dog", 5).iterdir():
@@ -191,9 +236,13 @@ def test_each_training_of_the_pages_is_planned(line, capsys):
 
 def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
     recipe = load_settings(DOCS.parent / "assets" / "configs" / "sdxl.toml")
-    steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[: recipe["checkpoints_total_limit"]]
+    steps = range(recipe["max_train_steps"], 0, -recipe["checkpointing_steps"])[
+        : recipe["checkpoints_total_limit"]
+    ]
     exported = [line for line in command_lines(DOCS / "troubleshooting.md") if " export " in line]
-    assert exported and all(re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported)
+    assert exported and all(
+        re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported
+    )
 
 
 def test_the_study_of_the_page_is_one(tmp_path):
@@ -220,10 +269,21 @@ def test_what_the_walk_says_is_printed_is_what_is_printed(capsys):
 def test_the_whole_walk_on_the_embedded_base(capsys):
     for line in WALK:
         name = line.split()[3]
-        assert run(line.replace(SDXL, "toy"), *SHORTER.get(name, [])) == 0, (line, capsys.readouterr().err)
-    for file in ("dog.kohya.safetensors", "pytorch_lora_weights.safetensors", "contact_sheet.png", "README.md"):
+        assert run(line.replace(SDXL, "toy"), *SHORTER.get(name, [])) == 0, (
+            line,
+            capsys.readouterr().err,
+        )
+    for file in (
+        "dog.kohya.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "contact_sheet.png",
+        "README.md",
+    ):
         assert (Path("runs/dog") / file).is_file()
-    assert json.loads(Path("runs/dog/train_config.json").read_text())["instance_prompt"] == "a photo of a sks dog"
+    assert (
+        json.loads(Path("runs/dog/train_config.json").read_text())["instance_prompt"]
+        == "a photo of a sks dog"
+    )
     assert "after 2 steps" in capsys.readouterr().out
 
 

@@ -1,4 +1,5 @@
-"""The site of `docs/` builds without a warning, shows its pictures, and describes the whole public API."""
+"""The site of `docs/` builds without a warning, shows its pictures, and describes the whole public
+API."""
 
 import html
 import os

@@ -1,4 +1,5 @@
-"""Scores while training: the best step is kept and named, and stopping early happens only when asked for."""
+"""Scores while training: the best step is kept and named, and stopping early happens only when
+asked for."""
 
 import json
 import logging
@@ -60,9 +61,11 @@ def scored(tiny_base, tmp_path):
     return config
 
 
-def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, encoders, monkeypatch):
-    """Its prompts are those of the first, as both encode them in step with each other. A missing encoder is told before
-    anything is trained."""
+def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(
+    scored, encoders, monkeypatch
+):
+    """Its prompts are those of the first, as both encode them in step with each other. A missing
+    encoder is told before anything is trained."""
 
     def nowhere(*_):
         raise UserError("the encoder cannot be loaded")
@@ -72,20 +75,38 @@ def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(scored, en
     with monkeypatch.context() as second:
         second.setenv("RANK", "1")
         other = make_evaluator(plan)
-    assert other.encoders is None and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
+    assert (
+        other.encoders is None
+        and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts
+    )
     monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", nowhere)
     with pytest.raises(UserError, match="cannot be loaded"):
         TrainingEvaluator(config, plan.photos)
 
 
-def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(run, encoders, tmp_path):
-    """A resumed run remembers those before. How near the photos are to each other tells frames of one film."""
-    events, photos = logged(run[1].path, "evaluation"), [open_rgb(p) for p in photo_report(run[0]).photos]
+def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_learnt(
+    run, encoders, tmp_path
+):
+    """A resumed run remembers those before. How near the photos are to each other tells frames of
+    one film."""
+    events, photos = (
+        logged(run[1].path, "evaluation"),
+        [open_rgb(p) for p in photo_report(run[0]).photos],
+    )
     joint = metrics.joint_vectors(encoders.clip_images(photos), encoders.dino_images(photos))
     nearness = pytest.approx(metrics.photo_nearness(joint), abs=1e-3)
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     for event in events:
-        assert {"dino", "dino_bare", "clip_i", "clip_t", "pres", "drift", "copied", "score"} <= event.keys()
+        assert {
+            "dino",
+            "dino_bare",
+            "clip_i",
+            "clip_t",
+            "pres",
+            "drift",
+            "copied",
+            "score",
+        } <= event.keys()
         assert event["photos"] == {"count": 3, "nearness": nearness, "without_bare_prompt": 0}
         bare = 1  # at the instance prompt, by the adapter alone
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
@@ -95,14 +116,19 @@ def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_le
     assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
-def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(run, tiny_base):
+def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(
+    run, tiny_base
+):
     """Of equal scores it is the first."""
     assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = logged(run[1].path, "evaluation")
     best = max(events, key=lambda event: (event["score"], -event["step"]))
     assert events[-1]["best"]["step"] == best["step"]
     card = run[1].card_path.read_text()
-    assert f"Best step: {best['step']}, score {best['score']:.3f}" in card and "`best/`, which is not uploaded" in card
+    assert (
+        f"Best step: {best['step']}, score {best['score']:.3f}" in card
+        and "`best/`, which is not uploaded" in card
+    )
     assert f"| dino_bare | {events[-1]['dino_bare']:.3f} |" in card
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
@@ -112,7 +138,10 @@ def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_
     assert len(set(event["by_scale"].values())) > 1  # the pictures did change
     for file in (run[1].adapter_path, run[1].kohya_path):
         facts = load_published(file)[1]
-        assert facts.best_scale == event["best"] and facts.usable_scales == (event["low"], event["high"])
+        assert facts.best_scale == event["best"] and facts.usable_scales == (
+            event["low"],
+            event["high"],
+        )
         assert str(run[1].path.parent) not in facts.to_json()
     assert f"Scale {event['best']:g} scored best" in run[1].card_path.read_text()
 
@@ -122,7 +151,9 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, 
     done = []
     whole, torn = (scored(name, max_train_steps=3, evaluate_steps=2) for name in ("whole", "torn"))
     train(whole, evaluator=quick(whole, encoders))
-    train(torn, done.append, lambda: any(e.kind == "evaluation" for e in done), quick(torn, encoders))
+    train(
+        torn, done.append, lambda: any(e.kind == "evaluation" for e in done), quick(torn, encoders)
+    )
     train(replace(torn, resume_from_checkpoint="latest"), evaluator=quick(torn, encoders))
     cards = [(tmp_path / name / "README.md").read_text() for name in ("whole", "torn")]
     assert all(line in card for card in cards for line in ("Best step: 2", "| score |"))
@@ -135,8 +166,14 @@ def test_the_card_of_a_resumed_run_has_the_scores_from_before(scored, encoders, 
 def test_early_stopping_stops_only_when_asked_and_says_so_and_a_resumed_run_stops_there_too(
     patience, last, scored, encoders, caplog
 ):
-    """Nothing ever gets better. The second run dies when it has scored the step at which it would stop."""
-    settings = {"early_stopping": patience, "max_train_steps": 5, "learning_rate": 0.0, "checkpointing_steps": 1}
+    """Nothing ever gets better. The second run dies when it has scored the step at which it would
+    stop."""
+    settings = {
+        "early_stopping": patience,
+        "max_train_steps": 5,
+        "learning_rate": 0.0,
+        "checkpointing_steps": 1,
+    }
     settings |= {"num_validation_images": 1, "validation_steps": 4}
     whole, torn = (scored(name, **settings) for name in ("whole", "torn"))
     caplog.set_level(logging.WARNING)
@@ -154,10 +191,17 @@ def test_early_stopping_stops_only_when_asked_and_says_so_and_a_resumed_run_stop
     assert ended(whole) == wanted
     with pytest.raises(KeyboardInterrupt):
         train(torn, dies, evaluator=quick(torn, encoders))
-    assert [ended(replace(config, resume_from_checkpoint="latest")) for config in (whole, torn)] == [wanted] * 2
+    assert [
+        ended(replace(config, resume_from_checkpoint="latest")) for config in (whole, torn)
+    ] == [wanted] * 2
     for config in (whole, torn):
-        drawn, card = logged(config.output_dir, "sample"), (Path(config.output_dir) / "README.md").read_text()
-        assert drawn[-1]["step"] == last and "image_0.png" in card, "the card shows the adapter that is published"
+        drawn, card = (
+            logged(config.output_dir, "sample"),
+            (Path(config.output_dir) / "README.md").read_text(),
+        )
+        assert drawn[-1]["step"] == last and "image_0.png" in card, (
+            "the card shows the adapter that is published"
+        )
 
 
 @pytest.fixture
@@ -176,26 +220,50 @@ def evaluate(tmp_path, capsys):
 
 
 def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
-    few = ["--num_prompts", "2", "--images-per-prompt", "2", "--class_images", "1", "--inference_steps", "2"]
+    few = [
+        "--num_prompts",
+        "2",
+        "--images-per-prompt",
+        "2",
+        "--class_images",
+        "1",
+        "--inference_steps",
+        "2",
+    ]
     before = adapter_sha256(run[1].path)
     code, out, said = evaluate(run[1].path, *few, "--sweep_scale")
-    assert code == 0 and "drawing pictures: 100%" in said and "Loading" not in said and "float32: []" not in said
+    assert (
+        code == 0
+        and "drawing pictures: 100%" in said
+        and "Loading" not in said
+        and "float32: []" not in said
+    )
     html = (run[1].path / "evaluation" / "report.html").read_text()
     scores = (run[1].path / "evaluation" / "scores.json").read_text()
-    assert not re.search("https?:", html) and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 + 2 * 1 + 2 * 12
+    assert (
+        not re.search("https?:", html)
+        and html.count("data:image/jpeg") == 3 + 2 * 4 + 2 + 2 + 2 * 1 + 2 * 12
+    )
     assert "The instance prompt alone: “a photo of sks dog”" in html and "DINO, bare prompt" in html
     for text in (html, scores):
         assert str(run[1].path.parent) not in text
     assert "dino_bare " in out and "dino_bare" in json.loads(scores)["scores"]
-    assert "dino " in out and "; written into pytorch_lora_weights.safetensors, dog.kohya.safetensors, README.md" in out
+    assert (
+        "dino " in out
+        and "; written into pytorch_lora_weights.safetensors, dog.kohya.safetensors, README.md"
+        in out
+    )
     found = json.loads(scores)["scale"]
     assert load_published(run[1].adapter_path)[1].best_scale == found["best"]
     assert adapter_sha256(run[1].path) == before and "best scale is" in html
 
 
 def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
-    """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the oldest are removed."""
-    place = lambda run: output_folder(Namespace(adapter=str(run), output_dir=None, instance_prompt=None))  # noqa: E731
+    """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the
+    oldest are removed."""
+    place = lambda run: output_folder(  # noqa: E731
+        Namespace(adapter=str(run), output_dir=None, instance_prompt=None)
+    )
     assert place(run[1].path) == run[1].evaluation_dir
     assert place(run[1].best_dir) == run[1].path / "best_evaluation"
     assert place(run[1].last_dir) == run[1].path / "last_evaluation"
@@ -203,10 +271,15 @@ def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
 
 def test_the_report_of_one_of_several_subjects_leaves_that_of_all(tmp_path):
     """It replaced it, and `explain` then had the scores of neither."""
-    pets = [{"instance_data_dir": kind, "instance_prompt": f"a photo of sks {kind}"} for kind in ("dog", "cat")]
+    pets = [
+        {"instance_data_dir": kind, "instance_prompt": f"a photo of sks {kind}"}
+        for kind in ("dog", "cat")
+    ]
     RunDir(tmp_path).config_path.write_text(json.dumps({"subjects": pets}))
     asked = {"adapter": str(tmp_path), "instance_prompt": "a photo of sks cat"}
-    assert output_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
+    assert (
+        output_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
+    )
     assert output_folder(Namespace(output_dir=str(tmp_path), **asked)) == tmp_path
 
 
@@ -236,23 +309,47 @@ def test_a_run_of_a_data_set_is_evaluated_with_it_unless_photos_are_given(run, e
     photos, cache = settings["instance_data_dir"], str(tmp_path / "cache")
     source = {"dataset_name": photos, "instance_data_dir": None, "cache_dir": cache}
     RunDir(folder).config_path.write_text(json.dumps(settings | source))
-    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    few = [
+        "--num_prompts",
+        "1",
+        "--images_per_prompt",
+        "1",
+        "--class_images",
+        "1",
+        "--inference_steps",
+        "2",
+    ]
     for flags in ([], ["--photos", photos]):
         code, _, err = evaluate(folder, *few, *flags)
         assert code == 0 and RunDir(folder).evaluation_dir.is_dir(), err
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, encoders, evaluate, tmp_path):
-    pets = [(str(paint_photos(tmp_path / word)), f"a photo of sks {word}") for word in ("dog", "cat")]
+def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(
+    tiny_base, encoders, evaluate, tmp_path
+):
+    pets = [
+        (str(paint_photos(tmp_path / word)), f"a photo of sks {word}") for word in ("dog", "cat")
+    ]
     tables = [{"instance_data_dir": photos, "instance_prompt": prompt} for photos, prompt in pets]
     sizes, events = {"max_train_steps": 2, "evaluate_steps": 1}, []
     config = tiny_config(tiny_base, None, tmp_path / "run", subjects=tables, **sizes)
     train(config, events.append, evaluator=quick(config, encoders))
     scores = [event.scores for event in events if event.kind == "evaluation"][-1]
     assert {"confusion", "dino_subject_1", "dino_subject_2", "score"} <= scores.keys()
-    assert scores["dino"] == pytest.approx((scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3)
-    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    assert scores["dino"] == pytest.approx(
+        (scores["dino_subject_1"] + scores["dino_subject_2"]) / 2, abs=1e-3
+    )
+    few = [
+        "--num_prompts",
+        "1",
+        "--images_per_prompt",
+        "1",
+        "--class_images",
+        "1",
+        "--inference_steps",
+        "2",
+    ]
     code, out, _ = evaluate(tmp_path / "run", *few)
     assert code == 0 and "confusion of “sks dog” with “sks cat”" in out
     assert (tmp_path / "run" / "evaluation" / "subject_2" / "scores.json").is_file()
@@ -260,4 +357,6 @@ def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(tiny_base, enco
     assert code == 2 and "name one of 'a photo of sks dog', 'a photo of sks cat'" in err
     of_cat = ["--instance_prompt", "a photo of sks cat", "--output_dir", str(tmp_path / "cat")]
     assert evaluate(tmp_path / "run", *few, *of_cat)[0] == 0
-    assert json.loads((tmp_path / "cat" / "scores.json").read_text())["subject"]["class_word"] == "cat"
+    assert (
+        json.loads((tmp_path / "cat" / "scores.json").read_text())["subject"]["class_word"] == "cat"
+    )

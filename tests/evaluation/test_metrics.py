@@ -1,4 +1,5 @@
-"""The measures on vectors whose answers are known by hand and on the toy world, whose truth is known; encoders."""
+"""The measures on vectors whose answers are known by hand and on the toy world, whose truth is
+known; encoders."""
 
 import math
 import random
@@ -22,7 +23,8 @@ from toybox.truth import other_toy
 from toybox.world import Scene, Toy, sample_scene
 
 E = torch.eye(4)
-HALF, ASIDE = normalize(E[0] + E[1], dim=0), normalize(E[0] + E[2], dim=0)  # 45 degrees between two axes
+# 45 degrees between two axes
+HALF, ASIDE = normalize(E[0] + E[1], dim=0), normalize(E[0] + E[2], dim=0)
 TEXTS = ["a dog", "a photo of a very small dog on a wide beach, at night", "cat " * 60]
 
 
@@ -37,7 +39,11 @@ def near(vectors: torch.Tensor, size: float, seed: int) -> torch.Tensor:
 
 PHOTOS = [E[0], HALF]
 KNOWN = {
-    "the mean cosine to all photos": ("subject_fidelity", ([E[0], HALF, E[2]], E[:2]), [0.5, math.sqrt(0.5), 0.0]),
+    "the mean cosine to all photos": (
+        "subject_fidelity",
+        ([E[0], HALF, E[2]], E[:2]),
+        [0.5, math.sqrt(0.5), 0.0],
+    ),
     "0 for equal pictures": ("drift", ([HALF, E[0]], [HALF, E[1]]), [0, 1]),
     "1 at a photo, 0 at the photos' own nearness": ("copy_index", ([E[0], ASIDE], PHOTOS), [1, 0]),
     "gained": ("background_leak", ([E[0], E[2]], [E[2], E[2]], E[:1]), [1, 0]),
@@ -68,7 +74,9 @@ def test_prompt_fidelity_pairs_each_picture_with_its_own_text_and_diversity_the_
     pictures, groups = [E[0], E[1], HALF, E[2]], ["a", "a", "a", "alone"]
     expected = (1 + 2 * (1 - math.sqrt(0.5))) / 3
     assert metrics.diversity(pictures, groups) == {"a": pytest.approx(expected)}
-    assert metrics.diversity([E[0], E[1]], [0, 0], lambda a, b: float((a - b).abs().sum())) == {0: 2.0}
+    assert metrics.diversity([E[0], E[1]], [0, 0], lambda a, b: float((a - b).abs().sum())) == {
+        0: 2.0
+    }
 
 
 def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
@@ -79,13 +87,18 @@ def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
     assert not metrics.copy_alarm(fresh, photos).raised
     mixed = metrics.copy_alarm(torch.cat([fresh, copies]), photos)
     assert mixed.raised and mixed.share == pytest.approx(5 / 25)
-    assert mixed.picture == 20 + mixed.photo  # the worst picture is a copy of the photo that it names
+    # the worst picture is a copy of the photo that it names
+    assert mixed.picture == 20 + mixed.photo
     for photos in (E[:1].repeat(3, 1), E[:1]):
         assert metrics.copy_index(E[:1], photos).tolist() == pytest.approx([1.0], abs=1e-5)
 
 
 def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_base():
-    for scores, expected in (((0.8, 0.3, 0.3, 0.0), 0.8), ((0.8, 0.6, 0.3, 0.0), 0.8), ((-0.2, 0.3, 0.3, 0.0), 0.0)):
+    for scores, expected in (
+        ((0.8, 0.3, 0.3, 0.0), 0.8),
+        ((0.8, 0.6, 0.3, 0.0), 0.8),
+        ((-0.2, 0.3, 0.3, 0.0), 0.0),
+    ):
         assert metrics.checkpoint_score(*scores) == pytest.approx(expected)
     assert metrics.checkpoint_score(0.8, 0.15, 0.3, 0.25) == pytest.approx(0.8 * 0.5 * 0.75)
 
@@ -95,20 +108,27 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(shape):
     rng, (rows, columns) = np.random.default_rng(0), shape
     hits = 0
     for trial in range(400):
-        table = rng.normal(0, 1, (rows, 1)) + rng.normal(0, 0.5, (1, columns)) * (columns > 1) + rng.normal(0, 1, shape)
+        table = (
+            rng.normal(0, 1, (rows, 1))
+            + rng.normal(0, 0.5, (1, columns)) * (columns > 1)
+            + rng.normal(0, 1, shape)
+        )
         found = metrics.bootstrap_mean(table, resamples=400, seed=trial)
         hits += found.low <= 0 <= found.high
     assert 0.93 <= hits / 400 <= 0.999
 
 
 def test_students_table_holds_where_the_tail_of_the_density_is_a_fortieth():
-    """With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν-1). Between, it is never too small."""
+    """With t = √ν·tan θ, Student's density is proportional to cos(θ)^(ν-1). Between, it is never
+    too small."""
     angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
     for degrees, point in zip(metrics.DEGREES[:-1], metrics.STUDENT[:-1], strict=True):
         density = np.cos((angles[1:] + angles[:-1]) / 2) ** (degrees - 1)
         tail = density[angles[1:] > np.arctan(point / np.sqrt(degrees))].sum() / density.sum()
         assert tail == pytest.approx(0.025, rel=2e-3)
-    assert [metrics.student(n) for n in (1, 5, 30, np.inf)] == pytest.approx([12.706, 2.571, 2.042, 1.960])
+    assert [metrics.student(n) for n in (1, 5, 30, np.inf)] == pytest.approx(
+        [12.706, 2.571, 2.042, 1.960]
+    )
     assert 2.201 <= metrics.student(11) < 2.22 and 2.093 <= metrics.student(19) < 2.11
 
 
@@ -119,14 +139,24 @@ def test_bootstrap_over_prompts_is_wider_than_if_all_pictures_were_independent()
     assert crossed.mean == naive.mean == pytest.approx(2.5)
     assert crossed.high - crossed.low > 4 * (naive.high - naive.low)
     lone = metrics.bootstrap_mean(np.array([[0.3]]))
-    assert (str(lone), lone.to_dict()) == ("0.300, no interval", {"mean": 0.3, "low": None, "high": None})
+    assert (str(lone), lone.to_dict()) == (
+        "0.300, no interval",
+        {"mean": 0.3, "low": None, "high": None},
+    )
     for bad in (np.array([]), np.array([1.0, np.nan])):
         with pytest.raises(ValueError, match="finite"):
             metrics.bootstrap_mean(bad)
 
 
 NAMES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
-NEW_PLACES = ("on lava", "in the snow", "on the moon", "on a purple rug", "in the desert", "on water")
+NEW_PLACES = (
+    "on lava",
+    "in the snow",
+    "on the moon",
+    "on a purple rug",
+    "in the desert",
+    "on water",
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +174,9 @@ def drawn(scenes: list[Scene]) -> list[Image.Image]:
 
 def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
     rng = random.Random(seed)
-    return drawn([sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, NEW_PLACES)])
+    return drawn(
+        [sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, NEW_PLACES)]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,11 +184,15 @@ def test_an_individual_is_known_in_other_places_among_its_kind_and_the_copy_alar
     toy_encoders, name
 ):
     def joint(pictures: list[Image.Image]) -> torch.Tensor:
-        return metrics.joint_vectors(toy_encoders.clip_images(pictures), toy_encoders.dino_images(pictures))
+        return metrics.joint_vectors(
+            toy_encoders.clip_images(pictures), toy_encoders.dino_images(pictures)
+        )
 
     def worn(photo: Image.Image) -> Image.Image:
         """As a model that learnt it by heart would draw it: small, soft and a little off."""
-        photo.resize((128, 128)).filter(ImageFilter.GaussianBlur(1)).save(buffer := BytesIO(), "JPEG", quality=70)
+        photo.resize((128, 128)).filter(ImageFilter.GaussianBlur(1)).save(
+            buffer := BytesIO(), "JPEG", quality=70
+        )
         return Image.open(buffer).convert("RGB")
 
     toy, photos, rng = load(name).toy, photos_of(name), random.Random(2)
@@ -178,24 +214,35 @@ def pictures(sizes=((64, 48), (40, 90), (32, 32), (51, 51))) -> list[Image.Image
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """DINO sees crops that are smaller than its own size, as DINOv2-base does: it bends its positions."""
+    """DINO sees crops that are smaller than its own size, as DINOv2-base does: it bends its
+    positions."""
     clip, dino = save_tiny_encoders(tmp_path_factory.mktemp("encoders"))
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    transformers.Dinov2Model(transformers.Dinov2Config(image_size=72, patch_size=8, **sizes)).save_pretrained(dino)
+    transformers.Dinov2Model(
+        transformers.Dinov2Config(image_size=72, patch_size=8, **sizes)
+    ).save_pretrained(dino)
     return clip, dino
 
 
 def test_encoders_by_folder_agree_with_the_whole_models_in_batches_of_any_size(folders, by_folder):
-    """Against CLIPModel's own forward pass and DINO's class token, one picture and text at a time, as unit vectors."""
+    """Against CLIPModel's own forward pass and DINO's class token, one picture and text at a time,
+    as unit vectors."""
     clip = transformers.CLIPModel.from_pretrained(folders[0])
     dino = transformers.Dinov2Model.from_pretrained(folders[1])
     for_clip = transformers.CLIPImageProcessor.from_pretrained(folders[0])
     for_dino = transformers.AutoImageProcessor.from_pretrained(folders[1])
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folders[0])
-    pixels, views = ([p(one, return_tensors="pt").pixel_values for one in pictures()] for p in (for_clip, for_dino))
-    words = [tokenizer(t, truncation=True, max_length=77, return_tensors="pt").input_ids for t in TEXTS]
+    pixels, views = (
+        [p(one, return_tensors="pt").pixel_values for one in pictures()]
+        for p in (for_clip, for_dino)
+    )
+    words = [
+        tokenizer(t, truncation=True, max_length=77, return_tensors="pt").input_ids for t in TEXTS
+    ]
     with torch.no_grad():
-        images = torch.cat([clip.eval()(pixel_values=x, input_ids=words[0]).image_embeds for x in pixels])
+        images = torch.cat(
+            [clip.eval()(pixel_values=x, input_ids=words[0]).image_embeds for x in pixels]
+        )
         texts = torch.cat([clip(pixel_values=pixels[0], input_ids=w).text_embeds for w in words])
         tokens = torch.cat([dino.eval()(view).pooler_output for view in views])
     for batch_size in (1, 2, 4, by_folder.batch_size):

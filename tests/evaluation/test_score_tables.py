@@ -1,4 +1,5 @@
-"""From an adapter to its scores on the tiny random pipeline, the toy world's truth, and several subjects."""
+"""From an adapter to its scores on the tiny random pipeline, the toy world's truth, and several
+subjects."""
 
 import json
 import random
@@ -20,7 +21,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.metrics import load_encoders, picture_distance
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
-from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator, evaluate_adapter, paint_over, truth_of
+from dreambooth_moslora.evaluation.score_tables import (
+    Evaluation,
+    Evaluator,
+    evaluate_adapter,
+    paint_over,
+    truth_of,
+)
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.measures import MEASURES, Measure
@@ -61,11 +68,15 @@ def photos():
 def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image.Image]:
     """A picture for each request that depends on nothing but the request."""
     seeds = [[*request.prompt.encode(), request.seed] for request in requests]
-    return [Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8)) for s in seeds]
+    return [
+        Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        for s in seeds
+    ]
 
 
 def test_plans_by_kind_of_subject():
-    """The base is asked without the token, at the same seeds. Places that the captions name are not asked for."""
+    """The base is asked without the token, at the same seeds. Places that the captions name are not
+    asked for."""
     subject, base = PLAN.subject_requests, PLAN.base_requests
     assert subject[0] == SampleRequest("a photo of a sks duck on the beach", 0)
     assert base[0] == SampleRequest("a photo of a duck on the beach", 0)
@@ -78,30 +89,40 @@ def test_plans_by_kind_of_subject():
     dog, stuffed, mug = (plan_for("some/base", Subject("sks", kind)).templates for kind in kinds)
     assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
     assert stuffed == mug, "a likeness of an animal is a thing"
-    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)  # spread over the templates
+    # spread over the templates
+    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)
     assert small.templates == full.templates[0:13:4]
     assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
     with pytest.raises(UserError, match="choose one of"):
         plan_for("toy", duck, "nonsense")
     with pytest.raises(UserError, match=r"hold \{\}"):
         EvaluationPlan(duck, ("a duck",), ())
-    templates = plan_for("toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]).templates
+    templates = plan_for(
+        "toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]
+    ).templates
     assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
     assert plan_for("toy", duck, captions=full.texts).templates == full.templates
-    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates  # no place
+    # no place
+    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates
 
 
 def all_of(*pictures: Image.Image):
     """An adapter that draws these alone, in turn, on a base that draws `stub_pictures`."""
 
     def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
-        return [pictures[n % len(pictures)] for n in range(len(requests))] if on else stub_pictures(requests)
+        return (
+            [pictures[n % len(pictures)] for n in range(len(requests))]
+            if on
+            else stub_pictures(requests)
+        )
 
     return draw
 
 
 def with_subject(folder):
-    (folder / "subject.json").write_text(json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"}))
+    (folder / "subject.json").write_text(
+        json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"})
+    )
     return folder
 
 
@@ -109,9 +130,14 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
     """The same twice, nearly the same in a batch; an adapter that is off does not drift."""
     subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path, size=2.0), "one")
     evaluator = Evaluator(PLAN, encoders, photos)
-    found, again, off = (evaluate_adapter(subject, "one", evaluator, scale=scale) for scale in (1.0, 1.0, 0.0))
+    found, again, off = (
+        evaluate_adapter(subject, "one", evaluator, scale=scale) for scale in (1.0, 1.0, 0.0)
+    )
     assert {name: t.shape for name, t in found.tables.items()} == {
-        **dict.fromkeys(("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"), (3, 2)),
+        **dict.fromkeys(
+            ("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"),
+            (3, 2),
+        ),
         **dict.fromkeys(("diversity", "diversity_base"), (3, 1)),
         **dict.fromkeys(("pres", "pres_base"), (2,)),
         **dict.fromkeys(("class_diversity", "class_diversity_base"), (1, 1)),
@@ -123,14 +149,18 @@ def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, 
     assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
     assert off.mean("drift") == pytest.approx(0, abs=1e-6)
     assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
-    one, six = (evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6))
+    one, six = (
+        evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6)
+    )
     for name, table in found.tables.items():
         assert np.array_equal(table, again.tables[name]), name
         assert np.abs(one.tables[name] - six.tables[name]).max() < 0.02, name
 
 
 @pytest.mark.slow
-def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(tiny_base, encoders, photos, tmp_path, monkeypatch):
+def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
+    tiny_base, encoders, photos, tmp_path, monkeypatch
+):
     """All of them lay and drew in the CPU's memory there. What they get is where they compute."""
     file = save_diffusers_lora(SubjectPipeline.from_base(tiny_base).pipeline.unet, tmp_path)
     drawn_on = []
@@ -140,11 +170,15 @@ def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(tiny_base, en
         subject.load_adapter(file, "one")
         own = subject.pipeline.unet
         own.register_forward_hook(lambda *_: drawn_on.append(machine.device_of(own)))
-        return evaluate_adapter(subject, "one", Evaluator(PLAN.smaller(1, 1, 1, 1, 1), encoders, photos))
+        return evaluate_adapter(
+            subject, "one", Evaluator(PLAN.smaller(1, 1, 1, 1, 1), encoders, photos)
+        )
 
     wanted = found("cpu")
     monkeypatch.setattr(machine, "free_gib", lambda device: 1e-6)
-    assert all(np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items())
+    assert all(
+        np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items()
+    )
     half = len(drawn_on) // 2
     assert drawn_on == [torch.device("cpu")] * half + [torch.device("cpu:0")] * half
     pipeline = SubjectPipeline.from_base(tiny_base).pipeline
@@ -160,14 +194,19 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
 
     def draw(requests, on):
         pictures = stub_pictures(requests)
-        return [photos[0] if r.prompt == "a photo of sks duck" else p for r, p in zip(requests, pictures)]
+        return [
+            photos[0] if r.prompt == "a photo of sks duck" else p
+            for r, p in zip(requests, pictures)
+        ]
 
     plan = replace(PLAN, bare_prompt="a photo of sks duck")
     assert set(plan.prompts) - set(PLAN.prompts) == {"a photo of sks duck"}
     without, found = (Evaluator(one, encoders, photos)(draw) for one in (PLAN, plan))
     assert found.tables["dino_bare"].shape == (1, 2) and len(found.pictures["bare"]) == 2
     likeness = encoders.dino_images(photos)
-    assert found.mean("dino_bare") == pytest.approx(float((likeness[:1] @ likeness.T).mean()), abs=1e-5)
+    assert found.mean("dino_bare") == pytest.approx(
+        float((likeness[:1] @ likeness.T).mean()), abs=1e-5
+    )
     assert {name for name in found.tables if name not in without.tables} == {"dino_bare"}
     assert all(np.array_equal(table, found.tables[name]) for name, table in without.tables.items())
     assert found.score == without.score and found.alarm == without.alarm
@@ -175,10 +214,15 @@ def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(enc
     assert "dino_bare" not in swept.tables
 
 
-def test_a_class_that_has_become_one_picture_has_no_diversity_and_drift_sees_a_change_of_place(encoders, photos):
+def test_a_class_that_has_become_one_picture_has_no_diversity_and_drift_sees_a_change_of_place(
+    encoders, photos
+):
     """An encoder that looks at the thing alone finds no drift."""
     found = Evaluator(PLAN, encoders, photos)(all_of(photos[0]))
-    assert found.mean("class_diversity") == pytest.approx(0, abs=1e-5) and found.mean("class_diversity_base") > 1e-3
+    assert (
+        found.mean("class_diversity") == pytest.approx(0, abs=1e-5)
+        and found.mean("class_diversity_base") > 1e-3
+    )
     assert found.means()["class_diversity_of_base"] == pytest.approx(0, abs=1e-3)
     blind = replace(encoders)
     blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
@@ -190,7 +234,9 @@ def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, ph
     pixels = replace(encoders)
     pixels.clip_images = pixels.dino_images = small_pixels
     pixels.clip_texts = encoders_of_length(192)
-    fresh, copies = (Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos)))
+    fresh, copies = (
+        Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos))
+    )
     assert copies.alarm.raised and copies.alarm.share == 1 and copies.score == 0
     assert copies.mean("copy_index") == pytest.approx(1, abs=1e-3)
     assert not fresh.alarm.raised
@@ -200,9 +246,15 @@ def test_diversity_is_by_lpips_where_it_is_at_hand_and_drift_stays_on_dino(encod
     model = lambda a, b: (a - b).square().mean()  # noqa: E731 (called as LPIPS is: two pictures in [-1, 1])
     lpips = replace(encoders, lpips=picture_distance(model, "cpu"))
     by_dino, by_pixels = (Evaluator(PLAN, one, photos)(stub_pictures) for one in (encoders, lpips))
-    first, second = (np.array(p, dtype=float) / 127.5 - 1 for p in by_pixels.pictures["subject"][:2])
-    assert by_pixels.tables["diversity"][0, 0] == pytest.approx(np.square(first - second).mean(), rel=1e-4)
-    assert np.array_equal(by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"])
+    first, second = (
+        np.array(p, dtype=float) / 127.5 - 1 for p in by_pixels.pictures["subject"][:2]
+    )
+    assert by_pixels.tables["diversity"][0, 0] == pytest.approx(
+        np.square(first - second).mean(), rel=1e-4
+    )
+    assert np.array_equal(
+        by_pixels.tables["drift_base_spread"], by_dino.tables["drift_base_spread"]
+    )
 
 
 def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
@@ -212,7 +264,11 @@ def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
     assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
     elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
     assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
-    for base, folder, plan in (("some/base", tmp_path, PLAN), ("toy", tmp_path, elsewhere), ("toy", None, PLAN)):
+    for base, folder, plan in (
+        ("some/base", tmp_path, PLAN),
+        ("toy", tmp_path, elsewhere),
+        ("toy", None, PLAN),
+    ):
         assert truth_of(base, folder, plan, encoders, 64) is None
 
 
@@ -220,41 +276,64 @@ def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
     mask = Image.new("L", photos[0].size, 0)
     mask.paste(255, (10, 10, 30, 30))
     alone = np.array(paint_over(photos[0], mask))
-    assert (alone[15:25, 15:25] == 128).all() and (alone[40:, 40:] == np.array(photos[0])[40:, 40:]).all()
-    leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(all_of(paint_over(photos[0], mask)))
+    assert (alone[15:25, 15:25] == 128).all() and (
+        alone[40:, 40:] == np.array(photos[0])[40:, 40:]
+    ).all()
+    leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(
+        all_of(paint_over(photos[0], mask))
+    )
     assert leaked.mean("background_leak") > 0
 
 
 @pytest.mark.slow
 def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
-    """With an encoder that sees colour (mean RGB), the individual and another of its kind are told apart."""
+    """With an encoder that sees colour (mean RGB), the individual and another of its kind are told
+    apart."""
     encoders = tiny_encoders(tmp_path / "encoders")
     encoders.dino_images = mean_colours
     truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
     places = [place_in(template) for template in PLAN.templates]
     drawn_in = [p for p in places for _ in PLAN.seeds]
-    true, other = (toy_pictures(toy, drawn_in, seed=1) for toy in (TOY, other_toy(TOY, random.Random(3))))
+    true, other = (
+        toy_pictures(toy, drawn_in, seed=1) for toy in (TOY, other_toy(TOY, random.Random(3)))
+    )
     soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
     photo_vectors = mean_colours(photos)
-    good, bad, blurred = (truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other, soft))
+    good, bad, blurred = (
+        truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other, soft)
+    )
     near, far, ceiling = good["truth"].mean(), bad["truth"].mean(), good["truth_ceiling"].mean()
-    assert near > far and ceiling > good["truth_floor"].mean() and abs(near - ceiling) < abs(far - ceiling)
-    renders = Image.fromarray(render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy())
+    assert (
+        near > far
+        and ceiling > good["truth_floor"].mean()
+        and abs(near - ceiling) < abs(far - ceiling)
+    )
+    renders = Image.fromarray(
+        render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy()
+    )
     said = encoders.clip_images([renders]) @ encoders.clip_texts(PLAN.texts).T
     assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
     assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
     assert good["judge_kind_ceiling"].shape == (3, 3)
-    assert good["sharpness"].mean() > max(good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean())
+    assert good["sharpness"].mean() > max(
+        good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean()
+    )
 
 
-def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(encoders, tmp_path):
+def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(
+    encoders, tmp_path
+):
     truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
     first = Reading("duck", "pink", "blue", "on the beach", frozenset({"top hat"}), (1.0,) * 5)
     wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
     truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
     pictures = [Image.new("RGB", (64, 64))] * 6
     found = truth._right([place_in(t) for t in PLAN.templates], stacked(pictures), len(PLAN.seeds))
-    assert found["judge_ornaments"].tolist() == found["judge_colour2"].tolist() == [[1, 0], [1, 1], [1, 1]]
+    assert (
+        found["judge_ornaments"].tolist()
+        == found["judge_colour2"].tolist()
+        == [[1, 0], [1, 1], [1, 1]]
+    )
     assert found["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and found["judge_kind"].all()
 
 
@@ -262,13 +341,19 @@ def test_pictures_that_look_alike_are_remarked():
     for own, is_said in ((0.17, True), (0.4, False)):
         tables = {"diversity": np.full((3, 2), own), "diversity_base": np.full((3, 2), 0.7)}
         found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0).remarks()
-        said = [line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found]
+        said = [
+            line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found
+        ]
         assert said == [True] * is_said
 
 
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything else."""
-    small = [torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128 for p in pictures]
+    """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything
+    else."""
+    small = [
+        torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128
+        for p in pictures
+    ]
     return normalize(torch.stack(small), dim=-1)
 
 
@@ -279,7 +364,10 @@ def encoders_of_length(width: int):
 
 def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
     """Unit vectors of the middle's mean colour, shifted so that colours differ in direction."""
-    middles = [torch.from_numpy(np.array(p)[16:48, 16:48].astype(np.float32)).mean((0, 1)) - 128 for p in pictures]
+    middles = [
+        torch.from_numpy(np.array(p)[16:48, 16:48].astype(np.float32)).mean((0, 1)) - 128
+        for p in pictures
+    ]
     return normalize(torch.stack(middles), dim=-1)
 
 
@@ -292,26 +380,48 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     """Every measure that has a scale or a base names tables that exist."""
     known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
     known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
-    assert {name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name} <= known
-    like_base = Measure("Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True)
+    assert {
+        name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name
+    } <= known
+    like_base = Measure(
+        "Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True
+    )
     monkeypatch.setitem(MEASURES, "smile", SMILE)
     monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
     found = Evaluator(PLAN, encoders, photos)(stub_pictures)
     found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
     about = replace(ABOUT, adapter_scale=0.5)
     html = report.report_html(found, about, photos)
-    assert "adapter scale 0.5" in html and report.scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
-    for text in ("Smile", "0.625 [0.625, 0.625]", "0.500 [0.500, 0.500]", "does it smile?", "1.250"):
+    assert (
+        "adapter scale 0.5" in html
+        and report.scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
+    )
+    for text in (
+        "Smile",
+        "0.625 [0.625, 0.625]",
+        "0.500 [0.500, 0.500]",
+        "does it smile?",
+        "1.250",
+    ):
         assert f">{text}<" in html
     assert "smile              0.625" in summary(found)
     scores = found.logged()
     assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
-    event = {"type": StepEvaluated.kind, "step": 3, "best": {"step": 3, "score": 0.1, "since": 0}, **scores}
+    event = {
+        "type": StepEvaluated.kind,
+        "step": 3,
+        "best": {"step": 3, "score": 0.1, "since": 0},
+        **scores,
+    }
     axes = Figure().subplots()
     results.draw_fidelity(axes, [event_of(event)])
     assert "smiles" in axes.get_legend_handles_labels()[1]
-    assert "| smile | 0.625 |" in model_card.score_table(SimpleNamespace(scores=event_of(event).scores, best=None))
-    assert "it smiles on 62% of the pictures" in explain.meanings(explain.figures_from([event], TrainConfig()))
+    assert "| smile | 0.625 |" in model_card.score_table(
+        SimpleNamespace(scores=event_of(event).scores, best=None)
+    )
+    assert "it smiles on 62% of the pictures" in explain.meanings(
+        explain.figures_from([event], TrainConfig())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -323,21 +433,31 @@ def both():
 @pytest.fixture(scope="module")
 def evaluators(both):
     encoders = load_encoders("toy")  # random ones see no difference
-    plans = {word: replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",)) for word in both}
+    plans = {
+        word: replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",))
+        for word in both
+    }
     duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
     duck.rivals, rocket.rivals = {"sks rocket": rocket.photos.dino}, {"sks duck": duck.photos.dino}
     return [duck, rocket]
 
 
 def drawer(both, swapped=False):
-    """The adapter draws photos of the subject that a prompt names, or of the other one; the base, noise."""
-    kinds = {"sks duck": "rocket" if swapped else "duck", "sks rocket": "duck" if swapped else "rocket"}
+    """The adapter draws photos of the subject that a prompt names, or of the other one; the base,
+    noise."""
+    kinds = {
+        "sks duck": "rocket" if swapped else "duck",
+        "sks rocket": "duck" if swapped else "rocket",
+    }
 
     def draw(requests, with_adapter):
         if not with_adapter:
             return stub_pictures(requests)
         words = [next((w for w in kinds if w in request.prompt), None) for request in requests]
-        return [both[kinds[word]][n % 3] if word else stub_pictures([requests[n]])[0] for n, word in enumerate(words)]
+        return [
+            both[kinds[word]][n % 3] if word else stub_pictures([requests[n]])[0]
+            for n, word in enumerate(words)
+        ]
 
     return draw
 
@@ -366,7 +486,9 @@ def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
     assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
 
 
-def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(evaluators, both, right):
+def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(
+    evaluators, both, right
+):
     wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
     for good, bad in zip(right, wrong, strict=True):
         assert good.tables["confusion"].shape == (3, 2)
@@ -376,14 +498,18 @@ def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_p
     whole = report.pooled(right)
     assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
     assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))
-    assert whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
+    assert (
+        whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
+    )
     assert not any("sks" in name for name in whole.tables) and "confusion" in whole.means()
     assert report.pooled(right[:1]) is right[0]
 
 
 def test_the_report_has_matrices_pictures_by_subject_and_pairs(evaluators, both, right, tmp_path):
     draw, (pair,), asked = drawer(both), report.pairs_of(evaluators), {}
-    together = pair(lambda requests, on: asked.update({on: requests[0].prompt}) or draw(requests, on))
+    together = pair(
+        lambda requests, on: asked.update({on: requests[0].prompt}) or draw(requests, on)
+    )
     assert asked[True] == "a photo of a sks duck and a sks rocket on the beach"
     assert asked[False] == "a photo of a duck and a rocket on the beach"
     report.write_reports(tmp_path, evaluators, right, [together], BOTH)
@@ -391,12 +517,21 @@ def test_the_report_has_matrices_pictures_by_subject_and_pairs(evaluators, both,
     cells = {(cell["of"], cell["with"]): cell for cell in scores["confusion"]}
     assert cells.keys() == {("sks duck", "sks rocket"), ("sks rocket", "sks duck")}
     cell = cells["sks duck", "sks rocket"]
-    assert cell["confusion"]["low"] <= cell["confusion"]["mean"] < 0.05 < cell["confusion_base"]["mean"]
+    assert (
+        cell["confusion"]["low"]
+        <= cell["confusion"]["mean"]
+        < 0.05
+        < cell["confusion_base"]["mean"]
+    )
     assert cell["dino_own"]["mean"] > cell["dino_other"]["mean"]
     assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
     assert scores["together"][0]["words"] == ["sks duck", "sks rocket"]
     assert scores["together"][0]["first"]["mean"] > scores["together"][0]["second"]["mean"]
     html = (tmp_path / "report.html").read_text()
-    for title in ("Are they told apart?", "“sks duck”", "“sks duck” and “sks rocket” in one prompt"):
+    for title in (
+        "Are they told apart?",
+        "“sks duck”",
+        "“sks duck” and “sks rocket” in one prompt",
+    ):
         assert f"<h2>{title}</h2>" in html
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()

@@ -1,4 +1,5 @@
-"""The service and the fleet with bases of other families than SDXL: a UNet, packed latents, a plain transformer."""
+"""The service and the fleet with bases of other families than SDXL: a UNet, packed latents, a plain
+transformer."""
 
 import asyncio
 import json
@@ -26,7 +27,9 @@ def config(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny_pipeline(request.param, folder / "files").save_pretrained(folder / "base")
     options = {"target_modules": rows.ATTENTION, "max_train_steps": 1}
-    return tiny_config(folder / "base", paint_photos(folder / "photos"), folder / "runs" / "dog", **options)
+    return tiny_config(
+        folder / "base", paint_photos(folder / "photos"), folder / "runs" / "dog", **options
+    )
 
 
 def test_the_service_draws_the_very_picture_of_generate(config, tmp_path, monkeypatch):
@@ -34,9 +37,21 @@ def test_the_service_draws_the_very_picture_of_generate(config, tmp_path, monkey
     train(config)
     monkeypatch.chdir(tmp_path)
     size = ["--width", "64", "--height", "64", "--steps", "2", "--seed", "3", "--output_dir", "."]
-    assert main(["generate", "--base", base, "--adapter", run, "--prompt", "a photo of sks dog", *size]) == 0
+    assert (
+        main(
+            ["generate", "--base", base, "--adapter", run, "--prompt", "a photo of sks dog", *size]
+        )
+        == 0
+    )
     catalogue = open_catalogue([f"{run}/.."])
-    body = {"prompt": "a photo of sks dog", "adapter": "dog", "seed": 3, "steps": 2, "height_px": 64, "width_px": 64}
+    body = {
+        "prompt": "a photo of sks dog",
+        "adapter": "dog",
+        "seed": 3,
+        "steps": 2,
+        "height_px": 64,
+        "width_px": 64,
+    }
     order = replace(parse_order(json.dumps(body).encode()), adapters=(catalogue.find("dog"),))
     drawn = asyncio.run(Drawer(SubjectPipeline.from_base(base), catalogue).draw(order))
     assert drawn.png == (tmp_path / "image_3.png").read_bytes()

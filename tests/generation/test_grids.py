@@ -13,43 +13,69 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import command_generate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.grids import Axis, Sheet, cells_of, draw_sheet, generate_grid, parse_axis
-from dreambooth_moslora.generation.params import GenerationParams, Image, Provenance, Step, read_recipe
+from dreambooth_moslora.generation.grids import (
+    Axis,
+    Sheet,
+    cells_of,
+    draw_sheet,
+    generate_grid,
+    parse_axis,
+)
+from dreambooth_moslora.generation.params import (
+    GenerationParams,
+    Image,
+    Provenance,
+    Step,
+    read_recipe,
+)
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.families import facts_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
 
-PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),))
+PARAMS = GenerationParams(
+    "a photo of a sks dog", seed=3, steps=2, guidance_scale=4.0, adapters=(("dog", 1.0),)
+)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_base, tmp_path_factory):
     subject = SubjectPipeline.from_base(tiny_base)
-    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path_factory.mktemp("a") / "dog", seed=1))
+    subject.load_adapter(
+        save_diffusers_lora(subject.pipeline.unet, tmp_path_factory.mktemp("a") / "dog", seed=1)
+    )
     return subject
 
 
 def test_cells_are_where_the_sheet_says(pipeline):
     """A stopped grid has no sheet."""
-    events = list(generate_grid(pipeline, PARAMS, (Axis("scale", (0.0, 1.0)), Axis("seed", (1, 2, 3)))))
+    events = list(
+        generate_grid(pipeline, PARAMS, (Axis("scale", (0.0, 1.0)), Axis("seed", (1, 2, 3))))
+    )
     images, steps = ([e for e in events if isinstance(e, kind)] for kind in (Image, Step))
     sheet = events[-1]
     assert isinstance(sheet, Sheet) and [e.index for e in images] == list(range(6))
     assert [(e.params.adapters[0][1], e.params.seed) for e in images][3] == (1.0, 1)
     assert steps[0].num_images == 6 and steps[-1].eta_sec == 0
     (alone,) = pipeline.draw(replace(PARAMS, seed=2, adapters=(("dog", 0.0),)))
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet.pixels), (64, 64, 3))[:, :, 0]
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(sheet.pixels), (64, 64, 3))[
+        :, :, 0
+    ]
     assert (windows == np.asarray(alone.pixels)).all((2, 3, 4)).sum() == 1
     stopped = generate_grid(pipeline, PARAMS, (Axis("seed", (1, 2)),), should_stop=lambda: True)
     assert not any(isinstance(e, Sheet | Image) for e in stopped)
 
 
-def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(tiny_base, tmp_path, monkeypatch):
+def test_a_grid_may_have_more_adapters_than_the_model_holds_and_its_sheet_names_them(
+    tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 1)
     subject = SubjectPipeline.from_base(tiny_base)
     names = ("dog", "cat")
-    files = {n: save_diffusers_lora(subject.pipeline.unet, tmp_path / n, seed=i) for i, n in enumerate(names)}
+    files = {
+        n: save_diffusers_lora(subject.pipeline.unet, tmp_path / n, seed=i)
+        for i, n in enumerate(names)
+    }
     hashes = {}
 
     def load(cell):
@@ -89,7 +115,12 @@ def test_adapters_on_an_axis_take_turns_each_at_its_own_scale_beside_those_that_
         assert cells[:2] == [(("dog", 0.5), ink), (("cat", 0.5), ink)]
 
 
-BAD = [("colour=1", "colour"), ("scale", "scale"), ("seed=", "no values"), ("seed=a", "not a number")]
+BAD = [
+    ("colour=1", "colour"),
+    ("scale", "scale"),
+    ("seed=", "no values"),
+    ("seed=a", "not a number"),
+]
 BAD += [("seed=1.5", "number"), ((PARAMS, (Axis("seed", tuple(range(65))),)), "cells")]
 BAD += [((PARAMS, (Axis("seed", (1,)), Axis("seed", (2,)))), "different")]
 BAD += [((GenerationParams("a"), (Axis("scale", (1.0,)),)), "needs an adapter")]
@@ -112,7 +143,10 @@ def command(tiny_base, folder, *words) -> int:
 def test_without_an_adapter_the_words_that_the_embedded_base_has_never_read_are_named():
     """It drew a lamp for a cat, without a word."""
     line = "note: without --adapter the base draws alone"
-    assert command_generate.without_adapter(Base.find("toy"), "a photo of a sks rocket, in the snow") == line
+    assert (
+        command_generate.without_adapter(Base.find("toy"), "a photo of a sks rocket, in the snow")
+        == line
+    )
     never = f"{line}; it has never read cat, naïve, and draws one of its toys instead"
     assert command_generate.without_adapter(Base.find("toy"), "A Cat, a red cat 2 naïve") == never
     assert command_generate.without_adapter(Base.find("some/base"), "a cat") == line
@@ -126,19 +160,27 @@ def test_what_a_family_does_not_obey_is_said(tmp_path, capsys):
     note = "note: --scheduler has no effect: Z-Image's pictures are drawn with the base's own\n"
     said = capsys.readouterr().err
     assert note in said and "--negative_prompt" not in said
-    lines = command_generate.without_effect({"negative_prompt": "cat", "scheduler": "euler"}, facts_of("FluxPipeline"))
-    assert lines == ["note: --negative_prompt has no effect: FLUX.1's pictures are drawn without one"]
+    lines = command_generate.without_effect(
+        {"negative_prompt": "cat", "scheduler": "euler"}, facts_of("FluxPipeline")
+    )
+    assert lines == [
+        "note: --negative_prompt has no effect: FLUX.1's pictures are drawn without one"
+    ]
     values = {"negative_prompt": "cat", "scheduler": "unipc"}
     assert not command_generate.without_effect(values, facts_of("StableDiffusionXLPipeline"))
 
 
-def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(tmp_path, capsys):
+def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedded_one(
+    tmp_path, capsys
+):
     runs = [tmp_path / name for name in ("none", "toy", "an/other")]
     for run, base in zip(runs[1:], ("toy", "an/other")):
         run.mkdir(parents=True)
         RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": base}))
     for order, base in {(0,): "toy", (0, 1, 2): "toy", (2, 1): "an/other"}.items():
-        assert command_generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(base)
+        assert command_generate.base_of_runs([str(runs[place]) for place in order]) == Base.find(
+            base
+        )
     assert capsys.readouterr().err.count("base: an/other, which the run in ") == 1
     (best := RunDir(runs[2]).best_dir / "x.safetensors").parent.mkdir()
     best.touch()
@@ -150,14 +192,27 @@ def test_the_base_is_that_of_the_first_adapters_run_also_where_it_is_the_embedde
     assert command_generate.base_of_runs([str(best)], "a/given") == Base.find("a/given")
 
 
-def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tiny_base, pipeline, tmp_path, capsys):
+def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(
+    tiny_base, pipeline, tmp_path, capsys
+):
     adapter = save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=1).parent
-    words = ["--adapter", f"{adapter}:0.5", "--prompt", "a sks dog", "--seed", "5", "--num_images", "2"]
+    words = [
+        "--adapter",
+        f"{adapter}:0.5",
+        "--prompt",
+        "a sks dog",
+        "--seed",
+        "5",
+        "--num_images",
+        "2",
+    ]
     assert command(tiny_base, tmp_path, *words) == 0
     first, second = (tmp_path / f"image_{seed}.png" for seed in (5, 6))
     assert capsys.readouterr().out.split() == [str(first), str(second)]
     assert read_recipe(second).params.adapters == (("dog", 0.5),)
-    assert command(tiny_base, tmp_path, "--adapter", f"{adapter}:0.5", "--from_png", str(second)) == 0
+    assert (
+        command(tiny_base, tmp_path, "--adapter", f"{adapter}:0.5", "--from_png", str(second)) == 0
+    )
     again = PIL.Image.open(tmp_path / "image_6_2.png")
     assert np.array_equal(np.asarray(again), np.asarray(PIL.Image.open(second)))
     words = ["--adapter", str(adapter), "--prompt", "dog", "--grid", "scale=0,1", "seed=1,2"]
@@ -170,25 +225,43 @@ def test_the_command_writes_pictures_and_a_grid_that_the_command_reads_again(tin
         command(tiny_base, tmp_path, "--prompt", "dog", "--seed", "-2")
 
 
-def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(tiny_base, drawn, tmp_path, monkeypatch):
+def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(
+    tiny_base, drawn, tmp_path, monkeypatch
+):
     """The default revision was drawn with."""
     loaded, from_base = [], SubjectPipeline.from_base
-    monkeypatch.setattr(SubjectPipeline, "from_base", lambda base: loaded.append(base) or from_base(base))
+    monkeypatch.setattr(
+        SubjectPipeline, "from_base", lambda base: loaded.append(base) or from_base(base)
+    )
     run = shutil.copytree(drawn / "runs" / "dog", tmp_path / "runs" / "dog")
     told = {"revision": "0" * 40, "cache_dir": str(tmp_path)}
-    RunDir(run).config_path.write_text(json.dumps({"pretrained_model_name_or_path": str(tiny_base), **told}))
+    RunDir(run).config_path.write_text(
+        json.dumps({"pretrained_model_name_or_path": str(tiny_base), **told})
+    )
     monkeypatch.chdir(tmp_path)
-    for base, words in ((None, ["--adapter", str(run), "--prompt", "dog"]), (None, []), (tiny_base, [])):
+    for base, words in (
+        (None, ["--adapter", str(run), "--prompt", "dog"]),
+        (None, []),
+        (tiny_base, []),
+    ):
         command(base, tmp_path, *(words or ["--from_png", str(drawn / "image_0.png")]))
     assert loaded == [Base.find(tiny_base, **own) for own in (told, told, {})]
 
 
-def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(tiny_base, pipeline, tmp_path, capsys):
+def test_two_files_of_one_name_are_told_apart_and_one_file_is_not_taken_twice(
+    tiny_base, pipeline, tmp_path, capsys
+):
     """They were refused as one adapter that is named twice."""
-    one, other = (save_diffusers_lora(pipeline.pipeline.unet, tmp_path / n / "dog", seed=i) for i, n in enumerate("ab"))
+    one, other = (
+        save_diffusers_lora(pipeline.pipeline.unet, tmp_path / n / "dog", seed=i)
+        for i, n in enumerate("ab")
+    )
     words = ["--prompt", "a dog", "--adapter", f"{one}:0.5", "--adapter"]
     assert command(tiny_base, tmp_path, *words, f"{other}:0.3") == 0
-    assert f"note: {other} is called dog_2 here, as another file is called dog\n" in capsys.readouterr().err
+    assert (
+        f"note: {other} is called dog_2 here, as another file is called dog\n"
+        in capsys.readouterr().err
+    )
     assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.5), ("dog_2", 0.3))
     with pytest.raises(UserError, match="named twice"):
         command(tiny_base, tmp_path, *words, str(one.parent))
@@ -206,7 +279,9 @@ def drawn(tiny_base, pipeline, tmp_path_factory):
 def is_drawn_again(tiny_base, drawn, folder, *words) -> bool:
     first = drawn / "image_0.png"
     assert command(tiny_base, folder, "--from_png", str(first), *words) == 0
-    return np.array_equal(np.asarray(PIL.Image.open(folder / "image_0.png")), np.asarray(PIL.Image.open(first)))
+    return np.array_equal(
+        np.asarray(PIL.Image.open(folder / "image_0.png")), np.asarray(PIL.Image.open(first))
+    )
 
 
 GIVEN = ("dog --adapter runs/dog", "dog --adapter dog", "dog", "rex", "rex --adapter runs/rex")
@@ -224,7 +299,9 @@ def test_a_picture_is_drawn_again_at_its_own_scale_under_whatever_name(
     assert "note" not in capsys.readouterr().err
 
 
-def test_a_picture_is_drawn_again_with_the_base_of_its_adapters_run(tiny_base, drawn, tmp_path, monkeypatch, capsys):
+def test_a_picture_is_drawn_again_with_the_base_of_its_adapters_run(
+    tiny_base, drawn, tmp_path, monkeypatch, capsys
+):
     """The embedded base was taken. Where it is taken, a picture of another base says so."""
     shutil.copytree(drawn / "runs", tmp_path / "runs")
     file = RunDir(tmp_path / "runs" / "dog").config_path
@@ -232,20 +309,29 @@ def test_a_picture_is_drawn_again_with_the_base_of_its_adapters_run(tiny_base, d
     monkeypatch.chdir(tmp_path)
     assert is_drawn_again(None, drawn, tmp_path)
     assert "note" not in capsys.readouterr().err
-    image = Image(0, PIL.Image.new("RGB", (8, 8)), GenerationParams("dog", steps=1), Provenance("some/base"))
+    image = Image(
+        0, PIL.Image.new("RGB", (8, 8)), GenerationParams("dog", steps=1), Provenance("some/base")
+    )
     assert command(tiny_base, tmp_path, "--from_png", str(image.save(tmp_path / "a.png"))) == 0
     said = f"note: the picture was made with the base some/base, and this is {tiny_base.name}\n"
     assert said in capsys.readouterr().err
 
 
-def test_another_file_of_the_adapter_is_said(tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys):
+def test_another_file_of_the_adapter_is_said(
+    tiny_base, pipeline, drawn, tmp_path, monkeypatch, capsys
+):
     """Without a name, one line says which file is missing."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"):
+    with pytest.raises(
+        UserError, match=r"the picture's adapter 'dog' \(sha256 \w{12}\) is not in runs/.*--adapter"
+    ):
         command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))
     save_diffusers_lora(pipeline.pipeline.unet, tmp_path / "runs" / "dog", seed=2)
     assert not is_drawn_again(tiny_base, drawn, tmp_path, "--adapter", "runs/dog")
-    assert "note: the adapter dog is another file than the one that made the picture" in capsys.readouterr().err
+    assert (
+        "note: the adapter dog is another file than the one that made the picture"
+        in capsys.readouterr().err
+    )
     assert read_recipe(tmp_path / "image_0.png").params.adapters == (("dog", 0.6),)
     with pytest.raises(UserError, match=r"runs/dog/pytorch_lora_weights\.safetensors has its name"):
         command(tiny_base, tmp_path, "--from_png", str(drawn / "image_0.png"))

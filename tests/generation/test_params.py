@@ -8,10 +8,23 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Provenance, draw_seed, read_recipe, split_lora_tags
+from dreambooth_moslora.generation.params import (
+    GenerationParams,
+    Provenance,
+    draw_seed,
+    read_recipe,
+    split_lora_tags,
+)
 from tests.helpers.odd_photos import jpeg, png_of
 
-SIZES = {"seed": 4294967295, "steps": 7, "guidance_scale": 3.25, "height_px": 64, "width_px": 128, "num_images": 1}
+SIZES = {
+    "seed": 4294967295,
+    "steps": 7,
+    "guidance_scale": 3.25,
+    "height_px": 64,
+    "width_px": 128,
+    "num_images": 1,
+}
 FULL = GenerationParams(
     prompt='a photo of a "sks" mug, <b>bold</b>\nNegative prompt: not really, Steps: 3',
     negative_prompt="blur, Seed: 12",
@@ -42,7 +55,10 @@ def test_text_options_come_back_and_are_not_in_the_recipe_of_a_picture_without_t
     params = GenerationParams(
         "a mug", text_options={"max_sequence_length": "64", "text_encoder_out_layers": ["9", "18"]}
     )
-    assert dict(params.text_options) == {"max_sequence_length": 64, "text_encoder_out_layers": ("9", "18")}
+    assert dict(params.text_options) == {
+        "max_sequence_length": 64,
+        "text_encoder_out_layers": ("9", "18"),
+    }
     assert read_recipe(write_png(tmp_path / "a.png", params.to_png_text(FACTS))).params == params
     assert "text_options" not in FULL.to_dict()
 
@@ -50,12 +66,24 @@ def test_text_options_come_back_and_are_not_in_the_recipe_of_a_picture_without_t
 WRONG = [({"prompt": "  "}, "empty"), ({"prompt": 3}, "text"), ({"prompt": "x" * 5001}, "5001")]
 WRONG += [({"steps": 0}, "steps"), ({"steps": True}, "steps"), ({"seed": -1}, "seed")]
 WRONG += [({"guidance_scale": float("nan")}, "guidance_scale"), ({"num_images": 65}, "num_images")]
-WRONG += [({"height_px": 100}, "multiple of 8"), ({"width_px": 8192}, "width_px"), ({"scheduler": "magic"}, "magic")]
-WRONG += [({"adapters": [("a", scale)]}, word) for scale, word in ((99, "99"), (float("nan"), "nan"))]
-WRONG += [({"text_options": options}, word) for options, word in (("abc", "names with values"), ({"clip": 1}, "clip"))]
+WRONG += [
+    ({"height_px": 100}, "multiple of 8"),
+    ({"width_px": 8192}, "width_px"),
+    ({"scheduler": "magic"}, "magic"),
+]
+WRONG += [
+    ({"adapters": [("a", scale)]}, word) for scale, word in ((99, "99"), (float("nan"), "nan"))
+]
+WRONG += [
+    ({"text_options": options}, word)
+    for options, word in (("abc", "names with values"), ({"clip": 1}, "clip"))
+]
 WRONG += [({"text_options": {"system_prompt": "x" * 5001}}, "5000")]
 WRONG += [({"text_options": {"max_sequence_length": 0}}, "1")]
-WRONG += [({"adapters": "abc"}, "pairs"), ({"adapters": [("a", 10**400)]}, "pairs of name and scale")]
+WRONG += [
+    ({"adapters": "abc"}, "pairs"),
+    ({"adapters": [("a", 10**400)]}, "pairs of name and scale"),
+]
 WRONG += [({"adapters": [("a", 1), ("a", 2)]}, "twice"), ({"surprise": 1}, "surprise")]
 
 
@@ -67,11 +95,22 @@ def test_what_cannot_be_generated_is_refused_in_one_line(values, word):
 
 
 def text_bomb() -> bytes:
-    return png_of(8, 8, b"", (b"zTXt", b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9)))
+    return png_of(
+        8, 8, b"", (b"zTXt", b"dreambooth_moslora\0\0" + zlib.compress(b" " * 200_000_000, 9))
+    )
 
 
-NO_RECIPE = ("[]", "{", '{"params": []}', '{"params": {"prompt": {}}}', '{"params": {"prompt": "a"}, "versions": 3}')
-ODD = {text: (text, "") for text in NO_RECIPE} | {"nested": ("[" * 100_000, ""), "bare": ({}, "no recipe")}
+NO_RECIPE = (
+    "[]",
+    "{",
+    '{"params": []}',
+    '{"params": {"prompt": {}}}',
+    '{"params": {"prompt": "a"}, "versions": 3}',
+)
+ODD = {text: (text, "") for text in NO_RECIPE} | {
+    "nested": ("[" * 100_000, ""),
+    "bare": ({}, "no recipe"),
+}
 ODD |= {"text": (b"hello", "PNG"), "nothing": (None, "no such file"), "photo": (jpeg, "PNG")}
 ODD |= {"pixel bomb": (png_of(100_000, 100_000, b""), ""), "text bomb": (text_bomb, "")}
 
@@ -98,7 +137,9 @@ def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_se
     for tag in ("<lora:rex:0.8:0.5>", "<lora:rex:high>", "<lora:rex:>"):
         with pytest.raises(UserError, match=f"{tag} is not read here: write <lora:NAME:SCALE>"):
             split_lora_tags(f"a dog {tag}")
-    params = GenerationParams("dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))).apply_tags()
+    params = GenerationParams(
+        "dog <lora:rex:0.5>", adapters=(("rex", 1.0), ("b", 0.2))
+    ).apply_tags()
     assert params.prompt == "dog" and params.adapters == (("rex", 0.5), ("b", 0.2))
     with pytest.raises(UserError, match="empty"):
         GenerationParams("<lora:rex>").apply_tags()

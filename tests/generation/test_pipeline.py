@@ -1,5 +1,5 @@
-"""SubjectPipeline on the tiny base: same parameters, same pixels; adapters come, combine and go; previews;
-a GPU with little memory; a base with zero terminal SNR."""
+"""SubjectPipeline on the tiny base: same parameters, same pixels; adapters come, combine and go;
+previews; a GPU with little memory; a base with zero terminal SNR."""
 
 import json
 import pickle
@@ -52,7 +52,10 @@ def files(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     unet = SubjectPipeline.from_base(tiny_base).pipeline.unet
     return {
-        **{name: save_diffusers_lora(unet, folder / name, seed) for name, seed in (("dog", 1), ("cat", 2))},
+        **{
+            name: save_diffusers_lora(unet, folder / name, seed)
+            for name, seed in (("dog", 1), ("cat", 2))
+        },
         "dog_kohya": save_kohya_lora(unet, folder / "dog_kohya.safetensors", seed=1),
     }
 
@@ -67,7 +70,9 @@ def pipeline(tiny_base, files):
 
 def picture(subject, params=PARAMS, **changes) -> np.ndarray:
     """The first one that is streamed."""
-    images = [event for event in subject.generate(replace(params, **changes)) if isinstance(event, Image)]
+    images = [
+        event for event in subject.generate(replace(params, **changes)) if isinstance(event, Image)
+    ]
     return np.asarray(images[0].pixels)
 
 
@@ -79,7 +84,9 @@ def differs(a, b) -> bool:
     return bool(np.abs(a.astype(int) - b.astype(int)).max() > 2)
 
 
-def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reported_with_a_preview(pipeline):
+def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reported_with_a_preview(
+    pipeline,
+):
     """The image comes last."""
     alone = [picture(pipeline, seed=PARAMS.seed + i) for i in range(2)]
     events = list(pipeline.generate(replace(PARAMS, num_images=2)))
@@ -87,13 +94,25 @@ def test_an_image_does_not_depend_on_how_many_are_made_and_every_step_is_reporte
     assert all(np.array_equal(a, b) for a, b in zip(both, alone, strict=True)) and differs(*both)
     kinds = [type(event) for event in events]
     assert kinds == [Step, previews.Preview] * 3 + [Image] + [Step, previews.Preview] * 3 + [Image]
-    assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (1, 1, 3, 2)
+    assert [(e.index, e.step, e.steps, e.num_images) for e in events if isinstance(e, Step)][3] == (
+        1,
+        1,
+        3,
+        2,
+    )
     assert events[-3].eta_sec == 0
     assert {e.pixels.size for e in events if isinstance(e, Image | previews.Preview)} == {(64, 64)}
 
 
-def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, files, tiny_base, tmp_path):
-    params = replace(PARAMS, adapters=(("dog", 0.7), ("cat", 0.2)), negative_prompt="blur", scheduler="dpmpp_2m_karras")
+def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(
+    pipeline, files, tiny_base, tmp_path
+):
+    params = replace(
+        PARAMS,
+        adapters=(("dog", 0.7), ("cat", 0.2)),
+        negative_prompt="blur",
+        scheduler="dpmpp_2m_karras",
+    )
     image = next(e for e in pipeline.generate(params) if isinstance(e, Image))
     recipe = read_recipe(image.save(tmp_path / "a.png"))
     assert dict(recipe.provenance.adapter_sha256)["dog"] == pipeline.adapters["dog"].sha256
@@ -107,11 +126,16 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(pipeline, f
 def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
     """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt acts."""
     base = picture(SubjectPipeline.from_base(tiny_base))
-    dog, cat, less = (with_adapters(pipeline, **{n: scale}) for n, scale in (("dog", 1.0), ("cat", 1.0), ("dog", 0.3)))
+    dog, cat, less = (
+        with_adapters(pipeline, **{n: scale})
+        for n, scale in (("dog", 1.0), ("cat", 1.0), ("dog", 0.3))
+    )
     both = with_adapters(pipeline, dog=1.0, cat=1.0)
     assert differs(dog, cat) and differs(both, dog) and differs(both, cat) and differs(base, dog)
     assert np.array_equal(with_adapters(pipeline, dog=1.0, cat=0.0), dog)
-    assert np.array_equal(with_adapters(pipeline, dog=0.0), base) and np.array_equal(picture(pipeline), base)
+    assert np.array_equal(with_adapters(pipeline, dog=0.0), base) and np.array_equal(
+        picture(pipeline), base
+    )
     assert not differs(with_adapters(pipeline, dog_kohya=1.0), dog)
     tagged = picture(pipeline, prompt=PARAMS.prompt + " <lora:dog:0.3>")
     assert differs(less, dog) and np.array_equal(tagged, less)
@@ -122,7 +146,9 @@ def test_scales_of_equal_files_add_up(tiny_base, files, tmp_path):
     subject = SubjectPipeline.from_base(tiny_base)
     subject.load_adapter(files["dog"])
     subject.load_adapter(shutil.copy(files["dog"], tmp_path / "rex.safetensors"))
-    assert np.array_equal(with_adapters(subject, dog=0.5, rex=0.25), with_adapters(subject, dog=0.75))
+    assert np.array_equal(
+        with_adapters(subject, dog=0.5, rex=0.25), with_adapters(subject, dog=0.75)
+    )
     assert np.array_equal(with_adapters(subject, dog=0.5, rex=-0.5), picture(subject))
 
 
@@ -160,7 +186,9 @@ OWN_SCHEDULERS = [
     (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
     (diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True), "dpmpp_2m_karras"),
     (
-        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
+        diffusers.DPMSolverMultistepScheduler(
+            algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
+        ),
         "dpmpp_2m_sde_karras",
     ),
     (diffusers.DPMSolverMultistepScheduler(), None),
@@ -173,8 +201,11 @@ OWN_SCHEDULERS = [
 
 
 @pytest.mark.parametrize(("own", "name"), OWN_SCHEDULERS, ids=lambda value: type(value).__name__)
-def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(own, name, tmp_path, tiny_base):
-    """The picture says which; one that has no name here is drawn too, and previews never wait for what it lacks."""
+def test_a_base_is_drawn_with_its_own_scheduler_unless_another_is_asked_for(
+    own, name, tmp_path, tiny_base
+):
+    """The picture says which; one that has no name here is drawn too, and previews never wait for
+    what it lacks."""
     assert gpu_room.scheduler_name(own) == name
     if "FlowMatch" in type(own).__name__:
         return
@@ -197,9 +228,13 @@ def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
     """So that a second SubjectPipeline of it draws with the base's own."""
     pipeline = load.load_pipeline(tiny_base)
     own, subject = pipeline.scheduler, SubjectPipeline(pipeline, "tiny")
-    assert differs(picture(subject, PARAMS), picture(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras")))
+    assert differs(
+        picture(subject, PARAMS), picture(subject, replace(PARAMS, scheduler="dpmpp_2m_sde_karras"))
+    )
     assert pipeline.scheduler is own
-    assert np.array_equal(picture(SubjectPipeline(pipeline, "tiny"), PARAMS), picture(subject, PARAMS))
+    assert np.array_equal(
+        picture(SubjectPipeline(pipeline, "tiny"), PARAMS), picture(subject, PARAMS)
+    )
 
 
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
@@ -209,7 +244,9 @@ def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     sampler = fixed_seeds.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
     requests = [fixed_seeds.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
-    assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(together, alone))
+    assert all(
+        np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(together, alone)
+    )
     assert differs(np.asarray(alone[0]), np.asarray(alone[1]))
 
 
@@ -226,7 +263,9 @@ class LinearVae(torch.nn.Module):
 
 def test_preview_colours_are_those_of_the_vae():
     vae, latents = LinearVae(), previews.smooth_latents(4, seed=7)
-    truth = (vae.decode(latents / vae.config.scaling_factor).sample[0, :, ::8, ::8] / 2 + 0.5).clamp(0, 1) * 255
+    truth = (
+        vae.decode(latents / vae.config.scaling_factor).sample[0, :, ::8, ::8] / 2 + 0.5
+    ).clamp(0, 1) * 255
     preview = np.asarray(previews.LatentColours(vae)(latents, (32, 32))).astype(float)
     assert np.abs(preview - truth.permute(1, 2, 0).numpy()).max() <= 1.01
 
@@ -234,7 +273,9 @@ def test_preview_colours_are_those_of_the_vae():
 def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
     """So does closing the iterator."""
     stop, events, before = threading.Event(), [], picture(pipeline)
-    for event in pipeline.generate(replace(PARAMS, steps=50, num_images=4), should_stop=stop.is_set):
+    for event in pipeline.generate(
+        replace(PARAMS, steps=50, num_images=4), should_stop=stop.is_set
+    ):
         events.append(event)
         stop.set()
     assert not any(isinstance(event, Image) for event in events)
@@ -248,7 +289,8 @@ def test_stopping_ends_after_the_step_and_leaves_the_pipeline_usable(pipeline):
 
 def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
     """An allocation beyond any machine's address space fails as a too large picture does."""
-    assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0  # SDXL's usual
+    # SDXL's usual
+    assert pipeline.complete(replace(PARAMS, guidance_scale=None)).guidance_scale == 5.0
     with pytest.raises(UserError, match=r"'rex'.*loaded are: .*dog_kohya"):
         pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
     monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
@@ -276,7 +318,9 @@ def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, 
     state, before = load_file(files["dog"]), dict(pipeline.adapters)
     first = next(iter(state))
     contents = {
-        "wide": {key: value.repeat(1, 2) if "lora_A" in key else value for key, value in state.items()},
+        "wide": {
+            key: value.repeat(1, 2) if "lora_A" in key else value for key, value in state.items()
+        },
         "flux": {"transformer." + key: value for key, value in state.items()},
         "plain": {"weight": torch.zeros(2, 2)},
         "nan": state | {first: state[first] * torch.nan},
@@ -291,14 +335,20 @@ def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, 
     torch.save(state, tmp_path / "old.bin")
     (tmp_path / "empty").mkdir()
     for name in (*(f"{name}.safetensors" for name in contents), "old.bin", "empty", "missing"):
-        both = r"cross-attention width 96.*cross-attention width 48" if name.startswith("wide") else None
+        both = (
+            r"cross-attention width 96.*cross-attention width 48"
+            if name.startswith("wide")
+            else None
+        )
         with pytest.raises(UserError, match=both) as error:
             pipeline.load_adapter(tmp_path / name)
         assert "\n" not in str(error.value), name
     assert pipeline.adapters == before
 
 
-def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(tiny_base, files, monkeypatch):
+def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(
+    tiny_base, files, monkeypatch
+):
     """An adapter that is asked for again does not make room for the next."""
     monkeypatch.setattr("dreambooth_moslora.generation.pipeline.RESIDENT_ADAPTERS", 2)
     subject = SubjectPipeline.from_base(tiny_base)
@@ -311,28 +361,41 @@ def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(tiny_base
     assert list(subject.adapters) == ["cat", "dog_kohya"]
     subject.load_adapter(files["cat"])
     subject.load_adapter(files["dog"])
-    assert set(subject.adapters) == {"cat", "dog"} and np.array_equal(with_adapters(subject, dog=1.0), dog)
+    assert set(subject.adapters) == {"cat", "dog"} and np.array_equal(
+        with_adapters(subject, dog=1.0), dog
+    )
     for name in list(subject.adapters):
         subject.unload_adapter(name)
     assert not subject.adapters and not subject.pipeline.get_list_adapters().get("unet")
 
 
 def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline, tmp_path):
-    """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that tell them apart."""
+    """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that
+    tell them apart."""
     facts = facts_of(components := live(lora_alpha=8, mixer="kaiming"))
     published_file.publish(components, tmp_path / "rex", "rex", facts)
     raw_file.save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
-    names = [pipeline.load_adapter(path) for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")]
+    names = [
+        pipeline.load_adapter(path)
+        for path in (tmp_path / "rex", tmp_path / "rex" / "checkpoint-20")
+    ]
     assert names == ["rex", "rex@20"]
     published, raw = (with_adapters(pipeline, **{name: 1.0}) for name in names)
     assert not differs(published, raw) and differs(published, picture(pipeline))
 
 
-def test_two_threads_wait_for_each_other_and_drawn_in_the_calling_one_a_picture_is_the_same_file(pipeline, tmp_path):
+def test_two_threads_wait_for_each_other_and_drawn_in_the_calling_one_a_picture_is_the_same_file(
+    pipeline, tmp_path
+):
     expected = {name: with_adapters(pipeline, **{name: 1.0}) for name in ("dog", "cat")}
     with ThreadPoolExecutor(2) as pool:
-        got = {n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)] for n in expected}
-    assert all(np.array_equal(image.result(), expected[name]) for name in got for image in got[name])
+        got = {
+            n: [pool.submit(with_adapters, pipeline, **{n: 1.0}) for _ in range(3)]
+            for n in expected
+        }
+    assert all(
+        np.array_equal(image.result(), expected[name]) for name in got for image in got[name]
+    )
     params = replace(PARAMS, steps=2, num_images=2)
     streamed = [event for event in pipeline.generate(params) if hasattr(event, "save")]
     drawn = pipeline.draw(params)
@@ -357,17 +420,23 @@ def last_preview_and_picture(pipeline) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
     """Its activations leave fp16's range, and its norms take the factor out again."""
-    half, full = (pipeline_of(tmp_path / str(dtype), dtype, 3e5) for dtype in (torch.float16, torch.float32))
+    half, full = (
+        pipeline_of(tmp_path / str(dtype), dtype, 3e5) for dtype in (torch.float16, torch.float32)
+    )
     found = last_preview_and_picture(half)
     assert half.vae.dtype == torch.float16
     for mine, wanted in zip(found, last_preview_and_picture(full), strict=True):
         assert wanted.std() > 1 and np.abs(mine - wanted).max() <= 8
 
 
-def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(tiny_base, monkeypatch, subject):
+def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(
+    tiny_base, monkeypatch, subject
+):
     """A large one keeps all models, and a size that cannot fit is refused before the first step."""
     offloads, enable = [], StableDiffusionXLPipeline.enable_model_cpu_offload
-    noted = lambda self, gpu_id=None, device=None: offloads.append(str(device)) or enable(self, gpu_id, device)  # noqa: E731
+    noted = lambda self, gpu_id=None, device=None: (  # noqa: E731
+        offloads.append(str(device)) or enable(self, gpu_id, device)
+    )
     monkeypatch.setattr(StableDiffusionXLPipeline, "enable_model_cpu_offload", noted)
     expected = picture(SubjectPipeline.from_base(tiny_base))
     free(monkeypatch, 24.0)
@@ -376,7 +445,9 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     weights = gpu_room.weights_gib(large.pipeline)
     small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
     free(monkeypatch, 100 * 100 * gpu_room.UNET_BYTES_A_PIXEL / 2**30)
-    with pytest.raises(UserError, match="too little memory for 128 x 128 px: at most 96 x 96 px fit"):
+    with pytest.raises(
+        UserError, match="too little memory for 128 x 128 px: at most 96 x 96 px fit"
+    ):
         picture(small, GenerationParams("a dog", steps=1, height_px=128, width_px=128))
     free(monkeypatch, 1.4 * weights)
     monkeypatch.setattr(gpu_room, "UNET_BYTES_A_PIXEL", 1e-9)
@@ -386,9 +457,12 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
     tiles: list[torch.Size] = []
-    subject.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: tiles.append(inputs[0].shape[-2:]))
+    subject.pipeline.vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: tiles.append(inputs[0].shape[-2:])
+    )
     monkeypatch.setattr(machine, "TILES_PX", (32,))
-    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)  # the tiny base has 0.6 MiB of weights
+    # the tiny base has 0.6 MiB of weights
+    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)
     picture(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
@@ -397,12 +471,16 @@ def free(monkeypatch, gib: float) -> None:
     monkeypatch.setattr(machine, "free_gib", lambda device: gib)
 
 
-@pytest.mark.parametrize(("free_gib", "side_px"), [(23.0, 4000), (9.0, 2048), (7.2, 2048), (5.4, 1024)])
+@pytest.mark.parametrize(
+    ("free_gib", "side_px"), [(23.0, 4000), (9.0, 2048), (7.2, 2048), (5.4, 1024)]
+)
 def test_what_sdxl_may_draw_on_a_card(free_gib, side_px, monkeypatch):
-    """In half precision, 6.5 GiB of weights, of which the UNet has 4.8: cards of 24, 10 (12 beside a desktop), 8 and
-    6 GB. On the first all models stay."""
+    """In half precision, 6.5 GiB of weights, of which the UNet has 4.8: cards of 24, 10 (12 beside
+    a desktop), 8 and 6 GB. On the first all models stay."""
     monkeypatch.setattr(gpu_room, "weights_gib", lambda model: 4.8 if model == "unet" else 6.5)
-    home = gpu_room.Home(SimpleNamespace(device=torch.device("cpu"), unet="unet"), torch.device(OTHER_DEVICE))
+    home = gpu_room.Home(
+        SimpleNamespace(device=torch.device("cpu"), unet="unet"), torch.device(OTHER_DEVICE)
+    )
     free(monkeypatch, free_gib)
     assert home.is_short == (free_gib != 23.0)
     if not home.is_short:
@@ -413,8 +491,11 @@ def test_what_sdxl_may_draw_on_a_card(free_gib, side_px, monkeypatch):
         home.check_size(3 * side_px, 3 * side_px)
 
 
-def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(tiny_base, tmp_path, monkeypatch):
-    """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are drawn as before."""
+def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(
+    tiny_base, tmp_path, monkeypatch
+):
+    """As its authors publish it: marked, and with SDXL's own spacing of timesteps. Other bases are
+    drawn as before."""
     velocity = save_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction")
     base = shutil.copytree(velocity, tmp_path / "zero")
     file = base / "scheduler" / "scheduler_config.json"
@@ -423,7 +504,9 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
 
     def noted(self, *arguments, **options):
         asked.append(options.get("guidance_rescale"))
-        return call(self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options)
+        return call(
+            self, *arguments, num_inference_steps=options.pop("num_inference_steps", 2), **options
+        )
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", noted)
     pipeline = load.load_pipeline(base)
@@ -433,20 +516,37 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
         scheduler = subject._scheduler(name)
         scheduler.set_timesteps(10)
         assert int(scheduler.timesteps[0]) == 999, name
-    drawn = [picture(subject, guidance_scale=9.0), *fixed_seeds.generate_images(pipeline, "a dog", [1], (64, 64))]
+    drawn = [
+        picture(subject, guidance_scale=9.0),
+        *fixed_seeds.generate_images(pipeline, "a dog", [1], (64, 64)),
+    ]
     assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
     for other in map(load.load_pipeline, (tiny_base, velocity)):
-        assert load.guidance_rescale(other) == 0.0 and other.scheduler.config.timestep_spacing == "leading"
+        assert (
+            load.guidance_rescale(other) == 0.0
+            and other.scheduler.config.timestep_spacing == "leading"
+        )
 
 
 @pytest.mark.parametrize(("threshold", "said"), [(-2, f"1 of them is black: {CENSORED}"), (2, "")])
-def test_a_picture_that_the_bases_safety_checker_blackens_is_said_to_be_so(threshold, said, tmp_path):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(projection_dim=8, vision_config={**sizes, "image_size": 32, "patch_size": 16})
+def test_a_picture_that_the_bases_safety_checker_blackens_is_said_to_be_so(
+    threshold, said, tmp_path
+):
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        projection_dim=8, vision_config={**sizes, "image_size": 32, "patch_size": 16}
+    )
     checker = StableDiffusionSafetyChecker(config).eval()
     checker.concept_embeds_weights.fill_(threshold)
     sees = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     pipe = tiny_pipeline("sd1", tmp_path)
     pipe.register_modules(safety_checker=checker, feature_extractor=sees)
-    pictures = SubjectPipeline(pipe, "tiny").draw(GenerationParams("a dog", steps=1, height_px=32, width_px=32))
+    pictures = SubjectPipeline(pipe, "tiny").draw(
+        GenerationParams("a dog", steps=1, height_px=32, width_px=32)
+    )
     assert len(pictures) == 1 and about_black(pictures) == said

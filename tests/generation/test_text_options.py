@@ -1,4 +1,5 @@
-"""Pictures of other families are drawn with the options of encoding prompts that the adapter's run had."""
+"""Pictures of other families are drawn with the options of encoding prompts that the adapter's run
+had."""
 
 from argparse import ArgumentParser
 from pathlib import Path
@@ -24,26 +25,47 @@ NAMES = [facts.name for facts in FAMILIES if facts.text_options]
 
 
 @pytest.fixture(
-    scope="module", params=[name if name == "z_image" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    scope="module",
+    params=[
+        name if name == "z_image" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+    ],
 )
 def subject(request, tmp_path_factory) -> SubjectPipeline:
-    return SubjectPipeline(tiny_pipeline(request.param, tmp_path_factory.mktemp(request.param)), "tiny")
+    return SubjectPipeline(
+        tiny_pipeline(request.param, tmp_path_factory.mktemp(request.param)), "tiny"
+    )
 
 
 def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
-    """The name of an adapter with random weights, whose file says what one of a run with these settings says."""
-    layers = {path: layer for path, layer in denoiser_of(subject.pipeline).named_modules() if path.endswith("to_q")}
+    """The name of an adapter with random weights, whose file says what one of a run with these
+    settings says."""
+    layers = {
+        path: layer
+        for path, layer in denoiser_of(subject.pipeline).named_modules()
+        if path.endswith("to_q")
+    }
     random, tensors = torch.Generator().manual_seed(0), {}
     for path, layer in layers.items():
         sizes = {"lora_A": (1, layer.in_features), "lora_B": (layer.out_features, 1)}
-        tensors |= {f"transformer.{path}.{n}.weight": torch.randn(size, generator=random) for n, size in sizes.items()}
-    save_file(tensors, file, with_recipe(TrainConfig(**options), AdapterMetadata(rank=1, alpha=1.0)).header)
+        tensors |= {
+            f"transformer.{path}.{n}.weight": torch.randn(size, generator=random)
+            for n, size in sizes.items()
+        }
+    save_file(
+        tensors,
+        file,
+        with_recipe(TrainConfig(**options), AdapterMetadata(rank=1, alpha=1.0)).header,
+    )
     return subject.load_adapter(file)
 
 
-def drawn(subject: SubjectPipeline, *adapters: str, negative_prompt: str = "", **options) -> np.ndarray:
+def drawn(
+    subject: SubjectPipeline, *adapters: str, negative_prompt: str = "", **options
+) -> np.ndarray:
     sides = {"height_px": 64, "width_px": 64, "adapters": tuple((name, 1.0) for name in adapters)}
-    params = GenerationParams("a photo of sks dog", negative_prompt, steps=1, text_options=options, **sides)
+    params = GenerationParams(
+        "a photo of sks dog", negative_prompt, steps=1, text_options=options, **sides
+    )
     return np.asarray(subject.draw(params)[0].pixels)
 
 
@@ -57,7 +79,9 @@ def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, sub
     adapter = loaded(subject, tmp_path / "own.safetensors", **{option: value})
     plain = loaded(subject, tmp_path / "plain.safetensors")
     usual, wanted = drawn(subject, plain), drawn(subject, plain, **{option: value})
-    assert not np.array_equal(usual, wanted) and np.array_equal(drawn(subject, adapter, **{option: value}), wanted)
+    assert not np.array_equal(usual, wanted) and np.array_equal(
+        drawn(subject, adapter, **{option: value}), wanted
+    )
     assert np.array_equal(drawn(subject, adapter), wanted if option in TOLD else usual)
 
 
@@ -68,14 +92,20 @@ def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
     save_file({"x": torch.ones(1)}, file := tmp_path / "dog.safetensors", header)
     command_evaluate.evaluate_arguments(parser := ArgumentParser())
     words = [str(file), "--photos", str(tmp_path), "--system_prompt", given]
-    assert text_options_of(command_evaluate.resolve(parser.parse_args(words))) == {"system_prompt": given}
+    assert text_options_of(command_evaluate.resolve(parser.parse_args(words))) == {
+        "system_prompt": given
+    }
     assert not text_options_of(command_evaluate.resolve(parser.parse_args(words[:3])))
 
 
 @pytest.mark.slow
 def test_of_two_runs_with_different_ones_one_must_be_given(subject, tmp_path):
-    both = [loaded(subject, tmp_path / f"of_{n}.safetensors", max_sequence_length=n) for n in (4, 5)]
-    with pytest.raises(UserError, match="of_4 and of_5 were trained with different --max_sequence_length: give one"):
+    both = [
+        loaded(subject, tmp_path / f"of_{n}.safetensors", max_sequence_length=n) for n in (4, 5)
+    ]
+    with pytest.raises(
+        UserError, match="of_4 and of_5 were trained with different --max_sequence_length: give one"
+    ):
         drawn(subject, *both)
     drawn(subject, *both, max_sequence_length=4)
 
@@ -89,13 +119,20 @@ def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "option"), [("lumina2", "system_prompt"), ("sana", "complex_human_instruction")])
+@pytest.mark.parametrize(
+    ("name", "option"), [("lumina2", "system_prompt"), ("sana", "complex_human_instruction")]
+)
 def test_the_prompt_is_instructed_and_the_negative_one_is_not(name, option, tmp_path):
     """As in the pipeline's own call."""
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path), "tiny")
     ours = drawn(subject, negative_prompt="a blurred cat", **{option: OTHER})
     own = subject.family.with_negative({}, {}) | encoding_options({option: OTHER})
     own |= {"negative_prompt": "a blurred cat", "guidance_scale": subject.family.facts.guidance}
-    own |= {"height": 64, "width": 64, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
+    own |= {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 1,
+        "generator": torch.Generator().manual_seed(0),
+    }
     theirs = subject.pipeline("a photo of sks dog", **own).images[0]
     assert np.abs(ours.astype(float) - np.asarray(theirs)).max() <= 1

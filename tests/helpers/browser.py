@@ -14,11 +14,15 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 IN_BROWSER = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason="there is no Chromium, or no playwright"),
+    pytest.mark.skipif(
+        not (CHROMIUM and find_spec("playwright")), reason="there is no Chromium, or no playwright"
+    ),
 ]
 QUIET = [
     "--no-sandbox",
@@ -37,7 +41,8 @@ DESK, PHONE = SIZES = ((1366, 768), (390, 844))
 
 
 GONE_PLOT = "Cannot read properties of null (reading 'offsetWidth')"
-"""Gradio's plot measures itself once more after it has left the page (AltairPlot's ResizeObserver); nothing follows."""
+"""Gradio's plot measures itself once more after it has left the page (AltairPlot's ResizeObserver);
+nothing follows."""
 
 
 @dataclass
@@ -50,7 +55,8 @@ class Visit:
     hosts: set[str] = field(default_factory=set)
 
     def reload(self) -> None:
-        """Load the page again. Gradio's client tells of the requests that the page drops as it leaves."""
+        """Load the page again. Gradio's client tells of the requests that the page drops as it
+        leaves."""
         told = len(self.errors)
         self.page.reload()
         self.page.wait_for_selector("#run")
@@ -75,9 +81,15 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) ->
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     context.set_default_timeout(PATIENCE_MS)
     visited = Visit(context.new_page(), context)
-    visited.page.on("console", lambda message: message.type == "error" and visited.errors.append(message.text))
-    visited.page.on("pageerror", lambda error: str(error) != GONE_PLOT and visited.errors.append(str(error)))
-    visited.page.on("request", lambda request: visited.hosts.add(request.url.split("/")[2].split(":")[0]))
+    visited.page.on(
+        "console", lambda message: message.type == "error" and visited.errors.append(message.text)
+    )
+    visited.page.on(
+        "pageerror", lambda error: str(error) != GONE_PLOT and visited.errors.append(str(error))
+    )
+    visited.page.on(
+        "request", lambda request: visited.hosts.add(request.url.split("/")[2].split(":")[0])
+    )
     visited.page.goto(url)
     visited.page.wait_for_selector("#run")
     try:
@@ -168,7 +180,8 @@ def brush(page: Page, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def set_number(page: Page, elem_id: str, value: object) -> None:
-    """Type a number into a field until it stays there: a box that was just opened sets its fields once more."""
+    """Type a number into a field until it stays there: a box that was just opened sets its fields
+    once more."""
     box = page.locator(f"#{elem_id} input[type=number]").first
     for _ in range(20):
         box.fill(str(value))

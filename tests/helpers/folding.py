@@ -25,7 +25,11 @@ VARIANTS = {
     "alpha = r": {"lora_alpha": 4},
     "alpha ≠ r": {"lora_alpha": 7},
     "rsLoRA": {"lora_alpha": 4, "use_rslora": True},
-    "rank pattern": {"lora_alpha": 5, "rank_pattern": {"attn2.to_k": 2, "to_v": 6}, "alpha_pattern": {"to_q": 3}},
+    "rank pattern": {
+        "lora_alpha": 5,
+        "rank_pattern": {"attn2.to_k": 2, "to_v": 6},
+        "alpha_pattern": {"to_q": 3},
+    },
     "DoRA": {"lora_alpha": 6, "use_dora": True},
 }
 
@@ -66,11 +70,13 @@ def output(unet: UNet2DConditionModel) -> Tensor:
 def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditionModel:
     """A live adapter far from its start: every A, M, B and magnitude is moved by a random amount.
 
-    ΔW becomes about as large as W. If it were larger, attention would saturate and fp32 rounding alone would
-    move the output.
+    ΔW becomes about as large as W. If it were larger, attention would saturate and fp32 rounding
+    alone would move the output.
     """
     options = VARIANTS[variant]
-    inject(unet, MoSLoraConfig(r=4, target_modules=list(ATTENTION_PROJECTIONS), mixer=kind, **options))
+    inject(
+        unet, MoSLoraConfig(r=4, target_modules=list(ATTENTION_PROJECTIONS), mixer=kind, **options)
+    )
     generator = torch.Generator().manual_seed(7)
     for _, parameter in adapter_parameters(unet):
         parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))
@@ -79,14 +85,22 @@ def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditio
 
 def loaded_by_diffusers(unet: UNet2DConditionModel, file: Path) -> UNet2DConditionModel:
     pipeline = StableDiffusionXLPipeline(
-        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, scheduler=None, unet=unet
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        scheduler=None,
+        unet=unet,
     )
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     return unet
 
 
 @torch.no_grad()
-def merged_by_definition(unet: UNet2DConditionModel, file: Path, paths: list[str]) -> UNet2DConditionModel:
+def merged_by_definition(
+    unet: UNet2DConditionModel, file: Path, paths: list[str]
+) -> UNet2DConditionModel:
     """W ← dora_scale · (W + ΔW) / ‖W + ΔW‖ per output row."""
     tensors, _ = load_published(file)
     for path in paths:
@@ -101,8 +115,8 @@ def merged_by_definition(unet: UNet2DConditionModel, file: Path, paths: list[str
 def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     """File form -> largest output difference / largest effect of the adapter, fp32.
 
-    The kohya file of a DoRA adapter is merged into the weights by the definition of `dora_scale`, because diffusers
-    does not read it.
+    The kohya file of a DoRA adapter is merged into the weights by the definition of `dora_scale`,
+    because diffusers does not read it.
     """
     base = small_unet()
     live = adapt(copy.deepcopy(base), kind, variant)
@@ -113,7 +127,11 @@ def measure(kind: str, variant: str, folder: Path) -> dict[str, float]:
     kohya = folder / f"table{KOHYA_SUFFIX}"
     twins = {"diffusers": loaded_by_diffusers(copy.deepcopy(base), folder / PUBLISHED_NAME)}
     if variant == "DoRA":
-        twins["kohya"] = merged_by_definition(copy.deepcopy(base), kohya, list(adapter_layers(live)))
+        twins["kohya"] = merged_by_definition(
+            copy.deepcopy(base), kohya, list(adapter_layers(live))
+        )
     else:
         twins["kohya"] = loaded_by_diffusers(copy.deepcopy(base), kohya)
-    return {form: float((output(unet) - wanted).abs().max()) / effect for form, unet in twins.items()}
+    return {
+        form: float((output(unet) - wanted).abs().max()) / effect for form, unet in twins.items()
+    }

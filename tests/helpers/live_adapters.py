@@ -4,7 +4,12 @@ import torch
 
 from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.lora.raw_file import adapter_metadata
-from dreambooth_moslora.method.moslora import ATTENTION_PROJECTIONS, MoSLoraConfig, adapter_parameters, inject
+from dreambooth_moslora.method.moslora import (
+    ATTENTION_PROJECTIONS,
+    MoSLoraConfig,
+    adapter_parameters,
+    inject,
+)
 from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -34,11 +39,18 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
     for name, model in components.items():
         targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
-        inject(model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options))
+        inject(
+            model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options)
+        )
         shake(model)
     return components
 
 
 def facts_of(components: dict, **more) -> AdapterMetadata:
-    given = {"base_id": "some/base", "trigger_words": ("sks dog",), "class_word": "dog", "resolution_px": 1024}
+    given = {
+        "base_id": "some/base",
+        "trigger_words": ("sks dog",),
+        "class_word": "dog",
+        "resolution_px": 1024,
+    }
     return adapter_metadata(components, **given | more)

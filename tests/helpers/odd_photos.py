@@ -13,12 +13,18 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw
 
 SIZE_PX = (96, 128)
-QUADRANTS = {(0, 0): (220, 30, 30), (0, 1): (30, 200, 40), (1, 0): (40, 60, 220), (1, 1): (240, 220, 60)}
+QUADRANTS = {
+    (0, 0): (220, 30, 30),
+    (0, 1): (30, 200, 40),
+    (1, 0): (40, 60, 220),
+    (1, 1): (240, 220, 60),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`says`: a part of the reason, None for none. `size_px` (h, w) upright, None when it cannot be known."""
+    """`says`: a part of the reason, None for none. `size_px` (h, w) upright, None when it cannot be
+    known."""
 
     name: str
     write: Callable[[Path], object]
@@ -29,12 +35,18 @@ class Case:
 
 
 def picture(mode: str = "RGB", size_px: tuple[int, int] = SIZE_PX) -> Image.Image:
-    """Four coloured quadrants with fine lines in them: what lies where can be told, and it is sharp."""
+    """Four coloured quadrants with fine lines in them: what lies where can be told, and it is
+    sharp."""
     height, width = size_px
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
     for (row, column), colour in QUADRANTS.items():
-        box = (column * width // 2, row * height // 2, (column + 1) * width // 2 - 1, (row + 1) * height // 2 - 1)
+        box = (
+            column * width // 2,
+            row * height // 2,
+            (column + 1) * width // 2 - 1,
+            (row + 1) * height // 2 - 1,
+        )
         draw.rectangle(box, fill=colour)
     return image if mode == "RGB" else image.convert(mode)
 
@@ -47,7 +59,15 @@ def jpeg(**options) -> bytes:
 
 def turned(orientation: int) -> Callable[[Path], object]:
     """A JPEG whose pixels lie as the EXIF orientation says, so that it stands like `picture()`."""
-    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
+    turns = [
+        "FLIP_LEFT_RIGHT",
+        "ROTATE_180",
+        "FLIP_TOP_BOTTOM",
+        "TRANSPOSE",
+        "ROTATE_90",
+        "TRANSVERSE",
+        "ROTATE_270",
+    ]
     inverse = None if orientation == 1 else Image.Transpose[turns[orientation - 2]]
 
     def write(path: Path) -> None:
@@ -68,7 +88,8 @@ def heif(path: Path) -> None:
 
 
 def heif_with_orientation(path: Path) -> None:
-    """HEIF turns pictures by a box of its own; the EXIF orientation that phones write besides must not count again."""
+    """HEIF turns pictures by a box of its own; the EXIF orientation that phones write besides must
+    not count again."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -86,8 +107,11 @@ def orientation_exif(orientation: int) -> Image.Exif:
 
 
 def turned_with_damage(path: Path) -> None:
-    """An EXIF orientation that can be read, beside a resolution in letters, which Pillow cannot write anew."""
-    entries = struct.pack("<HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+    """An EXIF orientation that can be read, beside a resolution in letters, which Pillow cannot
+    write anew."""
+    entries = struct.pack("<HHHIHH", 2, 0x0112, 3, 1, 6, 0) + struct.pack(
+        "<HHI4s", 0x011A, 2, 4, b"abc"
+    )
     exif = b"Exif\0\0II" + struct.pack("<HI", 42, 8) + entries + bytes(4)
     picture().transpose(Image.Transpose.ROTATE_90).save(path, quality=95, subsampling=0, exif=exif)
 
@@ -98,16 +122,21 @@ def lab(path: Path) -> None:
 
 
 def deep(dtype: type, top: float) -> Callable[[Path], object]:
-    return lambda path: Image.fromarray((np.asarray(picture("L"), dtype=np.float64) / 255 * top).astype(dtype)).save(
-        path
-    )
+    return lambda path: Image.fromarray(
+        (np.asarray(picture("L"), dtype=np.float64) / 255 * top).astype(dtype)
+    ).save(path)
 
 
-def png_of(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], bits: int = 8) -> bytes:
-    """An RGB PNG that says of itself whatever is wanted; `rows` are its pixels, each with a 0 before it."""
+def png_of(
+    width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], bits: int = 8
+) -> bytes:
+    """An RGB PNG that says of itself whatever is wanted; `rows` are its pixels, each with a 0
+    before it."""
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    whole = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    whole = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
 
 
@@ -132,7 +161,11 @@ def palette_with_hole(path: Path) -> None:
 
 def animated(path: Path) -> None:
     picture().save(
-        path, save_all=True, append_images=[Image.new("RGB", (128, 96), "black")], duration=100, lossless=True
+        path,
+        save_all=True,
+        append_images=[Image.new("RGB", (128, 96), "black")],
+        duration=100,
+        lossless=True,
     )
 
 
@@ -187,8 +220,16 @@ CASES = [
     Case("no_suffix", raw(jpeg())),
     Case("photo.jfif", raw(jpeg())),
     Case("name with späce & 雪.jpg", raw(jpeg())),
-    Case("small.jpg", lambda p: picture(size_px=(40, 60)).save(p), says="too small", size_px=(40, 60), colours=False),
-    Case("long.jpg", lambda p: picture(size_px=(64, 900)).save(p), size_px=(64, 900), colours=False),
+    Case(
+        "small.jpg",
+        lambda p: picture(size_px=(40, 60)).save(p),
+        says="too small",
+        size_px=(40, 60),
+        colours=False,
+    ),
+    Case(
+        "long.jpg", lambda p: picture(size_px=(64, 900)).save(p), size_px=(64, 900), colours=False
+    ),
     Case("tiny.jpg", lambda p: picture(size_px=(4, 4)).save(p), False, "tiny", (4, 4)),
     Case("one_pixel.png", lambda p: Image.new("RGB", (1, 1)).save(p), False, "tiny", (1, 1)),
     Case("sliver.png", lambda p: Image.new("RGB", (900, 3)).save(p), False, "tiny", (3, 900)),
@@ -197,10 +238,24 @@ CASES = [
     Case("text.jpg", raw(b"this is no picture"), False, BROKEN, None),
     Case("header_only.jpg", raw(jpeg()[:20]), False, BROKEN, None),
     Case("truncated.jpg", raw(jpeg()[:-700]), False, BROKEN, None),
-    Case("truncated.png", lambda p: (picture().save(p), p.write_bytes(p.read_bytes()[:200])), False, BROKEN, None),
+    Case(
+        "truncated.png",
+        lambda p: (picture().save(p), p.write_bytes(p.read_bytes()[:200])),
+        False,
+        BROKEN,
+        None,
+    ),
     Case("zeros.heic", raw(b"\0" * 4096), False, BROKEN, None),
-    Case("half.heic", lambda p: (heif(p), p.write_bytes(p.read_bytes()[:-200])), False, BROKEN, None),
-    Case("half.avif", lambda p: (saved()(p), p.write_bytes(p.read_bytes()[:-100])), False, BROKEN, None),
+    Case(
+        "half.heic", lambda p: (heif(p), p.write_bytes(p.read_bytes()[:-200])), False, BROKEN, None
+    ),
+    Case(
+        "half.avif",
+        lambda p: (saved()(p), p.write_bytes(p.read_bytes()[:-100])),
+        False,
+        BROKEN,
+        None,
+    ),
     Case("noise.webp", raw(random.Random(1).randbytes(500)), False, BROKEN, None),
     Case(".DS_Store", raw(b"\0\0\0\1Bud1"), False, STRAY, None),
     Case("._plain.jpg", raw(b"\0\5\x16\7"), False, STRAY, None),
@@ -210,7 +265,13 @@ CASES = [
     Case("orphan.txt", raw(b"a caption of no photo"), False, STRAY, None),
     Case("orphan.mask.png", lambda p: Image.new("L", (8, 8)).save(p), False, STRAY, None),
     Case("page.pdf", raw(b"%PDF-1.4"), False, STRAY, None),
-    Case("script.eps", raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage"), False, STRAY, None),
+    Case(
+        "script.eps",
+        raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage"),
+        False,
+        STRAY,
+        None,
+    ),
     Case("drawing.svg", raw(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), False, STRAY, None),
     Case("folder", lambda p: p.mkdir(), False, STRAY, None),
     Case("folder.jpg", lambda p: p.mkdir(), False, STRAY, None),

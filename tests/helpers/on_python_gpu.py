@@ -1,8 +1,9 @@
-"""A process whose trainings are on the GPU in Python. `python -m tests.helpers.on_python_gpu COMMAND …` is the
-program. Without a command it trains what each line of JSON asks for, from a FILE.json if one is given, whose answers
-are then beside it, one file for each process of a launcher. A line in is {"base", "photos", "output", "changes"}; one
-line out, what was seen, or {"error"}. `fp16_scale` among the changes trains in fp16, with a scaler that begins there;
-with `free_gib` no more than that is free, and tiles are small.
+"""A process whose trainings are on the GPU in Python. `python -m tests.helpers.on_python_gpu
+COMMAND …` is the program. Without a command it trains what each line of JSON asks for, from a
+FILE.json if one is given, whose answers are then beside it, one file for each process of a
+launcher. A line in is {"base", "photos", "output", "changes"}; one line out, what was seen, or
+{"error"}. `fp16_scale` among the changes trains in fp16, with a scaler that begins there; with
+`free_gib` no more than that is free, and tiles are small.
 """
 
 import contextlib
@@ -44,7 +45,9 @@ class WatchedTrainStep(train_step.TrainStep):
         with Watch() as watch:
             losses = super().accumulate_gradients()
         watches.append(watch)
-        weights = [weight for weight in self.inputs.pipeline.unet.parameters() if not weight.requires_grad]
+        weights = [
+            weight for weight in self.inputs.pipeline.unet.parameters() if not weight.requires_grad
+        ]
         numbers.append(sum(weight.numel() for weight in weights if weight.device == DEVICE))
         return losses
 
@@ -59,7 +62,8 @@ def accelerator_on_device(config, run_dir):
     """accelerate knows no such device: it is told, each time."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(config, run_dir)
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # by which several processes began; it would refuse the device
+    # by which several processes began; it would refuse the device
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     for state in (AcceleratorState, PartialState):
         state._shared_state["device"] = DEVICE
     for scale in scales:
@@ -70,13 +74,16 @@ def accelerator_on_device(config, run_dir):
 
 
 def watch_encoding() -> None:
-    """Note which parts are on the device when photos and when prompts have been encoded, and the VAE's widest input."""
+    """Note which parts are on the device when photos and when prompts have been encoded, and the
+    VAE's widest input."""
     load_base = frozen_base.load_base
 
     def load(*words, **options):
         pipelines[:] = [load_base(*words, **options)]
         sides_px.clear()
-        pipelines[0].vae.encoder.register_forward_pre_hook(lambda _, inputs: sides_px.append(inputs[0].shape[-1]))
+        pipelines[0].vae.encoder.register_forward_pre_hook(
+            lambda _, inputs: sides_px.append(inputs[0].shape[-1])
+        )
         return pipelines[0]
 
     frozen_base.load_base = load
@@ -87,8 +94,13 @@ def watch_encoding() -> None:
 def noting(name: str, encode):
     def noted(*words):
         encode(*words)
-        parts = {part: getattr(pipelines[0], part) for part in ("vae", "text_encoder", "text_encoder_2", "unet")}
-        encoded[name] = [part for part, module in parts.items() if module is not None and module.device == DEVICE]
+        parts = {
+            part: getattr(pipelines[0], part)
+            for part in ("vae", "text_encoder", "text_encoder_2", "unet")
+        }
+        encoded[name] = [
+            part for part, module in parts.items() if module is not None and module.device == DEVICE
+        ]
 
     return noted
 
@@ -114,7 +126,11 @@ def trained(base: str, photos: str, output: str, changes: dict) -> dict:
         "update_waits": updates[-1].waits,
     }
     skipped = sum(step["skipped"] for step in steps)
-    return did | {"losses": losses_of_run(RunDir(Path(output))), "skipped": skipped, "frozen": numbers[-1]}
+    return did | {
+        "losses": losses_of_run(RunDir(Path(output))),
+        "skipped": skipped,
+        "frozen": numbers[-1],
+    }
 
 
 def train_what_is_asked() -> None:

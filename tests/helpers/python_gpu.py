@@ -7,8 +7,8 @@
   true elements of a mask, copying to the host.
 - `Watch.has_fp64 = False` refuses fp64 on the device, as Apple's GPUs do.
 
-A process has at most one such device, and importing this module makes it. PyTorch's own thread for the device
-aborts the process when the interpreter ends: leave by `os._exit`.
+A process has at most one such device, and importing this module makes it. PyTorch's own thread for
+the device aborts the process when the interpreter ends: leave by `os._exit`.
 """
 
 import os
@@ -85,8 +85,14 @@ class GpuTensor(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor):
-        layout = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "layout": raw.layout}
-        self = Tensor._make_wrapper_subclass(cls, raw.size(), dtype=raw.dtype, device=DEVICE, **layout)
+        layout = {
+            "strides": raw.stride(),
+            "storage_offset": raw.storage_offset(),
+            "layout": raw.layout,
+        }
+        self = Tensor._make_wrapper_subclass(
+            cls, raw.size(), dtype=raw.dtype, device=DEVICE, **layout
+        )
         self.raw = raw
         return self
 
@@ -122,7 +128,10 @@ def run(function, args: tuple, kwargs: dict):
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     refuse_mixed_devices(name, args, tensors)
     if name in COPYING:
-        refuse_unpinned(args[-1] if name == "aten::copy_" and len(args) > 2 else kwargs.get("non_blocking"), tensors)
+        refuse_unpinned(
+            args[-1] if name == "aten::copy_" and len(args) > 2 else kwargs.get("non_blocking"),
+            tensors,
+        )
     target = kwargs.get("device")
     leaves = target is not None and torch.device(target).type != NAME
     count(name, args, tensors, leaves)
@@ -139,24 +148,33 @@ def run(function, args: tuple, kwargs: dict):
 
 
 def refuse_mixed_devices(name: str, args: tuple, tensors: list[Tensor]) -> None:
-    """A CPU tensor without dimensions is a number, and CUDA takes it. CUDA also takes indices from the CPU, but the CPU
-    takes none from CUDA."""
+    """A CPU tensor without dimensions is a number, and CUDA takes it. CUDA also takes indices from
+    the CPU, but the CPU takes none from CUDA."""
     if name in INDEXING and not isinstance(args[0], GpuTensor):
-        raise RuntimeError(f"{name}: indices on {NAME} into a tensor of the CPU: {tuple(args[0].shape)}")
+        raise RuntimeError(
+            f"{name}: indices on {NAME} into a tensor of the CPU: {tuple(args[0].shape)}"
+        )
     foreign = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, GpuTensor)]
     has_own = any(isinstance(tensor, GpuTensor) for tensor in tensors)
     if foreign and has_own and name not in COPYING | INDEXING:
-        raise RuntimeError(f"{name} mixes {NAME} with the CPU: {[tuple(tensor.shape) for tensor in foreign]}")
+        raise RuntimeError(
+            f"{name} mixes {NAME} with the CPU: {[tuple(tensor.shape) for tensor in foreign]}"
+        )
 
 
 def refuse_unpinned(is_asynchronous: bool | None, tensors: list[Tensor]) -> None:
     if is_asynchronous and not isinstance(tensors[-1], GpuTensor):
-        raise RuntimeError(f"{NAME} would read {tuple(tensors[-1].shape)} of the CPU at any later time")
+        raise RuntimeError(
+            f"{NAME} would read {tuple(tensors[-1].shape)} of the CPU at any later time"
+        )
 
 
 def refuse_fp64(name: str, found) -> None:
     """As on Apple's GPUs."""
-    if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_flatten(found)[0]):
+    if any(
+        isinstance(value, Tensor) and value.dtype == torch.float64
+        for value in tree_flatten(found)[0]
+    ):
         raise TypeError(f"{name}: {NAME} has no float64")
 
 

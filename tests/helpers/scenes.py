@@ -1,11 +1,13 @@
-"""One of several processes that train several times; in most scenes one process fails, stops or is killed.
+"""One of several processes that train several times; in most scenes one process fails, stops or is
+killed.
 
-Its argument is a file with the scenes: [{"flags": [[FLAG, …], …], "free": [GIB, …], "place": PLACE, "rank": R,
-"after": N, "end": END}, …]. The flags are each process's command line, `free` what each is told of its GPU's free
-memory. In the scene, process R meets END ("full": its disk is full; "stop": SIGTERM; "kill": SIGKILL) the N-th time it
-comes to PLACE (started, drawn, encoded, sampled, averaged, reported, saved). The environment is a launcher's. Each
-process writes `scenes_R.json` beside the file: of each scene the exit code, the adapter that it trained as a digest,
-the micro-batches that it was shown, and what it did at each place.
+Its argument is a file with the scenes: [{"flags": [[FLAG, …], …], "free": [GIB, …], "place": PLACE,
+"rank": R, "after": N, "end": END}, …]. The flags are each process's command line, `free` what each
+is told of its GPU's free memory. In the scene, process R meets END ("full": its disk is full;
+"stop": SIGTERM; "kill": SIGKILL) the N-th time it comes to PLACE (started, drawn, encoded, sampled,
+averaged, reported, saved). The environment is a launcher's. Each process writes `scenes_R.json`
+beside the file: of each scene the exit code, the adapter that it trained as a digest, the
+micro-batches that it was shown, and what it did at each place.
 """
 
 import errno
@@ -34,7 +36,11 @@ from dreambooth_moslora.training.step import TrainStep
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
 generate, sample, keep = made_before.generate_images, Sampler._draw, TensorCache._keep
-save_checkpoint, average, append = checkpoint.save_checkpoint, TrainStep._average_gradients, RunDir.append_metrics
+save_checkpoint, average, append = (
+    checkpoint.save_checkpoint,
+    TrainStep._average_gradients,
+    RunDir.append_metrics,
+)
 claim, free_gib, half = atomic_write, memory.free_gib_of_gpu, machine.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
@@ -45,8 +51,8 @@ def quick_call(self, *arguments, **options):
 
 
 class Watched(TrainStep):
-    """A TrainStep that can be found again when the run is over, and notes what it was shown: of each micro-batch its
-    number, its prompts, and its latents and size conditioning as a digest."""
+    """A TrainStep that can be found again when the run is over, and notes what it was shown: of
+    each micro-batch its number, its prompts, and its latents and size conditioning as a digest."""
 
     found: list[TrainStep] = []  # noqa: RUF012
 
@@ -62,32 +68,44 @@ class Watched(TrainStep):
 
 
 def digest_of(tensors) -> str:
-    return sha256(b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)).hexdigest()
+    return sha256(
+        b"".join(tensor.detach().float().numpy().tobytes() for tensor in tensors)
+    ).hexdigest()
 
 
 class Scene:
     """What this process does in a scene, and where it meets its end."""
 
-    def __init__(self, flags: list[list[str]], free=None, place="", rank: int = -1, after: int = 0, end=""):
+    def __init__(
+        self, flags: list[list[str]], free=None, place="", rank: int = -1, after: int = 0, end=""
+    ):
         self.flags, self.free = flags[RANK], free
         self.place, self.rank, self.after, self.end = place, rank, after, end
         self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
-        made_before.generate_images = self.noting("drawn", generate, lambda pipeline, prompt, seeds, *_: seeds)
+        made_before.generate_images = self.noting(
+            "drawn", generate, lambda pipeline, prompt, seeds, *_: seeds
+        )
         Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
         TensorCache._keep = self.noting("encoded", keep, lambda cache, key, value: key)
-        checkpoint.save_checkpoint = self.noting("saved", save_checkpoint, lambda path, *_: path.name)
+        checkpoint.save_checkpoint = self.noting(
+            "saved", save_checkpoint, lambda path, *_: path.name
+        )
         checkpoint.atomic_write = self.noting("started", claim, lambda path, text: path.name)
         TrainStep._average_gradients = self.noting("averaged", average, lambda step: step.step)
         note_step = self.noting("reported", append, lambda run_dir, event: event["step"])
-        RunDir.append_metrics = lambda run, event: (note_step if event["type"] == "step" else append)(run, event)
+        RunDir.append_metrics = lambda run, event: (
+            note_step if event["type"] == "step" else append
+        )(run, event)
         memory.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
         machine.half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
         code = train_main(self.flags)
         step = Watched.found[-1] if Watched.found else None
-        learnt = {"adapter": digest_of(step.trained), "shown": step.shown} if step else {"adapter": None}
+        learnt = (
+            {"adapter": digest_of(step.trained), "shown": step.shown} if step else {"adapter": None}
+        )
         return {"code": code, **learnt, **self.done}
 
     def noting(self, place: str, whole: Callable, what: Callable) -> Callable:
@@ -105,7 +123,8 @@ class Scene:
 
 if __name__ == "__main__":
     StableDiffusionXLPipeline.__call__ = quick_call
-    PartialState.destroy_process_group = lambda *_: None  # a run's end would leave the next scene without one
+    # a run's end would leave the next scene without one
+    PartialState.destroy_process_group = lambda *_: None
     loop.TrainStep = Watched
     file = Path(sys.argv[1])
     played = []

@@ -9,7 +9,12 @@ from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+}
 RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
@@ -33,16 +38,23 @@ OPEN_CLIP = {
 
 
 def save_single_file(pipeline: StableDiffusionXLPipeline, path: Path) -> Path:
-    """All weights in the original layout of SDXL's authors, as model sites distribute it: UNet blocks are numbered
-    through (`input_blocks.4.1…`), the second text encoder is open_clip's with its three attention matrices in one, its
-    projection is transposed, and the VAE counts its decoder's blocks from the other end."""
+    """All weights in the original layout of SDXL's authors, as model sites distribute it: UNet
+    blocks are numbered through (`input_blocks.4.1…`), the second text encoder is open_clip's with
+    its three attention matrices in one, its projection is transposed, and the VAE counts its
+    decoder's blocks from the other end."""
     parts = {
-        "model.diffusion_model.": unet_layout(pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block),
+        "model.diffusion_model.": unet_layout(
+            pipeline.unet.state_dict(), pipeline.unet.config.layers_per_block
+        ),
         "first_stage_model.": vae_layout(pipeline.vae.state_dict()),
-        "conditioner.embedders.0.transformer.text_model.": clip_layout(pipeline.text_encoder.state_dict()),
+        "conditioner.embedders.0.transformer.text_model.": clip_layout(
+            pipeline.text_encoder.state_dict()
+        ),
         "conditioner.embedders.1.model.": open_clip_layout(pipeline.text_encoder_2.state_dict()),
     }
-    tensors = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+    tensors = {
+        prefix + name: value for prefix, part in parts.items() for name, value in part.items()
+    }
     save_file({name: value.clone().contiguous() for name, value in tensors.items()}, path)
     return path
 
@@ -58,7 +70,9 @@ def unet_layout(state: Tensors, layers: int) -> Tensors:
 
 
 def vae_layout(state: Tensors) -> Tensors:
-    blocks = 1 + max(int(found[1]) for name in state if (found := re.search(r"up_blocks\.(\d+)", name)))
+    blocks = 1 + max(
+        int(found[1]) for name in state if (found := re.search(r"up_blocks\.(\d+)", name))
+    )
     return {vae_name(name, blocks): value for name, value in state.items()}
 
 
@@ -85,7 +99,12 @@ def unet_name(name: str, layers: int, state: Tensors) -> str:
 def vae_name(name: str, blocks: int) -> str:
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{blocks - 1 - int(found[1])}", name)
-    names = {"down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}
+    names = {
+        "down_blocks": "down",
+        "resnets": "block",
+        "downsamplers.0": "downsample",
+        "upsamplers.0": "upsample",
+    }
     return renamed(name, names | {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"})
 
 

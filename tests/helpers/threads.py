@@ -11,8 +11,8 @@ PATIENCE_S = 20
 
 
 def as_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list]:
-    """Returns a function: it does `work(accelerator)` in `count` processes, `on_machine` of which share a machine, and
-    returns the result or the error of each."""
+    """Returns a function: it does `work(accelerator)` in `count` processes, `on_machine` of which
+    share a machine, and returns the result or the error of each."""
     here = local()
 
     def gather(own: list) -> list:

@@ -1,4 +1,5 @@
-"""A random StableDiffusionXLPipeline of the true SDXL topology, small enough to build and run in seconds."""
+"""A random StableDiffusionXLPipeline of the true SDXL topology, small enough to build and run in
+seconds."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -30,18 +36,32 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     letters = byte_alphabet()
     tokens = [*letters, *[c + "</w>" for c in letters], "th", BOS, EOS]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\nt h\n", encoding="utf-8")
     return CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77, pad_token=EOS
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        model_max_length=77,
+        pad_token=EOS,
     )
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
-    """SDXL's topology at widths (8, 16, 32): text_time conditioning, linear projections, three blocks."""
+    """SDXL's topology at widths (8, 16, 32): text_time conditioning, linear projections, three
+    blocks."""
     torch.manual_seed(seed)
-    sizes = {"sample_size": RESOLUTION_PX // 8, "block_out_channels": (8, 16, 32), "layers_per_block": 1}
-    sizes |= {"transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 4), "norm_num_groups": 4}
+    sizes = {
+        "sample_size": RESOLUTION_PX // 8,
+        "block_out_channels": (8, 16, 32),
+        "layers_per_block": 1,
+    }
+    sizes |= {
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (1, 2, 4),
+        "norm_num_groups": 4,
+    }
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     return UNet2DConditionModel(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -55,17 +75,35 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
 
 
 def tiny_text_config(width: int, eos_token_id: int, **extra) -> CLIPTextConfig:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3, "num_attention_heads": 2}
-    marks = {"bos_token_id": eos_token_id - 1, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
-    return CLIPTextConfig(vocab_size=eos_token_id + 1, max_position_embeddings=77, **sizes, **marks, **extra)
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    marks = {
+        "bos_token_id": eos_token_id - 1,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": eos_token_id,
+    }
+    return CLIPTextConfig(
+        vocab_size=eos_token_id + 1, max_position_embeddings=77, **sizes, **marks, **extra
+    )
 
 
-def tiny_sdxl(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionXLPipeline:
+def tiny_sdxl(
+    folder: Path, prediction_type: str = "epsilon", seed: int = 0
+) -> StableDiffusionXLPipeline:
     """The whole pipeline, in memory. `folder` receives the tokenizer's two files."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     eos = tokenizer.convert_tokens_to_ids(EOS)
-    sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    sizes = {
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+    }
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -74,15 +112,24 @@ def tiny_sdxl(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> 
         mid_block_add_attention=False,
         **sizes,
     )
-    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    noise = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+    }
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(tiny_text_config(WIDTH, eos, hidden_act="quick_gelu")),
-        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(WIDTH_2, eos, projection_dim=WIDTH_2)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            tiny_text_config(WIDTH_2, eos, projection_dim=WIDTH_2)
+        ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=tiny_unet(seed),
-        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", prediction_type=prediction_type, **noise),
+        scheduler=EulerDiscreteScheduler(
+            timestep_spacing="leading", prediction_type=prediction_type, **noise
+        ),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -112,7 +159,8 @@ def equal(texts: Sequence[Text], others: Sequence[Text]) -> bool:
 
 @contextmanager
 def few_steps(count: int = 2) -> Iterator[None]:
-    """SDXL's pictures in so many steps while it is open: the program asks for 25, and for 50 for class images."""
+    """SDXL's pictures in so many steps while it is open: the program asks for 25, and for 50 for
+    class images."""
     drawn = StableDiffusionXLPipeline.__call__
 
     def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:

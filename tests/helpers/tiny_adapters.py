@@ -12,18 +12,24 @@ from safetensors.torch import save_file
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def random_lora(unet: UNet2DConditionModel, seed: int, rank: int = 4, size: float = 0.5) -> dict[str, torch.Tensor]:
+def random_lora(
+    unet: UNet2DConditionModel, seed: int, rank: int = 4, size: float = 0.5
+) -> dict[str, torch.Tensor]:
     """PEFT state dict of a LoRA with random weights, in a copy: `unet` stays as it was."""
     twin = UNet2DConditionModel.from_config(unet.config)
     twin.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(seed)
     state = get_peft_model_state_dict(twin)
-    return {key: torch.randn(value.shape, generator=generator) * size for key, value in state.items()}
+    return {
+        key: torch.randn(value.shape, generator=generator) * size for key, value in state.items()
+    }
 
 
 def save_diffusers_lora(unet: UNet2DConditionModel, folder: Path, seed: int = 0, **options) -> Path:
     """`folder`/pytorch_lora_weights.safetensors, as `save_lora_weights` writes it."""
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=random_lora(unet, seed, **options))
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder, unet_lora_layers=random_lora(unet, seed, **options)
+    )
     return folder / "pytorch_lora_weights.safetensors"
 
 

@@ -15,12 +15,36 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHIFTED = {"shift_factor": 0.0609, "scaling_factor": 1.5035, "use_quant_conv": False, "use_post_quant_conv": False}
+SHIFTED = {
+    "shift_factor": 0.0609,
+    "scaling_factor": 1.5035,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 WORDS = 300
-SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-ENDS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-HALVED = ENDS | {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 32}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 16,
+}
+ENDS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+HALVED = ENDS | {
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "sample_size": 32,
+}
 """The sides are halved once: latents of 32 x 32 from pictures of 64 x 64."""
 DYNAMIC = {"use_dynamic_shifting": True}
 
@@ -38,8 +62,13 @@ def clip(kind: type, folder: Path, number: str = "") -> dict:
 
 
 def t5(width: int, number: str) -> dict:
-    config = transformers.T5Config(vocab_size=WORDS, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-    return {f"text_encoder{number}": transformers.T5EncoderModel(config), f"tokenizer{number}": plain_tokenizer()}
+    config = transformers.T5Config(
+        vocab_size=WORDS, d_model=width, d_kv=8, d_ff=37, num_layers=2, num_heads=4
+    )
+    return {
+        f"text_encoder{number}": transformers.T5EncoderModel(config),
+        f"tokenizer{number}": plain_tokenizer(),
+    }
 
 
 def plain_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -65,7 +94,13 @@ def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
 
 
 def qwen3(kind: type = transformers.Qwen3Model, layers: int = 3) -> dict:
-    sizes = {"num_hidden_layers": layers, "head_dim": 8, "vocab_size": WORDS, "max_position_embeddings": 1024, **SMALL}
+    sizes = {
+        "num_hidden_layers": layers,
+        "head_dim": 8,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 1024,
+        **SMALL,
+    }
     return {"text_encoder": kind(transformers.Qwen3Config(**sizes)), "tokenizer": qwen_tokenizer()}
 
 
@@ -82,24 +117,47 @@ def with_flow(kind: type, transformer: nn.Module, flow: dict, **parts) -> Diffus
 
 def sd1(folder: Path) -> DiffusionPipeline:
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-    sizes = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    sizes = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
     sizes |= {"attention_head_dim": 2, "cross_attention_dim": 32}
     unet = diffusers.UNet2DConditionModel(down_block_types=down, up_block_types=up, **sizes)
-    noise = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    parts = clip(transformers.CLIPTextModel, folder) | {"unet": unet, "scheduler": noise, "vae": vae()}
+    noise = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    parts = clip(transformers.CLIPTextModel, folder) | {
+        "unet": unet,
+        "scheduler": noise,
+        "vae": vae(),
+    }
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return diffusers.StableDiffusionPipeline(**parts, **nothing)
 
 
 def sd3(folder: Path) -> DiffusionPipeline:
     texts = {"caption_projection_dim": 32, "joint_attention_dim": 64, "pooled_projection_dim": 64}
-    sizes = {"in_channels": 4, "out_channels": 4, "attention_head_dim": 8, "num_attention_heads": 4, **texts}
+    sizes = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        **texts,
+    }
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, num_layers=2, pos_embed_max_size=96, **sizes
     )
     kind = transformers.CLIPTextModelWithProjection
     encoders = clip(kind, folder) | clip(kind, folder, "_2") | t5(64, "_3")
-    return with_flow(diffusers.StableDiffusion3Pipeline, transformer, {"shift": 3.0}, vae=vae(**SHIFTED), **encoders)
+    return with_flow(
+        diffusers.StableDiffusion3Pipeline,
+        transformer,
+        {"shift": 3.0},
+        vae=vae(**SHIFTED),
+        **encoders,
+    )
 
 
 LAYERS = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2}
@@ -108,14 +166,20 @@ HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 def flux(folder: Path) -> DiffusionPipeline:
     texts = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True}
-    transformer = diffusers.FluxTransformer2DModel(axes_dims_rope=[4, 4, 8], **texts, **LAYERS, **HEADS)
+    transformer = diffusers.FluxTransformer2DModel(
+        axes_dims_rope=[4, 4, 8], **texts, **LAYERS, **HEADS
+    )
     encoders = clip(transformers.CLIPTextModel, folder) | t5(32, "_2")
     return with_flow(diffusers.FluxPipeline, transformer, DYNAMIC, vae=vae(**SHIFTED), **encoders)
 
 
 def flux2(folder: Path) -> DiffusionPipeline:
     transformer = diffusers.Flux2Transformer2DModel(
-        joint_attention_dim=48, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=False, **LAYERS, **HEADS
+        joint_attention_dim=48,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=False,
+        **LAYERS,
+        **HEADS,
     )
     autoencoder = diffusers.AutoencoderKLFlux2(latent_channels=4, **HALVED)
     autoencoder.bn.running_mean.normal_()
@@ -125,13 +189,22 @@ def flux2(folder: Path) -> DiffusionPipeline:
 
 
 def z_image(folder: Path) -> DiffusionPipeline:
-    sizes = {"in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    sizes = {
+        "in_channels": 16,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+    }
     places = {"axes_dims": [8, 4, 4], "axes_lens": [1024, 64, 64]}
     transformer = diffusers.ZImageTransformer2DModel(cap_feat_dim=16, **sizes, **places)
     with torch.no_grad():
         transformer.x_pad_token.fill_(1)
         transformer.cap_pad_token.fill_(1)
-    return with_flow(diffusers.ZImagePipeline, transformer, {"shift": 3.0}, vae=vae(16, **SHIFTED), **qwen3())
+    return with_flow(
+        diffusers.ZImagePipeline, transformer, {"shift": 3.0}, vae=vae(16, **SHIFTED), **qwen3()
+    )
 
 
 def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
@@ -141,11 +214,20 @@ def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
 
 
 def qwen_image(folder: Path) -> DiffusionPipeline:
-    sizes = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 16}
+    sizes = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "joint_attention_dim": 16,
+    }
     transformer = diffusers.QwenImageTransformer2DModel(
         attention_head_dim=16, num_attention_heads=3, axes_dims_rope=(8, 4, 4), **sizes
     )
-    rope = {"rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}, "rope_theta": 1e6}
+    rope = {
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        "rope_theta": 1e6,
+    }
     special = {"vision_end_token_id": 257, "vision_start_token_id": 256, "vision_token_id": 258}
     text = {**SMALL, **rope, "num_hidden_layers": 2, "vocab_size": WORDS}
     config = transformers.Qwen2_5_VLConfig(
@@ -157,41 +239,100 @@ def qwen_image(folder: Path) -> DiffusionPipeline:
 
 
 def krea2(folder: Path) -> DiffusionPipeline:
-    heads = {"attention_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "axes_dims_rope": (4, 2, 2)}
+    heads = {
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "axes_dims_rope": (4, 2, 2),
+    }
     sizes = {"in_channels": 16, "num_layers": 2, "intermediate_size": 32, "timestep_embed_dim": 8}
-    texts = {"hidden_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    texts = {
+        "hidden_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 16,
+    }
     blocks = {"num_text_layers": 3, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
     transformer = diffusers.Krea2Transformer2DModel(
         **heads, **sizes, **{f"text_{name}": size for name, size in texts.items()}, **blocks
     )
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    text = {**SMALL, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS, "rope_parameters": rope}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    text = {
+        **SMALL,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "vocab_size": WORDS,
+        "rope_parameters": rope,
+    }
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=VISION, vocab_size=WORDS)
-    parts = {"vae": qwen_vae(), "text_encoder": transformers.Qwen3VLModel(config), "tokenizer": qwen_tokenizer()}
-    return with_flow(diffusers.Krea2Pipeline, transformer, DYNAMIC, text_encoder_select_layers=(0, 1, 2), **parts)
+    parts = {
+        "vae": qwen_vae(),
+        "text_encoder": transformers.Qwen3VLModel(config),
+        "tokenizer": qwen_tokenizer(),
+    }
+    return with_flow(
+        diffusers.Krea2Pipeline, transformer, DYNAMIC, text_encoder_select_layers=(0, 1, 2), **parts
+    )
 
 
 def lumina2(folder: Path) -> DiffusionPipeline:
-    sizes = {"sample_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 8, "num_layers": 2, "multiple_of": 16}
+    sizes = {
+        "sample_size": 4,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 8,
+        "num_layers": 2,
+        "multiple_of": 16,
+    }
     heads = {"num_attention_heads": 1, "num_kv_heads": 1, "axes_dim_rope": [4, 2, 2]}
     transformer = diffusers.Lumina2Transformer2DModel(cap_feat_dim=8, **sizes, **heads)
-    return with_flow(diffusers.Lumina2Pipeline, transformer, {"shift": 6.0}, vae=vae(**SHIFTED), **gemma())
+    return with_flow(
+        diffusers.Lumina2Pipeline, transformer, {"shift": 6.0}, vae=vae(**SHIFTED), **gemma()
+    )
 
 
 def sana(folder: Path) -> DiffusionPipeline:
     sides = {}
     for side in ("encoder", "decoder"):
-        sides |= {f"{side}_block_types": ("ResBlock", "EfficientViTBlock"), f"{side}_block_out_channels": (8, 8)}
+        sides |= {
+            f"{side}_block_types": ("ResBlock", "EfficientViTBlock"),
+            f"{side}_block_out_channels": (8, 8),
+        }
         sides |= {f"{side}_qkv_multiscales": ((), (5,)), f"{side}_layers_per_block": (1, 1)}
     sides |= {"downsample_block_type": "conv", "upsample_block_type": "interpolate"}
-    sides |= {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "scaling_factor": 0.41407}
-    autoencoder = diffusers.AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=2, **sides)
-    sizes = {"patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 2, "sample_size": 32}
+    sides |= {
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": 0.41407,
+    }
+    autoencoder = diffusers.AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, **sides
+    )
+    sizes = {
+        "patch_size": 1,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "sample_size": 32,
+    }
     heads = {"num_attention_heads": 2, "attention_head_dim": 4}
-    crossed = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 4, "cross_attention_dim": 8}
+    crossed = {
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 4,
+        "cross_attention_dim": 8,
+    }
     transformer = diffusers.SanaTransformer2DModel(caption_channels=8, **sizes, **heads, **crossed)
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
-    parts = {"scheduler": diffusers.DPMSolverMultistepScheduler(**flow), "vae": autoencoder, **gemma()}
+    parts = {
+        "scheduler": diffusers.DPMSolverMultistepScheduler(**flow),
+        "vae": autoencoder,
+        **gemma(),
+    }
     return diffusers.SanaPipeline(transformer=transformer, **parts)
 
 

@@ -1,4 +1,5 @@
-"""Small real trainings for the tests: painted photos, a configuration for the tiny base, and what a run left."""
+"""Small real trainings for the tests: painted photos, a configuration for the tiny base, and what a
+run left."""
 
 import hashlib
 from pathlib import Path
@@ -24,7 +25,8 @@ def paint_photos(folder: Path, count: int = 3) -> Path:
 
 
 def tiny_config(base: Path, photos: Path, output: Path, **changes) -> TrainConfig:
-    """Five quick steps without sample images; `changes` win. Several subjects name their own photos and prompts."""
+    """Five quick steps without sample images; `changes` win. Several subjects name their own photos
+    and prompts."""
     settings = {
         "pretrained_model_name_or_path": str(base),
         "instance_data_dir": str(photos),

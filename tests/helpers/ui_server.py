@@ -22,7 +22,9 @@ class Served:
 
 
 @contextmanager
-def serve(tiny_base: Path, folder: Path, *, public: bool = False, others=(), **launch) -> Iterator[Served]:
+def serve(
+    tiny_base: Path, folder: Path, *, public: bool = False, others=(), **launch
+) -> Iterator[Served]:
     """Two adapters on the shelf, "dog" and "cat"; runs go to `folder`/runs."""
     pipeline = SubjectPipeline.from_base(tiny_base)
     (folder / "adapters").mkdir(parents=True, exist_ok=True)

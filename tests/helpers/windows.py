@@ -1,8 +1,10 @@
-"""Windows' answers on Linux: what the run folder, its lock, a stop and the queue may not count on there.
+"""Windows' answers on Linux: what the run folder, its lock, a stop and the queue may not count on
+there.
 
-A signal ends a process, so none may be sent; `terminate` kills; a file that is open here, or mapped, is neither removed
-nor replaced, nor is a folder around it; no folder replaces another; there is no fcntl, no resource, and no file is
-handed on. What is asked of the machine itself stays: these are no tests on Windows.
+A signal ends a process, so none may be sent; `terminate` kills; a file that is open here, or
+mapped, is neither removed nor replaced, nor is a folder around it; no folder replaces another;
+there is no fcntl, no resource, and no file is handed on. What is asked of the machine itself stays:
+these are no tests on Windows.
 """
 
 import os
@@ -64,7 +66,9 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
     kill, replace, unlink, begin = os.kill, os.replace, os.unlink, Popen.__init__
 
     def no_signal(pid: int, number: int) -> None:
-        assert not sys._getframe(1).f_globals["__name__"].startswith(PRODUCT), "a signal ends the process"
+        assert not sys._getframe(1).f_globals["__name__"].startswith(PRODUCT), (
+            "a signal ends the process"
+        )
         kill(pid, number)
 
     def replaced(source, target, **folders) -> None:

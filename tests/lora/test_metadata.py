@@ -1,4 +1,5 @@
-"""What a file may tell of its run, what `info` says of odd files, and the strength that an adapter wants."""
+"""What a file may tell of its run, what `info` says of odd files, and the strength that an adapter
+wants."""
 
 import json
 import shutil
@@ -26,15 +27,20 @@ def test_a_strangers_header_may_only_hold_what_a_file_tells(name, value):
     with pytest.raises(ValueError, match=name):
         AdapterMetadata.from_json(json.dumps({"rank": 4, "alpha": 4.0, name: value}))
     known = replace(AdapterMetadata(4, 4.0), best_scale=0.8, usable_scales=(0.6, 1.0))
-    assert AdapterMetadata.from_json(known.to_json()) == known and "scale" not in AdapterMetadata(4, 4.0).to_json()
+    assert (
+        AdapterMetadata.from_json(known.to_json()) == known
+        and "scale" not in AdapterMetadata(4, 4.0).to_json()
+    )
 
 
 @pytest.mark.parametrize(
     ("scores", "best", "usable"),
     [
         ({0.4: 0.2, 0.6: 0.5, 0.8: 0.6, 1.0: 0.58, 1.2: 0.3}, 0.8, (0.8, 1.0)),
-        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.600, 1.0: 0.598, 1.2: 0.597}, 1.0, (0.8, 1.2)),  # all as good: as trained
-        ({0.4: 0.6, 0.6: 0.3, 0.8: 0.6, 1.0: 0.2, 1.2: 0.1}, 0.8, (0.8, 0.8)),  # a gap ends the range
+        # all as good: as trained
+        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.600, 1.0: 0.598, 1.2: 0.597}, 1.0, (0.8, 1.2)),
+        # a gap ends the range
+        ({0.4: 0.6, 0.6: 0.3, 0.8: 0.6, 1.0: 0.2, 1.2: 0.1}, 0.8, (0.8, 0.8)),
         ({0.4: 0.1, 0.6: 0.2, 0.8: 0.3, 1.0: 0.4, 1.2: 0.5}, 1.2, (1.2, 1.2)),
     ],
 )
@@ -49,16 +55,23 @@ def test_a_published_file_keeps_its_tensors_and_the_page_and_the_card_name_its_s
     file = shutil.copy(dog[0] / "dog.kohya.safetensors", tmp_path / "dog.safetensors")
     tensors = raw_file.read_tensors(file)[0]
     assert summary_of(file).scale == 1
-    assert published_file.note_scale(file, 0.6, (0.4, 0.8)) and published_file.note_scale(file, 0.7, (0.4, 0.8))
+    assert published_file.note_scale(file, 0.6, (0.4, 0.8)) and published_file.note_scale(
+        file, 0.7, (0.4, 0.8)
+    )
     after, header = raw_file.read_tensors(file)
     facts = AdapterMetadata.from_json(header["moslora"])
     assert facts.best_scale == 0.7 and facts.usable_scales == (0.4, 0.8)
     assert summary_of(file).scale == 0.7 and "best at scale 0.7" in summary_of(file).sentence()
-    assert list(after) == list(tensors) and all(torch.equal(after[name], tensors[name]) for name in tensors)
-    assert published_file.note_scale(file, 1e9, (0.4, 0.8)) and summary_of(file).scale == 1  # beyond the slider
+    assert list(after) == list(tensors) and all(
+        torch.equal(after[name], tensors[name]) for name in tensors
+    )
+    # beyond the slider
+    assert published_file.note_scale(file, 1e9, (0.4, 0.8)) and summary_of(file).scale == 1
     foreign = save_diffusers_lora(tiny_unet(), tmp_path)
     before = foreign.read_bytes()
-    assert not published_file.note_scale(foreign, 0.8, (0.6, 1.0)) and foreign.read_bytes() == before
+    assert (
+        not published_file.note_scale(foreign, 0.8, (0.6, 1.0)) and foreign.read_bytes() == before
+    )
     card = "# dog\n\n## Use\n\ncode\n\n## Training\n\n| | |\n"
     once = model_card.with_strength(card, 0.8, (0.6, 1.0))
     assert "Scale 0.8 scored best; from 0.6 to 1 the score stays near it" in once
@@ -75,8 +88,11 @@ def pair(dtype=torch.float32, value: float = 1.0) -> dict[str, torch.Tensor]:
 ODD = {
     "overflow": pair(torch.float64, 1e200),
     "complex alpha": pair() | {f"{NAME}.alpha": torch.tensor(1 + 1j)},
-    "float4": {key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()},
-    "up alone": {key: value for key, value in pair().items() if "up" in key} | {f"{NAME}_b.lora_mid": torch.ones(1)},
+    "float4": {
+        key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()
+    },
+    "up alone": {key: value for key, value in pair().items() if "up" in key}
+    | {f"{NAME}_b.lora_mid": torch.ones(1)},
 }
 
 
@@ -90,11 +106,21 @@ def test_a_file_that_cannot_be_computed_with_is_refused_in_words(tmp_path, kind)
 def test_a_foreign_file_is_described_whatever_its_kernels_are(tmp_path):
     eye, found = torch.eye(4)[..., None, None], {}
     plain = {"lora_up": eye, "lora_down": eye}
-    changes = {"plain": {}, "with a middle": {"lora_mid": torch.ones(4, 4, 3, 3)}, "empty": {"lora_up": eye[:0]}}
+    changes = {
+        "plain": {},
+        "with a middle": {"lora_mid": torch.ones(4, 4, 3, 3)},
+        "empty": {"lora_up": eye[:0]},
+    }
     for name, change in changes.items():
-        tensors = {f"lora_unet_conv_in.{part}.weight": tensor.clone() for part, tensor in (plain | change).items()}
+        tensors = {
+            f"lora_unet_conv_in.{part}.weight": tensor.clone()
+            for part, tensor in (plain | change).items()
+        }
         save_file(tensors, tmp_path / "x.safetensors")
         found[name] = describe(tmp_path / "x.safetensors")
     assert found["plain"]["effective_rank_median"] == 4 and found["plain"]["kind"] == "kohya keys"
-    assert "effective_rank_median" not in found["with a middle"] and "LoCon" in found["with a middle"]["kind"]
+    assert (
+        "effective_rank_median" not in found["with a middle"]
+        and "LoCon" in found["with a middle"]["kind"]
+    )
     assert found["empty"]["ranks"] == {"4": 1}

@@ -1,6 +1,6 @@
-"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw files: they come
-back bit for bit; what is broken, of another base or from a stranger gets one line. `export --for peft`: a language
-model's adapter for a PEFT that knows nothing of mixers."""
+"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw
+files: they come back bit for bit; what is broken, of another base or from a stranger gets one line.
+`export --for peft`: a language model's adapter for a PEFT that knows nothing of mixers."""
 
 import json
 import pickle
@@ -25,10 +25,22 @@ from dreambooth_moslora.lora import key_names, lora_file, metadata, proof, publi
 from dreambooth_moslora.lora.describe import describe, reduce_layers
 from dreambooth_moslora.lora.key_names import kohya_name
 from dreambooth_moslora.lora.published_file import load_published, publish
-from dreambooth_moslora.lora.raw_file import empty_model, load_raw, model_config, read_tensors, save_raw
+from dreambooth_moslora.lora.raw_file import (
+    empty_model,
+    load_raw,
+    model_config,
+    read_tensors,
+    save_raw,
+)
 from dreambooth_moslora.method import mixer, moslora
 from dreambooth_moslora.method.mixer import LowRank, MixedLowRank
-from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from dreambooth_moslora.method.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+)
 from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
@@ -38,7 +50,12 @@ from tests.lora.test_lora_file import shaken
 KOHYA = "dog.kohya.safetensors"
 
 
-PAIRS = [("orthogonal", "alpha ≠ r"), ("orthogonal", "rank pattern"), ("identity", "rsLoRA"), ("kaiming", "DoRA")]
+PAIRS = [
+    ("orthogonal", "alpha ≠ r"),
+    ("orthogonal", "rank pattern"),
+    ("identity", "rsLoRA"),
+    ("kaiming", "DoRA"),
+]
 PAIRS += [("butterfly", "alpha = r"), ("none", "rank pattern")]
 
 
@@ -56,33 +73,46 @@ def header_of(file) -> dict[str, str]:
         return opened.metadata()
 
 
-RANKS = {"rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6}, "alpha_pattern": {"conv_shortcut": 3}}
+RANKS = {
+    "rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6},
+    "alpha_pattern": {"conv_shortcut": 3},
+}
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "none"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, RANKS], ids=str)
 def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
     """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
-    components, generator = live(mixer=kind, target_modules=CONVOLUTIONS, **options), torch.Generator().manual_seed(4)
+    components, generator = (
+        live(mixer=kind, target_modules=CONVOLUTIONS, **options),
+        torch.Generator().manual_seed(4),
+    )
     assert facts_of(components).alpha == 11
     found = published(components, tmp_path)
     assert found.max_relative_difference < 1e-6
     for name in (PUBLISHED_NAME, KOHYA):
         told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
         assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
-    downs = [tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key]
+    downs = [
+        tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key
+    ]
     assert {len(down) for down in downs} == {6 if options is RANKS else 4}
-    words, text, latents = (torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8)))
+    words, text, latents = (
+        torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8))
+    )
     added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
     for file in found.files:
         nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
         with torch.no_grad():
-            seen, wanted, bare = (net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets)
+            seen, wanted, bare = (
+                net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets
+            )
         assert (seen - wanted).norm() <= BOUND * (wanted - bare).norm()
 
 
 def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
-    """The same whether pictures or channels come first in memory. A lower rank keeps the share that was asked for."""
+    """The same whether pictures or channels come first in memory. A lower rank keeps the share that
+    was asked for."""
     components = live(target_modules=CONVOLUTIONS)
     published(components, tmp_path)
     path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
@@ -94,7 +124,9 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     components["unet"].to(memory_format=torch.channels_last)
     moslora.set_scale(components["unet"], 0.1)  # of the moment, which is not published
     published(components, tmp_path / "b")
-    assert next(iter(adapter_layers(components["unet"]).values())).scaling["default"] == pytest.approx(0.1 * 11 / 4)
+    assert next(iter(adapter_layers(components["unet"]).values())).scaling[
+        "default"
+    ] == pytest.approx(0.1 * 11 / 4)
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
     assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
     smaller = published(components, tmp_path, keep=0.9)
@@ -107,12 +139,18 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
 def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
     """And no file tells where it was made."""
     folder, _, found = dog
-    assert found.files == (PUBLISHED_NAME, KOHYA) and all((folder / f).is_file() for f in found.files)
+    assert found.files == (PUBLISHED_NAME, KOHYA) and all(
+        (folder / f).is_file() for f in found.files
+    )
     assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
     assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
     assert not list(folder.glob(".*")), "scratch is left behind"
     sdxl = count(4)
-    assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (560, 5.81, 0.009)
+    assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (
+        560,
+        5.81,
+        0.009,
+    )
     folder, components, _ = dog
     tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
     names = {key.split(".")[0] for key in tensors}
@@ -120,28 +158,40 @@ def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools
     for name in names:
         assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
     unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
-    assert names >= unet | {f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)}
+    assert names >= unet | {
+        f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)
+    }
     assert header["modelspec.title"] == header["ss_output_name"] == "dog"
-    assert header["modelspec.trigger_phrase"] == "sks dog" and header["modelspec.architecture"].endswith("/lora")
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header[
+        "modelspec.architecture"
+    ].endswith("/lora")
     assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
     assert header["modelspec.resolution"] == "1024x1024"
     assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
     for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
         text = json.dumps(header_of(folder / file))
-        assert not any(word in text for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent)))
+        assert not any(
+            word in text
+            for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent))
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
-    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns B·M·A·x."""
+    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns
+    B·M·A·x."""
     components = live(target_modules=["to_q", "to_k"], **options)
     for name, parameter in adapter_parameters(components["unet"]):
         if name.endswith("lora_B.up"):
             parameter.data.mul_(1e-6)
     found = published(components, tmp_path, dtype)
     assert 0 < found.max_relative_difference < proof.BOUNDS[dtype]
-    types = {t.dtype for k, t in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_magnitude" not in k}
+    types = {
+        t.dtype
+        for k, t in load_file(tmp_path / PUBLISHED_NAME).items()
+        if ".lora_magnitude" not in k
+    }
     assert types == {dtype}
 
 
@@ -150,10 +200,16 @@ FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora"
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
 @pytest.mark.parametrize("keep", [1.0, 0.8])
-def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(options, keep, tmp_path):
-    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is neither."""
+def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(
+    options, keep, tmp_path
+):
+    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is
+    neither."""
     pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
-    for name, targets in (("transformer", ["attn.to_q", "attn.to_k"]), ("text_encoder", ["q_proj", "v_proj"])):
+    for name, targets in (
+        ("transformer", ["attn.to_q", "attn.to_k"]),
+        ("text_encoder", ["q_proj", "v_proj"]),
+    ):
         config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
         components[name] = inject(getattr(pipeline, name), config)
         shake(components[name])
@@ -161,7 +217,10 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
     settings = json.loads(header.pop("lora_adapter_metadata"))
     assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
-    assert bool(settings["transformer.rank_pattern"]) == (keep < 1) and "text_encoder.target_modules" in settings
+    assert (
+        bool(settings["transformer.rank_pattern"]) == (keep < 1)
+        and "text_encoder.target_modules" in settings
+    )
     (tmp_path / "bare").mkdir()
     save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
     with_settings = proof.stock_layers(tmp_path / PUBLISHED_NAME, components)
@@ -169,7 +228,9 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     for path, layer in with_settings.items():
         assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
     pipeline = tiny_pipeline("flux", tmp_path / "again")
-    lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux")
+    lora_file.check_fits(
+        lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux"
+    )
 
 
 def test_a_layer_with_a_hyphen_in_its_name_may_have_a_rank_of_its_own(tmp_path):
@@ -183,13 +244,21 @@ def test_a_layer_with_a_hyphen_in_its_name_may_have_a_rank_of_its_own(tmp_path):
 
 
 DIFFERS = r"differs from the live adapter by \d"
-NO_MIXER = (MixedLowRank, "fold", lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()))
+NO_MIXER = (
+    MixedLowRank,
+    "fold",
+    lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()),
+)
 NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
 
 
 def swapped(real, *arguments):
     def other(key):
-        return key.replace(".lora_A.", ".?.").replace(".lora_B.", ".lora_A.").replace(".?.", ".lora_B.")
+        return (
+            key.replace(".lora_A.", ".?.")
+            .replace(".lora_B.", ".lora_A.")
+            .replace(".?.", ".lora_B.")
+        )
 
     return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
 
@@ -198,18 +267,26 @@ def doubled(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
-KOHYA_ALPHA, SWAPPED = (key_names, "kohya_tensors", doubled), (published_file, "published_tensors", swapped)
+KOHYA_ALPHA, SWAPPED = (
+    (key_names, "kohya_tensors", doubled),
+    (published_file, "published_tensors", swapped),
+)
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
 MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
-MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]  # it is not square
+# it is not square
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]
 MISTAKES += [(SKIPPED, {}, 1.0, "adapts other modules")]
-MISTAKES += [(mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)]
+MISTAKES += [
+    (mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)
+]
 
 
 @pytest.mark.parametrize(("mistake", "options", "keep", "said"), MISTAKES)
-def test_a_mistake_in_the_export_is_caught_by_the_proof(mistake, options, keep, said, monkeypatch, tmp_path):
+def test_a_mistake_in_the_export_is_caught_by_the_proof(
+    mistake, options, keep, said, monkeypatch, tmp_path
+):
     owner, name, wrong = mistake
     components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
     real = getattr(owner, name)
@@ -220,7 +297,8 @@ def test_a_mistake_in_the_export_is_caught_by_the_proof(mistake, options, keep, 
 
 
 def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
-    """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a convolution."""
+    """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a
+    convolution."""
     components, unet = live(target_modules=["attn1.to_q"]), tiny_unet()
     layer = next(iter(adapter_layers(components["unet"]).values()))
     unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
@@ -249,23 +327,45 @@ def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(tmp_path):
+def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(
+    tmp_path,
+):
     components = live()
-    whole, smaller = published(components, tmp_path / "whole"), published(components, tmp_path / "small", keep=0.8)
-    assert smaller.rank_sum < whole.rank_sum and 0.8 <= smaller.kept < 1 and smaller.max_relative_difference < 1e-6
+    whole, smaller = (
+        published(components, tmp_path / "whole"),
+        published(components, tmp_path / "small", keep=0.8),
+    )
+    assert (
+        smaller.rank_sum < whole.rank_sum
+        and 0.8 <= smaller.kept < 1
+        and smaller.max_relative_difference < 1e-6
+    )
     assert any("0.29" in note for note in smaller.notes)
-    ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items() if ".lora_A." in k}
+    ranks = {
+        t.shape[0]
+        for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items()
+        if ".lora_A." in k
+    }
     again = load_published(tmp_path / "small")[1]
-    assert len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    assert (
+        len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
+    )
     with pytest.raises(UserError, match=r"keep=1.5"):
         published(components, tmp_path / "no", keep=1.5)
     fresh = {"unet": inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))}
-    assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, "it has not learnt yet"
-    up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((20, 8), (8, 30)))
+    assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, (
+        "it has not learnt yet"
+    )
+    up, down = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for shape in ((20, 8), (8, 30))
+    )
     sizes = torch.linalg.svdvals(up @ down)
     for rank in (1, 3, 8):
         share = float(sizes[:rank].square().sum() / sizes.square().sum())
-        layer = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"]["to_q"]
+        layer = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"][
+            "to_q"
+        ]
         assert len(layer.down) == rank
         error = (layer.up @ layer.down - up @ down).norm()
         assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
@@ -281,7 +381,8 @@ def precisions() -> list[str]:
 
 @pytest.fixture
 def coarse():
-    """Products of GPU and CPU as coarse as PyTorch lets them be. `monkeypatch` cannot put these back."""
+    """Products of GPU and CPU as coarse as PyTorch lets them be. `monkeypatch` cannot put these
+    back."""
     before = precisions()
     for setting, precision in COARSEST.items():
         setting.fp32_precision = precision
@@ -291,10 +392,14 @@ def coarse():
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.9])
-def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(keep, coarse, monkeypatch, tmp_path):
+def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(
+    keep, coarse, monkeypatch, tmp_path
+):
     """Also after a refusal."""
     found, compare, components = [], proof.relative_difference, live()
-    monkeypatch.setattr(proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two))
+    monkeypatch.setattr(
+        proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two)
+    )
     published(components, tmp_path, keep=keep)
     assert found and all(each == ["ieee"] * 4 for each in found)
     assert precisions() == list(COARSEST.values())
@@ -322,10 +427,16 @@ def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, 
     with proof.full_fp32():
         assert [switch.allow_tf32 for switch in older_switches] == [False, False]
         assert precisions() == ["ieee"] * 4
-    assert tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
+    assert (
+        tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
+    )
 
 
-KEPT = [{}, {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1}, {"mixer": "none"}]
+KEPT = [
+    {},
+    {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
+    {"mixer": "none"},
+]
 KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
 KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
 KEPT += [{"mixer": "kronecker", "r": 8, "mixer_factor": 4}]
@@ -337,13 +448,22 @@ def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
     again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
     facts = load_raw(tmp_path / RAW_NAME, again)
-    assert facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    assert (
+        facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    )
     for name, model in components.items():
         one, two = model.state_dict(), again[name].state_dict()
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-        pairs = zip(adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True)
-        assert all((a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout]) for a, b in pairs)
-        learnt = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])]
+        pairs = zip(
+            adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True
+        )
+        assert all(
+            (a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout])
+            for a, b in pairs
+        )
+        learnt = [
+            [n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])
+        ]
         assert learnt[0] == learnt[1]
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
@@ -364,7 +484,10 @@ BROKEN = {
     "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
     "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "can run code"),
     "nan": (with_nan, "NaN or infinite values, first in"),
-    "half": (lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header), "is not whole"),
+    "half": (
+        lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header),
+        "is not whole",
+    ),
     "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
 }
 
@@ -385,7 +508,10 @@ def test_broken_files_get_one_clear_line(how, dog, tmp_path):
 
 
 def test_another_base_is_named_with_both_sizes(dog, tmp_path):
-    with pytest.raises(UserError, match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here"):
+    with pytest.raises(
+        UserError,
+        match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here",
+    ):
         load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
     with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
         load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
@@ -419,8 +545,20 @@ def raw(tmp_path_factory):
     return folder
 
 
-HOSTILE = [{"rank": 8}, {"rank": "four"}, {"alpha": float("nan")}, {"alpha": 10**400}, {"alphas": {"unet.x": "y"}}]
-HOSTILE += [{"mixer": "none"}, {"mixer": ["orthogonal"]}, {"use_dora": True}, {"trigger_words": 5}, {"versions": ["1"]}]
+HOSTILE = [
+    {"rank": 8},
+    {"rank": "four"},
+    {"alpha": float("nan")},
+    {"alpha": 10**400},
+    {"alphas": {"unet.x": "y"}},
+]
+HOSTILE += [
+    {"mixer": "none"},
+    {"mixer": ["orthogonal"]},
+    {"use_dora": True},
+    {"trigger_words": 5},
+    {"versions": ["1"]},
+]
 HOSTILE += [lambda t: t.int(), lambda t: t[None].clone(), lambda t: t[:, None, None, None].clone()]
 HOSTILE += [lambda t: t[:1].clone(), lambda t: t[:, 0].clone()]  # copy_ would repeat a row
 
@@ -428,7 +566,9 @@ HOSTILE += [lambda t: t[:1].clone(), lambda t: t[:, 0].clone()]  # copy_ would r
 def with_facts(folder, path, tensors: dict | None = None, **facts):
     """A copy of the raw file with other tensors or facts."""
     own, header = raw_file.read_tensors(folder / RAW_NAME)
-    path.write_bytes(save(tensors or own, {"moslora": json.dumps(json.loads(header["moslora"]) | facts)}))
+    path.write_bytes(
+        save(tensors or own, {"moslora": json.dumps(json.loads(header["moslora"]) | facts)})
+    )
     return path
 
 
@@ -456,26 +596,38 @@ def test_a_header_that_is_no_object_and_tensors_of_no_adapter_are_refused(raw, t
 
 
 ODD_PARTS = [("utils", {}), ("AutoModel", {}), ("UNet2DConditionModel", None)]
-ODD_PARTS += [("UNet2DConditionModel", {"block_out_channels": "x"}), ("CLIPTextModel", {"vocab_size": -3})]
+ODD_PARTS += [
+    ("UNet2DConditionModel", {"block_out_channels": "x"}),
+    ("CLIPTextModel", {"vocab_size": -3}),
+]
 
 
 @pytest.mark.parametrize(("name", "config"), ODD_PARTS)
-def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(name, config):
+def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(
+    name, config
+):
     with pytest.raises(UserError, match=r"is not a part of a model|cannot be built"):
         empty_model({"class": name} | ({} if config is None else {"config": config}))
     config = model_config(text_encoders()["text_encoder"])["config"]
-    model = empty_model({"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}})
+    model = empty_model(
+        {"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}}
+    )
     assert model.config._attn_implementation != "somebody/kernel"
 
 
-ENDLESS = [("UNet2DConditionModel", {"layers_per_block": 3000}), ("CLIPTextModel", {"num_hidden_layers": 10**400})]
+ENDLESS = [
+    ("UNet2DConditionModel", {"layers_per_block": 3000}),
+    ("CLIPTextModel", {"num_hidden_layers": 10**400}),
+]
 ENDLESS += [("UNet2DConditionModel", {"down_block_types": ["DownBlock2D"] * 3000})]
 NESTED = {"layers_per_block": [1, 1, 60], "transformer_layers_per_block": [[9], 1, 900]}
 
 
 @pytest.mark.parametrize(("name", "changes"), [*ENDLESS, ("UNet2DConditionModel", NESTED)])
 def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
-    monkeypatch.setattr("dreambooth_moslora.lora.raw_file.build", lambda *_: pytest.fail("it is built"))
+    monkeypatch.setattr(
+        "dreambooth_moslora.lora.raw_file.build", lambda *_: pytest.fail("it is built")
+    )
     model = tiny_unet() if name.startswith("UNet") else text_encoders()["text_encoder"]
     with pytest.raises(UserError, match="more than 2000 layers"):
         empty_model({"class": name, "config": model_config(model)["config"] | changes})
@@ -484,10 +636,16 @@ def test_a_file_does_not_have_us_build_for_minutes(name, changes, monkeypatch):
 def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
     names = [f"name {number}" for number in range(8)]
     for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
-        raw_file.write_file(path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order})
+        raw_file.write_file(
+            path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order}
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     tensors, header = raw_file.read_tensors(tmp_path / "a")
-    assert tensors["x"].tolist() == [0, 1, 2] and list(tensors) == ["x", "y"] and header["name 7"] == "ü\n"
+    assert (
+        tensors["x"].tolist() == [0, 1, 2]
+        and list(tensors) == ["x", "y"]
+        and header["name 7"] == "ü\n"
+    )
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
@@ -508,7 +666,12 @@ def save_adapter(folder: Path, mixer: str) -> torch.Tensor:
     """Write `own`, an adapter that PEFT saves, and its `base`; returns the logits."""
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES))
     model.save_pretrained(folder / "base")
-    kind = {"mixer": mixer, "mixer_factor": 2, "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    kind = {
+        "mixer": mixer,
+        "mixer_factor": 2,
+        "rank_pattern": {"q_proj": 2},
+        "task_type": "CAUSAL_LM",
+    }
     config = MoSLoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], **kind)
     adapted = shaken(model, config).eval()
     adapted.save_pretrained(folder / "own")
@@ -523,14 +686,20 @@ def exported(source, *words) -> int:
 @pytest.mark.slow
 def test_plain_peft_computes_the_same_logits(tmp_path, capsys):
     """In a program that does not import this package."""
-    wanted = {tmp_path / mixer: save_adapter(tmp_path / mixer, mixer) for mixer in ("orthogonal", "kronecker")}
+    wanted = {
+        tmp_path / mixer: save_adapter(tmp_path / mixer, mixer)
+        for mixer in ("orthogonal", "kronecker")
+    }
     for folder in wanted:
         assert exported(folder / "own", "--for", "peft") == 0
         assert "4 layers folded" in capsys.readouterr().out
         settings = json.loads((folder / "plain" / "adapter_config.json").read_text())
         assert settings.keys() <= LoraConfig().to_dict().keys()
     subprocess.run([sys.executable, "-c", PROGRAM, *wanted], check=True, cwd=tmp_path)
-    assert all(torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-5) for folder, logits in wanted.items())
+    assert all(
+        torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-5)
+        for folder, logits in wanted.items()
+    )
 
 
 def test_what_peft_does_not_need_folded_is_refused_in_one_line(tmp_path, capsys):
@@ -546,7 +715,9 @@ def test_what_peft_does_not_need_folded_is_refused_in_one_line(tmp_path, capsys)
     refused(folder, "is an adapter of PEFT: add --for peft")
     refused(tmp_path / "base", "holds no adapter_config.json", "--for", "peft")
     refused(folder, "--out", "--for", "peft", "--out", str(folder))
-    plain = get_peft_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES)), LoraConfig(r=2))
+    plain = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **SIZES)), LoraConfig(r=2)
+    )
     plain.save_pretrained(tmp_path / "lora")
     refused(tmp_path / "lora", "is of the type 'LORA', which PEFT loads as it is", "--for", "peft")
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -1,5 +1,5 @@
-"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, q, k and v together, and
-several adapters on one base in one batch."""
+"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, q, k and
+v together, and several adapters on one base in one batch."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,13 @@ from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, 
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
 from dreambooth_moslora.method.mixer import MixerLinear
-from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_layers, disabled, inject, set_scale
+from dreambooth_moslora.method.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    disabled,
+    inject,
+    set_scale,
+)
 from tests.helpers.tiny import tiny_unet
 
 RANK = 3
@@ -49,7 +55,9 @@ def randomize(model: nn.Module, seed: int = 7) -> nn.Module:
 
 def adapted(model: nn.Module, adapter_name: str = "default", **options) -> nn.Module:
     """`model` with an adapter, all matrices random, base frozen."""
-    config = MoSLoraConfig(**{"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **options})
+    config = MoSLoraConfig(
+        **{"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS, **options}
+    )
     return randomize(inject(model, config, adapter_name))
 
 
@@ -67,7 +75,9 @@ def block(change=lambda base: None, bias: bool = True, **options) -> nn.Module:
     return model
 
 
-def assert_same(fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same(
+    fast: dict[str, torch.Tensor], general: dict[str, torch.Tensor], tolerance: float
+) -> None:
     assert fast.keys() == general.keys() and fast
     for name, expected in general.items():
         assert fast[name].dtype == expected.dtype
@@ -84,8 +94,13 @@ def test_two_projections_of_one_input_keep_it_once():
     x, counts = torch.randn(64, 12, dtype=torch.bfloat16, requires_grad=True), []
     for model in (general, fast_copy(general)):
         kept: dict[int, Tensor] = {}
-        keep = lambda t, kept=kept: kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        keep = lambda t, kept=kept: (  # noqa: E731
+            kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t
+        )
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             outputs = model.to_q(x), model.to_k(x)
         counts.append(len(kept) if outputs else 0)
     assert counts == [2, 1]
@@ -95,7 +110,10 @@ LATER = {
     "a scale": (lambda layer: layer.set_scale("default", 0.25), {}),
     "two adapters": (lambda layer: layer.set_adapter(["default", "other"]), {}),
     "another adapter": (lambda layer: layer.set_adapter("other"), {}),
-    "a batch of mixed adapters": (lambda layer: None, {"adapter_names": ["default", "__base__"] * 3}),
+    "a batch of mixed adapters": (
+        lambda layer: None,
+        {"adapter_names": ["default", "__base__"] * 3},
+    ),
 }
 
 
@@ -111,11 +129,15 @@ def test_what_is_changed_later_is_followed(name):
     for layer in (*adapter_layers(general).values(), *adapter_layers(fast).values()):
         change(layer)
     after = fast.to_q(x, **call)
-    assert not torch.equal(before, after) and torch.allclose(after, general.to_q(x, **call), atol=1e-5)
+    assert not torch.equal(before, after) and torch.allclose(
+        after, general.to_q(x, **call), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("in_a_step", [False, True])
-def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_ones_the_same(in_a_step):
+def test_disabled_adapters_and_scale_zero_give_the_base_bit_for_bit_and_merged_ones_the_same(
+    in_a_step,
+):
     model, x = fast_copy(block()), torch.randn(6, 12)
     with WorkingCopies(model).for_one_step() if in_a_step else nullcontext():
         live, base = model.to_q(x), model.to_q.base_layer(x)
@@ -155,7 +177,9 @@ SLOW = {
 
 def slow_projections(model: nn.Module) -> dict[str, str]:
     """The reason of each layer that cannot be fused."""
-    reasons = {path: fast_linear.slow_reason(layer) for path, layer in adapter_layers(model).items()}
+    reasons = {
+        path: fast_linear.slow_reason(layer) for path, layer in adapter_layers(model).items()
+    }
     return {path: reason for path, reason in reasons.items() if reason}
 
 
@@ -168,7 +192,8 @@ def test_what_cannot_be_fast_is_left_alone_and_reported(reason):
 
 
 def quantised(kind: str, dtype: torch.dtype) -> nn.Module:
-    """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants them."""
+    """Two adapted projections of widths that bitsandbytes takes, named as the quantisation wants
+    them."""
     return adapted(quantised_base(kind, dtype))
 
 
@@ -213,10 +238,17 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(joint):
-    """An adapter that moved is never seen as it was: after a step, after one that failed, and in the next one."""
+def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(
+    joint,
+):
+    """An adapter that moved is never seen as it was: after a step, after one that failed, and in
+    the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
-    copies, found, layer = WorkingCopies(model, joint=joint), [], next(iter(adapter_layers(model).values()))
+    copies, found, layer = (
+        WorkingCopies(model, joint=joint),
+        [],
+        next(iter(adapter_layers(model).values())),
+    )
     with pytest.raises(ZeroDivisionError), copies.for_one_step():
         raise ZeroDivisionError
 
@@ -249,7 +281,10 @@ KINDS = {
     "no mixer": {"mixer": "none", "lora_alpha": 1},
     "frozen mixer": {"train_mixer": False, "rank_pattern": {"attn2.to_v": 1}},
     "scale": {"lora_alpha": 1, "use_rslora": True},
-    "ranks and scales": {"rank_pattern": {"to_k": 5, "attn2.to_v": 1}, "alpha_pattern": {"to_q": 1}},
+    "ranks and scales": {
+        "rank_pattern": {"to_k": 5, "attn2.to_v": 1},
+        "alpha_pattern": {"to_q": 1},
+    },
     "convolutions": {"target_modules": ["to_q", "to_v", "conv1", "conv_shortcut"]},
 }
 
@@ -266,7 +301,9 @@ def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tens
     return given(model)
 
 
-def step_on_copies(model: nn.Module, losses: list[Callable], joint: bool = False) -> dict[str, torch.Tensor]:
+def step_on_copies(
+    model: nn.Module, losses: list[Callable], joint: bool = False
+) -> dict[str, torch.Tensor]:
     with WorkingCopies(model, joint=joint).for_one_step() as copies:
         assert not joint or any(batch.count > 1 for batch in copies.batches)
         for loss in losses:
@@ -276,7 +313,8 @@ def step_on_copies(model: nn.Module, losses: list[Callable], joint: bool = False
 
 
 def test_a_layer_that_is_not_used_has_no_gradient():
-    """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused optimizer wants it so."""
+    """Nor an input that needs none. Gradients lie in memory as their parameters do: a fused
+    optimizer wants it so."""
     x = torch.ones(4, 12)
     for options in (KINDS["learnt mixer"], KINDS["no mixer"]):
         model = fast_copy(block(bias=False, **options))
@@ -288,7 +326,10 @@ def test_a_layer_that_is_not_used_has_no_gradient():
 
 def test_layers_of_the_general_path_and_calls_that_take_it_keep_their_gradients():
     model, x = fast_copy(block(bias=False)), torch.randn(4, 12)
-    wanted = {name: 2 * grad for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()}
+    wanted = {
+        name: 2 * grad
+        for name, grad in plain_step(copy.deepcopy(model), [lambda b: b(x).sum()]).items()
+    }
 
     def both_ways(block: Block) -> torch.Tensor:
         names = {"adapter_names": ["default"] * 4}
@@ -313,7 +354,10 @@ class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.own, self.cross = Attention(12, heads=2, dim_head=6), Attention(12, 12, heads=2, dim_head=6)
+        self.own, self.cross = (
+            Attention(12, heads=2, dim_head=6),
+            Attention(12, 12, heads=2, dim_head=6),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.cross(self.own(x), encoder_hidden_states=WORDS.to(x.dtype))
@@ -346,7 +390,11 @@ def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, reco
     """In fp64, layers alone or in a step."""
     general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
     fast = copy.deepcopy(general)
-    linear = [layer for layer in adapter_layers(general).values() if isinstance(layer.base_layer, nn.Linear)]
+    linear = [
+        layer
+        for layer in adapter_layers(general).values()
+        if isinstance(layer.base_layer, nn.Linear)
+    ]
     assert enable_fast_path(fast) == len(linear)
     assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
     if recomputed:
@@ -356,9 +404,12 @@ def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, reco
 
 
 @pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
-@pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-3, 3e-2))])
+@pytest.mark.parametrize(
+    ("dtype", "tolerances"), [(torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-3, 3e-2))]
+)
 def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerances):
-    """In bf16 all round at the same places, copies jointly too; sums over micro-batches are in fp32."""
+    """In bf16 all round at the same places, copies jointly too; sums over micro-batches are in
+    fp32."""
     model = adapted(Pair(), **options)
     for layer in adapter_layers(model).values():
         layer.base_layer.to(dtype)
@@ -370,8 +421,8 @@ def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dty
 
 
 def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_share_it():
-    """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped from the file.
-    Packed numbers of 4 bits cannot be put below one another."""
+    """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped
+    from the file. Packed numbers of 4 bits cannot be put below one another."""
     model = fast_copy(adapted(tiny_unet()))
     before, size = copy.deepcopy(model.state_dict()), storage_bytes(model)
     copies = WorkingCopies(model, joint=True)
@@ -381,11 +432,15 @@ def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_sh
     pair = fast_copy(adapted(Pair()))
     assert not WorkingCopies(pair).joints
     assert [len(joint.layers) for joint in WorkingCopies(pair.to("meta")).joints] == [3, 2]
-    packed = nn.ModuleDict({"transformer_blocks": Attention(64, heads=2, dim_head=32)}).requires_grad_(False)
+    packed = nn.ModuleDict(
+        {"transformer_blocks": Attention(64, heads=2, dim_head=32)}
+    ).requires_grad_(False)
     assert quantize(packed, "nf4", torch.float32) == 4 == enable_fast_path(adapted(packed))
     assert not WorkingCopies(packed, joint=True).joints
     base = tiny_unet().requires_grad_(False)
-    fast_linear.lay_together(base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))])
+    fast_linear.lay_together(
+        base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))]
+    )
     models = adapted_twins(base, target_modules=["to_q", "to_v"])
     assert all(WorkingCopies(model, joint=True).joints for model in models)
     assert storage_bytes(*models) == storage_bytes(base)
@@ -393,7 +448,9 @@ def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_sh
 
 def storage_bytes(*models: nn.Module) -> int:
     """Of the bases alone."""
-    frozen = [p.untyped_storage() for model in models for p in model.parameters() if not p.requires_grad]
+    frozen = [
+        p.untyped_storage() for model in models for p in model.parameters() if not p.requires_grad
+    ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in frozen}.values())
 
 
@@ -420,7 +477,9 @@ def test_layers_alone_in_another_order_and_beside_one_that_is_switched_off_are_r
         model.to_k._disable_adapters = True
         seen = [layer(x) for layer in (model.to_q, model.to_k, model.to_v)]
         assert torch.equal(seen.pop(1), model.to_k.base_layer(x))
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(seen, wanted, strict=True))
+    assert all(
+        torch.allclose(one, other, atol=1e-5) for one, other in zip(seen, wanted, strict=True)
+    )
 
 
 def test_weights_that_were_moved_or_cast_since_are_not_computed_from_the_old_ones():
@@ -456,12 +515,20 @@ def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(number)
     shapes = [(ROWS, 4, 8, 8), (ROWS, 77, 48), (ROWS, 32)]
     latents, words, pooled = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
-    return latents, torch.randint(1000, (ROWS,), generator=g), words, pooled, torch.full((ROWS, 6), 64.0, dtype=dtype)
+    return (
+        latents,
+        torch.randint(1000, (ROWS,), generator=g),
+        words,
+        pooled,
+        torch.full((ROWS, 6), 64.0, dtype=dtype),
+    )
 
 
 def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     latents, times, words, pooled, sizes = inputs
-    return unet(latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    return unet(
+        latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+    ).sample
 
 
 def loss_of(number: int, outputs: Tensor) -> Tensor:
@@ -473,7 +540,11 @@ def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, T
     found, dtype = [], models[0].conv_in.weight.dtype
     for number, model in enumerate(models):
         inputs = [inputs_of(10 * turn + number, dtype) for turn in range(turns)]
-        found.append(step_on_copies(model, [lambda m, x=x, n=number: loss_of(n, prediction(m, x)) for x in inputs]))
+        found.append(
+            step_on_copies(
+                model, [lambda m, x=x, n=number: loss_of(n, prediction(m, x)) for x in inputs]
+            )
+        )
         model.zero_grad()
     return found
 
@@ -483,7 +554,9 @@ def gradients_together(models: list[nn.Module], turns: int = 1) -> list[dict[str
     with StackedAdapters(models).for_one_step() as copies:
         for turn in range(turns):
             each = [inputs_of(10 * turn + number, dtype) for number in range(len(models))]
-            outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(len(models))
+            outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(
+                len(models)
+            )
             sum(map(loss_of, range(len(models)), outputs)).backward()
             copies.collect()
     found = [given(model) for model in models]
@@ -497,7 +570,8 @@ SLOW_STACKS = [("convolutions", True), *((kind, False) for kind in KINDS if kind
 
 
 @pytest.mark.parametrize(
-    ("kind", "recomputed"), [*FAST_STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW_STACKS)]
+    ("kind", "recomputed"),
+    [*FAST_STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW_STACKS)],
 )
 def test_each_adapter_gets_the_gradients_that_it_gets_alone(kind, recomputed):
     """Of two micro-batches, in fp64: exact to its rounding."""
@@ -506,7 +580,9 @@ def test_each_adapter_gets_the_gradients_that_it_gets_alone(kind, recomputed):
         model.double()
         if recomputed:
             model.enable_gradient_checkpointing()
-    for together, alone in zip(gradients_together(models, 2), gradients_alone(models, 2), strict=True):
+    for together, alone in zip(
+        gradients_together(models, 2), gradients_alone(models, 2), strict=True
+    ):
         assert_same(together, alone, 1e-9)
 
 
@@ -521,7 +597,10 @@ def test_stacked_fp32_adapters_get_fp32_gradients(dtype, tolerance):
 def test_stacked_adapters_on_a_base_in_4_bit_get_the_same_gradients():
     models = adapted_twins(quantised_base("nf4", torch.float32))
     rows = torch.randn(COUNT, 5, 64, generator=torch.Generator().manual_seed(1))
-    alone = [plain_step(model, [lambda m, x=x: quantised_loss(m, x)]) for model, x in zip(models, rows, strict=True)]
+    alone = [
+        plain_step(model, [lambda m, x=x: quantised_loss(m, x)])
+        for model, x in zip(models, rows, strict=True)
+    ]
     for model in models:
         model.zero_grad()
     with StackedAdapters(models).for_one_step() as copies:
@@ -557,7 +636,9 @@ def test_models_that_do_not_fit_together_are_refused():
     """A twin has its own adapter on the same weights."""
     base = tiny_unet()
     first, second = adapted(twin(base)), adapted(twin(base))
-    for one, other in zip(adapter_layers(first).values(), adapter_layers(second).values(), strict=True):
+    for one, other in zip(
+        adapter_layers(first).values(), adapter_layers(second).values(), strict=True
+    ):
         assert one.base_layer.weight is other.base_layer.weight
         assert one.lora_A["default"].weight is not other.lora_A["default"].weight
     assert not any("lora" in name for name, _ in base.named_parameters())

@@ -1,6 +1,6 @@
-"""The mixers: how they start, what depends on them, who is refused one, and that a kind of mixer is a name and a start:
-flag, page, training, files and their descriptions know it by these. `--mixer kronecker`: LoKr as a MoSLoRA whose A and
-B are tied, from the layer to the published file."""
+"""The mixers: how they start, what depends on them, who is refused one, and that a kind of mixer is
+a name and a start: flag, page, training, files and their descriptions know it by these. `--mixer
+kronecker`: LoKr as a MoSLoRA whose A and B are tied, from the layer to the published file."""
 
 import pickle
 import re
@@ -58,7 +58,11 @@ from tests.method.test_moslora import Net, config
 def test_the_mixers_start_as_they_are_named(kind):
     start = initial_mixer(kind, 6, seed=1, path="a.b").double()
     halves = torch.eye(3).repeat(2, 2).double()
-    wanted = {"orthogonal": torch.eye(6).double(), "identity": torch.eye(6).double(), "butterfly": 2 * halves}
+    wanted = {
+        "orthogonal": torch.eye(6).double(),
+        "identity": torch.eye(6).double(),
+        "butterfly": 2 * halves,
+    }
     assert torch.allclose(start @ start.T, wanted[kind], atol=1e-6)
     assert (kind == "orthogonal") == (not torch.equal(start, start.round()))
     kaiming = initial_mixer("kaiming", 64, seed=0, path="x")  # uniform within 1 / sqrt(r)
@@ -80,8 +84,14 @@ def test_mixers_depend_on_seed_and_place_and_their_product_stays_of_its_subclass
     assert type(mixed.weight) is FakeTensor and mixed.weight.shape == (5, 2)
 
 
-REFUSED = [({"target_modules": ["to_q", "words"]}, "words is a Embedding"), ({"r": 0}, "from 1 on, not 0")]
-REFUSED += [({"target_modules": ["nowhere"]}, "matches no module of Net"), ({"lora_bias": True}, "lora_bias")]
+REFUSED = [
+    ({"target_modules": ["to_q", "words"]}, "words is a Embedding"),
+    ({"r": 0}, "from 1 on, not 0"),
+]
+REFUSED += [
+    ({"target_modules": ["nowhere"]}, "matches no module of Net"),
+    ({"lora_bias": True}, "lora_bias"),
+]
 REFUSED += [({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2")]
 REFUSED += [({"mixer": "butterfly", "r": 3}, "an even rank, not 3"), ({"mixer": "random"}, "mixer")]
 REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
@@ -124,9 +134,12 @@ print(states + [is_patched()])
 
 @pytest.mark.slow
 def test_peft_is_patched_only_from_the_first_config_with_a_mixer_on():
-    """A config that comes from another process counts: without the patch PEFT would make a plain LoRA of it."""
+    """A config that comes from another process counts: without the patch PEFT would make a plain
+    LoRA of it."""
     run = [sys.executable, "-c", PATCH_STATE]
-    said = subprocess.run(run, input=pickle.dumps(config()), stdout=subprocess.PIPE, check=True).stdout
+    said = subprocess.run(
+        run, input=pickle.dumps(config()), stdout=subprocess.PIPE, check=True
+    ).stdout
     assert said.decode().strip() == "[False, False, True]"
 
 
@@ -155,21 +168,38 @@ def test_what_cannot_carry_a_mixer_is_named_for_pefts_own_models_too():
     before = [name for name, _ in model.named_parameters()]
     with pytest.raises(UserError, match="words is a Embedding"):
         inject(model, config(target_modules=["to_q", "words"]), "two")
-    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["one"]
+    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == [
+        "one"
+    ]
 
 
 @pytest.fixture
 def reversed_kind(monkeypatch):
-    monkeypatch.setitem(STARTS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0)))
+    monkeypatch.setitem(
+        STARTS, "reversed", lambda mixer, _: mixer.copy_(torch.eye(len(mixer)).flip(0))
+    )
     MIXERS.append("reversed")
     yield "reversed"
     MIXERS.remove("reversed")
 
 
-def test_flag_page_training_files_and_descriptions_know_a_new_mixer(reversed_kind, tiny_base, tmp_path):
+def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
+    reversed_kind, tiny_base, tmp_path
+):
     assert set(STARTS) == set(MIXERS) - {"none"}
-    flags = ["--mixer", "reversed", "--instance_data_dir", "p", "--instance_prompt", "a sks dog", "--output_dir", "run"]
-    assert parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
+    flags = [
+        "--mixer",
+        "reversed",
+        "--instance_data_dir",
+        "p",
+        "--instance_prompt",
+        "a sks dog",
+        "--output_dir",
+        "run",
+    ]
+    assert (
+        parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
+    )
     with gr.Blocks():
         widgets, _ = train_widgets("toy", TrainForm)
     assert "reversed" in [value for _, value in widgets["mixer"].choices]
@@ -177,7 +207,9 @@ def test_flag_page_training_files_and_descriptions_know_a_new_mixer(reversed_kin
     train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))
     tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
     mixers = [tensor for key, tensor in tensors.items() if key.endswith(".mixer")]
-    assert mixers and all(torch.allclose(mixer, torch.eye(len(mixer)).flip(0), atol=1e-4) for mixer in mixers)
+    assert mixers and all(
+        torch.allclose(mixer, torch.eye(len(mixer)).flip(0), atol=1e-4) for mixer in mixers
+    )
     with safe_open(tmp_path / "run" / PUBLISHED_NAME, "pt") as file:
         told = AdapterMetadata.from_json(file.metadata()["moslora"])
     assert metadata.mixer == told.mixer == "reversed"
@@ -193,13 +225,18 @@ def line() -> nn.Module:
 
 
 def lokr(**options) -> MoSLoraConfig:
-    return config(**{"r": 8, "lora_alpha": 3, "target_modules": ["to_q"], "mixer": "kronecker"} | options)
+    return config(
+        **{"r": 8, "lora_alpha": 3, "target_modules": ["to_q"], "mixer": "kronecker"} | options
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"train_mixer": False}])
 def test_it_is_lokr(options):
-    """x·(W₀ + s·W₁ ⊗ (B₂·A₂))ᵀ, with the gradients of that; at the start it is the base, of an orthogonal W₁."""
-    net, other = (inject(line(), lokr(mixer_factor=4, mixer_seed=seed, **options)) for seed in (1, 2))
+    """x·(W₀ + s·W₁ ⊗ (B₂·A₂))ᵀ, with the gradients of that; at the start it is the base, of an
+    orthogonal W₁."""
+    net, other = (
+        inject(line(), lokr(mixer_factor=4, mixer_seed=seed, **options)) for seed in (1, 2)
+    )
     assert torch.equal(net(X), line()(X))
     start = net.to_q.lora_B["default"].mixer.detach().clone()
     assert torch.allclose(start @ start.T, torch.eye(4), atol=1e-6)
@@ -211,17 +248,27 @@ def test_it_is_lokr(options):
     down, up = layer.lora_A["default"], layer.lora_B["default"]
     leaves = [p.detach().clone().requires_grad_() for p in (down.tied, up.mixer, up.up)]
     assert [tuple(leaf.shape) for leaf in leaves] == [(2, 3), (4, 4), (5, 2)]
-    weight = layer.base_layer.weight + layer.scaling["default"] * torch.kron(leaves[1], leaves[2] @ leaves[0])
+    weight = layer.base_layer.weight + layer.scaling["default"] * torch.kron(
+        leaves[1], leaves[2] @ leaves[0]
+    )
     expected = F.linear(X, weight, layer.base_layer.bias)
     assert torch.allclose(net(X), expected, atol=1e-5)
     for result in (net(X), expected):
         result.square().sum().backward()
     for mine, leaf in zip((down.tied, up.mixer, up.up), leaves, strict=True):
-        assert torch.allclose(mine.grad, leaf.grad, rtol=1e-4) if mine.requires_grad else not options["train_mixer"]
+        assert (
+            torch.allclose(mine.grad, leaf.grad, rtol=1e-4)
+            if mine.requires_grad
+            else not options["train_mixer"]
+        )
     matrices = matrices_of(layer, "default")
-    assert torch.allclose(matrices.forward(X, layer.base_layer.weight) + layer.base_layer.bias, expected, atol=1e-5)
+    assert torch.allclose(
+        matrices.forward(X, layer.base_layer.weight) + layer.base_layer.bias, expected, atol=1e-5
+    )
     plain = fold(net)["to_q"]
-    assert plain.rank == 8 and torch.allclose(layer.base_layer.weight + plain.delta, weight, atol=1e-6)
+    assert plain.rank == 8 and torch.allclose(
+        layer.base_layer.weight + plain.delta, weight, atol=1e-6
+    )
     layer.merge()
     assert torch.allclose(layer.base_layer.weight, weight, atol=1e-6)
 
@@ -240,16 +287,34 @@ def test_a_run_publishes_a_plain_lora_and_counts_its_numbers(tiny_base, tmp_path
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(options, tiny_base, tmp_path, capsys):
+def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(
+    options, tiny_base, tmp_path, capsys
+):
     pipeline = load_pipeline(tiny_base)
-    components = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    components = {
+        name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")
+    }
     for name, model in components.items():
         targets = ATTENTION_PROJECTIONS if name == "unet" else PROJECTIONS
         inject(model, lokr(target_modules=list(targets), lora_alpha=11, mixer_factor=4, **options))
         shake(model)
     save_raw(components, tmp_path / RAW_NAME, facts_of(components))
     folder = tmp_path / "out"
-    assert main(["export", str(tmp_path / RAW_NAME), "--out", str(folder), "--for", "lycoris", "--name", "dog"]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / RAW_NAME),
+                "--out",
+                str(folder),
+                "--for",
+                "lycoris",
+                "--name",
+                "dog",
+            ]
+        )
+        == 0
+    )
     layers = sum(len(adapter_layers(model)) for model in components.values())
     assert f"{layers} layers read back" in capsys.readouterr().out
     file = folder / "dog.lokr.safetensors"
@@ -258,10 +323,14 @@ def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(options, 
         (read, scales), wanted = parts[component], fold(model)
         assert read.keys() == wanted.keys()
         for path, layer in wanted.items():
-            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
+            assert torch.allclose(
+                scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5
+            )
             assert (read[path].magnitude is None) == ("use_dora" not in options)
     learnt = sum(p.numel() for model in components.values() for _, p in adapter_parameters(model))
-    assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, "and an alpha for each layer"
+    assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, (
+        "and an alpha for each layer"
+    )
 
 
 def test_a_lokr_of_flux_and_its_text_encoder_is_read_as_what_was_trained(tmp_path):
@@ -278,7 +347,9 @@ def test_a_lokr_of_flux_and_its_text_encoder_is_read_as_what_was_trained(tmp_pat
         (read, scales), wanted = parts[component], fold(model)
         assert read.keys() == wanted.keys()
         for path, layer in wanted.items():
-            assert torch.allclose(scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5)
+            assert torch.allclose(
+                scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5
+            )
 
 
 def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeypatch):
@@ -314,14 +385,22 @@ def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
 
 WRONG = [
     (["--mixer_factor", "3"], "mixer kronecker needs a rank that mixer_factor 3 divides, not 8"),
-    (["--mixer_factor", "2", "--target_modules", "conv1"], "of 2×2 blocks: choose another mixer, leave it out of --"),
+    (
+        ["--mixer_factor", "2", "--target_modules", "conv1"],
+        "of 2×2 blocks: choose another mixer, leave it out of --",
+    ),
 ]
 
 
 @pytest.mark.parametrize("flags, words", WRONG)
 def test_a_run_says_what_does_not_fit(flags, words, tiny_base, tmp_path):
     """Before the base is loaded."""
-    folder = ["--instance_data_dir", str(paint_photos(tmp_path / "photos")), "--output_dir", str(tmp_path / "run")]
+    folder = [
+        "--instance_data_dir",
+        str(paint_photos(tmp_path / "photos")),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     words_of = ["--instance_prompt", "a sks dog", "--pretrained_model_name_or_path", str(tiny_base)]
     found = parse_train_config([*folder, *words_of, "--mixer", "kronecker", "--rank", "8", *flags])
     with pytest.raises(UserError, match=re.escape(words)):

@@ -1,5 +1,5 @@
-"""The adapter: the formula, both doors, every mixer, convolutions, which layers a config means, PEFT's own ways and
-files, models of transformers, and 4-bit bases (QMoSLoRA)."""
+"""The adapter: the formula, both doors, every mixer, convolutions, which layers a config means,
+PEFT's own ways and files, models of transformers, and 4-bit bases (QMoSLoRA)."""
 
 import copy
 import pickle
@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import StableDiffusionXLPipeline
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
@@ -25,7 +31,13 @@ from dreambooth_moslora.lora.describe import Diagnosis, diagnose
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import MixerLinear
 from dreambooth_moslora.method.moslora import ATTENTION_PROJECTIONS as ATTENTION
-from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_layers, adapter_parameters, fold, inject
+from dreambooth_moslora.method.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+)
 from dreambooth_moslora.settings.rows import is_target
 from dreambooth_moslora.settings.table import KRONECKER, MIXERS
 from tests.helpers.folding import loaded_by_diffusers
@@ -55,7 +67,9 @@ def config(**options) -> MoSLoraConfig:
     return MoSLoraConfig(**{"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k"]} | options)
 
 
-def adapted(seed: int = 0, dtype: torch.dtype = torch.float32, adapter_name: str = "default", **options) -> Net:
+def adapted(
+    seed: int = 0, dtype: torch.dtype = torch.float32, adapter_name: str = "default", **options
+) -> Net:
     torch.manual_seed(seed)
     net = inject(Net(dtype), config(**options), adapter_name)
     shake(net, adapter_name)
@@ -75,7 +89,11 @@ def test_forward_is_the_formula_of_the_paper(kind, rslora):
     scale = 3 / 2 if rslora else 3 / 4
     expected = layer.base_layer(X) + scale * (((X @ a.T) @ b.mixer.T) @ b.up.T)
     assert torch.allclose(layer(X), expected, atol=1e-5)
-    matrices, weight, bias = moslora.matrices_of(layer, "default"), layer.base_layer.weight, layer.base_layer.bias
+    matrices, weight, bias = (
+        moslora.matrices_of(layer, "default"),
+        layer.base_layer.weight,
+        layer.base_layer.bias,
+    )
     assert torch.allclose(matrices.forward(X, weight) + bias, expected, atol=1e-5)
     assert torch.allclose(X @ (weight + matrices.fold().delta).T + bias, expected, atol=1e-5)
 
@@ -86,14 +104,21 @@ def test_adapters_are_fp32_whatever_the_base(dtype):
     net = inject(Net(dtype), config(r=8))
     assert {p.dtype for _, p in adapter_parameters(net)} == {torch.float32}
     mixer = net.to_q.lora_B["default"].mixer
-    assert torch.allclose(mixer @ mixer.T, torch.eye(8), atol=1e-6), "made in half precision it is off by 3e-3"
+    assert torch.allclose(mixer @ mixer.T, torch.eye(8), atol=1e-6), (
+        "made in half precision it is off by 3e-3"
+    )
     model = get_peft_model(Net(dtype), config(), autocast_adapter_dtype=False)
     model(X.to(dtype)).sum().backward()
     assert {p.dtype for _, p in adapter_parameters(model)} == {torch.float32}
 
 
 def test_none_is_plain_peft_lora_bit_for_bit():
-    options = {"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k"], "init_lora_weights": "gaussian"}
+    options = {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["to_q", "to_k"],
+        "init_lora_weights": "gaussian",
+    }
     base, states = Net(), []
     for door in (
         lambda net: get_peft_model(net, LoraConfig(**options)).get_base_model(),
@@ -134,7 +159,9 @@ def test_merge_and_unmerge(options):
         for layer in (net.to_q, net.to_k):
             getattr(layer, method)()
         assert torch.allclose(net(X), live, atol=1e-5)
-        assert torch.allclose(net.to_q.base_layer.weight, weight, atol=1e-5) == (method == "unmerge")
+        assert torch.allclose(net.to_q.base_layer.weight, weight, atol=1e-5) == (
+            method == "unmerge"
+        )
 
 
 def test_several_adapters_scale_disable_and_delete():
@@ -202,10 +229,18 @@ def test_the_base_has_the_same_modules_with_an_adapter_as_without():
         return [(path, type(module).__name__) for path, module in modules if path]
 
     options = {"r": 2, "target_modules": ["to_q", "conv1"]}
-    wrapped = get_peft_model(inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second")
+    wrapped = get_peft_model(
+        inject(tiny_unet(), MoSLoraConfig(**options)), MoSLoraConfig(**options), "second"
+    )
     plain = named(tiny_unet().named_modules())
-    assert named(moslora.base_modules(tiny_unet()).items()) == named(moslora.base_modules(wrapped).items()) == plain
-    model = nn.ModuleDict({"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)})
+    assert (
+        named(moslora.base_modules(tiny_unet()).items())
+        == named(moslora.base_modules(wrapped).items())
+        == plain
+    )
+    model = nn.ModuleDict(
+        {"line": nn.Linear(2, 3), "norm": nn.LayerNorm(2), "words": nn.Embedding(4, 2)}
+    )
     assert list(moslora.matrix_layers(model)) == ["line", "words"], "norms have vectors alone"
     unet = inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
     projections = [path for path, _ in plain if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
@@ -218,14 +253,19 @@ def test_the_rule_without_torch_is_pefts_own():
     paths = list(moslora.base_modules(tiny_unet()))
     for target in ("to_q", "to_out.0", "conv1", "mid_block.attentions.0.proj_in", "q", "out.0"):
         config = LoraConfig(target_modules=[target])
-        assert all(bool(LoraModel._check_target_module_exists(config, p)) == is_target(p, target) for p in paths), (
-            target
-        )
+        assert all(
+            bool(LoraModel._check_target_module_exists(config, p)) == is_target(p, target)
+            for p in paths
+        ), target
 
 
 BLOCK_NAMES = {
-    "mid_block": lambda path: path.startswith("mid_block.") and path.endswith(("to_q", "to_k", "to_v", "to_out.0")),
-    "blora_style": lambda path: "up_blocks.0.attentions.1." in path and ".to_" in path and not path.endswith("to_out"),
+    "mid_block": lambda path: (
+        path.startswith("mid_block.") and path.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    ),
+    "blora_style": lambda path: (
+        "up_blocks.0.attentions.1." in path and ".to_" in path and not path.endswith("to_out")
+    ),
     "unet.up_blocks.0.attentions.1": lambda path: is_target(path, "blora_style"),
     "down_blocks.1.*": lambda path: path.startswith("down_blocks.1."),
     "*conv1": lambda path: path.endswith(".conv1"),
@@ -245,7 +285,10 @@ def diagnostics(model: nn.Module) -> dict[str, Diagnosis]:
     config = model.peft_config["default"]
     start = getattr(config, "mixer", "none"), getattr(config, "mixer_seed", 0)
     layers = adapter_layers(model).items()
-    return {path: diagnose(moslora.matrices_of(layer, "default"), *start, path) for path, layer in layers}
+    return {
+        path: diagnose(moslora.matrices_of(layer, "default"), *start, path)
+        for path, layer in layers
+    }
 
 
 FOLD = """
@@ -274,7 +317,10 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_an_adapter_on_a_device_without_fp64_folds_as_on_the_cpu():
-    assert subprocess.check_output([sys.executable, "-c", FOLD], text=True).strip().splitlines()[-1] == "equal"
+    assert (
+        subprocess.check_output([sys.executable, "-c", FOLD], text=True).strip().splitlines()[-1]
+        == "equal"
+    )
 
 
 class Convolutions(nn.Module):
@@ -313,15 +359,22 @@ def test_forward_and_merge_of_a_convolution_are_the_formula(name, kind):
 def test_diagnostics_of_an_untrained_and_a_moved_mixer_and_of_a_flattened_kernel():
     net = inject(Net(), config())
     figures = diagnostics(net)
-    assert all(f.drift == 0 and abs(f.condition_number - 1) < 1e-5 and f.effective_rank == 0 for f in figures.values())
-    assert diagnostics(inject(Net(), config(mixer="butterfly")))["to_q"].condition_number == float("inf")
+    assert all(
+        f.drift == 0 and abs(f.condition_number - 1) < 1e-5 and f.effective_rank == 0
+        for f in figures.values()
+    )
+    assert diagnostics(inject(Net(), config(mixer="butterfly")))["to_q"].condition_number == float(
+        "inf"
+    )
     layer = net.to_q
     with torch.no_grad():
         layer.lora_B["default"].mixer.mul_(1.5)
         layer.lora_A["default"].weight.copy_(torch.eye(4, 12))
         layer.lora_B["default"].up.copy_(torch.eye(10, 4))
     moved = diagnostics(net)["to_q"]
-    assert abs(moved.drift - 0.5) < 1e-6 and abs(moved.effective_rank - 4) < 1e-5 and moved.rank == 4
+    assert (
+        abs(moved.drift - 0.5) < 1e-6 and abs(moved.effective_rank - 4) < 1e-5 and moved.rank == 4
+    )
     with torch.no_grad():
         layer.lora_B["default"].up[:, 1:] = 0
     assert abs(diagnostics(net)["to_q"].effective_rank - 1) < 1e-5
@@ -330,13 +383,25 @@ def test_diagnostics_of_an_untrained_and_a_moved_mixer_and_of_a_flattened_kernel
     sizes = torch.linalg.svdvals(fold(unet)[path].delta.flatten(1))[:4]
     shares, figures = sizes / sizes.sum(), diagnostics(unet)[path]
     assert figures.rank == 4
-    assert figures.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-4)
+    assert figures.effective_rank == pytest.approx(
+        float((-(shares * shares.log()).sum()).exp()), rel=1e-4
+    )
 
 
-NOT_SQUARE = dict.fromkeys(("grouped", "dilated", "seamless"), "a grouped, dilated or circular Conv2d")
-REFUSED = [(name, {}, f"{name} is {kind}") for name, kind in {**NOT_SQUARE, "line": "a Conv1d"}.items()]
-REFUSED += [("norm", mixer, "norm is a GroupNorm, which has no matrix to adapt") for mixer in ({}, {"mixer": "none"})]
-REFUSED += [("wide", {"use_dora": True} | mixer, "and DoRA is for projections") for mixer in ({}, {"mixer": "none"})]
+NOT_SQUARE = dict.fromkeys(
+    ("grouped", "dilated", "seamless"), "a grouped, dilated or circular Conv2d"
+)
+REFUSED = [
+    (name, {}, f"{name} is {kind}") for name, kind in {**NOT_SQUARE, "line": "a Conv1d"}.items()
+]
+REFUSED += [
+    ("norm", mixer, "norm is a GroupNorm, which has no matrix to adapt")
+    for mixer in ({}, {"mixer": "none"})
+]
+REFUSED += [
+    ("wide", {"use_dora": True} | mixer, "and DoRA is for projections")
+    for mixer in ({}, {"mixer": "none"})
+]
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -354,13 +419,23 @@ def test_what_cannot_be_adapted_is_refused_and_left_as_it_was(target, options, s
 
 
 WORDS = torch.tensor([[3, 7, 9, 1, 30]])
-LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 LLAMA |= {"vocab_size": 32, "num_key_value_heads": 2}
 LLAMAS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
 
 
 def llava() -> transformers.LlavaForConditionalGeneration:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
     both = {"vision_config": vision, "text_config": transformers.LlamaConfig(**LLAMA)}
     config = transformers.LlavaConfig(image_token_index=31, image_seq_length=4, **both)
@@ -382,7 +457,8 @@ def forward_of(model: nn.Module) -> torch.Tensor:
 
 
 def with_folded_weights(model: nn.Module) -> nn.Module:
-    """A copy of an adapted model whose projections are plain LoRA pairs: up = s·B·M, down = A, alpha = rank."""
+    """A copy of an adapted model whose projections are plain LoRA pairs: up = s·B·M, down = A,
+    alpha = rank."""
     twin, folded = copy.deepcopy(model), fold(model)
     for path, layer in adapter_layers(twin).items():
         plain = nn.Linear(layer.r["default"], layer.out_features, bias=False)
@@ -393,7 +469,10 @@ def with_folded_weights(model: nn.Module) -> nn.Module:
 
 
 MODELS = {
-    **{name: (lambda name=name: text_encoders()[name], PROJECTIONS) for name in ("text_encoder", "text_encoder_2")},
+    **{
+        name: (lambda name=name: text_encoders()[name], PROJECTIONS)
+        for name in ("text_encoder", "text_encoder_2")
+    },
     "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), LLAMAS),
     "llava": (llava, r".*language_model.*\.(q_proj|v_proj)"),
     "unet": (tiny_unet, list(ATTENTION)),
@@ -416,7 +495,9 @@ def test_both_doors_and_the_fold(name, dora):
     shake(model)
     change = (forward_of(model) - base).detach()
     assert change.abs().max() > 1e-4
-    assert (forward_of(with_folded_weights(model)) - base - change).abs().max() <= 1e-5 * max(1, change.abs().max())
+    assert (forward_of(with_folded_weights(model)) - base - change).abs().max() <= 1e-5 * max(
+        1, change.abs().max()
+    )
 
 
 @pytest.mark.parametrize("dora", [True, False])
@@ -424,7 +505,8 @@ def test_qmoslora_on_a_4_bit_base(dora):
     make, targets = MODELS["llama"]
     model = make()
     assert quantize(model, "nf4", torch.float32) == 2 * 7
-    # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for inference on the CPU.
+    # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for
+    # inference on the CPU.
     inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()
     for layer in adapter_layers(model).values():
         assert isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
@@ -438,24 +520,35 @@ def test_qmoslora_on_a_4_bit_base(dora):
     assert (live - folded).abs().max() <= 1e-5 * live.abs().max()
 
 
-def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like(tmp_path, monkeypatch, recwarn):
+def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like(
+    tmp_path, monkeypatch, recwarn
+):
     """A PEFT without this package refuses them. Without a mixer the saved config is plain PEFT's."""
     net = Net()
     model = get_peft_model(copy.deepcopy(net), config(mixer="kaiming", lora_alpha=7)).eval()
     model.save_pretrained(tmp_path / "first")
     shake(model)
     model.save_pretrained(tmp_path / "second")
-    first, again = (PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / n).eval() for n in ("first", "second"))
-    assert isinstance(again.peft_config["default"], MoSLoraConfig) and torch.equal(again(X), model(X))
+    first, again = (
+        PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / n).eval()
+        for n in ("first", "second")
+    )
+    assert isinstance(again.peft_config["default"], MoSLoraConfig) and torch.equal(
+        again(X), model(X)
+    )
     assert not torch.equal(first(X), model(X))
     hotswap_adapter(first, tmp_path / "second", "default")
     assert torch.equal(first(X), model(X))
     get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="incompatible: for mixer"):
         hotswap_adapter(first, tmp_path / "plain", "default")
-    assert type(PeftModel.from_pretrained(Net(), tmp_path / "plain").peft_config["default"]) is LoraConfig
+    assert (
+        type(PeftModel.from_pretrained(Net(), tmp_path / "plain").peft_config["default"])
+        is LoraConfig
+    )
     assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
-    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")  # as it is before this package is imported
+    # as it is before this package is imported
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")
     with pytest.raises(KeyError, match="MOSLORA"):
         PeftModel.from_pretrained(Net(), tmp_path / "second")
 
@@ -463,22 +556,31 @@ def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like
 @pytest.mark.parametrize("mixer", ["orthogonal", KRONECKER])
 def test_a_frozen_mixer_comes_back_also_on_a_bf16_base_without_a_copy_in_memory(mixer, tmp_path):
     """PEFT then casts all to bf16, and to fp32 the parameters alone."""
-    model = get_peft_model(Net(torch.bfloat16), config(mixer=mixer, mixer_factor=2, train_mixer=False))
+    model = get_peft_model(
+        Net(torch.bfloat16), config(mixer=mixer, mixer_factor=2, train_mixer=False)
+    )
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(Net(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
     assert again(X.bfloat16()).isfinite().all()
     wanted, found = fold(model), fold(again)
-    assert all(torch.allclose(found[path].up, wanted[path].up, rtol=0.02, atol=1e-3) for path in wanted)
+    assert all(
+        torch.allclose(found[path].up, wanted[path].up, rtol=0.02, atol=1e-3) for path in wanted
+    )
 
 
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for B."""
-    mixed, again = get_peft_model(Net(), config(mixer="kaiming")), get_peft_model(Net(), config(mixer_seed=3))
+    mixed, again = (
+        get_peft_model(Net(), config(mixer="kaiming")),
+        get_peft_model(Net(), config(mixer_seed=3)),
+    )
     shake(mixed)
     state, plain = get_peft_model_state_dict(mixed), get_peft_model(Net(), PLAIN)
     set_peft_model_state_dict(again, state)
     pairs = zip(adapter_layers(mixed).values(), adapter_layers(again).values(), strict=True)
-    assert all(torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs)
+    assert all(
+        torch.equal(a.get_delta_weight("default"), b.get_delta_weight("default")) for a, b in pairs
+    )
     with pytest.raises(RuntimeError, match="size mismatch"):
         set_peft_model_state_dict(plain, state)
     with pytest.raises(RuntimeError, match="plain LoRA's, and this adapter has a mixer"):
@@ -486,6 +588,8 @@ def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     with pytest.raises(UserError, match=r"the weight is computed here and cannot be set"):
         reduce_intruder_dimension(mixed, logging_sink=None)
     unet = inject(tiny_unet(), config(target_modules=list(ATTENTION)))
-    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet))
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(unet)
+    )
     with pytest.raises(RuntimeError, match="size mismatch"):
         loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")

@@ -1,4 +1,5 @@
-"""Captions made for photos: where they are written, that what a person wrote stays, and the models that say them."""
+"""Captions made for photos: where they are written, that what a person wrote stays, and the models
+that say them."""
 
 import json
 import shutil
@@ -23,7 +24,9 @@ PROMPT = "a photo of a sks dog"
 
 def captioner(words: str = "on grass", asked: list | None = None) -> captions.Captioner:
     """Says the same of every picture, and counts."""
-    return captions.Captioner("same", "dog", lambda image: (asked is not None and asked.append(image.size)) or words)
+    return captions.Captioner(
+        "same", "dog", lambda image: (asked is not None and asked.append(image.size)) or words
+    )
 
 
 def photos_in(folder: Path):
@@ -31,7 +34,10 @@ def photos_in(folder: Path):
 
 
 def written(folder: Path, words: str = "on grass", **options) -> list[str | None]:
-    return [made.caption for made in captions.make_beside(photos_in(folder), captioner(words), PROMPT, **options)]
+    return [
+        made.caption
+        for made in captions.make_beside(photos_in(folder), captioner(words), PROMPT, **options)
+    ]
 
 
 @pytest.fixture
@@ -50,11 +56,16 @@ def folder(tmp_path) -> Path:
 def test_captions_go_beside_photos_that_have_none_and_a_persons_own_stay(folder, anew):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     assert written(folder, anew=anew) == [f"{PROMPT} on grass", None, None, None, None]
-    assert written(folder, "in the snow", anew=anew) == [f"{PROMPT} in the snow" if anew else None, *[None] * 4]
+    assert written(folder, "in the snow", anew=anew) == [
+        f"{PROMPT} in the snow" if anew else None,
+        *[None] * 4,
+    ]
     assert all(path.read_bytes() == content for path, content in before.items())
     made = f"{PROMPT} in the snow" if anew else f"{PROMPT} on grass"
     assert photos_in(folder)[0].captions == (made,)
-    assert not any(item.path.name.startswith(".made") for item in find_photos(folder, PROMPT, 64).skipped)
+    assert not any(
+        item.path.name.startswith(".made") for item in find_photos(folder, PROMPT, 64).skipped
+    )
     (folder / "a.txt").write_text("a photo of a sks dog on grass, seen from behind")  # by a person
     assert written(folder, "in the snow", anew=True)[0] is None
     assert (folder / "a.txt").read_text().endswith("seen from behind")
@@ -68,7 +79,11 @@ def test_photos_that_would_share_a_caption_get_none(tmp_path):
     made = list(captions.make_beside(photos_in(tmp_path), captioner(), PROMPT))
     assert [found.caption is None for found in made] == [True, True, False]
     assert "rename one of them" in made[0].remark
-    texts = [path.name for path in tmp_path.iterdir() if path.suffix == ".txt" and not path.name.startswith(".")]
+    texts = [
+        path.name
+        for path in tmp_path.iterdir()
+        if path.suffix == ".txt" and not path.name.startswith(".")
+    ]
     assert texts == ["b.txt"]
 
 
@@ -81,13 +96,20 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
         asked = []
         for photo in photos_in(folder):
             if not photo.is_captioned:
-                captions.keep(kept, captions.make_for_run(photo, captioner(asked=asked), prompt, kept), prompt)
+                captions.keep(
+                    kept, captions.make_for_run(photo, captioner(asked=asked), prompt, kept), prompt
+                )
         return len(asked)
 
     assert [asked(prompt) for prompt in (PROMPT, PROMPT, "a sks cat")] == [2, 0, 2]
     kept.write_text("{broken")
     assert asked() == 2
-    settings = {"instance_data_dir": str(folder), "output_dir": str(run), "instance_prompt": PROMPT, "resolution": 64}
+    settings = {
+        "instance_data_dir": str(folder),
+        "output_dir": str(run),
+        "instance_prompt": PROMPT,
+        "resolution": 64,
+    }
     auto = photo_report(TrainConfig(**settings, captions="auto", caption_suffix=", sharp")).photos
     made, own = f"{PROMPT} on grass, sharp", ["my own words, sharp", PROMPT]
     assert [photo.captions[0] for photo in auto] == [made, *own, made, "mine, sharp"]
@@ -101,7 +123,9 @@ def chat_model(tmp_path_factory) -> Path:
 
 def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_word(chat_model):
     dog = captions.load_captioner(config_of(caption_model=str(chat_model)))
-    cat = captions.load_captioner(config_of(caption_model=str(chat_model), instance_prompt="a photo of sks cat"))
+    cat = captions.load_captioner(
+        config_of(caption_model=str(chat_model), instance_prompt="a photo of sks cat")
+    )
     said = dog.surroundings(picture())
     assert said and said == dog.surroundings(picture()) and dog.name == "chat" and dog.word == "dog"
     assert said != dog.surroundings(picture().rotate(90)) and said != cat.surroundings(picture())
@@ -111,7 +135,9 @@ def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_
 def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
     asked = captions.conversation(picture(size_px=(3000, 2000)), "dog")
     assert asked[0]["content"][0]["image"].size == (512, 768)
-    words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(asked, continue_final_message=True)
+    words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(
+        asked, continue_final_message=True
+    )
     assert words.endswith("assistant\nA photo of a dog") and "sks" not in words
 
 
@@ -145,7 +171,12 @@ def test_an_absent_model_and_a_foreign_one_are_one_line(chat_model, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             captions.load_captioner(config_of(**settings)).surroundings(picture())
-    assert captions.load_captioner(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")).word == "toy"
+    assert (
+        captions.load_captioner(
+            config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")
+        ).word
+        == "toy"
+    )
 
 
 def test_the_embedded_bases_clip_reads_where_the_sample_subjects_stand():

@@ -1,5 +1,5 @@
-"""Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come out right. Their
-crops: inside the photo, drawn evenly, equal to resizing first."""
+"""Photos of every kind, good and bad: each gets its verdict, none ends the program, and pixels come
+out right. Their crops: inside the photo, drawn evenly, equal to resizing first."""
 
 import json
 import random
@@ -54,7 +54,11 @@ def test_every_file_gets_its_verdict(case, report):
     assert (image.mode, image.height, image.width) == ("RGB", height, width)
     for row, column in QUADRANTS if case.colours else ():
         colour = image.getpixel((width // 4 + column * width // 2, height // 4 + row * height // 2))
-        assert np.abs(np.subtract(colour, QUADRANTS[row, column])).max() <= 24, (row, column, colour)
+        assert np.abs(np.subtract(colour, QUADRANTS[row, column])).max() <= 24, (
+            row,
+            column,
+            colour,
+        )
     if case.name in ("deep_grey.png", "deep_grey.tif", "deep_int.tif", "float.tif", "grey.jpg"):
         expected = np.asarray(picture("L").convert("RGB"), dtype=int)
         assert np.abs(np.asarray(image, dtype=int) - expected).mean() < 2
@@ -68,14 +72,19 @@ def display_p3_profile() -> bytes:
         b"bXYZ": (0.1571, 0.0666, 0.7841),
         b"wtpt": (0.9642, 1.0, 0.8249),
     }
-    fixed = {k: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(x * 65536) for x in v)) for k, v in colorants.items()}
+    fixed = {
+        k: b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(x * 65536) for x in v))
+        for k, v in colorants.items()
+    }
     gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
     tags = fixed | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma)
     table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for name, content in tags.items():
         table += name + struct.pack(">II", start + len(body), len(content))
         body += content
-    header = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    header = struct.pack(
+        ">I4sI4s4s4s", start + len(body), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ "
+    )
     header += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
     header += struct.pack(">3i", 63190, 65536, 54061)
     return header.ljust(128, b"\0") + table + body
@@ -83,7 +92,9 @@ def display_p3_profile() -> bytes:
 
 def test_a_wide_gamut_photo_is_converted_and_not_reinterpreted(tmp_path):
     """As numbers, a colour of Display P3 is less saturated than the same colour in sRGB."""
-    Image.new("RGB", (64, 64), (200, 100, 100)).save(tmp_path / "a.png", icc_profile=display_p3_profile())
+    Image.new("RGB", (64, 64), (200, 100, 100)).save(
+        tmp_path / "a.png", icc_profile=display_p3_profile()
+    )
     (photo,) = find_photos(tmp_path, PROMPT, 64).photos
     red, green, blue = open_rgb(photo).getpixel((9, 9))
     assert (red, green, blue) == pytest.approx((214, 96, 97), abs=4)
@@ -113,13 +124,32 @@ CAPTIONS = {
     ),
     "as notepad saves them": (
         {"a": "my sks toy, café".encode("utf-16"), "b": "my sks toy, café".encode("latin-1")},
-        [row_of("c.jpg", "one\u2028two", ensure_ascii=False) + "\r", row_of("d.jpg", "half \ud83d") + "\r", ""],
+        [
+            row_of("c.jpg", "one\u2028two", ensure_ascii=False) + "\r",
+            row_of("d.jpg", "half \ud83d") + "\r",
+            "",
+        ],
         [("my sks toy, café",), NONE, ("one two",), ("half ?",)],
         {"b.txt": "captions not read: neither UTF-8 nor UTF-16 text"},
     ),
-    "of no photo": ({}, [row_of("e.jpg", MINE)], [NONE] * 4, {"metadata.jsonl": "line 1 names no file"}),
-    "no file's name": ({}, [row_of("/" + "e" * 300, MINE)], [NONE] * 4, {"metadata.jsonl": "line 1 names no file"}),
-    "other words": ({}, ['{"file_name": "a.jpg", "txt": "x"}'], [NONE] * 4, {"metadata.jsonl": "line 1 has no text"}),
+    "of no photo": (
+        {},
+        [row_of("e.jpg", MINE)],
+        [NONE] * 4,
+        {"metadata.jsonl": "line 1 names no file"},
+    ),
+    "no file's name": (
+        {},
+        [row_of("/" + "e" * 300, MINE)],
+        [NONE] * 4,
+        {"metadata.jsonl": "line 1 names no file"},
+    ),
+    "other words": (
+        {},
+        ['{"file_name": "a.jpg", "txt": "x"}'],
+        [NONE] * 4,
+        {"metadata.jsonl": "line 1 has no text"},
+    ),
 }
 
 
@@ -146,25 +176,42 @@ def scene(seed: int, light: float = 1.0) -> Image.Image:
 
 def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
     photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
-    photos |= {"d": scene(3).filter(ImageFilter.GaussianBlur(5)), "e": scene(4, light=0.08), "f": scene(5, light=6.0)}
+    photos |= {
+        "d": scene(3).filter(ImageFilter.GaussianBlur(5)),
+        "e": scene(4, light=0.08),
+        "f": scene(5, light=6.0),
+    }
     photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
     for name, photo in photos.items():
         photo.save(tmp_path / f"{name}.png")
-    verdicts = {p.path.stem: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    verdicts = {
+        p.path.stem: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
+    }
     assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
-    assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith("; near-duplicate of a.png")
-    assert verdicts["1-smaller"] == "near-duplicate of a.png", "the largest is kept, though it is not the first"
+    assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith(
+        "; near-duplicate of a.png"
+    )
+    assert verdicts["1-smaller"] == "near-duplicate of a.png", (
+        "the largest is kept, though it is not the first"
+    )
     assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
     assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
 
 
 def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_path):
     """Nine tenths of each are transparent, and the subject is in the same place."""
-    for name, photo in {"a": scene(1), "b": scene(1, 0.8), "c": scene(2), "d": scene(3, 6.0)}.items():
+    for name, photo in {
+        "a": scene(1),
+        "b": scene(1, 0.8),
+        "c": scene(2),
+        "d": scene(3, 6.0),
+    }.items():
         cut_out = Image.new("RGBA", (300, 300))
         cut_out.paste(photo.resize((100, 100)), (100, 100))
         cut_out.save(tmp_path / f"{name}.png")
-    verdicts = {p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos}
+    verdicts = {
+        p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
+    }
     assert verdicts.pop("d")[0].startswith("overexposed: ")
     assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
 
@@ -172,7 +219,9 @@ def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_pa
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"):
+    with pytest.raises(
+        UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"
+    ):
         photo_report(TrainConfig(instance_data_dir=tmp_path))
     for name in ("missing", "broken.jpg"):
         with pytest.raises(UserError, match="folder"):
@@ -194,7 +243,9 @@ def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
     assert reasons["d.Txt"] == "stray: belongs to no photo"
     log_strays(report)
     (line,) = caplog.messages
-    assert line.startswith("files not used (4): b.md (stray: not a photo)") and line.endswith("1 more.")
+    assert line.startswith("files not used (4): b.md (stray: not a photo)") and line.endswith(
+        "1 more."
+    )
     assert ".DS_Store" not in line and "subject.json" not in line
 
 
@@ -202,30 +253,41 @@ def test_a_local_data_set_is_read_with_its_captions(tmp_path):
     source = paint_photos(tmp_path / "data", 2)
     rows = [{"file_name": "0.png", "words": "first"}, {"file_name": "1.png", "words": "second"}]
     (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = TrainConfig(dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64)
+    config = TrainConfig(
+        dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64
+    )
     photos = photo_report(config).photos
     assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
-    assert {photo.path.read_bytes() for photo in photos} == {path.read_bytes() for path in source.glob("*.png")}
+    assert {photo.path.read_bytes() for photo in photos} == {
+        path.read_bytes() for path in source.glob("*.png")
+    }
     assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
     with pytest.raises(UserError, match=r"--caption_column word: .* Did you mean words\?"):
-        photo_report(TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache"))
+        photo_report(
+            TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache")
+        )
 
 
 def test_a_list_of_texts_is_several_captions_and_what_is_no_text_is_refused(tmp_path):
     lists, numbers = [["first\nof two", "", "second"], ["only"], [], None], [1, 2, 3, 4]
     images = [
-        {"bytes": path.read_bytes(), "path": None} for path in sorted(paint_photos(tmp_path / "own", 4).iterdir())
+        {"bytes": path.read_bytes(), "path": None}
+        for path in sorted(paint_photos(tmp_path / "own", 4).iterdir())
     ]
     words, number = [datasets.Value("string")], datasets.Value("int8")
     features = datasets.Features({"image": datasets.Image(), "words": words, "n": number})
     (tmp_path / "data").mkdir()
     table = datasets.Dataset.from_dict({"image": images, "words": lists, "n": numbers}, features)
     table.to_parquet(tmp_path / "data" / "train.parquet")
-    of_column = partial(TrainConfig, dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", resolution=64)
+    of_column = partial(
+        TrainConfig, dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", resolution=64
+    )
     captions = [photo.captions for photo in photo_report(of_column(caption_column="words")).photos]
     prompt = (TrainConfig().instance_prompt,)
     assert captions == [("first of two", "second"), ("only",), prompt, prompt]
-    with pytest.raises(UserError, match="--caption_column n: it holds neither texts nor lists of texts"):
+    with pytest.raises(
+        UserError, match="--caption_column n: it holds neither texts nor lists of texts"
+    ):
         photo_report(of_column(caption_column="n"))
 
 
@@ -256,7 +318,9 @@ def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
         assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="a file that gives an input/output error")
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").is_file(), reason="a file that gives an input/output error"
+)
 def test_a_photo_that_the_disk_does_not_give_is_not_left_out_but_ends_the_run(tmp_path):
     (paint_photos(tmp_path, 2) / "z.png").symlink_to("/proc/self/mem")
     with pytest.raises(OSError, match="Input/output error"):
@@ -271,7 +335,9 @@ def test_photos_are_left_out_by_name(tmp_path):
 
     report = without("1.png")
     assert [photo.path.name for photo in report.photos] == ["0.png", "2.png"]
-    assert [(item.path.name, item.reason) for item in report.skipped] == [("1.png", "left out by --leave_out")]
+    assert [(item.path.name, item.reason) for item in report.skipped] == [
+        ("1.png", "left out by --leave_out")
+    ]
     with pytest.raises(UserError, match=r"--leave_out 7\.png: there is no such photo"):
         without("7.png")
     with pytest.raises(UserError, match="--leave_out leaves no photo"):
@@ -297,7 +363,9 @@ def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     corners = [plan.crop_top_left for plan in plans]
     assert corners == [plan.crop_top_left for plan in drawn(size_px)]
     for side, starts in zip(resized, zip(*corners), strict=True):
-        assert min(starts) <= (side - 32) * 0.02 and (side - 32) * 0.98 - 1 <= max(starts) <= side - 32
+        assert (
+            min(starts) <= (side - 32) * 0.02 and (side - 32) * 0.98 - 1 <= max(starts) <= side - 32
+        )
     assert 100 < sum(p.flip for p in plans) < 300
     assert drawn((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
 
@@ -307,13 +375,17 @@ def test_given_sizes_are_those_of_the_crops_each_the_one_that_diffusers_chooses(
     config = TrainConfig(aspect_ratio_buckets=text)
     assert (config.enable_bucket, config.resolution) == (True, 1024)
     rule, sizes, rng = photo_file.crop_rule(config), parse_buckets_string(text), random.Random(0)
-    for size_px in [(rng.randint(300, 4000), rng.randint(300, 4000)) for _ in range(200)] + [(1000, 1000)]:
+    for size_px in [(rng.randint(300, 4000), rng.randint(300, 4000)) for _ in range(200)] + [
+        (1000, 1000)
+    ]:
         assert rule.plan(size_px, rng).target_size == sizes[find_nearest_bucket(*size_px, sizes)]
 
 
 @pytest.mark.parametrize("text", ["1024", "1024,1024;", "1024x768", "1024,100", "0,8", "8,8;a,b"])
 def test_sizes_that_are_none_are_refused(text):
-    with pytest.raises(UserError, match="expected heights and widths in px, multiples of 8, such as"):
+    with pytest.raises(
+        UserError, match="expected heights and widths in px, multiples of 8, such as"
+    ):
         TrainConfig(aspect_ratio_buckets=text)
 
 
@@ -322,7 +394,9 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
     sides = [side for plan in plans for side in plan.resized]
     assert min(sides) == 32 and max(sides) == 48 and 38 < sum(sides) / len(sides) < 42
     assert all(0 <= edge <= plan.resized[0] - 32 for plan in plans for edge in plan.crop_top_left)
-    assert len({plan.crop_top_left for plan in plans}) > 50, "a square photo gives crops that differ"
+    assert len({plan.crop_top_left for plan in plans}) > 50, (
+        "a square photo gives crops that differ"
+    )
     assert all(32 <= plan.resized[0] <= 40 for plan in drawn((40, 40), 50, zoom=4))
     assert drawn((20, 20), 1, zoom=2)[0].resized == (32, 32)
 
@@ -332,13 +406,21 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
 def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
     """But for the edge, where a filter sees more of the photo."""
     photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
-    whole = photo.resize(tuple(reversed(photo_file.resized_size((300, 200), (50, 50)))), photo_file.FILTERS[name])
+    whole = photo.resize(
+        tuple(reversed(photo_file.resized_size((300, 200), (50, 50)))), photo_file.FILTERS[name]
+    )
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
-    cuts = [np.asarray(image, dtype=int) for image in (apply_crop(photo, plan, name), whole.crop((4, 11, 44, 61)))]
+    cuts = [
+        np.asarray(image, dtype=int)
+        for image in (apply_crop(photo, plan, name), whole.crop((4, 11, 44, 61)))
+    ]
     assert np.abs(cuts[0] - cuts[1])[3:-3, 3:-3].max() <= 1
 
 
 def test_a_mask_of_another_scale_is_cut_at_the_same_place():
     photo, plan = smooth((300, 200)), CropRule(40).plan((300, 200), random.Random(1))
-    cuts = [np.asarray(apply_crop(image, plan), dtype=int) for image in (photo, photo.resize((100, 150)))]
+    cuts = [
+        np.asarray(apply_crop(image, plan), dtype=int)
+        for image in (photo, photo.resize((100, 150)))
+    ]
     assert np.abs(cuts[0] - cuts[1]).mean() < 4

@@ -1,4 +1,5 @@
-"""Masks: which file is a photo's, where those that are made are written, and the models that make them."""
+"""Masks: which file is a photo's, where those that are made are written, and the models that make
+them."""
 
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import masks
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo_file import grey_mask, kept_path, open_image, open_mask, open_rgb, with_kept_masks
+from dreambooth_moslora.photos.photo_file import (
+    grey_mask,
+    kept_path,
+    open_image,
+    open_mask,
+    open_rgb,
+    with_kept_masks,
+)
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
 from tests.helpers.tiny_encoders import save_tiny_clipseg
@@ -46,7 +54,9 @@ def grey(size=(128, 96), ground: int = 0, *boxes: tuple, white: int = 255) -> Im
     return mask
 
 
-@pytest.mark.parametrize("name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)])
+@pytest.mark.parametrize(
+    "name, white", [("a.mask.png", 1), ("a.mask.tif", 255), ("a.mask.jpg", 130)]
+)
 def test_a_mask_may_be_of_any_format_and_dim(tmp_path, name, white):
     grey((128, 96), 0, (0, 0, 64, 96), white=white).save(paint(tmp_path, "a.jpg") / name)
     (photo,) = photos_in(tmp_path)
@@ -94,9 +104,23 @@ def test_masks_go_beside_photos_that_have_none_and_a_persons_own_stay(tmp_path):
     picture().save(tmp_path / "f.jpg", exif=exif)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     made = list(masks.make_beside(photos_in(tmp_path), half()))
-    assert [mask.path and mask.path.name for mask in made] == ["a.mask.png", *[None] * 5, "f.mask.png"]
-    assert ["kept" in mask.remark for mask in made] == [False, True, True, True, False, False, False]
-    assert [mask.remark for mask in made[4:6]] == ["another photo has the name e too: rename one of them"] * 2
+    assert [mask.path and mask.path.name for mask in made] == [
+        "a.mask.png",
+        *[None] * 5,
+        "f.mask.png",
+    ]
+    assert ["kept" in mask.remark for mask in made] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [mask.remark for mask in made[4:6]] == [
+        "another photo has the name e too: rename one of them"
+    ] * 2
     assert all(path.read_bytes() == content for path, content in before.items())
     first, *_, turned = photos_in(tmp_path)
     mask = np.asarray(open_mask(first))
@@ -156,13 +180,25 @@ def clipseg(tmp_path_factory) -> str:
 
 
 def config_of(**settings) -> TrainConfig:
-    return TrainConfig(**{"pretrained_model_name_or_path": SDXL, "instance_prompt": "a photo of sks dog", **settings})
+    return TrainConfig(
+        **{
+            "pretrained_model_name_or_path": SDXL,
+            "instance_prompt": "a photo of sks dog",
+            **settings,
+        }
+    )
 
 
 def test_clipseg_is_asked_for_the_class_word_or_for_the_prompt(clipseg):
     image, settings = picture(), ({"mask_prompt": "dog"}, {"mask_prompt": "cat"}, {})
-    seen = [masks.load_segmenter(config_of(mask_model=clipseg, **one)).probabilities(image) for one in settings]
-    assert all(found.shape == (image.height, image.width) and found.dtype == torch.float32 for found in seen)
+    seen = [
+        masks.load_segmenter(config_of(mask_model=clipseg, **one)).probabilities(image)
+        for one in settings
+    ]
+    assert all(
+        found.shape == (image.height, image.width) and found.dtype == torch.float32
+        for found in seen
+    )
     assert torch.equal(seen[2], seen[0]) and not torch.equal(seen[2], seen[1])
 
 
@@ -170,8 +206,12 @@ def test_clipseg_is_asked_for_the_class_word_or_for_the_prompt(clipseg):
 def test_a_mask_begins_at_half_of_the_highest_probability_and_is_black_without_a_peak(peak, share):
     found = torch.full((8, 16), 0.4 * peak)
     found[:, :8] = peak
-    mask = np.asarray(masks.Segmenter("x", "dog", lambda image: found).mask(Image.new("RGB", (16, 8))))
-    assert mask.shape == (8, 16) and (mask > 127).mean() == share and set(np.unique(mask)) <= {0, 255}
+    mask = np.asarray(
+        masks.Segmenter("x", "dog", lambda image: found).mask(Image.new("RGB", (16, 8)))
+    )
+    assert (
+        mask.shape == (8, 16) and (mask > 127).mean() == share and set(np.unique(mask)) <= {0, 255}
+    )
 
 
 def test_an_absent_model_and_a_foreign_one_are_one_line(clipseg, tmp_path):
@@ -184,8 +224,14 @@ def test_an_absent_model_and_a_foreign_one_are_one_line(clipseg, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             masks.load_segmenter(config_of(**settings)).mask(picture())
-    assert masks.sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks")) == ""
-    assert masks.sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=masks.CLIPSEG)) == "dog"
+    assert (
+        masks.sought_word(config_of(pretrained_model_name_or_path="toy", instance_prompt="sks"))
+        == ""
+    )
+    assert (
+        masks.sought_word(config_of(pretrained_model_name_or_path="toy", mask_model=masks.CLIPSEG))
+        == "dog"
+    )
 
 
 def test_the_toy_net_finds_the_sample_subjects():

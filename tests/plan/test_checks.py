@@ -1,4 +1,5 @@
-"""What forbids a run: folders that it would harm, layers without a name, bf16 on a GPU that is too old for it."""
+"""What forbids a run: folders that it would harm, layers without a name, bf16 on a GPU that is too
+old for it."""
 
 import os
 from pathlib import Path
@@ -39,17 +40,30 @@ def check(output, photos="photos", **changes):
 PACKAGE = Path(checks.__file__).parents[1]
 NO_RUN_FOLDERS = {
     "--output_dir": ("", " ", ".", "../photos", "{home}/photos"),
-    "--output_dir .* itself: name a folder of the run's own": ("/", "//", "~", "{home}/.", "{home}/photos/.."),
-    "among git's files: name a folder such as runs/dog": (".git", ".git/runs/dog", "sub/.git/hooks"),
+    "--output_dir .* itself: name a folder of the run's own": (
+        "/",
+        "//",
+        "~",
+        "{home}/.",
+        "{home}/photos/..",
+    ),
+    "among git's files: name a folder such as runs/dog": (
+        ".git",
+        ".git/runs/dog",
+        "sub/.git/hooks",
+    ),
     "among .* files: name a folder such as runs/dog": (f"{PACKAGE}", f"{PACKAGE}/adapters/dog"),
     "name": ("a\nb", "d" * 245, "ü" * 101),  # no adapter can be called so
 }
 
 
 @pytest.mark.parametrize(
-    "says, output", [(says, output) for says, outputs in NO_RUN_FOLDERS.items() for output in outputs]
+    "says, output",
+    [(says, output) for says, outputs in NO_RUN_FOLDERS.items() for output in outputs],
 )
-def test_what_is_no_run_folder_is_refused_before_anything_is_made(says, output, tmp_path, monkeypatch):
+def test_what_is_no_run_folder_is_refused_before_anything_is_made(
+    says, output, tmp_path, monkeypatch
+):
     photos = paint_photos(tmp_path / "photos")
     monkeypatch.chdir(photos)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -59,8 +73,12 @@ def test_what_is_no_run_folder_is_refused_before_anything_is_made(says, output, 
     check("../dreambooth_moslora/.gitted", photos)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="only Linux has a folder that nobody can write to")
-def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_before_training(tmp_path, monkeypatch):
+@pytest.mark.skipif(
+    not os.path.isdir("/proc"), reason="only Linux has a folder that nobody can write to"
+)
+def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_before_training(
+    tmp_path, monkeypatch
+):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
     for name in ("output_dir", "class_data_dir", "cache_dir"):
         places = {"output": run, name.replace("output_dir", "output"): "/proc/no/such"}
@@ -70,7 +88,9 @@ def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_bef
     for cache in ("/proc/nope", "/proc", str(tmp_path / "file")):
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
         check(run, photos)
-        with pytest.raises(UserError, match=r"--cache_dir .* (cannot be written|is a file, not a folder)"):
+        with pytest.raises(
+            UserError, match=r"--cache_dir .* (cannot be written|is a file, not a folder)"
+        ):
             check(run, photos, caching="disk")
         with pytest.raises(UserError, match="--cache_dir /proc: cannot be written"):
             check(run, photos, caching="disk", cache_dir="/proc")
@@ -83,7 +103,9 @@ def test_the_present_folder_lends_the_best_adapter_its_name_and_the_longest_leav
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     check(tmp_path / name)
-    train(tiny_config(tiny_base, photos, ".", max_train_steps=1, evaluate_steps=1), evaluator=Always())
+    train(
+        tiny_config(tiny_base, photos, ".", max_train_steps=1, evaluate_steps=1), evaluator=Always()
+    )
     assert (tmp_path / name / "best" / f"{name}.kohya.safetensors").is_file()
 
 
@@ -129,13 +151,24 @@ def test_a_run_replaces_the_pictures_of_its_own_card_only(tiny_base, tmp_path):
     assert not list(run.glob("image_*.png"))
 
 
-LAYERS = ["conv_in", "down.0.attn1.to_q", "down.0.attn1.to_k", "down.0.attn1.to_out.0", "mid.proj_in"]
+LAYERS = [
+    "conv_in",
+    "down.0.attn1.to_q",
+    "down.0.attn1.to_k",
+    "down.0.attn1.to_out.0",
+    "mid.proj_in",
+]
 
 
 def test_a_name_that_matches_nothing_is_answered_with_a_near_one_and_ends_of_paths_pass():
     for names in (("to_q", "to_out.0"), ("attn1.to_k",), ("conv_in",), ("down.0.attn1.to_q",)):
         check_targets(names, LAYERS)
-    near = {"to_foo": "did you mean to_", "to_out": "did you mean to_out.0", "o_q": "mean to_q", "zzz": "to_v"}
+    near = {
+        "to_foo": "did you mean to_",
+        "to_out": "did you mean to_out.0",
+        "o_q": "mean to_q",
+        "zzz": "to_v",
+    }
     for name, says in near.items():
         with pytest.raises(UserError, match=f"--target_modules {name}: .*{says}"):
             check_targets(("to_q", name), LAYERS)
@@ -145,7 +178,10 @@ def test_a_layer_that_other_programs_could_not_read_again_is_refused():
     layers = {"time_embedding.linear_1": 2, "add_embedding.linear_1": 2}
     check_layers(("time_embedding.linear_1",), layers, use_dora=False)
     no_name = r"linear_1: add_embedding.linear_1 has no name in kohya's files"
-    for target, says in (("linear_1", no_name), ("*", r"kohya's files; name the blocks: down_blocks\.\*")):
+    for target, says in (
+        ("linear_1", no_name),
+        ("*", r"kohya's files; name the blocks: down_blocks\.\*"),
+    ):
         with pytest.raises(UserError, match=says):
             check_layers((target,), layers, use_dora=False)
 
@@ -169,7 +205,9 @@ def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and
             asked(**{flag: "bf16"})
     says = "give --mixed_precision fp16"
     with pytest.raises(UserError, match=says):
-        make_accelerator(TrainConfig(report_to="none", mixed_precision="bf16"), RunDir(tmp_path / "run"))
+        make_accelerator(
+            TrainConfig(report_to="none", mixed_precision="bf16"), RunDir(tmp_path / "run")
+        )
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match=says):
@@ -177,7 +215,9 @@ def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and
     asked(mixed_precision="fp16")
 
 
-def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(t4, gpu, monkeypatch, capsys):
+def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says_so(
+    t4, gpu, monkeypatch, capsys
+):
     for precision in ("fp16", "no", None):
         asked(mixed_precision=precision)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -186,19 +226,26 @@ def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says
     for major, says in ((7, "no: use --mixed_precision fp16"), (8, "yes")):
         gpu(major)
         main(["doctor", "--base", "none"])
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]]
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]
+        ]
         assert line.split(maxsplit=1)[1] == says
     asked(mixed_precision="bf16")
 
 
 def test_amd_gpus_get_bf16_by_their_architecture_and_doctor_says_the_same(gpu, monkeypatch):
-    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030. PyTorch says bf16 of all."""
+    """ROCm gives the architecture's number as a compute capability: 10.3 for gfx1030. PyTorch says
+    bf16 of all."""
     gpu(10, minor=3)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     older = ("gfx1030", "gfx906:sramecc+:xnack-")
     for name in (*older, "gfx90a:sramecc+:xnack-", "gfx942", "gfx1100", "gfx1201"):
         facts = SimpleNamespace(gcnArchName=name, name="Radeon", total_memory=2**34)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device=None, facts=facts: facts
+        )
         assert half_precision() == ("fp16" if name in older else "bf16"), name
         examine_machine(found := Findings())
-        assert found.facts["bf16"] == ("no: use --mixed_precision fp16" if name in older else "yes"), name
+        assert found.facts["bf16"] == (
+            "no: use --mixed_precision fp16" if name in older else "yes"
+        ), name

@@ -1,4 +1,5 @@
-"""How a run's processes begin, what they do together, and how the work of one ends is how it ends on all."""
+"""How a run's processes begin, what they do together, and how the work of one ends is how it ends
+on all."""
 
 from types import SimpleNamespace
 
@@ -9,7 +10,14 @@ from accelerate import Accelerator
 from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.plan.distributed import agreed, make_accelerator, on_each, on_main, refusal, share_out
+from dreambooth_moslora.plan.distributed import (
+    agreed,
+    make_accelerator,
+    on_each,
+    on_main,
+    refusal,
+    share_out,
+)
 from dreambooth_moslora.plan.memory import in_lines
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.threads import as_processes
@@ -36,7 +44,9 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_only_the_main_process_works_and_what_it_finds_or_ends_by_is_heard_by_all(name, ends):
     done = []
-    assert ends(3, lambda accelerator: on_main(accelerator, lambda: done.append(1) or len(done))) == [1, 1, 1]
+    assert ends(
+        3, lambda accelerator: on_main(accelerator, lambda: done.append(1) or len(done))
+    ) == [1, 1, 1]
     assert ends(1, lambda accelerator: on_main(accelerator, lambda: len(done))) == [1]
     error, kind, says = ERRORS[name]
     own, heard = ends(2, lambda accelerator: on_main(accelerator, lambda: fail(error)))
@@ -84,14 +94,18 @@ def test_an_error_in_one_share_ends_all_after_the_same_round(name, ends):
 
 def test_an_error_is_more_than_a_stop(ends):
     errors = [StopRequestedError(), UserError("full"), ZeroDivisionError("bug")]
-    found = ends(3, lambda accelerator: on_each(accelerator, lambda: fail(errors[accelerator.process_index])))
+    found = ends(
+        3, lambda accelerator: on_each(accelerator, lambda: fail(errors[accelerator.process_index]))
+    )
     assert found[1:] == errors[1:] and str(found[0]) == "process 1 ended: full"
 
 
 def test_a_process_that_has_gone_is_a_line(monkeypatch):
     gone = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:5")
     monkeypatch.setattr("accelerate.utils.gather_object", lambda _: fail(gone))
-    with pytest.raises(UserError, match=r"^another process of this run has gone .*Connection closed by peer"):
+    with pytest.raises(
+        UserError, match=r"^another process of this run has gone .*Connection closed by peer"
+    ):
         on_each(SimpleNamespace(num_processes=2), bool)
 
 
@@ -101,33 +115,58 @@ def test_processes_that_find_other_checkpoints_or_settings_end_in_one_line_with_
             step = steps[accelerator.process_index]
             return fail(UserError(step)) if isinstance(step, str) else step
 
-        return ends(2, lambda accelerator: agreed(accelerator, lambda: find(accelerator), lambda step: f"step {step}"))
+        return ends(
+            2,
+            lambda accelerator: agreed(
+                accelerator, lambda: find(accelerator), lambda step: f"step {step}"
+            ),
+        )
 
     assert found(4, 4) == [4, 4]
     for error in found(4, 0):
-        assert str(error).startswith("process 1 has step 0, and the main process step 4: the photos, ")
+        assert str(error).startswith(
+            "process 1 has step 0, and the main process step 4: the photos, "
+        )
         assert str(error).endswith("must be on a disk that all machines share.")
     said = [str(error) for error in found("no checkpoint there", 4) + found("damaged", "damaged")]
-    assert said == ["no checkpoint there", "the main process ended: no checkpoint there", "damaged", "damaged"]
+    assert said == [
+        "no checkpoint there",
+        "the main process ended: no checkpoint there",
+        "damaged",
+        "damaged",
+    ]
     lines = ["rank 4\nseed 1\nmixer none", "rank 4\nseed 2\nmixer none", "rank 8\nseed 2"]
-    own = lambda accelerator: agreed(accelerator, lambda: lines[accelerator.process_index], str, "be alike.")  # noqa: E731
-    assert {str(error) for error in ends(3, own)} == {"process 1 has seed 2, and the main process seed 1: be alike."}
+    own = lambda accelerator: agreed(  # noqa: E731
+        accelerator, lambda: lines[accelerator.process_index], str, "be alike."
+    )
+    assert {str(error) for error in ends(3, own)} == {
+        "process 1 has seed 2, and the main process seed 1: be alike."
+    }
 
 
 BEGIN = {
-    ("ACCELERATE_MIXED_PRECISION", "fp7"): "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
-    ("ACCELERATE_DYNAMO_BACKEND", "two"): "^accelerate says: 'TWO' is not a valid DynamoBackend; look",
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        "fp7",
+    ): "asks for the precision fp7: give --mixed_precision no, fp16 or bf16",
+    (
+        "ACCELERATE_DYNAMO_BACKEND",
+        "two",
+    ): "^accelerate says: 'TWO' is not a valid DynamoBackend; look",
     **dict.fromkeys(
         [(f"ACCELERATE_USE_{name}", "true") for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")],
         "adapters need no sharding; use accelerate launch --multi_gpu",
     ),
-    ("WORLD_SIZE", "2"): r"2 processes were started .* accelerate joins 1",  # each would be the main process
+    # each would be the main process
+    ("WORLD_SIZE", "2"): r"2 processes were started .* accelerate joins 1",
 }
 
 
 @pytest.fixture
 def begin(tmp_path):
-    return lambda **changes: make_accelerator(TrainConfig(report_to="none", **changes), RunDir(tmp_path / "run"))
+    return lambda **changes: make_accelerator(
+        TrainConfig(report_to="none", **changes), RunDir(tmp_path / "run")
+    )
 
 
 @pytest.mark.parametrize("setting", BEGIN)
@@ -137,7 +176,8 @@ def test_what_a_launcher_sets_is_refused_in_one_line_and_a_flag_named_only_where
     monkeypatch.setenv(*setting)
     with pytest.raises(UserError, match=BEGIN[setting]):
         begin(mixed_precision="bf16" if "DYNAMO" in setting[0] else None)
-    said = "bf16 mixed precision requires PyTorch >= 1.10 and a supported device."  # accelerate, on a GPU too old
+    # accelerate, on a GPU too old
+    said = "bf16 mixed precision requires PyTorch >= 1.10 and a supported device."
     assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
 
 
@@ -146,7 +186,10 @@ def test_tf32_is_set_for_those_who_ask_the_older_switch_and_the_newer_setting(al
     products = torch.backends.cuda.matmul
     try:
         begin(allow_tf32=allowed)
-        assert (products.allow_tf32, products.fp32_precision) == (allowed, "tf32" if allowed else "ieee")
+        assert (products.allow_tf32, products.fp32_precision) == (
+            allowed,
+            "tf32" if allowed else "ieee",
+        )
     finally:
         products.allow_tf32 = False
 
@@ -160,7 +203,9 @@ def test_accelerates_own_accumulation_divides_no_gradient_again(number, begin, m
 
 
 @pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
-def test_freed_memory_is_kept_on_a_cpu_only_and_a_second_gpu_is_told_of(device, kept, begin, monkeypatch, caplog):
+def test_freed_memory_is_kept_on_a_cpu_only_and_a_second_gpu_is_told_of(
+    device, kept, begin, monkeypatch, caplog
+):
     asked = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(disk_processes, "keep_freed_memory", lambda: asked.append(1))

@@ -1,4 +1,5 @@
-"""`--rank_pattern` and `--alpha_pattern`: each layer has its own size in the run, in its files and in the estimate."""
+"""`--rank_pattern` and `--alpha_pattern`: each layer has its own size in the run, in its files and
+in the estimate."""
 
 import pytest
 from safetensors.torch import load_file
@@ -33,7 +34,10 @@ def config(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
     photos = paint_photos(folder / "photos")
     return lambda **changes: tiny_config(
-        tiny_base, photos, folder / "run", **SIZES | {"max_train_steps": 2, "checkpointing_steps": 2} | changes
+        tiny_base,
+        photos,
+        folder / "run",
+        **SIZES | {"max_train_steps": 2, "checkpointing_steps": 2} | changes,
     )
 
 
@@ -45,7 +49,9 @@ def run(config):
 
 def test_a_rank_above_what_a_layer_can_use_is_said_in_one_line(config, caplog):
     rank = {"rank_pattern": ("mid_block=4096",), "target_modules": ("to_q",), "max_train_steps": 1}
-    assert ranks_in_vain(config(**rank), "unet", {"mid_block.attentions.0.to_q": 64, "up_blocks.0.to_q": 4}) == (
+    assert ranks_in_vain(
+        config(**rank), "unet", {"mid_block.attentions.0.to_q": 64, "up_blocks.0.to_q": 4}
+    ) == (
         "A rank above the number of a layer's inputs or outputs adds nothing: "
         "mid_block.attentions.0.to_q has rank 4096 and 64 inputs or outputs (1 such layers)."
     )
@@ -66,7 +72,11 @@ def test_checkpoint_published_files_and_a_dry_run_have_each_layers_own_size(run,
     kohya = load_file(run.kohya_path)
     for path, (rank, alpha) in EXPECTED.items():
         name = "lora_unet_" + path.replace(".", "_")
-        assert tensors[f"unet.{path}.lora_A"].shape[0] == kohya[f"{name}.lora_down.weight"].shape[0] == rank
+        assert (
+            tensors[f"unet.{path}.lora_A"].shape[0]
+            == kohya[f"{name}.lora_down.weight"].shape[0]
+            == rank
+        )
         assert facts.alphas.get(f"unet.{path}", facts.alpha) == alpha and f"{name}.alpha" in kohya
     (proof,) = (event["proof"] for event in run.read_metrics() if event["type"] == "export")
     assert proof["max_relative_difference"] < 1e-5
@@ -79,7 +89,10 @@ def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
     checkpoint = run.latest_checkpoint()
     check_resumed(config(), checkpoint, check_whole(checkpoint))
     for changes, says in (
-        ({"rank_pattern": SIZES["rank_pattern"][1:]}, "--rank_pattern: checkpoint-2 has 2; you ask for 4"),
+        (
+            {"rank_pattern": SIZES["rank_pattern"][1:]},
+            "--rank_pattern: checkpoint-2 has 2; you ask for 4",
+        ),
         ({"rank_pattern": ()}, "--rank: checkpoint-2 has"),
         ({"alpha_pattern": ()}, "--lora_alpha: checkpoint-2 has 1.5; you ask for"),
         ({"alpha_pattern": ("to_q=2",)}, "--alpha_pattern: checkpoint-2 has 1.5; you ask for 2"),
@@ -93,8 +106,19 @@ def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_
     """`to_q` alone means more layers than `mid_block.*.to_q`, though each layer there is a `to_q`."""
     few = {"rank_pattern": (), "alpha_pattern": (), "output_dir": str(tmp_path)}
     train(config(**few | {"target_modules": ("mid_block.*.to_q",)}))
-    with pytest.raises(UserError, match="--target_modules: checkpoint-2 was trained on other layers, first down_"):
-        train(config(**few | {"target_modules": ("to_q",), "resume_from_checkpoint": "latest", "max_train_steps": 3}))
+    with pytest.raises(
+        UserError, match="--target_modules: checkpoint-2 was trained on other layers, first down_"
+    ):
+        train(
+            config(
+                **few
+                | {
+                    "target_modules": ("to_q",),
+                    "resume_from_checkpoint": "latest",
+                    "max_train_steps": 3,
+                }
+            )
+        )
 
 
 NONE_SUCH, NEAR = "no layer with an adapter has that name", "up_blocks.0.attention.1"
@@ -105,8 +129,14 @@ NONE_SUCH, NEAR = "no layer with an adapter has that name", "up_blocks.0.attenti
     [
         ({"rank_pattern": ("to_r=8",)}, f"--rank_pattern to_r=8: {NONE_SUCH}; did you mean to_"),
         ({"alpha_pattern": ("mid_block=8",)}, f"--alpha_pattern mid_block=8: {NONE_SUCH}"),
-        ({"target_modules": (NEAR,)}, f"{NEAR}: the UNet has no such layer; did you mean up_blocks.0"),
-        ({"mixer": "butterfly", "rank_pattern": ("to_q=3",)}, "mixer butterfly needs an even rank, not 3"),
+        (
+            {"target_modules": (NEAR,)},
+            f"{NEAR}: the UNet has no such layer; did you mean up_blocks.0",
+        ),
+        (
+            {"mixer": "butterfly", "rank_pattern": ("to_q=3",)},
+            "mixer butterfly needs an even rank, not 3",
+        ),
     ],
 )
 def test_names_that_mean_nothing_are_answered_with_a_near_one(config, changes, says):
@@ -115,9 +145,21 @@ def test_names_that_mean_nothing_are_answered_with_a_near_one(config, changes, s
 
 
 def test_patterns_come_from_the_command_line_and_from_files(tmp_path):
-    (tmp_path / "c.toml").write_text('rank_pattern = ["to_k=8", "mid_block.*=2"]\nalpha_pattern = "to_k=4"\n')
-    words = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x", "--instance_prompt", "sks dog"]
+    (tmp_path / "c.toml").write_text(
+        'rank_pattern = ["to_k=8", "mid_block.*=2"]\nalpha_pattern = "to_k=4"\n'
+    )
+    words = [
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--instance_data_dir",
+        "x",
+        "--instance_prompt",
+        "sks dog",
+    ]
     flags = ["--rank_pattern", "to_k=8", "mid_block.*=2", "--alpha_pattern", "to_k=4"]
-    one, two = (parse_train_config([*words, *more]) for more in (flags, ["--config", str(tmp_path / "c.toml")]))
+    one, two = (
+        parse_train_config([*words, *more])
+        for more in (flags, ["--config", str(tmp_path / "c.toml")])
+    )
     assert one == two and one.rank_pattern == ("to_k=8", "mid_block.*=2")
     assert train_main([*words, "--use_blora"]) == 2

@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 
 from benchmarks import family_memory
-from benchmarks.gpu_memory import adapted_unet, count, counted_total_gib, estimated_total_gib, run_config
+from benchmarks.gpu_memory import (
+    adapted_unet,
+    count,
+    counted_total_gib,
+    estimated_total_gib,
+    run_config,
+)
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
@@ -23,7 +29,14 @@ from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
-from dreambooth_moslora.plan.memory import STOCK_SDXL, USABLE, BaseSize, estimate, memory_settings, size_of_base
+from dreambooth_moslora.plan.memory import (
+    STOCK_SDXL,
+    USABLE,
+    BaseSize,
+    estimate,
+    memory_settings,
+    size_of_base,
+)
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -36,7 +49,11 @@ from tests.helpers.tiny_training import paint_photos, tiny_config
 GIB = 2**30
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
 SDXL = TrainConfig(
-    pretrained_model_name_or_path=STOCK_SDXL, train_batch_size=1, resolution=1024, rank=16, memory="auto"
+    pretrained_model_name_or_path=STOCK_SDXL,
+    train_batch_size=1,
+    resolution=1024,
+    rank=16,
+    memory="auto",
 )
 
 
@@ -48,7 +65,9 @@ def card(gpu, monkeypatch):
 
 
 def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
-    plain, scored = (estimate(replace(SDXL, evaluate_steps=steps), BaseSize(), 1) for steps in (None, 100))
+    plain, scored = (
+        estimate(replace(SDXL, evaluate_steps=steps), BaseSize(), 1) for steps in (None, 100)
+    )
     assert (scored.disk_gib - plain.disk_gib) * GIB == pytest.approx(8 * plain.adapter_parameters)
 
 
@@ -66,20 +85,37 @@ def chosen(config: TrainConfig) -> tuple:
 
 def short(config: TrainConfig) -> str:
     """The plan in one word, with the images that pass at once."""
-    words = ["nf4"] if config.base_quantization == "nf4" else ["recompute"] if config.gradient_checkpointing else []
+    words = (
+        ["nf4"]
+        if config.base_quantization == "nf4"
+        else ["recompute"]
+        if config.gradient_checkpointing
+        else []
+    )
     words += ["ff"] * config.recompute_feed_forward + ["cached"] * config.cache_cross_attention
     return f"{' '.join(words) or 'full'}, {config.images_a_pass}"
 
 
 CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "nf4, 4"), "8 GB": (6.9, "recompute, 2")}
-CARDS |= {"3060 on Windows": (10.2, "ff, 1"), "3060": (11.5, "full cached, 1"), "T4": (14.6, "full, 1")}
-CARDS |= {"4090 with a desktop": (20.8, "full, 2"), "4090": (23.2, "full, 2"), "H100": (78.6, "full, 8")}
+CARDS |= {
+    "3060 on Windows": (10.2, "ff, 1"),
+    "3060": (11.5, "full cached, 1"),
+    "T4": (14.6, "full, 1"),
+}
+CARDS |= {
+    "4090 with a desktop": (20.8, "full, 2"),
+    "4090": (23.2, "full, 2"),
+    "H100": (78.6, "full, 8"),
+}
 
 
 @pytest.mark.parametrize(("free_gib", "plan"), CARDS.values(), ids=CARDS)
 def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, free_gib, plan):
     """Eight images a step, of photos and prior. Rank, crops and steps are the same on all."""
-    recipe = load_settings(CONFIGS / "sdxl.toml") | {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
+    recipe = load_settings(CONFIGS / "sdxl.toml") | {
+        "instance_data_dir": ".",
+        "instance_prompt": "a photo of sks dog",
+    }
     prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
     card(free_gib, 7 if free_gib == 14.6 else 8)
     run = planned(TrainConfig.from_dict(recipe | prior))
@@ -87,7 +123,12 @@ def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, fr
     assert run.mixed_precision == ("fp16" if free_gib == 14.6 else "bf16")
     cost = estimate(run, BaseSize(), 400)
     assert cost.peak_gib <= USABLE * (free_gib + 0.5) and cost.encoding_gib <= 3.4
-    assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (16, 4, 400, 1)
+    assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (
+        16,
+        4,
+        400,
+        1,
+    )
     assert planned(run) == run
 
 
@@ -111,20 +152,39 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
 def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, capsys):
     """A file for a small card would keep recomputing on a large one."""
     card(11.0)
-    file = ["--config", "assets/configs/z_image_8gb.toml", "--instance_data_dir", ".", "--instance_prompt", "a sks dog"]
+    file = [
+        "--config",
+        "assets/configs/z_image_8gb.toml",
+        "--instance_data_dir",
+        ".",
+        "--instance_prompt",
+        "a sks dog",
+    ]
     kept, lifted = parse_train_config(file), parse_train_config([*file, "--memory", "auto"])
     assert (kept.base_quantization, kept.gradient_checkpointing) == ("nf4", True)
     assert (lifted.base_quantization, lifted.gradient_checkpointing) == ("none", False)
     full = planned(replace(SDXL, memory="full", gradient_accumulation_steps=4))
     assert short(full) == "full, 1"
-    with_tokens = planned(replace(full, train_text_encoder=True, with_prior_preservation=True, class_prompt="a dog"))
+    with_tokens = planned(
+        replace(full, train_text_encoder=True, with_prior_preservation=True, class_prompt="a dog")
+    )
     assert with_tokens.images_a_pass == 2  # their texts have one gradient
 
 
 def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
     for free_gib, changes, second, other in (
-        (10.9, {"train_text_encoder": True}, "use_dora", {"memory": "full_cached", "use_dora": True}),
-        (4, {"cache_cross_attention": True}, "base_quantization", {"memory": "nf4", "cache_cross_attention": True}),
+        (
+            10.9,
+            {"train_text_encoder": True},
+            "use_dora",
+            {"memory": "full_cached", "use_dora": True},
+        ),
+        (
+            4,
+            {"cache_cross_attention": True},
+            "base_quantization",
+            {"memory": "nf4", "cache_cross_attention": True},
+        ),
     ):
         card(free_gib)
         found = planned(replace(SDXL, **changes))
@@ -136,7 +196,9 @@ def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
 
 def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
     card(23.0)
-    given = replace(SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8")
+    given = replace(
+        SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8"
+    )
     assert chosen(planned(given)) == ("fp16", True, "int8")
     assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
     assert chosen(planned(replace(SDXL, mixed_precision="no")))[0] == "no"
@@ -167,16 +229,27 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
         ({"memory": "recompute"}, "recompute, 1"),
         ({"gradient_checkpointing": True}, "recompute ff cached, 1"),
     ):
-        asked = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given))
+        asked = planned(
+            replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given)
+        )
         assert short(asked) == plan, "a run that had too little memory could not go on with less"
 
 
-def test_where_a_kept_plan_does_not_fit_another_word_is_named_and_without_a_checkpoint_a_plan_is_made(card, tmp_path):
+def test_where_a_kept_plan_does_not_fit_another_word_is_named_and_without_a_checkpoint_a_plan_is_made(
+    card, tmp_path
+):
     card(80.0)
     assert short(begin(tmp_path, gradient_accumulation_steps=8)) == "full, 8"
     card(7.0)
-    again = replace(SDXL, output_dir=str(tmp_path), gradient_accumulation_steps=8, resume_from_checkpoint="latest")
-    with pytest.raises(UserError, match=r"7\.5 GiB are free: give --memory recompute \(then 6\.\d GiB\)"):
+    again = replace(
+        SDXL,
+        output_dir=str(tmp_path),
+        gradient_accumulation_steps=8,
+        resume_from_checkpoint="latest",
+    )
+    with pytest.raises(
+        UserError, match=r"7\.5 GiB are free: give --memory recompute \(then 6\.\d GiB\)"
+    ):
         check(planned(again))
     word = planned(replace(again, memory="recompute"))
     check(word)
@@ -197,17 +270,26 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
     assert chosen(planned(run)) == ("no", True, "nf4")
     [line] = card_lines(planned(run), estimate(planned(run), size_of_base(Base.find(base), ()), 1))
     assert "so it trains in fp32, with gradient checkpointing, the base in nf4" in line
-    for precision, says in (("bf16", "give --mixed_precision no"), ("fp16", "Z-Image overflows in fp16; give no")):
+    for precision, says in (
+        ("bf16", "give --mixed_precision no"),
+        ("fp16", "Z-Image overflows in fp16; give no"),
+    ):
         with pytest.raises(UserError, match=says):
             family_settings(replace(run, mixed_precision=precision), Base.of(run))
 
 
 SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
-SETTINGS = SUBJECT | {"pretrained_model_name_or_path": STOCK_SDXL, "resolution": 1024, "train_batch_size": 1}
+SETTINGS = SUBJECT | {
+    "pretrained_model_name_or_path": STOCK_SDXL,
+    "resolution": 1024,
+    "train_batch_size": 1,
+}
 
 
 def cost(**changes):
-    return estimate(TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"} | changes), BaseSize(), 100)
+    return estimate(
+        TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"} | changes), BaseSize(), 100
+    )
 
 
 @pytest.mark.slow
@@ -222,9 +304,12 @@ def cost(**changes):
         (512, 16, 4, "recompute_cached", 6_930),
     ],
 )
-def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(px, rank, batch, plan, kernels):
-    """They were 11,410 and 15,724 with the products and casts of the adapter made at each call. Attention's division by
-    1 would add 280, that of residual blocks 31, and 71 views of the cached texts are no kernels."""
+def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(
+    px, rank, batch, plan, kernels
+):
+    """They were 11,410 and 15,724 with the products and casts of the adapter made at each call.
+    Attention's division by 1 would add 280, that of residual blocks 31, and 71 views of the cached
+    texts are no kernels."""
     config = run_config(px, rank, batch, plan)
     unet = adapted_unet(config)
     found = count(config, unet)
@@ -233,8 +318,11 @@ def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(px,
 
 
 def test_a_unet_counts_as_it_weighs_and_where_it_is():
-    """Of SDXL's 2.567 billion numbers 2.184 are in projections of blocks; the others stay in half precision."""
-    dense, nf4, int8 = (cost(base_quantization=kind).sampling_gib for kind in ("none", "nf4", "int8"))
+    """Of SDXL's 2.567 billion numbers 2.184 are in projections of blocks; the others stay in half
+    precision."""
+    dense, nf4, int8 = (
+        cost(base_quantization=kind).sampling_gib for kind in ("none", "nf4", "int8")
+    )
     assert dense - nf4 == pytest.approx(4.78 - 1.76, abs=0.02)
     assert dense - int8 == pytest.approx(4.78 - 2.75, abs=0.02)
     class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
@@ -245,11 +333,17 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
 
 
 def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_base, tmp_path):
-    config = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", train_text_encoder=True)
+    config = tiny_config(
+        tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", train_text_encoder=True
+    )
     pipeline = load_pipeline(tiny_base)
-    components = {name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    components = {
+        name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")
+    }
     add_adapters(config, components)
-    learnt = sum(weight.numel() for model in components.values() for _, weight in adapter_parameters(model))
+    learnt = sum(
+        weight.numel() for model in components.values() for _, weight in adapter_parameters(model)
+    )
     layers = sum(len(adapter_layers(model)) for model in components.values())
     assert f"adapter: {learnt:,} parameters on {layers} layers" in describe_run(config)
     sdxl, flux = BaseSize(), size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
@@ -270,7 +364,9 @@ def test_cached_text_counts_as_its_products_weigh():
         assert live.training_gib - cached.training_gib == pytest.approx(saved)
         assert live.encoding_gib == cached.encoding_gib
     sampling = cost(cache_cross_attention=True).sampling_gib
-    assert sampling == pytest.approx(cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB)
+    assert sampling == pytest.approx(
+        cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB
+    )
 
 
 def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny_base):
@@ -317,7 +413,12 @@ def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
 
 
 def test_a_dry_run_says_what_each_plan_needs(capsys):
-    assert train_main(["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]) == 0
+    assert (
+        train_main(
+            ["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
     assert "(--memory recompute)" in said
@@ -326,7 +427,8 @@ def test_a_dry_run_says_what_each_plan_needs(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Z-Image", "FLUX.2 klein 9B"])
 def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_size(name, capsys):
-    """The second is estimated from the smaller model of its family, the first also at another size and rank."""
+    """The second is estimated from the smaller model of its family, the first also at another size
+    and rank."""
     cases = [(1024, 16)] + [(512, 64)] * (name == "Z-Image")
     found = [one for case in cases for one in family_memory.deviations(name, *case)]
     said = capsys.readouterr().out
@@ -342,18 +444,28 @@ KNOWN = [(facts, model) for facts in FAMILIES for model in facts.models]
 @pytest.mark.parametrize(("facts", "model"), KNOWN)
 def test_a_known_model_is_what_its_denoiser_counts(facts, model):
     found = []
-    for option in (options for family, options, *_ in family_memory.MODELS.values() if family == facts.name):
+    for option in (
+        options for family, options, *_ in family_memory.MODELS.values() if family == facts.name
+    ):
         with torch.device("meta"):
             denoiser = getattr(diffusers, facts.model)(**option)
-        shapes = {facts.denoiser: {path: list(weight.shape) for path, weight in denoiser.named_parameters()}}
+        shapes = {
+            facts.denoiser: {
+                path: list(weight.shape) for path, weight in denoiser.named_parameters()
+            }
+        }
         size = memory.size_of_shapes(facts, shapes, facts.targets)
         found.append((size.unet, size.projections, size.adapted_layers, size.adapted_widths))
     assert (model.parameters, model.in_blocks, model.adapted_layers, model.adapted_widths) in found
 
 
 @pytest.mark.parametrize(("facts", "model"), KNOWN, ids=[model.hub_id for _, model in KNOWN])
-def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(facts, model, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
+def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(
+    facts, model, monkeypatch
+):
+    monkeypatch.setattr(
+        "huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked")
+    )
     assert Base.find(model.hub_id).facts is facts
     size = size_of_base(Base.find(model.hub_id), facts.targets)
     assert (size.family, size.unet, size.is_measured) == (facts, model.parameters, False)
@@ -363,9 +475,17 @@ def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(facts,
 
 def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
     facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
-    size = replace(BaseSize(), unet=6_154_908_736, projections=6_142_033_920, family=facts, is_measured=True)
-    run = replace(SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0)
-    assert [memory.fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == ["full", "recompute", "nf4"]
+    size = replace(
+        BaseSize(), unet=6_154_908_736, projections=6_142_033_920, family=facts, is_measured=True
+    )
+    run = replace(
+        SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0
+    )
+    assert [memory.fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == [
+        "full",
+        "recompute",
+        "nf4",
+    ]
     card(8.0)
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .*z_image_8gb\.toml"):
         memory.check_memory(run, size)
@@ -400,10 +520,14 @@ def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
 OF_FAMILIES = [(facts, gb) for facts in FAMILIES if not facts.needs_sizes for gb in facts.recipes]
 
 
-@pytest.mark.parametrize(("facts", "gb"), OF_FAMILIES, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("facts", "gb"), OF_FAMILIES, ids=lambda value: getattr(value, "name", value)
+)
 def test_the_recipe_of_a_family_fits_its_card(facts, gb, tmp_path):
     recipe = load_settings(CONFIGS / f"{facts.name}_{gb}gb.toml")
-    run = TrainConfig.from_dict(recipe | {"target_modules": facts.targets, "output_dir": str(tmp_path)})
+    run = TrainConfig.from_dict(
+        recipe | {"target_modules": facts.targets, "output_dir": str(tmp_path)}
+    )
     size = size_of_base(Base.of(run), facts.targets)
     assert size.family is facts and estimate(run, size, 1).peak_gib < USABLE * gb
 

@@ -20,20 +20,41 @@ from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_training import paint_photos
 
 
-def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_base, encoders, tmp_path, monkeypatch):
+def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(
+    tiny_base, encoders, tmp_path, monkeypatch
+):
     """Encoding and scoring open them for their pixels, by `photo.open_rgb`."""
     opened, plans = Counter(), []
     open_image, mask_problem = photo_file.open_image, photo_file.mask_problem
     counting = lambda path, *sizes: opened.update([path.name]) or open_image(path, *sizes)  # noqa: E731
-    monkeypatch.setattr(folder, "photo_file", SimpleNamespace(**vars(photo_file) | {"open_image": counting}))
+    monkeypatch.setattr(
+        folder, "photo_file", SimpleNamespace(**vars(photo_file) | {"open_image": counting})
+    )
     counted = lambda path, size: opened.update([path.name]) or mask_problem(path, size)  # noqa: E731
     monkeypatch.setattr(photo_file, "mask_problem", counted)
     counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731
     monkeypatch.setattr(plan, "memory", SimpleNamespace(**vars(memory) | {"estimate": counted}))
-    monkeypatch.setattr("dreambooth_moslora.evaluation.metrics.load_encoders", lambda name: encoders)
+    monkeypatch.setattr(
+        "dreambooth_moslora.evaluation.metrics.load_encoders", lambda name: encoders
+    )
     photos = paint_photos(tmp_path / "photos")
-    flags = ["--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64", "--report_to", "none"]
-    flags += ["--max_train_steps", "1", "--evaluate_steps", "1", "--num_validation_images", "0", "--no_find_scale"]
+    flags = [
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--resolution",
+        "64",
+        "--report_to",
+        "none",
+    ]
+    flags += [
+        "--max_train_steps",
+        "1",
+        "--evaluate_steps",
+        "1",
+        "--num_validation_images",
+        "0",
+        "--no_find_scale",
+    ]
     with few_pictures(inference_steps=1):
         assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0
     assert opened == {path.name: 1 for path in photos.iterdir()} and len(plans) == 1
@@ -49,8 +70,14 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(tiny_
         (1, 1, 6, True, 1, 42),  # 42 photos are more than 37 class images
     ],
 )
-def test_an_epoch_has_the_steps_that_diffusers_script_counts(batch, accumulation, repeats, prior, processes, steps):
-    sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "repeats": repeats}
+def test_an_epoch_has_the_steps_that_diffusers_script_counts(
+    batch, accumulation, repeats, prior, processes, steps
+):
+    sizes = {
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "repeats": repeats,
+    }
     classes = {"with_prior_preservation": prior, "class_prompt": "a dog", "num_class_images": 37}
     plan = plan_steps(TrainConfig(num_train_epochs=2, **sizes, **classes), 7, processes)
     assert (plan.steps_an_epoch, plan.total_steps) == (steps, 2 * steps)
@@ -61,7 +88,9 @@ def test_exposures_a_photo_set_the_steps():
     for batch, accumulation, processes, steps in ((1, 1, 1, 350), (4, 1, 1, 88), (2, 3, 2, 30)):
         sizes = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         plan = plan_steps(TrainConfig(exposures_per_photo=50, **sizes), 7, processes)
-        assert plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+        assert (
+            plan.total_steps == steps and 50 <= plan.exposures_a_photo < 50 + plan.photos_a_step / 7
+        )
 
 
 def advised(about: str = "each photo is seen", **settings) -> list[str]:
@@ -99,7 +128,9 @@ def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_t
     assert not advised(**cosine | {"lr_scheduler": "constant"}, max_train_steps=400)
 
 
-def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(tmp_path, monkeypatch):
+def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     picture().save("0.png")
     config = TrainConfig(instance_data_dir=".", resolution=64, use_dora=True)
@@ -107,4 +138,6 @@ def test_a_run_with_dora_is_told_before_it_begins_what_other_programs_make_of_it
     assert DORA_NOTE not in advice(make_plan(replace(config, use_dora=False)))
     assert "AUTOMATIC1111, InvokeAI: another adapter" in DORA_NOTE
     of_transformer = replace(config, pretrained_model_name_or_path="toy-zimage")
-    assert {DORA_NOTE, DORA_OF_TRANSFORMERS} & {*advice(make_plan(of_transformer))} == {DORA_OF_TRANSFORMERS}
+    assert {DORA_NOTE, DORA_OF_TRANSFORMERS} & {*advice(make_plan(of_transformer))} == {
+        DORA_OF_TRANSFORMERS
+    }

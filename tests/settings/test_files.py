@@ -1,4 +1,5 @@
-"""Settings in files: below the flags, above the defaults, with mistakes named; and the recipes that are shipped."""
+"""Settings in files: below the flags, above the defaults, with mistakes named; and the recipes that
+are shipped."""
 
 import json
 from pathlib import Path
@@ -18,12 +19,32 @@ LONG = "x" * 100_000
 @pytest.mark.parametrize(
     "text, flags, wanted",
     [
-        ("learning-rate = 3e-4\nrank = 8", "--rank 2", {"learning_rate": 3e-4, "rank": 2, "train_batch_size": 4}),
+        (
+            "learning-rate = 3e-4\nrank = 8",
+            "--rank 2",
+            {"learning_rate": 3e-4, "rank": 2, "train_batch_size": 4},
+        ),
         ("exposures_per_photo = 60", "", {"exposures_per_photo": 60, "max_train_steps": None}),
-        ("exposures_per_photo = 60", "--max_train_steps 9", {"exposures_per_photo": None, "max_train_steps": 9}),
-        ("max_train_steps = 9", "--exposures_per_photo 60", {"exposures_per_photo": 60, "max_train_steps": None}),
-        ("max_train_steps = 9", "--num_train_epochs 3", {"num_train_epochs": 3, "max_train_steps": None}),
-        ("exposures_per_photo = 60", "--num_train_epochs 3", {"num_train_epochs": 3, "exposures_per_photo": None}),
+        (
+            "exposures_per_photo = 60",
+            "--max_train_steps 9",
+            {"exposures_per_photo": None, "max_train_steps": 9},
+        ),
+        (
+            "max_train_steps = 9",
+            "--exposures_per_photo 60",
+            {"exposures_per_photo": 60, "max_train_steps": None},
+        ),
+        (
+            "max_train_steps = 9",
+            "--num_train_epochs 3",
+            {"num_train_epochs": 3, "max_train_steps": None},
+        ),
+        (
+            "exposures_per_photo = 60",
+            "--num_train_epochs 3",
+            {"num_train_epochs": 3, "exposures_per_photo": None},
+        ),
     ],
 )
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags, wanted):
@@ -34,7 +55,14 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags
 
 @pytest.mark.parametrize(
     "words",
-    [["--rank", LONG], ["--mixer", LONG], [f"--{LONG}"], [LONG], ["--config", LONG], ["--output_dir", LONG]],
+    [
+        ["--rank", LONG],
+        ["--mixer", LONG],
+        [f"--{LONG}"],
+        [LONG],
+        ["--config", LONG],
+        ["--output_dir", LONG],
+    ],
     ids=lambda words: words[0][:12],
 )
 def test_a_very_long_value_is_not_shown_whole(words, capsys):
@@ -50,15 +78,25 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
         ("a.json", "{", "not valid JSON"),
         ("a.json", "[1]", "found a list"),
         ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
-        ("a.toml", "lora_layers = ['to_q']", "unknown setting `lora_layers`: did you mean `target_modules`?"),
+        (
+            "a.toml",
+            "lora_layers = ['to_q']",
+            "unknown setting `lora_layers`: did you mean `target_modules`?",
+        ),
         ("a.toml", "lora-rank = 3", "a.toml: lora_rank: use --rank."),
-        ("a.json", '{"train_data_dir": "x"}', "a.json: train_data_dir: use --instance_data_dir, or --subjects"),
+        (
+            "a.json",
+            '{"train_data_dir": "x"}',
+            "a.json: train_data_dir: use --instance_data_dir, or --subjects",
+        ),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
         ("a.toml", "random_flip = 1", "expected true or false"),
     ],
 )
-def test_mistakes_in_files_name_the_place_and_are_named_before_what_is_missing(tmp_path, name, text, says):
+def test_mistakes_in_files_name_the_place_and_are_named_before_what_is_missing(
+    tmp_path, name, text, says
+):
     (tmp_path / name).write_text(text)
     for needed in (NEEDED, []):
         with pytest.raises(UserError) as caught:
@@ -74,7 +112,9 @@ def test_an_empty_name_of_a_file_of_settings_is_refused(flag):
 
 
 def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
-    config = parse_train_config([*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"])
+    config = parse_train_config(
+        [*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"]
+    )
     text = json.dumps(config.to_dict())
     assert "hf_secret" not in text
     (tmp_path / "train_config.json").write_text(text)
@@ -91,9 +131,21 @@ def test_every_recipe_is_parsed(path):
 
 def test_the_papers_recipe_has_the_papers_numbers():
     config = parse_train_config([*NEEDED, "--config", str(CONFIGS / "paper.toml")])
-    assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (4, 4.0, 1e-4, 500)
-    assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (1, 4, 1024)
-    assert config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and config.mixer == "orthogonal"
+    assert (config.rank, config.lora_alpha, config.learning_rate, config.max_train_steps) == (
+        4,
+        4.0,
+        1e-4,
+        500,
+    )
+    assert (config.train_batch_size, config.gradient_accumulation_steps, config.resolution) == (
+        1,
+        4,
+        1024,
+    )
+    assert (
+        config.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
+        and config.mixer == "orthogonal"
+    )
 
 
 @pytest.mark.parametrize("name", ["toy", "quickstart", "two_subjects"])

@@ -9,12 +9,21 @@ import pytest
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import prompts, toys
-from dreambooth_moslora.settings.prompts import context_prompts, subject_of, trigger_words, validation_prompts
+from dreambooth_moslora.settings.prompts import (
+    context_prompts,
+    subject_of,
+    trigger_words,
+    validation_prompts,
+)
 from dreambooth_moslora.settings.table import TrainConfig
 from toybox.drawing.places import PLACES
 
 BASE = ["--pretrained_model_name_or_path", "toy"]
-DUCK = {"instance_data_dir": "a", "instance_prompt": "a photo of a sks duck", "class_prompt": "a photo of a duck"}
+DUCK = {
+    "instance_data_dir": "a",
+    "instance_prompt": "a photo of a sks duck",
+    "class_prompt": "a photo of a duck",
+}
 DOG = {"instance_data_dir": "b", "instance_prompt": "a photo of a zwx dog"}
 TOML = """
 caption_prefix = "see,"
@@ -55,10 +64,16 @@ def test_a_run_without_tables_is_its_own_one_subject():
     assert config.each_subject is config.each_subject, "they are made once"
 
 
-def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(recipe, tmp_path):
-    one = parse_train_config([*BASE, *recipe, "--instance_data_dir", "c", "--instance_prompt", "a photo of x"])
+def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(
+    recipe, tmp_path
+):
+    one = parse_train_config(
+        [*BASE, *recipe, "--instance_data_dir", "c", "--instance_prompt", "a photo of x"]
+    )
     assert (one.subjects, one.instance_data_dir, one.rank) == ((), "c", 3)
-    (tmp_path / "one.toml").write_text('instance_data_dir = "a"\ninstance_prompt = "a photo of x"\nrank = 5')
+    (tmp_path / "one.toml").write_text(
+        'instance_data_dir = "a"\ninstance_prompt = "a photo of x"\nrank = 5'
+    )
     (tmp_path / "photos" / "sks dog").mkdir(parents=True)
     words = ["--config", str(tmp_path / "one.toml"), "--subjects", str(tmp_path / "photos")]
     assert parse_train_config([*BASE, *words]).rank == 5
@@ -82,24 +97,50 @@ def test_a_folder_of_folders_names_its_subjects_or_text_files_beside_them_do(tmp
 def test_the_json_list_of_other_scripts_is_taken(tmp_path):
     (tmp_path / "concepts.json").write_text(json.dumps([DUCK, DOG]))
     config = parse_train_config([*BASE, "--subjects", str(tmp_path / "concepts.json")])
-    assert [one.instance_prompt for one in config.each_subject] == [DUCK["instance_prompt"], DOG["instance_prompt"]]
-    with pytest.raises(UserError, match="--concepts_list: use --subjects, which takes the same file"):
+    assert [one.instance_prompt for one in config.each_subject] == [
+        DUCK["instance_prompt"],
+        DOG["instance_prompt"],
+    ]
+    with pytest.raises(
+        UserError, match="--concepts_list: use --subjects, which takes the same file"
+    ):
         parse_train_config([*BASE, "--concepts_list", "concepts.json"])
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"subjects": [DUCK], "instance_data_dir": "c"}, "--subjects and --instance_data_dir: each subject names"),
-        ({"subjects": [DUCK], "instance_prompt": "a photo of x"}, "--subjects and --instance_prompt"),
+        (
+            {"subjects": [DUCK], "instance_data_dir": "c"},
+            "--subjects and --instance_data_dir: each subject names",
+        ),
+        (
+            {"subjects": [DUCK], "instance_prompt": "a photo of x"},
+            "--subjects and --instance_prompt",
+        ),
         ({"subjects": [{"instance_data_dir": "a"}]}, "number 1 has no instance_prompt"),
         ({"subjects": [DUCK, {"instance_prompt": "x"}]}, "number 2 has no instance_data_dir"),
-        ({"subjects": [DUCK, {**DOG, "instance_data_dir": "./a"}]}, "2 of them have the instance_data_dir 'a'"),
-        ({"subjects": [DUCK, {**DUCK, "instance_data_dir": "b"}]}, "2 of them have the instance_prompt"),
-        ({"subjects": [{**DUCK, "rank": 3}]}, "a subject has no setting `rank`; it may have instance_data_dir"),
-        ({"subjects": [DUCK, DOG], "with_prior_preservation": True}, r"subject 2 \(b\): --with_prior_preservation"),
+        (
+            {"subjects": [DUCK, {**DOG, "instance_data_dir": "./a"}]},
+            "2 of them have the instance_data_dir 'a'",
+        ),
+        (
+            {"subjects": [DUCK, {**DUCK, "instance_data_dir": "b"}]},
+            "2 of them have the instance_prompt",
+        ),
+        (
+            {"subjects": [{**DUCK, "rank": 3}]},
+            "a subject has no setting `rank`; it may have instance_data_dir",
+        ),
+        (
+            {"subjects": [DUCK, DOG], "with_prior_preservation": True},
+            r"subject 2 \(b\): --with_prior_preservation",
+        ),
         ({"subjects": [{**DUCK, "token": 3}]}, r"subject 1 \(a\): --token 3: expected text"),
-        ({"subjects": [DUCK, DOG], "class_data_dir": "c"}, "--class_data_dir c: two classes cannot share it"),
+        (
+            {"subjects": [DUCK, DOG], "class_data_dir": "c"},
+            "--class_data_dir c: two classes cannot share it",
+        ),
         ({"subjects": [DUCK, 3]}, "expected a folder of folders"),
         ({"subjects": "nowhere"}, "--subjects nowhere: no such folder or file"),
         ({"subjects": "nowhere.json"}, "--subjects nowhere.json: there is no such file"),
@@ -110,7 +151,9 @@ def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
         TrainConfig(**changes)
 
 
-def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_prompt_are_refused(tmp_path):
+def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_prompt_are_refused(
+    tmp_path,
+):
     def refused(source: Path, says: str) -> None:
         with pytest.raises(UserError, match=says):
             TrainConfig(subjects=str(source))
@@ -118,7 +161,10 @@ def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_pr
     refused(tmp_path, "there is no folder in it")
     for text in ("[1]", "{", "{}", '["a"]'):
         (tmp_path / "x.json").write_text(text)
-        refused(tmp_path / "x.json", "x.json: (0: Input should be|Input should be a valid array|Invalid JSON)")
+        refused(
+            tmp_path / "x.json",
+            "x.json: (0: Input should be|Input should be a valid array|Invalid JSON)",
+        )
     os.truncate(tmp_path / "x.json", 2**36)  # a hole on the disk, which would fill the memory
     refused(tmp_path / "x.json", "x.json: it has more than 32 MiB")
     (tmp_path / "a").mkdir()
@@ -135,14 +181,35 @@ SKS_DOG = {"instance_prompt": "a photo of sks dog"}
         (SKS_DOG, "sks", "dog"),
         ({"instance_prompt": "A photo of a sks dog on the beach"}, "sks", "dog"),
         ({"instance_prompt": "sks"}, "sks", ""),
-        ({"instance_prompt": "a photo of TOK toy robot", "class_prompt": "a photo of a toy robot"}, "TOK", "toy robot"),
-        ({"instance_prompt": "a photo of my red sks dog", "class_prompt": "a dog"}, "red sks", "dog"),
-        ({"instance_prompt": "an image of ohwx man, smiling", "class_prompt": "a photo of a man"}, "ohwx", "man"),
+        (
+            {
+                "instance_prompt": "a photo of TOK toy robot",
+                "class_prompt": "a photo of a toy robot",
+            },
+            "TOK",
+            "toy robot",
+        ),
+        (
+            {"instance_prompt": "a photo of my red sks dog", "class_prompt": "a dog"},
+            "red sks",
+            "dog",
+        ),
+        (
+            {
+                "instance_prompt": "an image of ohwx man, smiling",
+                "class_prompt": "a photo of a man",
+            },
+            "ohwx",
+            "man",
+        ),
         ({"instance_prompt": "the zwx clock in a box", "token": "zwx"}, "zwx", "clock"),
         ({"instance_prompt": "a photo of a hot dog", "token": "hot"}, "hot", "dog"),
         ({"instance_prompt": "a photo of a cup", "token": "hot"}, "hot", ""),
         ({"instance_prompt": "zwx", "token": "zwx", "class_word": "clock"}, "zwx", "clock"),
-        *(({**SKS_DOG, "class_prompt": "a dog", "token": empty}, "sks", "dog") for empty in ("", " ")),
+        *(
+            ({**SKS_DOG, "class_prompt": "a dog", "token": empty}, "sks", "dog")
+            for empty in ("", " ")
+        ),
     ],
 )
 def test_token_and_class_word_are_found(settings, token, word):

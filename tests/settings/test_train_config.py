@@ -1,4 +1,5 @@
-"""The settings: what each flag means, mistakes in one line, and that a row of the table is all a setting needs."""
+"""The settings: what each flag means, mistakes in one line, and that a row of the table is all a
+setting needs."""
 
 import json
 import os
@@ -30,22 +31,60 @@ do_edm_style_training with_prior_preservation output_kohya_format center_crop ra
 gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32 enable_xformers_memory_efficient_attention use_dora
 """
 ON = "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
-COUNTS = {"repeats": 1, "num_validation_images": 4, "validation_epochs": 50, "num_class_images": 100, "rank": 4}
+COUNTS = {
+    "repeats": 1,
+    "num_validation_images": 4,
+    "validation_epochs": 50,
+    "num_class_images": 100,
+    "rank": 4,
+}
 COUNTS |= {"resolution": 1024, "train_batch_size": 4, "sample_batch_size": 4, "num_train_epochs": 1}
-COUNTS |= {"checkpointing_steps": 500, "gradient_accumulation_steps": 1, "lr_warmup_steps": 500, "lr_num_cycles": 1}
+COUNTS |= {
+    "checkpointing_steps": 500,
+    "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 500,
+    "lr_num_cycles": 1,
+}
 COUNTS |= {"dataloader_num_workers": 0, "local_rank": -1}
-NUMBERS = {"prior_loss_weight": 1.0, "learning_rate": 1e-4, "text_encoder_lr": 5e-6, "lr_power": 1.0}
-NUMBERS |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_weight_decay_text_encoder": 1e-3}
+NUMBERS = {
+    "prior_loss_weight": 1.0,
+    "learning_rate": 1e-4,
+    "text_encoder_lr": 5e-6,
+    "lr_power": 1.0,
+}
+NUMBERS |= {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-4,
+    "adam_weight_decay_text_encoder": 1e-3,
+}
 NUMBERS |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lora_dropout": 0.0}
-WORDS_OF = {"image_column": "image", "output_dir": "lora-dreambooth-model", "lr_scheduler": "constant"}
+WORDS_OF = {
+    "image_column": "image",
+    "output_dir": "lora-dreambooth-model",
+    "lr_scheduler": "constant",
+}
 WORDS_OF |= {"optimizer": "AdamW", "logging_dir": "logs", "report_to": "tensorboard"}
 WORDS_OF |= {"image_interpolation_mode": "lanczos"}
-DIFFUSERS_DEFAULTS = dict.fromkeys(UNSET.split()) | dict.fromkeys(OFF.split(), False) | dict.fromkeys(ON.split(), True)
+DIFFUSERS_DEFAULTS = (
+    dict.fromkeys(UNSET.split())
+    | dict.fromkeys(OFF.split(), False)
+    | dict.fromkeys(ON.split(), True)
+)
 DIFFUSERS_DEFAULTS |= COUNTS | NUMBERS | WORDS_OF
 """Every optional flag of train_dreambooth_lora_sdxl.py, with its default there."""
 
-EXAMPLES = {"lr_scheduler": "cosine", "optimizer": "prodigy", "mixed_precision": "bf16", "report_to": "wandb"}
-EXAMPLES |= {"prior_generation_precision": "fp32", "image_interpolation_mode": "nearest_exact", "local_rank": "0"}
+EXAMPLES = {
+    "lr_scheduler": "cosine",
+    "optimizer": "prodigy",
+    "mixed_precision": "bf16",
+    "report_to": "wandb",
+}
+EXAMPLES |= {
+    "prior_generation_precision": "fp32",
+    "image_interpolation_mode": "nearest_exact",
+    "local_rank": "0",
+}
 EXAMPLES |= {"resolution": "512", "snr_gamma": "5.0", "prodigy_beta3": "0.5", "lora_dropout": "0.1"}
 MEANINGS = {"optimizer": "Prodigy"}
 TO_Q_V = {"target_modules": ["to_q", "to_v"]}
@@ -89,7 +128,10 @@ def test_a_command_of_diffusers_readme_is_taken_as_it_is():
       --mixed_precision=fp16 --resolution=1024 --train_batch_size=1 --gradient_accumulation_steps=4
       --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=500
       --validation_epochs=25 --seed=0 --push_to_hub --use_8bit_adam --gradient_checkpointing"""
-    prompts = ["--instance_prompt=a photo of sks dog", "--validation_prompt=A photo of sks dog in a bucket"]
+    prompts = [
+        "--instance_prompt=a photo of sks dog",
+        "--validation_prompt=A photo of sks dog in a bucket",
+    ]
     config = parse_train_config([*command.split(), *prompts])
     assert (config.max_train_steps, config.learning_rate, config.seed) == (500, 1e-4, 0)
     assert config.validation_prompt == "A photo of sks dog in a bucket" and config.push_to_hub
@@ -98,10 +140,19 @@ def test_a_command_of_diffusers_readme_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("words", "taken"),
     [
-        ("--train-batch-size 2 --output-dir=my-run", {"train_batch_size": 2, "output_dir": "my-run"}),
+        (
+            "--train-batch-size 2 --output-dir=my-run",
+            {"train_batch_size": 2, "output_dir": "my-run"},
+        ),
         *((words, {"train_mixer": False}) for words in ("--no_train_mixer", "--no-train-mixer")),
-        *((words, {"train_mixer": False}) for words in ("--train_mixer false", "--train-mixer=False")),
-        *((f"--target_modules {names}", TO_Q_V) for names in ("to_q to_v", "to_q,to_v", "to_q, to_v")),
+        *(
+            (words, {"train_mixer": False})
+            for words in ("--train_mixer false", "--train-mixer=False")
+        ),
+        *(
+            (f"--target_modules {names}", TO_Q_V)
+            for names in ("to_q to_v", "to_q,to_v", "to_q, to_v")
+        ),
     ],
 )
 def test_hyphens_switches_and_lists_are_taken_in_each_form(words, taken):
@@ -112,7 +163,9 @@ def test_prompts_keep_their_commas_on_the_command_line_and_in_files(tmp_path):
     prompts = ("a red car, in the snow", "a cup")
     assert parse_train_config([*NEEDED, "--prior_prompts", *prompts]).prior_prompts == prompts
     (tmp_path / "a.toml").write_text(f"prior_prompts = {list(prompts)}")
-    assert parse_train_config([*NEEDED, "--config", str(tmp_path / "a.toml")]).prior_prompts == prompts
+    assert (
+        parse_train_config([*NEEDED, "--config", str(tmp_path / "a.toml")]).prior_prompts == prompts
+    )
     assert TrainConfig(prior_prompts=prompts[0]).prior_prompts == prompts[:1]
 
 
@@ -134,13 +187,36 @@ def test_the_launcher_says_the_rank(monkeypatch):
 
 def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
-    (tmp_path / "r.toml").write_text('instance_data_dir = "~/photos"\ncache_dir = "~/cache"\nlogging_dir = "~/logs"')
-    words = ["--pretrained_model_name_or_path=~/base", "--instance_prompt", "~", "--config", str(tmp_path / "r.toml")]
-    config = parse_train_config([*words, "--output_dir=~/x", "--class_data_dir=~", "--resume_from_checkpoint=~/c"])
-    places = {"instance_data_dir": "/photos", "output_dir": "/x", "cache_dir": "/cache", "class_data_dir": ""}
-    places |= {"logging_dir": "/logs", "pretrained_model_name_or_path": "/base", "resume_from_checkpoint": "/c"}
-    assert {name: getattr(config, name) for name in places} == {n: f"/home/ann{path}" for n, path in places.items()}
-    assert config.instance_prompt == "~" and TrainConfig(output_dir=tmp_path).output_dir == str(tmp_path)
+    (tmp_path / "r.toml").write_text(
+        'instance_data_dir = "~/photos"\ncache_dir = "~/cache"\nlogging_dir = "~/logs"'
+    )
+    words = [
+        "--pretrained_model_name_or_path=~/base",
+        "--instance_prompt",
+        "~",
+        "--config",
+        str(tmp_path / "r.toml"),
+    ]
+    config = parse_train_config(
+        [*words, "--output_dir=~/x", "--class_data_dir=~", "--resume_from_checkpoint=~/c"]
+    )
+    places = {
+        "instance_data_dir": "/photos",
+        "output_dir": "/x",
+        "cache_dir": "/cache",
+        "class_data_dir": "",
+    }
+    places |= {
+        "logging_dir": "/logs",
+        "pretrained_model_name_or_path": "/base",
+        "resume_from_checkpoint": "/c",
+    }
+    assert {name: getattr(config, name) for name in places} == {
+        n: f"/home/ann{path}" for n, path in places.items()
+    }
+    assert config.instance_prompt == "~" and TrainConfig(output_dir=tmp_path).output_dir == str(
+        tmp_path
+    )
     with pytest.raises(AttributeError):
         config.rank = 5
 
@@ -152,7 +228,11 @@ def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkey
         {"mixer": "none", "max_train_steps": 3, "optimizer": "Prodigy", "learning_rate": 1.0},
         {"class_prompt": "a dog", "class_data_dir": "dogs", "with_prior_preservation": True},
         {"lr_warmup_steps": 0, "caption_model": "", "unmasked_weight": 0.0, "random_flip": False},
-        {"train_text_encoder_ti": True, "text_encoder_lr": 1e-5, "num_new_tokens_per_abstraction": 3},
+        {
+            "train_text_encoder_ti": True,
+            "text_encoder_lr": 1e-5,
+            "num_new_tokens_per_abstraction": 3,
+        },
     ],
 )
 def test_settings_that_have_an_effect_or_switch_something_off_draw_no_remark(settings):
@@ -167,12 +247,18 @@ def test_a_row_says_only_words_that_are_known(name):
     if facts["choices"]:
         assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
     for words, applies in facts["idle"]:
-        assert words.format_map(vars(TrainConfig())) and isinstance(bool(applies(TrainConfig())), bool)
+        assert words.format_map(vars(TrainConfig())) and isinstance(
+            bool(applies(TrainConfig())), bool
+        )
 
 
 @pytest.mark.parametrize("seed", [123456789012345678, 2**63 - 1])
 def test_a_whole_number_keeps_all_its_digits(seed):
-    assert parse_train_config([*NEEDED, f"--seed={seed}"]).seed == TrainConfig(seed=str(seed)).seed == seed
+    assert (
+        parse_train_config([*NEEDED, f"--seed={seed}"]).seed
+        == TrainConfig(seed=str(seed)).seed
+        == seed
+    )
     assert TrainConfig(seed="1e9").seed == 10**9
 
 
@@ -181,7 +267,9 @@ REMARKS = answers_in("remarks.txt")
 
 @pytest.mark.parametrize("words", REMARKS)
 def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
-    config = parse_train_config([*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)])
+    config = parse_train_config(
+        [*NEEDED, "--pretrained_model_name_or_path", "toy", *shlex.split(words)]
+    )
     assert remarks(config) == [REMARKS[words]]
 
 
@@ -247,7 +335,9 @@ def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
     table.unlink()
     table.write_text(rows.replace(BEFORE, ROW + BEFORE), encoding="utf-8")
     command = [sys.executable, "-B", "-c", PROGRAM]
-    found = json.loads(subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    found = json.loads(
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
+    )
     assert found == {
         "default": 0.5,
         "flag": 1.0,

@@ -1,4 +1,5 @@
-"""The background training of the base's UNet: from the assets alone, in legs on fresh renders, and on after a kill."""
+"""The background training of the base's UNet: from the assets alone, in legs on fresh renders, and
+on after a kill."""
 
 import json
 import os
@@ -25,11 +26,15 @@ FLAGS = [word for name, value in asdict(TINY).items() for word in (f"--{name}", 
 
 
 def files(state: Path) -> list[str]:
-    return sorted(path.name for path in [*(state / "toys").iterdir(), *(state / "latents").iterdir()])
+    return sorted(
+        path.name for path in [*(state / "toys").iterdir(), *(state / "latents").iterdir()]
+    )
 
 
 def window(*numbers: int) -> list[str]:
-    names = ((f"{n:04d}.safetensors", f"images_{n:04d}.npy", f"scenes_{n:04d}.jsonl") for n in numbers)
+    names = (
+        (f"{n:04d}.safetensors", f"images_{n:04d}.npy", f"scenes_{n:04d}.jsonl") for n in numbers
+    )
     return sorted(name for of_shard in names for name in of_shard)
 
 
@@ -47,8 +52,13 @@ def weights(state: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_of_25_toys(unbroken):
-    before, after = load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors"), weights(unbroken)
-    change = max((after[name].float() - value.float()).abs().max() for name, value in before.items())
+    before, after = (
+        load_file(BASE / "unet" / "diffusion_pytorch_model.safetensors"),
+        weights(unbroken),
+    )
+    change = max(
+        (after[name].float() - value.float()).abs().max() for name, value in before.items()
+    )
     assert before.keys() == after.keys() and 0 < change < 0.05
     rows = [json.loads(line) for line in (unbroken / "unet" / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], row["seen"]) for row in rows] == [(2, 4), (4, 8)]
@@ -58,8 +68,12 @@ def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_o
         assert min(ImageStat.Stat(picture).stddev) > 20
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["4", "--anew", "1"], "choose one of 3, 2"), (["2"], "give --anew 1")])
-def test_levels_are_those_of_a_known_shape_and_the_embedded_base_keeps_its_own(tmp_path, flags, said):
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["4", "--anew", "1"], "choose one of 3, 2"), (["2"], "give --anew 1")]
+)
+def test_levels_are_those_of_a_known_shape_and_the_embedded_base_keeps_its_own(
+    tmp_path, flags, said
+):
     with pytest.raises(SystemExit, match=said):
         main([str(tmp_path), "--levels", *flags])
     assert not any(tmp_path.glob("unet"))
@@ -75,7 +89,10 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     assert files(tmp_path) == window(1, 2) and [path.read_bytes() for path in second] == before
     latents = [load_file(tmp_path / "latents" / f"000{n}.safetensors")["latents"] for n in (1, 2)]
     assert latents[0].shape == (3, 4, 16, 16) and not torch.equal(*latents)
-    made = [json.loads(line)["pictures"] for line in (tmp_path / "renders.jsonl").read_text().splitlines()]
+    made = [
+        json.loads(line)["pictures"]
+        for line in (tmp_path / "renders.jsonl").read_text().splitlines()
+    ]
     assert made == [6, 3]
     assert files(unbroken) == window(1, 2)
 
@@ -108,17 +125,23 @@ keep_training(Path(sys.argv[1]), Settings(*map(int, sys.argv[2:])))
 @pytest.mark.slow
 def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, unbroken):
     numbers = [str(number) for number in asdict(SHORT).values()]
-    killed = subprocess.Popen([sys.executable, "-c", KEEP, str(tmp_path), *numbers], cwd=ROOT, start_new_session=True)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KEEP, str(tmp_path), *numbers], cwd=ROOT, start_new_session=True
+    )
     try:
         wait_for(lambda: saved_step(tmp_path / "unet") >= 2)
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     keep_training(tmp_path, SHORT)
-    assert all(torch.equal(value, weights(unbroken)[name]) for name, value in weights(tmp_path).items())
+    assert all(
+        torch.equal(value, weights(unbroken)[name]) for name, value in weights(tmp_path).items()
+    )
 
 
-def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_and_stops(tmp_path, capsys):
+def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_and_stops(
+    tmp_path, capsys
+):
     assert call(capsys, tmp_path, *FLAGS).startswith("started")
     pid = int((tmp_path / "pid").read_text())
     try:
@@ -129,7 +152,9 @@ def test_it_is_a_session_of_its_own_at_the_lowest_priority_which_pauses_goes_on_
         assert call(capsys, tmp_path).startswith("runs:")
         assert call(capsys, tmp_path, "--pause") == "paused"
         wait_for(lambda: call(capsys, tmp_path).startswith("paused:"))
-        assert call(capsys, tmp_path, "--go_on") == "goes on" and call(capsys, tmp_path).startswith("runs:")
+        assert call(capsys, tmp_path, "--go_on") == "goes on" and call(capsys, tmp_path).startswith(
+            "runs:"
+        )
         call(capsys, tmp_path, "--pause")
         assert call(capsys, tmp_path, "--stop") == "stopped"
     finally:

@@ -1,4 +1,5 @@
-"""The ladder: a base that is right gives the renders back, and both families are measured on the same ones."""
+"""The ladder: a base that is right gives the renders back, and both families are measured on the
+same ones."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def test_true_velocities_give_the_latents_back_and_none_leave_noise_in_them(time
         noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
         return signal * noise - (1 - signal**2).sqrt() * latents
 
-    torch.testing.assert_close(denoised(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        denoised(truth, LATENTS, CAPTIONS, timestep), LATENTS, atol=1e-3, rtol=0
+    )
     none = denoised(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep)
     assert (none - LATENTS).square().mean() > 0.05
 

@@ -1,4 +1,5 @@
-"""What the pre-training scripts rest on: timesteps, norms, runs that resume, the tokenizer, the aim of the decoder."""
+"""What the pre-training scripts rest on: timesteps, norms, runs that resume, the tokenizer, the aim
+of the decoder."""
 
 import json
 import os
@@ -27,14 +28,23 @@ from toybox.learning.training import MasterWeights, Run, compute_dtype, saved_st
 
 pytestmark = pytest.mark.slow
 SHIPPED = Path(__file__).parents[2] / "assets" / "toy-sdxl" / "tokenizer"
-TEXTS = ["a photo of a sks red robot on the beach", "two toys: an orange duck, naïve 熊 42's", "word " * 100]
-OLD_X86, NEW_X86, ARM = {"avx2": True, "avx512_bf16": False}, {"avx512_bf16": True}, {"neon": True, "bf16": True}
+TEXTS = [
+    "a photo of a sks red robot on the beach",
+    "two toys: an orange duck, naïve 熊 42's",
+    "word " * 100,
+]
+OLD_X86, NEW_X86, ARM = (
+    {"avx2": True, "avx512_bf16": False},
+    {"avx512_bf16": True},
+    {"neon": True, "bf16": True},
+)
 BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("detail", [0.0, 0.5])
 def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(detail):
-    """Of min-SNR, and of EDM: ln σ is normal with mean -1.2 and deviation 1.2, at a data deviation of 1/2."""
+    """Of min-SNR, and of EDM: ln σ is normal with mean -1.2 and deviation 1.2, at a data deviation
+    of 1/2."""
     schedule = noise_schedule()
     snr = compute_snr(schedule, torch.arange(1000))
     value = torch.sin(torch.arange(1000) / 100) + 2
@@ -44,9 +54,12 @@ def test_weighted_timesteps_expect_what_uniform_ones_with_their_weights_would(de
     edm = value[torch.searchsorted(-snr.log(), -level).clamp(max=999)].mean()
     truth = float((1 - detail) * (value * snr.clamp(max=SNR_GAMMA) / snr).mean() + detail * edm)
     generator, timesteps = torch.Generator().manual_seed(0), Timesteps(schedule, detail=detail)
-    means = [float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))]
+    means = [
+        float((value[t] * w).mean()) for t, w in (timesteps.draw(64, generator) for _ in range(400))
+    ]
     assert sum(means) / len(means) == pytest.approx(truth, rel=2e-3)
-    t, weight = timesteps.draw(50, torch.Generator().manual_seed(1))  # a batch covers the whole schedule
+    # a batch covers the whole schedule
+    t, weight = timesteps.draw(50, torch.Generator().manual_seed(1))
     assert t.min() < 60 and t.max() > 970 and (t.diff() >= 0).all() and (weight > 0).all()
 
 
@@ -67,12 +80,17 @@ def test_alignment_teaches_the_middle_of_the_unet_and_nothing_after_it():
     loss = alignment.loss(seen[:2])
     loss.backward()
     assert 0.5 < loss.item() < 1.5
-    assert all(p.grad is not None for p in unet.mid_block.parameters()) and unet.conv_in.weight.grad is not None
+    assert (
+        all(p.grad is not None for p in unet.mid_block.parameters())
+        and unet.conv_in.weight.grad is not None
+    )
     assert all(p.grad is None for p in unet.up_blocks.parameters())
     opposite = 2 * alignment.mean.view(-1, 1, 1) - seen[:2].float()
     assert alignment.loss(opposite).item() == pytest.approx(2 - loss.item(), abs=1e-5)
     alignment.state = alignment.state.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert alignment.loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), "a larger middle is averaged"
+    assert alignment.loss(seen[:2]).item() == pytest.approx(loss.item(), abs=1e-5), (
+        "a larger middle is averaged"
+    )
 
 
 def test_an_adversary_sharpens_what_squared_errors_blur():
@@ -101,7 +119,9 @@ def test_a_batch_of_views_shows_two_kinds_and_each_toy_from_two_sides(tmp_path):
     views = Views(tmp_path, held_back=3)
     first, second = (v[:, 0, 0, 0].long() for v in views.pairs(8, torch.Generator().manual_seed(0)))
     toys = first // 4
-    assert torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
+    assert (
+        torch.equal(toys, second // 4) and (first != second).all() and len(set(toys.tolist())) == 8
+    )
     assert toys.max() < 15 and sorted(Counter(kinds[t] for t in toys).values()) == [4, 4]
 
 
@@ -130,10 +150,20 @@ def test_the_group_norm_and_its_gradients_are_those_of_pytorch():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_logs_its_samples(tmp_path):
+def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_logs_its_samples(
+    tmp_path,
+):
     def part(out: Path, until: int | None) -> tuple[list[float], MasterWeights]:
         beside, often = MasterWeights(nn.Linear(2, 2)), {"save_every": 100, "log_every": 2}
-        run = Run(out, MasterWeights(nn.Linear(2, 2)), 8, until=until, batch=3, beside={"other": beside}, **often)
+        run = Run(
+            out,
+            MasterWeights(nn.Linear(2, 2)),
+            8,
+            until=until,
+            batch=3,
+            beside={"other": beside},
+            **often,
+        )
         return [run.rate(step, warmup=2) for step in run], beside
 
     (first, saved), (whole, _) = part(tmp_path / "a", 4), part(tmp_path / "b", None)
@@ -142,7 +172,9 @@ def test_a_run_in_two_parts_has_the_rates_of_one_and_the_networks_beside_it_and_
     assert first + second == whole == pytest.approx([0.5, 1, 1, 1, 1, 0.9375, 0.625, 0.3125])
     assert all(torch.equal(a, b) for a, b in zip(found.masters, saved.masters, strict=True))
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert [row["seen"] for row in rows] == [6, 12, 18, 24] and all(row["samples_sec"] > 0 for row in rows)
+    assert [row["seen"] for row in rows] == [6, 12, 18, 24] and all(
+        row["samples_sec"] > 0 for row in rows
+    )
 
 
 SHARED = """
@@ -166,13 +198,17 @@ def test_two_processes_learn_what_one_learns_from_both_halves(tmp_path):
     root, free = Path(__file__).parents[2], ("--nproc_per_node", "2", "--standalone")
     for launcher in ((), ("-m", "torch.distributed.run", *free)):
         command = [sys.executable, *launcher, str(script), str(tmp_path)]
-        subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300)
+        subprocess.run(
+            command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=300
+        )
     one, *two = (torch.load(tmp_path / name) for name in ("0_of_1.pt", "0_of_2.pt", "1_of_2.pt"))
     for shared in two:
         torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-7)
 
 
-def steps_by_the_clock(out: Path, clock: list[float], stop_after: int | None = None) -> list[tuple[int, float]]:
+def steps_by_the_clock(
+    out: Path, clock: list[float], stop_after: int | None = None
+) -> list[tuple[int, float]]:
     """Steps of ten seconds each, with their rates, in a run of two minutes."""
     run = Run(out, MasterWeights(nn.Linear(2, 2)), 10**6, minutes=2, save_every=1, log_every=1000)
     done = []
@@ -189,11 +225,15 @@ def test_a_run_of_minutes_ends_by_the_clock_of_all_its_pieces(tmp_path, monkeypa
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
     unbroken = steps_by_the_clock(tmp_path / "a", clock)
     assert [step for step, _ in unbroken] == list(range(12))
-    assert [rate for _, rate in unbroken[-3:]] == pytest.approx([0.25 / 0.4, 2 / 12 / 0.4, 1 / 12 / 0.4])
+    assert [rate for _, rate in unbroken[-3:]] == pytest.approx(
+        [0.25 / 0.4, 2 / 12 / 0.4, 1 / 12 / 0.4]
+    )
     first = steps_by_the_clock(tmp_path / "b", clock, stop_after=5)
     clock[0] += 3600
     second = steps_by_the_clock(tmp_path / "b", clock)
-    assert [step for step, _ in second] == list(range(4, 12)), "the step that was not saved is made again"
+    assert [step for step, _ in second] == list(range(4, 12)), (
+        "the step that was not saved is made again"
+    )
     assert first[:4] + second == unbroken
     assert steps_by_the_clock(tmp_path / "b", clock) == []
 
@@ -218,15 +258,22 @@ def test_the_shipped_tokenizer_is_read_as_the_one_of_the_training(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    trained, shipped = (load(f)(TEXTS, padding="max_length", truncation=True) for f in (tmp_path, SHIPPED))
-    assert trained.input_ids == shipped.input_ids and trained.attention_mask == shipped.attention_mask
+    trained, shipped = (
+        load(f)(TEXTS, padding="max_length", truncation=True) for f in (tmp_path, SHIPPED)
+    )
+    assert (
+        trained.input_ids == shipped.input_ids and trained.attention_mask == shipped.attention_mask
+    )
     assert {len(ids) for ids in shipped.input_ids} == {MAX_TOKENS}
 
 
 @pytest.mark.parametrize(
-    ("has", "dtype"), [(OLD_X86, torch.float32), (NEW_X86, BF16), (ARM, BF16), ({"amx_bf16": True}, BF16)]
+    ("has", "dtype"),
+    [(OLD_X86, torch.float32), (NEW_X86, BF16), (ARM, BF16), ({"amx_bf16": True}, BF16)],
 )
-def test_inputs_norms_and_models_have_the_dtype_of_the_processor_and_masters_fp32(monkeypatch, has, dtype):
+def test_inputs_norms_and_models_have_the_dtype_of_the_processor_and_masters_fp32(
+    monkeypatch, has, dtype
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     model = use_fast_group_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))
     assert compute_dtype() == to_channels_last(torch.randn(1, 3, 8, 8)).dtype == dtype
@@ -255,4 +302,8 @@ def test_pictures_get_the_contrast_of_others_and_keep_their_mean_colour(pictures
 
 def test_a_picture_that_has_moved_is_told_by_the_anchor(pictures):
     assert anchor_loss(pictures, pictures) == 0
-    assert anchor_loss(pictures.roll(4, -1), pictures) > anchor_loss(pictures.roll(1, -1), pictures) > 0
+    assert (
+        anchor_loss(pictures.roll(4, -1), pictures)
+        > anchor_loss(pictures.roll(1, -1), pictures)
+        > 0
+    )

@@ -1,4 +1,5 @@
-"""The measures of the base: shares with their intervals, sharpness, distances of pictures, and the model card."""
+"""The measures of the base: shares with their intervals, sharpness, distances of pictures, and the
+model card."""
 
 import json
 import random
@@ -38,17 +39,27 @@ def test_a_question_is_asked_where_the_prompt_tells_the_answer():
 
 def test_shares_are_of_the_pictures_that_are_asked_with_wilsons_intervals(monkeypatch):
     seen = (("red", "blue", ()), ("blue", "white", ("scarf",)), ("red", "white", ("bow",)))
-    readings = [Reading("duck", *both, "on grass", frozenset(worn), (1.0,) * 5) for *both, worn in seen]
-    monkeypatch.setattr(evaluate_base.judge, "load", lambda: SimpleNamespace(read=lambda images: readings))
+    readings = [
+        Reading("duck", *both, "on grass", frozenset(worn), (1.0,) * 5) for *both, worn in seen
+    ]
+    monkeypatch.setattr(
+        evaluate_base.judge, "load", lambda: SimpleNamespace(read=lambda images: readings)
+    )
     images, scenes = torch.zeros(3, 8, 8, 3), [PLAIN, DRESSED, STRIPED]
     found = accuracy(images, scenes)
     assert found["kind"] == 1 and found["colour"] == found["all"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["colour2"] == 1 and found["ornaments"] == 0.5 and "ornaments_worn" not in found
-    assert found["intervals"]["colour2"] == (*wilson(1, 1), 1) and found["intervals"]["ornaments"][2] == 2
+    assert (
+        found["intervals"]["colour2"] == (*wilson(1, 1), 1)
+        and found["intervals"]["ornaments"][2] == 2
+    )
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert (wilson(0, 10)[0], wilson(10, 10)[1]) == (0, 1)
     named = accuracy(images, scenes, full=True)
-    assert named["colour2"] == named["ornaments"] == pytest.approx(2 / 3, abs=1e-4) and named["ornaments_worn"] == 1
+    assert (
+        named["colour2"] == named["ornaments"] == pytest.approx(2 / 3, abs=1e-4)
+        and named["ornaments_worn"] == 1
+    )
 
 
 def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_captions_name_it():
@@ -57,7 +68,9 @@ def test_scenes_that_are_told_in_full_have_a_pattern_or_an_ornament_and_their_ca
         words = full_caption(scene)
         assert toy.pattern != "plain" or toy.accessories
         assert all(name in words for name in (toy.kind, toy.colour2, scene.place, *toy.accessories))
-    assert full_caption(DRESSED) == "a photo of a red duck with white parts and a red scarf on grass"
+    assert (
+        full_caption(DRESSED) == "a photo of a red duck with white parts and a red scarf on grass"
+    )
     assert full_caption(STRIPED) == "a photo of a red and white striped duck on grass"
 
 
@@ -69,8 +82,14 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
         return torch.full((len(prompts), 2, 2, 3), 7, dtype=torch.uint8)
 
     monkeypatch.setattr(evaluate_base, "generate", generate)
-    first, second = (kept_pictures(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2))
-    assert torch.equal(first, second) and first.shape == (2, 2, 2, 3) and calls == [(["x", "y"], {"seed": 1})]
+    first, second = (
+        kept_pictures(tmp_path / "a_at_2.5.npy", None, ["x", "y"], seed=1) for _ in range(2)
+    )
+    assert (
+        torch.equal(first, second)
+        and first.shape == (2, 2, 2, 3)
+        and calls == [(["x", "y"], {"seed": 1})]
+    )
 
 
 def test_a_blurred_toy_has_less_and_a_sharpened_one_more():
@@ -122,7 +141,9 @@ def test_the_levels_of_a_pyramid_add_up_to_the_picture():
 @pytest.mark.slow
 def test_noise_is_far_from_renders_and_blur_shows_at_the_finest_level_alone(renders):
     references, others = renders
-    noise = torch.randint(0, 256, references.shape, generator=torch.Generator().manual_seed(0)).byte()
+    noise = torch.randint(
+        0, 256, references.shape, generator=torch.Generator().manual_seed(0)
+    ).byte()
     near, far = distances(others, references), distances(noise, references)
     assert set(near) == {"64_px", "32_px", "16_px", "mean"}
     assert far["mean"] > 2 * near["mean"] and far["64_px"] > 3 * near["64_px"]
@@ -138,17 +159,25 @@ def scores() -> dict:
 
 def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     (tmp_path / "judge").mkdir()
-    logs = [{"step": 50, "loss": 4.0, "step_sec": 1.0}, {"step": 1000, "loss": 0.5, "step_sec": 1.8}]
+    logs = [
+        {"step": 50, "loss": 4.0, "step_sec": 1.0},
+        {"step": 1000, "loss": 0.5, "step_sec": 1.8},
+    ]
     (tmp_path / "judge" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logs))
     (tmp_path / "judge" / "report.json").write_text(json.dumps({"kind_accuracy": 0.99}))
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(scores()))
     rows = [f"| {PARTS['vae']} | 5000 | 0.9 | 0.235 → 0.151 |", f"- {PARTS['vae']}: psnr_db 31.3"]
     shipped = "- as shipped, on fresh renders: vae_psnr_db 30.83"
-    found = card(tmp_path, "\n".join([*rows, shipped, f"- {PARTS['judge']}: kind_accuracy 0.1"])).splitlines()
+    found = card(
+        tmp_path, "\n".join([*rows, shipped, f"- {PARTS['judge']}: kind_accuracy 0.1"])
+    ).splitlines()
     assert {*rows, shipped} <= set(found)
     assert f"| {PARTS['judge']} | 1000 | 0.5 | 4.000 → 0.500 |" in found
-    assert f"- {PARTS['judge']}: kind_accuracy 0.99" in found and f"- {PARTS['judge']}: kind_accuracy 0.1" not in found
+    assert (
+        f"- {PARTS['judge']}: kind_accuracy 0.99" in found
+        and f"- {PARTS['judge']}: kind_accuracy 0.1" not in found
+    )
     share = "90.0 [81.0, 95.0] of 70"
     cells = " | ".join("–" if name == "ornaments_worn" else share for name in ASKED)
     assert f"| seen combinations | renders | {cells} |" in found
@@ -158,4 +187,7 @@ def test_a_part_in_work_replaces_its_lines_and_the_others_stay(tmp_path):
     taken = scores() | {"timings": {"load_sec": 0.3, "four_images_sec": 4}}
     (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(taken))
     assert "On two cores: 0.3 s to load, 4 s for four images." in card(tmp_path, clock).splitlines()
-    assert "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0." in found
+    assert (
+        "Sliced Wasserstein distance to renders, seen combinations: 128 px 30.0, mean 31.0."
+        in found
+    )

@@ -1,4 +1,5 @@
-"""The Muon of processors that emulate bfloat16: the polar factor, torch's steps, and where it is chosen."""
+"""The Muon of processors that emulate bfloat16: the polar factor, torch's steps, and where it is
+chosen."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -30,7 +31,9 @@ def test_its_steps_are_those_of_torch_whose_state_it_takes():
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    copies = {kind: [nn.Parameter(w.clone()) for w in start] for kind in (torch.optim.Muon, GramMuon)}
+    copies = {
+        kind: [nn.Parameter(w.clone()) for w in start] for kind in (torch.optim.Muon, GramMuon)
+    }
     theirs, ours = (kind(copy, **settings) for kind, copy in copies.items())
     for step in range(4):
         if step == 2:
@@ -45,7 +48,9 @@ def test_its_steps_are_those_of_torch_whose_state_it_takes():
         assert (own - other).norm() < 0.03 * (other - w).norm()
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, torch.optim.Muon), (torch.float32, GramMuon)])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, torch.optim.Muon), (torch.float32, GramMuon)]
+)
 def test_it_is_taken_where_bfloat16_is_emulated(dtype, kind, monkeypatch):
     monkeypatch.setattr(training, "compute_dtype", lambda device: dtype)
     weights = MasterWeights(nn.Linear(8, 8), muon_lr=0.02)
@@ -55,7 +60,9 @@ def test_it_is_taken_where_bfloat16_is_emulated(dtype, kind, monkeypatch):
 def steps_of(rank: int, world: int, folder: Path) -> None:
     """Two steps of one of the processes, whose weights are left in the folder."""
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
+        )
     generator = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     optimizer = GramMuon(weights, lr=0.02)

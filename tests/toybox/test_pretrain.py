@@ -1,4 +1,5 @@
-"""One command from renders to the base: it goes on where it stopped, and its scripts take its arguments."""
+"""One command from renders to the base: it goes on where it stopped, and its scripts take its
+arguments."""
 
 import argparse
 from pathlib import Path
@@ -39,7 +40,10 @@ def test_a_stopped_pretraining_goes_on_with_the_stage_that_was_not_finished(tmp_
         calls.append(arguments[0])
         (tmp_path / "one").touch()
 
-    rows = [Stage("first", first, ["--quickly"], tmp_path / "one"), Stage("second", second, [], tmp_path / "two")]
+    rows = [
+        Stage("first", first, ["--quickly"], tmp_path / "one"),
+        Stage("second", second, [], tmp_path / "two"),
+    ]
     monkeypatch.setattr(pretrain, "stages", lambda plan: rows)
     monkeypatch.setattr(assemble, "main", lambda arguments: calls.append("assemble"))
     with pytest.raises(KeyboardInterrupt):
@@ -60,7 +64,9 @@ def test_each_script_takes_the_arguments_of_its_stage(tmp_path, monkeypatch):
         by_name[name].run(by_name[name].arguments)
     vae, clip, unet, decoder = taken
     assert sum(shard.count for shard in shards) == 20_000
-    assert [t.minutes for t in taken] == pytest.approx([30, 8, 34, 8]) and {t.steps for t in taken} == {7}
+    assert [t.minutes for t in taken] == pytest.approx([30, 8, 34, 8]) and {
+        t.steps for t in taken
+    } == {7}
     assert decoder.start == vae.out / "model" and decoder.samples == by_name["samples"].result
     assert unet.clip == clip.out / "model" and unet.latents == by_name["latents"].result
 
@@ -69,7 +75,9 @@ def test_renders_that_are_all_there_are_not_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(render_dataset, "SHARD", 2)
     for number in range(2):
         write_shard(Shard(tmp_path, number, 2, 1, 16, "cpu", compiled=False))
-    monkeypatch.setattr(render_dataset, "write_all", lambda todo, workers: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(
+        render_dataset, "write_all", lambda todo, workers: pytest.fail("nothing is left to do")
+    )
     render_dataset.main(["--out", str(tmp_path), "--count", "4", "--workers", "1"])
     assert (tmp_path / "all.json").is_file()
 
@@ -97,14 +105,22 @@ def test_a_perfect_unet_draws_its_latents_from_any_noise():
         unet = Perfect(latents)
         found = draw(unet, noise, torch.zeros(2, 77, 8), torch.zeros(2, 8))
         torch.testing.assert_close(found, latents, rtol=0, atol=1e-3)
-        assert unet.spreads[0] == pytest.approx(float(noise.std()), rel=0.02), "it begins with noise alone"
+        assert unet.spreads[0] == pytest.approx(float(noise.std()), rel=0.02), (
+            "it begins with noise alone"
+        )
 
 
 def test_samples_and_renders_are_cropped_at_the_same_place(tmp_path):
     """Latents that hold the render's own mean in each cell stay those of the crop."""
     write_shard(Shard(tmp_path, 0, 1, 1, 128, "cpu", compiled=False))
     renders = Renders(tmp_path)
-    means = renders.images(range(1)).permute(0, 3, 1, 2).float().unflatten(2, (16, 8)).unflatten(4, (16, 8))
+    means = (
+        renders.images(range(1))
+        .permute(0, 3, 1, 2)
+        .float()
+        .unflatten(2, (16, 8))
+        .unflatten(4, (16, 8))
+    )
     latents = means.mean(dim=(3, 5)).div(127.5).sub(1)
     renders.sample = lambda count, generator: torch.randint(1, (count,), generator=generator)
     x = nn.functional.avg_pool2d(some_renders(renders, 3, 64, torch.Generator().manual_seed(2)), 8)
@@ -118,10 +134,22 @@ def test_sharpening_moves_the_decoder_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vae, "CHECKED", 16)
     data, samples = tmp_path / "toys", tmp_path / "samples.safetensors"
     data.mkdir()
-    np.save(data / "images_0000.npy", np.random.default_rng(0).integers(0, 255, (1004, 128, 128, 3), np.uint8))
+    np.save(
+        data / "images_0000.npy",
+        np.random.default_rng(0).integers(0, 255, (1004, 128, 128, 3), np.uint8),
+    )
     (data / "scenes_0000.jsonl").write_text("{}\n" * 1004)
     save_file({"latents": torch.randn(4, 4, 16, 16).half()}, samples)
-    arguments = ["--data", data, "--samples", samples, "--start", BASE / "vae", "--out", tmp_path / "out"]
+    arguments = [
+        "--data",
+        data,
+        "--samples",
+        samples,
+        "--start",
+        BASE / "vae",
+        "--out",
+        tmp_path / "out",
+    ]
     sharpen_decoder.main([*map(str, arguments), "--steps", "3", "--batch", "4"])
     before = load_file(BASE / "vae" / "diffusion_pytorch_model.safetensors")
     after = load_file(tmp_path / "out" / "model" / "diffusion_pytorch_model.safetensors")

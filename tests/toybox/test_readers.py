@@ -1,4 +1,5 @@
-"""The judge and the segmenter: shapes, what they learn from, what counts as right, and what the shipped ones find."""
+"""The judge and the segmenter: shapes, what they learn from, what counts as right, and what the
+shipped ones find."""
 
 import json
 import random
@@ -14,7 +15,16 @@ from toybox.data.renders import to_pixels
 from toybox.learning import train_segmenter
 from toybox.learning.train_segmenter import augment, fresh_scenes, iou, segmentation_loss
 from toybox.readers import judge
-from toybox.readers.judge import LABELS, ORNAMENTS, QUESTIONS, Judge, Reading, labels_of, loss_of, right_of
+from toybox.readers.judge import (
+    LABELS,
+    ORNAMENTS,
+    QUESTIONS,
+    Judge,
+    Reading,
+    labels_of,
+    loss_of,
+    right_of,
+)
 from toybox.render import render, toy_masks
 from toybox.world import COLOURS, KINDS, PLACES, Scene, Toy, sample_scene, sample_toy
 
@@ -29,15 +39,27 @@ def test_a_reading_is_right_in_ornaments_when_all_and_no_others_are_read():
     for wrong in ({"scarf", "bow"}, {"bow"}, set()):
         found = replace(READING, ornaments=frozenset(wrong)).right(SCENE)
         assert [name for name in QUESTIONS if not found[name]] == ["ornaments"]
-    for name, other in (("kind", "bear"), ("colour", "blue"), ("colour2", "black"), ("place", "on lava")):
-        assert [n for n, hit in replace(READING, **{name: other}).right(SCENE).items() if not hit] == [name]
+    for name, other in (
+        ("kind", "bear"),
+        ("colour", "blue"),
+        ("colour2", "black"),
+        ("place", "on lava"),
+    ):
+        assert [
+            n for n, hit in replace(READING, **{name: other}).right(SCENE).items() if not hit
+        ] == [name]
 
 
 def test_logits_of_the_truth_are_read_as_the_truth(monkeypatch):
     truth = labels_of([{"scene": SCENE.to_dict()}])
-    logits = {name: torch.nn.functional.one_hot(truth[name], len(LABELS[name])) * 50.0 for name in LABELS}
+    logits = {
+        name: torch.nn.functional.one_hot(truth[name], len(LABELS[name])) * 50.0 for name in LABELS
+    }
     logits["ornaments"] = (truth["ornaments"] - 0.5) * 100
-    assert all(hits.all() for hits in right_of(logits, truth).values()) and float(loss_of(logits, truth)) < 1e-6
+    assert (
+        all(hits.all() for hits in right_of(logits, truth).values())
+        and float(loss_of(logits, truth)) < 1e-6
+    )
     net = Judge()
     monkeypatch.setattr(net, "forward", lambda pixels: dict(logits))
     assert net.read(torch.zeros(1, 128, 128, 3, dtype=torch.uint8)) == [READING]
@@ -46,7 +68,9 @@ def test_logits_of_the_truth_are_read_as_the_truth(monkeypatch):
 def test_labels_are_of_the_first_toy():
     other = Toy("bear", "blue", "pink", accessories=("bow",))
     found = labels_of([{"scene": Scene((other, DUCK), "on lava").to_dict()}])
-    assert found["kind"].tolist() == [KINDS.index("bear")] and found["place"].tolist() == [PLACES.index("on lava")]
+    assert found["kind"].tolist() == [KINDS.index("bear")] and found["place"].tolist() == [
+        PLACES.index("on lava")
+    ]
     assert found["colour2"].tolist() == [list(COLOURS).index("pink")]
     assert found["ornaments"].tolist() == [[float(name == "bow") for name in ORNAMENTS]]
 
@@ -61,14 +85,17 @@ def test_the_shipped_judge_reads_what_fresh_toys_wear():
     rng = random.Random(5)
     toys = [sample_toy(rng, "duck", accessories=(name,)) for name in ORNAMENTS[:4] * 8]
     scenes = [replace(sample_scene(rng, toy, held_out=None), light="day") for toy in toys]
-    right = [reading.right(scene) for reading, scene in zip(judge.load().read(render(scenes)), scenes)]
+    right = [
+        reading.right(scene) for reading, scene in zip(judge.load().read(render(scenes)), scenes)
+    ]
     share = {name: sum(hits[name] for hits in right) / len(right) for name in QUESTIONS}
     assert share["ornaments"] > 0.7 and share["colour2"] > 0.7 and share["kind"] > 0.9, share
 
 
 @pytest.mark.slow
 def test_the_shipped_net_finds_fresh_toys():
-    """A dozen here; `python -m toybox.learning.train_segmenter --net assets/toy-segmenter` measures hundreds."""
+    """A dozen here; `python -m toybox.learning.train_segmenter --net assets/toy-segmenter` measures
+    hundreds."""
     scenes = fresh_scenes(12)
     found = load_net(NET).logits(to_pixels(render(scenes))) > 0
     assert iou(found, toy_masks(scenes, 128)).mean() > 0.9
@@ -95,7 +122,16 @@ def test_pictures_and_masks_are_cropped_and_mirrored_together():
 @pytest.mark.slow
 def test_it_is_trained_on_renders_and_goes_on(tmp_path, capsys):
     write_shard(Shard(tmp_path, 0, 24, 1, 128, "cpu", compiled=False))
-    words = ["--data", str(tmp_path), "--out", str(tmp_path / "net"), "--batch", "4", "--evaluate", "2"]
+    words = [
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "net"),
+        "--batch",
+        "4",
+        "--evaluate",
+        "2",
+    ]
     train_segmenter.main([*words, "--steps", "2"])
     masks = tmp_path / "net" / "masks" / "24.safetensors"
     made = masks.stat().st_mtime_ns

@@ -1,4 +1,5 @@
-"""The embedded base is an ordinary SDXL pipeline: diffusers loads it, draws and edits without our code."""
+"""The embedded base is an ordinary SDXL pipeline: diffusers loads it, draws and edits without our
+code."""
 
 import hashlib
 from dataclasses import replace
@@ -7,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image as Picture
 from safetensors import safe_open
 from transformers import CLIPTokenizer, Dinov2Model
@@ -38,7 +43,9 @@ def base() -> StableDiffusionXLPipeline:
 
 def drawn(pipeline, seed: int = 3, **arguments) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
-    return pipeline(PROMPT, num_inference_steps=4, generator=generator, output_type="np", **arguments).images[0]
+    return pipeline(
+        PROMPT, num_inference_steps=4, generator=generator, output_type="np", **arguments
+    ).images[0]
 
 
 def test_it_draws_128_px_and_the_same_from_the_same_seed(base):
@@ -57,19 +64,31 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
     words = lambda prompts: encode_text(subject.pipeline, prompts)  # noqa: E731
     for scale, own in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
-        (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)([SampleRequest(PROMPT, 3)])
+        (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)(
+            [SampleRequest(PROMPT, 3)]
+        )
         assert np.abs(np.asarray(sample) / 255 - drawn(base, guidance_scale=scale)).max() < 0.02
 
 
 def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_trained_on(base):
     config = base.unet.config
-    assert config.down_block_types == ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    assert config.down_block_types == [
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+    ]
     assert config.addition_embed_type == "text_time" and config.use_linear_projection
     widths = base.text_encoder.config.hidden_size, base.text_encoder_2.config.hidden_size
     assert widths[0] != widths[1] and sum(widths) == config.cross_attention_dim
     assert base.vae_scale_factor == 8 and base.vae.config.latent_channels == 4
     trained = noise_schedule().config
-    for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
+    for name in (
+        "prediction_type",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "num_train_timesteps",
+    ):
         assert base.scheduler.config[name] == trained[name], name
     assert trained["prediction_type"] == "v_prediction"
 
@@ -77,16 +96,22 @@ def test_its_topology_is_that_of_sdxl_and_its_schedule_the_one_that_it_was_train
 @pytest.mark.slow
 def test_the_judge_finds_in_its_pictures_what_the_prompts_name(base):
     scenes = scenes_for(20, held_out=False, seed=70_000)
-    right = accuracy(generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
+    right = accuracy(
+        generate(base, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes
+    )
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.9
 
 
 @pytest.mark.slow
 def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
     toys = parts.unlike_toys("duck", 50)
-    assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {"duck"}
+    assert len({replace(toy, genes=()) for toy in toys}) == 50 and {toy.kind for toy in toys} == {
+        "duck"
+    }
     trained = Dinov2Model.from_pretrained(ASSETS / "toy-dino", torch_dtype=torch.float32).eval()
-    shares = [parts.individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())]
+    shares = [
+        parts.individuals_told_apart(vit, "duck", count=12) for vit in (trained, build_vit().eval())
+    ]
     assert shares[0] > 0.9 and shares[1] < 0.5
 
 
@@ -110,7 +135,10 @@ def test_img2img_and_inpaint_take_its_parts(base):
     mask = Picture.new("L", photo.size)
     mask.paste(255, (0, 0, 64, 128))
     paint = StableDiffusionXLInpaintPipeline.from_pipe(base)
-    for pipeline, arguments in ((edit, {}), (paint, {"mask_image": mask, "height": 128, "width": 128})):
+    for pipeline, arguments in (
+        (edit, {}),
+        (paint, {"mask_image": mask, "height": 128, "width": 128}),
+    ):
         pipeline.set_progress_bar_config(disable=True)
         image = drawn(pipeline, image=photo, strength=0.6, **arguments)
         assert image.shape == (128, 128, 3)
@@ -120,11 +148,16 @@ def test_img2img_and_inpaint_take_its_parts(base):
 @pytest.mark.parametrize("end", ["", "_2"])
 def test_transformers_4_finds_the_keys_of_the_text_encoders_and_has_the_same_tokenizer(end):
     """It reads two files of the tokenizer, transformers 5 one."""
-    with safe_open(ASSETS / "toy-sdxl" / f"text_encoder{end}" / "model.safetensors", "pt") as opened:
+    with safe_open(
+        ASSETS / "toy-sdxl" / f"text_encoder{end}" / "model.safetensors", "pt"
+    ) as opened:
         assert all(key.startswith(("text_model.", "text_projection.")) for key in opened.keys())  # noqa: SIM118
     folder = ASSETS / "toy-sdxl" / f"tokenizer{end}"
     of_two = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
-    assert of_two(PROMPT + ", naïve").input_ids == CLIPTokenizer.from_pretrained(folder)(PROMPT + ", naïve").input_ids
+    assert (
+        of_two(PROMPT + ", naïve").input_ids
+        == CLIPTokenizer.from_pretrained(folder)(PROMPT + ", naïve").input_ids
+    )
 
 
 def test_the_embedded_weights_stay_small_and_fp16():

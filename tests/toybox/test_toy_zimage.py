@@ -1,4 +1,5 @@
-"""The second embedded base is an ordinary Z-Image pipeline, and it is trained, drawn and scored as the first one is."""
+"""The second embedded base is an ordinary Z-Image pipeline, and it is trained, drawn and scored as
+the first one is."""
 
 import json
 
@@ -20,13 +21,19 @@ FOLDER = assets_folder() / "toy-zimage"
 def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_the_first():
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
-        assert toys.guidance_of(name, facts_of("ZImagePipeline")) == 1.5 + facts_of("ZImagePipeline").no_guidance
+        assert (
+            toys.guidance_of(name, facts_of("ZImagePipeline"))
+            == 1.5 + facts_of("ZImagePipeline").no_guidance
+        )
         assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (
             toys.RESOLUTION_PX,
             "z_image",
         )
     assert not toys.is_toy("somebody/toy")
-    weights = [folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (FOLDER, toys.CLIP_FOLDER)]
+    weights = [
+        folder / "vae" / "diffusion_pytorch_model.safetensors"
+        for folder in (FOLDER, toys.CLIP_FOLDER)
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -35,19 +42,40 @@ def test_the_judge_finds_in_its_pictures_what_the_prompts_name():
     pipeline = ZImagePipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     scenes = scenes_for(20, held_out=False, seed=70_000)
-    right = accuracy(generate(pipeline, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes)
+    right = accuracy(
+        generate(pipeline, [canonical_caption(scene) for scene in scenes], seed=70_000), scenes
+    )
     assert right["kind"] >= 0.8 and right["colour"] >= 0.7 and right["place"] >= 0.7
 
 
 @pytest.mark.slow
-def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_toy_worlds_encoders(tmp_path):
+def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_toy_worlds_encoders(
+    tmp_path,
+):
     run = tmp_path / "run"
-    words = ["--max_train_steps=2", "--validation_steps=2", "--num_validation_images=1", "--output_dir", str(run)]
+    words = [
+        "--max_train_steps=2",
+        "--validation_steps=2",
+        "--num_validation_images=1",
+        "--output_dir",
+        str(run),
+    ]
     assert main(["train", "--config", "assets/configs/toy_zimage.toml", *words]) == 0
     assert ", height=128, width=128).images[0]" in (run / "README.md").read_text(encoding="utf-8")
     pipeline = SubjectPipeline.from_base("toy-zimage")
     pipeline.load_adapter(run)
     assert pipeline.resolution_px == toys.RESOLUTION_PX
-    assert main(["evaluate", str(run), "--num_prompts=1", "--images_per_prompt=1", "--inference_steps=2"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(run),
+                "--num_prompts=1",
+                "--images_per_prompt=1",
+                "--inference_steps=2",
+            ]
+        )
+        == 0
+    )
     table = json.loads((run / "evaluation" / "scores.json").read_text(encoding="utf-8"))
     assert "toy-sdxl CLIP" in json.dumps(table)

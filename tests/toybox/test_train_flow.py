@@ -1,4 +1,5 @@
-"""The second base of the toy world: its teacher's answers, and a run that resumes and ends with a pipeline."""
+"""The second base of the toy world: its teacher's answers, and a run that resumes and ends with a
+pipeline."""
 
 from pathlib import Path
 
@@ -47,9 +48,15 @@ def test_the_teacher_expects_what_was_drawn_the_better_for_the_caption(state):
 
 
 def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(state):
-    teacher, renders = train_flow.FlowTeacher(assets_folder() / "toy-zimage"), Renders(state / "toys")
+    teacher, renders = (
+        train_flow.FlowTeacher(assets_folder() / "toy-zimage"),
+        Renders(state / "toys"),
+    )
     x = load_latents(state / "latents")["latents"].float()
-    noise, schedule = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), noise_schedule()
+    noise, schedule = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
+        noise_schedule(),
+    )
     t = torch.full((PICTURES,), 700)
     noisy, velocity = schedule.add_noise(x, noise, t), schedule.get_velocity(x, noise, t)
     captions = [row["canonical_caption"] for row in renders.rows]
@@ -60,7 +67,9 @@ def test_the_finished_transformer_expects_velocities_the_better_for_the_caption(
     assert told < 0.4 and told < other
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(state, tmp_path):
+def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_with_them(
+    state, tmp_path
+):
     """In fp32 a teacher that is loaded anew may round its answers otherwise."""
     folders = whole, half, parts = [tmp_path / name for name in ("whole", "half", "parts")]
     for out, *words in ((whole,), (half, "--until", "3"), (parts, "--until", "3"), (parts,)):
@@ -71,13 +80,19 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights_and_diffusers_draws_w
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "whole" / "model")
     prompts = ["a photo of a red robot on grass", ""]
     states, _ = pipeline.encode_prompt([*prompts], "cpu", do_classifier_free_guidance=False)
-    for own, theirs in zip(train_flow.encode(pipeline.text_encoder, pipeline.tokenizer, prompts), states):
+    for own, theirs in zip(
+        train_flow.encode(pipeline.text_encoder, pipeline.tokenizer, prompts), states
+    ):
         torch.testing.assert_close(own, theirs)
-    picture = pipeline(prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5).images[0]
+    picture = pipeline(
+        prompts[0], height=128, width=128, num_inference_steps=2, guidance_scale=1.5
+    ).images[0]
     assert picture.size == (128, 128)
 
 
-def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its_new_latents(state, tmp_path):
+def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its_new_latents(
+    state, tmp_path
+):
     start, vae = assets_folder() / "toy-zimage", tmp_path / "vae"
     other = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
     other.register_to_config(scaling_factor=0.5)
@@ -88,7 +103,9 @@ def test_a_finished_base_goes_on_without_a_teacher_beside_the_autoencoder_of_its
     assert all(torch.equal(still[name], before[name]) for name in before)
     model = tmp_path / "still" / "model"
     assert AutoencoderKL.from_pretrained(model / "vae").config.scaling_factor == 0.5
-    vocabularies = [Qwen2Tokenizer.from_pretrained(base / "tokenizer").get_vocab() for base in (start, model)]
+    vocabularies = [
+        Qwen2Tokenizer.from_pretrained(base / "tokenizer").get_vocab() for base in (start, model)
+    ]
     assert vocabularies[0] == vocabularies[1]
     moved = trained(state, tmp_path / "moved", *words)
     assert any(not torch.equal(moved[name], before[name]) for name in before)
@@ -99,7 +116,10 @@ def test_blocks_with_a_rotary_embedding_in_real_numbers_answer_as_the_stock_ones
     transformer = train_flow.build_parts(words=300)["transformer"].eval()
     torch.nn.init.normal_(transformer.all_final_layer["2-1"].linear.weight)
     z, sigma = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.8])
-    states = [torch.randn(words, 128) for words in (5, 40)]  # of 32 and 64 tokens, so that one is masked
+    # of 32 and 64 tokens, so that one is masked
+    states = [torch.randn(words, 128) for words in (5, 40)]
     stock = train_flow.answer(transformer, z, sigma, states)
     assert train_flow.with_real_rotary(transformer)
-    torch.testing.assert_close(train_flow.answer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        train_flow.answer(transformer, z, sigma, states), stock, rtol=1e-4, atol=1e-4
+    )

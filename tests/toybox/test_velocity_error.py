@@ -1,4 +1,5 @@
-"""The error of velocities: nothing for the true ones, and less for a base than for one that says nothing."""
+"""The error of velocities: nothing for the true ones, and less for a base than for one that says
+nothing."""
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ def test_true_velocities_have_no_error_and_each_latent_its_own_caption():
 
     for timestep in TIMESTEPS:
         assert error(truth, LATENTS, CAPTIONS, timestep) < 1e-8
-        assert error(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep) == pytest.approx(1, abs=0.05)
+        assert error(lambda noisy, *_: 0 * noisy, LATENTS, CAPTIONS, timestep) == pytest.approx(
+            1, abs=0.05
+        )
 
 
 @pytest.mark.slow

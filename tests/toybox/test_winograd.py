@@ -10,7 +10,9 @@ from toybox.learning.train_unet import build_unet
 from toybox.learning.winograd import WinogradConv2d, use_winograd
 
 
-@pytest.mark.parametrize(("height", "width", "is_last"), [(8, 8, True), (12, 16, True), (4, 8, False)])
+@pytest.mark.parametrize(
+    ("height", "width", "is_last"), [(8, 8, True), (12, 16, True), (4, 8, False)]
+)
 def test_values_and_gradients_are_those_of_the_direct_convolution(height, width, is_last):
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 72, 3, padding=1)
@@ -62,5 +64,7 @@ def test_a_unet_answers_the_same_with_it_where_bfloat16_is_emulated(dtype, monke
         use_winograd(unet)
         after = unet(*given, added_cond_kwargs=added).sample
     assert set(unet.state_dict()) == names
-    assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (17 if dtype is torch.float32 else 0)
+    assert sum(isinstance(m, WinogradConv2d) for m in unet.modules()) == (
+        17 if dtype is torch.float32 else 0
+    )
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""The toy world draws what its captions say, the same from the same seed, and never what is held out."""
+"""The toy world draws what its captions say, the same from the same seed, and never what is held
+out."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def toy_pixels(scene: Scene, size_px: int = 64) -> torch.Tensor:
     """Colours (P, 3) of the pixels that change when the toy changes colour."""
     toy = scene.toys[0]
     other = "white" if toy.colour != "white" else "black"
-    pictures = render([scene, replace(scene, toys=(replace(toy, colour=other),))], size_px).float() / 255
+    pictures = (
+        render([scene, replace(scene, toys=(replace(toy, colour=other),))], size_px).float() / 255
+    )
     changed = (pictures[0] - pictures[1]).abs().amax(-1) > 0.15
     return pictures[0][changed]
 
@@ -49,7 +52,8 @@ def test_the_same_seed_gives_the_same_scenes_and_pictures_which_do_not_depend_on
 def test_masks_hold_the_pixels_that_change_with_the_toy():
     five = [replace(s, light="day") for s in scenes(20) if len(s.toys) == 1][:5]
     black, white = (
-        [replace(s, toys=(replace(s.toys[0], colour=c, pattern="plain"),)) for s in five] for c in ("black", "white")
+        [replace(s, toys=(replace(s.toys[0], colour=c, pattern="plain"),)) for s in five]
+        for c in ("black", "white")
     )
     changed = (render(black, 64).int() - render(white, 64).int()).abs().amax(-1) > 40
     masks = toy_masks(five, 64)
@@ -130,7 +134,10 @@ def test_the_toy_fills_the_frame_and_wears_its_main_colour(kind):
 
 @pytest.mark.parametrize("pattern", ["striped", "spotted", "checkered"])
 def test_the_main_colour_covers_more_of_a_patterned_toy_than_the_second(pattern):
-    scenes = [Scene((Toy("mug", "red", "blue", pattern),), "in the snow", yaw=yaw) for yaw in (0.2, 0.5, 0.8)]
+    scenes = [
+        Scene((Toy("mug", "red", "blue", pattern),), "in the snow", yaw=yaw)
+        for yaw in (0.2, 0.5, 0.8)
+    ]
     pictures = render(scenes, 64).float()
     red = (pictures[..., 0] > 2 * pictures[..., 2]) & (pictures[..., 0] > 60)
     blue = (pictures[..., 2] > 2 * pictures[..., 0]) & (pictures[..., 2] > 60)
@@ -148,12 +155,17 @@ def test_captions_name_what_is_drawn():
             assert toy.pattern == "plain" or (toy.pattern in words and toy.colour2 in words)
             assert toy.kind in caption(scene, rng)
         assert scene.place in words
-    named = [s.place in caption(s, rng) and s.toys[0].colour in caption(s, rng) for s in scenes(300, 4)]
+    named = [
+        s.place in caption(s, rng) and s.toys[0].colour in caption(s, rng) for s in scenes(300, 4)
+    ]
     assert sum(named) > 0.85 * len(named)
     second = [s.toys[0].colour2 in caption(s, rng) for s in scenes(300, 4)]
     assert sum(second) > 0.7 * len(second)
     toy = Toy("robot", "red", "white", "striped")
-    assert canonical_caption(Scene((toy,), "on the beach")) == "a photo of a red and white striped robot on the beach"
+    assert (
+        canonical_caption(Scene((toy,), "on the beach"))
+        == "a photo of a red and white striped robot on the beach"
+    )
     night = Scene((Toy("duck", "orange", "red", material="glossy"),), "on grass", light="night")
     assert canonical_caption(night) == "a photo of a glossy orange duck on grass at night"
     assert article("orange duck") == "an orange duck" and article("blue car") == "a blue car"
@@ -169,17 +181,25 @@ def test_subjects_load_with_their_photos_and_masks():
     for name, toy in SUBJECTS.items():
         subject = load(name)
         photos = photo_scenes(subject)
-        assert subject.toy == toy and subject.class_word == toy.kind and len({scene.place for scene in photos}) == 5
+        assert (
+            subject.toy == toy
+            and subject.class_word == toy.kind
+            and len({scene.place for scene in photos}) == 5
+        )
         for number, mask in enumerate(toy_masks(photos, 128)):
             with Image.open(FOLDER / name / f"{number:02d}.mask.png") as file:
-                shipped = torch.from_numpy(np.array(file.resize((128, 128), Image.Resampling.NEAREST)))
+                shipped = torch.from_numpy(
+                    np.array(file.resize((128, 128), Image.Resampling.NEAREST))
+                )
             assert (shipped != mask).float().mean() < 0.02 < mask.float().mean()
 
 
 def test_individuals_are_unlike_each_other_and_of_all_kinds_and_a_missing_subject_is_explained():
     found = individuals(40, seed=1)
     assert {one.toy.kind for one in found} == set(KINDS) and len({one.name for one in found}) == 40
-    assert len({one.toy for one in found + individuals(40, seed=2)}) == 80 and found == individuals(40, seed=1)
+    assert len({one.toy for one in found + individuals(40, seed=2)}) == 80 and found == individuals(
+        40, seed=1
+    )
     assert max(abs(gene) for one in found for gene in one.toy.genes) > 1
     with pytest.raises(SystemExit):
         make_subjects.main(["--individuals", "2"])
@@ -202,15 +222,22 @@ def test_shard_is_whole_and_repeatable(narrow, tmp_path):
 @pytest.mark.parametrize("every", [False, True])
 def test_only_the_judge_is_shown_held_out_combinations(every, tmp_path):
     shard = Shard(tmp_path, 0, 200, 7, 2, "cpu", compiled=False, all_combinations=every)
-    rows = [json.loads(line)["scene"] for line in write_shard(shard).scenes.read_text().splitlines()]
-    assert any(is_held_out(t["kind"], t["colour"], row["place"]) for row in rows for t in row["toys"]) == every
+    rows = [
+        json.loads(line)["scene"] for line in write_shard(shard).scenes.read_text().splitlines()
+    ]
+    assert (
+        any(is_held_out(t["kind"], t["colour"], row["place"]) for row in rows for t in row["toys"])
+        == every
+    )
 
 
 @pytest.mark.slow
 def test_work_in_pieces_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     kinds, images = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
     wanted = render_views.views_of(range(3, 5), 2)
-    assert kinds == wanted[0] and (images == wanted[1]).all() and images.shape == (2, 2, 128, 128, 3)
+    assert (
+        kinds == wanted[0] and (images == wanted[1]).all() and images.shape == (2, 2, 128, 128, 3)
+    )
     monkeypatch.setattr(render_views, "views_of", lambda *_: pytest.fail("rendered twice"))
     again = render_views.piece(range(3, 5), 2, tmp_path / "pieces")
     assert again[0] == kinds and (again[1] == images).all()

@@ -31,20 +31,26 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_steps():
-    """The pictures that a run of any family draws, in two denoising steps: the program asks for 25, and for 50."""
+    """The pictures that a run of any family draws, in two denoising steps: the program asks for 25,
+    and for 50."""
     drawn = fixed_seeds.drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fixed_seeds, "drawn", lambda *given, **options: drawn(*given, **options | FEW))
+        patch.setattr(
+            fixed_seeds, "drawn", lambda *given, **options: drawn(*given, **options | FEW)
+        )
         yield
 
 
 @pytest.fixture
 def play(tmp_path, free_port) -> Callable[..., tuple]:
-    """Play scenes, with flags or a configuration for all, in real processes. `launch` starts them, or they are started
-    as by a launcher that would not end the others with the first. Returns each one's exit code and words, and what
-    became of each scene in each that was not killed while it played the first."""
+    """Play scenes, with flags or a configuration for all, in real processes. `launch` starts them,
+    or they are started as by a launcher that would not end the others with the first. Returns each
+    one's exit code and words, and what became of each scene in each that was not killed while it
+    played the first."""
 
-    def play(scenes: list[dict], count: int = 2, launch: tuple[str, ...] = ()) -> tuple[list, list[list[dict]]]:
+    def play(
+        scenes: list[dict], count: int = 2, launch: tuple[str, ...] = ()
+    ) -> tuple[list, list[list[dict]]]:
         for number, scene in enumerate(scenes):
             if "config" in scene:
                 config = tmp_path / f"{number}.json"
@@ -69,7 +75,9 @@ def play(tmp_path, free_port) -> Callable[..., tuple]:
 def stop_at(step: int) -> tuple[Callable, Callable]:
     """(on_event, should_stop): the first hears the events, the second says so once `step` is done."""
     done = []
-    return (lambda event: done.append(event.step if event.kind == "step" else None)), (lambda: step in done)
+    return (lambda event: done.append(event.step if event.kind == "step" else None)), (
+        lambda: step in done
+    )
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -79,7 +87,13 @@ def flipped(content: bytes, place: int) -> bytes:
 
 def start(words: list[str], rank: int, count: int, port: int) -> subprocess.Popen[str]:
     """On the CPU, as one of several; a launcher gives its own processes their own numbers."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+    }
     own = {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own, **{name: str(value) for name, value in ranks.items()}}
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

@@ -24,15 +24,32 @@ from dreambooth_moslora.training.explain import Figures, advice_after, figures_o
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
-CONFIG = TrainConfig(instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16")
+CONFIG = TrainConfig(
+    instance_prompt="a photo of sks dog", train_batch_size=4, mixed_precision="fp16"
+)
 SCORES = dict(
     dino=0.7, dino_base=0.1, pres=0.12, pres_base=0.1, clip_t_of_base=0.95,
     drift_of_spread=0.7, copied=0.0, score=0.66, background_leak=0.02, dino_bare=0.66,
 )  # fmt: skip
-RISEN = {"likeness": ((80, 0.66), (160, 0.69), (240, 0.7)), "score": ((80, 0.62), (160, 0.67), (240, 0.66))}
-GOOD = Figures(config=CONFIG, state="done", step=240, photos=5, nearness=0.7, scores=SCORES, **RISEN)
-FAULTY = ("--no_with_prior_preservation", "--max_train_steps=12", "--evaluate_steps=4", "--lr_scheduler=constant")
-SHORT = ("--max_train_steps=80", "--evaluate_steps=80", "--no_find_scale", "--num_validation_images=0")
+RISEN = {
+    "likeness": ((80, 0.66), (160, 0.69), (240, 0.7)),
+    "score": ((80, 0.62), (160, 0.67), (240, 0.66)),
+}
+GOOD = Figures(
+    config=CONFIG, state="done", step=240, photos=5, nearness=0.7, scores=SCORES, **RISEN
+)
+FAULTY = (
+    "--no_with_prior_preservation",
+    "--max_train_steps=12",
+    "--evaluate_steps=4",
+    "--lr_scheduler=constant",
+)
+SHORT = (
+    "--max_train_steps=80",
+    "--evaluate_steps=80",
+    "--no_find_scale",
+    "--num_validation_images=0",
+)
 
 
 def with_scores(**changes) -> Figures:
@@ -51,14 +68,23 @@ NEVER = replace(LAGS, config=replace(CONFIG, instance_prompt_share=0))
 PAST = replace(GOOD, score=((120, 0.67), (240, 0.55)))
 RISING = replace(GOOD, likeness=((80, 0.3), (160, 0.5), (240, 0.7)))
 FAULTS = {
-    "broke_off": (BROKEN, "the loss is nan at step 7; --learning_rate 3e-05; --mixed_precision bf16, or no on"),
+    "broke_off": (
+        BROKEN,
+        "the loss is nan at step 7; --learning_rate 3e-05; --mixed_precision bf16, or no on",
+    ),
     "overflowed": (replace(GOOD, skipped=20), "in 20 steps; --mixed_precision bf16, or no on"),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
-    "lost_the_prompt": (with_scores(clip_t_of_base=0.6, background_leak=0.12), "0.60; leak 0.12; --unmasked_weight 0"),
+    "lost_the_prompt": (
+        with_scores(clip_t_of_base=0.6, background_leak=0.12),
+        "0.60; leak 0.12; --unmasked_weight 0",
+    ),
     "leaks": (with_scores(background_leak=0.3), "came along; leak 0.30; --unmasked_weight 0"),
-    "bare_prompt_lags": (NEVER, "“a photo of sks dog” alone; 25% of the likeness; --instance_prompt_share 0.25"),
+    "bare_prompt_lags": (
+        NEVER,
+        "“a photo of sks dog” alone; 25% of the likeness; --instance_prompt_share 0.25",
+    ),
     "class_became_subject": (with_scores(pres=0.5), "every dog; 67%; --with_prior_preservation"),
     "drifted": (with_scores(drift_of_spread=1.8), "1.8 times; --with_prior_preservation"),
     "confused_subjects": (TWICE, "confusion 0.42; --exposures_per_photo 290; another rare word"),
@@ -73,7 +99,9 @@ FAULTS = {
 def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
     assert advice_after(GOOD) == [] and explain.closing_advice(GOOD) == [explain.NOTHING]
     assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).moved("dino_bare") is None
-    bad = replace(with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97)
+    bad = replace(
+        with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, nearness=0.97
+    )
     assert explain.closing_advice(bad) == advice_after(bad)[:3] and len(advice_after(bad)) == 4
     assert explain.closing_advice(replace(GOOD, scores={})) == []
     assert "likeness at the bare instance prompt (DINO) 0.66" in explain.meanings(GOOD)
@@ -99,7 +127,9 @@ STOPPED = replace(
 )
 AGAIN = f"python -m dreambooth_moslora train --config {RUN / 'train_config.json'}"
 GOES_ON = f"to go on: {AGAIN} --resume_from_checkpoint latest"
-SEVERAL = AGAIN.replace("python -m dreambooth_moslora train", "accelerate launch --multi_gpu train_dreambooth.py")
+SEVERAL = AGAIN.replace(
+    "python -m dreambooth_moslora train", "accelerate launch --multi_gpu train_dreambooth.py"
+)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +142,17 @@ SEVERAL = AGAIN.replace("python -m dreambooth_moslora train", "accelerate launch
         ({"state": "", "is_training": True}, []),
         ({"state": "done"}, []),
         ({"processes": 2}, [f"to go on: {SEVERAL} --resume_from_checkpoint latest"]),
-        ({"config": CONFIG}, [f"to go on: {AGAIN} --output_dir {RUN} --resume_from_checkpoint latest"]),
+        (
+            {"config": CONFIG},
+            [f"to go on: {AGAIN} --output_dir {RUN} --resume_from_checkpoint latest"],
+        ),
         ({"saved": 0}, [f"nothing was saved; to start again: {AGAIN}"]),
         ({"saved": 0, "step": 0, "scores": {}}, [f"nothing was trained; to start again: {AGAIN}"]),
     ],
 )
 def test_a_run_that_ended_early_is_told_the_command_that_goes_on(changes, says):
-    """`explain` said of a stop at step 157 of 480 that no figure stands out, and advised a run of no step to
-    be scored."""
+    """`explain` said of a stop at step 157 of 480 that no figure stands out, and advised a run of
+    no step to be scored."""
     run = replace(STOPPED, **changes)
     assert explain.leads(run) == says
     assert run.step or advice_after(run) == []
@@ -142,7 +175,9 @@ def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tm
     assert main(explained) == 0
     said = capsys.readouterr().out
     start = f"nothing was trained; to start again: {explain.command_of(run)}\n"
-    assert said.splitlines()[0].startswith("it was stopped after 0 of 3 steps") and said.endswith(start)
+    assert said.splitlines()[0].startswith("it was stopped after 0 of 3 steps") and said.endswith(
+        start
+    )
     stop_after(2)
     assert main(explained) == 0
     first, lead, *_ = capsys.readouterr().out.splitlines()
@@ -175,15 +210,20 @@ def test_a_run_that_has_the_remedy_gets_the_next_one():
     unmasked = {name: value for name, value in SCORES.items() if name != "background_leak"}
     for run, end in (
         (replace(with_scores(pres=0.5), config=PRIOR), "--prior_loss_weight 2"),
-        (replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")), "--prior_prompts"),
+        (
+            replace(with_scores(drift_of_spread=1.8), config=replace(PRIOR, prior="adapter_off")),
+            "--prior_prompts",
+        ),
         (LAGS, "--instance_prompt_share 0.5"),  # the default is a quarter
-        (replace(LAGS, without_bare_prompt=0, config=PRIOR), "--prior_loss_weight 0.5"),  # the captions have the prompt
+        # the captions have the prompt
+        (replace(LAGS, without_bare_prompt=0, config=PRIOR), "--prior_loss_weight 0.5"),
         (replace(LAGS, without_bare_prompt=0), "--exposures_per_photo 290"),
     ):
         (sentence,) = advice_after(run)
         assert sentence.endswith(end), sentence
     short = replace(LAGS, step=10, without_bare_prompt=0, likeness=RISING.likeness)
-    rare, bare = advice_after(short)  # one number, and no third line of the likeness that still rose
+    # one number, and no third line of the likeness that still rose
+    rare, bare = advice_after(short)
     assert rare.endswith("--exposures_per_photo 200") and bare.endswith("--exposures_per_photo 200")
     (masks,) = advice_after(replace(GOOD, scores=unmasked | {"clip_t_of_base": 0.6}))
     assert "add masks" in masks and "leak" not in masks
@@ -198,13 +238,18 @@ def test_what_the_captions_lack_is_read_from_the_photos_of_a_run_that_did_not_no
         run.config_path.write_text(json.dumps(config.to_dict()))
         run.append_metrics({"type": "evaluation", "photos": known})
         assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (count, 1)
-    run.config_path.write_text(json.dumps(config.to_dict() | {"instance_data_dir": str(tmp_path / "gone")}))
+    run.config_path.write_text(
+        json.dumps(config.to_dict() | {"instance_data_dir": str(tmp_path / "gone")})
+    )
     assert (figures_of(run).photos, figures_of(run).without_bare_prompt) == (5, 0)
 
 
 def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subject(tmp_path):
     """With the mean over 4 and 20 photos, half as many again was 2.5 times the steps."""
-    pets = [dict(one, instance_data_dir=str(tmp_path / one["instance_data_dir"])) for one in (DOGS, CATS)]
+    pets = [
+        dict(one, instance_data_dir=str(tmp_path / one["instance_data_dir"]))
+        for one in (DOGS, CATS)
+    ]
     config = replace(TWICE.config, resolution=64, max_train_steps=400, subjects=tuple(pets))
     for pet, count in zip(pets, (4, 20)):
         paint_photos(Path(pet["instance_data_dir"]), count)
@@ -212,22 +257,35 @@ def test_more_exposures_are_advised_as_the_flag_counts_them_of_the_largest_subje
     run.config_path.write_text(json.dumps(config.to_dict()))
     run.append_metrics({"type": "step", "step": 400})
     found = figures_of(run)
-    longer = replace(config, max_train_steps=None, exposures_per_photo=explain.more_exposures(found))
+    longer = replace(
+        config, max_train_steps=None, exposures_per_photo=explain.more_exposures(found)
+    )
     assert found.photos == 24 and 600 <= plan_steps(longer, [4, 20]).total_steps <= 700
 
 
 def test_a_later_report_of_evaluate_is_taken(tmp_path):
     run = RunDir(tmp_path)
     run.config_path.write_text(json.dumps(CONFIG.to_dict()))
-    run.append_metrics({"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4, "nearness": 0.7}})
+    run.append_metrics(
+        {"type": "evaluation", "step": 3, "dino": 0.5, "photos": {"count": 4, "nearness": 0.7}}
+    )
     assert figures_of(run).scores["dino"] == 0.5 and figures_of(run).photos == 4
     (tmp_path / "evaluation").mkdir()
-    report = {"time": 1e10, "scores": {"dino": {"mean": 0.6}}, "relative": {"drift_of_spread": 1.7}, "score": 0.4}
-    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"copy_alarm": {"raised": True}}))
+    report = {
+        "time": 1e10,
+        "scores": {"dino": {"mean": 0.6}},
+        "relative": {"drift_of_spread": 1.7},
+        "score": 0.4,
+    }
+    (tmp_path / "evaluation" / "scores.json").write_text(
+        json.dumps(report | {"copy_alarm": {"raised": True}})
+    )
     found = figures_of(run)
     assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
     for moment, score in ((1.0, 0.5), (3.0, 0.6)):
-        run.metrics_path.write_text(json.dumps({"type": "evaluation", "step": 3, "time": 2.0, "dino": 0.5}) + "\n")
+        run.metrics_path.write_text(
+            json.dumps({"type": "evaluation", "step": 3, "time": 2.0, "dino": 0.5}) + "\n"
+        )
         (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report | {"time": moment}))
         os.utime(run.metrics_path, (0, moment))
         os.utime(tmp_path / "evaluation" / "scores.json", (0, 2))
@@ -242,7 +300,9 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_more_than_a_weak_scale(tmp_path, capsys):
+def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_more_than_a_weak_scale(
+    tmp_path, capsys
+):
     shutil.copytree(find_asset("assets/subjects/rocket"), tmp_path / "rocket")
     with chdir(tmp_path), few_pictures(templates=2, class_images=2):
         assert main(["train", "rocket", "rocket", *FAULTY, "--num_validation_images=0"]) == 0
@@ -254,7 +314,9 @@ def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_m
     assert main(["explain", str(run.path)]) == 0
     assert "a bare rocket went " in capsys.readouterr().out
     said = advice_after(figures_of(run))
-    assert any("each photo was shown 10 times" in line and "--exposures_per_photo" in line for line in said), said
+    assert any(
+        "each photo was shown 10 times" in line and "--exposures_per_photo" in line for line in said
+    ), said
     (event,) = logged(run.path, "scale")
     scores = {float(scale): score for scale, score in event["by_scale"].items()}
     assert event["low"] <= event["best"] <= event["high"] and event["best"] > 0.4
@@ -264,7 +326,9 @@ def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_m
 
 
 @pytest.mark.slow
-def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_it_lags_less(tmp_path):
+def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_it_lags_less(
+    tmp_path,
+):
     """On the sample photos, of whose captions only those with a place stay."""
 
     def trained(home: Path, *flags: str) -> Figures:
@@ -275,7 +339,10 @@ def test_without_a_share_the_bare_prompt_is_said_to_lag_and_with_the_usual_one_i
             assert main(["train", "train", "train", *SHORT, "--crops_per_photo=2", *flags]) == 0
         return figures_of(RunDir(home / "runs" / "train"))
 
-    never, usual = trained(tmp_path / "never", "--instance_prompt_share=0"), trained(tmp_path / "usual")
+    never, usual = (
+        trained(tmp_path / "never", "--instance_prompt_share=0"),
+        trained(tmp_path / "usual"),
+    )
     assert never.without_bare_prompt == usual.without_bare_prompt == 5
     said = [line for line in advice_after(never) if "alone shows" in line]
     assert len(said) == 1 and said[0].endswith("--instance_prompt_share 0.25"), never.scores

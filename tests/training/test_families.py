@@ -1,5 +1,6 @@
-"""Every family is trained from photos to files, stopped and resumed to the same bytes, loaded, drawn and described; and
-what else the program offers works for it, or is refused in one line that names it."""
+"""Every family is trained from photos to files, stopped and resumed to the same bytes, loaded,
+drawn and described; and what else the program offers works for it, or is refused in one line that
+names it."""
 
 import gc
 import json
@@ -16,7 +17,10 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
 from PIL import Image
 from safetensors import safe_open
 
@@ -46,7 +50,13 @@ from dreambooth_moslora.training import frozen_base
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import advanced, train
 from dreambooth_moslora.training.loop import training as training_loop
-from dreambooth_moslora.training.objective import add_noise, flow_levels, loss_target, weightings_of, weights_of
+from dreambooth_moslora.training.objective import (
+    add_noise,
+    flow_levels,
+    loss_target,
+    weightings_of,
+    weights_of,
+)
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.live_adapters import facts_of, shake
@@ -57,7 +67,11 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 pytestmark = pytest.mark.usefixtures("two_steps")
 OF_FAMILY = {"flux2": {"text_encoder_out_layers": ("1", "2", "3")}}
 FAST = ("z_image",)
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != "sdxl"]
+NAMES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in MAKERS
+    if name != "sdxl"
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +98,19 @@ def settings_of(name, **changes):
 
 @pytest.fixture(scope="module", params=NAMES)
 def trained(request, base_of, photos, two_steps, tmp_path_factory):
-    """A run with the frozen base as the prior, samples, and a prompt of another length: the family's facts, the run's
-    configuration, and what was still there of the encoders when each denoiser came, None for what had gone."""
+    """A run with the frozen base as the prior, samples, and a prompt of another length: the
+    family's facts, the run's configuration, and what was still there of the encoders when each
+    denoiser came, None for what had gone."""
     folder, facts = tmp_path_factory.mktemp("run"), facts_named(request.param)
-    more = {"with_prior_preservation": True, "prior": "adapter_off", "num_validation_images": 1, "learning_rate": 0.3}
-    config = tiny_config(base_of(facts.name), photos, folder / "run", **settings_of(facts.name, **more))
+    more = {
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+        "num_validation_images": 1,
+        "learning_rate": 0.3,
+    }
+    config = tiny_config(
+        base_of(facts.name), photos, folder / "run", **settings_of(facts.name, **more)
+    )
     encoders, found, load_pipeline, load_denoiser = [], [], load.load_pipeline, load.load_denoiser
 
     def loaded(*arguments, **options):
@@ -109,7 +131,10 @@ def trained(request, base_of, photos, two_steps, tmp_path_factory):
 
 
 def same_files(config, other, names=("pytorch_lora_weights.safetensors", "image_0.png")) -> bool:
-    return all((Path(config.output_dir) / n).read_bytes() == (Path(other.output_dir) / n).read_bytes() for n in names)
+    return all(
+        (Path(config.output_dir) / n).read_bytes() == (Path(other.output_dir) / n).read_bytes()
+        for n in names
+    )
 
 
 def test_photos_become_files_that_say_what_they_are(trained):
@@ -117,7 +142,9 @@ def test_photos_become_files_that_say_what_they_are(trained):
     run = RunDir(config.output_dir)
     with safe_open(run.adapter_path, "pt") as opened:
         keys, header = set(opened.keys()), json.loads(opened.metadata()["moslora"])
-    assert {key.partition(".")[0] for key in keys} == {facts.denoiser} and header["mixer"] == "orthogonal"
+    assert {key.partition(".")[0] for key in keys} == {facts.denoiser} and header[
+        "mixer"
+    ] == "orthogonal"
     assert run.kohya_path.exists() == (facts.denoiser == "unet")
     assert f"{facts.pipeline}.from_pretrained" in run.read_card() and facts.title in run.read_card()
     assert describe(run.adapter_path)["modules"] == {facts.denoiser: len(keys) // 2}
@@ -131,7 +158,9 @@ def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_on_a_
     assert facts.name == "sd1" or found == [[None] * (1 + len(facts.encoders))]
     config, done = replace(whole, output_dir=str(tmp_path / "run")), []
     train(config, lambda event: done.append(event.kind), lambda: "step" in done)
-    steps = training_loop(replace(config, resume_from_checkpoint="latest"), load=frozen_base.load_base)
+    steps = training_loop(
+        replace(config, resume_from_checkpoint="latest"), load=frozen_base.load_base
+    )
     run = next(steps)
     with suppress(StopIteration):
         while True:
@@ -146,11 +175,15 @@ def test_a_dry_run_goes_on_from_a_checkpoint_whose_layers_the_family_names(train
 
 def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
     _, config, _ = trained
-    plain, subject = (SubjectPipeline.from_base(config.pretrained_model_name_or_path) for _ in range(2))
+    plain, subject = (
+        SubjectPipeline.from_base(config.pretrained_model_name_or_path) for _ in range(2)
+    )
     adapter = subject.load_adapter(config.output_dir)
 
     def drawn(pipeline, *adapters):
-        params = GenerationParams("a photo of sks dog", steps=2, height_px=64, width_px=64, adapters=adapters)
+        params = GenerationParams(
+            "a photo of sks dog", steps=2, height_px=64, width_px=64, adapters=adapters
+        )
         return np.asarray(pipeline.draw(params)[0].pixels)
 
     without = drawn(plain)
@@ -158,7 +191,9 @@ def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
     assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
 
 
-@pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "qwen_image"))])
+@pytest.mark.parametrize(
+    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "qwen_image"))]
+)
 def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
     """The pipeline hands its latents to the VAE in the transformer's dtype."""
     more = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}
@@ -169,21 +204,55 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("flux", {"mixed_precision": "fp16"}, "--mixed_precision fp16: FLUX.1 overflows in fp16; give bf16"),
+        (
+            "flux",
+            {"mixed_precision": "fp16"},
+            "--mixed_precision fp16: FLUX.1 overflows in fp16; give bf16",
+        ),
         ("flux", {"snr_gamma": 5.0}, "--snr_gamma is not for FLUX.1"),
         ("z_image", {"train_text_encoder": True}, "--train_text_encoder is not for Z-Image"),
-        ("sd1", {"train_text_encoder_ti": True}, "--train_text_encoder_ti is not for Stable Diffusion 1.5"),
-        ("sd1", {"weighting_scheme": "mode"}, "--weighting_scheme mode is not for Stable Diffusion 1.5"),
-        ("sd1", {"max_sequence_length": 99}, "--max_sequence_length is not for Stable Diffusion 1.5"),
+        (
+            "sd1",
+            {"train_text_encoder_ti": True},
+            "--train_text_encoder_ti is not for Stable Diffusion 1.5",
+        ),
+        (
+            "sd1",
+            {"weighting_scheme": "mode"},
+            "--weighting_scheme mode is not for Stable Diffusion 1.5",
+        ),
+        (
+            "sd1",
+            {"max_sequence_length": 99},
+            "--max_sequence_length is not for Stable Diffusion 1.5",
+        ),
         ("z_image", {"system_prompt": "Draw."}, "--system_prompt is not for Z-Image"),
         ("z_image", {"shift_timesteps": True}, "--shift_timesteps is not for Z-Image"),
-        ("z_image", {"target_modules": "blora_style"}, "Z-Image's transformer has no such layer; diffusers' script"),
-        ("z_image", {"target_modules": "to_qq"}, "Z-Image's transformer has no such layer; did you mean to_q?"),
-        ("flux", {"resolution": 72}, "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64"),
-        ("flux", {"aspect_ratio_buckets": "64,72"}, "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px"),
+        (
+            "z_image",
+            {"target_modules": "blora_style"},
+            "Z-Image's transformer has no such layer; diffusers' script",
+        ),
+        (
+            "z_image",
+            {"target_modules": "to_qq"},
+            "Z-Image's transformer has no such layer; did you mean to_q?",
+        ),
+        (
+            "flux",
+            {"resolution": 72},
+            "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64",
+        ),
+        (
+            "flux",
+            {"aspect_ratio_buckets": "64,72"},
+            "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px",
+        ),
     ],
 )
-def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes, said, base_of, photos, tmp_path):
+def test_a_setting_of_other_models_is_refused_by_the_familys_name(
+    name, changes, said, base_of, photos, tmp_path
+):
     config = tiny_config(base_of(name), photos, tmp_path / "run", **settings_of(name, **changes))
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         make_plan(config)
@@ -193,7 +262,9 @@ def test_a_setting_of_other_models_is_refused_by_the_familys_name(name, changes,
 def test_patterns_of_rank_and_alpha_are_for_transformers_too():
     config = TrainConfig(rank=4, rank_pattern="to_q=8", alpha_pattern="to_q=2")
     parts = {"unet": (8, 2.0), "transformer": (8, 2.0), "text_encoder": (4, 4.0)}
-    assert {part: rank_and_alpha(config, part, "layers.0.attention.to_q") for part in parts} == parts
+    assert {
+        part: rank_and_alpha(config, part, "layers.0.attention.to_q") for part in parts
+    } == parts
 
 
 def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
@@ -206,10 +277,16 @@ def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
 
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
     package = Path(training.__file__).parents[1]
-    names = {facts.name for facts in families.FAMILIES} - {"sdxl"}  # the self-test and its recipes are SDXL's own
+    # the self-test and its recipes are SDXL's own
+    names = {facts.name for facts in families.FAMILIES} - {"sdxl"}
     asked = re.compile(rf"""["']({"|".join(names)})["']""")
-    found = [path for path in package.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))]
-    assert {str(path.relative_to(package)) for path in found} == {"settings/families.py", "base/families.py"}
+    found = [
+        path for path in package.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))
+    ]
+    assert {str(path.relative_to(package)) for path in found} == {
+        "settings/families.py",
+        "base/families.py",
+    }
 
 
 def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
@@ -217,7 +294,9 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
     for scheme in ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"):
         draws = [torch.Generator().manual_seed(1) for _ in range(2)]
         index = flow_levels(schedule, 64, draws[0], scheme, 0.1, 0.9, 1.29)
-        theirs = compute_density_for_timestep_sampling(scheme, 64, 0.1, 0.9, 1.29, generator=draws[1])
+        theirs = compute_density_for_timestep_sampling(
+            scheme, 64, 0.1, 0.9, 1.29, generator=draws[1]
+        )
         assert torch.equal(index, (theirs * 1000).long())
         share = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[index]
         names = weightings_of(TrainConfig(weighting_scheme=scheme), schedule)
@@ -244,37 +323,53 @@ def test_levels_are_shifted_as_the_familys_own_scheduler_shifts_them():
 
 
 def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
-    """The published bases are saved with it; a flow's own scheduler of that shift has the same levels."""
+    """The published bases are saved with it; a flow's own scheduler of that shift has the same
+    levels."""
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
-    found, wanted = map(noise_schedule, (DPMSolverMultistepScheduler(**flow), FlowMatchEulerDiscreteScheduler(shift=3)))
+    found, wanted = map(
+        noise_schedule,
+        (DPMSolverMultistepScheduler(**flow), FlowMatchEulerDiscreteScheduler(shift=3)),
+    )
     assert found.style == "flow" and torch.equal(found.sigmas, wanted.sigmas)
     assert torch.equal(found.timesteps, wanted.timesteps) and found.shift_line is None
 
 
 def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
-    schedule, index = noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)), torch.tensor([0, 500, 900])
+    schedule, index = (
+        noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        torch.tensor([0, 500, 900]),
+    )
     latents, noise, answer = torch.randn(3, 3, 4, 8, 8)
     noisy, share = add_noise(schedule, latents, noise, index), schedule.signal_and_noise(index)[1]
     for scheme in ("logit_normal", "sigma_sqrt"):
         weights = compute_loss_weighting_for_sd3(scheme, share)
         theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
         errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
-        names = weightings_of(TrainConfig(weighting_scheme=scheme, precondition_outputs=True), schedule)
+        names = weightings_of(
+            TrainConfig(weighting_scheme=scheme, precondition_outputs=True), schedule
+        )
         torch.testing.assert_close(weights_of(names, schedule, index, 3) * errors, theirs)
 
 
-def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(base_of, photos, tmp_path):
+def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(
+    base_of, photos, tmp_path
+):
     base = base_of("sd3")
 
     def planned(**changes):
-        return make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("sd3", **changes))).config
+        return make_plan(
+            tiny_config(base, photos, tmp_path / "run", **settings_of("sd3", **changes))
+        ).config
 
     assert planned().target_modules == facts_named("sd3").targets
     assert planned().weighting_scheme == "logit_normal"
     first, last = (planned(lora_blocks=block).target_modules for block in ("0", "1"))
     assert set(first) == {f"transformer_blocks.0.{name}" for name in facts_named("sd3").targets}
     assert len(last) < len(first), "the last block gives no text back"
-    assert planned(lora_blocks="0,1").target_modules == first + last and planned(lora_blocks="0").lora_blocks == ()
+    assert (
+        planned(lora_blocks="0,1").target_modules == first + last
+        and planned(lora_blocks="0").lora_blocks == ()
+    )
     with pytest.raises(UserError, match=r"--target_modules transformer_blocks\.7\.attn\.to_q"):
         planned(lora_blocks="7")
 
@@ -308,8 +403,18 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, ph
     """A distilled one is refused with the one to train."""
     flux2, sd1 = (shutil.copytree(base_of(name), tmp_path / name) for name in ("flux2", "sd1"))
     for base, old, new, said in (
-        (flux2, '"is_distilled": false', '"is_distilled": true', "it is distilled to a few steps: train the base"),
-        (sd1, "StableDiffusionPipeline", "KandinskyPipeline", "of the class KandinskyPipeline cannot be trained here"),
+        (
+            flux2,
+            '"is_distilled": false',
+            '"is_distilled": true',
+            "it is distilled to a few steps: train the base",
+        ),
+        (
+            sd1,
+            "StableDiffusionPipeline",
+            "KandinskyPipeline",
+            "of the class KandinskyPipeline cannot be trained here",
+        ),
     ):
         index = base / "model_index.json"
         index.write_text(index.read_text().replace(old, new))
@@ -317,7 +422,13 @@ def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, ph
             make_plan(tiny_config(base, photos, tmp_path / "run", **settings_of("flux2")))
 
 
-WHOLE = {"enable_bucket": True, "caption_dropout": 0.1, "unmasked_weight": 0.0, "random_flip": True, "caching": "disk"}
+WHOLE = {
+    "enable_bucket": True,
+    "caption_dropout": 0.1,
+    "unmasked_weight": 0.0,
+    "random_flip": True,
+    "caching": "disk",
+}
 WHOLE |= {"with_prior_preservation": True, "num_class_images": 2, "sample_batch_size": 2}
 
 
@@ -334,7 +445,10 @@ class Case:
 
     def config(self, run, **changes):
         usual = {"target_modules": rows.ATTENTION, "max_train_steps": 2}
-        usual |= {"class_data_dir": str(self.folder / "class"), "cache_dir": str(self.folder / "cache")}
+        usual |= {
+            "class_data_dir": str(self.folder / "class"),
+            "cache_dir": str(self.folder / "cache"),
+        }
         return tiny_config(self.base, self.photos, self.folder / run, **usual | changes)
 
     def train(self, run, **changes) -> Path:
@@ -342,7 +456,9 @@ class Case:
         return self.folder / run
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in MAKERS])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+)
 def case(request, base_of, tmp_path_factory):
     return Case(request.param, base_of(request.param), tmp_path_factory.mktemp(request.param))
 
@@ -350,14 +466,21 @@ def case(request, base_of, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(case, encoders, two_steps) -> Path:
     """A run with all of `WHOLE`, with samples, scores and a strength."""
-    drawn = {"num_validation_images": 1, "validation_steps": 2, "evaluate_steps": 1, "find_scale": True}
+    drawn = {
+        "num_validation_images": 1,
+        "validation_steps": 2,
+        "evaluate_steps": 1,
+        "find_scale": True,
+    }
     with few_pictures(inference_steps=2):
         plan = make_plan(case.config("whole", **WHOLE, **drawn))
         train(plan, evaluator=TrainingEvaluator(plan.config, plan.photos, encoders))
     return case.folder / "whole"
 
 
-def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_encodings(case, whole, capsys):
+def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_encodings(
+    case, whole, capsys
+):
     assert len(list((case.folder / "class").rglob("*.png"))) == 2
     assert (whole / "image_0.png").is_file() and (whole / "contact_sheet.png").is_file()
     assert main(["explain", str(whole)]) == 0
@@ -383,10 +506,23 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
     """At 64 px: at their families' own side the little bases would draw for minutes."""
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
     _, config, _ = trained
-    run, file, scores = shutil.copytree(config.output_dir, tmp_path / "run"), tmp_path / "dog.safetensors", []
+    run, file, scores = (
+        shutil.copytree(config.output_dir, tmp_path / "run"),
+        tmp_path / "dog.safetensors",
+        [],
+    )
     shutil.copy(RunDir(run).adapter_path, file)
     clip, dino = map(str, save_tiny_encoders(tmp_path))
-    few = ["--num_prompts", "1", "--images_per_prompt", "1", "--class_images", "1", "--inference_steps", "2"]
+    few = [
+        "--num_prompts",
+        "1",
+        "--images_per_prompt",
+        "1",
+        "--class_images",
+        "1",
+        "--inference_steps",
+        "2",
+    ]
     few += ["--clip", clip, "--dino", dino, "--sweep_scale"]
     for place in [run], [file, "--base", config.pretrained_model_name_or_path, "--photos", photos]:
         assert main(["evaluate", *map(str, place), *few]) == 0
@@ -397,11 +533,21 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
 def test_generate_and_the_cards_snippet_draw(case, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = ["--width", "64", "--height", "64", "--steps", "2", "--output_dir", "pictures"]
-    words = ["generate", "--prompt", "a photo of sks dog", "--base", str(case.base), "--adapter", str(whole)]
+    words = [
+        "generate",
+        "--prompt",
+        "a photo of sks dog",
+        "--base",
+        str(case.base),
+        "--adapter",
+        str(whole),
+    ]
     assert main([*words, *size]) == 0
     assert list((tmp_path / "pictures").glob("*.png"))
     (code,) = re.findall(r"```python\n(.+?)```", (whole / "README.md").read_text(), re.DOTALL)
-    code = code.replace("path/to/the/base", str(case.base)).replace("path/to/this/folder", str(whole))
+    code = code.replace("path/to/the/base", str(case.base)).replace(
+        "path/to/this/folder", str(whole)
+    )
     code = re.sub(r'torch\.b?float16\)\.to\("cuda"\)', "torch.float32)", code)
     code = code.replace(").images", ", num_inference_steps=1, height=64, width=64).images")
     scope = {}
@@ -420,15 +566,26 @@ def test_a_fleets_runs_share_their_steps(case):
     ended = {}
     assert needs_to_be_alone(runs[0]) is None
     members = [Member(make_plan(config)) for config in runs]
-    train_together(members, 2, lambda member, result: ended.update({member.plan.config.seed: result.step}))
+    train_together(
+        members, 2, lambda member, result: ended.update({member.plan.config.seed: result.step})
+    )
     assert ended == {1: 2, 2: 2}
 
 
 def test_one_word_takes_the_familys_recipe(case):
     name, recipe = recipe_settings(Base.find(case.base), 8.0)
     assert name.startswith(case.facts.name)
-    words = [str(case.photos), "dog", "--pretrained_model_name_or_path", str(case.base), "--resolution", "64"]
-    config = parse_train_config([*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"])
+    words = [
+        str(case.photos),
+        "dog",
+        "--pretrained_model_name_or_path",
+        str(case.base),
+        "--resolution",
+        "64",
+    ]
+    config = parse_train_config(
+        [*words, "--output_dir", str(case.folder / "word"), "--base_quantization", "none"]
+    )
     assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe
 
 
@@ -446,16 +603,49 @@ ONE_LAYER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_LAYER)
-def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(name, base_of, photos, tmp_path):
-    """One layer, numbered checkpoints, no more than two of them, and a run that goes on from one with more steps."""
-    words = ["--pretrained_model_name_or_path", str(base_of(name)), "--instance_data_dir", str(photos)]
-    words += ["--output_dir", str(tmp_path), "--instance_prompt", "dog", "--resolution=64", "--train_batch_size=1"]
-    words += ["--gradient_accumulation_steps=1", "--checkpointing_steps=2", "--num_validation_images=0"]
-    words += ["--learning_rate=5.0e-04", "--scale_lr", "--lr_scheduler", "constant", "--lr_warmup_steps=0"]
+def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(
+    name, base_of, photos, tmp_path
+):
+    """One layer, numbered checkpoints, no more than two of them, and a run that goes on from one
+    with more steps."""
+    words = [
+        "--pretrained_model_name_or_path",
+        str(base_of(name)),
+        "--instance_data_dir",
+        str(photos),
+    ]
+    words += [
+        "--output_dir",
+        str(tmp_path),
+        "--instance_prompt",
+        "dog",
+        "--resolution=64",
+        "--train_batch_size=1",
+    ]
+    words += [
+        "--gradient_accumulation_steps=1",
+        "--checkpointing_steps=2",
+        "--num_validation_images=0",
+    ]
+    words += [
+        "--learning_rate=5.0e-04",
+        "--scale_lr",
+        "--lr_scheduler",
+        "constant",
+        "--lr_warmup_steps=0",
+    ]
     words += ["--cache_latents", "--lora_layers", ONE_LAYER[name], "--max_sequence_length", "16"]
-    words += ["--text_encoder_out_layers", *OF_FAMILY[name]["text_encoder_out_layers"]] if name == "flux2" else []
+    words += (
+        ["--text_encoder_out_layers", *OF_FAMILY[name]["text_encoder_out_layers"]]
+        if name == "flux2"
+        else []
+    )
     assert train_main([*words, "--max_train_steps=4"]) == 0
-    limited = ["--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2", "--max_train_steps=8"]
+    limited = [
+        "--resume_from_checkpoint=checkpoint-4",
+        "--checkpoints_total_limit=2",
+        "--max_train_steps=8",
+    ]
     assert train_main([*words, *limited]) == 0
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
@@ -470,9 +660,13 @@ def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name,
     """With the trained change of each layer; so does `generate`."""
     pipe, fresh = (tiny_pipeline(name, tmp_path / "files") for _ in range(2))
     options = {"r": 8, "lora_alpha": 11, "target_modules": ["to_q", "to_v"]}
-    transformer = inject(pipe.transformer, MoSLoraConfig(**options, mixer="kronecker", mixer_factor=4))
+    transformer = inject(
+        pipe.transformer, MoSLoraConfig(**options, mixer="kronecker", mixer_factor=4)
+    )
     shake(transformer)
-    raw_file.save_raw({"transformer": transformer}, tmp_path / RAW_NAME, facts_of({"transformer": transformer}))
+    raw_file.save_raw(
+        {"transformer": transformer}, tmp_path / RAW_NAME, facts_of({"transformer": transformer})
+    )
     out = ["--out", str(tmp_path / "out"), "--name", "dog"]
     assert main(["export", str(tmp_path / RAW_NAME), "--for", "lycoris", *out]) == 0
     (file,) = (tmp_path / "out").glob("*.safetensors")
@@ -488,8 +682,8 @@ def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen_image", "sana", "lumina2"])
 def test_class_images_are_drawn_as_samples_are(name, tmp_path):
-    """Guided and without Sana's instruction, which the pipeline's call with a prompt alone is not; Lumina 2's is before
-    the prompt alone."""
+    """Guided and without Sana's instruction, which the pipeline's call with a prompt alone is not;
+    Lumina 2's is before the prompt alone."""
     pipe = tiny_pipeline(name, tmp_path)
     texts = partial(family_of(pipe).texts, pipe)
     (sample,) = Sampler(pipe, texts, 64, torch.device("cpu"), 2)([SampleRequest("a dog", 3)])

@@ -1,5 +1,5 @@
-"""What is done before the first step: photos and words encoded, each once, with its own numbers and its own caption,
-whatever the order; `--init_adapter`."""
+"""What is done before the first step: photos and words encoded, each once, with its own numbers and
+its own caption, whatever the order; `--init_adapter`."""
 
 from random import Random
 from types import SimpleNamespace
@@ -64,26 +64,40 @@ def encode_ahead(stream: PhotoStream, sample_count: int) -> int:
     return len([stream.encoder.encode(*view) for view in stream.views_ahead(sample_count)])
 
 
-def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_caption(pipeline, read):
+def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_caption(
+    pipeline, read
+):
     """Whatever the shuffle. The base as prior doubles the batch, with its own prompts."""
     view, _ = stream_of(read[2:], pipeline.vae, TensorCache()).at(0)
-    pixels = torch.tensor(list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes()))
+    pixels = torch.tensor(
+        list(Image.open(read[2].path).resize((64, 64), Image.Resampling.LANCZOS).tobytes())
+    )
     pixels = pixels.view(64, 64, 3).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.allclose(view.latents, load.encode_image(pipeline.vae, pixels)[0], atol=1e-4)
     stream = stream_of(read, pipeline.vae, TensorCache(), repeats=2)
-    facts = {(64, 96): "a photo of sks dog", (80, 64): "a photo of sks dog asleep", (72, 72): "a photo of sks dog"}
+    facts = {
+        (64, 96): "a photo of sks dog",
+        (80, 64): "a photo of sks dog asleep",
+        (72, 72): "a photo of sks dog",
+    }
     batch = collate([stream.at(position) for position in range(12)], 12)
     for ids, prompt, latents in zip(batch.time_ids, batch.prompts, batch.latents):
         size = tuple(int(x) for x in ids[:2])
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
         photo = next(p for p in read if p.size_px == size)
-        plan = CropPlan(size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64), False)
+        plan = CropPlan(
+            size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64), False
+        )
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
-    assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted([(64, 96), (80, 64), (72, 72)] * 2)
+    assert sorted(map(tuple, batch.time_ids[:6, :2].tolist())) == sorted(
+        [(64, 96), (80, 64), (72, 72)] * 2
+    )
     both = collate([stream.at(0), stream.at(1)], 2).with_base_as_prior(["a dog", "a cat"])
     assert both.instance_count == 2 and len(both.latents) == 4
-    assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(both.latents[:2], both.latents[2:])
+    assert both.prompts[2:] == ["a dog", "a cat"] and torch.equal(
+        both.latents[:2], both.latents[2:]
+    )
 
 
 def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
@@ -92,7 +106,9 @@ def test_a_view_is_encoded_once_and_several_crops_differ(pipeline, read):
     assert encode_ahead(stream, 100) == 9 and cache.computed == 3
     assert len([stream.at(position) for position in range(30)]) == 30 and cache.computed == 3
     for crops, count, differing in ((3, 3, 3), (None, 12, 4)):
-        stream = stream_of(read[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=crops))
+        stream = stream_of(
+            read[:1], pipeline.vae, TensorCache(), CropRule(64, crops_per_photo=crops)
+        )
         found = {tuple(stream.at(position)[0].time_ids[2:4].tolist()) for position in range(count)}
         assert len(found) >= differing
 
@@ -122,14 +138,18 @@ DAMAGES = {
     "torn": lambda content: b"torn",
     "empty": lambda content: save({}),
     "without a digest": lambda content: save(load_tensors(content)),
-    "another value": lambda content: save({name: tensor + 1 for name, tensor in load_tensors(content).items()}),
+    "another value": lambda content: save(
+        {name: tensor + 1 for name, tensor in load_tensors(content).items()}
+    ),
     "one bit of the last tensor": lambda content: flipped(content, len(content) - 1),
     "one bit of a name": lambda content: flipped(content, content.index(b"latents")),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(name, pipeline, read, tmp_path):
+def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
+    name, pipeline, read, tmp_path
+):
     """Fingerprints tell weights and types apart."""
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     assert fingerprint(first) != fingerprint(second)
@@ -146,13 +166,17 @@ def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
     assert stream.at(0) and cache.computed == 3
 
 
-def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(tiny_base, read, tmp_path):
+def test_latents_in_another_scale_from_the_same_weights_are_not_taken_from_the_cache(
+    tiny_base, read, tmp_path
+):
     vae, cache = load.load_pipeline(tiny_base).vae, TensorCache(tmp_path / "cache")
     usual = stream_of(read[:1], vae, cache).at(0)[0].latents
     for constants in ({"scaling_factor": 2.0}, {"latents_mean": [1] * 4, "latents_std": [2] * 4}):
         vae.register_to_config(**constants)
         other = stream_of(read[:1], vae, cache).at(0)[0].latents
-        assert torch.equal(other, stream_of(read[:1], vae, None).at(0)[0].latents) and not torch.equal(other, usual)
+        assert torch.equal(
+            other, stream_of(read[:1], vae, None).at(0)[0].latents
+        ) and not torch.equal(other, usual)
     assert cache.computed == 3
 
 
@@ -176,16 +200,25 @@ def test_a_mask_comes_along_at_the_latents_size_around_it_weighs_as_told(pipelin
     clear.save(second)
     photos = find_photos(folder, "a photo of sks dog", 64).photos[:2]
     for weight in (0.2, 0.7):
-        own = PhotoEncoder(pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight)
-        views = {photo.path: own.encode(photo, own.rule.plan(photo.size_px, Random(0))) for photo in photos}
-        assert views[first].mask.min().item() == pytest.approx(weight) and views[first].mask.max() == 1
+        own = PhotoEncoder(
+            pipeline.vae, cache, CropRule(64, center_crop=True), unmasked_weight=weight
+        )
+        views = {
+            photo.path: own.encode(photo, own.rule.plan(photo.size_px, Random(0)))
+            for photo in photos
+        }
+        assert (
+            views[first].mask.min().item() == pytest.approx(weight) and views[first].mask.max() == 1
+        )
         assert (views[second].mask.min(), views[second].mask.max()) == (0, 1)
     assert cache.computed == 2
 
 
-def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(tiny_base, tmp_path):
-    """An encoding by the trained adapters would be the prior's target, and stay in the cache for other runs. The empty
-    prompt of another pipeline is not found in the cache."""
+def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_by_the_base(
+    tiny_base, tmp_path
+):
+    """An encoding by the trained adapters would be the prior's target, and stay in the cache for
+    other runs. The empty prompt of another pipeline is not found in the cache."""
     pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
     prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY)
@@ -194,7 +227,9 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        found.append(embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY)([""])).abs().sum().item())
+        found.append(
+            embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY)([""])).abs().sum().item()
+        )
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
         moslora.inject(model, moslora.MoSLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
@@ -202,7 +237,9 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
             torch.nn.init.normal_(weights)
     file.unlink()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
-    assert not torch.allclose(embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3)
+    assert not torch.allclose(
+        embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3
+    )
 
 
 def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(
@@ -210,7 +247,9 @@ def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders
 ):
     asked = []
     encode = lambda prompts: asked.extend(prompts) or load.encode_text(pipeline, prompts)  # noqa: E731
-    in_memory, on_disk = (PromptCache(encode, cache, "tiny") for cache in (TensorCache(), TensorCache(tmp_path / "w")))
+    in_memory, on_disk = (
+        PromptCache(encode, cache, "tiny") for cache in (TensorCache(), TensorCache(tmp_path / "w"))
+    )
     for prompt_embeds in (in_memory, on_disk):
         first = prompt_embeds(["a dog", "a cat"])
         prompt_embeds.release_encoders()
@@ -240,7 +279,9 @@ def filled(monkeypatch):
         def work(accelerator):
             process = accelerator.process_index
             asked = iter(KEYS[process :: len(caches)])
-            context = reporter.RunContext(None, accelerator, None, lambda: should_stop(process, next(asked)))
+            context = reporter.RunContext(
+                None, accelerator, None, lambda: should_stop(process, next(asked))
+            )
             entries = {key: lambda key=key: {"value": torch.tensor([float(key)])} for key in KEYS}
             assert list(fill(caches[process], context, entries)) == [1, 2, 3, 4, 5]
             return caches[process].computed
@@ -255,14 +296,18 @@ def values_in(cache: TensorCache) -> list[float]:
     return [float(cache.get(key, lambda: {"value": torch.tensor([-1.0])})["value"]) for key in KEYS]
 
 
-def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_file_once(filled, tmp_path, monkeypatch):
+def test_each_process_encodes_its_share_and_has_all_and_a_machine_writes_each_file_once(
+    filled, tmp_path, monkeypatch
+):
     """In memory, on one disk, and on machines that share no disk."""
     for count in (1, 2, 3):
         caches = [TensorCache() for _ in range(count)]
         assert sum(filled(caches)) == 5
         assert [values_in(cache) for cache in caches] == [[0, 1, 2, 3, 4]] * count
     written, keep = [], TensorCache._keep
-    monkeypatch.setattr(TensorCache, "_keep", lambda self, key, value: written.append(key) or keep(self, key, value))
+    monkeypatch.setattr(
+        TensorCache, "_keep", lambda self, key, value: written.append(key) or keep(self, key, value)
+    )
     caches = [TensorCache(tmp_path) for _ in range(2)]
     assert filled(caches) == [3, 2] and sorted(written) == KEYS
     assert filled(caches) == [3, 2] and len(written) == 5, "the second time all is there"
@@ -282,15 +327,21 @@ def test_a_stop_in_one_process_ends_all_and_what_is_encoded_stays(filled, tmp_pa
 def test_processes_that_see_other_photos_end_in_one_line(monkeypatch):
     def find(accelerator):
         context = SimpleNamespace(accelerator=accelerator)
-        return same_everywhere(context, lambda: dict.fromkeys(KEYS[accelerator.process_index :], bool), "crops")
+        return same_everywhere(
+            context, lambda: dict.fromkeys(KEYS[accelerator.process_index :], bool), "crops"
+        )
 
     for error in as_processes(monkeypatch)(2, find):
-        assert str(error).startswith("process 1 has 4 crops (") and "the main process 5 crops (" in str(error)
+        assert str(error).startswith(
+            "process 1 has 4 crops ("
+        ) and "the main process 5 crops (" in str(error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"num_validation_images": 1}, {"caching": "off"}])
-def test_the_vae_leaves_memory_unless_it_is_needed_again(changes, tiny_base, photos, tmp_path, monkeypatch):
+def test_the_vae_leaves_memory_unless_it_is_needed_again(
+    changes, tiny_base, photos, tmp_path, monkeypatch
+):
     load, loaded, seen = frozen_base.load_base, [], []
 
     def load_base(*given):
@@ -315,11 +366,17 @@ def test_text_encoders_that_do_not_fit_the_gpu_encode_on_the_cpu(kind, gpu, monk
     assert places == [kind, "cpu"]
 
 
-def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_base, caplog, monkeypatch):
+def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(
+    tiny_base, caplog, monkeypatch
+):
     single, half = torch.float32, torch.bfloat16
     cases = [("cuda", single, half, f"--mixed_precision {half}") for half in ("bf16", "fp16")]
     cases += [("cuda", single, "no", None), ("cpu", half, "no", "--mixed_precision no")]
-    cases += [("cuda", half, "bf16", None), ("cpu", single, "no", None), ("cpu", half, "bf16", None)]
+    cases += [
+        ("cuda", half, "bf16", None),
+        ("cpu", single, "no", None),
+        ("cpu", half, "bf16", None),
+    ]
     pipelines = {dtype: load.load_pipeline(tiny_base, dtype=dtype) for dtype in (single, half)}
     for device, dtype, fast, advice in cases:
         monkeypatch.setattr(machine, "has_fast_bf16", lambda fast=fast: fast == "bf16")
@@ -332,7 +389,9 @@ def test_a_slow_precision_is_warned_of_once_and_only_for_a_base_like_sdxl(tiny_b
         pipeline.unet.register_to_config(sample_size=1024 // pipeline.vae_scale_factor)
         frozen_base.warn_of_slow_precision(pipeline, where)
         lines = [record.message for record in caplog.records if record.name == frozen_base.__name__]
-        assert [advice in line and "\n" not in line for line in lines] == [True] * (advice is not None)
+        assert [advice in line and "\n" not in line for line in lines] == [True] * (
+            advice is not None
+        )
 
 
 @pytest.fixture
@@ -347,12 +406,17 @@ def config(tiny_base, photos, tmp_path, file):
     return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **start | changes)
 
 
-def test_at_a_rate_of_zero_the_published_file_is_the_one_it_began_with(config, file, tmp_path, caplog):
+def test_at_a_rate_of_zero_the_published_file_is_the_one_it_began_with(
+    config, file, tmp_path, caplog
+):
     train(config(learning_rate=0.0, max_train_steps=1, rank=5, lora_alpha=2))
     found, given = deltas(RunDir(tmp_path / "run").adapter_path), deltas(file)
     assert found and all(torch.dist(found[n], given[n]) < 1e-5 * given[n].norm() for n in found)
     said = [line for line in caplog.messages if "--init_adapter" in line]
-    assert len(said) == 1 and f"{len(found)} layers go on from it, largest relative deviation" in said[0]
+    assert (
+        len(said) == 1
+        and f"{len(found)} layers go on from it, largest relative deviation" in said[0]
+    )
     assert f"{len(given) - len(found)} layers (unet." in said[0]
 
 
@@ -360,7 +424,10 @@ def deltas(path):
     tensors = load_file(path)
     ends = (".lora_A.weight", ".lora_B.weight")
     modules = {key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])}
-    return {name: tensors[name + ends[1]].double() @ tensors[name + ends[0]].double() for name in modules}
+    return {
+        name: tensors[name + ends[1]].double() @ tensors[name + ends[0]].double()
+        for name in modules
+    }
 
 
 @pytest.mark.slow
@@ -382,7 +449,9 @@ def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(co
         return str(error.value)
 
     note = {"word": "sks", "count": 2, "file": "dog_emb.safetensors", "sha256": "0" * 64}
-    save_file(load_file(file), file, {"moslora": metadata.AdapterMetadata(4, 4.0, tokens=note).to_json()})
+    save_file(
+        load_file(file), file, {"moslora": metadata.AdapterMetadata(4, 4.0, tokens=note).to_json()}
+    )
     assert "it has learnt new tokens for 'sks'" in said()
     file.write_bytes(b"no adapter")
     assert "it is not a safetensors file" in said()
@@ -390,15 +459,23 @@ def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(co
     assert "there is no such file or folder" in said()
 
 
-def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(subject, tmp_path):
+def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(
+    subject, tmp_path
+):
     """The tiny base, said to draw 512 px. Only the default is left out."""
 
     def is_left_out(device="cpu", px=64, **asked):
         subject.pipeline.unet.register_to_config(sample_size=px)
-        config = tiny_config(tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked)
+        config = tiny_config(
+            tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked
+        )
         assert config.sample_count == 4
         return too_slow_for_samples(config, subject.pipeline, torch.device(device))
 
     assert is_left_out() and not is_left_out(device="cuda") and not is_left_out(px=16)
-    for asked in ({"num_validation_images": 4}, {"validation_prompt": "a dog"}, {"validation_steps": 9}):
+    for asked in (
+        {"num_validation_images": 4},
+        {"validation_prompt": "a dog"},
+        {"validation_steps": 9},
+    ):
         assert not is_left_out(**asked)

@@ -1,4 +1,5 @@
-"""Whole small trainings on the tiny base: what they leave and learn, that every option acts, how they end."""
+"""Whole small trainings on the tiny base: what they leave and learn, that every option acts, how
+they end."""
 
 import json
 import math
@@ -15,7 +16,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, EDMEulerScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from dreambooth_moslora.disk.events import StepDone, events_of, record_of
@@ -52,8 +58,14 @@ def steps(events):
 @pytest.fixture(scope="module")
 def shown_run(tiny_base, photos, few_steps, tmp_path_factory):
     folder, events = tmp_path_factory.mktemp("runs") / "dog", []
-    changes = {"num_validation_images": 2, "validation_steps": 2, "checkpointing_steps": 2, "report_to": "tensorboard"}
-    changes |= {"checkpoints_total_limit": 2, "hub_token": "hf_secret", "learning_rate": 0.3}  # a sample shows it
+    changes = {
+        "num_validation_images": 2,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+        "report_to": "tensorboard",
+    }
+    # a sample shows it
+    changes |= {"checkpoints_total_limit": 2, "hub_token": "hf_secret", "learning_rate": 0.3}
     return folder, events, train(tiny_config(tiny_base, photos, folder, **changes), events.append)
 
 
@@ -66,10 +78,22 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
     drawn = sorted(path.name for path in (folder / "samples").iterdir())
     assert drawn == [f"step_{step:06d}_{n}.png" for step in (0, 2, 4, 5) for n in (0, 1)]
     assert result.proof.max_relative_difference < 1e-5
-    assert json.loads(json.dumps([record_of(event) for event in events])) == RunDir(folder).read_metrics()
+    assert (
+        json.loads(json.dumps([record_of(event) for event in events]))
+        == RunDir(folder).read_metrics()
+    )
     assert events[0].kind == "start" and events[0].max_train_steps == 5
     assert [event.step for event in steps(events)] == [1, 2, 3, 4, 5]
-    keys = {"loss", "loss_instance", "loss_prior", "lr", "step_sec", "eta_sec", "memory_gib", "grad_norm"}
+    keys = {
+        "loss",
+        "loss_instance",
+        "loss_prior",
+        "lr",
+        "step_sec",
+        "eta_sec",
+        "memory_gib",
+        "grad_norm",
+    }
     assert keys <= set(record_of(steps(events)[0]))
     samples = [event for event in events if event.kind == "sample"]
     assert [event.step for event in samples] == [0, 2, 4, 5]
@@ -79,7 +103,8 @@ def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
 
 @pytest.mark.parametrize(("step", "with_adapter"), [(0, False), (5, True)])
 def test_samples_differ_between_steps_only_by_the_adapter(step, with_adapter, shown_run, tiny_base):
-    """An untouched pipeline draws the first ones as it is, and the last ones once it has loaded the folder."""
+    """An untouched pipeline draws the first ones as it is, and the last ones once it has loaded the
+    folder."""
     folder, events, _ = shown_run
     sample = next(event for event in events if event.kind == "sample" and event.step == step)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
@@ -90,15 +115,23 @@ def test_samples_differ_between_steps_only_by_the_adapter(step, with_adapter, sh
     generator = torch.Generator().manual_seed(sample.seeds[0])
     drawn = np.asarray(pipeline(sample.prompts[0], generator=generator, **options).images[0])
     names = sample.files[0], f"samples/step_{5 - step:06d}_0.png"
-    assert [differs(np.asarray(Image.open(folder / name)), drawn) for name in names] == [False, True]
+    assert [differs(np.asarray(Image.open(folder / name)), drawn) for name in names] == [
+        False,
+        True,
+    ]
 
 
-def test_the_config_that_was_written_trains_the_same_and_nothing_private_is_shared(shown_run, photos, tmp_path):
+def test_the_config_that_was_written_trains_the_same_and_nothing_private_is_shared(
+    shown_run, photos, tmp_path
+):
     folder, _, _ = shown_run
     for path in (folder / "README.md", *folder.glob("*.safetensors")):
         content = path.read_bytes()
         assert str(photos).encode() not in content and str(folder.parent).encode() not in content
-    assert not any("hf_secret" in (folder / name).read_text() for name in ("train_config.json", "metrics.jsonl"))
+    assert not any(
+        "hf_secret" in (folder / name).read_text()
+        for name in ("train_config.json", "metrics.jsonl")
+    )
     written = json.loads((folder / "train_config.json").read_text())
     quiet = {"output_dir": str(tmp_path), "num_validation_images": 0, "report_to": "none"}
     train(TrainConfig.from_dict({**written, **quiet}))
@@ -128,7 +161,10 @@ def train_steps(monkeypatch):
 
 
 def test_the_adapter_lowers_the_loss_on_equal_noise(tiny_base, tmp_path, train_steps):
-    photos, attention = paint_photos(tmp_path / "photos", count=1), ("to_q", "to_k", "to_v", "to_out.0")
+    photos, attention = (
+        paint_photos(tmp_path / "photos", count=1),
+        ("to_q", "to_k", "to_v", "to_out.0"),
+    )
     size = {"rank": 16, "train_batch_size": 4, "max_train_steps": 40, "target_modules": attention}
     train(tiny_config(tiny_base, photos, tmp_path / "run", **size))
     step = train_steps[0]
@@ -160,7 +196,8 @@ def test_what_only_costs_otherwise_changes_nothing(name, run, monkeypatch, tmp_p
 
 
 class Left:
-    """What a run of two steps left: its steps, the raw adapter's tensors by their last name, the optimizer's states."""
+    """What a run of two steps left: its steps, the raw adapter's tensors by their last name, the
+    optimizer's states."""
 
     def __init__(self, folder):
         self.steps = events_of(StepDone, RunDir(folder).read_metrics())
@@ -170,10 +207,16 @@ class Left:
         for name, tensor in raw.items():
             by_kind[name.rpartition(".")[2]].append(tensor)
         self.modules = {name.split(".")[0] for name in raw}
-        self.tensors = {kind: torch.cat([t.flatten() for t in found]) for kind, found in by_kind.items()}
+        self.tensors = {
+            kind: torch.cat([t.flatten() for t in found]) for kind, found in by_kind.items()
+        }
         self.states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-        self.is_8_bit = any("__bnb_optimizer_quant_state__" in state for state in self.states["state"].values())
-        self.is_orthogonal = all(torch.allclose(t @ t.T, torch.eye(len(t)), atol=1e-5) for t in by_kind["mixer"])
+        self.is_8_bit = any(
+            "__bnb_optimizer_quant_state__" in state for state in self.states["state"].values()
+        )
+        self.is_orthogonal = all(
+            torch.allclose(t @ t.T, torch.eye(len(t)), atol=1e-5) for t in by_kind["mixer"]
+        )
 
     def size(self, kind):
         return float(self.tensors[kind].norm())
@@ -191,7 +234,10 @@ def is_other_later(left, plain):
 
 
 def is_clipped(left, plain):
-    return left.size("lora_B") < plain.size("lora_B") / 10 and left.steps[0].grad_norm == plain.steps[0].grad_norm
+    return (
+        left.size("lora_B") < plain.size("lora_B") / 10
+        and left.steps[0].grad_norm == plain.steps[0].grad_norm
+    )
 
 
 def is_told(left, plain):
@@ -211,8 +257,14 @@ ROUNDED = (("bf16", {"mixed_precision": "bf16"}), ("nf4", {"base_quantization": 
 OPTIONS = {
     "seed": ({"seed": 4}, is_other),
     "rank, mixer, alpha, rslora, dora, cosine": (TOLD, is_told),
-    "frozen mixer": ({"train_mixer": False}, lambda left, plain: left.is_orthogonal and not plain.is_orthogonal),
-    "mixer_lr_scale": ({"mixer_lr_scale": 10.0}, lambda left, plain: left.mixers_are_far_from(plain)),
+    "frozen mixer": (
+        {"train_mixer": False},
+        lambda left, plain: left.is_orthogonal and not plain.is_orthogonal,
+    ),
+    "mixer_lr_scale": (
+        {"mixer_lr_scale": 10.0},
+        lambda left, plain: left.mixers_are_far_from(plain),
+    ),
     "dropout": ({"lora_dropout": 0.5}, is_other_later),  # nothing to drop while B is zero
     "timestep bias": (LATER, is_other),
     "min-SNR": ({"snr_gamma": 1e-3}, lambda left, plain: left.loss < 0.9 * plain.loss),
@@ -221,13 +273,23 @@ OPTIONS = {
     "smooth L1": ({"loss_type": "smooth_l1", "huber_schedule": "exponential"}, is_other),
     "debiased": ({"debiased_estimation_loss": True}, is_other),
     "edm": ({"do_edm_style_training": True}, is_other),
-    **{name: (changes, lambda left, plain: 0 < abs(left.loss / plain.loss - 1) < 0.05) for name, changes in ROUNDED},
-    "text encoder": ({"train_text_encoder": True}, lambda left, plain: left.modules - plain.modules == TEXT),
+    **{
+        name: (changes, lambda left, plain: 0 < abs(left.loss / plain.loss - 1) < 0.05)
+        for name, changes in ROUNDED
+    },
+    "text encoder": (
+        {"train_text_encoder": True},
+        lambda left, plain: left.modules - plain.modules == TEXT,
+    ),
     "8-bit": ({"use_8bit_adam": True, "rank": 128}, lambda left, plain: left.is_8_bit),
     "clipping": ({"max_grad_norm": 1e-6, "adam_epsilon": 1e-4}, is_clipped),
-    "weight decay": ({"adam_weight_decay": 5.0}, lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A")),
+    "weight decay": (
+        {"adam_weight_decay": 5.0},
+        lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A"),
+    ),
     "center_crop": ({"center_crop": True}, is_other),
-    "interpolation": ({"image_interpolation_mode": "nearest"}, is_other_later),  # the first photo has the size already
+    # the first photo has the size already
+    "interpolation": ({"image_interpolation_mode": "nearest"}, is_other_later),
 }
 """Changes, and what they must show beside the run without them."""
 
@@ -249,15 +311,25 @@ def test_every_option_acts_as_its_name_says_and_stays_finite(name, run, plain_ru
 
 
 def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatch):
-    base, noised, targets = save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"), [], []
+    base, noised, targets = (
+        save_tiny_sdxl(tmp_path / "base", prediction_type="v_prediction"),
+        [],
+        [],
+    )
     add_noise, loss = objective.add_noise, objective.loss
-    monkeypatch.setattr(objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given))
-    noted = lambda answer, target, *given, **named: targets.append(target) or loss(answer, target, *given, **named)  # noqa: E731
+    monkeypatch.setattr(
+        objective, "add_noise", lambda *given: noised.append(given) or add_noise(*given)
+    )
+    noted = lambda answer, target, *given, **named: (  # noqa: E731
+        targets.append(target) or loss(answer, target, *given, **named)
+    )
     monkeypatch.setattr(objective, "loss", noted)
     train(tiny_config(base, photos, tmp_path / "run", max_train_steps=2))
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     for (_, latents, noise, index), target in zip(noised, targets, strict=True):
-        torch.testing.assert_close(target, scheduler.get_velocity(latents, noise, index), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            target, scheduler.get_velocity(latents, noise, index), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_min_snr_is_refused_on_an_edm_base(tmp_path, photos):
@@ -269,7 +341,9 @@ def test_min_snr_is_refused_on_an_edm_base(tmp_path, photos):
         train(tiny_config(base, photos, tmp_path / "run", snr_gamma=5.0))
 
 
-def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(run, tiny_base, photos, tmp_path):
+def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(
+    run, tiny_base, photos, tmp_path
+):
     events, _ = run(with_prior_preservation=True, prior_loss_weight=0.5, max_train_steps=2)
     for event in steps(events):
         assert event.loss == pytest.approx(event.loss_instance + 0.5 * event.loss_prior, rel=1e-5)
@@ -278,11 +352,20 @@ def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(ru
     config = tiny_config(tiny_base, photos, tmp_path, prior_prompts=("a car", "a cup"))
     classes = [config.class_prompt] * 50
     drawn = Counter(prompt for turn in (0, 1) for prompt in prior_prompts(config, classes, turn))
-    assert 35 < drawn["a photo of a dog"] < 65 and min(drawn["a car"], drawn["a cup"]) > 10 and len(drawn) == 3
+    assert (
+        35 < drawn["a photo of a dog"] < 65
+        and min(drawn["a car"], drawn["a cup"]) > 10
+        and len(drawn) == 3
+    )
 
 
 def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and_other_prompts(run):
-    prior = {"with_prior_preservation": True, "prior": "adapter_off", "train_batch_size": 4, "max_train_steps": 3}
+    prior = {
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+        "train_batch_size": 4,
+        "max_train_steps": 3,
+    }
     digests = set()
     for name, others in (("plain", ()), ("others", ("a red car in the snow", "a cup"))):
         events, digest = run(name, **prior, prior_prompts=others)
@@ -294,7 +377,9 @@ def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
     step, bad = TrainStep.accumulate_gradients, StepLosses(float("nan"), float("nan"), None)
-    monkeypatch.setattr(TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad)
+    monkeypatch.setattr(
+        TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
+    )
     with pytest.raises(UserError, match="at step 3: lower --learning_rate"):
         run(checkpointing_steps=2)
     end = RunDir(tmp_path / "run").read_metrics()[-1]
@@ -340,11 +425,19 @@ def test_a_tracker_that_fails_at_the_end_loses_no_finished_run(config, monkeypat
 
 @pytest.mark.parametrize(
     ("weight_decay", "says", "kept"),
-    [(1e38, "the adapter is not finite after step 1", []), (1e30, "the gradient is nan at step 2", ["checkpoint-1"])],
+    [
+        (1e38, "the adapter is not finite after step 1", []),
+        (1e30, "the gradient is nan at step 2", ["checkpoint-1"]),
+    ],
 )
 def test_an_adapter_that_is_not_finite_becomes_no_checkpoint(weight_decay, says, kept, config):
     """The loss before a step knows nothing of what that step does: here it overflows."""
-    sizes = {"adam_weight_decay": weight_decay, "learning_rate": 1e2, "max_train_steps": 2, "checkpointing_steps": 1}
+    sizes = {
+        "adam_weight_decay": weight_decay,
+        "learning_rate": 1e2,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+    }
     with pytest.raises(UserError, match=f"{says}: lower --learning_rate"):
         train(replace(config, **sizes))
     assert [path.name for path in RunDir(config.output_dir).checkpoints()] == kept
@@ -360,13 +453,19 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_not(tiny_base, photos, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_not(
+    tiny_base, photos, tmp_path
+):
     pytest.importorskip("fcntl")
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         before = sorted(path.name for path in tmp_path.iterdir())
-        with pytest.raises(UserError, match=f"process {holder.pid} on {socket.gethostname()} is training there"):
+        with pytest.raises(
+            UserError, match=f"process {holder.pid} on {socket.gethostname()} is training there"
+        ):
             train(tiny_config(tiny_base, photos, tmp_path))
         assert sorted(path.name for path in tmp_path.iterdir()) == before
         holder.kill()
@@ -375,5 +474,9 @@ def test_a_second_run_in_a_folder_is_refused_and_one_after_a_killed_process_is_n
         assert str(os.getpid()) in (tmp_path / OWNER_NAME).read_text()
     assert not {LOCK_NAME, OWNER_NAME} & set(os.listdir(tmp_path))
     for _ in range(2):
-        with locked(tmp_path), pytest.raises(UserError, match="is training there"), locked(tmp_path):
+        with (
+            locked(tmp_path),
+            pytest.raises(UserError, match="is training there"),
+            locked(tmp_path),
+        ):
             pass

@@ -1,4 +1,5 @@
-"""Class images, `--masks auto` and `--captions auto`: made before training, once, topped up; the photos stay."""
+"""Class images, `--masks auto` and `--captions auto`: made before training, once, topped up; the
+photos stay."""
 
 import argparse
 import json
@@ -23,13 +24,21 @@ from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.training import made_before, reporter
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.made_before import ClassImages, planned, shares, usable_class_photos
+from dreambooth_moslora.training.made_before import (
+    ClassImages,
+    planned,
+    shares,
+    usable_class_photos,
+)
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_encoders import save_tiny_clipseg
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
-MISSING = {"masks": "mask_model CIDAS/clipseg-rd64-refined", "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct"}
+MISSING = {
+    "masks": "mask_model CIDAS/clipseg-rd64-refined",
+    "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct",
+}
 WORDS = ("sks dog", "zwx cat")
 pytestmark = pytest.mark.usefixtures("few_steps")
 
@@ -48,14 +57,19 @@ def auto(tiny_base, photos, tmp_path):
 
 @pytest.fixture
 def found_everywhere(monkeypatch):
-    """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least peak."""
+    """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least
+    peak."""
     monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
 
 
 @pytest.mark.slow
-def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(auto, photos, tmp_path, found_everywhere, monkeypatch):
+def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(
+    auto, photos, tmp_path, found_everywhere, monkeypatch
+):
     asked, ask = [], Segmenter.mask
-    monkeypatch.setattr(Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image))
+    monkeypatch.setattr(
+        Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image)
+    )
     before = sorted(path.name for path in photos.iterdir())
     train(auto)
     assert sorted(path.name for path in photos.iterdir()) == before
@@ -69,19 +83,25 @@ def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(auto, photos, t
     assert adapter_sha256(tmp_path / "plain") != first
     for photo in photo_report(auto).photos:  # a person's masks need no model
         shutil.copy(photo.mask_path, photo.path.with_suffix(".mask.png"))
-    train(replace(auto, mask_model=table.TrainConfig().mask_model, output_dir=str(tmp_path / "own")))
+    train(
+        replace(auto, mask_model=table.TrainConfig().mask_model, output_dir=str(tmp_path / "own"))
+    )
     assert adapter_sha256(tmp_path / "own") == first and not (tmp_path / "own" / "masks").exists()
 
 
 @pytest.mark.parametrize("asked_for", MISSING)
-def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(asked_for, tiny_base, photos, tmp_path):
+def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(
+    asked_for, tiny_base, photos, tmp_path
+):
     events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
     with pytest.raises(UserError, match=f"--{MISSING[asked_for]} is not here"):
         train(config, events.append)
     assert not [event for event in events if getattr(event, "phase", None) == "loading"]
 
 
-def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(auto, photos, tmp_path, found_everywhere):
+def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(
+    auto, photos, tmp_path, found_everywhere
+):
     train(auto)
     moved, other = tmp_path / "moved", tmp_path / "other"
     (tmp_path / "run").rename(moved)
@@ -102,36 +122,61 @@ def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_
     """The captioner answers by the photo's number of pixels."""
     photos, run, asked = paint_photos(tmp_path / "photos", count=3), tmp_path / "run", []
     answer = lambda image: asked.append(image) or f"beside {image.width} trees"  # noqa: E731
-    monkeypatch.setattr(made_before, "load_captioner", lambda *_, **__: Captioner("model", "dog", answer))
+    monkeypatch.setattr(
+        made_before, "load_captioner", lambda *_, **__: Captioner("model", "dog", answer)
+    )
     (photos / "1.txt").write_text("sks dog, mine")
     before = sorted(path.name for path in photos.iterdir())
     auto = tiny_config(tiny_base, photos, run, captions="auto", max_train_steps=2)
     train(auto)
     assert len(asked) == 2 and sorted(path.name for path in photos.iterdir()) == before
-    kept = {name: facts["caption"] for name, facts in json.loads((run / "captions.json").read_text()).items()}
-    assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == ["0.png", "2.png"]
+    kept = {
+        name: facts["caption"]
+        for name, facts in json.loads((run / "captions.json").read_text()).items()
+    }
+    assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == [
+        "0.png",
+        "2.png",
+    ]
     train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
     for name, caption in kept.items():
         (photos / name).with_suffix(".txt").write_text(caption)
     train(replace(auto, captions="given", output_dir=str(tmp_path / "written")))
-    assert adapter_sha256(tmp_path / "written") == adapter_sha256(run) != adapter_sha256(tmp_path / "plain")
+    assert (
+        adapter_sha256(tmp_path / "written")
+        == adapter_sha256(run)
+        != adapter_sha256(tmp_path / "plain")
+    )
 
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
-    """Make masks and captions of three dogs and two cats by so many processes; returns what each found or its error,
-    how many answers each asked for, and the files. `is_full(process, answers so far)` ends one."""
-    each = [find_photos(paint_photos(tmp_path / words, count), words, 64) for words, count in zip(WORDS, (3, 2))]
-    pets = [replace(photo, subject=number) for number, found in enumerate(each) for photo in found.photos]
+    """Make masks and captions of three dogs and two cats by so many processes; returns what each
+    found or its error, how many answers each asked for, and the files. `is_full(process, answers so
+    far)` ends one."""
+    each = [
+        find_photos(paint_photos(tmp_path / words, count), words, 64)
+        for words, count in zip(WORDS, (3, 2))
+    ]
+    pets = [
+        replace(photo, subject=number)
+        for number, found in enumerate(each)
+        for photo in found.photos
+    ]
     run = as_processes(monkeypatch)
     tables = [{"instance_data_dir": words, "instance_prompt": words} for words in WORDS]
 
-    def make(count: int, is_full=lambda process, done: False) -> tuple[list, list[int], dict[str, bytes]]:
+    def make(
+        count: int, is_full=lambda process, done: False
+    ) -> tuple[list, list[int], dict[str, bytes]]:
         folder, done = tmp_path / f"run_{count}", [0] * count
-        config = table.TrainConfig(subjects=tables, masks="auto", captions="auto", output_dir=str(folder))
+        config = table.TrainConfig(
+            subjects=tables, masks="auto", captions="auto", output_dir=str(folder)
+        )
 
         def asking(kind, answer):
-            """What loads a Segmenter or a Captioner that answers so, on a device that tells its process."""
+            """What loads a Segmenter or a Captioner that answers so, on a device that tells its
+            process."""
 
             def ask(device: torch.device, image: Image.Image) -> object:
                 if is_full(device.index, done[device.index]):
@@ -143,7 +188,9 @@ def made(monkeypatch, tmp_path):
 
         mask = asking(Segmenter, lambda image: torch.ones(image.height, image.width))
         monkeypatch.setattr("dreambooth_moslora.photos.masks.load_segmenter", mask)
-        monkeypatch.setattr(made_before, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees"))
+        monkeypatch.setattr(
+            made_before, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees")
+        )
 
         def one(accelerator):
             accelerator.device = torch.device("cpu", accelerator.process_index)
@@ -183,13 +230,17 @@ def dogs(folder, seed=7, size=(8, 8)):
 
 
 def wanted(count):
-    return table.TrainConfig(with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8)
+    return table.TrainConfig(
+        with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8
+    )
 
 
 def taken(folder, *sets):
     """The names of the pictures that are taken of these sets, with so many of each."""
     count = sum(number for _, number in sets)
-    return [photo.path.name for photo in usable_class_photos(folder, wanted(max(count, 3)), list(sets))]
+    return [
+        photo.path.name for photo in usable_class_photos(folder, wanted(max(count, 3)), list(sets))
+    ]
 
 
 def pictures_in(folder):
@@ -197,7 +248,8 @@ def pictures_in(folder):
 
 
 def top_up(images, count, batch_size=4):
-    """Paint what is missing, as a run does, in colours that tell their seed; returns the seeds of each call."""
+    """Paint what is missing, as a run does, in colours that tell their seed; returns the seeds of
+    each call."""
     calls = []
 
     def paint(prompt, seeds):
@@ -213,12 +265,15 @@ def top_up(images, count, batch_size=4):
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"half a picture"])
-def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_whole(damage, tmp_path):
+def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_whole(
+    damage, tmp_path
+):
     images = dogs(tmp_path)
     top_up(images, 8)
     before, path = pictures_in(tmp_path), tmp_path / images.name(5)
     path.unlink() if damage is None else path.write_bytes(damage)
-    calls = top_up(dogs(tmp_path, seed=8) if damage == b"" else images, 8)  # each has its own seed noted
+    # each has its own seed noted
+    calls = top_up(dogs(tmp_path, seed=8) if damage == b"" else images, 8)
     assert calls == [tuple(images.image_seed(i) for i in range(4, 8))]
     assert pictures_in(tmp_path) == before
     assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
@@ -226,7 +281,11 @@ def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_wh
 
 def test_images_of_another_prompt_or_size_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
     """Sets of several sizes stand beside each other, and their manifest says so."""
-    square, wide, cats = dogs(tmp_path), dogs(tmp_path, size=(8, 16)), ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
+    square, wide, cats = (
+        dogs(tmp_path),
+        dogs(tmp_path, size=(8, 16)),
+        ClassImages(tmp_path, "a cat", "toy", 7, (8, 8)),
+    )
     top_up(square, 1)
     assert wide.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png")) != set()
     top_up(wide, 2)
@@ -251,7 +310,9 @@ def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
     assert top_up(plain, 3) == top_up(other, 3) == []
 
 
-def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(tmp_path, caplog):
+def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(
+    tmp_path, caplog
+):
     images = dogs(tmp_path)
     top_up(images, 4, batch_size=2)
     assert caplog.text == ""
@@ -275,11 +336,17 @@ def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp
     for text in ('{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000):
         manifest.write_text(text)
         assert images.generated(paths) == images.stale(paths) == set(paths)
-        assert len(top_up(images, 2)) == 1 and images.stale(paths) == set() and len(images.manifest()) == 2
+        assert (
+            len(top_up(images, 2)) == 1
+            and images.stale(paths) == set()
+            and len(images.manifest()) == 2
+        )
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
-def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(is_stopped, tmp_path, caplog):
+def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(
+    is_stopped, tmp_path, caplog
+):
     """A killed run holds it no longer, as the system releases its lock. A stop ends the wait."""
     folder, ended, asked = tmp_path / "class", [], []
     folder.mkdir()
@@ -296,7 +363,9 @@ def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(is_st
     other = queue.take(folder / made_before.LOCK_NAME, "--class_data_dir")
     (waiting := Thread(target=draw)).start()
     waiting.join(2 * made_before.LOOK_SEC)
-    assert ended == [] and caplog.messages == [f"{folder}: another run draws there, and this one waits"]
+    assert ended == [] and caplog.messages == [
+        f"{folder}: another run draws there, and this one waits"
+    ]
     asked.append(True) if is_stopped else other.close()
     waiting.join()
     assert ended == ["stopped" if is_stopped else "drawn"]
@@ -309,7 +378,9 @@ def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tm
     pipeline.unet.conv_out.weight.data.fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "model")
     changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
-    with pytest.raises(UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"):
+    with pytest.raises(
+        UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"
+    ):
         train(tiny_config(tmp_path / "model", photos, tmp_path / "run", **changes))
     assert not list((tmp_path / "class").iterdir())
 
@@ -329,7 +400,12 @@ def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tm
 
 
 def test_class_images_are_shared_by_the_photos_of_each_size_and_each_size_gets_one():
-    known = [((5,), 7, (7,)), ((3, 1), 8, (6, 2)), ((98, 1, 1), 10, (8, 1, 1)), ((2, 2, 1), 1, (1, 0, 0))]
+    known = [
+        ((5,), 7, (7,)),
+        ((3, 1), 8, (6, 2)),
+        ((98, 1, 1), 10, (8, 1, 1)),
+        ((2, 2, 1), 1, (1, 0, 0)),
+    ]
     for counts, total, shared in (*known, ((1, 2), 0, (0, 0))):
         sizes = {(8, 8 * number): count for number, count in enumerate(counts, start=1)}
         assert tuple(shares(sizes, total).values()) == shared

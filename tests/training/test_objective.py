@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora.settings.table import TrainConfig
@@ -51,16 +56,24 @@ def learnt(plan, drawn, index=INDEX):
     """What the UNet's output means, and what it should have been."""
     latents, noise, output = drawn
     noisy = objective.add_noise(plan, latents, noise, index)
-    return objective.prediction_of(plan, output, noisy), objective.loss_target(plan, latents, noise, index)
+    return objective.prediction_of(plan, output, noisy), objective.loss_target(
+        plan, latents, noise, index
+    )
 
 
-def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_over_sigma_squared(drawn):
+def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_over_sigma_squared(
+    drawn,
+):
     """A perfect prediction costs nothing."""
     latents, noise, _ = drawn
     plans = schedule(), schedule(style="edm")
     ddpm, edm = (objective.add_noise(plan, latents, noise, INDEX) for plan in plans)
-    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(ddpm.timesteps, edm.timesteps)
-    ddpm, edm = (objective.image_errors(*learnt(plan, drawn), None) * weights(plan, INDEX) for plan in plans)
+    assert torch.allclose(ddpm.unet_input, edm.unet_input, atol=1e-5) and torch.equal(
+        ddpm.timesteps, edm.timesteps
+    )
+    ddpm, edm = (
+        objective.image_errors(*learnt(plan, drawn), None) * weights(plan, INDEX) for plan in plans
+    )
     assert torch.allclose(edm, ddpm, rtol=1e-3)
     for kind in ("epsilon", "v_prediction"):
         answer = objective.loss_target(schedule(kind), latents, noise, INDEX)
@@ -71,12 +84,15 @@ def test_edm_style_is_the_same_loss_and_counts_an_error_of_the_latents_by_one_ov
     sigmas = truth.sigmas[:-1].flip(0)[EARLIER].view(-1, 1, 1, 1)
     clean = latents + sigmas * noise - sigmas * output
     got = objective.loss(*learnt(plan, drawn, EARLIER), weights(plan, EARLIER), ALL)
-    assert float(got.total) == pytest.approx(float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3)
+    assert float(got.total) == pytest.approx(
+        float(((clean - latents) ** 2 / sigmas**2).mean()), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("kind", "extra"), [("epsilon", 0.0), ("v_prediction", 1.0)])
 def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
-    """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv 2303.09556, 3.4)."""
+    """min(SNR, gamma) / SNR, and one more for velocity; the prior loss is the plain mean (arXiv
+    2303.09556, 3.4)."""
     latents, noise, output = drawn
     truth = DDPMScheduler.from_config(SCHEDULER.config, prediction_type=kind)
     plan, subjects, gamma = schedule(kind), 2, 5.0
@@ -88,7 +104,9 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     clipped = objective.weights_of(["min_snr"], plan, EARLIER, subjects, gamma)
     got = objective.loss(output, target, clipped, subjects, 0.25)
     wanted = [instance, errors[2], instance + 0.25 * errors[2]]
-    assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(wanted, rel=1e-4)
+    assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(
+        wanted, rel=1e-4
+    )
     assert weights[0] - extra < 0.05 and weights[1] - extra == 1
 
 
@@ -106,7 +124,8 @@ def test_edm_bases_are_preconditioned_as_diffusers_does(kind, drawn):
 
 
 def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(drawn):
-    """An image without the subject counts as its places do; an ordinary loss is the squared error bit for bit."""
+    """An image without the subject counts as its places do; an ordinary loss is the squared error
+    bit for bit."""
     prediction, target = torch.zeros(4, 4, 2, 2), torch.ones(4, 4, 2, 2)
     target[2:] = 3
     got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
@@ -125,11 +144,18 @@ def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(draw
     assert objective.pointwise_error(schedule(), INDEX) is torch.square
 
 
-@pytest.mark.parametrize("strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)])
+@pytest.mark.parametrize(
+    "strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)]
+)
 def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
     for schedule in map(prepare.noise_schedule, (SCHEDULER, EDMEulerScheduler())):
-        draws = objective.sample_timesteps(schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25)
-        noisiest = schedule.sigmas[draws] >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
+        draws = objective.sample_timesteps(
+            schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25
+        )
+        noisiest = (
+            schedule.sigmas[draws]
+            >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
+        )
         assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)
 
 
@@ -161,14 +187,18 @@ WIDTHS = {
 @pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
 @pytest.mark.parametrize("course", WIDTHS)
 def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
-    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of two (c) far off. A
-    flow's schedule begins with pure noise, step 1000."""
+    """As `conditional_loss` there, for each image's own noise level: a square near zero, a slope of
+    two (c) far off. A flow's schedule begins with pure noise, step 1000."""
     target, _, output = drawn
     for plan in (schedule(), prepare.noise_schedule(FlowMatchEulerDiscreteScheduler())):
-        got = objective.image_errors(output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course))
+        got = objective.image_errors(
+            output, target, None, objective.pointwise_error(plan, INDEX, kind, 0.2, course)
+        )
         for number, step in enumerate(INDEX.tolist()):
             c = WIDTHS[course](plan.sigmas[step].item(), plan.timesteps[step].item())
-            rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (2 * c if kind == "huber" else 2)
+            rounded = (((output[number] - target[number]) ** 2 + c**2) ** 0.5 - c) * (
+                2 * c if kind == "huber" else 2
+            )
             assert got[number].item() == pytest.approx(rounded.mean().item(), rel=1e-4)
 
 

@@ -26,32 +26,51 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 
 
 def components(**extra):
-    models = {name: torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)}) for name in ("unet", "text_encoder")}
+    models = {
+        name: torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8)})
+        for name in ("unet", "text_encoder")
+    }
     for model in models.values():
         inject(model, MoSLoraConfig(r=4, target_modules=["to_q"], **extra))
     return models
 
 
 def groups_of(config, world_size=1, **extra):
-    return {group["name"]: group for group in parameter_groups(config, components(**extra), world_size=world_size)}
+    return {
+        group["name"]: group
+        for group in parameter_groups(config, components(**extra), world_size=world_size)
+    }
 
 
 def test_each_group_has_its_own_rate_and_mixers_do_not_decay():
-    groups = groups_of(TrainConfig(learning_rate=1e-4, text_encoder_lr=1e-6, mixer_lr_scale=3, adam_weight_decay=0.1))
+    groups = groups_of(
+        TrainConfig(
+            learning_rate=1e-4, text_encoder_lr=1e-6, mixer_lr_scale=3, adam_weight_decay=0.1
+        )
+    )
     assert [groups[n]["lr"] for n in ("unet", "unet.mixer")] == pytest.approx([1e-4, 3e-4])
-    assert [groups[n]["lr"] for n in ("text_encoder", "text_encoder.mixer")] == pytest.approx([1e-6, 3e-6])
+    assert [groups[n]["lr"] for n in ("text_encoder", "text_encoder.mixer")] == pytest.approx(
+        [1e-6, 3e-6]
+    )
     assert groups["unet"]["weight_decay"] == 0.1 and groups["text_encoder"]["weight_decay"] == 1e-3
     assert groups["unet.mixer"]["weight_decay"] == groups["text_encoder.mixer"]["weight_decay"] == 0
-    assert [tuple(p.shape) for p in groups["unet.mixer"]["params"]] == [(4, 4)] and len(groups["unet"]["params"]) == 2
+    assert [tuple(p.shape) for p in groups["unet.mixer"]["params"]] == [(4, 4)] and len(
+        groups["unet"]["params"]
+    ) == 2
     assert set(groups_of(TrainConfig(), train_mixer=False)) == {"unet", "text_encoder"}
-    assert groups_of(TrainConfig(text_encoder_lr=0, learning_rate=1e-3))["text_encoder"]["lr"] == 1e-3
-    config = TrainConfig(scale_lr=True, train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-4)
+    assert (
+        groups_of(TrainConfig(text_encoder_lr=0, learning_rate=1e-3))["text_encoder"]["lr"] == 1e-3
+    )
+    config = TrainConfig(
+        scale_lr=True, train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-4
+    )
     groups = groups_of(config, world_size=4)
     assert groups["unet"]["lr"] == pytest.approx(24e-4) and groups["text_encoder"]["lr"] == 5e-6
 
 
 def stepped(name):
-    """The first group's parameters before and after three steps with gradients of one, and the optimizer."""
+    """The first group's parameters before and after three steps with gradients of one, and the
+    optimizer."""
     settings = TrainConfig(adam_weight_decay=0, learning_rate=1e-2, optimizer=name)
     groups = parameter_groups(settings, components())
     weights, optimizer = groups[0]["params"], make_optimizer(settings, groups)
@@ -78,41 +97,78 @@ def test_the_schedule_free_average_is_what_the_library_evaluates():
     assert all(map(torch.equal, ours, weights))
 
 
-FREE = pytest.param("AdamWScheduleFree", 16, marks=pytest.mark.extra("schedulefree"))  # with what is not averaged
+# with what is not averaged
+FREE = pytest.param("AdamWScheduleFree", 16, marks=pytest.mark.extra("schedulefree"))
 
 
-@pytest.mark.parametrize(("name", "in_checkpoint"), [("AdamW", 12), ("Prodigy", 20), ("Adafactor", 12), FREE])
+@pytest.mark.parametrize(
+    ("name", "in_checkpoint"), [("AdamW", 12), ("Prodigy", 20), ("Adafactor", 12), FREE]
+)
 def test_the_estimate_counts_what_an_optimizer_keeps(name, in_checkpoint):
     """Prodigy keeps two states more, a third of a GiB for SDXL at rank 32."""
     _, weights, optimizer = stepped(name)
-    kept = [tensor for weight in weights for tensor in (weight, weight.grad, *optimizer.state[weight].values())]
-    size = sum(tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dim())
+    kept = [
+        tensor
+        for weight in weights
+        for tensor in (weight, weight.grad, *optimizer.state[weight].values())
+    ]
+    size = sum(
+        tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dim()
+    )
     assert size <= OPTIMIZERS[name].bytes_each * sum(weight.numel() for weight in weights)
-    for in_8_bit, expected in ((False, in_checkpoint), (True, 6 if name == "AdamW" else in_checkpoint)):
+    for in_8_bit, expected in (
+        (False, in_checkpoint),
+        (True, 6 if name == "AdamW" else in_checkpoint),
+    ):
         cost = estimate(TrainConfig(optimizer=name, use_8bit_adam=in_8_bit), BaseSize(), 1)
         assert cost.checkpoint_gib * 2**30 == pytest.approx(expected * cost.adapter_parameters)
 
 
-def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know_it(tmp_path, tiny_base, monkeypatch):
+def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know_it(
+    tmp_path, tiny_base, monkeypatch
+):
     """A library that is missing is one line."""
-    kind = OptimizerKind("torch.optim:RAdam", lambda config: {"betas": (0.8, config.adam_beta2)}, bytes_each=1000)
+    kind = OptimizerKind(
+        "torch.optim:RAdam", lambda config: {"betas": (0.8, config.adam_beta2)}, bytes_each=1000
+    )
     monkeypatch.setitem(OPTIMIZERS, "RAdam", kind)
-    words = ["--pretrained_model_name_or_path", "toy", "--instance_prompt", "a photo of sks cup", "--instance_data_dir"]
+    words = [
+        "--pretrained_model_name_or_path",
+        "toy",
+        "--instance_prompt",
+        "a photo of sks cup",
+        "--instance_data_dir",
+    ]
     flagged = parse_train_config([*words, "assets/subjects/duck", "--optimizer", "RAdam"])
-    known, other = (estimate(replace(flagged, optimizer=name), BaseSize(), 1) for name in ("RAdam", "AdamW"))
+    known, other = (
+        estimate(replace(flagged, optimizer=name), BaseSize(), 1) for name in ("RAdam", "AdamW")
+    )
     assert known.training_gib > other.training_gib
-    with pytest.raises(UserError, match="choose one of AdamW, Prodigy, AdamWScheduleFree, Adafactor, RAdam"):
+    with pytest.raises(
+        UserError, match="choose one of AdamW, Prodigy, AdamWScheduleFree, Adafactor, RAdam"
+    ):
         replace(flagged, optimizer="Lion")
-    photos, sizes = paint_photos(tmp_path / "photos", count=2), {"max_train_steps": 4, "checkpointing_steps": 2}
+    photos, sizes = (
+        paint_photos(tmp_path / "photos", count=2),
+        {"max_train_steps": 4, "checkpointing_steps": 2},
+    )
     sizes["optimizer"] = "RAdam"
-    whole, half = (tiny_config(tiny_base, photos, tmp_path / name, **sizes) for name in ("whole", "half"))
-    for config in (whole, replace(half, max_train_steps=2), replace(half, resume_from_checkpoint="latest")):
+    whole, half = (
+        tiny_config(tiny_base, photos, tmp_path / name, **sizes) for name in ("whole", "half")
+    )
+    for config in (
+        whole,
+        replace(half, max_train_steps=2),
+        replace(half, resume_from_checkpoint="latest"),
+    ):
         loop.train(config)
     saved = torch.load(tmp_path / "half" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert all("exp_avg_sq" in state for state in saved["state"].values())
     assert adapter_sha256(tmp_path / "half") == adapter_sha256(tmp_path / "whole")
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"):
+    with pytest.raises(
+        UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"
+    ):
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
 
 
@@ -121,7 +177,9 @@ def bytes_of(tensors) -> set[bytes]:
 
 
 @pytest.mark.slow
-def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(tiny_base, tmp_path, monkeypatch):
+def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(
+    tiny_base, tmp_path, monkeypatch
+):
     """Samples are drawn with the average."""
     photos, draw, drawn = paint_photos(tmp_path / "photos"), results.ValidationSamples.draw, {}
 
@@ -148,7 +206,9 @@ def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(ti
         assert torch.allclose(averaged[name], mean, atol=1e-6)
     downs = bytes_of(averaged[name] for name in names if name.endswith("lora_A"))
     assert bytes_of(drawn[3]) == downs
-    assert downs < bytes_of(load_file(tmp_path / "averaged" / "pytorch_lora_weights.safetensors").values())
+    assert downs < bytes_of(
+        load_file(tmp_path / "averaged" / "pytorch_lora_weights.safetensors").values()
+    )
 
 
 def test_the_average_is_that_of_diffusers():

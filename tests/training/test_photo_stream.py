@@ -11,7 +11,12 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.examine import plans_of
-from dreambooth_moslora.photos.folder import ORDERS, bare_prompt_line, photo_report, shuffled_captions
+from dreambooth_moslora.photos.folder import (
+    ORDERS,
+    bare_prompt_line,
+    photo_report,
+    shuffled_captions,
+)
 from dreambooth_moslora.photos.photo_file import CropRule, Photo, bucket_of, crop_rule, kept_path
 from dreambooth_moslora.seeds import place_of
 from dreambooth_moslora.settings import table
@@ -44,7 +49,9 @@ def photos_of(sizes):
 
 
 def stream(batch_size, rule=BUCKETS, repeats=1):
-    return PhotoStream(photos_of(SIZES), Numbers(rule), 3, "instance", repeats, batch_size=batch_size)
+    return PhotoStream(
+        photos_of(SIZES), Numbers(rule), 3, "instance", repeats, batch_size=batch_size
+    )
 
 
 def ahead_of(stream, count):
@@ -82,14 +89,19 @@ def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repea
     found = views(shown, 2 * count)
     sizes = [plan.target_size for _, plan in found]
     assert len(set(sizes)) > 2
-    assert all(len(set(sizes[start : start + batch_size])) == 1 for start in range(0, len(sizes), batch_size))
+    assert all(
+        len(set(sizes[start : start + batch_size])) == 1
+        for start in range(0, len(sizes), batch_size)
+    )
     for half in (found[:count], found[count:]):
         assert set(Counter(photo for photo, _ in half).values()) == {batch_size * repeats}
     assert [shown.at(position)[0] for position in reversed(range(2 * count))] == found[::-1]
     assert found[:count] != found[count:]
 
 
-@pytest.mark.parametrize("rule", [BUCKETS, CropRule(64, crops_per_photo=2), CropRule(64, crops_per_photo=3)])
+@pytest.mark.parametrize(
+    "rule", [BUCKETS, CropRule(64, crops_per_photo=2), CropRule(64, crops_per_photo=3)]
+)
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 5, 20, 200])
 def test_what_is_encoded_ahead_is_what_is_shown(rule, batch_size, count):
@@ -122,13 +134,19 @@ def test_a_run_without_a_photo_is_that_of_a_folder_without_it():
 
 def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
     config = table.TrainConfig(resolution=64, seed=3, enable_bucket=True, crops_per_photo=2)
-    shown = {plan for number, photo in enumerate(photos_of(SIZES)) for plan in plans_of(photo, number, config)}
+    shown = {
+        plan
+        for number, photo in enumerate(photos_of(SIZES))
+        for plan in plans_of(photo, number, config)
+    }
     assert crop_rule(config) == BUCKETS and shown == {plan for _, plan in views(stream(2), 100)}
     config = several(seed=5, crops_per_photo=2, crop_zoom=1.5, random_flip=True, repeats=2)
     photos = photo_report(config).photos
     trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 120))
     numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
-    assert trained == {(photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)}
+    assert trained == {
+        (photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)
+    }
 
 
 @pytest.mark.parametrize("rule", [BUCKETS, CropRule(64, crops_per_photo=None, bucket_step_px=8)])
@@ -150,7 +168,9 @@ def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
 def seen(monkeypatch):
     """The batches that the steps get."""
     found, batch_at = [], TrainStep.batch_at
-    monkeypatch.setattr(TrainStep, "batch_at", lambda *words: found.append(batch_at(*words)) or found[-1])
+    monkeypatch.setattr(
+        TrainStep, "batch_at", lambda *words: found.append(batch_at(*words)) or found[-1]
+    )
     return found
 
 
@@ -159,7 +179,9 @@ def config(**changes):
 
 
 def worded(captions, dropout=0.0, bare_prompt=None, share=0.0):
-    photos = [Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")]
+    photos = [
+        Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")
+    ]
     return PhotoStream(photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_share=share)
 
 
@@ -183,31 +205,47 @@ def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
     found = shuffled_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
     assert len(found) == ORDERS and found[0] == TAGS and len(set(found)) > 3
     assert all(caption.startswith("sks dog, ") for caption in found)
-    assert {tuple(sorted(caption.split(", "))) for caption in found} == {tuple(sorted(TAGS.split(", ")))}
+    assert {tuple(sorted(caption.split(", "))) for caption in found} == {
+        tuple(sorted(TAGS.split(", ")))
+    }
     moved = shuffled_captions(config(shuffle_caption=True), (TAGS,))
     assert not all(caption.startswith("sks dog") for caption in moved)
     assert shuffled_captions(config(), (TAGS,)) == (TAGS,)
-    orders = [shuffled_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)]
+    orders = [
+        shuffled_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)
+    ]
     assert orders[0] == orders[1] != orders[2]
     many = shuffled_captions(config(shuffle_caption=True), (TAGS, "sks dog"))
     assert Counter(said(worded(many)))["sks dog"] == pytest.approx(100, abs=40)
 
 
-def test_prefix_and_suffix_stand_around_a_photos_own_captions_and_stay_whatever_is_shuffled(tmp_path):
-    one, two = photos_with(tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,", caption_suffix=", photo")
+def test_prefix_and_suffix_stand_around_a_photos_own_captions_and_stay_whatever_is_shuffled(
+    tmp_path,
+):
+    one, two = photos_with(
+        tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,", caption_suffix=", photo"
+    )
     assert one.captions == ("sks dog, on grass, photo", "sks dog, in snow, photo")
     assert two.captions == ("a photo of sks dog",)
     ends = {"caption_prefix": "sks dog,", "caption_suffix": ", in the style of a photo"}
     framed = "sks dog, red, blue, green, in the style of a photo"
     found = shuffled_captions(config(shuffle_caption=True, **ends), (framed, "sks dog,"))
-    assert found[0] == framed and len(set(found[:ORDERS])) > 3 and set(found[ORDERS:]) == {"sks dog,"}
-    assert all(c.startswith("sks dog, ") and c.endswith(", in the style of a photo") for c in found[:ORDERS])
+    assert (
+        found[0] == framed and len(set(found[:ORDERS])) > 3 and set(found[ORDERS:]) == {"sks dog,"}
+    )
+    assert all(
+        c.startswith("sks dog, ") and c.endswith(", in the style of a photo")
+        for c in found[:ORDERS]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
 def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_keeps_its_draw(share):
     """`said` finds the same places each time."""
-    for shown, bare in ((worded((TAGS,), share), ""), (worded(PLACED, bare_prompt=BARE, share=share), BARE)):
+    for shown, bare in (
+        (worded((TAGS,), share), ""),
+        (worded(PLACED, bare_prompt=BARE, share=share), BARE),
+    ):
         texts = said(shown, 600)
         assert texts.count(bare) == pytest.approx(600 * share, abs=45 if 0 < share < 1 else 0)
     assert said(worded((TAGS,), share), 600) == said(worded((TAGS,), share), 600)
@@ -215,7 +253,10 @@ def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_ke
     assert all(with_share == without for with_share, without in others)
     assert shown.captions == ({*PLACED, BARE} if share else {*PLACED})
     texts = said(worded(PLACED, dropout=0.5, bare_prompt=BARE, share=0.5), 600)
-    assert texts.count("") == said(worded(PLACED, dropout=0.5), 600).count("") and texts.count(BARE) < 200
+    assert (
+        texts.count("") == said(worded(PLACED, dropout=0.5), 600).count("")
+        and texts.count(BARE) < 200
+    )
     assert said(worded((*PLACED, BARE), share=1.0)) == said(worded((*PLACED, BARE)))
 
 
@@ -223,14 +264,18 @@ def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tm
     """A share is a quarter, or what is given; a data set's captions are used as they are."""
     texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
     found = photos_with(tmp_path, *texts, caption_prefix="look:")
-    assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]  # a prefix makes it another prompt
+    # a prefix makes it another prompt
+    assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]
     assert photos_with(tmp_path, *texts)[2].bare_prompt is None
     column = {"dataset_name": "dogs", "caption_column": "text"}
     given = ({}, column, column | {"instance_prompt_share": 0.2}, {"instance_prompt_share": 0})
     assert [config(**one).bare_share for one in given] == [0.25, 0, 0.2, 0]
     photos = photos_with(tmp_path / "two", PLACED[0], BARE)
     line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
-    assert bare_prompt_line(config(), photos) == f"{line}25% of their exposures show it (--instance_prompt_share)"
+    assert (
+        bare_prompt_line(config(), photos)
+        == f"{line}25% of their exposures show it (--instance_prompt_share)"
+    )
     never = bare_prompt_line(config(instance_prompt_share=0), photos)
     assert never == f"{line}they are never shown with it (--instance_prompt_share)"
     assert bare_prompt_line(config(), photos[1:]) is None
@@ -246,7 +291,9 @@ def tables(tmp_path):
 @pytest.fixture
 def several(tiny_base, tables, tmp_path):
     usual = {"subjects": tables}
-    return lambda output="run", **changes: tiny_config(tiny_base, None, tmp_path / output, **usual | changes)
+    return lambda output="run", **changes: tiny_config(
+        tiny_base, None, tmp_path / output, **usual | changes
+    )
 
 
 def streams(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):
@@ -278,14 +325,18 @@ def test_a_batch_of_one_size_is_of_one_subject(batch_size):
     found = views(shown, 60 * batch_size)
     for start in range(0, len(found), batch_size):
         batch = found[start : start + batch_size]
-        assert len({path[0] for path, _ in batch}) == len({plan.target_size for _, plan in batch}) == 1
+        assert (
+            len({path[0] for path, _ in batch}) == len({plan.target_size for _, plan in batch}) == 1
+        )
     assert set(Counter(path[0] for path, _ in found).values()) == {20 * batch_size}
 
 
 def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_not_meet(several):
     config = several(masks="auto", mask_prompt="animal", captions="auto")
     photos, run = photo_report(config).photos, RunDir(config.output_dir)
-    assert [photo.subject for photo in photos] == [0, 0, 0, 1] and photos[3].captions == ("a photo of zwx cat",)
+    assert [photo.subject for photo in photos] == [0, 0, 0, 1] and photos[3].captions == (
+        "a photo of zwx cat",
+    )
     assert len({kept_path(photo, run.masks_dir) for photo in photos}) == 4
     for photo in (photos[0], photos[3]):
         path = kept_path(photo, run.masks_dir)
@@ -299,7 +350,9 @@ def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_n
 
 
 @pytest.mark.slow
-def test_a_run_of_two_names_both_and_the_answer_that_is_preserved_is_of_each_samples_own_class(several, seen, tmp_path):
+def test_a_run_of_two_names_both_and_the_answer_that_is_preserved_is_of_each_samples_own_class(
+    several, seen, tmp_path
+):
     prior = {"with_prior_preservation": True, "train_batch_size": 2}
     train(several("off", prior="adapter_off", max_train_steps=2, **prior))
     classes = {one["instance_prompt"]: one["class_prompt"] for one in (DOG, CAT)}
@@ -322,4 +375,6 @@ def test_one_table_trains_the_very_file_that_flags_train(tiny_base, several, tab
     train(several("one/dog", subjects=tables[:1], **flags))
     train(tiny_config(tiny_base, tmp_path / "dog", tmp_path / "two" / "dog", **DOG, **flags))
     for name in ("pytorch_lora_weights.safetensors", "dog.kohya.safetensors", "README.md"):
-        assert (tmp_path / "one" / "dog" / name).read_bytes() == (tmp_path / "two" / "dog" / name).read_bytes()
+        assert (tmp_path / "one" / "dog" / name).read_bytes() == (
+            tmp_path / "two" / "dog" / name
+        ).read_bytes()

@@ -16,7 +16,13 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.loop import train
 from tests.helpers.scenes import Watched, quick_call
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, paint_photos, tiny_config
+from tests.helpers.tiny_training import (
+    adapter_sha256,
+    largest_difference,
+    logged,
+    paint_photos,
+    tiny_config,
+)
 from tests.training.conftest import MODULE, ROOT
 
 pytestmark = pytest.mark.slow
@@ -48,9 +54,15 @@ def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_wit
         }
         for token, kind, count in (("sks", "dog", 3), ("zwx", "cat", 1), ("ohwx", "bear", 2))
     ]
-    changes = {"subjects": tables, "with_prior_preservation": True, "prior": "adapter_off", "max_train_steps": 4}
+    changes = {
+        "subjects": tables,
+        "with_prior_preservation": True,
+        "prior": "adapter_off",
+        "max_train_steps": 4,
+    }
     changes |= {"train_batch_size": 2, "lr_scheduler": "linear", "lr_warmup_steps": 2}
-    changes |= {"train_text_encoder_ti": True, "caption_dropout": 0.5}  # a process may have no prompt with a word
+    # a process may have no prompt with a word
+    changes |= {"train_text_encoder_ti": True, "caption_dropout": 0.5}
     both = {"config": tiny_config(tiny_base, None, tmp_path / "2", **changes)}
     ended, played = play([both], launch=(*LAUNCH, "--multi_gpu", "--module", MODULE))
     ((main,), (other,)) = played
@@ -67,8 +79,20 @@ def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_wit
 
 def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, photos, tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1).to_dict()))
-    words = [sys.executable, "-m", *LAUNCH, "--cpu", str(ROOT / "train_dreambooth.py"), "--config", str(file)]
+    file.write_text(
+        json.dumps(
+            tiny_config(tiny_base, photos, tmp_path / "launched", max_train_steps=1).to_dict()
+        )
+    )
+    words = [
+        sys.executable,
+        "-m",
+        *LAUNCH,
+        "--cpu",
+        str(ROOT / "train_dreambooth.py"),
+        "--config",
+        str(file),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +111,12 @@ SCENES = {
     "killed": {"place": "drawn", "rank": 1, "after": 0, "end": "kill"},
 }
 
-CHANGES = {"with_prior_preservation": True, "num_class_images": 5, "sample_batch_size": 1, "num_validation_images": 3}
+CHANGES = {
+    "with_prior_preservation": True,
+    "num_class_images": 5,
+    "sample_batch_size": 1,
+    "num_validation_images": 3,
+}
 CHANGES |= {"max_train_steps": 2, "caching": "disk", "crops_per_photo": 2}
 
 
@@ -106,15 +135,22 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_two_processes_share_the_work_and_leave_the_files_of_one(tiny_base, photos, tmp_path, play, quick):
-    """In several scenes one fails or is stopped in the midst of its share of class images, encodings and samples. The
-    last scene that is not killed goes on with what the others left."""
+def test_two_processes_share_the_work_and_leave_the_files_of_one(
+    tiny_base, photos, tmp_path, play, quick
+):
+    """In several scenes one fails or is stopped in the midst of its share of class images,
+    encodings and samples. The last scene that is not killed goes on with what the others left."""
 
     def config(name: str, **changes):
         cache_dir = str(tmp_path / f"{name}_cache")
-        return tiny_config(tiny_base, photos, tmp_path / name, cache_dir=cache_dir, **CHANGES, **changes)
+        return tiny_config(
+            tiny_base, photos, tmp_path / name, cache_dir=cache_dir, **CHANGES, **changes
+        )
 
-    scenes = [{"config": config("killed" if name == "killed" else "two"), **SCENES[name]} for name in SCENES]
+    scenes = [
+        {"config": config("killed" if name == "killed" else "two"), **SCENES[name]}
+        for name in SCENES
+    ]
     ((main_code, main_said), (other_code, other_said)), (main, other) = play(scenes)
 
     assert [scene["code"] for scene in main] == [2, 130, 2, 2, 2, 0, 2], main_said + other_said
@@ -135,7 +171,10 @@ def test_two_processes_share_the_work_and_leave_the_files_of_one(tiny_base, phot
     assert len(keys) == len(set(keys)) and min(share_of_each(main, other, "encoded")[3]) > 2
 
     shutil.copytree(tmp_path / "two", tmp_path / "again")
-    for drawn in [*(tmp_path / "again").glob("image_*.png"), *RunDir(tmp_path / "again").samples_dir.iterdir()]:
+    for drawn in [
+        *(tmp_path / "again").glob("image_*.png"),
+        *RunDir(tmp_path / "again").samples_dir.iterdir(),
+    ]:
         drawn.unlink()
     train(config("again", resume_from_checkpoint="latest"))
     for pattern in ("samples/step_000002_*.png", "image_*.png"):
@@ -154,11 +193,16 @@ def checkpoints(folder) -> list[str]:
 @pytest.fixture
 def short(tiny_base, photos, tmp_path):
     """A run of three steps in a folder of this name."""
-    return lambda name: tiny_config(tiny_base, photos, tmp_path / name, max_train_steps=3, checkpointing_steps=1)
+    return lambda name: tiny_config(
+        tiny_base, photos, tmp_path / name, max_train_steps=3, checkpointing_steps=1
+    )
 
 
-def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the_other(play, short, tmp_path):
-    """The other hears the stop while photos are encoded. What a library warns of the main process alone shows."""
+def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the_other(
+    play, short, tmp_path
+):
+    """The other hears the stop while photos are encoded. What a library warns of the main process
+    alone shows."""
     full = {"rank": 0, "end": "full"}
     scenes = [
         {"config": short("stopped"), "place": "encoded", "rank": 1, "after": 0, "end": "stop"},
@@ -170,7 +214,10 @@ def test_a_stop_and_what_the_main_process_cannot_write_end_both_and_its_kill_the
     assert [scene["code"] for scene in main] == [130, 2, 2] and main_code == -9, main_said
     assert [scene["code"] for scene in other] == [130, 2, 2, 2] and other_code == 0, other_said
     assert "stopped before the first step" in main_said
-    assert ["every process says: encoded" in words for words in (main_said, other_said)] == [True, False]
+    assert ["every process says: encoded" in words for words in (main_said, other_said)] == [
+        True,
+        False,
+    ]
     assert other_said.count("error: the main process ended: [Errno 28]") == 2
     assert other_said.count(f"error: {GONE}") == 1 and "Traceback" not in main_said + other_said
     left = [checkpoints(tmp_path / name) for name in ("stopped", *"012")]
@@ -181,7 +228,14 @@ def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_
     play, tiny_base, photos, tmp_path
 ):
     file, own_file = tmp_path / "config.json", tmp_path / "own.json"
-    one_word = [str(photos), "dog", "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
+    one_word = [
+        str(photos),
+        "dog",
+        "--pretrained_model_name_or_path",
+        str(tiny_base),
+        "--resolution",
+        "64",
+    ]
     one_word += ["--max_train_steps", "2", "--num_validation_images", "0", "--report_to", "none"]
     one_word += ["--output_dir", str(tmp_path / "word")]
     planned = tiny_config(tiny_base, photos, tmp_path / "plan", max_train_steps=2, memory="auto")
@@ -200,16 +254,36 @@ def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_
     ended, both = play([{"free": free, "flags": flags} for free, flags in free_and_flags])
     said = [words for _, words in ended]
     for main, other in zip(*(played[:2] for played in both), strict=True):
-        assert main["adapter"] == other["adapter"] and main["code"] == other["code"] == 0 and main["adapter"], said
-    word, plan = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan"))
+        assert (
+            main["adapter"] == other["adapter"]
+            and main["code"] == other["code"] == 0
+            and main["adapter"]
+        ), said
+    word, plan = (
+        json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("word", "plan")
+    )
     assert word["rank"] == 16 and plan["gradient_checkpointing"] is True
     assert "recipe: assets/configs/sdxl.toml (" in said[0]
-    assert all((end["code"], end["adapter"]) == (2, None) for played in both for end in played[2:]), said
-    main, other = ([line for line in words.splitlines() if line.startswith("error: ")] for words in said)
+    assert all(
+        (end["code"], end["adapter"]) == (2, None) for played in both for end in played[2:]
+    ), said
+    main, other = (
+        [line for line in words.splitlines() if line.startswith("error: ")] for words in said
+    )
     assert len(main) == len(other) == len(pairs), said
     same = "give all processes the same flags and files."
-    assert main[0] == other[0] == f"error: process 1 has --rank 4, and the main process --rank 2: {same}"
-    assert main[1] == f"error: process 1 ended: {other[1].removeprefix('error: ')}" and "many" in other[1]
-    assert main[2] == f"error: process 1 has --memory None, and the main process --memory 'auto': {same}"
+    assert (
+        main[0]
+        == other[0]
+        == f"error: process 1 has --rank 4, and the main process --rank 2: {same}"
+    )
+    assert (
+        main[1] == f"error: process 1 ended: {other[1].removeprefix('error: ')}"
+        and "many" in other[1]
+    )
+    assert (
+        main[2]
+        == f"error: process 1 has --memory None, and the main process --memory 'auto': {same}"
+    )
     assert main[3] == f"error: process 1 has cat, and the main process dog: {same}"
     assert not any("Traceback" in words for words in said)

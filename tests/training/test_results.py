@@ -1,4 +1,5 @@
-"""What a run tells, draws and leaves: samples, trackers, card, pictures, and what leaves the machine."""
+"""What a run tells, draws and leaves: samples, trackers, card, pictures, and what leaves the
+machine."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -32,11 +33,17 @@ DRAWN = {"num_validation_images": 3, "validation_steps": 2}
 
 
 def card(use_dora: bool = False, **changes) -> str:
-    config = TrainConfig(instance_prompt='a photo of "sks": dog', learning_rate=1e-4, use_dora=use_dora)
-    proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),))
+    config = TrainConfig(
+        instance_prompt='a photo of "sks": dog', learning_rate=1e-4, use_dora=use_dora
+    )
+    proof = Proof(
+        "fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),)
+    )
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
     values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
-    return model_card(config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes}))
+    return model_card(
+        config, CardFacts(**{**values, "images": (("image_0.png", 'a "sks": dog'),), **changes})
+    )
 
 
 def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_ended():
@@ -44,7 +51,11 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "from_pretrained('owner/base', torch_dtype=torch.float16)" in card()
     assert "is the same adapter for ComfyUI" in card() and "DoRA" not in card()
     assert "the same adapter for" not in card(use_dora=True) and dora_table() in card(use_dora=True)
-    assert "3.0e-07" in card() and "stopped at step" not in card() and "stopped at step 120" in card(step=120)
+    assert (
+        "3.0e-07" in card()
+        and "stopped at step" not in card()
+        and "stopped at step 120" in card(step=120)
+    )
     assert "sks\": dog').images[0]\n```" in card() and "Licence" not in card()
 
 
@@ -53,7 +64,9 @@ def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_tex
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", structures=structures)
     said = "| Base | owner/base |\n| Licence of FLUX.1 | FLUX.1 dev Non-Commercial |\n| Adapter |"
     assert said in card(adapter=facts) and "ComfyUI reads the same file." in card(adapter=facts)
-    assert "reads the same" not in card(True, adapter=facts) and "drops DoRA's" in card(True, adapter=facts)
+    assert "reads the same" not in card(True, adapter=facts) and "drops DoRA's" in card(
+        True, adapter=facts
+    )
     facts = AdapterMetadata(rank=4, alpha=4.0, recipe={"text_encoder_out_layers": ["9", "18"]})
     assert "text_encoder_out_layers=(9, 18)).images[0]\n```" in card(adapter=facts)
 
@@ -84,10 +97,15 @@ def test_the_cards_front_matter_is_yaml_and_names_the_pictures_and_no_other_file
         "image_0.png",
         "image_1.png",
     }
-    assert pictures_named(f"---\nwidget: [{{output: {{url: ../photos/a.png}}}}]\n---\n{SIGNATURE}") == set()
+    assert (
+        pictures_named(f"---\nwidget: [{{output: {{url: ../photos/a.png}}}}]\n---\n{SIGNATURE}")
+        == set()
+    )
 
 
-@pytest.mark.parametrize("name", ["dog", "dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"])
+@pytest.mark.parametrize(
+    "name", ["dog", "dog[1]", "dog]", "a*b?", "[!d]og", "dog [of mine", "{dog}"]
+)
 def test_only_the_adapter_its_card_and_its_pictures_are_pushed_also_by_names_that_read_as_patterns(
     name, tmp_path, monkeypatch
 ):
@@ -99,8 +117,19 @@ def test_only_the_adapter_its_card_and_its_pictures_are_pushed_also_by_names_tha
             self.upload_folder = lambda allow_patterns, **_: asked.extend(allow_patterns)
 
     monkeypatch.setattr(hub, "HfApi", Hub)
-    public = ["README.md", f"{name}.kohya.safetensors", "image_0.png", "pytorch_lora_weights.safetensors"]
-    private = ["contact_sheet.png", "train_config.json", "metrics.jsonl", "train.log", "samples/step_000000_0.png"]
+    public = [
+        "README.md",
+        f"{name}.kohya.safetensors",
+        "image_0.png",
+        "pytorch_lora_weights.safetensors",
+    ]
+    private = [
+        "contact_sheet.png",
+        "train_config.json",
+        "metrics.jsonl",
+        "train.log",
+        "samples/step_000000_0.png",
+    ]
     private += ["class_images/class_1_00000.png", "checkpoint-5/moslora_weights.safetensors"]
     private += ["earlier_run_1/dog.kohya.safetensors", "best/pytorch_lora_weights.safetensors"]
     for name in [*public, *private]:
@@ -121,7 +150,9 @@ class Unreachable(HfApi):
     whoami = create_repo
 
 
-def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_before(tmp_path, monkeypatch, caplog):
+def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_before(
+    tmp_path, monkeypatch, caplog
+):
     """The name is that of the run."""
 
     def refuse(*_):
@@ -130,7 +161,10 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
     monkeypatch.setattr(hub, "HfApi", Unreachable)
     assert push(tmp_path, "owner/dog", "hf_token") is None
     (line,) = caplog.messages
-    assert "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line and "\n" not in line
+    assert (
+        "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line
+        and "\n" not in line
+    )
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as down:
@@ -146,7 +180,11 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
 def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without_prior(tmp_path):
     """A row of no picture is none."""
     tile = Image.new("RGB", (40, 30), (255, 0, 0))
-    rows = [Row("photos", [tile] * 8), Row("none", []), Row("end", [tile], ("a very long prompt " * 10,))]
+    rows = [
+        Row("photos", [tile] * 8),
+        Row("none", []),
+        Row("end", [tile], ("a very long prompt " * 10,)),
+    ]
     steps = [StepDone(n, loss_instance=1 / n) for n in range(1, 30)]
     draw_contact_sheet(rows, tmp_path / "sheet.png", tile_px=64)
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -155,14 +193,19 @@ def test_a_contact_sheet_has_every_row_and_a_loss_plot_is_drawn_with_and_without
     draw_loss_plot(steps, tmp_path / "loss.png")
     first = (tmp_path / "loss.png").read_bytes()
     draw_loss_plot([replace(step, loss_prior=0.5) for step in steps], tmp_path / "loss.png")
-    assert Image.open(tmp_path / "loss.png").size[0] > 500 and (tmp_path / "loss.png").read_bytes() != first
+    assert (
+        Image.open(tmp_path / "loss.png").size[0] > 500
+        and (tmp_path / "loss.png").read_bytes() != first
+    )
 
 
 @pytest.fixture
 def config(tiny_base, tmp_path):
     """Three steps without pictures."""
     photos = paint_photos(tmp_path / "photos")
-    return lambda **changes: tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 3, **changes})
+    return lambda **changes: tiny_config(
+        tiny_base, photos, tmp_path / "run", **{"max_train_steps": 3, **changes}
+    )
 
 
 def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_path, monkeypatch):
@@ -175,11 +218,15 @@ def test_a_push_that_fails_costs_no_picture_and_comes_before_them(config, tmp_pa
     monkeypatch.setattr(results, "push", push)
     with pytest.raises(UserError, match="no hub"):
         train(config(max_train_steps=1, push_to_hub=True))
-    assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(there) and "loss.png" not in there
+    assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(
+        there
+    ) and "loss.png" not in there
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_drawn(config, tmp_path):
+def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_drawn(
+    config, tmp_path
+):
     tensors = {"latents": 1}
     assert stopper(lambda: False)(None, 0, None, tensors) is tensors
     with pytest.raises(StopRequestedError):
@@ -192,7 +239,9 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_when_the_run_goes_on(config, tmp_path):
+def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_when_the_run_goes_on(
+    config, tmp_path
+):
     run, asked, both = RunDir(tmp_path / "run"), [], DRAWN | {"evaluate_steps": 2}
 
     def evaluator(sampler, step):
@@ -213,7 +262,9 @@ def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_
 
 def note_first(samples: ValidationSamples) -> None:
     """As a run notes its pictures of step 0."""
-    prompts, seeds = map(list, zip(*((request.prompt, request.seed) for request in samples.requests)))
+    prompts, seeds = map(
+        list, zip(*((request.prompt, request.seed) for request in samples.requests))
+    )
     samples.run_dir.append_metrics(record_of(SamplesDrawn(0, [""] * len(seeds), prompts, seeds)))
 
 
@@ -228,8 +279,13 @@ def test_pictures_of_step_0_are_on_the_sheet_under_the_prompts_that_they_were_dr
         begun.save(begun.path(0, number), Image.new("RGB", (8, 8), colour))
     note_first(begun)
     rows = [results.sheet_rows(config, [], samples, [])[1] for samples in (begun, more)]
-    assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(len(row.images) == 2 for row in rows)
-    assert results.sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[1].images == []
+    assert [row.captions for row in rows] == [("a dog",) * 2] * 2 and all(
+        len(row.images) == 2 for row in rows
+    )
+    assert (
+        results.sheet_rows(replace(config, validation_prompt="a cat"), [], other, [])[1].images
+        == []
+    )
 
 
 def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
@@ -242,7 +298,8 @@ def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
     told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
     assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
     for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
-        if not SETTINGS[name].metadata["choices"] and name != "aspect_ratio_buckets":  # which takes no such text
+        # which takes no such text
+        if not SETTINGS[name].metadata["choices"] and name != "aspect_ratio_buckets":
             assert "alice" not in told_of(**{name: "alice"}).values(), name
 
 
@@ -251,9 +308,16 @@ def test_a_tracker_that_fails_is_said_once_and_one_that_cannot_start_is_a_mistak
 ):
     """That ends the run before anything is loaded."""
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    file, asked, log, events = tmp_path / "run" / "logs" / "dreambooth_moslora", [], TensorBoardTracker.log, []
+    file, asked, log, events = (
+        tmp_path / "run" / "logs" / "dreambooth_moslora",
+        [],
+        TensorBoardTracker.log,
+        [],
+    )
     file.write_text("no folder")
-    with pytest.raises(UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"):
+    with pytest.raises(
+        UserError, match=r"--report_to tensorboard cannot start: FileExistsError .*; none trains"
+    ):
         train(config(report_to="tensorboard"), events.append)
     assert [event.kind for event in events] == ["start", "end"] and not caplog.text
     file.unlink()
@@ -267,4 +331,9 @@ def test_a_tracker_that_fails_is_said_once_and_one_that_cannot_start_is_a_mistak
     monkeypatch.setattr(TensorBoardTracker, "log", fail_later)
     assert train(config(report_to="tensorboard")).proof is not None
     assert asked == [1, 2]
-    assert caplog.text.count("tensorboard failed and is not used again in this run: ConnectionError no network") == 1
+    assert (
+        caplog.text.count(
+            "tensorboard failed and is not used again in this run: ConnectionError no network"
+        )
+        == 1
+    )

@@ -1,6 +1,6 @@
-"""Stop and resume: the published files are those of a run that was never interrupted, byte for byte; what a checkpoint
-holds, from which one a run goes on, and what becomes of an earlier run in the folder. `KINDS` is the matrix: a feature
-whose state a checkpoint has to keep is a row of it."""
+"""Stop and resume: the published files are those of a run that was never interrupted, byte for
+byte; what a checkpoint holds, from which one a run goes on, and what becomes of an earlier run in
+the folder. `KINDS` is the matrix: a feature whose state a checkpoint has to keep is a row of it."""
 
 import errno
 import json
@@ -24,7 +24,12 @@ from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
-from dreambooth_moslora.training.checkpoint import Position, check_resumed, check_whole, find_checkpoint
+from dreambooth_moslora.training.checkpoint import (
+    Position,
+    check_resumed,
+    check_whole,
+    find_checkpoint,
+)
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
@@ -32,41 +37,83 @@ from tests.training.conftest import flipped, stop_at
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 
-DOG = {"instance_data_dir": "photos", "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
-CAT = {"instance_data_dir": "cat", "instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
+DOG = {
+    "instance_data_dir": "photos",
+    "instance_prompt": "a photo of sks dog",
+    "class_prompt": "a photo of a dog",
+}
+CAT = {
+    "instance_data_dir": "cat",
+    "instance_prompt": "a photo of zwx cat",
+    "class_prompt": "a photo of a cat",
+}
 CLASS_IMAGES = {"with_prior_preservation": True}
 BASE_PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 WARM, TWO_CROPS = {"lr_warmup_steps": 2}, {"crops_per_photo": 2}
-TAGS = {"instance_prompt": "sks dog, red, round, on grass", "shuffle_caption": True, "keep_tokens": 1}
-BUCKETS = {"enable_bucket": True, "bucket_reso_steps": 16, "train_batch_size": 2, "caching": "disk", **TWO_CROPS}
+TAGS = {
+    "instance_prompt": "sks dog, red, round, on grass",
+    "shuffle_caption": True,
+    "keep_tokens": 1,
+}
+BUCKETS = {
+    "enable_bucket": True,
+    "bucket_reso_steps": 16,
+    "train_batch_size": 2,
+    "caching": "disk",
+    **TWO_CROPS,
+}
 SIZES = {"num_class_images": 5, "sample_batch_size": 1}
 CONVOLUTIONS = {"target_modules": ("to_q", "conv1", "conv_shortcut")}
 TEXT = {"train_text_encoder": True, "lora_dropout": 0.3, "use_dora": True, "lr_scheduler": "cosine"}
-BITS_8 = {"use_8bit_adam": True, "rank": 128, "mixed_precision": "bf16", "gradient_checkpointing": True}
+BITS_8 = {
+    "use_8bit_adam": True,
+    "rank": 128,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+}
 ACCUMULATED = {"gradient_accumulation_steps": 3, "train_batch_size": 2}
-PRODIGY, ADAFACTOR = {"optimizer": "Prodigy", "learning_rate": 1.0}, CONVOLUTIONS | {"optimizer": "Adafactor"}
+PRODIGY, ADAFACTOR = (
+    {"optimizer": "Prodigy", "learning_rate": 1.0},
+    CONVOLUTIONS | {"optimizer": "Adafactor"},
+)
 UNCACHED = {"caching": "off", "dataloader_num_workers": 1}
-TOKENS, KRONECKER = {"train_text_encoder_ti": True}, {"mixer": "kronecker", "rank": 8, "mixer_factor": 4}
+TOKENS, KRONECKER = (
+    {"train_text_encoder_ti": True},
+    {"mixer": "kronecker", "rank": 8, "mixer_factor": 4},
+)
 KINDS = {
-    "bare_prompt": {"instance_data_dir": "placed", "instance_prompt_share": 0.5, "seed": 1, "random_flip": True},
+    "bare_prompt": {
+        "instance_data_dir": "placed",
+        "instance_prompt_share": 0.5,
+        "seed": 1,
+        "random_flip": True,
+    },
     "class_images_and_captions": CLASS_IMAGES | TAGS | {"caption_dropout": 0.4},
     "text_encoder_dropout_and_dora": BASE_PRIOR | WARM | TEXT,
-    "buckets_class_images_of_several_sizes_and_adafactor": BUCKETS | SIZES | CLASS_IMAGES | ADAFACTOR,
+    "buckets_class_images_of_several_sizes_and_adafactor": BUCKETS
+    | SIZES
+    | CLASS_IMAGES
+    | ADAFACTOR,
     "prodigy_uncached_kronecker": TWO_CROPS | KRONECKER | PRODIGY | {"caching": "off"},
-    "schedule_free": WARM | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
+    "schedule_free": WARM
+    | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
     "a_prior_of_some": CONVOLUTIONS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
-    "new_tokens_of_several_subjects_and_average": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT], "use_ema": True},
+    "new_tokens_of_several_subjects_and_average": CLASS_IMAGES
+    | TOKENS
+    | {"subjects": [DOG, CAT], "use_ema": True},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
     **dict.fromkeys(("a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
     "new_tokens_of_several_subjects_and_average": (1, 3),  # the pivot is step 2
-    **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),  # step 2 has the whole learning rate
+    # step 2 has the whole learning rate
+    **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),
     "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),
 }
-"""After which steps a run is stopped, if not after the second alone. Step 0: while class images are drawn."""
+"""After which steps a run is stopped, if not after the second alone. Step 0: while class images are
+drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +134,27 @@ def left_by(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k in FAST else pytest.param(k, marks=[pytest.mark.slow, *NEEDS.get(k, [])]) for k in KINDS]
+    "kind",
+    [
+        k if k in FAST else pytest.param(k, marks=[pytest.mark.slow, *NEEDS.get(k, [])])
+        for k in KINDS
+    ],
 )
 def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos.parent)
-    config = tiny_config(tiny_base, photos, tmp_path / "run", **{"max_train_steps": 4, **KINDS[kind]})
+    config = tiny_config(
+        tiny_base, photos, tmp_path / "run", **{"max_train_steps": 4, **KINDS[kind]}
+    )
     again, run = replace(config, resume_from_checkpoint="latest"), RunDir(tmp_path / "run")
     train(config)
     unbroken = left_by(run.path)
     shutil.rmtree(run.path)
     for step in STOPS.get(kind, (2,)):
-        heard = stop_at(step) if step else (None, lambda: len([*run.class_images_dir.glob("*.png")]) > 1)
+        heard = (
+            stop_at(step)
+            if step
+            else (None, lambda: len([*run.class_images_dir.glob("*.png")]) > 1)
+        )
         result = train(again, *heard)
         assert result.interrupted and result.step == step
         found = left_by(run.path)
@@ -109,12 +166,21 @@ def test_interrupted_and_resumed_equals_unbroken(kind, tiny_base, photos, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_base, photos, tmp_path, play):
+def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(
+    tiny_base, photos, tmp_path, play
+):
     """The second hears the signal in its second step."""
     settings = {"max_train_steps": 4, **KINDS["class_images_and_captions"]}
-    whole, torn = (tiny_config(tiny_base, photos, tmp_path / name / "run", **settings) for name in ("whole", "torn"))
+    whole, torn = (
+        tiny_config(tiny_base, photos, tmp_path / name / "run", **settings)
+        for name in ("whole", "torn")
+    )
     stopped = {"config": torn, "place": "averaged", "rank": 1, "after": 1, "end": "stop"}
-    scenes = [{"config": whole}, stopped, {"config": replace(torn, resume_from_checkpoint="latest")}]
+    scenes = [
+        {"config": whole},
+        stopped,
+        {"config": replace(torn, resume_from_checkpoint="latest")},
+    ]
     ended, both = play(scenes)
     for played in both:
         assert [scene["code"] for scene in played] == [0, 130, 0], ended
@@ -123,7 +189,9 @@ def test_two_processes_that_are_stopped_and_go_on_equal_two_unbroken_ones(tiny_b
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(tiny_base, photos, tmp_path):
+def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_drew(
+    tiny_base, photos, tmp_path
+):
     rate = {"learning_rate": 5e-3, "resume_from_checkpoint": "latest"}
     train(tiny_config(tiny_base, photos, tmp_path / "run", seed=None), *stop_at(2))
     drawn = RunDir(tmp_path / "run").read_metrics()[0]["config"]["seed"]
@@ -150,7 +218,9 @@ def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, 
 
 
 @pytest.mark.slow
-def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(tiny_base, photos, tmp_path):
+def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_called_last(
+    tiny_base, photos, tmp_path
+):
     """Multiples of `--checkpointing_steps`, the newest `--checkpoints_total_limit` of them."""
     run = RunDir(tmp_path / "run")
 
@@ -165,7 +235,9 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
     assert go(8, resume_from_checkpoint="latest") == ["checkpoint-6", "checkpoint-8"]
     assert [event["step"] for event in logged(run.path)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert go(7, resume_from_checkpoint="checkpoint-6") == ["checkpoint-6", "last"]
-    assert [path.name for path in (run.path / "earlier_run_1").glob("checkpoint-*")] == ["checkpoint-8"]
+    assert [path.name for path in (run.path / "earlier_run_1").glob("checkpoint-*")] == [
+        "checkpoint-8"
+    ]
     assert adapter_sha256(run.path) == seven
     go(7, resume_from_checkpoint="checkpoint-6")
     assert (run.path / "earlier_run_2" / "last" / "position.json").is_file()
@@ -174,11 +246,15 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
 def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
     seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
-    monkeypatch.setattr(loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given))
+    monkeypatch.setattr(
+        loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given)
+    )
     train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
     assert [event["type"] for event in seen] == ["start"]
     run.best_dir.mkdir()
-    run.append_metrics({"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}})
+    run.append_metrics(
+        {"type": "evaluation", "step": 4, "best": {"step": 3, "score": 1.0, "since": 1}}
+    )
     checkpoints.archive_checkpoints_after(run, 3)
     assert run.best_dir.is_dir()
     checkpoints.archive_checkpoints_after(run, 2)
@@ -189,7 +265,9 @@ def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
 def finished(tiny_base, photos, tmp_path_factory):
     """(run folder, its configuration with changes)."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    config = lambda **changes: tiny_config(tiny_base, photos, folder, **{"max_train_steps": 2} | changes)  # noqa: E731
+    config = lambda **changes: tiny_config(  # noqa: E731
+        tiny_base, photos, folder, **{"max_train_steps": 2} | changes
+    )
     train(config(checkpointing_steps=1))
     return folder, config
 
@@ -222,7 +300,9 @@ CHANGES |= dict.fromkeys(OFF, (True, "has False; you ask for True"))
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values(name, finished, checkpoint):
+def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values(
+    name, finished, checkpoint
+):
     value, says = CHANGES[name]
     with pytest.raises(UserError, match=f"--{name}: checkpoint-1 {says}: resume without it"):
         check_resumed(finished[1](**{name: value}), checkpoint, check_whole(checkpoint))
@@ -231,22 +311,35 @@ def test_a_setting_that_the_checkpoint_has_otherwise_is_refused_with_both_values
 def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
     """Another optimizer is refused by name."""
     position = check_whole(checkpoint)
-    same = {"seed": None, "lora_alpha": 4.0, "learning_rate": 1.0, "target_modules": ("to_q", "attn1.to_q")}
+    same = {
+        "seed": None,
+        "lora_alpha": 4.0,
+        "learning_rate": 1.0,
+        "target_modules": ("to_q", "attn1.to_q"),
+    }
     for changes in ({}, *({name: value} for name, value in same.items())):
         check_resumed(finished[1](**changes), checkpoint, position)
-    for change, kind in (({"optimizer": "Prodigy"}, "Prodigy"), ({"use_8bit_adam": True}, "AdamW8bit")):
-        with pytest.raises(UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"):
+    for change, kind in (
+        ({"optimizer": "Prodigy"}, "Prodigy"),
+        ({"use_8bit_adam": True}, "AdamW8bit"),
+    ):
+        with pytest.raises(
+            UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"
+        ):
             check_resumed(finished[1](**change), checkpoint, position)
 
 
 @pytest.fixture
 def goes_on(finished, checkpoint, caplog):
-    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that settings are
-    others."""
+    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that
+    settings are others."""
 
     def go_on(**changes):
         caplog.clear()
-        place = {"resume_from_checkpoint": str(checkpoint), "output_dir": str(checkpoint.with_name("goes_on"))}
+        place = {
+            "resume_from_checkpoint": str(checkpoint),
+            "output_dir": str(checkpoint.with_name("goes_on")),
+        }
         train(finished[1](**place, **changes))
         return "goes on from checkpoint-1 (step 1), which had other settings: " in caplog.text
 
@@ -260,7 +353,10 @@ def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_preci
     assert not goes_on(pretrained_model_name_or_path=str(other))
     (file,) = (other / "unet").glob("*.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(UserError, match="checkpoint-1 was trained on a base with other weights: resume with that one"):
+    with pytest.raises(
+        UserError,
+        match="checkpoint-1 was trained on a base with other weights: resume with that one",
+    ):
         goes_on(pretrained_model_name_or_path=str(other))
     assert goes_on(mixed_precision="bf16")
 
@@ -280,7 +376,14 @@ def test_a_run_that_goes_on_with_other_words_says_so(goes_on):
     assert goes_on(instance_prompt="a photo of sks cat")
 
 
-TEXTS = '{"step": "one", "seed": 3}', "[1]", '{"step": 1', '{"step": true, "seed": 3}', "{}", "[" * 100_000
+TEXTS = (
+    '{"step": "one", "seed": 3}',
+    "[1]",
+    '{"step": 1',
+    '{"step": true, "seed": 3}',
+    "{}",
+    "[" * 100_000,
+)
 DAMAGE = {
     "position.json": tuple(map(str.encode, TEXTS)),
     "optimizer.pt": (b"PK", b"no archive", None),
@@ -288,10 +391,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, i) for name, kinds in DAMAGE.items() for i in range(len(kinds))])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, i) for name, kinds in DAMAGE.items() for i in range(len(kinds))]
+)
 def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, checkpoint):
     position, content = check_whole(checkpoint), DAMAGE[name][number]
-    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-200] if content is None else content)
+    (checkpoint / name).write_bytes(
+        (checkpoint / name).read_bytes()[:-200] if content is None else content
+    )
     with pytest.raises(UserError, match=f"checkpoint-1 is damaged .{name}") as found:
         if name == "position.json":
             check_whole(checkpoint)
@@ -300,7 +407,9 @@ def test_a_damaged_checkpoint_is_named_in_one_line(name, number, finished, check
     assert "\n" not in str(found.value)
 
 
-def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(checkpoint, tmp_path):
+def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_name(
+    checkpoint, tmp_path
+):
     run = RunDir(tmp_path)
     for missing in DAMAGE:
         shutil.copytree(checkpoint, run.checkpoint_path(2), dirs_exist_ok=True)
@@ -310,14 +419,19 @@ def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_na
             find_checkpoint(run, "checkpoint-2")
 
 
-def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(finished, tmp_path, caplog):
+def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(
+    finished, tmp_path, caplog
+):
     config = finished[1](output_dir=str(tmp_path / "run"), max_train_steps=4, checkpointing_steps=2)
     train(config)
     run = RunDir(tmp_path / "run")
     older, newest, before = run.checkpoint_path(2), run.checkpoint_path(4), adapter_sha256(run.path)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
     far = json.dumps({**json.loads((newest / "position.json").read_text()), "step": 10**9}).encode()
-    files = {name: (newest / name).read_bytes() for name in ("moslora_weights.safetensors", "optimizer.pt")}
+    files = {
+        name: (newest / name).read_bytes()
+        for name in ("moslora_weights.safetensors", "optimizer.pt")
+    }
     damages = [(name, flipped(content, len(content) // 2)) for name, content in files.items()]
     damages += [(name, (older / name).read_bytes()) for name in ("optimizer.pt", "position.json")]
     for name, damage in (*damages, ("position.json", far)):
@@ -333,11 +447,18 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
-MISTAKES = {"rank": {"rank": 7, "resume_from_checkpoint": "latest"}, "targets": {"target_modules": ("missing",)}}
-MISTAKES |= {name: {name: "missing"} for name in ("instance_data_dir", "pretrained_model_name_or_path")}
+MISTAKES = {
+    "rank": {"rank": 7, "resume_from_checkpoint": "latest"},
+    "targets": {"target_modules": ("missing",)},
+}
+MISTAKES |= {
+    name: {name: "missing"} for name in ("instance_data_dir", "pretrained_model_name_or_path")
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -347,10 +468,13 @@ def test_a_mistake_touches_no_finished_run(name, finished):
     with pytest.raises((UserError, ValueError)):
         train(config(**MISTAKES[name]), events.append)
     assert contents(folder) == before
-    assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])  # the others have no plan
+    # the others have no plan
+    assert [event.state for event in events[-1:]] == (["failed"] if name == "rank" else [])
 
 
-def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(finished):
+def test_a_run_that_is_stopped_before_it_begins_touches_nothing_and_a_resumed_one_only_says_so(
+    finished,
+):
     folder, config = finished
     before = contents(folder)
     assert train(config(), should_stop=lambda: True).step == 0 and contents(folder) == before
@@ -372,14 +496,22 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     if source is None:
         (run / PUBLISHED_NAME).unlink()
     theirs = contents(run)
-    train(config(output_dir=str(run), checkpointing_steps=2, resume_from_checkpoint=source and str(folder / source)))
+    train(
+        config(
+            output_dir=str(run),
+            checkpointing_steps=2,
+            resume_from_checkpoint=source and str(folder / source),
+        )
+    )
     assert contents(run / "earlier_run_1") == theirs
     assert (run / PUBLISHED_NAME).read_bytes() == (folder / PUBLISHED_NAME).read_bytes()
     assert (run / "checkpoint-2" / "position.json").is_file()
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])
-def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(finished, tmp_path, resume):
+def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(
+    finished, tmp_path, resume
+):
     folder, config = finished
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
@@ -390,7 +522,9 @@ def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_fi
     train(config(output_dir=moved, max_train_steps=3, resume_from_checkpoint=resume))
     assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
     home = max(moved.glob("earlier_run_*"))
-    assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {path.name for path in home.iterdir()}
+    assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {
+        path.name for path in home.iterdir()
+    }
     assert all((moved if resume else home).joinpath(name).is_dir() for name in judged)
     if not resume:
         assert not [*moved.glob("*evaluation")]
@@ -402,7 +536,10 @@ def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(fi
     """Tensorboard drew the curves of both as one: it reads all files of a folder."""
     config = partial(finished[1], output_dir=tmp_path / "run", report_to="tensorboard")
     steps = lambda folder: [  # noqa: E731
-        scalar.step for scalar in EventAccumulator(str(folder / "logs" / "dreambooth_moslora")).Reload().Scalars("loss")
+        scalar.step
+        for scalar in EventAccumulator(str(folder / "logs" / "dreambooth_moslora"))
+        .Reload()
+        .Scalars("loss")
     ]
     for _ in range(2):
         train(config())
@@ -414,7 +551,10 @@ def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(fi
 def test_a_full_disk_is_told_as_one_and_costs_no_checkpoint(tmp_path):
     """On a disk of 4 MiB, where this user may mount one."""
     command = ["mount", "-t", "tmpfs", "-o", "size=4096k", "none", str(tmp_path)]
-    if not sys.platform.startswith("linux") or subprocess.run(command, check=False, capture_output=True).returncode:
+    if (
+        not sys.platform.startswith("linux")
+        or subprocess.run(command, check=False, capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount")
     try:
         unet, run = tiny_unet(), RunDir(tmp_path)

@@ -1,5 +1,6 @@
-"""What can be known of a GPU without one, by trainings on a GPU written in Python (`tests.helpers.python_gpu`); and the
-self-test, which finds there what it is told to find, on the CPU, and where a run fails."""
+"""What can be known of a GPU without one, by trainings on a GPU written in Python
+(`tests.helpers.python_gpu`); and the self-test, which finds there what it is told to find, on the
+CPU, and where a run fails."""
 
 import json
 import math
@@ -32,9 +33,18 @@ def test_losses_are_compared_step_by_step_and_what_does_not_hold_or_fails_is_tol
     far = [([1.0, 2.0], 0.0), ([1.0, 2.2], 0.1), ([1.0], math.inf), ([1.0, math.nan], math.inf)]
     for found, difference in far:
         assert selftest.largest_difference(found, [1.0, 2.0]) == pytest.approx(difference)
-    page = selftest.as_page({"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")])
-    assert "| resumed | **no** | other bytes than an unbroken run |" in page and "- torch: 2.13" in page
-    program = (sys.executable, "-c", "import sys; print('loading'); sys.exit('error: the GPU has gone')")
+    page = selftest.as_page(
+        {"torch": "2.13"}, [Finding("resumed", False, "other bytes than an unbroken run")]
+    )
+    assert (
+        "| resumed | **no** | other bytes than an unbroken run |" in page
+        and "- torch: 2.13" in page
+    )
+    program = (
+        sys.executable,
+        "-c",
+        "import sys; print('loading'); sys.exit('error: the GPU has gone')",
+    )
     with pytest.raises(UserError, match="first: exit code 1: error: the GPU has gone"):
         SelfTest(tmp_path, program=program).call("first", [*program, "train"])
 
@@ -44,11 +54,20 @@ RESUMED |= {"a defect beside chance": ("abcd", False)}
 
 
 @pytest.mark.parametrize(("weights", "holds"), RESUMED.values(), ids=RESUMED)
-def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, tmp_path, monkeypatch):
-    """By the tensors without the header; where equal runs differ, by runs that are told to sum in one order."""
+def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
+    weights, holds, tmp_path, monkeypatch
+):
+    """By the tensors without the header; where equal runs differ, by runs that are told to sum in
+    one order."""
     asked = []
-    monkeypatch.setattr(SelfTest, "train", lambda self, name, **changes: asked.append((name, changes)))
-    names = ("device_no", "again", "resumed") if len(weights) == 3 else ("device_no", "again", "exact", "resumed")
+    monkeypatch.setattr(
+        SelfTest, "train", lambda self, name, **changes: asked.append((name, changes))
+    )
+    names = (
+        ("device_no", "again", "resumed")
+        if len(weights) == 3
+        else ("device_no", "again", "exact", "resumed")
+    )
     for name, tensors in zip(names, weights):
         (tmp_path / name).mkdir()
         header = name.encode()
@@ -56,7 +75,9 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(weights, holds, t
         (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(content)
     repeated, resumed = SelfTest(tmp_path).resumed()
     assert repeated.holds and ("other bytes" in repeated.said) == (len(weights) == 4)
-    assert resumed.holds == holds and all("deterministic" in words for name, words in asked[1:]) == (len(weights) == 4)
+    assert resumed.holds == holds and all(
+        "deterministic" in words for name, words in asked[1:]
+    ) == (len(weights) == 4)
 
 
 def test_the_page_says_which_of_the_readme_s_claims_hold_here():
@@ -68,8 +89,13 @@ def test_the_page_says_which_of_the_readme_s_claims_hold_here():
 
 
 def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
-    steps = [{"type": "step", "loss": math.inf, "skipped": True}, {"type": "step", "loss": 0.5, "skipped": False}]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps))
+    steps = [
+        {"type": "step", "loss": math.inf, "skipped": True},
+        {"type": "step", "loss": 0.5, "skipped": False},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps({'time': 0, **step})}\n" for step in steps)
+    )
     assert selftest.losses(RunDir(tmp_path)) == [0.5]
 
 
@@ -89,7 +115,9 @@ def test_compiled_blocks_are_compared_and_so_are_two_processes(tmp_path, monkeyp
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
     [found] = SelfTest(tmp_path, env=ON_CPU).step(4.0)
-    assert found.holds and found.said.startswith("left out: 4.0 GiB are free; --memory at 512 px needs full ")
+    assert found.holds and found.said.startswith(
+        "left out: 4.0 GiB are free; --memory at 512 px needs full "
+    )
     assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
 
 
@@ -97,12 +125,18 @@ def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
 def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
     [step] = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
     assert step.holds and "(full); --memory at 512 px needs" in step.said, step
-    assert step.figures["floor_sec"] > 0 and step.figures["step_sec"] > 0 and 0 < step.figures["peak_gib"] < 8
+    assert (
+        step.figures["floor_sec"] > 0
+        and step.figures["step_sec"] > 0
+        and 0 < step.figures["peak_gib"] < 8
+    )
 
 
 def test_random_materials_have_all_that_a_step_reads():
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
-    step = TrainStep(config, selftest.random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
+    step = TrainStep(
+        config, selftest.random_materials("small", 64), bf16_accelerator(), max_train_steps=1
+    )
     assert 0 < step.accumulate_gradients().total < 10
     assert step.update_adapter() > 0
 
@@ -117,25 +151,38 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     assert found["losses, fp32"].figures["relative_difference"] < 1e-4
 
 
-ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["to_q", "conv1", "ff.net.0.proj", "ff.net.2"]
+ATTENTION, CONVOLUTIONS = (
+    ["to_q", "to_k", "to_v", "to_out.0"],
+    ["to_q", "conv1", "ff.net.0.proj", "ff.net.2"],
+)
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 PRODIGY = {"optimizer": "Prodigy", "learning_rate": 1.0}
-CACHED, ACCUMULATED = {"cache_cross_attention": True}, {"snr_gamma": 5.0, "gradient_accumulation_steps": 2}
+CACHED, ACCUMULATED = (
+    {"cache_cross_attention": True},
+    {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+)
 TRAININGS = {
     "plain": {"target_modules": ATTENTION},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
-    "new tokens, bf16": {"train_text_encoder_ti": True, "mixed_precision": "bf16", "target_modules": ATTENTION},
+    "new tokens, bf16": {
+        "train_text_encoder_ti": True,
+        "mixed_precision": "bf16",
+        "target_modules": ATTENTION,
+    },
     "min-SNR, accumulated": ACCUMULATED,
     "prior of the base": PRIOR | {"target_modules": ATTENTION},
     "one image after the other": PRIOR | {"images_at_once": 1, "use_dora": True} | PRODIGY,
     "class images": {"with_prior_preservation": True},
-    "convolutions, feed-forward blocks recomputed": {"target_modules": CONVOLUTIONS, "recompute_feed_forward": True},
+    "convolutions, feed-forward blocks recomputed": {
+        "target_modules": CONVOLUTIONS,
+        "recompute_feed_forward": True,
+    },
     "EDM, uncached": {"do_edm_style_training": True, "caching": "off", "dataloader_num_workers": 2},
     "text cached, samples": CACHED | {"num_validation_images": 1, "validation_steps": 2},
 }
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
-"""Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is read. And each
-micro-batch is sent at once."""
+"""Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is
+read. And each micro-batch is sent at once."""
 
 
 STAND_IN = """
@@ -173,20 +220,28 @@ def test_the_stand_in_refuses_what_a_card_refuses():
 
 @pytest.fixture(scope="module")
 def run_on_device(tiny_base, photos, tmp_path_factory, few_steps):
-    """Train two steps in a process with such a GPU, as starting one costs more than a training; the losses of the
-    steps, and what the last micro-batch did. Equal trainings are made once."""
+    """Train two steps in a process with such a GPU, as starting one costs more than a training; the
+    losses of the steps, and what the last micro-batch did. Equal trainings are made once."""
     if not HAS_PYTHON_DEVICES:
         pytest.skip("this PyTorch has no devices written in Python")
     folder, command, known = tmp_path_factory.mktemp("device"), [sys.executable, "-m", DEVICE], {}
     with (
         (folder / "stderr.txt").open("w") as errors,
-        subprocess.Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True) as process,
+        subprocess.Popen(
+            command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, text=True
+        ) as process,
     ):
 
         def run(**changes) -> dict:
-            words = {"base": str(tiny_base), "photos": str(photos), "output": str(folder / f"gpu_{len(known)}")}
+            words = {
+                "base": str(tiny_base),
+                "photos": str(photos),
+                "output": str(folder / f"gpu_{len(known)}"),
+            }
             if (asked := json.dumps(changes)) not in known:
-                process.stdin.write(json.dumps(words | {"changes": {"max_train_steps": 2} | changes}) + "\n")
+                process.stdin.write(
+                    json.dumps(words | {"changes": {"max_train_steps": 2} | changes}) + "\n"
+                )
                 process.stdin.flush()
                 answer = process.stdout.readline()
                 assert answer, f"the process ended: {(folder / 'stderr.txt').read_text()[-3000:]}"
@@ -207,22 +262,37 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
     found = run_on_device(**settings)
     loop.train(tiny_config(tiny_base, photos, tmp_path / "cpu", max_train_steps=2, **settings))
     expected = [event["loss"] for event in logged(tmp_path / "cpu")]
-    assert found["losses"] == pytest.approx(expected, rel=1e-2 if "mixed_precision" in settings else 1e-5)
+    assert found["losses"] == pytest.approx(
+        expected, rel=1e-2 if "mixed_precision" in settings else 1e-5
+    )
     if training in COUNTED:
         assert sum(found["waits"].values()) == 1, found["waits"]
         assert sum(found["update_waits"].values()) <= 1, found["update_waits"]
-        assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), found["copies"]
+        assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), (
+            found["copies"]
+        )
 
 
 @pytest.mark.slow
 def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_batches(
     run_on_device, tiny_base, photos, tmp_path, free_port
 ):
-    alone, half = run_on_device(**ACCUMULATED), ACCUMULATED | {"max_train_steps": 2, "gradient_accumulation_steps": 1}
-    words = {"base": str(tiny_base), "photos": str(photos), "output": str(tmp_path / "two"), "changes": half}
+    alone, half = (
+        run_on_device(**ACCUMULATED),
+        ACCUMULATED | {"max_train_steps": 2, "gradient_accumulation_steps": 1},
+    )
+    words = {
+        "base": str(tiny_base),
+        "photos": str(photos),
+        "output": str(tmp_path / "two"),
+        "changes": half,
+    }
     (tmp_path / "two.json").write_text(json.dumps(words))
     command = [sys.executable, "-m", DEVICE, str(tmp_path / "two.json")]
-    ended = [process.communicate(timeout=600)[1] for process in [start(command, rank, 2, free_port) for rank in (0, 1)]]
+    ended = [
+        process.communicate(timeout=600)[1]
+        for process in [start(command, rank, 2, free_port) for rank in (0, 1)]
+    ]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"two.{rank}").read_text())
         assert found.get("losses") == pytest.approx(alone["losses"], rel=1e-4), (found, ended)
@@ -239,17 +309,27 @@ def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
 
 
 @pytest.mark.slow
-def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(run_on_device, tiny_base):
+def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(
+    run_on_device, tiny_base
+):
     """With the frozen base as the prior a photo has two rows."""
-    live, cached = (run_on_device(**TRAININGS["prior of the base"], **cached) for cached in ({}, CACHED))
+    live, cached = (
+        run_on_device(**TRAININGS["prior of the base"], **cached) for cached in ({}, CACHED)
+    )
     assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
-    assert live["frozen"] - cached["frozen"] == size_of_base(Base.find(tiny_base), ()).text_projections > 0
+    assert (
+        live["frozen"] - cached["frozen"]
+        == size_of_base(Base.find(tiny_base), ()).text_projections
+        > 0
+    )
     assert sum(cached["waits"].values()) == 1, cached["waits"]
     assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
 
 
 @pytest.mark.slow
-def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_and_apart_from_them(run_on_device):
+def test_on_a_card_that_is_short_photos_are_encoded_in_tiles_before_the_texts_and_apart_from_them(
+    run_on_device,
+):
     """Together they were the peak of a small card: the UNet comes last."""
     short, usual = run_on_device(free_gib=0.005), run_on_device(**TRAININGS["plain"])
     parts = {"encode_photos": ["vae"], "encode_prompts": ["text_encoder", "text_encoder_2"]}

@@ -1,4 +1,5 @@
-"""One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled blocks, fp16."""
+"""One step of the trainer, and what only makes it cheaper: working copies, cached text, compiled
+blocks, fp16."""
 
 import os
 from contextlib import nullcontext
@@ -51,15 +52,25 @@ def first_gradients(tiny_base, photos, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(TrainStep, "update_adapter", note)
-            patch.setattr(TrainStep, "accumulate_gradients", lambda self: seen.append(accumulate(self)) or seen[-1])
-            train(tiny_config(tiny_base, photos, tmp_path / f"run{len(list(tmp_path.iterdir()))}", **changes))
+            patch.setattr(
+                TrainStep,
+                "accumulate_gradients",
+                lambda self: seen.append(accumulate(self)) or seen[-1],
+            )
+            train(
+                tiny_config(
+                    tiny_base, photos, tmp_path / f"run{len(list(tmp_path.iterdir()))}", **changes
+                )
+            )
         return found, seen[-1]
 
     return first_gradients
 
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(first_gradients, monkeypatch, changes):
+def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(
+    first_gradients, monkeypatch, changes
+):
     changes = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0", "conv1"), **changes}
     with_copies, _ = first_gradients(**changes)
     nothing = SimpleNamespace(collect=lambda: None)
@@ -69,7 +80,9 @@ def test_the_optimizer_sees_the_gradients_of_a_step_without_copies(first_gradien
     assert [g is None for g in with_copies] == [g is None for g in without]
     for seen, wanted in zip(with_copies, without, strict=True):
         if wanted is not None:
-            assert (seen - wanted).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
+            assert (
+                seen - wanted
+            ).norm() <= tolerance * wanted.norm() and seen.dtype == torch.float32
     assert any(g is not None and g.norm() > 0 for g in with_copies)
 
 
@@ -77,7 +90,11 @@ def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradi
     changes = PRIOR | {"target_modules": ("to_q", "attn2.to_v", "ff.net.2")}
     plain, losses = first_gradients(**changes)
     recomputed, same = first_gradients(**changes, recompute_feed_forward=True)
-    assert losses == same and all(map(torch.equal, plain, recomputed)) and any(grad.norm() for grad in plain)
+    assert (
+        losses == same
+        and all(map(torch.equal, plain, recomputed))
+        and any(grad.norm() for grad in plain)
+    )
 
 
 def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -85,33 +102,52 @@ def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         assert (one - other).norm() <= 1e-4 * other.norm()
 
 
-OF_CLASS = {"with_prior_preservation": True, "num_class_images": 2, "prior_loss_weight": 0.5, "snr_gamma": 5.0}
+OF_CLASS = {
+    "with_prior_preservation": True,
+    "num_class_images": 2,
+    "prior_loss_weight": 0.5,
+    "snr_gamma": 5.0,
+}
 PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
 PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
 PASSES += [pytest.param(PRIOR | {"prior_every": 2}, [1, 3, 12], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("changes", "passes"), PASSES)
-def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(first_gradients, changes, passes):
-    """Of 2 photos with their prior, three times: 4 images a micro-batch. 6 at once would be one and a half."""
-    usual = changes | {"train_batch_size": 2, "gradient_accumulation_steps": 3, "mixed_precision": "no"}
+def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(
+    first_gradients, changes, passes
+):
+    """Of 2 photos with their prior, three times: 4 images a micro-batch. 6 at once would be one and
+    a half."""
+    usual = changes | {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "mixed_precision": "no",
+    }
     wanted, losses = first_gradients(**usual)
     for images in passes:
         found, same = first_gradients(**usual, images_at_once=images)
-        assert same.total == pytest.approx(losses.total, rel=1e-5) and (same.prior is None) == (losses.prior is None)
-        assert same.instance + (same.prior or 0) == pytest.approx(losses.instance + (losses.prior or 0), rel=1e-5)
+        assert same.total == pytest.approx(losses.total, rel=1e-5) and (same.prior is None) == (
+            losses.prior is None
+        )
+        assert same.instance + (same.prior or 0) == pytest.approx(
+            losses.instance + (losses.prior or 0), rel=1e-5
+        )
         assert_near(found, wanted)
 
 
 @pytest.fixture
 def one_draw(monkeypatch):
-    """Each micro-batch shows the same photo, noise and noise level. The numbers of images that are passed."""
+    """Each micro-batch shows the same photo, noise and noise level. The numbers of images that are
+    passed."""
     passed, batch_at, predict = [], prepare.TrainInputs.batch_at, TrainStep.predict
     draw = lambda seed, kind, number, what: generator(seed, kind, 0, what)  # noqa: E731
     of_first = lambda self, number, size, _, has: batch_at(self, 0, size, 0, lambda _: has(number))  # noqa: E731
     monkeypatch.setattr(train_step, "generator", draw)
     monkeypatch.setattr(prepare.TrainInputs, "batch_at", of_first)
-    monkeypatch.setattr(TrainStep, "predict", lambda self, rows: passed.append(len(rows)) or predict(self, rows))
+    monkeypatch.setattr(
+        TrainStep, "predict", lambda self, rows: passed.append(len(rows)) or predict(self, rows)
+    )
     return passed
 
 
@@ -131,14 +167,19 @@ def test_the_prior_of_one_micro_batch_in_k_at_k_times_its_weight_has_the_gradien
     assert any(grad.norm() for grad in wanted)
 
 
-def test_a_step_without_a_prior_has_no_prior_s_loss_and_the_photo_s_is_that_of_a_prior_in_each(losses_of, tmp_path):
-    """Four steps of one micro-batch: one of them has it, at four times its weight. The first step shows the photo."""
+def test_a_step_without_a_prior_has_no_prior_s_loss_and_the_photo_s_is_that_of_a_prior_in_each(
+    losses_of, tmp_path
+):
+    """Four steps of one micro-batch: one of them has it, at four times its weight. The first step
+    shows the photo."""
     settings = PRIOR | {"max_train_steps": 4, "prior_loss_weight": 0.5}
     losses_of("each", **settings), losses_of("one", **settings, prior_every=4)
     each, one = logged(tmp_path / "each"), logged(tmp_path / "one")
     assert each[0]["loss_instance"] == pytest.approx(one[0]["loss_instance"], rel=1e-5)
     [with_prior] = (step for step in one if step["loss_prior"] is not None)
-    assert with_prior["loss"] == pytest.approx(with_prior["loss_instance"] + 4 * 0.5 * with_prior["loss_prior"])
+    assert with_prior["loss"] == pytest.approx(
+        with_prior["loss_instance"] + 4 * 0.5 * with_prior["loss_prior"]
+    )
     assert all(step["loss"] == step["loss_instance"] for step in one if step is not with_prior)
 
 
@@ -149,17 +190,31 @@ def losses_of(tiny_base, photos, tmp_path):
     def run(name: str, **changes) -> list[float]:
         events = []
         torch._dynamo.reset()
-        train(tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}), events.append)
+        train(
+            tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}),
+            events.append,
+        )
         return [event.loss for event in events if isinstance(event, StepDone)]
 
     return run
 
 
-DROPPED = {"lora_dropout": 0.1, "caption_dropout": 0.5, "max_train_steps": 5, "num_validation_images": 1}
+DROPPED = {
+    "lora_dropout": 0.1,
+    "caption_dropout": 0.5,
+    "max_train_steps": 5,
+    "num_validation_images": 1,
+}
 CACHED = [
     ({"mixed_precision": "bf16", "gradient_checkpointing": True}, True),
-    pytest.param({"target_modules": ("to_q", "attn2.to_v"), **DROPPED}, True, marks=pytest.mark.slow),
-    pytest.param(PRIOR | {"gradient_checkpointing": True, "train_batch_size": 3}, False, marks=pytest.mark.slow),
+    pytest.param(
+        {"target_modules": ("to_q", "attn2.to_v"), **DROPPED}, True, marks=pytest.mark.slow
+    ),
+    pytest.param(
+        PRIOR | {"gradient_checkpointing": True, "train_batch_size": 3},
+        False,
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -168,12 +223,20 @@ def test_cached_text_gives_the_same_bytes_and_several_rows_the_same_but_for_roun
     losses_of, tmp_path, changes, is_exact
 ):
     """On a CPU, one photo at a time is the same products of the same shapes."""
-    settings = {"target_modules": ("to_q", "to_k", "to_v", "to_out.0"), "max_train_steps": 3} | changes
-    live, cached = losses_of("live", **settings), losses_of("cached", cache_cross_attention=True, **settings)
+    settings = {
+        "target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
+        "max_train_steps": 3,
+    } | changes
+    live, cached = (
+        losses_of("live", **settings),
+        losses_of("cached", cache_cross_attention=True, **settings),
+    )
     assert cached == (live if is_exact else pytest.approx(live, rel=1e-5))
     assert largest_difference(tmp_path / "live", tmp_path / "cached") <= (0 if is_exact else 1e-4)
     for picture in (tmp_path / "live").rglob("*.png"):
-        assert (tmp_path / "cached" / picture.relative_to(tmp_path / "live")).read_bytes() == picture.read_bytes()
+        assert (
+            tmp_path / "cached" / picture.relative_to(tmp_path / "live")
+        ).read_bytes() == picture.read_bytes()
 
 
 def drawn_by(unet) -> torch.Tensor:
@@ -192,7 +255,10 @@ def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_b
         found.append([answer, *(p.grad for p in unet.parameters())])
         adapters.drop_divisions(unet)
     kinds = {type(getattr(module, "processor", module)) for module in unet.modules()}
-    assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {AttnProcessor2_0, ResnetBlock2D} & kinds
+    assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {
+        AttnProcessor2_0,
+        ResnetBlock2D,
+    } & kinds
     assert all(map(torch.equal, *found))
 
 
@@ -201,25 +267,49 @@ def test_blocks_that_do_more_than_divide_by_one_are_left_alone():
     odd += [{"time_embedding_norm": "scale_shift"}, {"up": True}, {"down": True}]
     resnets = [ResnetBlock2D(in_channels=8, groups=4, **{"temb_channels": 8} | one) for one in odd]
     odd = [{"rescale_output_factor": 2.0}, {"residual_connection": True}, {"norm_num_groups": 4}]
-    odd += [{"spatial_norm_dim": 32}, {"cross_attention_norm": "layer_norm"}, {"qk_norm": "layer_norm"}]
+    odd += [
+        {"spatial_norm_dim": 32},
+        {"cross_attention_norm": "layer_norm"},
+        {"qk_norm": "layer_norm"},
+    ]
     attentions = [Attention(32, cross_attention_dim=32, **one) for one in odd]
     adapters.drop_divisions(torch.nn.ModuleList([*resnets, *attentions]))
     assert {type(block) for block in resnets} == {ResnetBlock2D}
     assert {type(attention.processor) for attention in attentions} == {AttnProcessor2_0}
 
 
-CHOSEN = [({}, "cuda", 1000, True, True), ({}, "cuda", 999, False, False), ({}, "cpu", 10**6, False, False)]
-CHOSEN += [({"resolution": 512}, "cuda", 1000, False, False), ({"enable_bucket": True}, "cuda", 1000, True, False)]
+CHOSEN = [
+    ({}, "cuda", 1000, True, True),
+    ({}, "cuda", 999, False, False),
+    ({}, "cpu", 10**6, False, False),
+]
+CHOSEN += [
+    ({"resolution": 512}, "cuda", 1000, False, False),
+    ({"enable_bucket": True}, "cuda", 1000, True, False),
+]
 CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
 CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
-CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog", "prior_every": 4}, "cuda", 799, False, False)]
-CHOSEN += [({"base_quantization": "nf4"}, "cuda", 1000, False, True), ({"compile": "off"}, "cuda", 1000, False, True)]
+CHOSEN += [
+    (
+        {"with_prior_preservation": True, "class_prompt": "a dog", "prior_every": 4},
+        "cuda",
+        799,
+        False,
+        False,
+    )
+]
+CHOSEN += [
+    ({"base_quantization": "nf4"}, "cuda", 1000, False, True),
+    ({"compile": "off"}, "cuda", 1000, False, True),
+]
 CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]
 
 
 @pytest.mark.parametrize(("changes", "device", "steps", "compiled", "searches"), CHOSEN)
 def test_only_a_long_run_on_a_gpu_is_compiled_by_itself(changes, device, steps, compiled, searches):
-    speed = speed_of(TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps)
+    speed = speed_of(
+        TrainConfig(**{"resolution": 1024, "train_batch_size": 1, **changes}), device, steps
+    )
     assert (speed.compiled, speed.searches) == (compiled, searches)
 
 
@@ -229,7 +319,10 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
         compute_exactly(True)
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+        assert (
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            and not torch.backends.cudnn.benchmark
+        )
     finally:
         compute_exactly(False)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -242,19 +335,29 @@ def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products()
     expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
     products = TextProducts(unet, torch.device("cpu"))
     gone = sum(layer.host_weight.numel() for layer in products.layers)
-    assert len(products.layers) == sum(isinstance(module, TextProjection) for module in unet.modules()) > 0
+    assert (
+        len(products.layers)
+        == sum(isinstance(module, TextProjection) for module in unet.modules())
+        > 0
+    )
     assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
     assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
     assert torch.equal(drawn_by(unet), expected)
 
 
 @pytest.mark.slow
-def test_compiled_losses_are_those_without_and_so_is_what_is_saved(losses_of, tmp_path, monkeypatch):
-    """Traced, differentiated ahead of time, and run operation by operation: inductor would take minutes here."""
+def test_compiled_losses_are_those_without_and_so_is_what_is_saved(
+    losses_of, tmp_path, monkeypatch
+):
+    """Traced, differentiated ahead of time, and run operation by operation: inductor would take
+    minutes here."""
     monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
     settings = PRIOR | {"gradient_checkpointing": True, "enable_bucket": True}
     settings["target_modules"] = ("to_q", "to_k", "to_v", "conv1")
-    plain, compiled = losses_of("plain", **settings), losses_of("compiled", compile="on", **settings)
+    plain, compiled = (
+        losses_of("plain", **settings),
+        losses_of("compiled", compile="on", **settings),
+    )
     assert compiled == pytest.approx(plain, rel=1e-5)
     one, other = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "compiled"))
     assert one.keys() == other.keys() and not any("_orig_mod" in name for name in other)
@@ -266,24 +369,32 @@ def test_no_step_after_the_first_compiles_again(tiny_base, photos, tmp_path, mon
     torch._dynamo.reset()
     counters, graphs = torch._dynamo.utils.counters, []
     counters.clear()
-    note = lambda event: graphs.append(counters["stats"]["unique_graphs"]) if event.kind == "step" else None  # noqa: E731
+    note = lambda event: (  # noqa: E731
+        graphs.append(counters["stats"]["unique_graphs"]) if event.kind == "step" else None
+    )
     train(tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=4, compile="on"), note)
     assert graphs[0] > 0 and graphs == [graphs[0]] * 4
 
 
 @pytest.mark.slow
 def test_a_compiler_that_is_missing_costs_nothing(losses_of, tmp_path, caplog):
-    """PyTorch's own patch gives its settings back; after pytest's, a setting "does not exist" any more."""
+    """PyTorch's own patch gives its settings back; after pytest's, a setting "does not exist" any
+    more."""
     with inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
         plain, failed = losses_of("plain"), losses_of("failed", compile="on")
-    assert failed == plain and adapter_sha256(tmp_path / "failed") == adapter_sha256(tmp_path / "plain")
-    lines = [record.getMessage() for record in caplog.records if "goes on without" in record.getMessage()]
+    assert failed == plain and adapter_sha256(tmp_path / "failed") == adapter_sha256(
+        tmp_path / "plain"
+    )
+    lines = [
+        record.getMessage() for record in caplog.records if "goes on without" in record.getMessage()
+    ]
     assert len(lines) == 1 and "\n" not in lines[0] and "/nowhere/g++" in lines[0]
 
 
 @pytest.fixture
 def scaled(monkeypatch):
-    """Make the run what `--mixed_precision fp16` makes it on a GPU: accelerate refuses that on a CPU."""
+    """Make the run what `--mixed_precision fp16` makes it on a GPU: accelerate refuses that on a
+    CPU."""
     make_accelerator = distributed.make_accelerator
 
     def use(init_scale: float, backoff: float) -> None:
@@ -291,7 +402,9 @@ def scaled(monkeypatch):
             accelerator = make_accelerator(config, run_dir)
             accelerator.state._shared_state["_mixed_precision"] = "fp16"
             accelerator.native_amp = True
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=backoff)
+            accelerator.scaler = torch.amp.GradScaler(
+                "cpu", init_scale=init_scale, backoff_factor=backoff
+            )
             return accelerator
 
         monkeypatch.setattr(distributed, "make_accelerator", make)
@@ -313,19 +426,27 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
     skipped, done = ([step for step in found if step["skipped"] is kind] for kind in (True, False))
     assert result.step == 3 and len(skipped) > 1
     assert all(step["step"] == 1 and step["grad_norm"] is None for step in skipped)
-    assert [(step["step"], step["lr"]) for step in done] == [(n, plain[n - 1]["lr"]) for n in (1, 2, 3)]
-    expected, trained = (load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "scaled"))
+    assert [(step["step"], step["lr"]) for step in done] == [
+        (n, plain[n - 1]["lr"]) for n in (1, 2, 3)
+    ]
+    expected, trained = (
+        load_file(tmp_path / run / "last" / RAW_NAME) for run in ("plain", "scaled")
+    )
     for name, weights in expected.items():
         torch.testing.assert_close(trained[name], weights, rtol=0.02, atol=1e-4)
     scaled(init_scale=2.0**30, backoff=0.999)
     with pytest.raises(UserError, match=r"the gradient is .* at step 1: lower --learning_rate"):
         loop.train(config("run"))
-    assert len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
+    assert (
+        len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
+    )
 
 
 def is_advised_bf16(place: str, precision: str, folder: Path) -> bool:
     accelerator = SimpleNamespace(device=torch.device(place), mixed_precision=precision)
-    error = Training.diverged(SimpleNamespace(accelerator=accelerator, run_dir=RunDir(folder)), "the loss is nan")
+    error = Training.diverged(
+        SimpleNamespace(accelerator=accelerator, run_dir=RunDir(folder)), "the loss is nan"
+    )
     return "--mixed_precision bf16" in str(error)
 
 

@@ -66,7 +66,10 @@ def toys(workspace) -> Workspace:
     for number, (name, count) in enumerate((("duck", 5), ("rocket", 2)), 1):
         (folder := folder_of(workspace.photos_dir, number)).mkdir()
         for photo in range(count):
-            shutil.copy(assets_folder() / "subjects" / name / f"0{photo}.jpg", folder / f"photo_0{photo + 1}.png")
+            shutil.copy(
+                assets_folder() / "subjects" / name / f"0{photo}.jpg",
+                folder / f"photo_0{photo + 1}.png",
+            )
     return workspace
 
 
@@ -95,20 +98,31 @@ def context(tmp_path, workspace):
     """Makes a page without a server, on a base that `load` gives; `facts` win."""
 
     def make(load=lambda: None, others=(), **facts) -> AppContext:
-        of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": "", "is_remote": False}
+        of_base = {
+            "title": "x",
+            "name": "toy",
+            "resolution_px": 64,
+            "public_name": "",
+            "is_remote": False,
+        }
         of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
-        return AppContext(PageBase(load=load, **of_base), *others, **{"workspace": workspace} | folders | facts)
+        return AppContext(
+            PageBase(load=load, **of_base), *others, **{"workspace": workspace} | folders | facts
+        )
 
     return make
 
 
 def recorded(run: Path, *events: dict, **job) -> Job:
-    """A run with these events, whose process is gone; this one, where `job` says when it was created."""
+    """A run with these events, whose process is gone; this one, where `job` says when it was
+    created."""
     run.mkdir(parents=True, exist_ok=True)
     found = Job(run, **{"pid": os.getpid(), "created": psutil.Process().create_time() - 100} | job)
     found.save()
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"time": 1e12} | event) + "\n" for event in events)
+    )
     return found
 
 
@@ -138,9 +152,12 @@ def of_toys(tmp_path_factory):
 
 
 def with_one_picture(jobs: Jobs) -> None:
-    """Runs that are started draw one picture of each subject at a time, and not four, which take a minute."""
+    """Runs that are started draw one picture of each subject at a time, and not four, which take a
+    minute."""
     start = jobs.start
-    jobs.start = lambda name, config, *rest: start(name, config | {"num_validation_images": 1}, *rest)
+    jobs.start = lambda name, config, *rest: start(
+        name, config | {"num_validation_images": 1}, *rest
+    )
 
 
 def toy_photos(name: str, count: int) -> list[Path]:
@@ -186,7 +203,11 @@ def handler(ctx: AppContext, name: str, elem_id: str = ""):
     page = build_app(ctx, [])
     numbers = {number for number, block in page.blocks.items() if elem_id in ("", block.elem_id)}
     events = (event for event in page.fns.values() if event.name == name)
-    return next(event.fn for event in events if not elem_id or {number for number, _ in event.targets} & numbers)
+    return next(
+        event.fn
+        for event in events
+        if not elem_id or {number for number, _ in event.targets} & numbers
+    )
 
 
 def write_adapter(file: Path, trigger: str = "sks", class_word: str = "dog", **facts) -> Path:
@@ -212,4 +233,8 @@ def event_of(served, elem_id: str, trigger: str) -> int:
     """The number of the event that one widget's `trigger` starts."""
     config = httpx.get(f"{served.url}config").json()
     widget = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == elem_id)
-    return next(d["id"] for d in config["dependencies"] if [widget, trigger] in [list(t) for t in d["targets"]])
+    return next(
+        d["id"]
+        for d in config["dependencies"]
+        if [widget, trigger] in [list(t) for t in d["targets"]]
+    )

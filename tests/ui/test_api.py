@@ -1,4 +1,5 @@
-"""The page through gradio_client: names, arguments, streaming, stopping, several clients, and mistakes in words."""
+"""The page through gradio_client: names, arguments, streaming, stopping, several clients, and
+mistakes in words."""
 
 import json
 import re
@@ -19,7 +20,16 @@ from tests.ui.conftest import TRAINER, end_all, noise_photos, wait_for
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
 OF_A_PICTURE = [
-    *("prompt", "negative_prompt", "adapter", "scale", "adapter_2", "scale_2", "adapter_3", "scale_3"),
+    *(
+        "prompt",
+        "negative_prompt",
+        "adapter",
+        "scale",
+        "adapter_2",
+        "scale_2",
+        "adapter_3",
+        "scale_3",
+    ),
     *("seed", "steps", "guidance_scale", "size", "num_images", "scheduler"),
 ]
 
@@ -30,7 +40,10 @@ def files_of(gallery) -> list[str]:
 
 def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(client):
     api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    arguments = {name.lstrip("/"): [p["parameter_name"] for p in facts["parameters"]] for name, facts in api.items()}
+    arguments = {
+        name.lstrip("/"): [p["parameter_name"] for p in facts["parameters"]]
+        for name, facts in api.items()
+    }
     fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")
     further = [f"{name}_{number}" for number in (2, 3, 4) for name in fields]
     of_each = {
@@ -49,13 +62,17 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
     page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
     told = {
-        name: re.findall("`([a-z_0-9]+)`", words) for names, words in lines for name in re.findall("/([a-z_]+)", names)
+        name: re.findall("`([a-z_0-9]+)`", words)
+        for names, words in lines
+        for name in re.findall("/([a-z_]+)", names)
     }
     told["grid"] += told["generate"]
     assert told == arguments
 
 
-def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_carries_its_recipe(client, served):
+def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_carries_its_recipe(
+    client, served
+):
     assert [row["name"] for row in client.predict(api_name="/adapters")] == ["cat", "dog"]
     adapters = {"adapter": "dog", "scale": 0.5, "adapter_3": "cat", "scale_3": 0.2}
     job = client.submit("a sks dog", seed=7, num_images=2, **adapters, **DRAW | {"steps": 30})
@@ -63,7 +80,9 @@ def test_a_picture_of_two_adapters_is_the_pipelines_own_comes_with_previews_and_
     counts = [len(output[0]) for output in job.outputs() if isinstance(output[0], list)]
     assert {1, 2} <= set(counts) and counts == sorted(counts)
     states = [output[2] for output in job.outputs()]
-    assert any("data:image/jpeg" in state and " of 30" in state and " left" in state for state in states)
+    assert any(
+        "data:image/jpeg" in state and " of 30" in state and " left" in state for state in states
+    )
     first, second = files_of(gallery)
     assert seed == 7 and "2 pictures" in status
     recipe = read_recipe(second)
@@ -85,12 +104,21 @@ def test_a_negative_or_emptied_seed_is_drawn_and_told(client):
 
 
 def test_a_comparison_is_without_then_with_at_one_seed_and_a_grid_one_png_with_its_axes(client):
-    (without, with_dog), _ = client.predict("a dog", adapter="dog", seed=5, **FAST, api_name="/compare")
-    assert read_recipe(without).params.adapters == () and read_recipe(with_dog).params.adapters == (("dog", 1.0),)
+    (without, with_dog), _ = client.predict(
+        "a dog", adapter="dog", seed=5, **FAST, api_name="/compare"
+    )
+    assert read_recipe(without).params.adapters == () and read_recipe(with_dog).params.adapters == (
+        ("dog", 1.0),
+    )
     assert read_recipe(without).params.seed == read_recipe(with_dog).params.seed == 5
-    sheet, _ = client.predict("scale", "0, 1", "seed", "1, 2", "a dog", adapter="dog", **FAST, api_name="/grid")
+    sheet, _ = client.predict(
+        "scale", "0, 1", "seed", "1, 2", "a dog", adapter="dog", **FAST, api_name="/grid"
+    )
     with PIL.Image.open(sheet) as image:
-        assert json.loads(image.info["dreambooth_moslora_grid"]) == {"scale": [0.0, 1.0], "seed": [1, 2]}
+        assert json.loads(image.info["dreambooth_moslora_grid"]) == {
+            "scale": [0.0, 1.0],
+            "seed": [1, 2],
+        }
         assert image.width > 2 * 64 and image.height > 2 * 64
 
 
@@ -108,23 +136,44 @@ MISTAKES = [
     ("generate", {"seed": [1]}, "Seed must be a number, not [1]"),
     ("generate", {"size": [64, 64]}, "size [64, 64] is not understood"),
     ("generate", {"prompt": ["a", "b"]}, "Prompt must be text, not ['a', 'b']"),
-    ("grid", {"rows": "prompt", "row_values": ["a", "b"]}, "Row values must be text, not ['a', 'b']"),
+    (
+        "grid",
+        {"rows": "prompt", "row_values": ["a", "b"]},
+        "Row values must be text, not ['a', 'b']",
+    ),
     ("estimate", {"captions": ["a", "b"]}, "Captions must be text, not ['a', 'b']"),
     ("estimate", {"class_word": {"a": 1}}, "What the photos show must be text"),
     ("generate", {"size": 64.5}, "size 64.5 is not understood"),
     ("estimate", {"rank": {"a": 1}}, "Rank must be a number"),
     ("estimate", {"memory": "little"}, "Memory: Value: little is not in the list of choices"),
     ("estimate", {"prior": [1]}, "Kept by"),
-    ("estimate", {"unmasked_weight": 7}, "Weight outside the mask: Value 7 is greater than maximum"),
-    *(("generate", {"seed": seed}, f"Seed must be a number, not {seed}") for seed in (float("nan"), float("inf"))),
+    (
+        "estimate",
+        {"unmasked_weight": 7},
+        "Weight outside the mask: Value 7 is greater than maximum",
+    ),
+    *(
+        ("generate", {"seed": seed}, f"Seed must be a number, not {seed}")
+        for seed in (float("nan"), float("inf"))
+    ),
     ("generate", {"seed": 1.5}, "Seed must be a whole number, not 1.5"),
     ("estimate", {"steps": 7.5}, "Steps must be a whole number, not 7.5"),
-    ("grid", {"rows": "steps", "row_values": "5, 150"}, "150 steps are too many; at most 100 are drawn"),
+    (
+        "grid",
+        {"rows": "steps", "row_values": "5, 150"},
+        "150 steps are too many; at most 100 are drawn",
+    ),
     ("generate", {"num_images": float("nan")}, "must be a whole number, not nan"),
     ("generate", {"adapter": "\ud800"}, r"There is no adapter \\ud800"),
     ("generate", {"prompt": "a \ud800"}, "which is not a character"),
-    *(("train_status", {"run": run}, "cannot be the name of a run") for run in (None, ["dog"], {}, "../dog", "\ud800")),
-    *((endpoint, {"run": 5}, "cannot be the name of a run") for endpoint in ("stop_training", "resume_training")),
+    *(
+        ("train_status", {"run": run}, "cannot be the name of a run")
+        for run in (None, ["dog"], {}, "../dog", "\ud800")
+    ),
+    *(
+        (endpoint, {"run": 5}, "cannot be the name of a run")
+        for endpoint in ("stop_training", "resume_training")
+    ),
 ]
 
 
@@ -134,8 +183,12 @@ def test_mistakes_are_told_in_words(served, endpoint, arguments, words):
     prompt, subject = {"prompt": "a"}, {"photos": [], "class_word": "x"}
     needed = {"generate": prompt, "grid": prompt, "estimate": subject}.get(endpoint, {})
     content, headers = json.dumps(needed | arguments), {"Content-Type": "application/json"}
-    asked = httpx.post(f"{served.url}gradio_api/call/v2/{endpoint}", content=content, headers=headers)
-    told = httpx.get(f"{served.url}gradio_api/call/{endpoint}/{asked.json()['event_id']}", timeout=60).text
+    asked = httpx.post(
+        f"{served.url}gradio_api/call/v2/{endpoint}", content=content, headers=headers
+    )
+    told = httpx.get(
+        f"{served.url}gradio_api/call/{endpoint}/{asked.json()['event_id']}", timeout=60
+    ).text
     assert words in told and "event: error" in told
 
 
@@ -147,11 +200,15 @@ def test_clients_share_a_queue_each_gets_its_own_and_the_history_is_of_all(serve
 
     with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(ask, range(5))) == [(n, [f"dog {n}"]) for n in range(5)]
-    prompts = {GenerationParams.from_png(picture.path).prompt for picture in served.ctx.workspace.history}
+    prompts = {
+        GenerationParams.from_png(picture.path).prompt for picture in served.ctx.workspace.history
+    }
     assert prompts == {f"dog {number}" for number in range(5)}
 
 
-def test_another_client_watches_a_run_and_stops_and_resumes_it(client, served, tmp_path, monkeypatch):
+def test_another_client_watches_a_run_and_stops_and_resumes_it(
+    client, served, tmp_path, monkeypatch
+):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     photos = list(map(handle_file, noise_photos(tmp_path, 3)))
@@ -175,14 +232,23 @@ def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_
     files = list(map(handle_file, noise_photos(tmp_path, 3)))
     run, status = client.predict(photos=files[:1], class_word="hen", api_name="/train")
     assert run["value"] == "hen" and "is starting" in status
-    assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (16, "adapter_off", 320)
+    assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (
+        16,
+        "adapter_off",
+        320,
+    )
     words = {"class_word": "hen", "subjects": 2, "class_word_2": "cat"}
     run, _ = client.predict(photos=files[:1], photos_2=files[1:], **words, api_name="/train")
     assert run["value"] == "hen-cat"
-    found = [(table["instance_prompt"], Path(table["instance_data_dir"])) for table in started[1]["subjects"]]
+    found = [
+        (table["instance_prompt"], Path(table["instance_data_dir"]))
+        for table in started[1]["subjects"]
+    ]
     assert [prompt for prompt, _ in found] == ["a photo of a sks hen", "a photo of a zwx cat"]
     assert [len(list(folder.iterdir())) for _, folder in found] == [1, 2]
-    cost = client.predict(photos=files[:1], token="sks", class_word="dog", steps=7, api_name="/estimate")
+    cost = client.predict(
+        photos=files[:1], token="sks", class_word="dog", steps=7, api_name="/estimate"
+    )
     assert "7 steps" in cost and "GiB" in cost and str(tmp_path) not in cost
 
 
@@ -191,4 +257,6 @@ def test_photos_beyond_the_number_of_subjects_are_refused_and_not_taken(client, 
     files = list(map(handle_file, noise_photos(tmp_path, 2)))
     for endpoint in ("/train", "/add_to_queue", "/estimate"):
         with pytest.raises(AppError, match="photos_2, subjects must be at least 2, not 1"):
-            client.predict(photos=files[:1], photos_2=files[1:], class_word="hen", api_name=endpoint)
+            client.predict(
+                photos=files[:1], photos_2=files[1:], class_word="hen", api_name=endpoint
+            )

@@ -1,4 +1,5 @@
-"""The program `app.py`: what it is told, the bases that it offers, its libraries, and the memory that it keeps."""
+"""The program `app.py`: what it is told, the bases that it offers, its libraries, and the memory
+that it keeps."""
 
 import argparse
 import ctypes
@@ -49,7 +50,9 @@ from tests.ui.conftest import PAGE, write_adapter
         (["--allowed_host", "pictures.example.org", "--public"], False),
     ],
 )
-def test_beyond_this_machine_a_page_has_a_login_or_only_draws(monkeypatch, capsys, options, is_refused):
+def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
+    monkeypatch, capsys, options, is_refused
+):
     def stop_here(args, draw_by):
         raise UserError("far enough")
 
@@ -68,14 +71,20 @@ def test_beyond_this_machine_a_page_has_a_login_or_only_draws(monkeypatch, capsy
         *((["--runs_dir", f"{{}}/{place}"], "--runs_dir") for place in ("file", "file/below")),
         (["--runs_dir", "/proc/none/below"], "--runs_dir"),
         *(
-            (["--server_port", port], f"--server_port {port} is not a port; choose one from 1 to 65535\n")
+            (
+                ["--server_port", port],
+                f"--server_port {port} is not a port; choose one from 1 to 65535\n",
+            )
             for port in ("99999", "-1", "0")
         ),
     ],
 )
 def test_what_it_is_told_wrongly_ends_in_one_line(tmp_path, capsys, options, told):
     (tmp_path / "file").write_text("x")
-    assert app.main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)]) == 2
+    assert (
+        app.main(["--runs_dir", str(tmp_path), *(option.format(tmp_path) for option in options)])
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith(f"error: {told}") and error.count("\n") == 1
 
@@ -90,9 +99,15 @@ def test_a_password_may_have_a_colon():
     assert app.parse_login("ann:se:cret") == ("ann", "se:cret")
 
 
-def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_weights(tiny_base, tmp_path):
-    """It trained Stable Diffusion 1.5 at 1024 px, where it was one file or on the hub. The other is one at 768 px."""
-    configs = {"model_index": {"_class_name": "StableDiffusionPipeline"}, "unet/config": {"sample_size": 96}}
+def test_the_page_trains_each_base_at_its_own_side_which_is_known_without_its_weights(
+    tiny_base, tmp_path
+):
+    """It trained Stable Diffusion 1.5 at 1024 px, where it was one file or on the hub. The other is
+    one at 768 px."""
+    configs = {
+        "model_index": {"_class_name": "StableDiffusionPipeline"},
+        "unet/config": {"sample_size": 96},
+    }
     configs["vae/config"] = {"block_out_channels": [8] * 4}
     for name, content in configs.items():
         (path := tmp_path / "other" / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +125,14 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
         ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
-            fields = settings_widgets(ctx) | {"new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)}
-        seen = {field for field in ("negative_prompt", "scheduler", "new_tokens") if fields[field].visible}
+            fields = settings_widgets(ctx) | {
+                "new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)
+            }
+        seen = {
+            field
+            for field in ("negative_prompt", "scheduler", "new_tokens")
+            if fields[field].visible
+        }
         shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
     with gr.Blocks():
@@ -127,13 +148,17 @@ def shelf(tmp_path):
     for place in ("mine", "a/b/c/deep"):
         (folder := tmp_path / place).mkdir(parents=True)
         shutil.copy(TOY / "model_index.json", folder)
-    save_file({f"{app.CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors")
+    save_file(
+        {f"{app.CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors"
+    )
     write_adapter(tmp_path / "dog.safetensors")
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     return tmp_path
 
 
-def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(shelf, tiny_base):
+def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(
+    shelf, tiny_base
+):
     toy = Base.find("toy")
     assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
     assert list(app.offered(toy, shelf)) == ["toy", "toy-zimage", "mine", "one.safetensors"]
@@ -149,7 +174,8 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
     assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
     (shelf / "link").symlink_to(shelf / "mine")
     found = app.page_base("a title", Base.find(shelf / "link"))
-    assert (found.title, found.public_name) == ("a title", "link")  # as `from_base` names it in pictures
+    # as `from_base` names it in pictures
+    assert (found.title, found.public_name) == ("a title", "link")
 
 
 def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):
@@ -160,16 +186,28 @@ def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_fro
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_base(shelf, tmp_path, public):
+def test_a_public_page_has_the_operators_base_alone_and_its_prompts_suit_the_base(
+    shelf, tmp_path, public
+):
     app.add_arguments(parser := argparse.ArgumentParser())
-    words = ["--bases_dir", str(shelf), "--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
+    words = [
+        "--bases_dir",
+        str(shelf),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+        *["--public"] * public,
+    ]
     ctx = app.context_of(parser.parse_args(words))
     ctx.workspace.close()
-    assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "mine", "one.safetensors"])
+    assert list(ctx.bases) == (
+        ["toy"] if public else ["toy", "toy-zimage", "mine", "one.safetensors"]
+    )
     wait([ctx._pipeline])
     for base in ctx.bases.values():
         wanted = toys.TEMPLATES if toys.is_toy(base.name) else DREAMBOOTH_LIVE_TEMPLATES
-        assert set(wanted) <= set(base.templates) and all("{}" in template for template in base.templates)
+        assert set(wanted) <= set(base.templates) and all(
+            "{}" in template for template in base.templates
+        )
 
 
 def fails():
@@ -178,13 +216,21 @@ def fails():
 
 def test_another_base_is_taken_once_it_is_loaded_and_the_old_one_stays_where_it_fails(context):
     old, new = SimpleNamespace(), SimpleNamespace()
-    other, broken = PageBase("other", "/x/other", 512, lambda: new), PageBase("broken", "broken", 512, fails)
+    other, broken = (
+        PageBase("other", "/x/other", 512, lambda: new),
+        PageBase("broken", "broken", 512, fails),
+    )
     ctx = context(lambda: old, others=[other, broken])
     with pytest.raises(UserError, match="no unet"):
         list(ctx.choose(broken))
     assert (ctx.base, ctx.resolution_px, ctx.pipeline()) == ("x", 64, old)
     list(ctx.choose(other))
-    assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.pipeline()) == ("other", "/x/other", 512, new)
+    assert (ctx.base, ctx.base_name, ctx.resolution_px, ctx.pipeline()) == (
+        "other",
+        "/x/other",
+        512,
+        new,
+    )
     assert not ctx.turns.is_small
 
 
@@ -216,11 +262,15 @@ print(json.dumps({"mine": imports.count(threading.get_ident()), "all": len(impor
 
 
 @pytest.mark.slow
-def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(tiny_base, subject, tmp_path):
+def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(
+    tiny_base, subject, tmp_path
+):
     adapter = save_diffusers_lora(subject.pipeline.unet, tmp_path / "made", seed=1)
     adapter = adapter.rename(tmp_path / "dog.safetensors")
     command = [sys.executable, "-c", INSPECTED_WHILE_LOADING, tiny_base, tmp_path / "runs", adapter]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["facts"] and found["all"] and found["mine"] == 0
@@ -260,7 +310,10 @@ def _glibc():
 @pytest.mark.usefixtures("_glibc")
 def test_the_pages_threads_share_one_heap():
     """Four that allocate at once; by themselves they begin heaps of their own."""
-    own, page = (int(subprocess.check_output([sys.executable, "-c", THREADS, mode])) for mode in ("own", "page"))
+    own, page = (
+        int(subprocess.check_output([sys.executable, "-c", THREADS, mode]))
+        for mode in ("own", "page")
+    )
     assert page == 1 < own
 
 

@@ -1,4 +1,5 @@
-"""The page as a person uses it, in a real Chromium, on the tiny base, with the real training program."""
+"""The page as a person uses it, in a real Chromium, on the tiny base, with the real training
+program."""
 
 import io
 import json
@@ -78,10 +79,14 @@ def test_stop_keeps_what_is_finished_escape_stops_too_and_a_picture_in_the_queue
         generate(page, steps=100, pictures=8)
         page.wait_for_selector("#status .bar")
         generate(second.page, steps=100, pictures=8)
-        second.page.wait_for_function("document.querySelector('#status').innerText.includes('queue: 1/1')")
+        second.page.wait_for_function(
+            "document.querySelector('#status').innerText.includes('queue: 1/1')"
+        )
         second.page.click("#stop")
         second.page.wait_for_timeout(300)
-        monkeypatch.setattr(served.ctx, "stop", lambda request: (real(request), time.sleep(SLOW_ANSWER_SEC)))
+        monkeypatch.setattr(
+            served.ctx, "stop", lambda request: (real(request), time.sleep(SLOW_ANSWER_SEC))
+        )
         page.click("#stop")
         web.says(page, "status", "Stopped.")
         generate(page, steps=60, pictures=8)
@@ -109,7 +114,8 @@ def test_a_picture_is_seen_whole_while_it_is_drawn_and_after_and_is_no_higher_th
         web.put(page, "size", "64 x 64")
         generate(page, steps=60)
         found = f"at => document.querySelector(at) && [({PLACE})(at), {OTHERS}]"
-        drawn, others = page.wait_for_function(found, arg="#preview img").json_value()  # at once: it may be done next
+        # at once: it may be done next
+        drawn, others = page.wait_for_function(found, arg="#preview img").json_value()
         assert others == 0
         web.says(page, "status", "1 picture in")
         page.wait_for_function(SHOWN.format(64))
@@ -143,7 +149,9 @@ def test_slash_leads_to_the_prompt_enter_draws_a_png_gives_the_same_picture_agai
     visited.reload()
     web.open_box(page, "drop_box")
     page.set_input_files("#drop_png input[type=file]", file)
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.wait_for_function(
+        "document.querySelector('#prompt textarea').value === 'a sks dog in the snow'"
+    )
     page.click("#run")
     web.says(page, "status", "1 picture in")
     assert np.array_equal(pixels_of(page, "#gallery img"), before)
@@ -154,12 +162,17 @@ def test_slash_leads_to_the_prompt_enter_draws_a_png_gives_the_same_picture_agai
     page.set_input_files("#inspect_file input[type=file]", file)
     web.says(page, "inspect_facts", "a sks dog in the snow")
     page.click("#inspect_use")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a sks dog in the snow'")
+    page.wait_for_function(
+        "document.querySelector('#prompt textarea').value === 'a sks dog in the snow'"
+    )
     page.wait_for_selector("#run", state="visible")
     web.open_tab(page, "Compare")
     page.click("#compare")
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
-    halves = [page.request.get(img.get_attribute("src")).body() for img in page.locator("#slider img").all()]
+    halves = [
+        page.request.get(img.get_attribute("src")).body()
+        for img in page.locator("#slider img").all()
+    ]
     assert len(set(halves)) == 2
     web.open_tab(page, "Grid")
     web.put(page, "grid_row_values", "0, 1")
@@ -168,7 +181,9 @@ def test_slash_leads_to_the_prompt_enter_draws_a_png_gives_the_same_picture_agai
     assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
 
 
-def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is_used(served, visited, page, tmp_path):
+def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is_used(
+    served, visited, page, tmp_path
+):
     web.open_tab(page, "Train")
     web.add_photos(page, noise_photos(tmp_path, 3), "dog")
     page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
@@ -192,15 +207,22 @@ def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is
     page.locator("#download_tokens").wait_for()
     page.click("#use_adapter")
     page.wait_for_selector("#run", state="visible")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of a sks dog'")
+    page.wait_for_function(
+        "document.querySelector('#prompt textarea').value === 'a photo of a sks dog'"
+    )
     web.set_number(page, "steps", 3)
     page.click("#run")
     web.says(page, "status", "1 picture in")
-    drawn_with = [[tokens.word for tokens in adapter.tokens] for adapter in served.ctx.pipeline().adapters.values()]
+    drawn_with = [
+        [tokens.word for tokens in adapter.tokens]
+        for adapter in served.ctx.pipeline().adapters.values()
+    ]
     assert ["sks"] in drawn_with
 
 
-def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(served, browser, visited, page, tmp_path):
+def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(
+    served, browser, visited, page, tmp_path
+):
     web.open_tab(page, "Train")
     web.add_photos(page, noise_photos(tmp_path, 3), "owl")
     web.open_box(page, "more_training")
@@ -219,7 +241,10 @@ def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(served, br
 
 
 def test_a_public_page_has_two_tabs_and_draws(tiny_base, tmp_path, browser):
-    with serve(tiny_base, tmp_path, public=True) as server, web.visit(browser, server.url) as visited:
+    with (
+        serve(tiny_base, tmp_path, public=True) as server,
+        web.visit(browser, server.url) as visited,
+    ):
         page = visited.page
         generate(page)
         web.says(page, "status", "1 picture in")
@@ -231,7 +256,9 @@ def test_a_public_page_has_two_tabs_and_draws(tiny_base, tmp_path, browser):
         assert page.locator("input[type=file]").count() == 0 and not visited.errors
 
 
-def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(served, page, tmp_path, monkeypatch):
+def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(
+    served, page, tmp_path, monkeypatch
+):
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     web.open_tab(page, "Train")
@@ -275,8 +302,17 @@ def fails():
     raise UserError("it has no unet")
 
 
-def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(tiny_base, tmp_path, browser):
-    toy = PageBase("toy", "toy", 128, lambda: SubjectPipeline.from_base("toy"), ABOUT.format("SDXL"), ("a {} of toys",))
+def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
+    tiny_base, tmp_path, browser
+):
+    toy = PageBase(
+        "toy",
+        "toy",
+        128,
+        lambda: SubjectPipeline.from_base("toy"),
+        ABOUT.format("SDXL"),
+        ("a {} of toys",),
+    )
     broken = PageBase("broken", "broken", 64, fails)
     (pipeline := tiny_pipeline("flux", tmp_path / "files")).save_pretrained(tmp_path / "flux")
     flux = PageBase("flux", str(tmp_path / "flux"), 64, lambda: SubjectPipeline(pipeline, "flux"))
@@ -290,7 +326,9 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
         assert page.input_value("#base input") == "tiny" and page.is_visible("#negative")
         choose(page, "base", "flux")
         page.wait_for_selector("#negative", state="hidden")
-        assert page.get_by_label("New tokens").count() == page.get_by_label("Scheduler").count() == 0
+        assert (
+            page.get_by_label("New tokens").count() == page.get_by_label("Scheduler").count() == 0
+        )
         choose(page, "base", "toy")
         web.says(page, "about_base", "base: toy, a 128 px practice model")
         page.wait_for_selector("#negative")
@@ -301,7 +339,9 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
         assert not visited.errors
 
 
-def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browser, tmp_path, started):
+def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
+    served, browser, tmp_path, started
+):
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         web.open_tab(page, "Train")
@@ -327,14 +367,34 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(served, browse
         web.says(page, "cost", "scores: every 60 steps")
         for size in web.SIZES:
             web.resize(page, size)
-            boxes = [box.bounding_box() for box in page.locator("#more_training .block").all() if box.is_visible()]
-            assert len(boxes) > 14 and all(b["x"] >= 0 and b["x"] + b["width"] <= size[0] for b in boxes)
+            boxes = [
+                box.bounding_box()
+                for box in page.locator("#more_training .block").all()
+                if box.is_visible()
+            ]
+            assert len(boxes) > 14 and all(
+                b["x"] >= 0 and b["x"] + b["width"] <= size[0] for b in boxes
+            )
             assert web.fits(page)
         assert not visited.errors
-    wanted = {"memory": "recompute", "prior": "class_images", "prior_loss_weight": 3, "masks": "auto"}
-    wanted |= {"unmasked_weight": 0.5, "evaluate_steps": 60, "validation_steps": 60, "find_scale": True}
+    wanted = {
+        "memory": "recompute",
+        "prior": "class_images",
+        "prior_loss_weight": 3,
+        "masks": "auto",
+    }
+    wanted |= {
+        "unmasked_weight": 0.5,
+        "evaluate_steps": 60,
+        "validation_steps": 60,
+        "find_scale": True,
+    }
     before, after = started
-    assert {name for name in after if before[name] != after[name]} == {*wanted, "output_dir", "instance_data_dir"}
+    assert {name for name in after if before[name] != after[name]} == {
+        *wanted,
+        "output_dir",
+        "instance_data_dir",
+    }
     assert {name: after[name] for name in wanted} == wanted
 
 
@@ -346,14 +406,19 @@ ROOM_BELOW_WORDS = """box => {
 
 
 def enabled(page) -> list[str]:
-    return [name for name in ("stop", "reuse", "last_seed") if page.locator(f"#{name}").is_enabled()]
+    return [
+        name for name in ("stop", "reuse", "last_seed") if page.locator(f"#{name}").is_enabled()
+    ]
 
 
-def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_that_has_nothing_to_act_on(page, tmp_path):
+def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_that_has_nothing_to_act_on(
+    page, tmp_path
+):
     assert enabled(page) == []
     generate(page, "a dog <lora:<b>rex</b>:1> <lora:rex:1>")
     page.get_by_text("There is no adapter rex").first.wait_for()
-    page.locator("#status .error").wait_for(state="attached")  # Gradio's own word, which would cover the text
+    # Gradio's own word, which would cover the text
+    page.locator("#status .error").wait_for(state="attached")
     assert not page.locator("#status .error").is_visible()
     page.locator("#stop:disabled").wait_for()
     assert enabled(page) == []
@@ -383,23 +448,37 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_l
     served, browser
 ):
     """Of two evaluations, whose prompt fidelity is just below a round number."""
-    scores = {"dino": 0.3, "clip_t": 0.497, "pres": 0.1, "diversity": 0.2, "drift": 0.1, "copied": 0.0, "score": 0.2}
+    scores = {
+        "dino": 0.3,
+        "clip_t": 0.497,
+        "pres": 0.1,
+        "diversity": 0.2,
+        "drift": 0.1,
+        "copied": 0.0,
+        "score": 0.2,
+    }
     events = (
-        {"type": "evaluation", "time": 1.0, "step": step} | {name: step / 120 * score for name, score in scores.items()}
+        {"type": "evaluation", "time": 1.0, "step": step}
+        | {name: step / 120 * score for name, score in scores.items()}
         for step in (60, 120)
     )
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         generate(page)
         web.says(page, "status", "1 picture in")
-        tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("run", "status", "gallery", "settings")]
+        tops = [
+            page.locator(f"#{part}").bounding_box()["y"]
+            for part in ("run", "status", "gallery", "settings")
+        ]
         assert tops == sorted(tops)
         recorded(served.ctx.runs_dir / "scored", *events, pid=1, created=0.0)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()
             colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            brightness = sum(int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3])
+            brightness = sum(
+                int(float(n)) for n in colour[colour.index("(") + 1 : -1].split(",")[:3]
+            )
             assert (brightness < 200) == (scheme == "dark")
         for tab in ("Generate", "Inspect", "Train"):
             web.open_tab(page, tab)
@@ -409,7 +488,10 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_l
         frame = plot.locator("path.background").first.bounding_box()
         tops = [line.bounding_box()["y"] for line in plot.locator(".mark-line path").all()]
         assert len(tops) == 4 and min(tops) > frame["y"] + 5
-        whole, legend = (page.locator(f"#fidelity {part}").first.bounding_box() for part in ("svg", ".role-legend"))
+        whole, legend = (
+            page.locator(f"#fidelity {part}").first.bounding_box()
+            for part in ("svg", ".role-legend")
+        )
         assert legend["x"] + legend["width"] <= whole["x"] + whole["width"]
         words = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().x }"
         button = page.locator("#estimate")

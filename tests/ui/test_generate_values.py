@@ -1,4 +1,5 @@
-"""The form of the Generate tab, what a picture or an adapter fills into it, and what is refused before it is read."""
+"""The form of the Generate tab, what a picture or an adapter fills into it, and what is refused
+before it is read."""
 
 import hashlib
 import json
@@ -45,12 +46,19 @@ from tests.ui.conftest import PAGE, handler, save_header, write_adapter
 
 
 def test_the_form_and_the_parameters_are_each_others_inverse():
-    form = GenerateForm("a dog", "blur", "dog", 0.5, "cat", 0.2, "none", 1.0, 7, 20, 4.0, "96 x 64", 3, "unipc")
+    form = GenerateForm(
+        "a dog", "blur", "dog", 0.5, "cat", 0.2, "none", 1.0, 7, 20, 4.0, "96 x 64", 3, "unipc"
+    )
     params = form.params()
-    assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5), ("cat", 0.2)))
+    assert (params.width_px, params.height_px, params.adapters) == (
+        96,
+        64,
+        (("dog", 0.5), ("cat", 0.2)),
+    )
     assert GenerateForm.from_params(params) == form
     four = replace(params, adapters=(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.3)))
-    assert GenerateForm.from_params(four).params().apply_tags().adapters == four.adapters  # the fourth is a tag
+    # the fourth is a tag
+    assert GenerateForm.from_params(four).params().apply_tags().adapters == four.adapters
 
 
 @pytest.mark.parametrize("resolution", [64, 1024])
@@ -61,7 +69,9 @@ def test_size_presets_are_multiples_of_eight_around_the_bases_own(resolution):
 
 
 def test_the_snippet_is_python_that_gives_the_same_parameters():
-    params = GenerationParams('a "dog"', seed=3, steps=2, height_px=64, width_px=64, adapters=(("dog", 0.5),))
+    params = GenerationParams(
+        'a "dog"', seed=3, steps=2, height_px=64, width_px=64, adapters=(("dog", 0.5),)
+    )
     code = code_snippet(params, "toy", {"dog": "dog.safetensors"})
     seen = {}
     stand = SimpleNamespace(
@@ -69,7 +79,10 @@ def test_the_snippet_is_python_that_gives_the_same_parameters():
         generate=lambda params: seen.update(params=params) or [],
     )
     code = code.replace("from dreambooth_moslora import GenerationParams, SubjectPipeline", "")
-    names = {"GenerationParams": GenerationParams, "SubjectPipeline": SimpleNamespace(from_base=lambda base: stand)}
+    names = {
+        "GenerationParams": GenerationParams,
+        "SubjectPipeline": SimpleNamespace(from_base=lambda base: stand),
+    }
     exec(code, names)
     assert seen == {"loaded": ("dog.safetensors", "dog"), "params": params}
 
@@ -81,7 +94,10 @@ HALF = "a \ud800"
 @pytest.mark.parametrize(
     "values, words",
     [
-        *(({"steps": number}, "steps") for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)),
+        *(
+            ({"steps": number}, "steps")
+            for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)
+        ),
         *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, "magic")),
         *(({"adapter": value}, "adapter") for value in (["dog"], {"a": 1}, 5)),
         *(({name: HALF}, "is not a character") for name in ("prompt", "negative_prompt")),
@@ -96,22 +112,45 @@ def test_what_makes_no_sense_is_refused_in_words(values, words):
 @pytest.mark.parametrize(
     "params, words",
     [
-        (GenerationParams("a", steps=200), ["the number of steps 200 is beyond what the page offers; 100 is set"]),
-        (GenerationParams("a", guidance_scale=50.0), ["guidance 50 is beyond what the page offers; 30 is set"]),
-        (GenerationParams("a", adapters=(("x", -10), ("y", 10))), ["scale of x: -10", "scale of y: 10"]),
+        (
+            GenerationParams("a", steps=200),
+            ["the number of steps 200 is beyond what the page offers; 100 is set"],
+        ),
+        (
+            GenerationParams("a", guidance_scale=50.0),
+            ["guidance 50 is beyond what the page offers; 30 is set"],
+        ),
+        (
+            GenerationParams("a", adapters=(("x", -10), ("y", 10))),
+            ["scale of x: -10", "scale of y: 10"],
+        ),
         (
             GenerationParams("a", text_options={"system_prompt": "b"}),
             ["it was drawn with --system_prompt, which the page"],
         ),
         (GenerationParams("a", height_px=1024, width_px=1024), ["1024 x 1024 px is too large"]),
-        (GenerationParams("a", steps=100, guidance_scale=0.0, adapters=(("x", -2.0),), height_px=64, width_px=64), []),
+        (
+            GenerationParams(
+                "a",
+                steps=100,
+                guidance_scale=0.0,
+                adapters=(("x", -2.0),),
+                height_px=64,
+                width_px=64,
+            ),
+            [],
+        ),
     ],
 )
 def test_settings_beyond_the_page_become_the_nearest_with_a_remark(context, params, words):
     found, remarks = clamp_to_widgets(params, 64, 4.0)
-    assert len(remarks) == len(words) and all(word in remark for word, remark in zip(words, remarks))
+    assert len(remarks) == len(words) and all(
+        word in remark for word, remark in zip(words, remarks)
+    )
     assert replace(found, guidance_scale=params.guidance_scale) == params or words
-    assert found.guidance_scale == (4.0 if params.guidance_scale is None else min(params.guidance_scale, 30))
+    assert found.guidance_scale == (
+        4.0 if params.guidance_scale is None else min(params.guidance_scale, 30)
+    )
     ctx = context()
     with gr.Blocks():
         widgets = ask_widgets(ctx)[0] | settings_widgets(ctx)
@@ -156,7 +195,9 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
     files = {name: tmp_path / name for name in ("renamed", "cat")}
     sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
     params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
-    settled, remarks = match_adapters(Recipe(params, Provenance("toy", tuple(sha.items()))), files, "other")
+    settled, remarks = match_adapters(
+        Recipe(params, Provenance("toy", tuple(sha.items()))), files, "other"
+    )
     assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
     words = ("cat here is another", "rex is not here", "base toy")
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
@@ -168,7 +209,11 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
         ({"rank": 8}, "rank 8", ""),
         ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
         ({"rank": "8", "ranks": [1]}, "", ""),
-        ({"trigger_words": ["sks duck", "zwx rocket", 3]}, "say “sks duck” or “zwx rocket”", "sks duck"),
+        (
+            {"trigger_words": ["sks duck", "zwx rocket", 3]},
+            "say “sks duck” or “zwx rocket”",
+            "sks duck",
+        ),
     ],
 )
 def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
@@ -176,9 +221,13 @@ def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts
     assert found.sentence() == said and (not subject or found.subject == subject)
 
 
-def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(tmp_path, context):
+def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(
+    tmp_path, context
+):
     for name in ("sks", "zwx", ""):
-        write_adapter(tmp_path / "adapters" / f"{name or 'foreign'}.safetensors", name, "dog" if name else "")
+        write_adapter(
+            tmp_path / "adapters" / f"{name or 'foreign'}.safetensors", name, "dog" if name else ""
+        )
     describe = handler(context(), "describe")
     for old, name, new in (
         ("", "sks", "a photo of a sks dog"),
@@ -189,8 +238,13 @@ def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_
         assert describe(name, old)[1] == new
 
 
-def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(tmp_path, context):
-    for trigger, prompt in (("sks", "a photo of a sks dog"), ("<b>![x](//evil/x.png)", "a photo of a <b>")):
+def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_markup(
+    tmp_path, context
+):
+    for trigger, prompt in (
+        ("sks", "a photo of a sks dog"),
+        ("<b>![x](//evil/x.png)", "a photo of a <b>"),
+    ):
         write_adapter(tmp_path / "adapters" / "a.safetensors", trigger)
         with gr.Blocks():
             widgets, others = ask_widgets(context())
@@ -200,7 +254,11 @@ def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_ma
 
 def test_a_refused_upload_leaves_the_scale_as_it_was_set(context):
     events = build_app(context(), []).fns
-    [after] = [event for event in events.values() if event.name == "preset" and event.trigger_after is not None]
+    [after] = [
+        event
+        for event in events.values()
+        if event.name == "preset" and event.trigger_after is not None
+    ]
     assert events[after.trigger_after].name == "upload" and after.trigger_only_on_success
 
 
@@ -217,9 +275,17 @@ def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_
 def test_facts_and_seconds_are_said_as_people_say_them():
     file = assets_folder() / "adapters" / "rocket.safetensors"
     facts = dict(adapter_facts(str(file)))
-    assert facts["Size (MiB)"] == str(round(file.stat().st_size / 2**20, 3)) and "Trigger words" in facts
+    assert (
+        facts["Size (MiB)"] == str(round(file.stat().st_size / 2**20, 3))
+        and "Trigger words" in facts
+    )
     assert re.fullmatch(r"ranks 1 to \d+ in 146 layers", facts["Ranks"]) and facts["DoRA"] == "no"
-    assert [format_seconds(s) for s in (4.21, 42, 65, 7800)] == ["4.2 s", "42 s", "1 min 05 s", "2 h 10 min"]
+    assert [format_seconds(s) for s in (4.21, 42, 65, 7800)] == [
+        "4.2 s",
+        "42 s",
+        "1 min 05 s",
+        "2 h 10 min",
+    ]
 
 
 def test_what_the_page_quotes_can_be_sent(tmp_path):
@@ -260,22 +326,36 @@ def test_the_card_says_what_failed_in_loading_and_drawing(context, run):
 def test_a_black_picture_is_explained(context, subject, state, tmp_path):
     """Values that overflow inside the model end as black pixels, without an error."""
     (tmp_path / "adapters").mkdir()
-    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / "adapters" / "huge.safetensors")
+    save_file(
+        {key: value * 1e30 for key, value in state.items()},
+        tmp_path / "adapters" / "huge.safetensors",
+    )
     page = context(lambda: subject)
     for adapter, is_black in (("huge", True), ("none", False)):
-        frames = list(make_pictures(page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE))
-        assert ("1 of them is black: an adapter" in frames[-1].status.replace("&#x27;", "'")) == is_black
+        frames = list(
+            make_pictures(
+                page, GenerateForm("a dog", adapter=adapter, steps=1, size="64 x 64"), PAGE
+            )
+        )
+        assert (
+            "1 of them is black: an adapter" in frames[-1].status.replace("&#x27;", "'")
+        ) == is_black
 
 
 def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
     """At the end the first counted as chosen, and “Use these settings” took its seed."""
     params = GenerationParams("a dog", num_images=2)
-    drawn = [Image(n, PIL.Image.new("RGB", (8, 8), "red"), replace(params, seed=n), Provenance()) for n in range(2)]
+    drawn = [
+        Image(n, PIL.Image.new("RGB", (8, 8), "red"), replace(params, seed=n), Provenance())
+        for n in range(2)
+    ]
     events = [event for image in drawn for event in (Step(image.index, 2, 1, 1, 0.0), image)]
     page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))), [])
     generate = next(event for event in page.fns.values() if event.name == "generate")
     chosen = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
-    assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(chosen) - 3
+    assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(
+        chosen
+    ) - 3
     setting = {event.name for event in page.fns.values() if generate.outputs[-1] in event.outputs}
     assert setting == {"generate", "select"}
 
@@ -300,12 +380,17 @@ def test_the_code_draws_all_pictures_that_are_shown(context):
     assert snippet.fn([]) == ""
 
 
-def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(context, monkeypatch):
+def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(
+    context, monkeypatch
+):
     """The page has a title without a slash for it, which `from_base` does not know."""
     ctx = context(title="owner_base", public_name="owner/base")
     page, remarks = build_app(ctx, []), []
     monkeypatch.setattr(gr, "Warning", remarks.append)
-    snippet, history = (next(event for event in page.fns.values() if event.name == n) for n in ("snippet", "history"))
+    snippet, history = (
+        next(event for event in page.fns.values() if event.name == n)
+        for n in ("snippet", "history")
+    )
     reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
     for base in ("owner/base", "other"):
         drawn = [one_drawn(ctx.workspace.root, "a dog", base)]
@@ -326,7 +411,9 @@ def with_header(file: Path, header: bytes, content: int = 0) -> Path:
     return file
 
 
-@pytest.mark.parametrize("header", [b"[" * 100_000, b"[]", b'{"lora": 1}', b'{"lora": {"shape": ["x"]}}', b"\xff"])
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b"[]", b'{"lora": 1}', b'{"lora": {"shape": ["x"]}}', b"\xff"]
+)
 def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
     file = with_header(tmp_path / "odd.safetensors", header)
     with pytest.raises(UserError, match="odd"):
@@ -337,7 +424,9 @@ def test_a_header_is_parsed_once_until_the_file_changes(tmp_path, monkeypatch):
     file = tmp_path / "a.safetensors"
     write_adapter(file, "sks")
     opened = []
-    monkeypatch.setattr("dreambooth_moslora.ui.generate_values.json.loads", lambda text: opened.append(text) or {})
+    monkeypatch.setattr(
+        "dreambooth_moslora.ui.generate_values.json.loads", lambda text: opened.append(text) or {}
+    )
     for _ in range(3):
         summary_of(file)
     assert len(opened) == 1

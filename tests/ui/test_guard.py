@@ -41,7 +41,9 @@ def exposed(tiny_base, tmp_path_factory):
 def login(url: str, headers: dict) -> dict:
     """The headers of a browser that has logged in, behind an encrypting proxy."""
     answer = httpx.post(f"{url}login", data=LOGIN, headers=headers)
-    return headers | {"Cookie": "; ".join(line.split(";")[0] for line in answer.headers.get_list("set-cookie"))}
+    return headers | {
+        "Cookie": "; ".join(line.split(";")[0] for line in answer.headers.get_list("set-cookie"))
+    }
 
 
 def user(url: str, headers: dict) -> str | None:
@@ -105,7 +107,9 @@ def test_a_server_that_gradio_starts_twice_is_guarded_once():
 
 @pytest.mark.parametrize("origin", [f"https://{PROXY}", f"http://{PROXY}", ELSEWHERE])
 @pytest.mark.parametrize("host", [PROXY, f"{PROXY}:443", "127.0.0.1:7860"])
-def test_the_page_behind_a_proxy_may_ask_itself_by_whatever_name_the_proxy_passes_on(proxied, host, origin):
+def test_the_page_behind_a_proxy_may_ask_itself_by_whatever_name_the_proxy_passes_on(
+    proxied, host, origin
+):
     assert user(proxied.url, login(proxied.url, {"Host": host, "Origin": origin})) == "ann"
 
 
@@ -154,7 +158,9 @@ def test_a_page_of_the_network_takes_nothing_that_another_site_sends(exposed):
     }
     for path, content in calls.items():
         for headers, status in ((mine | EVIL, 403), (mine, 200)):
-            assert httpx.post(f"{exposed.url}{path}", headers=headers, **content).status_code == status, path
+            assert (
+                httpx.post(f"{exposed.url}{path}", headers=headers, **content).status_code == status
+            ), path
     for path in PATHS:
         assert httpx.get(f"{exposed.url}{path}", headers=mine | EVIL).status_code == 403, path
 
@@ -176,7 +182,11 @@ def test_a_forwarded_name_is_believed_only_when_it_is_allowed(proxied, served):
     for odd in ("evil.example", "evil.example:port", "[", "", f"{PROXY}:abc", f"{PROXY}:99999999"):
         for path in ("config", "gradio_api/info?all_endpoints=", ""):
             answer = httpx.get(f"{served.url}{path}", headers={"X-Forwarded-Host": odd})
-            assert answer.status_code == 200 and "evil.example" not in answer.text and PROXY not in answer.text
+            assert (
+                answer.status_code == 200
+                and "evil.example" not in answer.text
+                and PROXY not in answer.text
+            )
 
 
 ADDRESSES = {

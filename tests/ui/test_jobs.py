@@ -25,7 +25,9 @@ from tests.ui.conftest import recorded, wait_for
 NOW = psutil.Process().create_time()
 DEEP = "[" * 100_000
 SLEEPER = "print('loading', flush=True); import time; time.sleep(60)"
-on_linux = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a file that is always full")
+on_linux = pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="only Linux has a file that is always full"
+)
 
 
 def start(jobs: Jobs, mode: str = "good", name: str = "dog", **config) -> Job:
@@ -109,7 +111,11 @@ def test_a_killed_process_is_told_by_the_server_that_started_it_and_by_a_later_o
     os.kill(job.pid, 9)
     for server, knows_the_log in ((jobs, False), (Jobs(jobs.runs_dir), True)):
         told = ended(server, job)
-        assert "was killed" in told and "want of memory" in told and ("loading" in told) == knows_the_log
+        assert (
+            "was killed" in told
+            and "want of memory" in told
+            and ("loading" in told) == knows_the_log
+        )
     with pytest.raises(UserError, match="dog has already ended"):
         jobs.stop("dog")
 
@@ -158,7 +164,9 @@ def test_a_process_of_which_nothing_can_be_noted_is_ended(jobs, monkeypatch):
     assert children[0].wait(timeout=20) == -9
 
 
-def test_a_process_is_known_by_its_birth_when_the_clock_is_set_and_not_by_its_number_alone(tmp_path):
+def test_a_process_is_known_by_its_birth_when_the_clock_is_set_and_not_by_its_number_alone(
+    tmp_path,
+):
     recorded(tmp_path / "dog", created=1.0, birth=birth_of(os.getpid()))
     job = Job.load(tmp_path / "dog")
     assert job.is_alive and not replace(job, birth="another boot 1").is_alive
@@ -177,7 +185,8 @@ def test_while_it_starts_a_resumed_run_is_at_none_of_the_earlier_steps(tmp_path)
 
 
 def test_a_run_resumed_in_the_second_of_its_end_is_starting(jobs):
-    """The earlier process's last events are not the new one's, though its birth is known to a second only."""
+    """The earlier process's last events are not the new one's, though its birth is known to a
+    second only."""
     start(jobs)
     wait_for(lambda: jobs.state(jobs.current()).step)
     jobs.stop("dog")
@@ -202,10 +211,16 @@ def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
     ]
     recorded(tmp_path / "dog", *events, pid=2**30, created=now)
     (job,) = (jobs := Jobs(tmp_path)).all()
-    assert (jobs.state(job).state, jobs.state(job).step, jobs.was_cut_off(job)) == ("done", 7, False)
+    assert (jobs.state(job).state, jobs.state(job).step, jobs.was_cut_off(job)) == (
+        "done",
+        7,
+        False,
+    )
 
 
-def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_state_and_no_empty_lines(tmp_path):
+def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_state_and_no_empty_lines(
+    tmp_path,
+):
     run = (job := recorded(tmp_path / "dog")).run_dir
     (run / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
     assert job.log_tail() == "loading\n 99%|\nsaved"
@@ -215,7 +230,13 @@ def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_sta
             Jobs(tmp_path).resume("dog")
 
 
-ODD_RECORDS = {"pid": "x", "created": []}, {"pid": -1}, {"pid": 0}, {"pid": True}, {"created": 10**400}
+ODD_RECORDS = (
+    {"pid": "x", "created": []},
+    {"pid": -1},
+    {"pid": 0},
+    {"pid": True},
+    {"created": 10**400},
+)
 RECORDS = ["", "nonsense", "[]", "5", "{}", '{"pid": 5}', DEEP, "a pipe", "a link to nowhere"]
 RECORDS += [json.dumps({"pid": os.getpid(), "created": 0.0} | odd) for odd in ODD_RECORDS]
 
@@ -265,7 +286,9 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew_even_at_the_sa
     assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
 
 
-def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_folder_that_was_deleted(metrics):
+def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_folder_that_was_deleted(
+    metrics,
+):
     assert metrics.refresh().events == []
     with metrics.path.open("a") as file:
         file.write('{"type": "start"}\nnonsense\n[1]\n{"type": "st')

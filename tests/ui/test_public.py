@@ -1,4 +1,5 @@
-"""A page for everybody only draws: nothing else is there, shown or hidden, and it takes neither files nor addresses."""
+"""A page for everybody only draws: nothing else is there, shown or hidden, and it takes neither
+files nor addresses."""
 
 import json
 import shutil
@@ -99,7 +100,9 @@ def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
     evil = {"path": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}
-    event = httpx.post(f"{served.url}gradio_api/call/v2/generate", json={"prompt": evil}).json()["event_id"]
+    event = httpx.post(f"{served.url}gradio_api/call/v2/generate", json={"prompt": evil}).json()[
+        "event_id"
+    ]
     answer = httpx.get(f"{served.url}gradio_api/call/generate/{event}", timeout=60).text
     assert "event: error" in answer and "fetches no address" in answer and not fetched
 
@@ -115,7 +118,9 @@ def test_so_many_pictures_wait_and_the_next_is_told_that_the_queue_is_full(serve
         return httpx.get(f"{served.url}gradio_api/queue/status").json()["queue_size"]
 
     def ask() -> httpx.Response:
-        return httpx.post(f"{served.url}gradio_api/call/v2/generate", json={"prompt": "a dog", "steps": 1})
+        return httpx.post(
+            f"{served.url}gradio_api/call/v2/generate", json={"prompt": "a dog", "steps": 1}
+        )
 
     monkeypatch.setattr(served.ctx, "pipeline", wait_and_fail)
     try:

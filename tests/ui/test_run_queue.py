@@ -1,4 +1,5 @@
-"""The queue of runs: its order on the disk, turns that outlive page and command, and what the page does with it."""
+"""The queue of runs: its order on the disk, turns that outlive page and command, and what the page
+does with it."""
 
 import json
 import logging
@@ -113,7 +114,12 @@ def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(q
     (queue.runs_dir / "noted" / "notes.txt").write_text("mine")
     for name in runs:
         queue.remove(name)
-    assert [(queue.runs_dir / name).exists() for name in runs] == [False, True, False, True] and names(queue) == []
+    assert [(queue.runs_dir / name).exists() for name in runs] == [
+        False,
+        True,
+        False,
+        True,
+    ] and names(queue) == []
     assert (queue.runs_dir / "noted" / "notes.txt").read_text() == "mine"
 
 
@@ -128,7 +134,9 @@ def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
     turns.queue._write("waiting", replace(gone, folder="/no/such/folder"))
     states = trained(turns)
     assert [name for name in states if name != "torn"] == ["dog", "cat", "bad", "gone", "odd"]
-    assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(("bad", "gone", "odd", "torn"), "failed")
+    assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
+        ("bad", "gone", "odd", "torn"), "failed"
+    )
     words = {event["name"]: event["message"] for event in turns.queue.ended()}
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
     assert "/no/such/folder" in words["gone"]
@@ -198,7 +206,8 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was
 
 
 def test_a_run_is_trained_once_though_the_clock_was_put_forward(jobs, turns):
-    """psutil before 7 keeps the boot's time as it was first told: each process seemed to be older than its run."""
+    """psutil before 7 keeps the boot's time as it was first told: each process seemed to be older
+    than its run."""
     added(turns.queue, "dog")
     turns.take()
     job = Job.load(jobs.runs_dir / "dog")
@@ -245,7 +254,9 @@ def test_a_run_that_the_queue_ends_before_it_has_begun_is_not_killed(jobs):
     assert not turns.queue.ended() and turns.current().killed == 0
 
 
-def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(jobs, turns, capsys):
+def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(
+    jobs, turns, capsys
+):
     stop = ["queue", "stop", "--runs_dir", str(jobs.runs_dir)]
     assert main(stop) == 2 and "no run of the queue is trained now" in capsys.readouterr().err
     added(turns.queue, "dog", steps=500)
@@ -285,7 +296,9 @@ FORM = TrainForm("sks", "dog")
 @pytest.fixture
 def page(jobs, turns, workspace):
     """What the tab's actions know."""
-    return SimpleNamespace(queue=turns, base_name="toy", resolution_px=128, jobs=jobs, workspace=workspace)
+    return SimpleNamespace(
+        queue=turns, base_name="toy", resolution_px=128, jobs=jobs, workspace=workspace
+    )
 
 
 @pytest.fixture
@@ -317,7 +330,9 @@ def test_the_page_pauses_the_queue_and_says_so(context):
     pause(None, None, None)
     shown = queue_changes(ctx, None, None)
     assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
-    with pytest.raises(UserError, match="lets this one wait for its turn; the queue is paused, which “Go on” there"):
+    with pytest.raises(
+        UserError, match="lets this one wait for its turn; the queue is paused, which “Go on” there"
+    ):
         start_run(ctx, FORM)
     pause(None, None, None)
     assert queue_changes(ctx, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
@@ -368,16 +383,21 @@ def test_a_program_is_told_what_the_trainer_remarked_once(page):
     for name, level, words in (
         ("dreambooth_moslora.cli.command_train", logging.INFO, "begins"),
         ("py.warnings", logging.WARNING, "/usr/lib/x.py: deprecated"),
-        *[("dreambooth_moslora.cli.command_train", logging.WARNING, "note: --prior has no effect")] * 2,
+        *[("dreambooth_moslora.cli.command_train", logging.WARNING, "note: --prior has no effect")]
+        * 2,
         ("dreambooth_moslora.disk.atomic", logging.WARNING, f"{run}/old was not removed"),
     ):
         log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
     log.close()
-    assert status_of(page, "dog")["remarks"] == ["--prior has no effect", f"{run}/old was not removed"]
+    assert status_of(page, "dog")["remarks"] == [
+        "--prior has no effect",
+        f"{run}/old was not removed",
+    ]
 
 
 def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):
-    """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody changed the queue."""
+    """Whoever looked at an older run was taken away from it, with its buttons, whenever anybody
+    changed the queue."""
     added(page.queue.queue, "dog", steps=500)
     page.queue.take()
     wait_for(page.jobs.current)

@@ -1,4 +1,5 @@
-"""The attack list: each is tried on the running page, by its names or by its private events, and must be refused."""
+"""The attack list: each is tried on the running page, by its names or by its private events, and
+must be refused."""
 
 import io
 import os
@@ -38,25 +39,40 @@ def sent(served, name: str, content: bytes) -> str:
 
 
 def uploads(served, name: str, content: bytes) -> bool:
-    """Whether the page takes the file as an adapter; the event is a private one, called by its number."""
-    data = {"path": sent(served, name, content), "meta": {"_type": "gradio.FileData"}, "orig_name": name}
+    """Whether the page takes the file as an adapter; the event is a private one, called by its
+    number."""
+    data = {
+        "path": sent(served, name, content),
+        "meta": {"_type": "gradio.FileData"},
+        "orig_name": name,
+    }
     session = secrets.token_hex(8)
-    body = {"fn_index": event_of(served, "upload_adapter", "upload"), "data": [data], "session_hash": session}
+    body = {
+        "fn_index": event_of(served, "upload_adapter", "upload"),
+        "data": [data],
+        "session_hash": session,
+    }
     httpx.post(f"{served.url}gradio_api/queue/join", json=body)
     stream = f"{served.url}gradio_api/queue/data?session_hash={session}"
     with httpx.stream("GET", stream, timeout=60) as lines:
-        (told,) = [line.replace(" ", "") for line in lines.iter_lines() if "process_completed" in line]
+        (told,) = [
+            line.replace(" ", "") for line in lines.iter_lines() if "process_completed" in line
+        ]
     return '"success":true' in told
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "adapters/dog", "dog.safetensors", "dog\0"]
+)
 def test_adapter_names_are_looked_up_and_never_paths(served, client, name):
     (served.ctx.catalog.adapters_dir.parent / "secret.safetensors").write_text("secret")
     assert NO_ADAPTER in refusal(client, "a dog", adapter=name, **DRAW)
     assert NO_ADAPTER in refusal(client, f"a dog <lora:{name}:1>", adapter="none", **DRAW)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", ".hidden", "/abs", "a\\b", "a\0b", "a\nb", "a" * 256])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "..", ".", "", ".hidden", "/abs", "a\\b", "a\0b", "a\nb", "a" * 256]
+)
 def test_run_names_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(UserError, match="name of a run"):
         Jobs(tmp_path).run_dir(name)
@@ -71,7 +87,9 @@ def test_html_in_prompts_names_and_recipes_is_escaped(client, tmp_path):
     for key, value in GenerationParams("a dog", adapters=((EVIL, 1.0),)).to_png_text().items():
         (info := PngInfo()).add_itxt(key, value)
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    assert "<script>" not in str(client.predict(handle_file(tmp_path / "a.png"), api_name="/inspect"))
+    assert "<script>" not in str(
+        client.predict(handle_file(tmp_path / "a.png"), api_name="/inspect")
+    )
     name = clean_name(EVIL + "../../x")
     assert name == clean_name(name) and "<" not in name
 
@@ -120,7 +138,9 @@ def test_bombs_are_refused(client, tmp_path, name):
 
 
 def test_photos_lose_exif_name_and_profile(tmp_path):
-    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    )
     exif = PIL.Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "SecretCamera"
     exif.get_ifd(0x8825)[2] = (48.0, 8.0, 0.0)
@@ -136,7 +156,11 @@ def test_photos_lose_exif_name_and_profile(tmp_path):
 
 def test_no_file_is_served_but_what_the_page_has_shown(served):
     ctx, traversal = served.ctx, "%2e%2e%2f%2e%2e%2fetc%2fpasswd"
-    own = (ctx.runs_dir / "dog" / "a.png", ctx.workspace.folder / "x.png", ctx.catalog.adapters_dir / "dog.safetensors")
+    own = (
+        ctx.runs_dir / "dog" / "a.png",
+        ctx.workspace.folder / "x.png",
+        ctx.catalog.adapters_dir / "dog.safetensors",
+    )
     for file in own:
         file.parent.mkdir(exist_ok=True)
         file.exists() or file.write_bytes(b"x")
@@ -146,12 +170,17 @@ def test_no_file_is_served_but_what_the_page_has_shown(served):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "dog.safetensors"])
-def test_a_handler_reads_no_file_that_was_not_uploaded_and_the_name_of_one_that_was_leaves_no_folder(served, name):
-    """The request is posted by hand: gradio's own client would upload the file first, which is allowed."""
+def test_a_handler_reads_no_file_that_was_not_uploaded_and_the_name_of_one_that_was_leaves_no_folder(
+    served, name
+):
+    """The request is posted by hand: gradio's own client would upload the file first, which is
+    allowed."""
     path = name if name.startswith("/") else str(served.ctx.catalog.adapters_dir / name)
     data = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
     asked = httpx.post(f"{served.url}gradio_api/call/inspect", json=data)
-    answer = httpx.get(f"{served.url}gradio_api/call/inspect/{asked.json()['event_id']}", timeout=20).text
+    answer = httpx.get(
+        f"{served.url}gradio_api/call/inspect/{asked.json()['event_id']}", timeout=20
+    ).text
     assert "event: error" in answer and "event: complete" not in answer
     path = Path(sent(served, "../../../evil<b>.png", b"x"))
     assert ".." not in path.parts and "<" not in path.name
@@ -168,7 +197,12 @@ def test_the_page_fetches_no_address_for_anybody(served, monkeypatch):
 
     monkeypatch.setattr("gradio.routes.secure_url_stream_response", fetch)
     evil = "https://evil.example/x"
-    for path in (f"file={evil}", f"file/{evil}", "file=HTTP://evil.example/x", "proxy=https://evil.hf.space/x"):
+    for path in (
+        f"file={evil}",
+        f"file/{evil}",
+        "file=HTTP://evil.example/x",
+        "proxy=https://evil.hf.space/x",
+    ):
         assert httpx.get(f"{served.url}gradio_api/{path}").status_code == 404
     assert not fetched
 
@@ -199,7 +233,8 @@ def test_a_stop_ends_the_work_of_its_own_page_alone(served):
 
 
 def test_the_page_asks_the_mask_editor_for_its_picture_only_when_it_is_kept(served):
-    """gradio asks all that lies in a component with a progress for their values, at each tick of the page's timers."""
+    """gradio asks all that lies in a component with a progress for their values, at each tick of
+    the page's timers."""
     editor = next(block for block in served.page.blocks.values() if block.elem_id == "mask_editor")
     around = {editor._id}
     while editor := editor.parent:
@@ -212,7 +247,12 @@ def test_a_login_is_asked_for_everywhere(tiny_base, tmp_path):
     with serve(tiny_base, tmp_path, auth=[("ann", "secret")]) as server:
         for path in ("config", "gradio_api/info", "gradio_api/file=/etc/passwd"):
             assert httpx.get(f"{server.url}{path}").status_code in (401, 403), path
-        assert httpx.post(f"{server.url}gradio_api/upload", files={"files": ("a.png", b"x")}).status_code == 401
+        assert (
+            httpx.post(
+                f"{server.url}gradio_api/upload", files={"files": ("a.png", b"x")}
+            ).status_code
+            == 401
+        )
         ann = Client(server.url, auth=("ann", "secret"), verbose=False)
         assert ann.predict(api_name="/adapters")
         names = ann.view_api(return_format="dict", print_info=False)["named_endpoints"]

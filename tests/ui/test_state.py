@@ -1,5 +1,5 @@
-"""What the page knows without a server: its shelf, whose work is stopped, what it tells of a fault; and its base, which
-takes turns with a run: on a GPU, and in the memory of a machine without one."""
+"""What the page knows without a server: its shelf, whose work is stopped, what it tells of a fault;
+and its base, which takes turns with a run: on a GPU, and in the memory of a machine without one."""
 
 import logging
 import os
@@ -19,9 +19,20 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.generate_values import AdapterSummary, GenerateForm, make_pictures, summary_of
+from dreambooth_moslora.ui.generate_values import (
+    AdapterSummary,
+    GenerateForm,
+    make_pictures,
+    summary_of,
+)
 from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.state import TELLS_PROMPTS, AdapterCatalog, AppContext, as_gradio_error, import_libraries
+from dreambooth_moslora.ui.state import (
+    TELLS_PROMPTS,
+    AdapterCatalog,
+    AppContext,
+    as_gradio_error,
+    import_libraries,
+)
 from tests.ui.conftest import PAGE, wait_for, write_adapter
 
 PUBLISHED, RAW = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
@@ -38,7 +49,9 @@ def put(folder: Path, *files: str) -> None:
         (folder / file).write_text(file)
 
 
-def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its_own_files(tmp_path, shelf, workspace):
+def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its_own_files(
+    tmp_path, shelf, workspace
+):
     runs = tmp_path / "runs"
     put(runs, f"dog/{PUBLISHED}", f"dog/checkpoint-20/{RAW}", f"dog/checkpoint-100/{RAW}")
     put(tmp_path, "adapters/cat.safetensors", "my <b>dog.safetensors")
@@ -52,8 +65,15 @@ def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its
         public.path("dog")
 
 
-def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_own(tmp_path, shelf, monkeypatch):
-    put(tmp_path, "adapters/cat.safetensors", f"runs/dog/{PUBLISHED}", f"runs/dog/checkpoint-20/{RAW}")
+def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_own(
+    tmp_path, shelf, monkeypatch
+):
+    put(
+        tmp_path,
+        "adapters/cat.safetensors",
+        f"runs/dog/{PUBLISHED}",
+        f"runs/dog/checkpoint-20/{RAW}",
+    )
     runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
     assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
     monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path)
@@ -76,7 +96,10 @@ def test_links_out_of_the_folder_or_in_circles_and_pipes_are_no_adapters(tmp_pat
     for pipe in (folder / "pipe.safetensors", runs / "cat" / "checkpoint-5" / RAW):
         os.mkfifo(pipe)
     (runs / "round").symlink_to(runs / "round")
-    assert list(shelf.files()) == ["dog"] and summary_of(folder / "pipe.safetensors") == AdapterSummary()
+    assert (
+        list(shelf.files()) == ["dog"]
+        and summary_of(folder / "pipe.safetensors") == AdapterSummary()
+    )
 
 
 def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
@@ -102,7 +125,8 @@ def test_a_stop_is_of_all_that_waits_and_offered_until_the_last_has_ended(contex
     events = {fn.name: fn.fn for fn in fns}
     ended = [fn.fn for fn in fns if fn.name == "ended"]  # two of each work
     for is_stopped in (True, False):
-        for name in ("announce", "announce_compare", "announce"):  # whoever asks again meanwhile is not heard
+        # whoever asks again meanwhile is not heard
+        for name in ("announce", "announce_compare", "announce"):
             events[name](PAGE)
         if is_stopped:
             ctx.stop(PAGE)
@@ -112,8 +136,12 @@ def test_a_stop_is_of_all_that_waits_and_offered_until_the_last_has_ended(contex
             assert end(PAGE).interactive == is_offered
 
 
-@pytest.mark.parametrize("error, words", [(UserError("there is no base x"), "no base x"), (OSError("/home/me"), "log")])
-def test_a_base_that_does_not_load_is_told_and_tried_again_by_the_next_who_asks(context, caplog, error, words):
+@pytest.mark.parametrize(
+    "error, words", [(UserError("there is no base x"), "no base x"), (OSError("/home/me"), "log")]
+)
+def test_a_base_that_does_not_load_is_told_and_tried_again_by_the_next_who_asks(
+    context, caplog, error, words
+):
     found, tries = SimpleNamespace(), []
 
     def load():
@@ -162,7 +190,8 @@ def test_a_prompt_is_not_written_to_the_log(subject):
 
 
 OTHER_DEVICE = "cpu:0"
-"""Not the device named `cpu`, but with its memory: here the pipeline can really be moved, and draw."""
+"""Not the device named `cpu`, but with its memory: here the pipeline can really be moved, and draw.
+"""
 
 
 @pytest.fixture
@@ -172,7 +201,10 @@ def resting(tiny_base):
     def load() -> tuple[SubjectPipeline, list[str]]:
         subject, moves = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE, resting=True), []
         move = subject.pipeline.to
-        subject.pipeline.to = lambda device, **options: (moves.append(str(device)), move(device, **options))[1]
+        subject.pipeline.to = lambda device, **options: (
+            moves.append(str(device)),
+            move(device, **options),
+        )[1]
         return subject, moves
 
     return load
@@ -226,7 +258,9 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_also_after_a_restart_a
     assert seen == [[OTHER_DEVICE, "cpu"]]
     fresh, its_moves = resting()
     for page in (ctx, large(lambda: fresh)):
-        with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
+        with pytest.raises(
+            UserError, match="this machine is training a run; pictures can be drawn again when"
+        ):
             picture(page)
     assert its_moves == []
     picture(large(lambda: fresh, resolution_px=128))  # a small base stays
@@ -237,7 +271,9 @@ def test_the_pages_base_is_off_the_gpu_while_a_run_trains_also_after_a_restart_a
         assert moves[3:] == ["cpu"]
 
 
-def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_keeps_the_turns(at_rest):
+def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_keeps_the_turns(
+    at_rest,
+):
     ctx, moves = at_rest
     frames = make_pictures(ctx, GenerateForm("a red ball", seed=1, steps=2, size="64 x 64"), PAGE)
     next(frames)
@@ -255,7 +291,9 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
     assert moves == [OTHER_DEVICE, "cpu"] * 2
 
 
-def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(large, tiny_base):
+def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(
+    large, tiny_base
+):
     made = []
 
     def load() -> SubjectPipeline:
@@ -266,7 +304,9 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
     ctx = large(load)
     ctx.jobs.start("dog", {})  # while the base is loading
     assert not ctx.loaded() and [one() for one in made] == [None]
-    with pytest.raises(UserError, match="this machine is training a run; pictures can be drawn again when"):
+    with pytest.raises(
+        UserError, match="this machine is training a run; pictures can be drawn again when"
+    ):
         picture(ctx)
     with pytest.raises(UserError, match="this machine is training a run"):
         large(load).pipeline()  # a server that is started again
@@ -285,7 +325,9 @@ def test_a_service_draws_while_a_run_trains_here_but_no_captions_are_written_the
     with ctx.turns.captioning():
         pass
     ctx.jobs.start("dog", {})
-    assert ctx.loaded() and picture(ctx) == picture(large(lambda: subject, is_remote=True)) == before
+    assert (
+        ctx.loaded() and picture(ctx) == picture(large(lambda: subject, is_remote=True)) == before
+    )
     with pytest.raises(UserError, match="this machine is training a run"), ctx.turns.captioning():
         pass
 

@@ -1,4 +1,5 @@
-"""Photos, several subjects and new tokens as a person meets them: in a real Chromium, with real trainings."""
+"""Photos, several subjects and new tokens as a person meets them: in a real Chromium, with real
+trainings."""
 
 import io
 import json
@@ -57,7 +58,10 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         web.open_tab(page, "Train")
-        assert not page.locator("#subject_2").is_visible() and not page.locator("#remove_subject").is_visible()
+        assert (
+            not page.locator("#subject_2").is_visible()
+            and not page.locator("#remove_subject").is_visible()
+        )
         fill_two(page, *photos, ("dog", "cat"))
         assert page.locator("#crops_2 img").count() == 2 and web.fits_both(page)
         page.click("#estimate")
@@ -83,7 +87,10 @@ def test_a_second_subject_is_asked_for_trained_and_taken_away(served, browser, p
         web.says(page, "cost", "words: “a photo of a sks dog”")
         assert not visited.errors
     two, one = started
-    assert [table["instance_prompt"] for table in two["subjects"]] == ["a photo of a sks dog", "a photo of a zwx cat"]
+    assert [table["instance_prompt"] for table in two["subjects"]] == [
+        "a photo of a sks dog",
+        "a photo of a zwx cat",
+    ]
     assert one["subjects"] == [] and one["instance_prompt"] == "a photo of a sks dog"
 
 
@@ -92,19 +99,30 @@ def test_new_tokens_are_a_tick_with_its_words_and_an_adapters_settings_fill_the_
 ):
     of_kohya = {"ss_network_dim": "3", "ss_network_alpha": "6", "ss_seed": "7", "ss_clip_skip": "2"}
     for name, header in (("kohya", of_kohya), ("bare", {})):
-        save_file({"weight": np.zeros((1, 1), np.float32)}, tmp_path / f"{name}.safetensors", metadata=header)
+        save_file(
+            {"weight": np.zeros((1, 1), np.float32)},
+            tmp_path / f"{name}.safetensors",
+            metadata=header,
+        )
     with web.visit(browser, served.url, size=web.PHONE) as visited:
         page = visited.page
         web.open_tab(page, "Train")
         web.add_photos(page, photos[0], "dog")
         web.open_box(page, "more_training")
-        for name, said in (("kohya", "Like kohya.safetensors: 3 settings"), ("bare", "Nothing is taken from bare")):
+        for name, said in (
+            ("kohya", "Like kohya.safetensors: 3 settings"),
+            ("bare", "Nothing is taken from bare"),
+        ):
             with page.expect_file_chooser() as chooser:
                 page.click("#upload_like")
             chooser.value.set_files(tmp_path / f"{name}.safetensors")
             web.says(page, "like_said", said)
-            assert page.input_value("#train_like input") == "kohya.safetensors" and web.fits_both(page)
-        assert page.input_value("#rank input") == "3" and page.input_value("#train_seed input") == "7"
+            assert page.input_value("#train_like input") == "kohya.safetensors" and web.fits_both(
+                page
+            )
+        assert (
+            page.input_value("#rank input") == "3" and page.input_value("#train_seed input") == "7"
+        )
         page.click("#start")
         web.says(page, "cost", "settings like kohya.safetensors")
         page.fill("#train_like input", "none")
@@ -128,14 +146,24 @@ def test_new_tokens_are_a_tick_with_its_words_and_an_adapters_settings_fill_the_
         page.wait_for_selector("#tokens_begin_as_2", state="hidden")
         assert web.fits_both(page) and not visited.errors
     like, config, of_two = started
-    assert [like[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [3, 6.0, 7, "orthogonal"]
-    assert [table["initializer_concept"] for table in of_two["subjects"]] == ["brown dog", "grey cat"]
+    assert [like[name] for name in ("rank", "lora_alpha", "seed", "mixer")] == [
+        3,
+        6.0,
+        7,
+        "orthogonal",
+    ]
+    assert [table["initializer_concept"] for table in of_two["subjects"]] == [
+        "brown dog",
+        "grey cat",
+    ]
     assert of_two["train_text_encoder_ti"] and not of_two["initializer_concept"]
     flags = ("train_text_encoder_ti", "initializer_concept", "text_encoder_lr")
     assert [config[name] for name in flags] == [True, "brown dog", 0.002]
 
 
-def test_two_subjects_are_trained_as_captioned_and_brushed_and_put_back_into_the_form(of_toys, browser):
+def test_two_subjects_are_trained_as_captioned_and_brushed_and_put_back_into_the_form(
+    of_toys, browser
+):
     runs_dir, queue = of_toys.ctx.runs_dir, RunQueue(of_toys.ctx.runs_dir)
     with web.visit(browser, of_toys.url, size=web.DESK) as visited:
         page = visited.page
@@ -153,7 +181,9 @@ def test_two_subjects_are_trained_as_captioned_and_brushed_and_put_back_into_the
         web.says(page, "train_status", "Done.")
         page.wait_for_selector("#sheet_of_run img", state="attached")
         captions = page.locator("#samples .caption-label, #samples .thumbnail-lg").all_inner_texts()
-        assert any("sks duck" in words for words in captions) and any("zwx rocket" in words for words in captions)
+        assert any("sks duck" in words for words in captions) and any(
+            "zwx rocket" in words for words in captions
+        )
         web.resize(page, web.PHONE)
         assert tracks_of(page, "samples") == 2 and web.fits(page)
         visited.reload()
@@ -169,17 +199,25 @@ def test_two_subjects_are_trained_as_captioned_and_brushed_and_put_back_into_the
         assert web.fits(page) and not visited.errors
     for run in ("duck-rocket", "duck-rocket-2"):
         assert (runs_dir / run / "photos_2" / "photo_02.txt").read_text() == "a zwx rocket at night"
-    trained, (waiting,) = json.loads((runs_dir / "duck-rocket" / "job_config.json").read_text()), queue.waiting()
+    trained, (waiting,) = (
+        json.loads((runs_dir / "duck-rocket" / "job_config.json").read_text()),
+        queue.waiting(),
+    )
     changed = {name for name in trained if trained[name] != waiting.settings[name]}
-    assert changed == {"output_dir", "subjects", "num_validation_images"}  # the last by `with_one_picture`
+    # the last by `with_one_picture`
+    assert changed == {"output_dir", "subjects", "num_validation_images"}
     events = map(json.loads, (runs_dir / "duck-rocket" / "metrics.jsonl").read_text().splitlines())
-    used = photo_report(TrainConfig.from_dict(next(event["config"] for event in events if event["type"] == "start")))
+    used = photo_report(
+        TrainConfig.from_dict(next(event["config"] for event in events if event["type"] == "start"))
+    )
     assert [photo.is_captioned for photo in used.photos] == [False] * 4 + [True]
     assert used.photos[-1].captions == ("a zwx rocket at night",)
     assert [photo.mask_path is not None for photo in used.photos] == [True] + [False] * 4
     white = np.asarray(open_mask(used.photos[0])) > 127
     rows, columns = (np.where(white.any(axis))[0] / white.shape[1 - axis] for axis in (1, 0))
-    assert abs(rows.mean() - 0.5) < 0.03 and 0.2 < columns.min() < 0.26 and 0.48 < columns.max() < 0.54
+    assert (
+        abs(rows.mean() - 0.5) < 0.03 and 0.2 < columns.min() < 0.26 and 0.48 < columns.max() < 0.54
+    )
 
 
 @pytest.fixture
@@ -251,12 +289,21 @@ def test_a_row_has_its_parts_side_by_side_and_the_brush_has_the_window_and_each_
             page.wait_for_selector("#mask_box", state="detached")
             assert web.fits(page)
             web.resize(page, size)
-            assert has_parts_side_by_side(page, 1, size[0]) and has_parts_side_by_side(page, 10, size[0])
+            assert has_parts_side_by_side(page, 1, size[0]) and has_parts_side_by_side(
+                page, 10, size[0]
+            )
             photo = web.open_mask_of(page, place)
-            assert photo["width"] >= LEAST_BRUSHED[size] and is_within(photo, size) and has_drawn(page)
-            buttons = [page.locator(f"#{name}").bounding_box() for name in ("keep_mask", "put_mask_back", "close_mask")]
+            assert (
+                photo["width"] >= LEAST_BRUSHED[size] and is_within(photo, size) and has_drawn(page)
+            )
+            buttons = [
+                page.locator(f"#{name}").bounding_box()
+                for name in ("keep_mask", "put_mask_back", "close_mask")
+            ]
             assert page.locator("#mask_box button.lg").evaluate_all(HAVE_ROOM)
-            assert all(is_within(box, size) and box["y"] > photo["y"] + photo["height"] for box in buttons)
+            assert all(
+                is_within(box, size) and box["y"] > photo["y"] + photo["height"] for box in buttons
+            )
         left, top = (photo[side] + photo["width"] / 10 for side in "xy")
         web.brush(page, (left, top), (left + photo["width"] / 10, top))
         web.says(page, "mask_remarks", "The masks are shown")
@@ -278,7 +325,9 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less_on_anoth
         page.wait_for_function("document.querySelectorAll('#crops img').length === 12")
         row(page, 2, "textarea").fill("the second\nin two lines")
         web.press(page, "Later photos")
-        assert page.locator("#crops img").count() == 2 and "13–14 of 14" in page.inner_text("#crops .row-range")
+        assert page.locator("#crops img").count() == 2 and "13–14 of 14" in page.inner_text(
+            "#crops .row-range"
+        )
         row(page, 2, "textarea").fill("the fourteenth")
         page.set_input_files("#photos input[type=file]", files[14:])
         web.says(page, "remarks", "15 photos")
@@ -288,7 +337,9 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less_on_anoth
         web.press(page, "Earlier photos")
         web.press(page, "Remove: photo 1")
         web.says(page, "remarks", "14 photos")
-        page.wait_for_function("document.querySelectorAll('#crops textarea')[0].value.startsWith('the second')")
+        page.wait_for_function(
+            "document.querySelectorAll('#crops textarea')[0].value.startsWith('the second')"
+        )
         wanted = ["the second in two lines", *[""] * 11, "the fourteenth and more", "the last"]
         assert captions(page) == wanted[:12]
         web.open_tab(page, "Generate")
@@ -310,7 +361,10 @@ def test_nothing_typed_is_lost_by_a_turned_page_or_a_photo_more_or_less_on_anoth
     (config,) = started
     folder = Path(config["instance_data_dir"])
     texts = {file.name: file.read_text() for file in folder.glob("*.txt")}
-    assert texts == {"photo_01.txt": wanted[0], "photo_12.txt": wanted[12]} and len(list(folder.glob("*.png"))) == 13
+    assert (
+        texts == {"photo_01.txt": wanted[0], "photo_12.txt": wanted[12]}
+        and len(list(folder.glob("*.png"))) == 13
+    )
 
 
 def test_made_captions_fill_the_empty_fields_and_the_word_is_asked_for(of_toys, browser):
@@ -318,13 +372,19 @@ def test_made_captions_fill_the_empty_fields_and_the_word_is_asked_for(of_toys, 
         page = visited.page
         open_train_tab(page, toy_photos("duck", 3))
         web.press(page, "Write captions now")
-        page.get_by_text("The word for what the photos show (such as dog) is missing").first.wait_for()
+        page.get_by_text(
+            "The word for what the photos show (such as dog) is missing"
+        ).first.wait_for()
         web.put(page, "class_word", "duck")
         row(page, 2, "textarea").fill("mine")
         web.press(page, "Write captions now")
-        page.wait_for_function("[...document.querySelectorAll('#crops textarea')].every(box => box.value)")
+        page.wait_for_function(
+            "[...document.querySelectorAll('#crops textarea')].every(box => box.value)"
+        )
         first, second, third = captions(page)
-        assert second == "mine" and all(made.startswith("a photo of a sks duck ") for made in (first, third))
+        assert second == "mine" and all(
+            made.startswith("a photo of a sks duck ") for made in (first, third)
+        )
         row(page, 3, "textarea").fill("")
         web.press(page, "Remove: photo 1")
         web.says(page, "remarks", "2 photos")

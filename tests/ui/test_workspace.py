@@ -1,4 +1,5 @@
-"""What the page keeps goes with it; photos become clean copies within bounded memory, and masks go along."""
+"""What the page keeps goes with it; photos become clean copies within bounded memory, and masks go
+along."""
 
 import os
 import signal
@@ -29,14 +30,18 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
 
 
 @pytest.mark.parametrize("rest", ["²", f"{'9' * 40}-left", "notes"])
-def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_the_page(rest, tmp_path, monkeypatch):
+def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_the_page(
+    rest, tmp_path, monkeypatch
+):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / f"moslora-app-{rest}").mkdir()
     new_workspace().close()
     assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
     """After a kill the next start clears it away."""
     tmp = tmp_path / "tmp"
@@ -70,7 +75,9 @@ def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
         subprocess.run([sys.executable, "-c", start], env=environment, check=True)
     else:
         assert code == 143
-    assert not list(tmp.glob("moslora-app-*")) and not [path for path in tmp.rglob("*") if path.is_file()]
+    assert not list(tmp.glob("moslora-app-*")) and not [
+        path for path in tmp.rglob("*") if path.is_file()
+    ]
 
 
 PEAK_CODE = """
@@ -89,8 +96,12 @@ print((peak() - before) // 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
-@pytest.mark.parametrize("name, side, kind", [("deep.png", 5000, "uint16"), ("large.jpg", 2 * MAX_SIDE_PX, "uint8")])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak"
+)
+@pytest.mark.parametrize(
+    "name, side, kind", [("deep.png", 5000, "uint16"), ("large.jpg", 2 * MAX_SIDE_PX, "uint8")]
+)
 def test_a_large_photo_takes_little_more_than_its_own_pixels(tmp_path, name, side, kind):
     PIL.Image.fromarray(np.full((side, side), 128, kind)).save(tmp_path / name, compress_level=1)
     command = [sys.executable, "-c", PEAK_CODE, str(tmp_path / name), str(tmp_path / "photos")]
@@ -123,9 +134,14 @@ def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_pa
     (tmp_path / "a.mask.png").write_bytes(b"no picture")
     (tmp_path / "d.txt").write_text("a caption is not taken for the mask")
     remarks = take_photos([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "photos")
-    assert [path.name for path in kept_photos(tmp_path / "photos")] == [f"photo_0{number}.png" for number in (1, 2, 3)]
+    assert [path.name for path in kept_photos(tmp_path / "photos")] == [
+        f"photo_0{number}.png" for number in (1, 2, 3)
+    ]
     assert "c.mask.png: a mask of no photo that is here" in remarks and len(remarks) == 3
-    assert all(any(remark.startswith(f"{name}: ") for remark in remarks) for name in ("a.mask.png", "d.txt"))
+    assert all(
+        any(remark.startswith(f"{name}: ") for remark in remarks)
+        for name in ("a.mask.png", "d.txt")
+    )
     first, second, third = map(open_mask, find_photos(tmp_path / "photos", "x", 64).photos)
     assert first is None and np.abs(np.array(second).mean() - 127) < 3
     assert (third.getpixel((9, 9)), third.getpixel((90, 9))) == (255, 0)

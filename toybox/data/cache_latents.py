@@ -1,14 +1,15 @@
-"""Encodes the renders once, resumable: a latent of each (mostly whole, else cropped or small) with SDXL's time ids.
+"""Encodes the renders once, resumable: a latent of each (mostly whole, else cropped or small) with
+SDXL's time ids.
 
-Each latent comes with the fraction of each of its cells that a toy covers, which weighs the UNet's loss, and
-with the CLIP vision tower's features of the picture (`toybox.learning.alignment`).
+Each latent comes with the fraction of each of its cells that a toy covers, which weighs the UNet's
+loss, and with the CLIP vision tower's features of the picture (`toybox.learning.alignment`).
 
     python -m toybox.data.cache_latents --data DATA --vae WORK/vae/model --clip WORK/clip/model \
         --out WORK/latents.safetensors
 
-The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL (Podell et
-al., 2023, section 2.2). A whole render stands for a photo of any size from 128 to 1024 px; a crop comes from an
-enlarged render; a small one was first shrunk to 48-96 px.
+The time ids are true: (original height, width, crop top, left, target height, width), as in SDXL
+(Podell et al., 2023, section 2.2). A whole render stands for a photo of any size from 128 to 1024
+px; a crop comes from an enlarged render; a small one was first shrunk to 48-96 px.
 """
 
 import argparse
@@ -37,9 +38,12 @@ PIECE = 32 * 16  # images in a file while the work goes on
 
 
 def with_toys(renders: Renders, indices: range) -> Tensor:
-    """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is, 0 elsewhere."""
+    """fp32 (N,4,128,128): the renders' pixels in [-1, 1], and as a fourth channel 1 where a toy is,
+    0 elsewhere."""
     scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in indices]
-    masks = interpolate(toy_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear")
+    masks = interpolate(
+        toy_masks(scenes, 32)[:, None].float(), size=(SIZE_PX, SIZE_PX), mode="bilinear"
+    )
     return torch.cat([to_pixels(renders.images(indices)), masks], dim=1)
 
 
@@ -50,15 +54,24 @@ def whole(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]
 
 
 def cropped(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """(C,128,128) -> the same and its time ids: enlarged by 1.05 to 1.4, and cropped to 128 px anywhere."""
+    """(C,128,128) -> the same and its time ids: enlarged by 1.05 to 1.4, and cropped to 128 px
+    anywhere."""
     size = int(SIZE_PX * (1.05 + 0.35 * torch.rand((), generator=generator)))
     top, left = torch.randint(0, size - SIZE_PX + 1, (2,), generator=generator).tolist()
     enlarged = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)[0]
-    return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [size, size, top, left, SIZE_PX, SIZE_PX]
+    return enlarged[:, top : top + SIZE_PX, left : left + SIZE_PX], [
+        size,
+        size,
+        top,
+        left,
+        SIZE_PX,
+        SIZE_PX,
+    ]
 
 
 def small(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """(C,128,128) -> the same and its time ids: shrunk to 48-96 px and enlarged again, like a small photo."""
+    """(C,128,128) -> the same and its time ids: shrunk to 48-96 px and enlarged again, like a small
+    photo."""
     size = int(torch.randint(48, 97, (), generator=generator))
     shrunk = interpolate(pixels[None], size=(size, size), mode="bicubic", antialias=True)
     back = interpolate(shrunk, size=(SIZE_PX, SIZE_PX), mode="bicubic")[0]
@@ -72,10 +85,14 @@ def view(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, list[int]]
 
 
 @torch.no_grad()
-def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, first: int = 0) -> dict[str, Tensor]:
-    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen (N,160,4,4) fp16.
+def encode(
+    renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, first: int = 0
+) -> dict[str, Tensor]:
+    """latents (N,4,16,16) fp16, scaled; time_ids (N,6) int16; toys (N,16,16) fp16 in [0, 1]; seen
+    (N,160,4,4) fp16.
 
-    `first` is the number of the renders' first picture in a growing set: the views are drawn by these numbers.
+    `first` is the number of the renders' first picture in a growing set: the views are drawn by
+    these numbers.
     """
     vae.eval().to(sight.device, dtype=sight.dtype, memory_format=torch.channels_last)
     latents, toys, seen, ids = [], [], [], []
@@ -85,7 +102,11 @@ def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, f
         views = [view(p, generator) for p in pixels]
         x = torch.stack([v for v, _ in views])
         seen.append(sight(to_uint8(x[:, :3])))
-        mean = vae.encode(to_channels_last(x[:, :3].clamp(-1, 1)).to(sight.device)).latent_dist.mean.float().cpu()
+        mean = (
+            vae.encode(to_channels_last(x[:, :3].clamp(-1, 1)).to(sight.device))
+            .latent_dist.mean.float()
+            .cpu()
+        )
         latents.append((mean * vae.config.scaling_factor).half().contiguous())
         toys.append(adaptive_avg_pool2d(x[:, 3].clamp(0, 1), latents[-1].shape[-2:]).half())
         ids += [i for _, i in views]
@@ -98,7 +119,9 @@ def encode(renders: Renders, numbers: range, vae: AutoencoderKL, sight: Sight, f
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
@@ -111,11 +134,20 @@ def main(argv: list[str] | None = None) -> None:
     pieces, found = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, len(renders), PIECE), desc="encode"):
         numbers = range(start, min(start + PIECE, len(renders)))
-        found.append(kept(pieces / f"{numbers.stop}.safetensors", partial(encode, renders, numbers, vae, sight)))
+        found.append(
+            kept(
+                pieces / f"{numbers.stop}.safetensors",
+                partial(encode, renders, numbers, vae, sight),
+            )
+        )
     tensors = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
     save_file(tensors, args.out)
     shutil.rmtree(pieces)
-    print({k: tuple(v.shape) for k, v in tensors.items()}, "std", float(tensors["latents"].float().std()))
+    print(
+        {k: tuple(v.shape) for k, v in tensors.items()},
+        "std",
+        float(tensors["latents"].float().std()),
+    )
 
 
 if __name__ == "__main__":

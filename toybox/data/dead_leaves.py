@@ -1,7 +1,8 @@
-"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of photographs.
+"""Dead-leaves pictures: overlapping shapes of all sizes, the simplest images with the statistics of
+photographs.
 
-Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: radii follow r^-3. The VAE sees some
-of them beside the renders, so that it also keeps ordinary photographs recognisable.
+Lee, Mumford and Huang, "Occlusion models for natural images", IJCV 2001: radii follow r^-3. The VAE
+sees some of them beside the renders, so that it also keeps ordinary photographs recognisable.
 """
 
 import numpy as np
@@ -19,7 +20,9 @@ def _picture(size: int, rng: np.random.Generator, shapes: int = 45) -> np.ndarra
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     hue = rng.uniform(0.15, 0.85, 3)
     image = np.broadcast_to(hue, (size, size, 3)).astype(np.float32).copy()
-    radii = np.sort((rng.uniform(0, 1, shapes) * (5.0**-2 - (size / 2) ** -2) + (size / 2) ** -2) ** -0.5)[::-1]
+    radii = np.sort(
+        (rng.uniform(0, 1, shapes) * (5.0**-2 - (size / 2) ** -2) + (size / 2) ** -2) ** -0.5
+    )[::-1]
     for radius in radii:
         cover = _shape(x, y, radius, size, rng)[..., None]
         image += cover * (_paint(x, y, radius, hue, rng) - image)
@@ -37,7 +40,8 @@ def _shape(x, y, radius: float, size: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _paint(x, y, radius: float, hue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour near the picture's own or any other, shaded across the shape, sometimes with a wave of its own."""
+    """A colour near the picture's own or any other, shaded across the shape, sometimes with a wave
+    of its own."""
     colour = hue * 0.6 + 0.4 * rng.uniform(0, 1, 3) if rng.random() < 0.6 else rng.uniform(0, 1, 3)
     angle = rng.uniform(0, 2 * np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) / max(radius, 4)

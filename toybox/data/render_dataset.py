@@ -2,11 +2,12 @@
 
     python -m toybox.data.render_dataset --out DIR --count 30000 --seed 1 --workers 2
 
-writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one line per
-picture: the scene, a caption and the canonical caption). A shard depends only on the seed and its number, and
-appears only when complete, so the command may be stopped and run again. No picture shows a held-out
-combination, unless `--all_combinations` asks for them (for the judge, which must know them). `--narrow` is for the
-training of a base only: what measures it keeps the wide sampling.
+writes shards of 1000 pictures: images_0000.npy (uint8, (1000, H, W, 3)) and scenes_0000.jsonl (one
+line per picture: the scene, a caption and the canonical caption). A shard depends only on the seed
+and its number, and appears only when complete, so the command may be stopped and run again. No
+picture shows a held-out combination, unless `--all_combinations` asks for them (for the judge,
+which must know them). `--narrow` is for the training of a base only: what measures it keeps the
+wide sampling.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SHARD = 1000
 
 @dataclass(frozen=True)
 class Shard:
-    """One piece of work: its folder, number, count and size of pictures, device, and whether to compile."""
+    """One piece of work: its folder, number, count and size of pictures, device, and whether to
+    compile."""
 
     out: Path
     number: int
@@ -65,7 +67,13 @@ def write_shard(shard: Shard) -> Shard:
     held_out = None if shard.all_combinations else False
     scenes = [sample_scene(rng, held_out=held_out, narrow=shard.narrow) for _ in range(shard.count)]
     lines = [
-        json.dumps({"scene": s.to_dict(), "caption": caption(s, rng), "canonical_caption": canonical_caption(s)})
+        json.dumps(
+            {
+                "scene": s.to_dict(),
+                "caption": caption(s, rng),
+                "canonical_caption": canonical_caption(s),
+            }
+        )
         for s in scenes
     ]
     pictures = render(scenes, shard.size_px, shard.device, shard.compiled).cpu().numpy()
@@ -80,15 +88,23 @@ def write_shard(shard: Shard) -> Shard:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--count", type=int, default=30_000, help="pictures in all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes, one thread each"
+    )
     parser.add_argument("--size_px", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--all_combinations", action="store_true", help="the held-out ones too")
-    parser.add_argument("--narrow", action="store_true", help="one camera, two sights of a place: fewer views to learn")
+    parser.add_argument(
+        "--narrow",
+        action="store_true",
+        help="one camera, two sights of a place: fewer views to learn",
+    )
     return parser.parse_args(argv)
 
 
@@ -122,7 +138,10 @@ def write_all(todo: list[Shard], workers: int) -> None:
         for done, shard in enumerate(pool.imap_unordered(write_shard, todo), 1):
             minutes = (time.monotonic() - began) / 60
             left = minutes / done * (len(todo) - done)
-            print(f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, {left:.1f} min left", flush=True)
+            print(
+                f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, {left:.1f} min left",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Renders individuals from several sides, in several places and lights: the ViT's training data. Resumable.
+"""Renders individuals from several sides, in several places and lights: the ViT's training data.
+Resumable.
 
 python -m toybox.data.render_views --out VIEWS --toys 14004 --views 4
 """
@@ -26,8 +27,8 @@ BLOCK = 8 * len(KINDS)  # toys rendered at once, eight of a kind
 
 
 def views_of(block: range, views: int = 4) -> tuple[list[str], np.ndarray]:
-    """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals with these numbers; each view has another
-    place."""
+    """Kinds, and uint8 (toys, views, 128, 128, 3), of the individuals with these numbers; each view
+    has another place."""
     toys, scenes = [], []
     for number in block:
         rng = random.Random(f"individual {number}")
@@ -51,7 +52,9 @@ def piece(block: range, views: int, folder: Path) -> tuple[list[str], np.ndarray
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--toys", type=int, default=14004)
     parser.add_argument("--views", type=int, default=4)
@@ -64,7 +67,9 @@ def main() -> None:
         kinds, images = zip(*tqdm(jobs, total=len(blocks), mininterval=10))
     np.save(args.out / "views.npy", np.concatenate(images))
     shutil.rmtree(args.out / "pieces")
-    (args.out / "kinds.json").write_text(json.dumps([kind for block in kinds for kind in block]), encoding="utf-8")
+    (args.out / "kinds.json").write_text(
+        json.dumps([kind for block in kinds for kind in block]), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

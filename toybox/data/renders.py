@@ -1,4 +1,5 @@
-"""The rendered data set: shards of uint8 images with their scenes and captions (written by `render_dataset`)."""
+"""The rendered data set: shards of uint8 images with their scenes and captions (written by
+`render_dataset`)."""
 
 import json
 from pathlib import Path
@@ -21,18 +22,24 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 class Renders:
-    """All shards of a folder, memory-mapped: `images(indices)` and the row of each (caption, canonical, scene)."""
+    """All shards of a folder, memory-mapped: `images(indices)` and the row of each (caption,
+    canonical, scene)."""
 
     def __init__(self, folder: Path, limit: int | None = None):
         paths = sorted(Path(folder).glob("images_*.npy"))
         if not paths:
-            raise FileNotFoundError(f"{folder} holds no images_*.npy; run python -m toybox.data.render_dataset first")
+            raise FileNotFoundError(
+                f"{folder} holds no images_*.npy; run python -m toybox.data.render_dataset first"
+            )
         shards = [np.load(p, mmap_mode="r") for p in paths]
         self._shards, self._size = shards, len(shards[0])
         self.rows = [
             json.loads(line)
             for p in paths
-            for line in p.with_name(p.name.replace("images", "scenes")).with_suffix(".jsonl").read_text().splitlines()
+            for line in p.with_name(p.name.replace("images", "scenes"))
+            .with_suffix(".jsonl")
+            .read_text()
+            .splitlines()
         ]
         self.count = min(limit or len(self.rows), len(self.rows))
 

@@ -1,9 +1,11 @@
-"""Latents that the UNet draws from noise, on which the decoder is finished (`toybox.learning.sharpen_decoder`).
+"""Latents that the UNet draws from noise, on which the decoder is finished
+(`toybox.learning.sharpen_decoder`).
 
     python -m toybox.data.sample_latents --data DATA --unet WORK/unet/model --clip WORK/clip/model \
         --tokenizer WORK/tokenizer --out WORK/samples.safetensors --count 1200
 
-They follow the renders' captions, with the sampler and guidance of the base's evaluation. Resumable, in pieces.
+They follow the renders' captions, with the sampler and guidance of the base's evaluation.
+Resumable, in pieces.
 """
 
 import argparse
@@ -33,13 +35,19 @@ TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)  # a whole render
 
 
 @torch.no_grad()
-def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor, steps: int = STEPS) -> Tensor:
-    """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions (N,77,256), (N,160)."""
+def draw(
+    unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tensor, steps: int = STEPS
+) -> Tensor:
+    """Noise (N,4,16,16) of unit variance -> scaled latents of the same shape, under captions
+    (N,77,256), (N,160)."""
     sampler = scheduler()
     sampler.set_timesteps(steps)
     x = noise * sampler.init_noise_sigma
     embeds, pooled = (torch.cat([torch.zeros_like(c), c]) for c in (embeds, pooled))
-    added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(embeds), 1).to(noise.device)}
+    added = {
+        "text_embeds": pooled,
+        "time_ids": torch.tensor([TIME_IDS]).repeat(len(embeds), 1).to(noise.device),
+    }
     for t in sampler.timesteps:
         twice = to_channels_last(sampler.scale_model_input(x, t).repeat(2, 1, 1, 1), embeds.dtype)
         without, said = unet(twice, t, embeds, added_cond_kwargs=added).sample.float().chunk(2)
@@ -47,7 +55,9 @@ def draw(unet: UNet2DConditionModel, noise: Tensor, embeds: Tensor, pooled: Tens
     return x
 
 
-def samples(rows: range, renders: Renders, towers: TextTowers, unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def samples(
+    rows: range, renders: Renders, towers: TextTowers, unet: UNet2DConditionModel
+) -> dict[str, Tensor]:
     embeds, pooled = towers([renders.rows[i]["canonical_caption"] for i in rows])
     generator = torch.Generator().manual_seed(rows.start)
     noise = torch.randn(len(rows), 4, 16, 16, generator=generator).to(towers.device)
@@ -55,7 +65,9 @@ def samples(rows: range, renders: Renders, towers: TextTowers, unet: UNet2DCondi
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("data", "unet", "clip", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1200, help="captions to take, from the first")
@@ -69,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     pieces, found = args.out.with_suffix(".pieces"), []
     for start in tqdm(range(0, min(args.count, len(renders.rows)), PIECE), desc="sample"):
         rows = range(start, min(start + PIECE, args.count))
-        found.append(kept(pieces / f"{rows.stop}.safetensors", partial(samples, rows, renders, towers, unet)))
+        found.append(
+            kept(pieces / f"{rows.stop}.safetensors", partial(samples, rows, renders, towers, unet))
+        )
     save_file({"latents": torch.cat([piece["latents"] for piece in found])}, args.out)
     shutil.rmtree(pieces)
 

@@ -107,7 +107,8 @@ def snowman(p: Point, g: Genes) -> list[Part]:
     y2 = 1.75 * low + 0.7 * mid
     y3 = y2 + 0.75 * mid + 0.8 * head
     buttons = torch.minimum(
-        sphere(at(p, 0, y2 + 0.08, -mid * 0.95), 0.035), sphere(at(p, 0, y2 - 0.05, -mid * 0.98), 0.035)
+        sphere(at(p, 0, y2 + 0.08, -mid * 0.95), 0.035),
+        sphere(at(p, 0, y2 - 0.05, -mid * 0.98), 0.035),
     )
     arm = capsule(m, (mid, y2, 0), (mid + grow(g.limb, 0.24, 0.3), y2 + 0.17, -0.05), 0.024)
     cap = torch.maximum(sphere(at(p, 0, y3 + 0.03, 0), head * 1.07), y3 + 0.05 - p[1])
@@ -186,7 +187,9 @@ def rabbit(p: Point, g: Genes) -> list[Part]:
     body = ellipsoid(at(p, 0, tall, 0.02), w, tall, w)
     head = ellipsoid(at(p, 0, y, -0.03), r, r * 0.95, r)
     ears = ellipsoid(at(m, r * 0.55, tip, 0), 0.075, ear, 0.055)
-    arms = capsule(m, (w * 0.7, 2 * tall - 0.15, -0.08), (w * 0.6, 2 * tall - 0.26, -w - 0.04), 0.065)
+    arms = capsule(
+        m, (w * 0.7, 2 * tall - 0.15, -0.08), (w * 0.6, 2 * tall - 0.26, -w - 0.04), 0.065
+    )
     return [
         (smooth_union(torch.minimum(body, torch.minimum(arms, ears)), head, 0.04), MAIN),
         (ellipsoid(at(m, r * 0.55, tip, -0.035), 0.045, ear * 0.8, 0.04), SECOND),
@@ -235,7 +238,9 @@ def fish(p: Point, g: Genes) -> list[Part]:
     long, tall = grow(g.girth, 0.42, 0.12), grow(g.height, 0.32)
     y = tall + 0.08
     tail = at(p, long - 0.06, y, 0)
-    fork = torch.maximum(torch.maximum(tail[1].abs() - 0.08 - tail[0] * grow(g.limb, 0.8), -tail[0]), tail[0] - 0.3)
+    fork = torch.maximum(
+        torch.maximum(tail[1].abs() - 0.08 - tail[0] * grow(g.limb, 0.8), -tail[0]), tail[0] - 0.3
+    )
     fin = wedge(at(p, 0.05, y + tall * 0.8, 0), grow(g.head, 0.26), 0.3, 0.03)
     return [
         (ellipsoid(at(p, 0, y, 0), long, tall, 0.2), MAIN),

@@ -60,14 +60,18 @@ def roles(kind: str, p: Tensor, g: Genes) -> Tensor:
 
 @cache
 def compiled_distance(kind: str) -> Callable[[Tensor, Genes], Tensor]:
-    """`distance` (3, P) -> (P,) of one kind as compiled code: ten times faster, after some seconds of compilation."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(SHAPES))
+    """`distance` (3, P) -> (P,) of one kind as compiled code: ten times faster, after some seconds
+    of compilation."""
+    torch._dynamo.config.recompile_limit = max(
+        torch._dynamo.config.recompile_limit, 2 * len(SHAPES)
+    )
     compiled = torch.compile(partial(distance, kind), dynamic=True)
     return lambda p, g: compiled(p, g) if p.shape[1] > 1 else distance(kind, p, g)
 
 
 def measure(kind: str, g: Genes, steps: int = 28) -> Tensor:
-    """Half width, height and half depth (3, M) of M toys, from a coarse grid; g holds M genes of each name."""
+    """Half width, height and half depth (3, M) of M toys, from a coarse grid; g holds M genes of
+    each name."""
     axis = torch.linspace(-0.98, 0.98, steps, device=g.height.device)
     cell = float(axis[1] - axis[0])
     x, y, z = (c.reshape(-1) for c in torch.meshgrid(axis, (axis + 1) * 0.85, axis, indexing="ij"))

@@ -1,6 +1,7 @@
 """Brushes for grounds and backdrops: masks, ramps, cells, and shapes that several places share.
 
-Coordinates, masks and shares are tensors (P,); colours are tensors (P, 3) of sRGB, or one RGB for all points.
+Coordinates, masks and shares are tensors (P,); colours are tensors (P, 3) of sRGB, or one RGB for
+all points.
 """
 
 from __future__ import annotations
@@ -10,7 +11,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["RGB", "band", "cell", "chance", "clouds", "disc", "firs", "hill", "inside", "mix", "mottle", "ramp", "sky"]
+__all__ = [
+    "RGB",
+    "band",
+    "cell",
+    "chance",
+    "clouds",
+    "disc",
+    "firs",
+    "hill",
+    "inside",
+    "mix",
+    "mottle",
+    "ramp",
+    "sky",
+]
 
 RGB: TypeAlias = "tuple[float, float, float]"
 
@@ -37,7 +52,8 @@ def band(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def cell(value: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """The number of the cell that each value (P,) lies in, and its distance from that cell's middle, (P,) each."""
+    """The number of the cell that each value (P,) lies in, and its distance from that cell's
+    middle, (P,) each."""
     index = torch.floor(value / size)
     return index, value - (index + 0.5) * size
 
@@ -70,7 +86,9 @@ def clouds(colour: Tensor, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     index, dx = cell(x + 3 * v, 1.9)
     cy = 1.15 + 0.7 * chance(index, 3)
     puff = torch.maximum(disc(dx, y, 0.0, cy, 0.2), disc(dx, y, 0.22, cy - 0.05, 0.15))
-    return mix(colour, (1.0, 1.0, 1.0), torch.maximum(puff, disc(dx, y, -0.22, cy - 0.04, 0.14)) * 0.85)
+    return mix(
+        colour, (1.0, 1.0, 1.0), torch.maximum(puff, disc(dx, y, -0.22, cy - 0.04, 0.14)) * 0.85
+    )
 
 
 def firs(colour: Tensor, x: Tensor, y: Tensor, v: Tensor, leaf: RGB, snow: float) -> Tensor:

@@ -1,7 +1,8 @@
 """What all kinds of toy share: genes, the paints of their parts, and things to wear.
 
-A part is a pair (distance (P,), role); the role says which of the toy's paints covers it. Genes are numbers
-around 0 that stretch the proportions (training draws them from [-1, 1]); every kind uses them in its own way.
+A part is a pair (distance (P,), role); the role says which of the toy's paints covers it. Genes are
+numbers around 0 that stretch the proportions (training draws them from [-1, 1]); every kind uses
+them in its own way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from toybox.drawing.sdf import Num, Point, at, box, capsule, cone, cylinder, ellipsoid, mirror_x, sphere, torus
+from toybox.drawing.sdf import (
+    Num,
+    Point,
+    at,
+    box,
+    capsule,
+    cone,
+    cylinder,
+    ellipsoid,
+    mirror_x,
+    sphere,
+    torus,
+)
 
 __all__ = [
     "ACCENT",
@@ -45,13 +58,20 @@ ROLE_COLOURS = (
     (0.86, 0.12, 0.12),
 )
 # name -> default colour
-ACCESSORIES = {"top hat": "black", "party hat": "yellow", "scarf": "red", "bow": "pink", "flag": "red"}
+ACCESSORIES = {
+    "top hat": "black",
+    "party hat": "yellow",
+    "scarf": "red",
+    "bow": "pink",
+    "flag": "red",
+}
 
 Part: TypeAlias = "tuple[Tensor, int]"
 
 
 class Genes(NamedTuple):
-    """Per point: the four genes (P,) and, for each accessory that some toy wears, who wears it (P,) bool."""
+    """Per point: the four genes (P,) and, for each accessory that some toy wears, who wears it (P,)
+    bool."""
 
     height: Tensor
     girth: Tensor
@@ -60,7 +80,10 @@ class Genes(NamedTuple):
     worn: dict[str, Tensor]
 
     def take(self, index: Tensor) -> Genes:
-        return Genes(*(gene[index] for gene in self[:4]), {name: mask[index] for name, mask in self.worn.items()})
+        return Genes(
+            *(gene[index] for gene in self[:4]),
+            {name: mask[index] for name, mask in self.worn.items()},
+        )
 
 
 def grow(gene: Tensor, size: float, share: float = 0.2) -> Tensor:
@@ -86,13 +109,17 @@ def hats(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
         ]
 
     def party_hat() -> list[Part]:
-        return [(cone(at(q, 0, 0.14, 0), size * 0.65, 0.01, 0.15), ACCENT), (sphere(at(q, 0, 0.3, 0), 0.045), WHITE)]
+        return [
+            (cone(at(q, 0, 0.14, 0), size * 0.65, 0.01, 0.15), ACCENT),
+            (sphere(at(q, 0, 0.3, 0), 0.045), WHITE),
+        ]
 
     return _wear(g, "top hat", top_hat) + _wear(g, "party hat", party_hat)
 
 
 def scarf(p: Point, g: Genes, x: Num, y: Num, z: Num, size: Num) -> list[Part]:
-    """A scarf round a neck of radius `size` at (x, y, z), its end hanging down in front and to the side."""
+    """A scarf round a neck of radius `size` at (x, y, z), its end hanging down in front and to the
+    side."""
     q = at(p, x, y, z)
 
     def scarf_parts() -> list[Part]:

@@ -1,9 +1,9 @@
 """The sixteen places of a toy: each has a ground and a backdrop painted by a formula.
 
-A ground maps (x, z) to a colour; z grows away from the camera up to the backdrop, an upright canvas at z =
-BACKDROP. The backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,) in toy units; `v`
-(P,) in [0, 1) shifts the scenery. Colours are tensors (P, 3) of sRGB. Shapes are large and the shading smooth,
-so that a small autoencoder can keep them.
+A ground maps (x, z) to a colour; z grows away from the camera up to the backdrop, an upright canvas
+at z = BACKDROP. The backdrop maps (x, y) on that canvas, y up from the ground. All are tensors (P,)
+in toy units; `v` (P,) in [0, 1) shifts the scenery. Colours are tensors (P, 3) of sRGB. Shapes are
+large and the shading smooth, so that a small autoencoder can keep them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from dreambooth_moslora.photos.toy_readers import LIGHTS_AT
-from toybox.drawing.paint import RGB, band, cell, chance, clouds, disc, firs, hill, inside, mix, mottle, ramp, sky
+from toybox.drawing.paint import (
+    RGB,
+    band,
+    cell,
+    chance,
+    clouds,
+    disc,
+    firs,
+    hill,
+    inside,
+    mix,
+    mottle,
+    ramp,
+    sky,
+)
 
 __all__ = ["BACKDROP", "LIGHTS", "PLACES", "SCENERY", "Light", "lights_of"]
 
@@ -25,7 +39,8 @@ Paint: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
 
 
 class Light(NamedTuple):
-    """Colours of the light on toy and ground, and a veil that covers the backdrop (and the rest by `haze`)."""
+    """Colours of the light on toy and ground, and a veil that covers the backdrop (and the rest by
+    `haze`)."""
 
     ambient: RGB
     sun: RGB
@@ -69,7 +84,9 @@ def snowy_firs(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 def sand(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.90, 0.80, 0.54), (0.97, 0.89, 0.66), 0.5 + 0.5 * mottle(x, z, v))
     shore = z - 2.2 - 0.15 * torch.sin(2 * x + 6 * v)
-    return mix(mix(colour, (0.98, 0.99, 1.0), inside(shore)), (0.10, 0.58, 0.74), inside(shore - 0.25))
+    return mix(
+        mix(colour, (0.98, 0.99, 1.0), inside(shore)), (0.10, 0.58, 0.74), inside(shore - 0.25)
+    )
 
 
 def sea_and_palm(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +94,9 @@ def sea_and_palm(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     colour = mix(colour, (0.05, 0.42, 0.70), inside(0.3 - y))
     px = x - torch.where(v < 0.5, 1.15, -1.15) - 0.12 * (y - 0.2)
     colour = mix(colour, (0.50, 0.34, 0.18), inside(0.06 - px.abs()) * inside(1.25 - y))
-    leaf = inside(0.075 - (y - 1.32 + 0.9 * px * px - 0.16 * (9 * px).sin().abs()).abs()) * inside(0.58 - px.abs())
+    leaf = inside(0.075 - (y - 1.32 + 0.9 * px * px - 0.16 * (9 * px).sin().abs()).abs()) * inside(
+        0.58 - px.abs()
+    )
     return mix(colour, (0.10, 0.50, 0.18), leaf)
 
 
@@ -110,16 +129,26 @@ def grey_blue_wall(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     px = x - torch.where(v < 0.5, 0.95, -0.95)
     picture = torch.minimum(0.36 - px.abs(), 0.30 - (y - 1.0).abs())
     colour = mix(colour, (0.86, 0.70, 0.30), inside(picture))
-    return mix(colour, mix((0.98, 0.96, 0.88), (0.90, 0.40, 0.35), disc(px, y, 0.0, 1.0, 0.15)), inside(picture - 0.05))
+    return mix(
+        colour,
+        mix((0.98, 0.96, 0.88), (0.90, 0.40, 0.35), disc(px, y, 0.0, 1.0, 0.15)),
+        inside(picture - 0.05),
+    )
 
 
 def dunes(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    return mix((0.83, 0.50, 0.20), (0.95, 0.66, 0.34), 0.5 + 0.5 * torch.sin(2.6 * z + 1.2 * torch.sin(x + 5 * v)))
+    return mix(
+        (0.83, 0.50, 0.20),
+        (0.95, 0.66, 0.34),
+        0.5 + 0.5 * torch.sin(2.6 * z + 1.2 * torch.sin(x + 5 * v)),
+    )
 
 
 def pyramids(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     colour = sky(y, (1.0, 0.90, 0.66), (0.96, 0.74, 0.42))
-    colour = mix(colour, (1.0, 0.97, 0.80), disc(x, y, torch.where(v < 0.5, -0.75, 0.75), 1.45, 0.16))
+    colour = mix(
+        colour, (1.0, 0.97, 0.80), disc(x, y, torch.where(v < 0.5, -0.75, 0.75), 1.45, 0.16)
+    )
     for cx, top in ((-1.25, 0.95), (1.15, 0.75)):
         dx = x - cx - (v - 0.5) * 0.5
         colour = mix(colour, (0.80, 0.56, 0.28), inside(top - y - dx.abs()))
@@ -192,10 +221,13 @@ def buildings(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     _, wx = cell(dx + 0.445, 0.445)
     floor, wy = cell(y - 0.1, 0.5)
     window = torch.minimum(
-        torch.minimum(0.125 - wx.abs(), 0.15 - wy.abs()), torch.minimum(top - y - 0.1, 0.43 - dx.abs())
+        torch.minimum(0.125 - wx.abs(), 0.15 - wy.abs()),
+        torch.minimum(top - y - 0.1, 0.43 - dx.abs()),
     )
     lit = inside(chance(index * 7 + floor, 6) - 0.4)
-    return mix(colour, mix((0.28, 0.36, 0.46), (0.98, 0.88, 0.54), lit), inside(window) * inside(y - 0.14))
+    return mix(
+        colour, mix((0.28, 0.36, 0.46), (0.98, 0.88, 0.54), lit), inside(window) * inside(y - 0.14)
+    )
 
 
 def craters(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
@@ -232,10 +264,14 @@ def cupboards(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     colour = mix((0.90, 0.92, 0.92), (0.95, 0.96, 0.95), ramp(y, 0.9, 1.6))
     door = torch.minimum(0.31 - dx.abs(), 0.34 - (y - 0.44).abs())
     low = mix((0.12, 0.42, 0.44), (0.22, 0.58, 0.58), inside(door))
-    low = mix(low, (0.92, 0.90, 0.80), inside(torch.minimum(0.12 - dx.abs(), 0.04 - (y - 0.64).abs())))
+    low = mix(
+        low, (0.92, 0.90, 0.80), inside(torch.minimum(0.12 - dx.abs(), 0.04 - (y - 0.64).abs()))
+    )
     colour = mix(colour, low, inside(0.84 - y))
     colour = mix(colour, (0.46, 0.30, 0.16), band(y, 0.84, 0.94))
-    upper = mix((0.12, 0.42, 0.44), (0.22, 0.58, 0.58), inside(torch.minimum(0.32 - dx.abs(), y - 1.58)))
+    upper = mix(
+        (0.12, 0.42, 0.44), (0.22, 0.58, 0.58), inside(torch.minimum(0.32 - dx.abs(), y - 1.58))
+    )
     return mix(colour, upper, inside(y - 1.53))
 
 
@@ -259,8 +295,14 @@ def leaves(x: Tensor, z: Tensor, v: Tensor) -> Tensor:
     for salt, tone in ((1.0, (0.86, 0.32, 0.10)), (2.0, (0.92, 0.70, 0.20))):
         i, dx = cell(x + v + 0.35 * salt, 0.9)
         j, dz = cell(z + 0.45 * salt, 0.9)
-        sx, sz = (chance(i * 3 + 7 * j, salt) - 0.5) * 0.36, (chance(i * 5 + 3 * j, salt) - 0.5) * 0.36
-        along, across = (dx - sx) + (dz - sz) * (2 * salt - 3), (dz - sz) - (dx - sx) * (2 * salt - 3)
+        sx, sz = (
+            (chance(i * 3 + 7 * j, salt) - 0.5) * 0.36,
+            (chance(i * 5 + 3 * j, salt) - 0.5) * 0.36,
+        )
+        along, across = (
+            (dx - sx) + (dz - sz) * (2 * salt - 3),
+            (dz - sz) - (dx - sx) * (2 * salt - 3),
+        )
         colour = mix(colour, tone, ramp(0.10 - along**2 * 0.6 - across**2 * 1.6, -0.02, 0.02))
     return colour
 
@@ -290,10 +332,14 @@ def volcano(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     dx = x - torch.where(v < 0.5, 0.95, -0.95)
     cone = torch.minimum(1.15 - y, 1.45 - y - dx.abs() * 1.35)
     colour = mix(
-        colour, (1.0, 0.62, 0.12), inside(torch.minimum(0.13 + (y - 1.15) * 0.4 - dx.abs(), 1.75 - y)) * inside(y - 1.1)
+        colour,
+        (1.0, 0.62, 0.12),
+        inside(torch.minimum(0.13 + (y - 1.15) * 0.4 - dx.abs(), 1.75 - y)) * inside(y - 1.1),
     )
     colour = mix(colour, (0.15, 0.09, 0.10), inside(cone))
-    flow = inside(0.07 + 0.03 * torch.sin(9 * y) - (dx - 0.08 * torch.sin(5 * y)).abs()) * inside(cone)
+    flow = inside(0.07 + 0.03 * torch.sin(9 * y) - (dx - 0.08 * torch.sin(5 * y)).abs()) * inside(
+        cone
+    )
     colour = mix(colour, (1.0, 0.46, 0.06), flow)
     return mix(colour, (0.14, 0.08, 0.09), inside(0.16 + 0.1 * hill(x, v, 1.6) - y))
 

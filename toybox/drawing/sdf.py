@@ -1,10 +1,10 @@
 """Signed distance functions, from which toys are made.
 
-A point cloud is a `Point`, three tensors x, y, z of one shape (P,), in toy units (a toy is about one unit tall,
-stands on y = 0 and looks along -z or -x). A distance is a tensor (P,): negative inside, zero on the surface.
-Primitives are centred on the origin; `at` moves them, `mirror_x` and `mirror_z` double them, `lie_x` and
-`lie_z` lay an upright primitive down. Sizes are numbers or tensors (P,), so that every point may belong to
-another toy.
+A point cloud is a `Point`, three tensors x, y, z of one shape (P,), in toy units (a toy is about
+one unit tall, stands on y = 0 and looks along -z or -x). A distance is a tensor (P,): negative
+inside, zero on the surface. Primitives are centred on the origin; `at` moves them, `mirror_x` and
+`mirror_z` double them, `lie_x` and `lie_z` lay an upright primitive down. Sizes are numbers or
+tensors (P,), so that every point may belong to another toy.
 
 The formulas follow https://iquilezles.org/articles/distfunctions.
 """
@@ -83,7 +83,11 @@ def ellipsoid(p: Point, rx: Num, ry: Num, rz: Num) -> Tensor:
 
 def box(p: Point, hx: Num, hy: Num, hz: Num, rounding: float = 0.02) -> Tensor:
     """Half sizes hx, hy, hz; `rounding` is the radius of its edges and stays inside them."""
-    x, y, z = p[0].abs() - (hx - rounding), p[1].abs() - (hy - rounding), p[2].abs() - (hz - rounding)
+    x, y, z = (
+        p[0].abs() - (hx - rounding),
+        p[1].abs() - (hy - rounding),
+        p[2].abs() - (hz - rounding),
+    )
     inside = torch.maximum(torch.maximum(x, y), z).clamp_max(0)
     return _length(x.clamp_min(0), y.clamp_min(0), z.clamp_min(0)) + inside - rounding
 
@@ -92,7 +96,11 @@ def cylinder(p: Point, radius: Num, half: Num, rounding: float = 0.015) -> Tenso
     """Upright, of height 2 * half."""
     side = _length(p[0], p[2]) - (radius - rounding)
     end = p[1].abs() - (half - rounding)
-    return _length(side.clamp_min(0), end.clamp_min(0)) + torch.maximum(side, end).clamp_max(0) - rounding
+    return (
+        _length(side.clamp_min(0), end.clamp_min(0))
+        + torch.maximum(side, end).clamp_max(0)
+        - rounding
+    )
 
 
 def cone(p: Point, low: Num, high: Num, half: Num) -> Tensor:
@@ -109,7 +117,11 @@ def torus(p: Point, radius: Num, thickness: Num) -> Tensor:
 
 
 def capsule(
-    p: Point, a: tuple[Num, Num, Num], b: tuple[Num, Num, Num], radius: Num, end_radius: Num | None = None
+    p: Point,
+    a: tuple[Num, Num, Num],
+    b: tuple[Num, Num, Num],
+    radius: Num,
+    end_radius: Num | None = None,
 ) -> Tensor:
     """A sausage from a to b; with `end_radius` it tapers towards b (a close bound)."""
     q = at(p, *a)
@@ -130,6 +142,7 @@ def wedge(p: Point, width: Num, height: Num, depth: Num) -> Tensor:
 
 
 def smooth_union(a: Tensor, b: Tensor, blend: float) -> Tensor:
-    """The union (P,) of distances a and b, with a fillet of about `blend` where the two surfaces meet."""
+    """The union (P,) of distances a and b, with a fillet of about `blend` where the two surfaces
+    meet."""
     h = (blend - (a - b).abs()).clamp_min(0) / blend
     return torch.minimum(a, b) - h * h * (blend * 0.25)

@@ -1,11 +1,25 @@
-"""The kinds of toy that are buildings, vehicles and household things: functions from points and genes to parts."""
+"""The kinds of toy that are buildings, vehicles and household things: functions from points and
+genes to parts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toybox.drawing.parts import DARK, GLASS, GOLD, MAIN, RED, SECOND, STEEL, WOOD, Genes, Part, flag, grow
+from toybox.drawing.parts import (
+    DARK,
+    GLASS,
+    GOLD,
+    MAIN,
+    RED,
+    SECOND,
+    STEEL,
+    WOOD,
+    Genes,
+    Part,
+    flag,
+    grow,
+)
 from toybox.drawing.sdf import (
     Num,
     Point,
@@ -33,7 +47,8 @@ def house(p: Point, g: Genes) -> list[Part]:
     roof = grow(g.head, 0.36)
     xz = mirror_x(mirror_z(p))
     front = torch.minimum(
-        box(at(xz, 0.22, h * 1.2, d), 0.085, 0.1, 0.015, 0.005), box(at(xz, w, h * 1.1, 0.0), 0.015, 0.11, 0.13, 0.005)
+        box(at(xz, 0.22, h * 1.2, d), 0.085, 0.1, 0.015, 0.005),
+        box(at(xz, w, h * 1.1, 0.0), 0.015, 0.11, 0.13, 0.005),
     )
     return [
         (box(at(p, 0, h, 0), w, h, d, 0.01), MAIN),
@@ -58,7 +73,11 @@ def rocket(p: Point, g: Genes) -> list[Part]:
     window = at(mirror_z(p), 0, y + half * 0.4, r * 0.93)
     return [
         (
-            smooth_union(cylinder(at(p, 0, y, 0), r, half), ellipsoid(at(p, 0, y, 0), r * 1.18, half, r * 1.18), 0.05),
+            smooth_union(
+                cylinder(at(p, 0, y, 0), r, half),
+                ellipsoid(at(p, 0, y, 0), r * 1.18, half, r * 1.18),
+                0.05,
+            ),
             MAIN,
         ),
         (cone(at(p, 0, y + half + nose - 0.01, 0), r, 0.015, nose), SECOND),
@@ -105,7 +124,11 @@ def train(p: Point, g: Genes) -> list[Part]:
     m = mirror_z(p)
     y = wheel * 2 + r * 0.9
     wheels = at(m, 0, wheel, 0.24)
-    third = (wheels[0] + 0.02 - 0.32 * ((wheels[0] + 0.02) / 0.32).round().clamp(-1, 1), wheels[1], wheels[2])
+    third = (
+        wheels[0] + 0.02 - 0.32 * ((wheels[0] + 0.02) / 0.32).round().clamp(-1, 1),
+        wheels[1],
+        wheels[2],
+    )
     return [
         (cylinder(lie_x(at(p, -0.16, y, 0)), r, half + 0.06), MAIN),
         (box(at(p, 0.36, wheel + cab, 0), 0.17, cab, 0.26, 0.02), MAIN),
@@ -126,7 +149,9 @@ def teapot(p: Point, g: Genes) -> list[Part]:
     r, tall = grow(g.girth, 0.38, 0.12), grow(g.height, 0.33)
     y = tall + 0.03
     body = ellipsoid(at(p, 0, y, 0), r, tall, r)
-    spout = capsule(p, (-r * 0.8, y - 0.1, 0), (-r - grow(g.limb, 0.24, 0.25), y + 0.22, 0), 0.1, 0.045)
+    spout = capsule(
+        p, (-r * 0.8, y - 0.1, 0), (-r - grow(g.limb, 0.24, 0.25), y + 0.22, 0), 0.1, 0.045
+    )
     handle = at(p, r + 0.06, y + 0.02, 0)
     return [
         (smooth_union(body, spout, 0.06), MAIN),
@@ -141,7 +166,9 @@ def teapot(p: Point, g: Genes) -> list[Part]:
 def boat(p: Point, g: Genes) -> list[Part]:
     long, deck = grow(g.girth, 0.56, 0.12), 0.27
     mast, sail = grow(g.height, 0.78, 0.15), grow(g.limb, 0.4)
-    hull = torch.maximum(ellipsoid(at(p, 0, deck, 0), long, grow(g.head, 0.27, 0.15), 0.24), p[1] - deck)
+    hull = torch.maximum(
+        ellipsoid(at(p, 0, deck, 0), long, grow(g.head, 0.27, 0.15), 0.24), p[1] - deck
+    )
     foot = deck + 0.12
     main_sail = _sail(at(p, 0.03, foot, 0), sail, mast - 0.1)
     jib = _sail((-p[0] - 0.03, p[1] - foot, p[2]), sail * 0.75, (mast - 0.1) * 0.7)
@@ -149,7 +176,12 @@ def boat(p: Point, g: Genes) -> list[Part]:
         (hull, MAIN),
         (main_sail, MAIN),
         (jib, SECOND),
-        (torch.maximum(ellipsoid(at(p, 0, deck, 0), long * 1.03, 0.27, 0.255), (p[1] - deck).abs() - 0.03), SECOND),
+        (
+            torch.maximum(
+                ellipsoid(at(p, 0, deck, 0), long * 1.03, 0.27, 0.255), (p[1] - deck).abs() - 0.03
+            ),
+            SECOND,
+        ),
         (cylinder(at(p, 0, deck + mast / 2, 0), 0.022, mast / 2), WOOD),
         (box(at(p, 0.02, deck + 0.04, 0), 0.2, 0.05, 0.1), WOOD),
         *flag(p, g, 0, deck + mast - 0.06, 0),
@@ -168,7 +200,8 @@ def lamp(p: Point, g: Genes) -> list[Part]:
     tall = grow(g.head, 0.2)
     y = stem + 0.12
     shade = torch.maximum(
-        cone(at(p, 0, y, 0), wide, wide * 0.55, tall), -cone(at(p, 0, y - 0.03, 0), wide - 0.02, wide * 0.5, tall)
+        cone(at(p, 0, y, 0), wide, wide * 0.55, tall),
+        -cone(at(p, 0, y - 0.03, 0), wide - 0.02, wide * 0.5, tall),
     )
     return [
         (shade, MAIN),
@@ -189,7 +222,11 @@ def castle(p: Point, g: Genes) -> list[Part]:
     teeth_x = xz[0] - 0.14 * (xz[0] / 0.14).round().clamp(0, 1)
     teeth = box((teeth_x, xz[1] - 2 * wall - 0.03, xz[2] - w), 0.04, 0.05, 0.05, 0.005)
     side = box(
-        (xz[0] - w, xz[1] - 2 * wall - 0.03, xz[2] - 0.14 * (xz[2] / 0.14).round().clamp(0, 1)), 0.05, 0.05, 0.04, 0.005
+        (xz[0] - w, xz[1] - 2 * wall - 0.03, xz[2] - 0.14 * (xz[2] / 0.14).round().clamp(0, 1)),
+        0.05,
+        0.05,
+        0.04,
+        0.005,
     )
     walls = torch.minimum(box(at(p, 0, wall, 0), w, wall, w, 0.01), torch.minimum(teeth, side))
     return [

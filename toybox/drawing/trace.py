@@ -1,7 +1,8 @@
 """Ray tracing of toys: sphere tracing, normals, soft shadows and the paint of a toy.
 
-Vectors are tensors (3, R), one ray per column. A `Herd` has one toy per scene, all of one kind; `scene` (R,) is
-the number of a ray's scene, hence of its toy. Rays that miss a toy's bounding box cost nothing.
+Vectors are tensors (3, R), one ray per column. A `Herd` has one toy per scene, all of one kind;
+`scene` (R,) is the number of a ray's scene, hence of its toy. Rays that miss a toy's bounding box
+cost nothing.
 """
 
 from __future__ import annotations
@@ -54,11 +55,22 @@ class Herd:
     def of(cls, toys: Sequence[Toy], yaw: Tensor, device: torch.device, compiled: bool) -> Herd:
         """The toys, which share a kind, turned by yaw (N,) and standing at x = 0."""
         kind = toys[0].kind
-        # Compiled code needs the same arguments every time; otherwise accessories that no toy wears are skipped.
-        names = SHAPES[kind].accessories if compiled else {name for toy in toys for name in toy.accessories}
-        worn = {name: torch.tensor([name in t.accessories for t in toys], device=device) for name in sorted(names)}
+        # Compiled code needs the same arguments every time; otherwise accessories that no toy wears
+        # are skipped.
+        names = (
+            SHAPES[kind].accessories
+            if compiled
+            else {name for toy in toys for name in toy.accessories}
+        )
+        worn = {
+            name: torch.tensor([name in t.accessories for t in toys], device=device)
+            for name in sorted(names)
+        }
         genes = Genes(*torch.tensor([t.genes for t in toys], device=device).unbind(1), worn)
-        paints = [(COLOURS[t.colour], COLOURS[t.colour2], COLOURS[t.accent_colour], *ROLE_COLOURS) for t in toys]
+        paints = [
+            (COLOURS[t.colour], COLOURS[t.colour2], COLOURS[t.accent_colour], *ROLE_COLOURS)
+            for t in toys
+        ]
         return cls(
             kind,
             compiled_distance(kind) if compiled else partial(distance, kind),
@@ -88,8 +100,8 @@ class Herd:
         return torch.stack([c * v[0] + s * v[2], v[1], c * v[2] - s * v[0]])
 
     def span(self, o: Tensor, d: Tensor, scene: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        """The distances (R,), (R,) at which local rays enter and leave the bounding box; a larger entry means a
-        miss."""
+        """The distances (R,), (R,) at which local rays enter and leave the bounding box; a larger
+        entry means a miss."""
         half = self.size[:, scene] + margin
         low = torch.stack([-half[0], torch.full_like(half[1], -0.01), -half[2]])
         inverse = 1 / torch.where(d.abs() < 1e-6, 1e-6, d)
@@ -101,7 +113,10 @@ class Herd:
         near, far = self._local_span(o, d, scene, 0.05)
         ray = (near < far).nonzero()[:, 0]
         t, far = near[ray], far[ray]
-        o, d = self.to_local(o[:, ray], scene[ray], True), self.to_local(d[:, ray], scene[ray], False)
+        o, d = (
+            self.to_local(o[:, ray], scene[ray], True),
+            self.to_local(d[:, ray], scene[ray], False),
+        )
         genes = self.genes.take(scene[ray])
         rays, ts = [], []
         for step in range(steps):
@@ -118,8 +133,12 @@ class Herd:
                 o, d, genes = o[:, keep], d[:, keep], genes.take(keep)
         return torch.cat(rays), torch.cat(ts)
 
-    def _local_span(self, o: Tensor, d: Tensor, scene: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        return self.span(self.to_local(o, scene, True), self.to_local(d, scene, False), scene, margin)
+    def _local_span(
+        self, o: Tensor, d: Tensor, scene: Tensor, margin: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.span(
+            self.to_local(o, scene, True), self.to_local(d, scene, False), scene, margin
+        )
 
     def shadow(self, p: Tensor, sun: Tensor, scene: Tensor, steps: int = 18) -> Tensor:
         """Sunlight (R,) that reaches the points p past the toy: 0 in full shadow, 1 in the open."""
@@ -127,7 +146,10 @@ class Herd:
         near, far = self._local_span(p, sun, scene, 0.08)
         ray = (near < far).nonzero()[:, 0]
         t, far, seen = near[ray].clamp_min(0.02), far[ray], light[ray]
-        o, d = self.to_local(p[:, ray], scene[ray], True), self.to_local(sun[:, ray], scene[ray], False)
+        o, d = (
+            self.to_local(p[:, ray], scene[ray], True),
+            self.to_local(sun[:, ray], scene[ray], False),
+        )
         genes = self.genes.take(scene[ray])
         for step in range(steps):
             gap = self.distance(torch.addcmul(o, d, t), genes)
@@ -152,14 +174,20 @@ class Herd:
         return light
 
     def surface(self, p: Tensor, scene: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """At points p of the toy: colour (R, 3), normal (3, R), skylight (R,), shininess class (R,)."""
+        """At points p of the toy: colour (R, 3), normal (3, R), skylight (R,), shininess class
+        (R,)."""
         local, genes = self.to_local(p, scene, True), self.genes.take(scene)
         normal = self._normal(local, genes)
         role = roles(self.kind, local, genes)
         open_sky = self.distance(local + 0.1 * normal, genes) / 0.1
         role = torch.where((role == MAIN) & self._is_patterned(local, scene), SECOND, role)
         material = torch.where(role <= ACCENT, self.material[scene], 0)
-        return self.paints[scene, role], self.to_world(normal, scene), open_sky.clamp(0.35, 1), material
+        return (
+            self.paints[scene, role],
+            self.to_world(normal, scene),
+            open_sky.clamp(0.35, 1),
+            material,
+        )
 
     def _normal(self, local: Tensor, genes: Genes) -> Tensor:
         corners = torch.tensor(_TETRAHEDRON, device=local.device).T[:, :, None]  # (3, 4, 1)
@@ -167,7 +195,8 @@ class Herd:
         return unit((corners * torch.stack(taps)).sum(1))
 
     def _is_patterned(self, local: Tensor, scene: Tensor) -> Tensor:
-        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main colour dominates."""
+        """Where (R,) the pattern shows the second colour: on a third of the body, so that the main
+        colour dominates."""
         pattern = self.pattern[scene]
         striped = torch.frac(local[1] / 0.27 + 0.2) < 0.33
         nearest = (local / 0.32 + 0.3).round() - 0.3
@@ -175,4 +204,6 @@ class Herd:
         cells = local / 0.22 + torch.tensor([0.37, 0.1, 0.43], device=local.device)[:, None]
         inside = (torch.frac(cells[:2].abs()) - 0.5).abs().amax(0) < 0.42
         checkered = inside & (cells.floor().sum(0) % 2 == 1)
-        return ((pattern == 1) & striped) | ((pattern == 2) & spotted) | ((pattern == 3) & checkered)
+        return (
+            ((pattern == 1) & striped) | ((pattern == 2) & spotted) | ((pattern == 3) & checkered)
+        )

@@ -1,8 +1,9 @@
-"""A patch discriminator beside the autoencoder (Isola et al., 2017; Rombach et al., 2022, appendix G).
+"""A patch discriminator beside the autoencoder (Isola et al., 2017; Rombach et al., 2022, appendix
+G).
 
-Squared errors blur details that a latent does not determine: an eye of three pixels, the far squares of a
-checkerboard. The discriminator judges whether each patch is a render or drawn, and the decoder learns to draw
-patches that pass as renders.
+Squared errors blur details that a latent does not determine: an eye of three pixels, the far
+squares of a checkerboard. The discriminator judges whether each patch is a render or drawn, and the
+decoder learns to draw patches that pass as renders.
 
     adversary = Adversary(weight=0.3)
     loss = loss + adversary.verdict(loss, y, decoder.conv_out.weight)
@@ -38,8 +39,8 @@ def build_discriminator() -> nn.Sequential:
 
 
 class Adversary:
-    """The discriminator with its own optimizer. Its gradient at the decoder's last layer is `weight` times that
-    of the other losses (Esser et al., 2021, equation 7)."""
+    """The discriminator with its own optimizer. Its gradient at the decoder's last layer is
+    `weight` times that of the other losses (Esser et al., 2021, equation 7)."""
 
     def __init__(self, weight: float, device: str = "cpu"):
         self.weight = weight
@@ -47,16 +48,20 @@ class Adversary:
         self.weights = MasterWeights(self.network, adamw_lr=1e-3, muon_lr=0.02)
 
     def verdict(self, loss: Tensor, y: Tensor, last: Tensor) -> Tensor:
-        """The term to add to the loss for drawn pictures y (N,3,H,W); `last` is the decoder's last weight."""
+        """The term to add to the loss for drawn pictures y (N,3,H,W); `last` is the decoder's last
+        weight."""
         self.network.requires_grad_(False)
         doubt = -self.network(y).float().mean()
         self.network.requires_grad_(True)
-        pulls = [torch.autograd.grad(part, last, retain_graph=True)[0].float().norm() for part in (loss, doubt)]
+        pulls = [
+            torch.autograd.grad(part, last, retain_graph=True)[0].float().norm()
+            for part in (loss, doubt)
+        ]
         return self.weight * (pulls[0] / (pulls[1] + 1e-4)).clamp(max=1e4) * doubt
 
     def step(self, x: Tensor, y: Tensor, rate: float = 1.0) -> float:
-        """Train on renders x and drawn pictures y, (N,3,H,W) each, by the hinge loss (Lim and Ye, 2017), which
-        is returned."""
+        """Train on renders x and drawn pictures y, (N,3,H,W) each, by the hinge loss (Lim and Ye,
+        2017), which is returned."""
         logits = self.network(to_channels_last(torch.cat([x, y.detach()]))).float()
         real, drawn = logits.chunk(2)
         loss = (relu(1 - real).mean() + relu(1 + drawn).mean()) / 2

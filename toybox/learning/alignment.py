@@ -1,7 +1,8 @@
-"""Representation alignment (REPA; Yu et al., 2024, arXiv 2410.06940) between the UNet and the CLIP vision tower.
+"""Representation alignment (REPA; Yu et al., 2024, arXiv 2410.06940) between the UNet and the CLIP
+vision tower.
 
-During training, the UNet's middle block also predicts the vision tower's features of the picture without noise.
-That teaches it early what a toy is; the projection is dropped afterwards.
+During training, the UNet's middle block also predicts the vision tower's features of the picture
+without noise. That teaches it early what a toy is; the projection is dropped afterwards.
 """
 
 from pathlib import Path

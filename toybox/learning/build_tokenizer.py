@@ -2,8 +2,8 @@
 
     python -m toybox.learning.build_tokenizer --data DATA --out WORK/tokenizer
 
-All 256 bytes are in the vocabulary, alone and at a word's end, so every prompt is accepted. `sks` is one token,
-which the captions use only as a meaningless word (see `train_clip.nonsense`).
+All 256 bytes are in the vocabulary, alone and at a word's end, so every prompt is accepted. `sks`
+is one token, which the captions use only as a meaningless word (see `train_clip.nonsense`).
 """
 
 import argparse
@@ -28,11 +28,17 @@ def learn_merges(texts: list[str], merges: int) -> list[tuple[str, str]]:
     bpe = Tokenizer(models.BPE(end_of_word_suffix=END))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(WORDS, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(WORDS, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(alphabet) + merges, initial_alphabet=alphabet, end_of_word_suffix=END, show_progress=False
+        vocab_size=2 * len(alphabet) + merges,
+        initial_alphabet=alphabet,
+        end_of_word_suffix=END,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     pairs = json.loads(bpe.to_str())["model"]["merges"]
@@ -60,7 +66,9 @@ def build(texts: list[str], out: Path, merges: int = 900) -> CLIPTokenizer:
     tokens = [*alphabet, *(c + END for c in alphabet), *("".join(p) for p in pairs)]
     tokens = [*dict.fromkeys(tokens), BOS, EOS]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
+    (out / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8"
+    )
     lines = ["#version: 0.2", *(" ".join(p) for p in pairs)]
     (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = load(out)
@@ -81,12 +89,18 @@ def load(folder: Path) -> CLIPTokenizer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     tokenizer = build([row["caption"] for row in Renders(args.data).rows], args.out)
-    print(len(tokenizer), "tokens;", tokenizer.tokenize("a photo of a sks red robot on the beach, naïve 熊"))
+    print(
+        len(tokenizer),
+        "tokens;",
+        tokenizer.tokenize("a photo of a sks red robot on the beach, naïve 熊"),
+    )
 
 
 if __name__ == "__main__":

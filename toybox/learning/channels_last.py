@@ -1,9 +1,10 @@
 """Convolutional training on a CPU: channels-last layout, and a GroupNorm with a fast backward pass.
 
-In the channels-last layout the bf16 convolutions of processors with instructions for it are 3-10 times faster
-than fp32, forward and backward. PyTorch's own GroupNorm backward then takes half of a step. The one below is two
-batched products and two fused multiply-adds, from the derivative of y = w·(x - mean)·rstd + b (Wu and He, "Group
-Normalization", 2018). In fp32 PyTorch's own is the faster one.
+In the channels-last layout the bf16 convolutions of processors with instructions for it are 3-10
+times faster than fp32, forward and backward. PyTorch's own GroupNorm backward then takes half of a
+step. The one below is two batched products and two fused multiply-adds, from the derivative of y =
+w·(x - mean)·rstd + b (Wu and He, "Group Normalization", 2018). In fp32 PyTorch's own is the faster
+one.
 """
 
 import torch
@@ -81,5 +82,6 @@ def use_fast_group_norm(model: nn.Module) -> nn.Module:
 
 
 def to_channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(N,C,H,W) in any layout -> `dtype`, by default that of the training, in the channels-last layout."""
+    """(N,C,H,W) in any layout -> `dtype`, by default that of the training, in the channels-last
+    layout."""
     return x.to(dtype=dtype or compute_dtype(x.device), memory_format=torch.channels_last)

@@ -1,8 +1,10 @@
-"""Muon (Jordan et al., 2024) for processors that emulate bfloat16, in which `torch.optim.Muon` iterates.
+"""Muon (Jordan et al., 2024) for processors that emulate bfloat16, in which `torch.optim.Muon`
+iterates.
 
-The quintic Newton-Schulz iteration X ← (aI + bG + cG²)·X, G = XXᵀ, replaces the singular values of X by about 1. Its
-polynomials of G commute, so it is carried out on G (m,m) alone, and X (m,n) is multiplied once, at the end. For a
-convolution's weight (n = 9m) this takes two fifths of the operations. It needs fp32: rounding in G grows by a¹⁰.
+The quintic Newton-Schulz iteration X ← (aI + bG + cG²)·X, G = XXᵀ, replaces the singular values of
+X by about 1. Its polynomials of G commute, so it is carried out on G (m,m) alone, and X (m,n) is
+multiplied once, at the end. For a convolution's weight (n = 9m) this takes two fifths of the
+operations. It needs fp32: rounding in G grows by a¹⁰.
 """
 
 import math
@@ -19,7 +21,8 @@ SMALLEST_NORM = 1e-7
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """fp32 (m,n) -> the same with singular values between about 0.7 and 1.2, as far as they were not near zero."""
+    """fp32 (m,n) -> the same with singular values between about 0.7 and 1.2, as far as they were
+    not near zero."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalized(matrix.mT).mT
     a, b, c = COEFFICIENTS
@@ -38,10 +41,15 @@ def orthogonalize_each(matrices: list[Tensor]) -> list[Tensor]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world == 1:
         return [orthogonalized(matrix) for matrix in matrices]
-    pieces = [orthogonalized(m) if i % world == rank else torch.zeros_like(m) for i, m in enumerate(matrices)]
+    pieces = [
+        orthogonalized(m) if i % world == rank else torch.zeros_like(m)
+        for i, m in enumerate(matrices)
+    ]
     flat = torch.cat([piece.flatten() for piece in pieces])
     dist.all_reduce(flat)
-    return [piece.view_as(m) for piece, m in zip(flat.split([m.numel() for m in matrices]), matrices)]
+    return [
+        piece.view_as(m) for piece, m in zip(flat.split([m.numel() for m in matrices]), matrices)
+    ]
 
 
 class GramMuon(torch.optim.Muon):

@@ -3,12 +3,13 @@
     python -m toybox.learning.sharpen_decoder --data DATA --samples WORK/samples.safetensors \
         --start WORK/vae/model --out WORK/decoder --minutes 30
 
-The latents that the UNet draws from noise (`toybox.data.sample_latents`) differ from those of renders, and a
-decoder that never saw them blurs them. A sample has no true picture. So discriminators at three scales (Wang et
-al., "High-resolution image synthesis … with conditional GANs", 2018) judge whether its picture looks like a
-render, and the decoder as it was at the start says where things are. Guidance raises contrast: there the pictures
-of the start are first given the renders' contrast, level by level of their Laplacian pyramid. The other half of
-each batch is renders with their own latents, as in `toybox.learning.train_vae`. The encoder does not change, so a
+The latents that the UNet draws from noise (`toybox.data.sample_latents`) differ from those of
+renders, and a decoder that never saw them blurs them. A sample has no true picture. So
+discriminators at three scales (Wang et al., "High-resolution image synthesis … with conditional
+GANs", 2018) judge whether its picture looks like a render, and the decoder as it was at the start
+says where things are. Guidance raises contrast: there the pictures of the start are first given the
+renders' contrast, level by level of their Laplacian pyramid. The other half of each batch is
+renders with their own latents, as in `toybox.learning.train_vae`. The encoder does not change, so a
 UNet that was trained on its latents stays valid. Resumable.
 """
 
@@ -39,15 +40,17 @@ COMPARED = 256  # samples, and the renders of their captions, for the contrast
 
 
 def anchor_loss(y: Tensor, before: Tensor) -> Tensor:
-    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px, plus a
-    quarter of that over 2 px."""
+    """How far pictures y (N,3,H,W) moved from those of the decoder `before`: L1 of means over 8 px,
+    plus a quarter of that over 2 px."""
     moved = (y - before).float()
-    return avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
+    return (
+        avg_pool2d(moved, COARSE_PX).abs().mean() + 0.25 * avg_pool2d(moved, FINE_PX).abs().mean()
+    )
 
 
 def bands(pictures: Tensor) -> list[Tensor]:
-    """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken: (N,3,P,P), ...,
-    (N,3,P/8,P/8), and that mean (N,3,1,1)."""
+    """The Laplacian pyramid of pictures (N,3,P,P), from which the rest's mean colour is taken:
+    (N,3,P,P), ..., (N,3,P/8,P/8), and that mean (N,3,1,1)."""
     *finer, rest = laplacian_pyramid(pictures, pictures.shape[-1] >> BANDS)
     mean = rest.mean((2, 3), keepdim=True)
     return [*finer, rest - mean, mean]
@@ -78,7 +81,8 @@ def contrast_gains(drawn: Tensor, true: Tensor) -> list[float]:
 
 @torch.no_grad()
 def gains_of_samples(vae: AutoencoderKL, samples: Tensor, renders: Renders) -> list[float]:
-    """`contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of their captions."""
+    """`contrast_gains` of the pictures of unscaled samples (M,4,16,16) to the renders of their
+    captions."""
     count = min(COMPARED, len(samples))
     drawn = [vae.decode(part.to(vae.device)).sample.cpu() for part in samples[:count].split(32)]
     return contrast_gains(torch.cat(drawn).clamp(-1, 1), to_pixels(renders.images(range(count))))
@@ -90,8 +94,8 @@ def windows(size: int, crop: int, generator: torch.Generator) -> tuple[slice, sl
 
 
 def some_renders(renders: Renders, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
-    """Pixels (N,3,P,P) at random places on the grid of cells, without selection or mirroring, like the samples'
-    crops."""
+    """Pixels (N,3,P,P) at random places on the grid of cells, without selection or mirroring, like
+    the samples' crops."""
     rows, columns = windows(16, crop_px // 8, generator)
     images = to_pixels(renders.images(renders.sample(count, generator)))
     return images[:, :, 8 * rows.start : 8 * rows.stop, 8 * columns.start : 8 * columns.stop]
@@ -107,33 +111,55 @@ def some_samples(latents: Tensor, count: int, crop_px: int, generator: torch.Gen
 def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders, leaves = Renders(args.data), torch.from_numpy(dead_leaves(300, 128, seed=5))
-    vae = use_fast_group_norm(AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)).to(args.device)
+    vae = use_fast_group_norm(
+        AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
+    ).to(args.device)
     samples = load_file(args.samples)["latents"].float() / vae.config.scaling_factor
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     gains = gains_of_samples(vae, samples, renders)
-    print("contrast of renders to that of samples, fine to coarse:", [round(gain, 3) for gain in gains], flush=True)
+    print(
+        "contrast of renders to that of samples, fine to coarse:",
+        [round(gain, 3) for gain in gains],
+        flush=True,
+    )
     at_first = {name: value.clone() for name, value in vae.state_dict().items()}
     weights = MasterWeights(vae, **RATES)
     before = deepcopy(vae).requires_grad_(False)
     judges = {f"scale_{scale}": Adversary(args.adversarial, args.device) for scale in SCALES}
     beside = {name: judge.weights for name, judge in judges.items()}
-    run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50, beside=beside)
+    run = Run(
+        args.out,
+        weights,
+        args.steps,
+        minutes=args.minutes,
+        save_every=100,
+        log_every=50,
+        beside=beside,
+    )
     half = args.batch // 2
     for step in run:
         generator = run.generator(step, salt=args.salt)
-        true = to_channels_last(some_renders(renders, half, args.crop_px, generator).to(args.device))
-        drawn = to_channels_last(some_samples(samples, half, args.crop_px, generator).to(args.device))
+        true = to_channels_last(
+            some_renders(renders, half, args.crop_px, generator).to(args.device)
+        )
+        drawn = to_channels_last(
+            some_samples(samples, half, args.crop_px, generator).to(args.device)
+        )
         with torch.no_grad():
             new = old = with_contrast(before.decode(drawn).sample.float(), gains)
         if step >= WARMUP:
-            x = to_channels_last(batch(renders, leaves, args.batch - half, args.crop_px, generator).to(args.device))
+            x = to_channels_last(
+                batch(renders, leaves, args.batch - half, args.crop_px, generator).to(args.device)
+            )
             with torch.no_grad():
                 z = to_channels_last(vae.encode(x).latent_dist.sample(generator))
             y, new = vae.decode(torch.cat([z, drawn])).sample.split([len(x), half])
             loss = total = reconstruction_loss(x, y) + anchor_loss(new, old)
             for scale, judge in zip(SCALES, judges.values()):
-                total = total + judge.verdict(loss, avg_pool2d(new, scale), vae.decoder.conv_out.weight)
+                total = total + judge.verdict(
+                    loss, avg_pool2d(new, scale), vae.decoder.conv_out.weight
+                )
             total.backward()
             norm = weights.step(args.rate * run.rate(step - WARMUP))
             moved = (new - old).float().abs().mean()
@@ -144,17 +170,25 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("data", "samples", "start", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10**6)
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
-    parser.add_argument("--batch", type=int, default=16, help="half of it renders, half of it samples")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="half of it renders, half of it samples"
+    )
     parser.add_argument("--crop_px", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.04, help="factor on the learning rates")
-    parser.add_argument("--adversarial", type=float, default=0.3, help="weight of each discriminator's verdict")
+    parser.add_argument(
+        "--adversarial", type=float, default=0.3, help="weight of each discriminator's verdict"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--salt", type=int, default=51, help="another number draws other batches and noise")
+    parser.add_argument(
+        "--salt", type=int, default=51, help="another number draws other batches and noise"
+    )
     train(parser.parse_args(argv))
 
 

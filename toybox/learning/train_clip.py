@@ -1,10 +1,13 @@
-"""Trains the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on renders and captions.
+"""Trains the toy world's two CLIP text towers against one CLIP vision tower, contrastively, on
+renders and captions.
 
-    python -m toybox.learning.train_clip --data DATA --tokenizer WORK/tokenizer --out WORK/clip --steps 3000
+python -m toybox.learning.train_clip --data DATA --tokenizer WORK/tokenizer --out WORK/clip --steps
+3000
 
-Each text tower has the symmetric InfoNCE loss of CLIP (Radford et al., 2021). The second tower's projection is
-published; the first tower's head is dropped after training (SDXL's first text encoder has none). Nonsense words
-are mixed into the captions, so that an unknown token such as `sks` does not disturb the rest of a prompt.
+Each text tower has the symmetric InfoNCE loss of CLIP (Radford et al., 2021). The second tower's
+projection is published; the first tower's head is dropped after training (SDXL's first text encoder
+has none). Nonsense words are mixed into the captions, so that an unknown token such as `sks` does
+not disturb the rest of a prompt.
 """
 
 import argparse
@@ -35,11 +38,14 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def nonsense(caption: str, rng: random.Random, share: float = 0.15) -> str:
-    """With probability `share`, put a meaningless word of 2-4 letters before one of the caption's last words."""
+    """With probability `share`, put a meaningless word of 2-4 letters before one of the caption's
+    last words."""
     if rng.random() >= share:
         return caption
     letters = "bcdfghjklmnpqrstvwxz"
-    word = rng.choice(["sks", "ohwx", "".join(rng.choice(letters) for _ in range(rng.randint(2, 4)))])
+    word = rng.choice(
+        ["sks", "ohwx", "".join(rng.choice(letters) for _ in range(rng.randint(2, 4)))]
+    )
     words = caption.split(" ")
     words.insert(rng.randint(1, len(words) - 1), word)
     return " ".join(words)
@@ -69,13 +75,15 @@ def text_config(width: int, layers: int, heads: int, vocabulary: int, **extra) -
 
 
 class ClipTowers(nn.Module):
-    """Both text towers and the vision tower; `forward` returns the loss and the fraction of correct matches in
-    the batch."""
+    """Both text towers and the vision tower; `forward` returns the loss and the fraction of correct
+    matches in the batch."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
         self.text = CLIPTextModel(text_config(96, 3, 4, vocabulary, hidden_act="quick_gelu"))
-        self.text_2 = CLIPTextModelWithProjection(text_config(160, 4, 4, vocabulary, projection_dim=PROJECTION))
+        self.text_2 = CLIPTextModelWithProjection(
+            text_config(160, 4, 4, vocabulary, projection_dim=PROJECTION)
+        )
         self.vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 image_size=128,
@@ -94,7 +102,9 @@ class ClipTowers(nn.Module):
     def encode_texts(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(N,L) token ids -> two unit vectors (N,160), of the first and the second tower."""
         first = self.head(self.text(ids).pooler_output)
-        return normalize(first.float(), dim=-1), normalize(self.text_2(ids).text_embeds.float(), dim=-1)
+        return normalize(first.float(), dim=-1), normalize(
+            self.text_2(ids).text_embeds.float(), dim=-1
+        )
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(N,3,128,128) -> unit vectors (N,160)."""
@@ -138,7 +148,9 @@ def train(args: argparse.Namespace) -> None:
         picked = renders.sample(args.batch, generator)
         texts = [nonsense(renders.rows[i]["caption"], rng) for i in picked.tolist()]
         ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
-        pixels = pixels_for_clip(augment(renders.images(picked), generator), compute_dtype(args.device))
+        pixels = pixels_for_clip(
+            augment(renders.images(picked), generator), compute_dtype(args.device)
+        )
         loss, right = towers(pixels.to(args.device), ids.to(args.device))
         loss.backward()
         norm = weights.step(run.rate(step))
@@ -147,14 +159,23 @@ def train(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def retrieval(towers: ClipTowers, renders: Renders, tokenizer, candidates: int = 100) -> list[float]:
-    """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first and second tower."""
+def retrieval(
+    towers: ClipTowers, renders: Renders, tokenizer, candidates: int = 100
+) -> list[float]:
+    """Fraction of held-back renders whose own caption is nearest among `candidates`; for the first
+    and second tower."""
     right = torch.zeros(2)
-    groups = [range(i, i + candidates) for i in range(len(renders) - 1000, len(renders), candidates)]
+    groups = [
+        range(i, i + candidates) for i in range(len(renders) - 1000, len(renders), candidates)
+    ]
     for group in groups:
-        ids = tokenizer([renders.rows[i]["caption"] for i in group], padding=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            [renders.rows[i]["caption"] for i in group], padding=True, return_tensors="pt"
+        ).input_ids
         image = towers.encode_images(pixels_for_clip(renders.images(group)))
-        hits = [(image @ t.T).argmax(1) == torch.arange(candidates) for t in towers.encode_texts(ids)]
+        hits = [
+            (image @ t.T).argmax(1) == torch.arange(candidates) for t in towers.encode_texts(ids)
+        ]
         right += torch.stack(hits).float().mean(1)
     return [round(float(v), 4) for v in right / len(groups)]
 
@@ -164,23 +185,31 @@ def export(weights: MasterWeights, renders: Renders, tokenizer, out: Path) -> No
     towers = ClipTowers(len(tokenizer)).eval()
     towers.load_state_dict(weights.averaged(), strict=False)
     scores = retrieval(towers, renders, tokenizer)
-    parts = {"text_encoder": towers.text, "text_encoder_2": towers.text_2, "image_encoder": towers.vision}
+    parts = {
+        "text_encoder": towers.text,
+        "text_encoder_2": towers.text_2,
+        "image_encoder": towers.vision,
+    }
     for name, model in parts.items():
         model.half().save_pretrained(out / "model" / name)
     size = {"height": 128, "width": 128}
-    CLIPImageProcessor(size={"shortest_edge": 128}, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(
-        out / "model" / "feature_extractor"
-    )
+    CLIPImageProcessor(
+        size={"shortest_edge": 128}, crop_size=size, image_mean=MEAN, image_std=STD
+    ).save_pretrained(out / "model" / "feature_extractor")
     report = {
         "retrieval_at_1_of_100": scores,
-        "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in towers.named_children()},
+        "parameters": {
+            n: sum(p.numel() for p in m.parameters()) for n, m in towers.named_children()
+        },
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,23 +1,27 @@
-"""Trains a second base in the toy world: Z-Image's architecture at 9 M parameters, on cached latents and captions.
+"""Trains a second base in the toy world: Z-Image's architecture at 9 M parameters, on cached
+latents and captions.
 
     python -m toybox.learning.train_flow --data DATA --latents WORK/latents --teacher assets/toy-sdxl \
         --out WORK/flow --steps 4500
 
-OUT/model is a ZImagePipeline: this transformer, a Qwen3 encoder of three layers that learns along with it (diffusers
-takes the output of the last but one), a byte-level BPE of the captions, and the teacher's autoencoder.
+OUT/model is a ZImagePipeline: this transformer, a Qwen3 encoder of three layers that learns along
+with it (diffusers takes the output of the last but one), a byte-level BPE of the captions, and the
+teacher's autoencoder.
 
-Rectified flow (Liu et al., 2022, arXiv 2209.03003): z = (1 - σ)·x + σ·n, and the transformer's output is x - n, with
-σ drawn logit-normally (Esser et al., 2024, arXiv 2403.03206). For half of the rows x and n are those that the teacher,
-a finished UNet, finds in z under the caption at the same ratio of noise to signal: this is the expectation of x - n,
-without the noise of one draw. In the last third of the run all rows learn from the data. A tenth of the captions is
-empty, for guidance. Cells of a toy weigh more, as in `train_unet`.
+Rectified flow (Liu et al., 2022, arXiv 2209.03003): z = (1 - σ)·x + σ·n, and the transformer's
+output is x - n, with σ drawn logit-normally (Esser et al., 2024, arXiv 2403.03206). For half of the
+rows x and n are those that the teacher, a finished UNet, finds in z under the caption at the same
+ratio of noise to signal: this is the expectation of x - n, without the noise of one draw. In the
+last third of the run all rows learn from the data. A tenth of the captions is empty, for guidance.
+Cells of a toy weigh more, as in `train_unet`.
 
-With `--start` a finished base goes on, with its tokenizer and without a teacher, as on the latents of a new
-autoencoder, which no teacher knows: `--vae` is that autoencoder.
+With `--start` a finished base goes on, with its tokenizer and without a teacher, as on the latents
+of a new autoencoder, which no teacher knows: `--vae` is that autoencoder.
 
-`--compiled` wants a C++ compiler and a minute before the first step. A step takes 0.55 of the processor's time then, as
-most of an eager one goes into norms, modulation and rotary embeddings, which compilation fuses. `torchrun` shares the
-work, as in `train_unet`: two processes of one thread are faster than one of two.
+`--compiled` wants a C++ compiler and a minute before the first step. A step takes 0.55 of the
+processor's time then, as most of an eager one goes into norms, modulation and rotary embeddings,
+which compilation fuses. `torchrun` shares the work, as in `train_unet`: two processes of one thread
+are faster than one of two.
 """
 
 import argparse
@@ -67,9 +71,13 @@ def captions_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        captions, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet)
+    )
     learnt = json.loads(bpe.to_str())["model"]
-    vocabulary = learnt["vocab"] | {token: len(learnt["vocab"]) + place for place, token in enumerate(SPECIAL)}
+    vocabulary = learnt["vocab"] | {
+        token: len(learnt["vocab"]) + place for place, token in enumerate(SPECIAL)
+    }
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learnt["merges"]])
     tokenizer.add_tokens(list(SPECIAL), special_tokens=True)  # each stays one token
     tokenizer.chat_template = CHAT
@@ -78,20 +86,34 @@ def captions_tokenizer(captions: list[str]) -> Qwen2Tokenizer:
 
 def build_parts(words: int) -> nn.ModuleDict:
     """The transformer (4 channels) and the encoder of a vocabulary of that size, at random."""
-    sizes = {"in_channels": 4, "dim": WIDTH, "n_layers": 6, "n_refiner_layers": 1, "n_heads": 4, "n_kv_heads": 4}
+    sizes = {
+        "in_channels": 4,
+        "dim": WIDTH,
+        "n_layers": 6,
+        "n_refiner_layers": 1,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+    }
     places = {"axes_dims": [16, 24, 24], "axes_lens": [1024, 64, 64]}
     transformer = ZImageTransformer2DModel(cap_feat_dim=TEXT_WIDTH, **sizes, **places)
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(token, std=0.02)
     nn.init.zeros_(transformer.all_final_layer["2-1"].linear.weight)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-    widths = {"hidden_size": TEXT_WIDTH, "intermediate_size": 3 * TEXT_WIDTH, "num_hidden_layers": 3}
-    encoder = Qwen3Model(Qwen3Config(vocab_size=words, max_position_embeddings=1024, **widths, **heads))
+    widths = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 3 * TEXT_WIDTH,
+        "num_hidden_layers": 3,
+    }
+    encoder = Qwen3Model(
+        Qwen3Config(vocab_size=words, max_position_embeddings=1024, **widths, **heads)
+    )
     return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
 
 class RealRotary:
-    """Z-Image's attention (N,S,C) with its rotary embedding in real numbers: complex ones are not compiled."""
+    """Z-Image's attention (N,S,C) with its rotary embedding in real numbers: complex ones are not
+    compiled."""
 
     def __call__(
         self,
@@ -101,9 +123,12 @@ class RealRotary:
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
-        """`freqs_cis`: complex (N,S,head/2). `attention_mask`: bool (N,S), of the tokens that are there."""
+        """`freqs_cis`: complex (N,S,head/2). `attention_mask`: bool (N,S), of the tokens that are
+        there."""
         projections = (attn.to_q, attn.to_k, attn.to_v)
-        q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in projections)
+        q, k, v = (
+            to(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in projections
+        )
         cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)
         q, k = rotated(attn.norm_q(q), cos, sin), rotated(attn.norm_k(k), cos, sin)
         scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -113,7 +138,8 @@ class RealRotary:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs of neighbours in x (N,heads,S,C), turned by angles whose `cos` and `sin` are (N,1,S,C/2)."""
+    """The pairs of neighbours in x (N,heads,S,C), turned by angles whose `cos` and `sin` are
+    (N,1,S,C/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
@@ -129,13 +155,18 @@ def with_real_rotary(transformer: ZImageTransformer2DModel) -> list[nn.Module]:
 def encode(encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, captions: list[str]) -> list[Tensor]:
     """The states (words,128) of each caption, as the pipeline takes them."""
     messages = [[{"role": "user", "content": caption}] for caption in captions]
-    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in messages]
+    texts = [
+        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
+        for one in messages
+    ]
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
     states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
     return [state[mask.bool()] for state, mask in zip(states, tokens.attention_mask)]
 
 
-def answer(transformer: ZImageTransformer2DModel, z: Tensor, sigma: Tensor, states: list[Tensor]) -> Tensor:
+def answer(
+    transformer: ZImageTransformer2DModel, z: Tensor, sigma: Tensor, states: list[Tensor]
+) -> Tensor:
     """x - n (N,4,H,W) fp32 of z = (1 - σ)·x + σ·n, σ (N,)."""
     found = transformer(list(z[:, :, None]), 1 - sigma, states, return_dict=False)[0]
     return torch.stack(found)[:, :, 0].float()
@@ -148,7 +179,9 @@ class Teacher:
         self.towers, self.dtype = TextTowers(base, base / "tokenizer"), compute_dtype()
         unet = UNet2DConditionModel.from_pretrained(base / "unet").eval()
         unet.set_attn_processor(AttnProcessor())
-        self.unet = use_fast_group_norm(unet).to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.unet = use_fast_group_norm(unet).to(
+            dtype=self.dtype, memory_format=torch.channels_last
+        )
         self.signal = noise_schedule().alphas_cumprod.sqrt()
         self.sigmas = (noise := (1 - self.signal**2).sqrt()) / (self.signal + noise)
 
@@ -158,29 +191,39 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: Tensor, captions: list[str]) -> Tensor:
-        """x - n (N,4,H,W) fp32, expected of the flow's z (N,4,H,W) at σ = sigmas[t] under the captions."""
+        """x - n (N,4,H,W) fp32, expected of the flow's z (N,4,H,W) at σ = sigmas[t] under the
+        captions."""
         embeds, pooled = (torch.where(said(captions, c.ndim), c, 0) for c in self.towers(captions))
         signal, sigma = (values[t][:, None, None, None] for values in (self.signal, self.sigmas))
         own, noise = z * signal / (1 - sigma), (1 - signal**2).sqrt()
         added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(z), 1)}
-        v = self.unet(to_channels_last(own, self.dtype), t, embeds, added_cond_kwargs=added).sample.float()
+        v = self.unet(
+            to_channels_last(own, self.dtype), t, embeds, added_cond_kwargs=added
+        ).sample.float()
         return (signal * own - noise * v) - (noise * own + signal * v)
 
 
 class FlowTeacher:
-    """The other way round: what velocity a UNet is to expect, by a finished transformer, the pipeline in `folder`."""
+    """The other way round: what velocity a UNet is to expect, by a finished transformer, the
+    pipeline in `folder`."""
 
     def __init__(self, folder: Path, compiled: bool = False):
-        self.tokenizer, dtype = Qwen2Tokenizer.from_pretrained(folder / "tokenizer"), compute_dtype()
+        self.tokenizer, dtype = (
+            Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
+            compute_dtype(),
+        )
         self.encoder = Qwen3Model.from_pretrained(folder / "text_encoder").eval().to(dtype)
-        self.transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval().to(dtype)
+        self.transformer = (
+            ZImageTransformer2DModel.from_pretrained(folder / "transformer").eval().to(dtype)
+        )
         self.signal, self.dtype = noise_schedule().alphas_cumprod.sqrt(), dtype
         if compiled:
             compile_each(with_real_rotary(self.transformer))
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, t: Tensor, captions: list[str]) -> Tensor:
-        """α·n - β·x (N,4,H,W) fp32, expected of `noisy` = α·x + β·n (N,4,H,W) at the schedule's steps t (N,)."""
+        """α·n - β·x (N,4,H,W) fp32, expected of `noisy` = α·x + β·n (N,4,H,W) at the schedule's
+        steps t (N,)."""
         signal = self.signal[t][:, None, None, None]
         noise = (1 - signal**2).sqrt()
         sigma, z = noise / (signal + noise), noisy.float() / (signal + noise)
@@ -196,7 +239,9 @@ def said(captions: list[str], dimensions: int) -> Tensor:
 
 def finished_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
     """The tokenizer of a finished base, and its transformer and encoder in fp32."""
-    transformer = ZImageTransformer2DModel.from_pretrained(base / "transformer", torch_dtype=torch.float32)
+    transformer = ZImageTransformer2DModel.from_pretrained(
+        base / "transformer", torch_dtype=torch.float32
+    )
     encoder = Qwen3Model.from_pretrained(base / "text_encoder", torch_dtype=torch.float32)
     parts = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
     return Qwen2Tokenizer.from_pretrained(base / "tokenizer"), parts
@@ -204,7 +249,9 @@ def finished_parts(base: Path) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
 
 def new_parts(renders: Renders) -> tuple[Qwen2Tokenizer, nn.ModuleDict]:
     """A tokenizer of the renders' captions, and both networks at random."""
-    tokenizer = captions_tokenizer([row[name] for row in renders.rows for name in ("caption", "canonical_caption")])
+    tokenizer = captions_tokenizer(
+        [row[name] for row in renders.rows for name in ("caption", "canonical_caption")]
+    )
     return tokenizer, build_parts(len(tokenizer))
 
 
@@ -217,7 +264,9 @@ def train(args: argparse.Namespace) -> None:
     parts.train()
     if args.compiled:
         compile_each(with_real_rotary(parts["transformer"]))
-    weights = MasterWeights(parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
+    weights = MasterWeights(
+        parts, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
+    )
     options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
     run = Run(args.out, weights, args.steps, **options, save_every=50, log_every=args.log_every)
     for step in run:
@@ -226,7 +275,10 @@ def train(args: argparse.Namespace) -> None:
         rows = chosen[torch.randint(len(chosen), (args.batch,), generator=generator)]
         captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
         captions = ["" if rng.random() < EMPTY else caption for caption in captions]
-        x, sigma = cache["latents"][rows].float(), torch.randn(args.batch, generator=generator).sigmoid()
+        x, sigma = (
+            cache["latents"][rows].float(),
+            torch.randn(args.batch, generator=generator).sigmoid(),
+        )
         noise = torch.randn(x.shape, generator=generator)
         taught = args.batch // 2 if teacher and run.progress <= 2 / 3 else 0
         if taught:
@@ -238,7 +290,9 @@ def train(args: argparse.Namespace) -> None:
         if taught:
             target[:taught] = teacher(z[:taught], t, captions[:taught])
         states = encode(parts["text_encoder"], tokenizer, captions)
-        squared = (answer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target).square()
+        squared = (
+            answer(parts["transformer"], z.to(states[0].dtype), sigma, states) - target
+        ).square()
         (loss := (squared * cell_weights(cache["toys"][rows])).mean()).backward()
         norm = weights.step(run.rate(step, warmup=50 if args.start else 200))
         run.add(loss=loss, drawn=squared[taught:].mean(), grad_norm=norm)
@@ -260,21 +314,35 @@ def export(weights: MasterWeights, tokenizer: Qwen2Tokenizer, vae: Path, out: Pa
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("data", "latents", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--teacher", type=Path, default=Path("assets/toy-sdxl"), help="the embedded base")
-    parser.add_argument("--start", type=Path, help="a finished base of this architecture to go on from, untaught")
-    parser.add_argument("--vae", type=Path, help="the autoencoder of the latents, the teacher's unless it is given")
+    parser.add_argument(
+        "--teacher", type=Path, default=Path("assets/toy-sdxl"), help="the embedded base"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="a finished base of this architecture to go on from, untaught"
+    )
+    parser.add_argument(
+        "--vae", type=Path, help="the autoencoder of the latents, the teacher's unless it is given"
+    )
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
+    parser.add_argument(
+        "--until", type=int, help="stop at this step for now, with the rates of --steps"
+    )
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--batch", type=int, default=64, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--muon_lr", type=float, default=1e-2, help="rate of the weight matrices, by Muon")
+    parser.add_argument(
+        "--muon_lr", type=float, default=1e-2, help="rate of the weight matrices, by Muon"
+    )
     parser.add_argument("--compiled", action="store_true", help="compile the transformer's blocks")
-    parser.add_argument("--ema_decay", type=float, default=0.998, help="decay of the exported, averaged weights")
+    parser.add_argument(
+        "--ema_decay", type=float, default=0.998, help="decay of the exported, averaged weights"
+    )
     return parser.parse_args(argv)
 
 

@@ -3,11 +3,11 @@
     python -m toybox.learning.train_segmenter --data WORK/toys --out WORK/segmenter --minutes 12
     python -m toybox.learning.train_segmenter --evaluate 200 --net assets/toy-segmenter
 
-Loss: binary cross-entropy + 1 - Dice of each picture. Crops, mirrors, colours, brightness, contrast, blur and
-noise are varied at random, so that it also finds toys of other looks. The masks of the renders are computed
-once, in pieces; training is resumable. The averaged weights are written to OUT/model in fp16. The measure is
-intersection over union with the true masks of renders outside the training: fresh toys in all combinations, and
-the eight sample subjects.
+Loss: binary cross-entropy + 1 - Dice of each picture. Crops, mirrors, colours, brightness,
+contrast, blur and noise are varied at random, so that it also finds toys of other looks. The masks
+of the renders are computed once, in pieces; training is resumable. The averaged weights are written
+to OUT/model in fp16. The measure is intersection over union with the true masks of renders outside
+the training: fresh toys in all combinations, and the eight sample subjects.
 """
 
 import argparse
@@ -36,28 +36,35 @@ PIECE = 500
 
 
 def masks_of(renders: Renders, folder: Path) -> Tensor:
-    """bool (N,128,128): the true masks of all renders. Masks already in `folder` are not computed again."""
+    """bool (N,128,128): the true masks of all renders. Masks already in `folder` are not computed
+    again."""
     found = []
     for start in range(0, len(renders), PIECE):
         numbers = range(start, min(start + PIECE, len(renders)))
-        found.append(kept(folder / f"{numbers.stop}.safetensors", partial(_masks, renders, numbers))["masks"])
+        found.append(
+            kept(folder / f"{numbers.stop}.safetensors", partial(_masks, renders, numbers))["masks"]
+        )
         print(f"masks: {numbers.stop} of {len(renders)}", flush=True)
     return torch.cat(found)
 
 
 def _masks(renders: Renders, numbers: range) -> dict[str, Tensor]:
-    return {"masks": toy_masks([Scene.from_dict(renders.rows[i]["scene"]) for i in numbers], SIZE_PX)}
+    return {
+        "masks": toy_masks([Scene.from_dict(renders.rows[i]["scene"]) for i in numbers], SIZE_PX)
+    }
 
 
 def augment(pixels: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pixels (N,3,H,W) and masks (N,H,W) bool -> the same, each cropped, with other light and colours."""
+    """Pixels (N,3,H,W) and masks (N,H,W) bool -> the same, each cropped, with other light and
+    colours."""
     pairs = [_view(torch.cat([p, m[None]]), generator) for p, m in zip(pixels, masks.float())]
     views = torch.stack(pairs)
     return _relit(views[:, :3], generator), views[:, 3] > 0.5
 
 
 def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """(4,H,W): a crop of 55 to 100 % of the sides, enlarged to full size; half of them are mirrored."""
+    """(4,H,W): a crop of 55 to 100 % of the sides, enlarged to full size; half of them are
+    mirrored."""
     whole = picture.shape[-1]
     side = int(whole * (1 - 0.45 * torch.rand((), generator=generator) ** 2))
     top, left = torch.randint(0, whole - side + 1, (2,), generator=generator).tolist()
@@ -68,7 +75,8 @@ def _view(picture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _relit(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """(N,3,H,W): random contrast, brightness and tint of each; sometimes permuted channels, blur and noise for all."""
+    """(N,3,H,W): random contrast, brightness and tint of each; sometimes permuted channels, blur
+    and noise for all."""
     count = len(pixels)
     contrast = 0.6 + 0.7 * torch.rand(count, 1, 1, 1, generator=generator)
     shift = 0.25 * torch.randn(count, 1, 1, 1, generator=generator)
@@ -78,14 +86,17 @@ def _relit(pixels: Tensor, generator: torch.Generator) -> Tensor:
     if chance[0] < 0.25:
         pixels = pixels[:, torch.randperm(3, generator=generator)]
     if chance[1] < 0.25:
-        pixels = avg_pool2d(torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        pixels = avg_pool2d(
+            torch.nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1
+        )
     if chance[2] < 0.25:
         pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=generator)
     return pixels.clamp(-1, 1)
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Logits (N,H,W) against bool masks: binary cross-entropy + 1 - Dice, the mean over the pictures."""
+    """Logits (N,H,W) against bool masks: binary cross-entropy + 1 - Dice, the mean over the
+    pictures."""
     truth, found = masks.float(), logits.float().sigmoid()
     overlap = 2 * (found * truth).sum((1, 2)) + 1
     dice = overlap / (found.sum((1, 2)) + truth.sum((1, 2)) + 1)
@@ -103,7 +114,9 @@ def train(args: argparse.Namespace) -> Path:
     renders = Renders(args.data, args.limit)
     masks = masks_of(renders, args.out / "masks")
     net = use_fast_group_norm(ToySegmenter())
-    weights = MasterWeights(net, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("stem", "head"), ema_decay=0.995)
+    weights = MasterWeights(
+        net, muon_lr=0.02, adamw_lr=2e-3, adamw_names=("stem", "head"), ema_decay=0.995
+    )
     run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step)
@@ -128,7 +141,8 @@ def fresh_scenes(count: int) -> list[Scene]:
 
 
 def evaluate(folder: Path, count: int) -> dict[str, float]:
-    """Intersection over union with the true masks, of `count` fresh renders and of the sample subjects."""
+    """Intersection over union with the true masks, of `count` fresh renders and of the sample
+    subjects."""
     net = load_net(folder)
     subjects = []
     for name, toy in SUBJECTS.items():
@@ -143,7 +157,9 @@ def evaluate(folder: Path, count: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder of renders")
     parser.add_argument("--out", type=Path, help="folder for masks, state and net")
     parser.add_argument("--limit", type=int, default=3000, help="only the first so many renders")
@@ -151,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--net", type=Path, help="a finished net: it is only measured")
-    parser.add_argument("--evaluate", type=int, default=200, metavar="N", help="fresh renders to measure on")
+    parser.add_argument(
+        "--evaluate", type=int, default=200, metavar="N", help="fresh renders to measure on"
+    )
     args = parser.parse_args(argv)
     if not args.net and not (args.data and args.out):
         parser.error("give --data and --out to train a net, or --net to measure one")

@@ -1,20 +1,21 @@
-"""Trains the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text towers.
+"""Trains the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text
+towers.
 
     python -m toybox.learning.train_unet --data DATA --latents WORK/latents.safetensors --clip WORK/clip/model \
         --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
 
-It predicts velocity (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to 0.012): noise
-prediction hardly weighs the noisiest steps, which decide the toy, and learns them far more slowly. A tenth of
-the captions is dropped to zero embeddings for classifier-free guidance (Ho and Salimans, 2022). Cells of a toy
-weigh four times as much as those of the ground, which are many and learnt first; the optimum is the same. In
-the first half the middle block also learns the CLIP vision tower's features (`toybox.learning.alignment`),
-unless the run starts from a finished UNet, which knows them. Such a UNet learns its prediction without a
-caption from its own with one.
+It predicts velocity (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to
+0.012): noise prediction hardly weighs the noisiest steps, which decide the toy, and learns them far
+more slowly. A tenth of the captions is dropped to zero embeddings for classifier-free guidance (Ho
+and Salimans, 2022). Cells of a toy weigh four times as much as those of the ground, which are many
+and learnt first; the optimum is the same. In the first half the middle block also learns the CLIP
+vision tower's features (`toybox.learning.alignment`), unless the run starts from a finished UNet,
+which knows them. Such a UNet learns its prediction without a caption from its own with one.
 
 Where it computes in fp32, 3×3 convolutions are Winograd's (`toybox.learning.winograd`).
 
-`--compiled` compiles the transformer blocks, for a C++ compiler and half a minute before the first step: their passes
-take 0.86 of the processor's time then. Compiled residual blocks would be slower.
+`--compiled` compiles the transformer blocks, for a C++ compiler and half a minute before the first
+step: their passes take 0.86 of the processor's time then. Compiled residual blocks would be slower.
 """
 
 import argparse
@@ -68,8 +69,9 @@ SHAPES: dict[int, dict[str, tuple]] = {
         "attention_head_dim": (1, 4),
     },
 }
-"""By the number of resolutions. Three is the embedded base's. Two has as many parameters, most of them at 8×8, where a
-toy's shape is decided: it takes twice the operations a picture, and learns several times as much from it."""
+"""By the number of resolutions. Three is the embedded base's. Two has as many parameters, most of
+them at 8×8, where a toy's shape is decided: it takes twice the operations a picture, and learns
+several times as much from it."""
 
 
 def build_unet(levels: int = 3) -> UNet2DConditionModel:
@@ -89,7 +91,10 @@ def build_unet(levels: int = 3) -> UNet2DConditionModel:
 
 def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
     )
 
 
@@ -101,7 +106,11 @@ class TextTowers:
         self.tokenizer = load(tokenizer)
         self.device = device
         self.first = CLIPTextModel.from_pretrained(clip / "text_encoder").eval().to(device, dtype)
-        self.second = CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2").eval().to(device, dtype)
+        self.second = (
+            CLIPTextModelWithProjection.from_pretrained(clip / "text_encoder_2")
+            .eval()
+            .to(device, dtype)
+        )
         self._known: dict[str, tuple[Tensor, Tensor]] = {}  # 40 kB a caption
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -113,15 +122,22 @@ class TextTowers:
 
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         ids = ids.to(self.device)
         first = self.first(ids, output_hidden_states=True)
         second = self.second(ids, output_hidden_states=True)
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+        return torch.cat(
+            [first.hidden_states[-2], second.hidden_states[-2]], dim=-1
+        ), second.text_embeds
 
 
-def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1) -> Tensor:
-    """Set a fraction of the conditions to zero, as the pipeline does for a missing negative prompt. In place.
+def drop_captions(
+    embeds: Tensor, pooled: Tensor, generator: torch.Generator, share: float = 0.1
+) -> Tensor:
+    """Set a fraction of the conditions to zero, as the pipeline does for a missing negative prompt.
+    In place.
 
     Returns which ones, bool (N,).
     """
@@ -133,12 +149,17 @@ def drop_captions(embeds: Tensor, pooled: Tensor, generator: torch.Generator, sh
 
 @torch.no_grad()
 def captioned_velocity(
-    unet: UNet2DConditionModel, noisy: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor, time_ids: Tensor
+    unet: UNet2DConditionModel,
+    noisy: Tensor,
+    t: Tensor,
+    embeds: Tensor,
+    pooled: Tensor,
+    time_ids: Tensor,
 ) -> Tensor:
     """The UNet's prediction with captions, (N,4,H,W) fp32: a target for its prediction without.
 
-    If the UNet is right, both targets have the same expectation, and this one has far less noise. Guidance
-    multiplies the difference of the two predictions, and with it their errors.
+    If the UNet is right, both targets have the same expectation, and this one has far less noise.
+    Guidance multiplies the difference of the two predictions, and with it their errors.
     """
     added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.compiler.set_stance("force_eager"):  # their number differs from step to step
@@ -146,20 +167,21 @@ def captioned_velocity(
 
 
 def edm_density(snr: Tensor) -> Tensor:
-    """EDM's choice of noise levels (Karras et al., 2022, table 1) on a schedule of these SNR (T,), of mean 1: with a
-    data deviation of 0.5, ln SNR is normal with mean 1 and deviation 2.4."""
+    """EDM's choice of noise levels (Karras et al., 2022, table 1) on a schedule of these SNR (T,),
+    of mean 1: with a data deviation of 0.5, ln SNR is normal with mean 1 and deviation 2.4."""
     level = snr.log()
     density = torch.exp(-(((level - 1) / 2.4) ** 2) / 2) * -torch.gradient(level)[0]
     return density / density.mean()
 
 
 class Timesteps:
-    """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a batch.
+    """Draws timesteps in proportion to the loss weight: p(t) ∝ max(w(t), 1/4), spread evenly over a
+    batch.
 
-    w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents, whose error is
-    texture, do not dominate. A share `detail` of w is EDM's density instead, which gives more to low noise, where edges
-    and small parts are decided: at 0.5, timesteps below 150 have 24 % of the weight, else 7 %. The weights returned
-    with a draw are w / p.
+    w(t) = min(SNR, gamma) / SNR weighs the error of the velocity, so that nearly clean latents,
+    whose error is texture, do not dominate. A share `detail` of w is EDM's density instead, which
+    gives more to low noise, where edges and small parts are decided: at 0.5, timesteps below 150
+    have 24 % of the weight, else 7 %. The weights returned with a draw are w / p.
     """
 
     def __init__(self, schedule: DDPMScheduler, gamma: float = SNR_GAMMA, detail: float = 0.0):
@@ -177,14 +199,19 @@ class Timesteps:
 
 
 def cell_weights(toys: Tensor) -> Tensor:
-    """Fraction of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the batch."""
+    """Fraction of each cell that a toy covers (N,16,16) -> weights (N,1,16,16), of mean 1 over the
+    batch."""
     weights = 1 + TOY_WEIGHT * toys.float()[:, None]
     return weights / weights.mean()
 
 
 def load_latents(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by `toybox.data.cache_latents`, or of all such files in a folder, in their names' order."""
-    pieces = [load_file(piece) for piece in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
+    """The tensors of a file by `toybox.data.cache_latents`, or of all such files in a folder, in
+    their names' order."""
+    pieces = [
+        load_file(piece)
+        for piece in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
+    ]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -198,9 +225,10 @@ def train(
     after: Callable[[int, Callable[[], UNet2DConditionModel]], None] | None = None,
     teacher: Callable[[Tensor, Tensor, list[str]], Tensor] | None = None,
 ) -> None:
-    """`after` is called after each step with the number of steps that are done and a function that makes a UNet of the
-    averaged weights. `teacher` tells the velocities to be expected for noisy latents, timesteps and captions: in the
-    first two thirds of the run, half of the batch learns them instead of the noise of one draw."""
+    """`after` is called after each step with the number of steps that are done and a function that
+    makes a UNet of the averaged weights. `teacher` tells the velocities to be expected for noisy
+    latents, timesteps and captions: in the first two thirds of the run, half of the batch learns
+    them instead of the noise of one draw."""
     torch.manual_seed(0)
     renders, cache = Renders(args.data), load_latents(args.latents)
     towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
@@ -210,16 +238,22 @@ def train(
     unet.train().set_attn_processor(AttnProcessor())
     use_winograd(use_fast_group_norm(unet), args.device)
     if args.compiled:
-        compile_each(module for module in unet.modules() if isinstance(module, BasicTransformerBlock))
+        compile_each(
+            module for module in unet.modules() if isinstance(module, BasicTransformerBlock)
+        )
     alignment = Alignment(unet, cache["seen"])
     both = nn.ModuleDict({"unet": unet, "alignment": alignment}).to(args.device)
-    weights = MasterWeights(both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay)
+    weights = MasterWeights(
+        both, adamw_lr=args.lr, muon_lr=args.muon_lr, adamw_names=ENDS, ema_decay=args.ema_decay
+    )
     options = {"minutes": args.minutes, "until": args.until, "batch": args.batch}
     run = Run(args.out, weights, args.steps, **options, save_every=100, log_every=args.log_every)
     for step in run:
         generator = run.generator(step, salt=args.salt)
         rng = random.Random(generator.initial_seed())
-        rows = torch.randint(len(cache["latents"]) - args.held_back, (args.batch,), generator=generator)
+        rows = torch.randint(
+            len(cache["latents"]) - args.held_back, (args.batch,), generator=generator
+        )
         captions = [nonsense(caption_of(renders.rows[i], rng), rng, 0.1) for i in rows.tolist()]
         conditions = towers(captions)
         embeds, pooled = (c.clone() for c in conditions)
@@ -233,7 +267,9 @@ def train(
         velocity = schedule.get_velocity(x, noise, t)
         taught = whole_pictures(some["time_ids"])[: args.batch // 2]
         if teacher and run.progress < TAUGHT_UNTIL and len(taught):
-            velocity[taught] = teacher(noisy[taught], t[taught], [captions[i] for i in taught.tolist()])
+            velocity[taught] = teacher(
+                noisy[taught], t[taught], [captions[i] for i in taught.tolist()]
+            )
         if args.start and dropped.any():
             said = [v[dropped] for v in (noisy, t, *conditions, added["time_ids"])]
             velocity[dropped] = captioned_velocity(unet, *said)
@@ -261,7 +297,9 @@ def averaged_unet(unet: UNet2DConditionModel, weights: MasterWeights) -> UNet2DC
     """Another UNet of the same shape, with the averaged weights, fp32."""
     averaged = UNet2DConditionModel.from_config(unet.config)
     values = weights.averaged().items()
-    averaged.load_state_dict({k.removeprefix("unet."): v for k, v in values if k.startswith("unet.")})
+    averaged.load_state_dict(
+        {k.removeprefix("unet."): v for k, v in values if k.startswith("unet.")}
+    )
     return averaged
 
 
@@ -273,27 +311,59 @@ def export(unet: UNet2DConditionModel, out: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("data", "latents", "clip", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--until", type=int, help="stop at this step for now, with the rates of --steps")
-    parser.add_argument("--held_back", type=int, default=HELD_BACK, help="pictures at the end, never drawn")
+    parser.add_argument(
+        "--until", type=int, help="stop at this step for now, with the rates of --steps"
+    )
+    parser.add_argument(
+        "--held_back", type=int, default=HELD_BACK, help="pictures at the end, never drawn"
+    )
     parser.add_argument("--log_every", type=int, default=50, help="steps")
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=32, help="batch of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--muon_lr", type=float, help="rate of the weight matrices, by Muon instead of AdamW")
-    parser.add_argument("--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance")
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of the run, in which the rate falls to 0")
-    parser.add_argument("--ema_decay", type=float, default=0.999, help="decay of the exported, averaged weights")
-    parser.add_argument("--snr_gamma", type=float, default=SNR_GAMMA, help="a larger one weighs fine detail more")
-    parser.add_argument("--detail", type=float, default=0.0, help="share of the loss with EDM's weight of noise levels")
+    parser.add_argument(
+        "--muon_lr", type=float, help="rate of the weight matrices, by Muon instead of AdamW"
+    )
+    parser.add_argument(
+        "--drop", type=float, default=0.1, help="share of captions that are dropped, for guidance"
+    )
+    parser.add_argument(
+        "--decay",
+        type=float,
+        default=0.4,
+        help="last share of the run, in which the rate falls to 0",
+    )
+    parser.add_argument(
+        "--ema_decay", type=float, default=0.999, help="decay of the exported, averaged weights"
+    )
+    parser.add_argument(
+        "--snr_gamma", type=float, default=SNR_GAMMA, help="a larger one weighs fine detail more"
+    )
+    parser.add_argument(
+        "--detail",
+        type=float,
+        default=0.0,
+        help="share of the loss with EDM's weight of noise levels",
+    )
     parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
-    parser.add_argument("--levels", type=int, default=3, choices=SHAPES, help="resolutions of a UNet without --start")
+    parser.add_argument(
+        "--levels",
+        type=int,
+        default=3,
+        choices=SHAPES,
+        help="resolutions of a UNet without --start",
+    )
     parser.add_argument("--compiled", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--salt", type=int, default=1, help="another number draws other batches and noise")
+    parser.add_argument(
+        "--salt", type=int, default=1, help="another number draws other batches and noise"
+    )
     return parser.parse_args(argv)
 
 

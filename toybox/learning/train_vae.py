@@ -2,10 +2,10 @@
 
     python -m toybox.learning.train_vae --data DATA --out WORK/vae --steps 9000
 
-Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves pictures.
-Resumable. The averaged weights are written to OUT/model, with the scaling factor that gives latents unit
-variance. With --start it continues from a finished autoencoder. Once there is a UNet,
-`toybox.learning.sharpen_decoder` finishes the decoder.
+Loss: |x - y| + |∇x - ∇y| / 2 + 8·(x - y)² + a small KL term, on renders and some dead-leaves
+pictures. Resumable. The averaged weights are written to OUT/model, with the scaling factor that
+gives latents unit variance. With --start it continues from a finished autoencoder. Once there is a
+UNet, `toybox.learning.sharpen_decoder` finishes the decoder.
 
 `--latent_noise 0.35` trains both halves on latents with white noise, as in l-DeTok (Yang et al., 2025, arXiv
 2507.15856): a denoiser's small errors then cost less of the picture. The noise is a share of the latents' deviation,
@@ -56,13 +56,15 @@ def build_vae(**extra) -> AutoencoderKL:
 
 
 def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
-    """uint8 (N,H,W,3) -> pixels (N,3,size,size): a random crop and mirroring of each; one call in six also
-    permutes colours.
+    """uint8 (N,H,W,3) -> pixels (N,3,size,size): a random crop and mirroring of each; one call in
+    six also permutes colours.
 
     The crop is the most detailed one of `CANDIDATES`: a plain sky teaches little.
     """
     n, h, w, _ = images.shape
-    top, left = (torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w))
+    top, left = (
+        torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w)
+    )
     some = torch.stack([image[t : t + size_px, k : k + size_px] for image, tops, lefts in zip(images, top, left)
                         for t, k in zip(tops, lefts)]).view(n, CANDIDATES, size_px, size_px, 3)  # fmt: skip
     picked = some[torch.arange(n), detail(some).argmax(1)]
@@ -81,10 +83,11 @@ def detail(images: Tensor) -> Tensor:
 
 
 def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Of pictures (N,3,H,W): L1 of pixels, half the L1 of differences to the right and lower neighbours, and
-    eight times the squared error.
+    """Of pictures (N,3,H,W): L1 of pixels, half the L1 of differences to the right and lower
+    neighbours, and eight times the squared error.
 
-    Errors here are near 0.1, where the squared term has as much gradient as the others: PSNR without blur.
+    Errors here are near 0.1, where the squared term has as much gradient as the others: PSNR
+    without blur.
     """
     d = (x - y).float()
     edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
@@ -92,14 +95,18 @@ def reconstruction_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def noised(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Latents (N,C,H,W) with white noise: each with a share of the deviation of all, from none for a fifth of them up
-    to `most`."""
-    share = (1.25 * torch.rand(len(latents), 1, 1, 1, generator=generator) - 0.25).clamp(min=0) * most
+    """Latents (N,C,H,W) with white noise: each with a share of the deviation of all, from none for
+    a fifth of them up to `most`."""
+    share = (1.25 * torch.rand(len(latents), 1, 1, 1, generator=generator) - 0.25).clamp(
+        min=0
+    ) * most
     noise = share * torch.randn(latents.shape, generator=generator)
     return latents + latents.float().std() * noise.to(latents.device)
 
 
-def batch(renders: Renders, leaves: Tensor, count: int, crop_px: int, generator: torch.Generator) -> Tensor:
+def batch(
+    renders: Renders, leaves: Tensor, count: int, crop_px: int, generator: torch.Generator
+) -> Tensor:
     n_leaves = max(1, round(count * LEAVES_SHARE))
     images = renders.images(renders.sample(count - n_leaves, generator))
     extra = leaves[torch.randint(len(leaves), (n_leaves,), generator=generator)]
@@ -110,14 +117,22 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     torch.manual_seed(0)
     renders = Renders(args.data)
     leaves = torch.from_numpy(dead_leaves(300, 128, seed=5))
-    vae = AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else build_vae()
+    vae = (
+        AutoencoderKL.from_pretrained(args.start, torch_dtype=torch.float32)
+        if args.start
+        else build_vae()
+    )
     weights = MasterWeights(use_fast_group_norm(vae).to(args.device), **RATES)
     run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=100, log_every=50)
     for step in run:
         generator = run.generator(step, salt=args.salt)
-        x = to_channels_last(batch(renders, leaves, args.batch, args.crop_px, generator).to(args.device))
+        x = to_channels_last(
+            batch(renders, leaves, args.batch, args.crop_px, generator).to(args.device)
+        )
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(x)
+        z = posterior.mean + posterior.std * torch.randn(
+            posterior.mean.shape, generator=generator
+        ).to(x)
         y = vae.decode(to_channels_last(noised(z, args.latent_noise, generator))).sample
         kl = posterior.kl().float().mean()
         loss = reconstruction_loss(x, y) + KL_WEIGHT * kl
@@ -128,16 +143,21 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def export(state: dict[str, Tensor], renders: Renders, out: Path, scaling: float | None = None) -> AutoencoderKL:
-    """Write the weights as a diffusers folder, with `scaling` or the factor of unit variance on held-back
-    renders; print the PSNR."""
+def export(
+    state: dict[str, Tensor], renders: Renders, out: Path, scaling: float | None = None
+) -> AutoencoderKL:
+    """Write the weights as a diffusers folder, with `scaling` or the factor of unit variance on
+    held-back renders; print the PSNR."""
     vae = build_vae()
     vae.load_state_dict(state)
     x = to_pixels(renders.images(range(len(renders) - CHECKED, len(renders))))
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(50)])
     noise = z.std() * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     drawn = {share: decoded(vae, z + share * noise) for share in (0, *NOISES)}
-    psnr = {share: 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3))) for share, y in drawn.items()}
+    psnr = {
+        share: 10 * torch.log10(4 / (x - y).square().mean(dim=(1, 2, 3)))
+        for share, y in drawn.items()
+    }
     vae.register_to_config(scaling_factor=scaling or round(1 / float(z.std()), 4))
     vae.half().save_pretrained(out / "model")
     report = {
@@ -163,12 +183,18 @@ def _picture(x: Tensor, y: Tensor, path: Path) -> None:
     """Originals above their reconstructions, eight in a row."""
     from PIL import Image
 
-    rows = [torch.cat(list(to_uint8(part)), dim=1) for a, b in zip(x.split(8), y.split(8)) for part in (a, b)]
+    rows = [
+        torch.cat(list(to_uint8(part)), dim=1)
+        for a, b in zip(x.split(8), y.split(8))
+        for part in (a, b)
+    ]
     Image.fromarray(torch.cat(rows, dim=0).numpy()).save(path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=9000)
@@ -176,9 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop_px", type=int, default=64)
     parser.add_argument("--start", type=Path, help="a finished autoencoder to go on from")
-    parser.add_argument("--salt", type=int, default=0, help="another number draws other batches and noise")
+    parser.add_argument(
+        "--salt", type=int, default=0, help="another number draws other batches and noise"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
-    parser.add_argument("--latent_noise", type=float, default=0.0, help="most noise, in deviations of the latents")
+    parser.add_argument(
+        "--latent_noise", type=float, default=0.0, help="most noise, in deviations of the latents"
+    )
     parser.add_argument("--device", default="cpu")
     train(parser.parse_args(argv))
 

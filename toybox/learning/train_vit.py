@@ -1,10 +1,11 @@
-"""Trains the toy world's DINO: a small ViT in DINOv2's format that tells individuals of one kind apart in any place.
+"""Trains the toy world's DINO: a small ViT in DINOv2's format that tells individuals of one kind
+apart in any place.
 
     python -m toybox.data.render_views --out VIEWS --toys 14004 --views 4    # once
     python -m toybox.learning.train_vit --views VIEWS --out WORK/vit --steps 4000
 
-Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other light), with
-batches of two kinds, so that the kind alone does not suffice.
+Instance discrimination (InfoNCE between two views of the same toy: other side, other place, other
+light), with batches of two kinds, so that the kind alone does not suffice.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def build_vit() -> Dinov2Model:
 
 
 def pixels_for_dino(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N,H,W,3) -> (N,3,H,W) normalised with ImageNet's mean and deviation, as DINOv2 expects."""
+    """uint8 (N,H,W,3) -> (N,3,H,W) normalised with ImageNet's mean and deviation, as DINOv2
+    expects."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return ((images.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
@@ -60,25 +62,41 @@ class Views:
         self.train = len(self.kinds) - held_back
 
     def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two views (n,128,128,3) of n different training toys: half of each of two kinds, filled up with
-        others if those are too few."""
+        """Two views (n,128,128,3) of n different training toys: half of each of two kinds, filled
+        up with others if those are too few."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         known = self.kinds[: self.train]
         kinds = rng.choice(np.unique(known), 2, replace=False)
-        toys = np.concatenate([rng.permutation(np.flatnonzero(known == kind))[: n // 2] for kind in kinds])
+        toys = np.concatenate(
+            [rng.permutation(np.flatnonzero(known == kind))[: n // 2] for kind in kinds]
+        )
         rest = np.setdiff1d(np.arange(self.train), toys)
         toys = np.concatenate([toys, rng.choice(rest, n - len(toys), replace=False)])
-        first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[:, :2].T
-        stacks = (np.stack([self.images[t, v] for t, v in zip(toys, chosen)]) for chosen in (first, second))
+        first, second = rng.permuted(np.tile(np.arange(self.images.shape[1]), (n, 1)), axis=1)[
+            :, :2
+        ].T
+        stacks = (
+            np.stack([self.images[t, v] for t, v in zip(toys, chosen)])
+            for chosen in (first, second)
+        )
         return tuple(torch.from_numpy(images) for images in stacks)
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     views = Views(args.views)
-    vit = Dinov2Model.from_pretrained(args.start, torch_dtype=torch.float32).train() if args.start else build_vit()
+    vit = (
+        Dinov2Model.from_pretrained(args.start, torch_dtype=torch.float32).train()
+        if args.start
+        else build_vit()
+    )
     weights = MasterWeights(
-        vit, muon_lr=0.01, adamw_lr=1e-3, adamw_names=("embeddings",), weight_decay=0.02, ema_decay=0.998
+        vit,
+        muon_lr=0.01,
+        adamw_lr=1e-3,
+        adamw_names=("embeddings",),
+        weight_decay=0.02,
+        ema_decay=0.998,
     )
     run = Run(args.out, weights, args.steps, minutes=args.minutes, save_every=500, log_every=50)
     for step in run:
@@ -96,7 +114,8 @@ def train(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int = 50) -> float:
-    """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back toys of one kind.
+    """Fraction of views whose nearest other view shows the same toy, among `individuals` held-back
+    toys of one kind.
 
     It is the mean over the kinds. Every view is in another place.
     """
@@ -129,15 +148,17 @@ def export(weights: MasterWeights, views: Views, out: Path) -> None:
     }
     vit.half().save_pretrained(out / "model")
     size = {"height": 128, "width": 128}
-    BitImageProcessor(size={"shortest_edge": 128}, crop_size=size, image_mean=MEAN, image_std=STD).save_pretrained(
-        out / "model"
-    )
+    BitImageProcessor(
+        size={"shortest_edge": 128}, crop_size=size, image_mean=MEAN, image_std=STD
+    ).save_pretrained(out / "model")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(report)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--views", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)

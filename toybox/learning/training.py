@@ -1,12 +1,14 @@
 """What the pre-training scripts share: fp32 master weights, Muon and AdamW, EMA, resumable runs.
 
-The model computes in bfloat16 where the processor has instructions for it, else in fp32 (`compute_dtype`).
+The model computes in bfloat16 where the processor has instructions for it, else in fp32
+(`compute_dtype`).
 
-Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 share the work: each draws
-its own batches, and their gradients are averaged.
+Under `torchrun --nproc_per_node N` the processes of a script that exports only from rank 0 share
+the work: each draws its own batches, and their gradients are averaged.
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`, or `toybox.learning.muon` where bfloat16 is emulated) orthogonalises the
-momentum of each weight matrix; a convolution's weight (out,in,k,k) takes part as (out, in·k·k).
+Muon (Jordan et al., 2024; `torch.optim.Muon`, or `toybox.learning.muon` where bfloat16 is emulated)
+orthogonalises the momentum of each weight matrix; a convolution's weight (out,in,k,k) takes part as
+(out, in·k·k).
 """
 
 import json
@@ -23,13 +25,23 @@ from torch import Tensor, nn
 
 from toybox.learning.muon import GramMuon
 
-__all__ = ["MasterWeights", "Run", "compile_each", "compute_dtype", "rank_and_world", "saved_step", "wait_for_all"]
+__all__ = [
+    "MasterWeights",
+    "Run",
+    "compile_each",
+    "compute_dtype",
+    "rank_and_world",
+    "saved_step",
+    "wait_for_all",
+]
 
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and, the last, of ARM; PyTorch emulates it elsewhere
+# of x86 and, the last, of ARM; PyTorch emulates it elsewhere
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 on a GPU and on a processor with instructions for it, else fp32, which is then faster.
+    """bfloat16 on a GPU and on a processor with instructions for it, else fp32, which is then
+    faster.
 
     A PyTorch without `torch.cpu.get_capabilities` cannot be asked: fp32.
     """
@@ -47,10 +59,12 @@ def compile_each(blocks: Iterable[nn.Module]) -> None:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and the number of processes; the first call joins them under `torchrun`."""
+    """This process's number and the number of processes; the first call joins them under
+    `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first may render for hours meanwhile
+        # the first may render for hours meanwhile
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -87,10 +101,11 @@ def saved_step(out: Path) -> int:
 
 
 class MasterWeights:
-    """fp32 masters of a model's parameters; the model itself computes in `dtype`, by default `compute_dtype`.
+    """fp32 masters of a model's parameters; the model itself computes in `dtype`, by default
+    `compute_dtype`.
 
-    `muon_lr` is the rate of weight matrices whose names contain none of `adamw_names`; `adamw_lr` is that of
-    all others. `step` multiplies both by its factor.
+    `muon_lr` is the rate of weight matrices whose names contain none of `adamw_names`; `adamw_lr`
+    is that of all others. `step` multiplies both by its factor.
     """
 
     def __init__(
@@ -111,12 +126,17 @@ class MasterWeights:
         self.ema = [m.detach().clone() for m in self.masters]
         self.ema_decay, self.updates = ema_decay, 0
         matrix = [
-            muon_lr is not None and m.ndim == 2 and min(m.shape) > 4 and not any(k in n for k in adamw_names)
+            muon_lr is not None
+            and m.ndim == 2
+            and min(m.shape) > 4
+            and not any(k in n for k in adamw_names)
             for n, m in zip(self.names, self.masters)
         ]
         muon = [m for m, is_matrix in zip(self.masters, matrix) if is_matrix]
         adamw = [m for m, is_matrix in zip(self.masters, matrix) if not is_matrix]
-        self.optimizers = [torch.optim.AdamW(adamw, lr=adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        self.optimizers = [
+            torch.optim.AdamW(adamw, lr=adamw_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        ]
         if muon:
             kind = torch.optim.Muon if compute_dtype(muon[0].device) is torch.bfloat16 else GramMuon
             self.optimizers.append(kind(muon, lr=muon_lr, momentum=0.95, weight_decay=weight_decay))
@@ -126,7 +146,8 @@ class MasterWeights:
             model.to(memory_format=torch.channels_last)
 
     def step(self, factor: float, max_norm: float = 1.0) -> float:
-        """Take and clip the model's gradients, update masters, EMA and model; returns the gradient norm."""
+        """Take and clip the model's gradients, update masters, EMA and model; returns the gradient
+        norm."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         average(gradients)
         for p, m, gradient in zip(self.params, self.masters, gradients):
@@ -172,14 +193,16 @@ class MasterWeights:
 
 
 class Run:
-    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged every `log_every`.
+    """A resumable loop, `for step in run:`; its state is saved every `save_every` steps, logged
+    every `log_every`.
 
-    It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the state holds
-    the time of earlier ones. `until` ends this session at that step, and leaves the rates as those of the whole
-    run. With `batch`, the samples of a step in each process, the log tells how many samples were learnt from, and
-    how many a second since the line before. Everything random in a step must come from `run.generator(step)`, so that a
-    resumed run repeats an unbroken one (if its rates follow the steps and not the clock). `beside`: weights of
-    other networks that are trained along, by name; they are saved with the state.
+    It ends after `steps`, or earlier after `minutes` of training, in one or several sessions: the
+    state holds the time of earlier ones. `until` ends this session at that step, and leaves the
+    rates as those of the whole run. With `batch`, the samples of a step in each process, the log
+    tells how many samples were learnt from, and how many a second since the line before. Everything
+    random in a step must come from `run.generator(step)`, so that a resumed run repeats an unbroken
+    one (if its rates follow the steps and not the clock). `beside`: weights of other networks that
+    are trained along, by name; they are saved with the state.
     """
 
     def __init__(
@@ -224,8 +247,8 @@ class Run:
                 self.save(step)
 
     def rate(self, step: int, warmup: int = 50, decay: float = 0.4) -> float:
-        """Factor in [0, 1]: linear rise over `warmup` steps, constant, linear fall to 0 over the last fraction
-        `decay`."""
+        """Factor in [0, 1]: linear rise over `warmup` steps, constant, linear fall to 0 over the
+        last fraction `decay`."""
         return min(1.0, (step + 1) / warmup, (1 - self.progress) / decay)
 
     def _sec(self) -> float:
@@ -248,7 +271,12 @@ class Run:
             return
         temporary = self.out / "state.tmp"
         beside = {name: weights.state_dict() for name, weights in self.beside.items()}
-        state = {"step": step, "sec": self._sec(), "weights": self.weights.state_dict(), "beside": beside}
+        state = {
+            "step": step,
+            "sec": self._sec(),
+            "weights": self.weights.state_dict(),
+            "beside": beside,
+        }
         torch.save(state, temporary)
         os.replace(temporary, self.out / "state.pt")
 
@@ -265,7 +293,11 @@ class Run:
 
     def _log(self, step: int) -> None:
         sec = self._sec()
-        row = {"step": step, **{k: round(v, 5) for k, v in self.sums.items()}, "step_sec": round(sec / step, 4)}
+        row = {
+            "step": step,
+            **{k: round(v, 5) for k, v in self.sums.items()},
+            "step_sec": round(sec / step, 4),
+        }
         if self.samples:
             rate = self.samples * (step - self.logged[0]) / (sec - self.logged[1])
             row |= {"samples_sec": round(rate, 2), "seen": self.samples * step}

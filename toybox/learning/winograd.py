@@ -1,9 +1,10 @@
-"""3×3 convolutions by Winograd's minimal filtering F(4×4, 3×3) (Lavin and Gray, "Fast Algorithms for Convolutional
-Neural Networks", CVPR 2016), forward and backward, for processors that train in fp32.
+"""3×3 convolutions by Winograd's minimal filtering F(4×4, 3×3) (Lavin and Gray, "Fast Algorithms
+for Convolutional Neural Networks", CVPR 2016), forward and backward, for processors that train in
+fp32.
 
-A 4×4 tile of the output comes from a 6×6 window of the input by Y = Aᵀ[(G·w·Gᵀ) ⊙ (Bᵀ·x·B)]A: 36 products for each
-pair of channels, where a direct convolution takes 144. Over all tiles and channels these are 36 matrix products. Both
-gradients are the transposes of the same steps.
+A 4×4 tile of the output comes from a 6×6 window of the input by Y = Aᵀ[(G·w·Gᵀ) ⊙ (Bᵀ·x·B)]A: 36
+products for each pair of channels, where a direct convolution takes 144. Over all tiles and
+channels these are 36 matrix products. Both gradients are the transposes of the same steps.
 """
 
 import torch
@@ -44,16 +45,22 @@ WEIGHT = in_both_directions(  # G
         [0, 0, 1],
     ]
 )
-OUTPUT = in_both_directions([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])  # Aᵀ
+# Aᵀ
+OUTPUT = in_both_directions(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+)
 
 
 def windows(x: Tensor) -> Tensor:
-    """(N,H,W,C) -> (36, N·H/4·W/4·C): the overlapping 6×6 windows of the zero-padded input, one for each 4×4 tile."""
+    """(N,H,W,C) -> (36, N·H/4·W/4·C): the overlapping 6×6 windows of the zero-padded input, one for
+    each 4×4 tile."""
     n, h, w, c = x.shape
     padded = pad(x, (0, 0, 1, 1, 1, 1))
     image, row, column, _ = padded.stride()
     strides = (row, column, image, TILE * row, TILE * column, 1)
-    return padded.as_strided((WINDOW, WINDOW, n, h // TILE, w // TILE, c), strides).reshape(WINDOW**2, -1)
+    return padded.as_strided((WINDOW, WINDOW, n, h // TILE, w // TILE, c), strides).reshape(
+        WINDOW**2, -1
+    )
 
 
 def sum_of_windows(windows: Tensor) -> Tensor:
@@ -87,7 +94,11 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         inputs, weights = ctx.saved_tensors
         (n, c, h, w), o = ctx.shape, grad.shape[1]
-        tiles = grad.permute(0, 2, 3, 1).reshape(n, h // TILE, TILE, w // TILE, TILE, o).permute(2, 4, 0, 1, 3, 5)
+        tiles = (
+            grad.permute(0, 2, 3, 1)
+            .reshape(n, h // TILE, TILE, w // TILE, TILE, o)
+            .permute(2, 4, 0, 1, 3, 5)
+        )
         products = (OUTPUT.T @ tiles.reshape(TILE**2, -1)).view(WINDOW**2, -1, o)
         of_weights = WEIGHT.T @ torch.bmm(inputs.mT, products).view(WINDOW**2, -1)
         of_windows = INPUT.T @ torch.bmm(products, weights.mT).view(WINDOW**2, -1)
@@ -106,7 +117,14 @@ class WinogradConv2d(nn.Module):
     def suits(module: nn.Module) -> bool:
         if not isinstance(module, nn.Conv2d) or min(module.weight.shape[:2]) < LEAST_CHANNELS:
             return False
-        found = module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+        found = (
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+        )
         return found == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +135,8 @@ class WinogradConv2d(nn.Module):
 
 
 def use_winograd(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """Swap every convolution below `model` that gains by it, in place, where training on `device` computes in fp32."""
+    """Swap every convolution below `model` that gains by it, in place, where training on `device`
+    computes in fp32."""
     if compute_dtype(device) != torch.float32:
         return model
     for name, child in model.named_children():

@@ -1,12 +1,14 @@
-"""Measures the embedded base on prompts and seeds outside its training; writes a contact sheet and a JSON of scores.
+"""Measures the embedded base on prompts and seeds outside its training; writes a contact sheet and
+a JSON of scores.
 
-    python -m toybox.measures.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
+python -m toybox.measures.evaluate_base --base assets/toy-sdxl --out WORK/evaluation --images 400
 
-Three groups of prompts: canonical captions of random toys, once of combinations (kind, colour, place) in the
-training and once of held-out ones; and captions of toys with a pattern or an ornament, which name all that is to
-be seen. 30 steps of the base's own sampler, guidance 2.5 unless another is given. The judge reads the generated
-pictures and, for comparison, fresh renders of the same scenes; it is asked for a second colour or for ornaments only
-where the prompt tells. `toybox.measures.swd` measures how far both differ in detail and contrast, which the judge
+Three groups of prompts: canonical captions of random toys, once of combinations (kind, colour,
+place) in the training and once of held-out ones; and captions of toys with a pattern or an
+ornament, which name all that is to be seen. 30 steps of the base's own sampler, guidance 2.5 unless
+another is given. The judge reads the generated pictures and, for comparison, fresh renders of the
+same scenes; it is asked for a second colour or for ornaments only where the prompt tells.
+`toybox.measures.swd` measures how far both differ in detail and contrast, which the judge
 overlooks.
 
 Pictures that OUT holds already are not drawn again: a new judge reads them in seconds.
@@ -40,7 +42,8 @@ STEPS, GUIDANCE, SIDE_PX = 30, 2.5, 128
 
 
 class Group(NamedTuple):
-    """Prompts of one kind. `full`: they name all that is to be seen, of toys with a pattern or an ornament."""
+    """Prompts of one kind. `full`: they name all that is to be seen, of toys with a pattern or an
+    ornament."""
 
     held_out: bool
     full: bool
@@ -73,9 +76,15 @@ def generate(
     batch: int = 10,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """uint8 (N,128,128,3); image i is made from seed + i. Z-Image's guidance counts from 0, where SDXL's is 1."""
+    """uint8 (N,128,128,3); image i is made from seed + i. Z-Image's guidance counts from 0, where
+    SDXL's is 1."""
     images = []
-    options = {"num_inference_steps": STEPS, "height": SIDE_PX, "width": SIDE_PX, "output_type": "pt"}
+    options = {
+        "num_inference_steps": STEPS,
+        "height": SIDE_PX,
+        "width": SIDE_PX,
+        "output_type": "pt",
+    }
     options["guidance_scale"] = guidance - isinstance(pipeline, ZImagePipeline)
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -86,24 +95,33 @@ def generate(
 
 
 def accuracy(images: Tensor, scenes: list[Scene], full: bool = False) -> dict:
-    """Fraction of images (N,H,W,3) in which the judge reads what the prompt tells of the scene, by question.
+    """Fraction of images (N,H,W,3) in which the judge reads what the prompt tells of the scene, by
+    question.
 
-    `full`: the prompts name all. `ornaments_worn` is `ornaments` among the toys that wear something, `all` is kind,
-    colour and place together. `intervals` holds the 95 % interval of each and the number of pictures.
+    `full`: the prompts name all. `ornaments_worn` is `ornaments` among the toys that wear
+    something, `all` is kind, colour and place together. `intervals` holds the 95 % interval of each
+    and the number of pictures.
     """
-    right = [reading.right(scene) for reading, scene in zip(judge.load().read(images), scenes, strict=True)]
+    right = [
+        reading.right(scene)
+        for reading, scene in zip(judge.load().read(images), scenes, strict=True)
+    ]
     told = [tells(scene, full) for scene in scenes]
     hits = {name: [r[name] for r, t in zip(right, told) if t[name]] for name in judge.QUESTIONS}
-    hits["ornaments_worn"] = [r["ornaments"] for r, s in zip(right, scenes) if full and s.toys[0].accessories]
+    hits["ornaments_worn"] = [
+        r["ornaments"] for r, s in zip(right, scenes) if full and s.toys[0].accessories
+    ]
     hits["all"] = [r["kind"] and r["colour"] and r["place"] for r in right]
     hits = {name: values for name, values in hits.items() if values}
     shares = {name: round(sum(values) / len(values), 4) for name, values in hits.items()}
-    return shares | {"intervals": {name: (*wilson(sum(v), len(v)), len(v)) for name, v in hits.items()}}
+    return shares | {
+        "intervals": {name: (*wilson(sum(v), len(v)), len(v)) for name, v in hits.items()}
+    }
 
 
 def tells(scene: Scene, full: bool) -> dict[str, bool]:
-    """Whether the prompt tells the answer: a canonical one tells the second colour with a pattern, and names no
-    ornament, so that it is right only of a toy that wears none."""
+    """Whether the prompt tells the answer: a canonical one tells the second colour with a pattern,
+    and names no ornament, so that it is right only of a toy that wears none."""
     toy = scene.toys[0]
     unsaid = {"colour2": toy.pattern != "plain", "ornaments": not toy.accessories}
     return {name: full or unsaid.get(name, True) for name in judge.QUESTIONS}
@@ -136,7 +154,9 @@ def timings(base: Path) -> dict[str, float]:
     }
 
 
-def kept_pictures(path: Path, pipeline: DiffusionPipeline, prompts: list[str], **options: float) -> Tensor:
+def kept_pictures(
+    path: Path, pipeline: DiffusionPipeline, prompts: list[str], **options: float
+) -> Tensor:
     """The pictures uint8 (N,128,128,3) that `path` holds, or else generated and saved there."""
     if not path.exists():
         np.save(path, generate(pipeline, prompts, **options).numpy())
@@ -144,12 +164,16 @@ def kept_pictures(path: Path, pipeline: DiffusionPipeline, prompts: list[str], *
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--no_timings", action="store_true", help="for a machine that is busy with other work")
+    parser.add_argument(
+        "--no_timings", action="store_true", help="for a machine that is busy with other work"
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         scenes = scenes_for(args.images, held_out, seed, full)
         prompts = [(full_caption if full else canonical_caption)(scene) for scene in scenes]
         stem = f"{name.replace(' ', '_')}_{args.images}_at_{args.guidance:g}"
-        images = kept_pictures(args.out / f"{stem}.npy", pipeline, prompts, seed=seed, guidance=args.guidance)
+        images = kept_pictures(
+            args.out / f"{stem}.npy", pipeline, prompts, seed=seed, guidance=args.guidance
+        )
         renders = render(scenes)
         scores[name] = {
             "generated": accuracy(images, scenes, full) | {"swd": distances(images, renders)},

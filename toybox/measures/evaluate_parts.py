@@ -1,12 +1,13 @@
 """Measures the base's published VAE, CLIP and ViT on fresh renders; writes a JSON and a picture.
 
-    python -m toybox.measures.evaluate_parts --base assets/toy-sdxl --out WORK/evaluation --images 500
+python -m toybox.measures.evaluate_parts --base assets/toy-sdxl --out WORK/evaluation --images 500
 
-VAE: PSNR of its reconstruction in dB, pixels in [0, 1], the mean over the images and the tenth percentile.
-CLIP: the fraction of images whose own caption is the nearest of 100 (the image encoder against the second text
-encoder). ViT: the fraction of views whose nearest other one shows the same individual, among 50 of its kind,
-with four views of each in other places. Any two of the 50 differ in colours, pattern, material or accessories;
-among toys drawn at random some differ only in proportions (`train_vit` measures those).
+VAE: PSNR of its reconstruction in dB, pixels in [0, 1], the mean over the images and the tenth
+percentile. CLIP: the fraction of images whose own caption is the nearest of 100 (the image encoder
+against the second text encoder). ViT: the fraction of views whose nearest other one shows the same
+individual, among 50 of its kind, with four views of each in other places. Any two of the 50 differ
+in colours, pattern, material or accessories; among toys drawn at random some differ only in
+proportions (`train_vit` measures those).
 """
 
 import argparse
@@ -31,11 +32,19 @@ from toybox.measures.evaluate_base import sheet
 from toybox.render import render
 from toybox.world import KINDS, Toy, sample_scene, sample_toy
 
-__all__ = ["fresh_renders", "individuals_told_apart", "unlike_toys", "psnr_db", "reconstruct", "retrieval_at_1"]
+__all__ = [
+    "fresh_renders",
+    "individuals_told_apart",
+    "unlike_toys",
+    "psnr_db",
+    "reconstruct",
+    "retrieval_at_1",
+]
 
 
 def fresh_renders(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """uint8 (count,128,128,3) and a varied caption of each, drawn from a seed that no training uses."""
+    """uint8 (count,128,128,3) and a varied caption of each, drawn from a seed that no training
+    uses."""
     rng = random.Random(f"parts {seed}")
     scenes = [sample_scene(rng) for _ in range(count)]
     return render(scenes), [caption(scene, rng) for scene in scenes]
@@ -44,7 +53,10 @@ def fresh_renders(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """uint8 (N,H,W,3) encoded to the mode of the posterior and decoded again."""
-    parts = (vae.decode(vae.encode(to_pixels(part)).latent_dist.mode()).sample for part in images.split(25))
+    parts = (
+        vae.decode(vae.encode(to_pixels(part)).latent_dist.mode()).sample
+        for part in images.split(25)
+    )
     return torch.cat([to_uint8(part.clamp(-1, 1)) for part in parts])
 
 
@@ -56,7 +68,8 @@ def psnr_db(images: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval_at_1(base: StableDiffusionXLPipeline, images: Tensor, captions: list[str]) -> float:
-    """Fraction of images (N,H,W,3) whose own caption is the nearest of 100; the mean over the hundreds."""
+    """Fraction of images (N,H,W,3) whose own caption is the nearest of 100; the mean over the
+    hundreds."""
     right = []
     for start in range(0, len(captions) - 99, 100):
         pixels, texts = pixels_for_clip(images[start : start + 100]), captions[start : start + 100]
@@ -83,7 +96,9 @@ def individuals_told_apart(vit: Dinov2Model, kind: str, count: int = 50, views: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--dino", type=Path, default=Path("assets/toy-dino"))
     parser.add_argument("--out", type=Path, required=True)

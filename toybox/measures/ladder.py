@@ -1,12 +1,13 @@
-"""At which noise a base loses quality: renders are noised to a timestep, denoised by the base, and compared.
+"""At which noise a base loses quality: renders are noised to a timestep, denoised by the base, and
+compared.
 
     python -m toybox.measures.ladder assets/toy-zimage WORK/flow/model --out WORK/ladder
 
-Each BASE is a pipeline's folder, of SDXL's or of Z-Image's architecture, and encodes and decodes with
-its own autoencoder. All get the same renders, noise and captions, and no guidance. A table of mean PSNRs
-in dB is printed: of the autoencoder alone, then from each timestep. What is lost at t = 100 is edges and
-small parts; what is lost at t = 400 is shapes. OUT/1.png is the first base's strip: the renders, and below
-them a row for each column of the table.
+Each BASE is a pipeline's folder, of SDXL's or of Z-Image's architecture, and encodes and decodes
+with its own autoencoder. All get the same renders, noise and captions, and no guidance. A table of
+mean PSNRs in dB is printed: of the autoencoder alone, then from each timestep. What is lost at t =
+100 is edges and small parts; what is lost at t = 400 is shapes. OUT/1.png is the first base's
+strip: the renders, and below them a row for each column of the table.
 """
 
 import argparse
@@ -35,7 +36,8 @@ SEED, SHOWN = 70_000, 10
 def denoised(predict: Predict, latents: Tensor, captions: list[str], timestep: int) -> Tensor:
     """Scaled latents (N,4,H,W), noised to that timestep and denoised by DDIM (Song et al., 2021).
 
-    x = a·z + b·n with a² + b² = 1. The prediction is v = a·n - b·z, so that z = a·x - b·v and n = b·x + a·v.
+    x = a·z + b·n with a² + b² = 1. The prediction is v = a·n - b·z, so that z = a·x - b·v and n =
+    b·x + a·v.
     """
     signal = noise_schedule().alphas_cumprod.sqrt()
     times = torch.linspace(timestep, 0, STEPS[timestep] + 1)[:-1].long()
@@ -53,7 +55,8 @@ def denoised(predict: Predict, latents: Tensor, captions: list[str], timestep: i
 
 
 def rungs(base: Path, images: Tensor, captions: list[str]) -> list[Tensor]:
-    """Images (N,128,128,3) as the base's autoencoder alone gives them back, then from each timestep.
+    """Images (N,128,128,3) as the base's autoencoder alone gives them back, then from each
+    timestep.
 
     All are uint8.
     """

@@ -2,8 +2,8 @@
 
     python -m toybox.measures.model_card --work WORK --assets assets
 
-Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK. A part that is not in WORK was
-not trained again: its lines are taken from the existing card.
+Every figure comes from a `log.jsonl`, `report.json` or `scores.json` below WORK. A part that is not
+in WORK was not trained again: its lines are taken from the existing card.
 """
 
 import argparse
@@ -126,7 +126,9 @@ def part_scores(work: Path, old: str) -> list[str]:
             lines += filter(None, [kept(old, f"- {PARTS[part]}: ")])
         else:
             report = json.loads(path.read_text(encoding="utf-8"))
-            lines.append(f"- {PARTS[part]}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in report.items()))
+            lines.append(
+                f"- {PARTS[part]}: " + ", ".join(f"{k} {json.dumps(v)}" for k, v in report.items())
+            )
     path = work / "evaluation" / "parts.json"
     if not path.exists():
         return lines + list(filter(None, [kept(old, SHIPPED)]))
@@ -135,7 +137,8 @@ def part_scores(work: Path, old: str) -> list[str]:
 
 
 def generation_scores(work: Path, old: str) -> list[str]:
-    """The judge's tables, the distances and the timings; what was not measured again is taken from the old card."""
+    """The judge's tables, the distances and the timings; what was not measured again is taken from
+    the old card."""
     path = work / "evaluation" / "scores.json"
     scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     timings, guidance = scores.pop("timings", None), scores.pop("guidance", None)
@@ -162,17 +165,24 @@ def generation_scores(work: Path, old: str) -> list[str]:
 
 def table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
     """The rows under their header; nothing if there are none."""
-    header = [f"| prompts | pictures | {' | '.join(questions)} |", f"|{'---|' * (2 + len(questions))}"]
+    header = [
+        f"| prompts | pictures | {' | '.join(questions)} |",
+        f"|{'---|' * (2 + len(questions))}",
+    ]
     return [*header, *rows] if rows else []
 
 
 def old_rows(old: str, scores: dict, questions: int) -> list[str]:
     """Rows of the old card's table of so many questions, of prompts that were not measured again."""
-    rows = [(line, line.strip("| ").split(" | ")) for line in old.splitlines() if line.startswith("| ")]
+    rows = [
+        (line, line.strip("| ").split(" | ")) for line in old.splitlines() if line.startswith("| ")
+    ]
     return [
         line
         for line, cells in rows
-        if len(cells) == 2 + questions and cells[1] in ("generated", "renders") and cells[0] not in scores
+        if len(cells) == 2 + questions
+        and cells[1] in ("generated", "renders")
+        and cells[0] not in scores
     ]
 
 
@@ -185,12 +195,14 @@ def cell(values: dict, name: str) -> str:
 
 
 def distance_lines(scores: dict, old: str) -> list[str]:
-    """For each kind of prompt, the distance of generated pictures from renders of the same scenes, by
-    `measures.swd`."""
+    """For each kind of prompt, the distance of generated pictures from renders of the same scenes,
+    by `measures.swd`."""
     lines = []
     for prompts, by_source in scores.items():
         if by_level := by_source["generated"].get("swd"):
-            figures = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in by_level.items())
+            figures = ", ".join(
+                f"{name.replace('_', ' ')} {value}" for name, value in by_level.items()
+            )
             lines.append(f"{DISTANCE}{prompts}: {figures}.")
     before = [line for line in old.splitlines() if line.startswith(DISTANCE)]
     return lines + [line for line in before if line[len(DISTANCE) :].split(":")[0] not in scores]
@@ -198,11 +210,18 @@ def distance_lines(scores: dict, old: str) -> list[str]:
 
 def card(work: Path, old: str = "") -> str:
     scores = ["## Scores", "", *part_scores(work, old), *generation_scores(work, old)]
-    return "\n\n".join([INTRODUCTION.strip(), training_table(work, old), "\n".join(scores), LIMITS.strip()]) + "\n"
+    return (
+        "\n\n".join(
+            [INTRODUCTION.strip(), training_table(work, old), "\n".join(scores), LIMITS.strip()]
+        )
+        + "\n"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """How sharp a toy is in a picture: the energy of its finest details.
 
-The mean square of the two finest levels of a Laplacian pyramid (Burt and Adelson, 1983), over the toy's pixels: for
-128 px, details of about 1 to 4 px. Compare with the autoencoder's reconstructions of true renders, which no picture
-of the base can exceed by much.
+The mean square of the two finest levels of a Laplacian pyramid (Burt and Adelson, 1983), over the
+toy's pixels: for 128 px, details of about 1 to 4 px. Compare with the autoencoder's reconstructions
+of true renders, which no picture of the base can exceed by much.
 """
 
 from torch import Tensor
@@ -16,9 +16,12 @@ LEVELS = 2
 
 
 def sharpness(images: Tensor, masks: Tensor) -> Tensor:
-    """Images uint8 (N,H,W,3) and masks bool (N,H,W), True on the toy -> (N,), pixels in [0, 1]; 0 without a toy."""
+    """Images uint8 (N,H,W,3) and masks bool (N,H,W), True on the toy -> (N,), pixels in [0, 1]; 0
+    without a toy."""
     pixels = images.permute(0, 3, 1, 2).float() / 255
     levels = laplacian_pyramid(pixels, pixels.shape[-1] >> LEVELS)[:LEVELS]
-    energy = sum(interpolate(level.square().mean(1, keepdim=True), size=masks.shape[-2:]) for level in levels)[:, 0]
+    energy = sum(
+        interpolate(level.square().mean(1, keepdim=True), size=masks.shape[-2:]) for level in levels
+    )[:, 0]
     inside = masks.float()
     return (energy * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)

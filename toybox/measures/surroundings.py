@@ -23,7 +23,8 @@ def fresh_scenes(count: int) -> list[Scene]:
 
 
 def evaluate(folder: Path, count: int) -> dict[str, float]:
-    """Fractions of fresh renders whose place, light and both are right, also for pictures not in daylight."""
+    """Fractions of fresh renders whose place, light and both are right, also for pictures not in
+    daylight."""
     reader, scenes = SurroundingsReader(folder), fresh_scenes(count)
     rows = []
     for scene, picture in zip(scenes, render(scenes)):
@@ -39,7 +40,9 @@ def evaluate(folder: Path, count: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--images", type=int, default=400, help="fresh renders to measure on")
     args = parser.parse_args(argv)

@@ -1,15 +1,18 @@
-"""Sliced Wasserstein distance between two sets of pictures, by size of detail (Karras et al., 2018, sec. 5).
+"""Sliced Wasserstein distance between two sets of pictures, by size of detail (Karras et al., 2018,
+sec. 5).
 
     python -m toybox.measures.swd --base assets/toy-sdxl --images 192
 
-Both sets become Laplacian pyramids (Burt and Adelson, 1983). At each level, patches of 7×7 px are drawn from
-random positions and standardised by the second set's mean and deviation of each colour. Projected on a random
-direction, two sets of patches are two sets of numbers, whose Wasserstein distance is the mean difference after
-sorting; the result is the mean over 256 directions, times 1000. No network is involved: it detects smeared
-edges and wrong contrast that a judge of kind and colour overlooks.
+Both sets become Laplacian pyramids (Burt and Adelson, 1983). At each level, patches of 7×7 px are
+drawn from random positions and standardised by the second set's mean and deviation of each colour.
+Projected on a random direction, two sets of patches are two sets of numbers, whose Wasserstein
+distance is the mean difference after sorting; the result is the mean over 256 directions, times
+1000. No network is involved: it detects smeared edges and wrong contrast that a judge of kind and
+colour overlooks.
 
-The command compares the base's pictures of canonical captions, and its autoencoder's reconstructions, with
-renders of the same scenes; renders of other scenes show the effect of the choice of scenes alone.
+The command compares the base's pictures of canonical captions, and its autoencoder's
+reconstructions, with renders of the same scenes; renders of other scenes show the effect of the
+choice of scenes alone.
 """
 
 import argparse
@@ -42,7 +45,8 @@ def blur(pictures: Tensor) -> Tensor:
 
 
 def laplacian_pyramid(pictures: Tensor, coarsest_px: int = COARSEST_PX) -> list[Tensor]:
-    """(N,3,H,W) -> levels (N,3,H,W), (N,3,H/2,W/2), ...; the last, `coarsest_px` high, is the rest of the picture."""
+    """(N,3,H,W) -> levels (N,3,H,W), (N,3,H/2,W/2), ...; the last, `coarsest_px` high, is the rest
+    of the picture."""
     levels = []
     while pictures.shape[-1] > coarsest_px:
         smaller = blur(pictures)[..., ::2, ::2]
@@ -70,7 +74,8 @@ def random_patches(level: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> float:
-    """Mean over random directions of the Wasserstein-1 distance between two sets of points, both (P,D)."""
+    """Mean over random directions of the Wasserstein-1 distance between two sets of points, both
+    (P,D)."""
     generator = torch.Generator().manual_seed(0)
     axes = torch.randn(a.shape[1], directions, generator=generator)
     axes /= axes.norm(dim=0)
@@ -78,8 +83,11 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = DIRECTIONS) -> fl
 
 
 def distances(pictures: Tensor, references: Tensor) -> dict[str, float]:
-    """Distance ×1000 between two sets uint8 (N,H,W,3), of equal N, by the levels' height, and the mean."""
-    pyramids = [laplacian_pyramid(p.permute(0, 3, 1, 2).float() / 255) for p in (pictures, references)]
+    """Distance ×1000 between two sets uint8 (N,H,W,3), of equal N, by the levels' height, and the
+    mean."""
+    pyramids = [
+        laplacian_pyramid(p.permute(0, 3, 1, 2).float() / 255) for p in (pictures, references)
+    ]
     found = {}
     for number, (level, reference) in enumerate(zip(*pyramids)):
         a = random_patches(level, torch.Generator().manual_seed(number))
@@ -99,7 +107,9 @@ def main() -> None:
     from toybox.measures.evaluate_base import generate  # which itself prints these distances
     from toybox.measures.evaluate_parts import reconstruct
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, default=Path("assets/toy-sdxl"))
     parser.add_argument("--images", type=int, default=192)
     args = parser.parse_args()
@@ -108,7 +118,11 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     references = render(first)
     print("other renders  ", json.dumps(distances(render(second), references)), flush=True)
-    print("reconstructions", json.dumps(distances(reconstruct(pipeline.vae, references), references)), flush=True)
+    print(
+        "reconstructions",
+        json.dumps(distances(reconstruct(pipeline.vae, references), references)),
+        flush=True,
+    )
     pictures = generate(pipeline, [canonical_caption(scene) for scene in first])
     print("generated      ", json.dumps(distances(pictures, references)), flush=True)
 

@@ -1,10 +1,12 @@
-"""How far a base's predictions are from the true velocities of fresh renders: what a training mends before eyes see it.
+"""How far a base's predictions are from the true velocities of fresh renders: what a training mends
+before eyes see it.
 
     python -m toybox.measures.velocity_error assets/toy-sdxl assets/toy-zimage WORK/base
 
-Each is a pipeline's folder, of SDXL's or of Z-Image's architecture. All get the same renders, encoded by the first
-one's autoencoder (the others must be trained on its latents), the same noise and captions, and no guidance. A table of
-mean squared errors is printed. None can fall to zero, as noise cannot be told wholly from a picture.
+Each is a pipeline's folder, of SDXL's or of Z-Image's architecture. All get the same renders,
+encoded by the first one's autoencoder (the others must be trained on its latents), the same noise
+and captions, and no guidance. A table of mean squared errors is printed. None can fall to zero, as
+noise cannot be told wholly from a picture.
 """
 
 import argparse
@@ -43,7 +45,9 @@ def predictor(base: Path) -> Predict:
     def predict(noisy: Tensor, t: Tensor, captions: list[str]) -> Tensor:
         embeds, pooled = towers(captions)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([TIME_IDS]).repeat(len(noisy), 1)}
-        return unet(to_channels_last(noisy, dtype), t, embeds, added_cond_kwargs=added).sample.float()
+        return unet(
+            to_channels_last(noisy, dtype), t, embeds, added_cond_kwargs=added
+        ).sample.float()
 
     return predict
 
@@ -52,10 +56,17 @@ def predictor(base: Path) -> Predict:
 def error(predict: Predict, latents: Tensor, captions: list[str], timestep: int) -> float:
     """Mean squared error of the velocities at scaled latents (N,4,H,W) and that timestep."""
     schedule, generator = noise_schedule(), torch.Generator().manual_seed(timestep)
-    noise, t = torch.randn(latents.shape, generator=generator), torch.full((len(latents),), timestep)
+    noise, t = (
+        torch.randn(latents.shape, generator=generator),
+        torch.full((len(latents),), timestep),
+    )
     noisy, true = schedule.add_noise(latents, noise, t), schedule.get_velocity(latents, noise, t)
     parts = [slice(start, start + BATCH) for start in range(0, len(latents), BATCH)]
-    return float((torch.cat([predict(noisy[part], t[part], captions[part]) for part in parts]) - true).square().mean())
+    return float(
+        (torch.cat([predict(noisy[part], t[part], captions[part]) for part in parts]) - true)
+        .square()
+        .mean()
+    )
 
 
 @torch.no_grad()
@@ -67,7 +78,9 @@ def encoded(base: Path, images: Tensor) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bases", type=Path, nargs="+", metavar="BASE")
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0, help="of the renders' scenes")
@@ -77,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("base", *(f"t = {timestep}" for timestep in TIMESTEPS), sep=" | ")
     for base in args.bases:
         predict = predictor(base)
-        print(base, *(f"{error(predict, latents, captions, timestep):.3f}" for timestep in TIMESTEPS), sep=" | ")
+        print(
+            base,
+            *(f"{error(predict, latents, captions, timestep):.3f}" for timestep in TIMESTEPS),
+            sep=" | ",
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""An independent judge of pictures, trained on renders only: kind, two colours, ornaments and place.
+"""An independent judge of pictures, trained on renders only: kind, two colours, ornaments and
+place.
 
     python -m toybox.data.render_dataset --out TOYS --count 12000 --seed 2 --all_combinations    # once
     python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # judge.safetensors, here too
@@ -7,8 +8,8 @@
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]
     readings[0].right(scene)                      # {"kind": True, "colour": True, ...}
 
-It shares no weights with the base and is never trained on generated pictures; noise, blur and shifts in its
-training make it insensitive to sharpness.
+It shares no weights with the base and is never trained on generated pictures; noise, blur and
+shifts in its training make it insensitive to sharpness.
 """
 
 import argparse
@@ -22,7 +23,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, cross_entropy, interpolate
+from torch.nn.functional import (
+    avg_pool2d,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    interpolate,
+)
 
 from toybox.data.renders import Renders, to_pixels
 from toybox.drawing.parts import ACCESSORIES
@@ -45,7 +51,8 @@ DRESSED = 0.4
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge reads from one picture, with its confidence in each answer, in the order of QUESTIONS."""
+    """What the judge reads from one picture, with its confidence in each answer, in the order of
+    QUESTIONS."""
 
     kind: str
     colour: str
@@ -55,7 +62,8 @@ class Reading:
     confidence: tuple[float, ...]
 
     def right(self, scene: Scene) -> dict[str, bool]:
-        """Whether each answer is true of the scene's first toy; of ornaments, whether just those worn are read."""
+        """Whether each answer is true of the scene's first toy; of ornaments, whether just those
+        worn are read."""
         toy = scene.toys[0]
         return {
             "kind": self.kind == toy.kind,
@@ -78,7 +86,8 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """A small convolutional network with a linear head for each question: pixels (N,3,128,128) in [-1, 1] -> logits.
+    """A small convolutional network with a linear head for each question: pixels (N,3,128,128) in
+    [-1, 1] -> logits.
 
     An ornament's logit is above 0 where it is more likely worn than not.
     """
@@ -88,7 +97,9 @@ class Judge(nn.Module):
         widths = (3, 16, 32, 64, 128, 160)
         self.body = nn.Sequential(*(_block(a, b) for a, b in pairwise(widths)))
         answers = LABELS | {"ornaments": ORNAMENTS}
-        self.heads = nn.ModuleDict({name: nn.Linear(16 * 160, len(answers[name])) for name in QUESTIONS})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(16 * 160, len(answers[name])) for name in QUESTIONS}
+        )
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         features = self.body(pixels).flatten(1)
@@ -103,11 +114,15 @@ class Judge(nn.Module):
         logits = self(pixels.clamp(-1, 1))
         worn = logits.pop("ornaments").sigmoid()
         best = {name: values.softmax(1).max(1) for name, values in logits.items()}
-        sure = torch.stack([*(best[name].values for name in LABELS), torch.maximum(worn, 1 - worn).prod(1)], dim=1)
+        sure = torch.stack(
+            [*(best[name].values for name in LABELS), torch.maximum(worn, 1 - worn).prod(1)], dim=1
+        )
         return [
             Reading(
                 **{name: LABELS[name][int(best[name].indices[i])] for name in LABELS},
-                ornaments=frozenset(name for name, p in zip(ORNAMENTS, worn[i].tolist()) if p > 0.5),
+                ornaments=frozenset(
+                    name for name, p in zip(ORNAMENTS, worn[i].tolist()) if p > 0.5
+                ),
                 confidence=tuple(round(p, 4) for p in sure[i].tolist()),
             )
             for i in range(len(images))
@@ -123,24 +138,34 @@ def load(path: Path = WEIGHTS) -> Judge:
 def start_from(path: Path) -> Judge:
     """A judge with the weights of an earlier one, which may lack some of its heads."""
     judge = Judge()
-    _, unknown = judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+    _, unknown = judge.load_state_dict(
+        {k: v.float() for k, v in load_file(path).items()}, strict=False
+    )
     if unknown:
         raise ValueError(f"{path} is not a judge: {', '.join(unknown)}")
     return judge
 
 
 def labels_of(rows: list[dict]) -> dict[str, Tensor]:
-    """Of each scene's first toy: indices of the answers, (N,); of the ornaments which are worn, (N,5) in {0, 1}."""
+    """Of each scene's first toy: indices of the answers, (N,); of the ornaments which are worn,
+    (N,5) in {0, 1}."""
     scenes = [row["scene"] for row in rows]
     answers = [scene["toys"][0] | {"place": scene["place"]} for scene in scenes]
-    found = {name: torch.tensor([names.index(a[name]) for a in answers]) for name, names in LABELS.items()}
+    found = {
+        name: torch.tensor([names.index(a[name]) for a in answers])
+        for name, names in LABELS.items()
+    }
     worn = [[float(name in a["accessories"]) for name in ORNAMENTS] for a in answers]
     return found | {"ornaments": torch.tensor(worn)}
 
 
 def loss_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the answers, plus that of each ornament; all summed, means over the batch."""
-    worn = binary_cross_entropy_with_logits(logits["ornaments"], labels["ornaments"], reduction="none").sum(1).mean()
+    worn = (
+        binary_cross_entropy_with_logits(logits["ornaments"], labels["ornaments"], reduction="none")
+        .sum(1)
+        .mean()
+    )
     return worn + sum(cross_entropy(logits[name], labels[name]) for name in LABELS)
 
 
@@ -168,7 +193,9 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
     renders = Renders(args.data)
-    single = [i for i in range(len(renders) - HELD_BACK) if len(renders.rows[i]["scene"]["toys"]) == 1]
+    single = [
+        i for i in range(len(renders) - HELD_BACK) if len(renders.rows[i]["scene"]["toys"]) == 1
+    ]
     dressed = [i for i in single if renders.rows[i]["scene"]["toys"][0]["accessories"]]
     judge = use_fast_group_norm(start_from(args.start).train() if args.start else Judge())
     weights = MasterWeights(
@@ -200,8 +227,11 @@ def drawn(indices: list[int], count: int, generator: torch.Generator) -> list[in
 
 
 def export(weights: MasterWeights, renders: Renders, out: Path) -> None:
-    """Averaged weights, fp16, to OUT and beside this file; accuracy on the held-back renders of one toy."""
-    save_file({k: v.half().contiguous() for k, v in weights.averaged().items()}, out / "judge.safetensors")
+    """Averaged weights, fp16, to OUT and beside this file; accuracy on the held-back renders of one
+    toy."""
+    save_file(
+        {k: v.half().contiguous() for k, v in weights.averaged().items()}, out / "judge.safetensors"
+    )
     shutil.copy(out / "judge.safetensors", WEIGHTS)
     report = accuracy_on_renders(load(), renders)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -209,11 +239,17 @@ def export(weights: MasterWeights, renders: Renders, out: Path) -> None:
 
 
 def accuracy_on_renders(judge: Judge, renders: Renders) -> dict[str, float]:
-    """Share of the held-back renders of one toy in which each question is answered right; that of ornaments among
-    the toys that wear something too, and for each ornament recall and precision."""
-    picked = [i for i in range(len(renders) - HELD_BACK, len(renders)) if len(renders.rows[i]["scene"]["toys"]) == 1]
+    """Share of the held-back renders of one toy in which each question is answered right; that of
+    ornaments among the toys that wear something too, and for each ornament recall and precision."""
+    picked = [
+        i
+        for i in range(len(renders) - HELD_BACK, len(renders))
+        if len(renders.rows[i]["scene"]["toys"]) == 1
+    ]
     scenes = [Scene.from_dict(renders.rows[i]["scene"]) for i in picked]
-    readings = [r for part in torch.tensor(picked).split(100) for r in judge.read(renders.images(part))]
+    readings = [
+        r for part in torch.tensor(picked).split(100) for r in judge.read(renders.images(part))
+    ]
     right = [reading.right(scene) for reading, scene in zip(readings, scenes)]
     worn = [(r.ornaments, set(s.toys[0].accessories)) for r, s in zip(readings, scenes)]
     report = {f"{name}_accuracy": share([hits[name] for hits in right]) for name in QUESTIONS}
@@ -229,13 +265,17 @@ def share(hits: list[bool]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--minutes", type=float, help="stop, and let the rates fall, by the clock")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--muon_lr", type=float, default=0.02, help="rate of the convolutions, by Muon; 0: by AdamW")
+    parser.add_argument(
+        "--muon_lr", type=float, default=0.02, help="rate of the convolutions, by Muon; 0: by AdamW"
+    )
     parser.add_argument("--start", type=Path, help="the weights of a finished judge to go on from")
     parser.add_argument("--salt", type=int, default=3, help="another number draws other batches")
     train(parser.parse_args())

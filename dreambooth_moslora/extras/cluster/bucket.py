@@ -1,11 +1,12 @@
-"""A run folder and its copy behind a URL that fsspec knows (`s3://`, `gs://`, …). One machine at a time writes it.
+"""A run folder and its copy behind a URL that fsspec knows (`s3://`, `gs://`, …). One machine at a
+time writes it.
 
 URL/NAME/…               the files of a run folder, under their names
 URL/NAME/manifest.json   the SHA-256 of the files that belong together, and their writer; written last
 
-A file that the manifest does not name, or names with another digest, is ignored: so a half upload has no
-effect. A machine that begins writes its name into the manifest. One that finds another's name there has been
-replaced, and stops writing.
+A file that the manifest does not name, or names with another digest, is ignored: so a half upload
+has no effect. A machine that begins writes its name into the manifest. One that finds another's
+name there has been replaced, and stops writing.
 """
 
 import json
@@ -30,11 +31,18 @@ from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 T = TypeVar("T")
 TRIES, FIRST_WAIT_SEC = 6, 0.5  # The waits double, so an outage of about 15 seconds is survived
 ONE_TRY = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
-"""Options by which a store's library tries once: with its own 25 tries for each of ours, giving up takes minutes."""
+"""Options by which a store's library tries once: with its own 25 tries for each of ours, giving up
+takes minutes."""
 AT_ONCE = 8
-EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}  # URL scheme -> the package's extra, and the library that it installs
+# URL scheme -> the package's extra, and the library that it installs
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 HOPELESS = (
-    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError"),
+    *(
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "DefaultCredentialsError",
+    ),
     *("ProfileNotFound", "ParamValidationError"),
 )
 """Errors of the stores' libraries that a retry does not change."""
@@ -43,21 +51,25 @@ DENIED = "access denied ({}); look at the credentials, and at what they may do t
 
 
 class Bucket:
-    """A folder behind `url`; names are relative to it, with slashes. Each method retries failed calls. Raises UserError
-    for a URL without a bucket, a missing library, and errors that last."""
+    """A folder behind `url`; names are relative to it, with slashes. Each method retries failed
+    calls. Raises UserError for a URL without a bucket, a missing library, and errors that last."""
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
 
         scheme, _, place = url.partition("://")
         if not scheme or not place.strip("/") or scheme == ONE_PROCESS:
-            raise UserError(f"{url}: names no bucket that several machines see; write it like s3://BUCKET/PATH.")
+            raise UserError(
+                f"{url}: names no bucket that several machines see; write it like s3://BUCKET/PATH."
+            )
         self.url = url.rstrip("/")
         try:
             self.files, root = url_to_fs(self.url, **ONE_TRY.get(scheme, {}))
         except ImportError as error:
             library = EXTRAS.get(scheme)
-            how = f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
+            how = (
+                f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
+            )
             raise UserError(f"{url}: a library for {scheme}:// is missing; {how}.") from error
         except Exception as error:  # file systems raise errors of their own types
             raise UserError(f"{url}: {one_line(error)}.") from error
@@ -75,7 +87,8 @@ class Bucket:
         return self.tried(name, self.files.exists)
 
     def write(self, name: str, content: bytes) -> None:
-        with tempfile.TemporaryDirectory() as folder:  # of a temporary file, Windows lets nobody open it again
+        # of a temporary file, Windows lets nobody open it again
+        with tempfile.TemporaryDirectory() as folder:
             (file := Path(folder) / "content").write_bytes(content)
             self.upload(file, name)
 
@@ -86,13 +99,18 @@ class Bucket:
     def download(self, name: str, target: Path) -> bool:
         """Returns whether the file existed."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        return self.tried(name, lambda path: self.files.get_file(path, str(target)) or True, absent=False)
+        return self.tried(
+            name, lambda path: self.files.get_file(path, str(target)) or True, absent=False
+        )
 
     def remove(self, name: str) -> None:
         self.tried(name, self.files.rm_file, absent=None)
 
-    def tried(self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T) -> T:
-        """Call `action` with the full path; `absent` for no file. Raises FileNotFoundError without `source`."""
+    def tried(
+        self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T
+    ) -> T:
+        """Call `action` with the full path; `absent` for no file. Raises FileNotFoundError without
+        `source`."""
         for wait in range(TRIES):
             try:
                 self.files.invalidate_cache()
@@ -109,13 +127,16 @@ class Bucket:
                 if any(kind.__name__ in HOPELESS for kind in type(error).__mro__):
                     raise UserError(f"{self.url}/{name}: {one_line(error)}.") from error
                 if wait == TRIES - 1:
-                    raise UserError(f"{self.url}/{name}: {one_line(error)}, {TRIES} times.") from error
+                    raise UserError(
+                        f"{self.url}/{name}: {one_line(error)}, {TRIES} times."
+                    ) from error
             time.sleep(FIRST_WAIT_SEC * 2**wait)
         raise AssertionError
 
 
 def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
-    """Call `function` on all items in threads, results in order. After an error no further call begins."""
+    """Call `function` on all items in threads, results in order. After an error no further call
+    begins."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         return list(threads.map(function, items))
 
@@ -139,12 +160,15 @@ class Manifest:
 
 
 def read_manifest(bucket: Bucket) -> Manifest:
-    """The manifest of a run folder; an empty one when it is missing or damaged, as others may write to the bucket."""
+    """The manifest of a run folder; an empty one when it is missing or damaged, as others may write
+    to the bucket."""
     content = bucket.read(MANIFEST) or b"{}"  # outside of the block, which suppresses a UserError
     with suppress(UserError):
         manifest = from_json(content, Manifest)
         files = manifest.files
-        clash = any(str(folder) in files for name in files for folder in PurePosixPath(name).parents)
+        clash = any(
+            str(folder) in files for name in files for folder in PurePosixPath(name).parents
+        )
         if all(map(is_plain, files)) and not clash:
             return manifest
     return Manifest()
@@ -154,7 +178,8 @@ def is_plain(name: str) -> bool:
     """Whether it names a file within the folder, as files and bucket keys can."""
     path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    is_one_spelling = str(path) == name and path.parts == Path(name).parts  # Windows divides names at more characters
+    # Windows divides names at more characters
+    is_one_spelling = str(path) == name and path.parts == Path(name).parts
     is_possible = sizes[0] <= KEY_BYTES and max(sizes[1:]) <= NAME_BYTES and "\0" not in name
     return is_within and is_one_spelling and is_possible
 
@@ -175,7 +200,8 @@ class Digests:
 
 
 class Mirror:
-    """A local `folder` and its copy in `bucket`. Not thread-safe: one process uses it, one call at a time."""
+    """A local `folder` and its copy in `bucket`. Not thread-safe: one process uses it, one call at
+    a time."""
 
     def __init__(self, bucket: Bucket, folder: Path):
         self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
@@ -183,7 +209,8 @@ class Mirror:
         self.digests = Digests()
 
     def pull(self) -> None:
-        """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad file is left out."""
+        """Copy the bucket's files that match the manifest into the folder. A checkpoint with a bad
+        file is left out."""
         files = read_manifest(self.bucket).files
 
         def is_good(name: str) -> bool:
@@ -194,18 +221,23 @@ class Mirror:
         self.good = {name: digest for name, digest in files.items() if found[name]}
         for name in files.keys() - self.good.keys():
             top = self.folder / PurePosixPath(name).parts[0]
-            if run_folder.checkpoint_step(top) is not None or top == run_folder.RunDir(self.folder).last_dir:
+            if (
+                run_folder.checkpoint_step(top) is not None
+                or top == run_folder.RunDir(self.folder).last_dir
+            ):
                 shutil.rmtree(top, ignore_errors=True)
             elif name not in GROWING:
                 (self.folder / name).unlink(missing_ok=True)
 
     def claim(self) -> None:
-        """From now on this process is the only writer. Bad files that `pull` has found are named no more."""
+        """From now on this process is the only writer. Bad files that `pull` has found are named no
+        more."""
         self.write_manifest(read_manifest(self.bucket).files if self.good is None else self.good)
 
     def push(self) -> None:
-        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the bucket's errors. What is
-        there is read anew, as a bucket may lose its files: without a manifest all are sent again."""
+        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the
+        bucket's errors. What is there is read anew, as a bucket may lose its files: without a
+        manifest all are sent again."""
         manifest = read_manifest(self.bucket)
         if manifest.writer not in ("", self.writer):  # empty: it is missing or damaged
             raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
@@ -214,19 +246,25 @@ class Mirror:
             name = path.relative_to(self.folder)
             is_lock = name.parts[-1] in (queue.LOCK_NAME, queue.OWNER_NAME)
             is_kept = not is_lock and not any(part.startswith(".") for part in name.parts)
-            if is_kept and (digest := self.digest(name.as_posix())) is not None:  # no lock, no temporary file
+            # no lock, no temporary file
+            if is_kept and (digest := self.digest(name.as_posix())) is not None:
                 digests[name.as_posix()] = digest
         changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]
         at_once(self.send, [name for name in changed if name != FLEET_NAME])
         if FLEET_NAME in changed:  # the record says "done" only after the adapter has arrived
             self.send(FLEET_NAME)
-        files = {name: digest for name, digest in digests.items() if name in GROWING or self.digest(name) == digest}
+        files = {
+            name: digest
+            for name, digest in digests.items()
+            if name in GROWING or self.digest(name) == digest
+        }
         gone = [name for name in manifest.files if name not in digests]
         self.write_manifest(files)
         at_once(self.bucket.remove, gone)
 
     def send(self, name: str) -> None:
-        with suppress(FileNotFoundError):  # a checkpoint was removed meanwhile; the next push notes it
+        # a checkpoint was removed meanwhile; the next push notes it
+        with suppress(FileNotFoundError):
             self.bucket.upload(self.folder / name, name)
 
     def digest(self, name: str) -> str | None:
@@ -237,4 +275,6 @@ class Mirror:
             return None
 
     def write_manifest(self, files: Mapping[str, str]) -> None:
-        self.bucket.write(MANIFEST, json.dumps(asdict(Manifest(self.writer, files)), indent=1).encode())
+        self.bucket.write(
+            MANIFEST, json.dumps(asdict(Manifest(self.writer, files)), indent=1).encode()
+        )

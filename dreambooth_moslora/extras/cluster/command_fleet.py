@@ -1,4 +1,5 @@
-"""`python -m dreambooth_moslora fleet SUBJECTS --out DIR`: a training for each of many subjects, on many machines."""
+"""`python -m dreambooth_moslora fleet SUBJECTS --out DIR`: a training for each of many subjects, on
+many machines."""
 
 import argparse
 import sys
@@ -49,7 +50,13 @@ def add_cluster_flags(
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
     parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
-    parser.add_argument("--cpus", metavar="N", type=int, default=1, help="cores and threads of a training (default: 1)")
+    parser.add_argument(
+        "--cpus",
+        metavar="N",
+        type=int,
+        default=1,
+        help="cores and threads of a training (default: 1)",
+    )
 
 
 def check_shares(args: argparse.Namespace) -> None:
@@ -63,14 +70,18 @@ def run_fleet(args: argparse.Namespace) -> int:
     if args.words[0] == "status" and len(args.words) == 2:
         return show_status(args.words[1])
     if len(args.words) > 1:
-        raise UserError(f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`.")
+        raise UserError(
+            f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`."
+        )
     check_places(args.words[0], args.out)
     check_shares(args)
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
     shared, _ = command_train.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
-        raise UserError("missing: --pretrained_model_name_or_path; give it as a flag or in a --config file.")
+        raise UserError(
+            "missing: --pretrained_model_name_or_path; give it as a flag or in a --config file."
+        )
     chosen = choices.Choices(shared)
     choices.choose_resolution(chosen)
     shared = chosen.all
@@ -78,7 +89,9 @@ def run_fleet(args: argparse.Namespace) -> int:
 
     with opened(args.out) as (out, url):
         if url and (args.per_gpu or 1) > 1:
-            raise UserError(f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder.")
+            raise UserError(
+                f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder."
+            )
         subjects = read_subjects(Path(args.words[0]), shared, out)
         remote = fleet_behind(url, out)
         if remote:
@@ -87,7 +100,10 @@ def run_fleet(args: argparse.Namespace) -> int:
         line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
         print(line, file=sys.stderr)
         if is_dry:
-            lines = [subject.name + (f": {subject.error}" if subject.error else "") for subject, _ in todo]
+            lines = [
+                subject.name + (f": {subject.error}" if subject.error else "")
+                for subject, _ in todo
+            ]
             print(spelled_out("\n".join(lines)))
             return 0
         return train_all(subjects, todo, out, args, remote)
@@ -103,7 +119,8 @@ def check_places(source: str, out: str | None) -> None:
 
 @contextmanager
 def opened(place: str) -> Iterator[tuple[Path, str]]:
-    """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at first."""
+    """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at
+    first."""
     scheme, is_url, path = place.partition("://")
     if not is_url or (path and scheme in ("file", "local")):
         yield user_path(path or place).resolve(), ""
@@ -113,7 +130,8 @@ def opened(place: str) -> Iterator[tuple[Path, str]]:
 
 
 def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
-    """None without a URL. Raises UserError for one that names no bucket, and when its library is missing."""
+    """None without a URL. Raises UserError for one that names no bucket, and when its library is
+    missing."""
     if not url:
         return None
     from dreambooth_moslora.extras.cluster.bucket import Bucket
@@ -122,7 +140,9 @@ def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
     return RemoteFleet(Bucket(url), view)
 
 
-def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None") -> int:
+def train_all(
+    subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None"
+) -> int:
     from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
     from dreambooth_moslora.extras.cluster.ray_fleet import connected
 
@@ -136,7 +156,8 @@ def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace, r
 
 
 def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
-    """Write the index; returns the exit code: 0 all done, 1 some failed or the index was not sent, 130 stopped."""
+    """Write the index; returns the exit code: 0 all done, 1 some failed or the index was not sent,
+    130 stopped."""
     from dreambooth_moslora.extras.cluster.records import rows_of, write_index
 
     index, is_sent = write_index(out, rows_of(out)), True
@@ -184,7 +205,11 @@ class FleetProgress:
         self.left -= record.state == "done"
         self.failed += record.state == "failed"
         self.hours[record.unit] += record.hours
-        end = f"{record.seconds:.0f} s" if record.state == "done" else f"{record.state}: {record.message}"
+        end = (
+            f"{record.seconds:.0f} s"
+            if record.state == "done"
+            else f"{record.state}: {record.message}"
+        )
         end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
         rest = (self.clock() - self.started) / self.ended * (self.left - self.failed) / 60
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())

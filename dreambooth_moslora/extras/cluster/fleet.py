@@ -1,8 +1,9 @@
-"""A fleet from its list to its end: missing subjects are trained, each on its own, and their ends are recorded.
+"""A fleet from its list to its end: missing subjects are trained, each on its own, and their ends
+are recorded.
 
-What a training needs of a machine is known by the estimate of `--dry_run`. A cluster task is one subject, or with
-`--per_gpu N` a group: runs that can share their steps (`together`), as they are on one base with micro-batches of one
-shape. Its key is the subject's name, or a tuple of names.
+What a training needs of a machine is known by the estimate of `--dry_run`. A cluster task is one
+subject, or with `--per_gpu N` a group: runs that can share their steps (`together`), as they are on
+one base with micro-batches of one shape. Its key is the subject's name, or a tuple of names.
 """
 
 import os
@@ -25,7 +26,13 @@ from dreambooth_moslora.settings import optimizer_kinds, table
 
 ALIKE_GROUPS = ("base model", "adapter", "memory and speed")
 ALIKE = (
-    *("resolution", "with_prior_preservation", "prior", "train_batch_size", "gradient_accumulation_steps"),
+    *(
+        "resolution",
+        "with_prior_preservation",
+        "prior",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("do_edm_style_training", "guidance_scale", "max_sequence_length"),
 )
 OWN = ("init_adapter", "mixer_lr_scale", "dataloader_num_workers")
@@ -44,26 +51,32 @@ def needs_to_be_alone(config: table.TrainConfig) -> str | None:
         "--base_quantization int8": config.base_quantization == "int8",
         "--compile on": config.compile == "on",
         "--prior_every": config.prior_every > 1,
-        "--cache_cross_attention": config.cache_cross_attention or "cached" in (config.memory or ""),
+        "--cache_cross_attention": config.cache_cross_attention
+        or "cached" in (config.memory or ""),
     }
     return next((flag for flag, is_given in reasons.items() if is_given), None)
 
 
 def shared_settings(config: table.TrainConfig) -> tuple[object, ...]:
     """The values of the settings in which runs must agree to share their steps."""
-    found = [f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN]
+    found = [
+        f.name for f in fields(config) if f.metadata["group"] in ALIKE_GROUPS and f.name not in OWN
+    ]
     return tuple(getattr(config, name) for name in (*found, *ALIKE))
 
 
 PROCESS_GIB = 0.5  # Memory of the libraries, beside the estimate's tensors
-SHARED_PLANS = tuple(name for name, plan in table.PLANS.items() if "cache_cross_attention" not in plan)
+SHARED_PLANS = tuple(
+    name for name, plan in table.PLANS.items() if "cache_cross_attention" not in plan
+)
 """The plans of `--memory auto` with which runs can share a base."""
 
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of the largest machine.
-    The user sets `per_gpu`, trainings at once on a GPU (None: as many as fit), and `cpus`, cores of each training."""
+    """A cluster's machines: `gpu_gib` of one GPU (None: the fleet trains on CPUs), `node_gib` of
+    the largest machine. The user sets `per_gpu`, trainings at once on a GPU (None: as many as fit),
+    and `cpus`, cores of each training."""
 
     gpu_gib: float | None
     node_gib: float
@@ -86,8 +99,11 @@ class Machines:
         return cls(gpu_gib, max(rooms, default=0) / machine.GIB, per_gpu, cpus)
 
     def resources_for(self, config: table.TrainConfig) -> ray_fleet.Resources:
-        """What one training asks for, at most the largest machine. Raises UserError for a damaged base."""
-        planned = replace(config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full"))
+        """What one training asks for, at most the largest machine. Raises UserError for a damaged
+        base."""
+        planned = replace(
+            config, **memory.plan_settings(config, plan_name(config, self.gpu_gib) or "full")
+        )
         need = memory.estimate(planned, base_size(config), 1).peak_gib
         if self.gpu_gib is None:
             return ray_fleet.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
@@ -95,23 +111,35 @@ class Machines:
         return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
     def at_once(self, config: table.TrainConfig) -> int:
-        """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small. Raises UserError."""
+        """How many such trainings share a process: `per_gpu`, or fewer if the GPU is too small.
+        Raises UserError."""
         count = self.per_gpu or 1
-        while self.gpu_gib is not None and count > 1 and group_gib(config, count) > memory.USABLE * self.gpu_gib:
+        while (
+            self.gpu_gib is not None
+            and count > 1
+            and group_gib(config, count) > memory.USABLE * self.gpu_gib
+        ):
             count -= 1
         return count
 
     def resources_for_group(self, config: table.TrainConfig, at_once: int) -> ray_fleet.Resources:
-        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory. Raises UserError."""
+        """What `at_once` such trainings in one process ask for: a whole GPU, or cores and memory.
+        Raises UserError."""
         if self.gpu_gib is not None:
             return ray_fleet.Resources(self.cpus, gpus=1.0)
-        return ray_fleet.Resources(self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib))
+        return ray_fleet.Resources(
+            self.cpus, memory_gib=min(group_gib(config, at_once) + PROCESS_GIB, self.node_gib)
+        )
 
 
 def group_gib(config: table.TrainConfig, count: int) -> float:
     """Peak memory of one base with `count` adapters, for a step on the rows of all, GiB."""
-    of_all = memory.estimate(replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1)
-    others = (count - 1) * of_all.adapter_parameters * optimizer_kinds.optimizer_of(config).bytes_each
+    of_all = memory.estimate(
+        replace(config, train_batch_size=config.train_batch_size * count), base_size(config), 1
+    )
+    others = (
+        (count - 1) * of_all.adapter_parameters * optimizer_kinds.optimizer_of(config).bytes_each
+    )
     return of_all.peak_gib + others / machine.GIB
 
 
@@ -127,8 +155,11 @@ def base_size(config: table.TrainConfig) -> memory.BaseSize:
 
 
 @lru_cache(maxsize=32)
-def size_of(base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]) -> memory.BaseSize:
-    """The size of a base with its family's layers, or those named. Its files are opened once. Raises UserError."""
+def size_of(
+    base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]
+) -> memory.BaseSize:
+    """The size of a base with its family's layers, or those named. Its files are opened once.
+    Raises UserError."""
     base.check()
     config = table.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
     targets = checks.family_settings(config, base).get("target_modules", target_modules)
@@ -140,10 +171,14 @@ LOOK_SEC = 2.0
 
 
 def grouped(
-    tasks: Iterable[ray_fleet.Task], machines: Machines, total: int, room: Callable[[ray_fleet.Resources], int]
+    tasks: Iterable[ray_fleet.Task],
+    machines: Machines,
+    total: int,
+    room: Callable[[ray_fleet.Resources], int],
 ) -> Iterator[ray_fleet.Task]:
-    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N of a task at once. A
-    task gets one machine's share of the `total` subjects, at most MOST_ROUNDS times N: a lost one costs little."""
+    """With `--per_gpu N`, join subjects that can share their steps into tasks; a process trains N
+    of a task at once. A task gets one machine's share of the `total` subjects, at most MOST_ROUNDS
+    times N: a lost one costs little."""
     if (machines.per_gpu or 1) < 2:
         yield from tasks
         return
@@ -175,7 +210,8 @@ def as_group(tasks: Sequence[ray_fleet.Task], machines: Machines) -> ray_fleet.T
 
 
 class GroupsUnderWay:
-    """Reports each subject of a group as soon as it ends, since the group's task returns only after the last one."""
+    """Reports each subject of a group as soon as it ends, since the group's task returns only after
+    the last one."""
 
     def __init__(self, tell: Callable[[str, records.Record], None]):
         self.tell, self._looked = tell, time.monotonic()
@@ -185,12 +221,15 @@ class GroupsUnderWay:
         """Pass the tasks on, after noting their groups' records as they are before the start."""
         for task in tasks:
             (work,) = task.arguments
-            for name, job in zip(task.key, work.jobs, strict=True) if isinstance(work, worker.Group) else ():
+            for name, job in (
+                zip(task.key, work.jobs, strict=True) if isinstance(work, worker.Group) else ()
+            ):
                 self._before[name] = job, records.read_record(Path(job.run_dir))
             yield task
 
     def look(self) -> None:
-        """Read the records of running groups every few seconds, and report the subjects that have ended."""
+        """Read the records of running groups every few seconds, and report the subjects that have
+        ended."""
         if time.monotonic() - self._looked < LOOK_SEC:
             return
         self._looked = time.monotonic()
@@ -210,18 +249,26 @@ class GroupsUnderWay:
             return [(task.key, result)]
         for number, (name, job) in enumerate(zip(task.key, work.jobs, strict=True)):
             if self._before.pop(name, None) is not None:
-                folder, record = Path(job.run_dir), result[number] if isinstance(result, list) else result
-                was_done = isinstance(record, ray_fleet.Lost) and records.is_finished(folder, job.mark)
+                folder, record = (
+                    Path(job.run_dir),
+                    result[number] if isinstance(result, list) else result,
+                )
+                was_done = isinstance(record, ray_fleet.Lost) and records.is_finished(
+                    folder, job.mark
+                )
                 found.append((name, records.read_record(folder) if was_done else record))
         return found
 
 
-NOT_SHARED = "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
+NOT_SHARED = (
+    "{name} was trained elsewhere and is not here: --out must be a folder that all machines share"
+)
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A subject has ended as `record` says. If `is_again`, its machine was lost and it starts again elsewhere."""
+    """A subject has ended as `record` says. If `is_again`, its machine was lost and it starts again
+    elsewhere."""
 
     name: str
     record: records.Record
@@ -230,7 +277,8 @@ class Ending:
 
 @contextmanager
 def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
-    """Hold a fleet's folder for the block, and write its subjects. Raises UserError while another holds it."""
+    """Hold a fleet's folder for the block, and write its subjects. Raises UserError while another
+    holds it."""
     out.mkdir(parents=True, exist_ok=True)
     with queue.locked(out, "--out"):
         records.write_names(out, [subject.name for subject in subjects])
@@ -242,7 +290,8 @@ def begun(out: Path, subjects: Sequence[Subject]) -> Iterator[None]:
 
 
 def missing(out: Path, subjects: Sequence[Subject]) -> list[tuple[Subject, str]]:
-    """The subjects that are not done with these settings and photos, each with its mark; a faulty one's is empty."""
+    """The subjects that are not done with these settings and photos, each with its mark; a faulty
+    one's is empty."""
     found = []
     for subject in subjects:
         try:
@@ -260,12 +309,15 @@ def run_fleet(
     machines: Machines,
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
-    train: Callable[[worker.Job | worker.Group], records.Record | list[records.Record]] = worker.train_work,
+    train: Callable[
+        [worker.Job | worker.Group], records.Record | list[records.Record]
+    ] = worker.train_work,
     check: Callable[[Path, records.Record | ray_fleet.Lost], records.Record] | None = None,
     url: str = "",
 ) -> None:
-    """Train all of `todo` on the connected cluster, within `begun`; each subject ends with an `Ending`. A worker calls
-    `train`; `check` compares its answer with the files. `out` may be a local view of `url` (`remote_output`)."""
+    """Train all of `todo` on the connected cluster, within `begun`; each subject ends with an
+    `Ending`. A worker calls `train`; `check` compares its answer with the files. `out` may be a
+    local view of `url` (`remote_output`)."""
 
     def tell(name: str, result: records.Record | ray_fleet.Lost) -> None:
         on_end(Ending(name, (check or checked)(out / name, result)))
@@ -282,14 +334,22 @@ def run_fleet(
         for name in (task.key,) if isinstance(task.key, str) else task.key:
             on_end(Ending(name, records.Record("running", message=reason), is_again=True))
 
-    tasks = grouped(tasks_of(todo, out, machines, on_end, url), machines, len(todo), ray_fleet.room_for)
-    for task, result in ray_fleet.run_tasks(train, groups.noted(tasks), should_stop=stop, on_retry=again):
+    tasks = grouped(
+        tasks_of(todo, out, machines, on_end, url), machines, len(todo), ray_fleet.room_for
+    )
+    for task, result in ray_fleet.run_tasks(
+        train, groups.noted(tasks), should_stop=stop, on_retry=again
+    ):
         for name, found in groups.untold(task, result):
             tell(name, found)
 
 
 def tasks_of(
-    todo: Sequence[tuple[Subject, str]], out: Path, machines: Machines, on_end: Callable[[Ending], None], url: str = ""
+    todo: Sequence[tuple[Subject, str]],
+    out: Path,
+    machines: Machines,
+    on_end: Callable[[Ending], None],
+    url: str = "",
 ) -> Iterator[ray_fleet.Task]:
     """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends here."""
     for subject, mark in todo:
@@ -304,12 +364,17 @@ def tasks_of(
         plan = plan_name(config, machines.gpu_gib)
         settings = {**subject.settings, **({"memory": plan} if plan else {})}
         there = f"{url}/{subject.name}" if url else ""
-        job = worker.Job(str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there)
+        job = worker.Job(
+            str(out / subject.name), settings, mark, machines.cpus, needs.gpus, os.getcwd(), there
+        )
         yield ray_fleet.Task(subject.name, (job,), needs)
 
 
-def checked(run_dir: Path, result: records.Record | ray_fleet.Lost, reason: str = NOT_SHARED) -> records.Record:
-    """The worker's answer, or a failure when its machine was lost or, for this `reason`, its adapter is not here."""
+def checked(
+    run_dir: Path, result: records.Record | ray_fleet.Lost, reason: str = NOT_SHARED
+) -> records.Record:
+    """The worker's answer, or a failure when its machine was lost or, for this `reason`, its
+    adapter is not here."""
     if isinstance(result, ray_fleet.Lost):
         return records.ended(run_dir, "failed", result.reason)
     if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():

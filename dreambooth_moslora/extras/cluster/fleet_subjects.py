@@ -1,11 +1,12 @@
-"""Reads the subjects of a fleet, from a folder of subject folders or a list, into the settings of one run each.
+"""Reads the subjects of a fleet, from a folder of subject folders or a list, into the settings of
+one run each.
 
 SUBJECTS/NAME/*.jpg           a folder; `subject.json` {"token", "class_word"} in each says what it shows
 [[subjects]] folder = "…"     a TOML list; a CSV file has a column per name, a JSONL file a line per subject
 
-A list's names are `folder`, `token`, `class`, `name` (of the run folder; by default the folder's name), and any
-training setting. A subject's own settings override the shared ones. A subject that cannot be trained keeps its
-reason and does not stop the others.
+A list's names are `folder`, `token`, `class`, `name` (of the run folder; by default the folder's
+name), and any training setting. A subject's own settings override the shared ones. A subject that
+cannot be trained keeps its reason and does not stop the others.
 """
 
 import csv
@@ -18,7 +19,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.disk.contents import content_key, file_digest, from_json, read_json, small_text
+from dreambooth_moslora.disk.contents import (
+    content_key,
+    file_digest,
+    from_json,
+    read_json,
+    small_text,
+)
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, find_asset, user_path
 from dreambooth_moslora.disk.run_folder import check_name, find_weights
 from dreambooth_moslora.errors import UserError, one_line
@@ -29,7 +36,10 @@ TOKEN = "sks"
 OWN = ("folder", "token", "class", "class_word", "name")
 GIVEN = "a fleet sets it for each run; leave it out"
 REFUSED = {
-    **dict.fromkeys(("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"), GIVEN),
+    **dict.fromkeys(
+        ("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"),
+        GIVEN,
+    ),
     "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
@@ -40,7 +50,8 @@ CAPTIONS = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Subject:
-    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be trained."""
+    """One run: `name` of its run folder and its training `settings`. `error` says why it cannot be
+    trained."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -48,11 +59,14 @@ class Subject:
 
 
 def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Subject]:
-    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are made in `out`.
-    Raises UserError for a list that cannot be read or is empty, and for two subjects of one name."""
+    """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are
+    made in `out`. Raises UserError for a list that cannot be read or is empty, and for two subjects
+    of one name."""
     refuse({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
-        raise UserError("--hub_model_id: the subjects would overwrite each other; name it in each one's row.")
+        raise UserError(
+            "--hub_model_id: the subjects would overwrite each other; name it in each one's row."
+        )
     source = Path(find_asset(str(source)))
     subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
     if not subjects:
@@ -72,11 +86,15 @@ def refuse(settings: Mapping[str, Any]) -> None:
 def rows_of(source: Path) -> list[dict[str, Any]]:
     """The rows of a list, or one for each folder. Raises UserError."""
     if source.is_dir():
-        folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = sorted(
+            path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
         return [{"folder": str(path)} for path in folders]
     kind = source.suffix.lower()
     if kind not in (".toml", ".csv", ".jsonl"):
-        raise UserError(f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them.")
+        raise UserError(
+            f"{source}: give a folder of subject folders, or a .toml, .csv or .jsonl list of them."
+        )
     if source.exists() and not source.is_file():
         raise UserError(f"{source} is not a regular file.")
     try:
@@ -113,7 +131,8 @@ def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path) -> Subject:
-    """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a usable name."""
+    """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a
+    usable name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
     folder = row.get("folder")
     if not isinstance(folder, str) or not folder:
@@ -128,7 +147,9 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
         raise UserError(f"{folder!r:.80} cannot be a folder: {one_line(error)}.") from error
     check_name(name)
     if name.startswith(".") or name.lower() in FILES_OF_A_FLEET:
-        why = "it begins with a dot" if name.startswith(".") else "the fleet has a file of that name"
+        why = (
+            "it begins with a dot" if name.startswith(".") else "the fleet has a file of that name"
+        )
         raise UserError(f"{name!r} cannot be the name of a subject: {why}.")
     try:
         return Subject(name, settings_of(row, photos, shared, out / name))
@@ -136,7 +157,9 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
         return Subject(name, error=str(error))
 
 
-def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+def settings_of(
+    row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path
+) -> dict[str, Any]:
     """The settings of one run. Raises UserError for settings that no run can have."""
     own = {name: value for name, value in row.items() if name not in OWN}
     refuse(own)
@@ -147,29 +170,38 @@ def settings_of(row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any],
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
     for kind, words in (("token", token), ("class", word)):
-        if word and not (isinstance(words, str) and words.isprintable() and len(words) <= MAX_WORD_CHARACTERS):
+        if word and not (
+            isinstance(words, str) and words.isprintable() and len(words) <= MAX_WORD_CHARACTERS
+        ):
             raise UserError(
                 f"the {kind} {words!r:.40} is no word: give at most {MAX_WORD_CHARACTERS} letters on a line."
             )
     settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
-        raise UserError(f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt.")
+        raise UserError(
+            f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt."
+        )
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
     table.TrainConfig.from_dict(settings)
     return settings
 
 
 def prompts_of(token: str, word: str) -> dict[str, str]:
-    return {"instance_prompt": f"a photo of a {token} {word}", "class_prompt": f"a photo of a {word}"}
+    return {
+        "instance_prompt": f"a photo of a {token} {word}",
+        "class_prompt": f"a photo of a {word}",
+    }
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings, of the photos' names and sizes, of captions, and of the files that the training begins
-    with, wherever they lie: another means another run."""
+    """A digest of the settings, of the photos' names and sizes, of captions, and of the files that
+    the training begins with, wherever they lie: another means another run."""
     files: list[tuple[str, Any]] = []
     for path in sorted(Path(settings["instance_data_dir"]).iterdir()):
         if path.is_file():
-            files.append((path.name, file_digest(path) if path.suffix in CAPTIONS else path.stat().st_size))
+            files.append(
+                (path.name, file_digest(path) if path.suffix in CAPTIONS else path.stat().st_size)
+            )
     for name in table.BEGUN_WITH:
         path = user_path(settings.get(name) or "")
         if name == "init_adapter" and settings.get(name) and path.is_dir():
@@ -177,7 +209,9 @@ def mark_of(settings: Mapping[str, Any]) -> str:
         if path.is_file():
             files.append((name, digest_of(path, path.stat().st_mtime_ns)))
     values = table.TrainConfig.from_dict(settings).to_dict()
-    return content_key(settings={name: values[name] for name in values if name not in PLACES}, files=files)
+    return content_key(
+        settings={name: values[name] for name in values if name not in PLACES}, files=files
+    )
 
 
 @lru_cache(maxsize=64)

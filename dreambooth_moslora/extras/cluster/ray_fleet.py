@@ -1,7 +1,8 @@
-"""Ray, as far as this program uses it: join or start a cluster, and run tasks on it in a bounded window.
+"""Ray, as far as this program uses it: join or start a cluster, and run tasks on it in a bounded
+window.
 
-A task is a module-level function and its arguments. If it raises, or its machine is lost too often, the caller
-gets a `Lost` for it; other tasks go on.
+A task is a module-level function and its arguments. If it raises, or its machine is lost too often,
+the caller gets a `Lost` for it; other tasks go on.
 """
 
 import os
@@ -17,16 +18,21 @@ from dreambooth_moslora.settings.rules import version_of
 
 GIB = 2**30
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
-OBJECT_STORE_BYTES = 100 * 2**20  # Ray's minimum, which suffices: tasks exchange only names and numbers
+# Ray's minimum, which suffices: tasks exchange only names and numbers
+OBJECT_STORE_BYTES = 100 * 2**20
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: one machine alone, listening on the loopback
+    # on Linux too: one machine alone, listening on the loopback
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",  # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
-    "RAY_worker_niceness": "0",  # tasks keep the priority of this process: the machine is here for them
+    # Ray Serve's replicas unpickle from any address: accept only senders with Ray's token
+    "RAY_AUTH_MODE": "token",
+    # tasks keep the priority of this process: the machine is here for them
+    "RAY_worker_niceness": "0",
 }
-WINDOW = 64  # Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow
+# Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow
+WINDOW = 64
 WAIT_SEC = 0.5
 LOST_BY = {
     "WorkerCrashedError": "its worker was killed",
@@ -61,23 +67,33 @@ class Lost:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to Ray for the length of the block. Without an address, start it on this machine alone. Raises UserError
-    when Ray is not installed, does not start here, or no cluster answers."""
-    os.environ.update({name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name})
+    """Connect to Ray for the length of the block. Without an address, start it on this machine
+    alone. Raises UserError when Ray is not installed, does not start here, or no cluster answers.
+    """
+    os.environ.update(
+        {name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name}
+    )
     if version_of("ray") is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
     if address is None:
         os.environ.update(import_environment())
-        options = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options = {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     else:
         options = {"address": address, "runtime_env": {"env_vars": import_environment()}}
     try:
         ray.init(**options, log_to_driver=False, logging_level="error")
-    except Exception as error:  # it raises Exception itself when a busy machine starts it too slowly
+    # it raises Exception itself when a busy machine starts it too slowly
+    except Exception as error:
         where = "on this machine" if address is None else f"at --ray_address {address}"
-        raise UserError(f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}.") from error
+        raise UserError(
+            f"Ray cannot be reached {where}: {one_line(error).removesuffix('.')}."
+        ) from error
     try:
         yield
     finally:
@@ -93,15 +109,18 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, result or `Lost`) as tasks end. At most `window` are submitted at once; one whose machine is lost
-    again up to `retries` times. After `should_stop` none is started; running ones are waited for."""
+    """Yield (task, result or `Lost`) as tasks end. At most `window` are submitted at once; one
+    whose machine is lost again up to `retries` times. After `should_stop` none is started; running
+    ones are waited for."""
     import ray
 
     remote = ray.remote(max_retries=0, max_calls=0)(function)
     source, running, lost = iter(tasks), {}, Counter()
     while True:
         most = window or WINDOW + int(ray.cluster_resources().get("CPU", 0))
-        while len(running) < most and not should_stop() and (task := next(source, None)) is not None:
+        while (
+            len(running) < most and not should_stop() and (task := next(source, None)) is not None
+        ):
             running[submit(remote, task)] = task
         if not running:
             return
@@ -129,7 +148,8 @@ def submit(remote: Any, task: Task) -> Any:
 
 
 def result_of(reference: Any) -> tuple[Any, bool]:
-    """(Its result or `Lost`, whether its worker or machine was lost rather than its function failing)."""
+    """(Its result or `Lost`, whether its worker or machine was lost rather than its function
+    failing)."""
     import ray
 
     try:

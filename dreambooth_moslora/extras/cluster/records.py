@@ -5,8 +5,9 @@ OUT/NAME/fleet.json     a `Record`, written when a training begins and when it h
 OUT/fleet.stop          while it exists, running trainings end at a checkpoint and none begins
 OUT/index.html          a page of all this for a person
 
-The state of a fleet is read from its files alone: the fleet need not be running. The page is one file without scripts:
-small pictures are embedded, links lead to files beside it, and it contains no path of the machine.
+The state of a fleet is read from its files alone: the fleet need not be running. The page is one
+file without scripts: small pictures are embedded, links lead to files beside it, and it contains no
+path of the machine.
 """
 
 import json
@@ -24,16 +25,22 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.pictures import jpeg_url, render
-from dreambooth_moslora.training.explain import NOT_SCORED, advice_after, figures_from, known_config, with_report
+from dreambooth_moslora.training.explain import (
+    NOT_SCORED,
+    advice_after,
+    figures_from,
+    known_config,
+    with_report,
+)
 
 FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
 
 
 @dataclass(frozen=True)
 class Record:
-    """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings; `seconds`: their
-    time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine is not counted. `since`: the clock
-    before the first training of the mark."""
+    """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings;
+    `seconds`: their time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine
+    is not counted. `since`: the clock before the first training of the mark."""
 
     state: str
     mark: str = ""
@@ -112,7 +119,8 @@ class Row:
 
 
 def rows_of(out: Path) -> list[Row]:
-    """All subjects: failures, then alarms, then those least like their photos. Raises UserError for no fleet."""
+    """All subjects: failures, then alarms, then those least like their photos. Raises UserError for
+    no fleet."""
     rows = sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.name)
     rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
     return sorted(rows, key=lambda row: (STATES.index(row.record.state), -len(row.alarms)))
@@ -124,40 +132,62 @@ def row_of(run_dir: Path) -> Row:
         record = Record("waiting")
     try:
         run = run_folder.RunDir(run_dir)
-        config, events = known_config(read_json(run_dir / processes.CONFIG_NAME)), run.read_metrics()
+        config, events = (
+            known_config(read_json(run_dir / processes.CONFIG_NAME)),
+            run.read_metrics(),
+        )
         found = figures_from(events, config)
         found = with_report(found, run) if events else found
-        totals = [None, *(event.get("max_train_steps") for event in events if event.get("type") == "start")]
+        totals = [
+            None,
+            *(event.get("max_train_steps") for event in events if event.get("type") == "start"),
+        ]
         advice = advice_after(found) if record.state == "done" else []
         alarms = [line for line in advice if not line.startswith(NOT_SCORED)]
         likeness = found.scores.get("dino")
-        return Row(run_dir.name, record, config.instance_prompt, found.step, totals[-1], likeness, alarms)
+        return Row(
+            run_dir.name, record, config.instance_prompt, found.step, totals[-1], likeness, alarms
+        )
     except (OSError, UserError):
         return Row(run_dir.name, record)
 
 
 def status_lines(rows: Sequence[Row]) -> list[str]:
-    """The count of each state, the cost, and a line for each subject that needs attention or is running."""
+    """The count of each state, the cost, and a line for each subject that needs attention or is
+    running."""
     counts = {state: sum(row.record.state == state for row in rows) for state in STATES}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of(rows)}"]
     for row in rows:
         if row.record.state not in ("waiting", "done") or row.alarms:
-            far = f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "") if row.step else ""
+            far = (
+                f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "")
+                if row.step
+                else ""
+            )
             more = row.record.message or "; ".join(row.alarms)
             lines.append(f"{row.name}: {row.record.state}{far}" + (f": {more}" if more else ""))
     return lines
 
 
 def cost_of(rows: Sequence[Row]) -> str:
-    hours = {unit: sum(row.record.hours for row in rows if row.record.unit == unit) for unit in ("GPU", "CPU")}
-    return ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent) or "nothing"
+    hours = {
+        unit: sum(row.record.hours for row in rows if row.record.unit == unit)
+        for unit in ("GPU", "CPU")
+    }
+    return (
+        ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent)
+        or "nothing"
+    )
 
 
 SHEET_PX = 320
 MOST_SHEETS = 500
-"""Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter least."""
-PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?")
+"""Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter
+least."""
+PATH = re.compile(
+    r"(?<![\w/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/:;,'\"()]*(?=[\\/]))*[\\/][^\\/\s:;,'\"()]+[\\/]?"
+)
 """A space inside a folder's name belongs to the path; a space in the last part ends it."""
 
 
@@ -165,12 +195,17 @@ def write_index(out: Path, rows: Sequence[Row]) -> Path:
     """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
     shown = []
     for number, row in enumerate(rows):
-        sheet, looks = run_folder.RunDir(out / row.name).contact_sheet_path, [row.record.message, *row.alarms]
+        sheet, looks = (
+            run_folder.RunDir(out / row.name).contact_sheet_path,
+            [row.record.message, *row.alarms],
+        )
         shown.append(
             {
                 "row": row,
                 "name": spelled_out(row.name),
-                "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(row.record.state, "faint"),
+                "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(
+                    row.record.state, "faint"
+                ),
                 "looks": [without_paths(spelled_out(text), out) for text in looks if text],
                 "sheet": sheet_address(sheet) if number < MOST_SHEETS else "",
                 "link": f"{quote(row.name)}/{quote(sheet.name)}",

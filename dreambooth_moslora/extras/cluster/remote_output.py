@@ -1,7 +1,8 @@
-"""A fleet whose `--out` is a URL: each worker trains in a local folder, which is mirrored in the bucket.
+"""A fleet whose `--out` is a URL: each worker trains in a local folder, which is mirrored in the
+bucket.
 
-The rest of the fleet's code works on folders, so the driver keeps a local copy of the few files it needs
-(`VIEWED`).
+The rest of the fleet's code works on folders, so the driver keeps a local copy of the few files it
+needs (`VIEWED`).
 """
 
 import os
@@ -20,7 +21,13 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import fleet_subjects, ray_fleet, records, worker
-from dreambooth_moslora.extras.cluster.bucket import Bucket, Mirror, SupersededError, at_once, read_manifest
+from dreambooth_moslora.extras.cluster.bucket import (
+    Bucket,
+    Mirror,
+    SupersededError,
+    at_once,
+    read_manifest,
+)
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet
 
 VIEWED = (records.FLEET_NAME, processes.CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
@@ -28,14 +35,16 @@ POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
 """Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
 NOT_THERE = "the files of {name} are not in the bucket any more"
 UNSENT = ".unsent"
-"""Marks a folder that may have files which the bucket lacks, by the writer in its manifest, or those that may be."""
+"""Marks a folder that may have files which the bucket lacks, by the writer in its manifest, or
+those that may be."""
 
 
 def train_in_bucket(
     job: worker.Job, train: Callable[[worker.Job], records.Record] = worker.train_subject
 ) -> records.Record:
-    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end. A run whose last files
-    the bucket does not take has failed, unless it was interrupted; it keeps its record."""
+    """Train the subject of `job.url` in a local folder; its files are in the bucket at the end. A
+    run whose last files the bucket does not take has failed, unless it was interrupted; it keeps
+    its record."""
     record = records.Record("failed", job.mark)
     try:
         with mirrored(job) as here:
@@ -49,8 +58,9 @@ def train_in_bucket(
 
 @contextmanager
 def mirrored(job: worker.Job) -> Iterator[worker.Job]:
-    """The same job in a local folder, which starts as a copy of the bucket and is copied back. Raises UserError when
-    the bucket cannot be read or does not take the last files; the folder then stays for a retry."""
+    """The same job in a local folder, which starts as a copy of the bucket and is copied back.
+    Raises UserError when the bucket cannot be read or does not take the last files; the folder then
+    stays for a retry."""
     home = scratch_home(job.url)
     folder = home / Path(job.run_dir).name
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +69,14 @@ def mirrored(job: worker.Job) -> Iterator[worker.Job]:
     with worker.held(folder):  # wait until the training of a lost worker has ended
         begin(mirror, job.mark)
     done = threading.Event()
-    keeper = threading.Thread(target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True)
+    keeper = threading.Thread(
+        target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True
+    )
     keeper.start()
     try:
-        yield replace(job, run_dir=str(folder), settings={**job.settings, "output_dir": str(folder)})
+        yield replace(
+            job, run_dir=str(folder), settings={**job.settings, "output_dir": str(folder)}
+        )
     finally:
         done.set()
         keeper.join()
@@ -88,7 +102,8 @@ def scratch_home(url: str) -> Path:
 
 
 def begin(mirror: Mirror, mark: str) -> None:
-    """Fetch the bucket's files; keep a killed worker's own unless another machine has written since."""
+    """Fetch the bucket's files; keep a killed worker's own unless another machine has written
+    since."""
     unsent = mirror.folder / UNSENT
     record = records.read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
@@ -106,7 +121,8 @@ def begin(mirror: Mirror, mark: str) -> None:
 
 
 def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
-    """Until `done`, push each new checkpoint and pass on a stop of the fleet. Failures are tried again later."""
+    """Until `done`, push each new checkpoint and pass on a stop of the fleet. Failures are tried
+    again later."""
     sent: tuple = ()
     sent_at = looked_at = float("-inf")
     while not done.wait(POLL_SEC):
@@ -152,7 +168,8 @@ class RemoteFleet:
             (folder / run_folder.PUBLISHED_NAME).touch()
 
     def fetch_all(self, names: Sequence[str] | None = None) -> None:
-        """`fetch` these subjects, or those of the fleet's list. Raises UserError when there is none."""
+        """`fetch` these subjects, or those of the fleet's list. Raises UserError when there is
+        none."""
         if names is None:
             self.bucket.download(records.FLEET_NAME, self.view / records.FLEET_NAME)
             try:
@@ -163,20 +180,23 @@ class RemoteFleet:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Copy to the bucket what `fleet.begun` has written, and clear a stop before and after the block."""
+        """Copy to the bucket what `fleet.begun` has written, and clear a stop before and after the
+        block."""
         self.send(records.FLEET_NAME)
         self.bucket.remove(records.STOP_NAME)
         try:
             yield
         finally:
-            with suppress(UserError):  # the block's ending is to be told, and the next fleet clears the stop too
+            # the block's ending is to be told, and the next fleet clears the stop too
+            with suppress(UserError):
                 self.bucket.remove(records.STOP_NAME)
 
     def send(self, name: str) -> None:
         self.bucket.write(name, (self.view / name).read_bytes())
 
     def check(self, run_dir: Path, result: records.Record | ray_fleet.Lost) -> records.Record:
-        """Like `fleet.checked`, for files in the bucket; if they cannot be read, the worker's result counts."""
+        """Like `fleet.checked`, for files in the bucket; if they cannot be read, the worker's
+        result counts."""
         try:
             self.fetch(run_dir.name)
             record = checked(run_dir, result, NOT_THERE)
@@ -208,7 +228,9 @@ class RemoteFleet:
                 stopped.touch()
                 for subject, _ in todo:  # on this machine they need not hear of it from the bucket
                     with suppress(UserError, OSError):
-                        (scratch_home(f"{self.bucket.url}/{subject.name}") / records.STOP_NAME).touch()
+                        (
+                            scratch_home(f"{self.bucket.url}/{subject.name}") / records.STOP_NAME
+                        ).touch()
             if stopped.exists() and not is_told:
                 with suppress(UserError):  # tried again at the next call
                     self.bucket.write(records.STOP_NAME, b"\n")
@@ -225,7 +247,8 @@ class RemoteFleet:
             bucket.write(records.FLEET_NAME, (self.view / name / records.FLEET_NAME).read_bytes())
 
     def publish(self) -> str:
-        """Upload the index, and the list again, as the bucket may have lost it. Returns the index's URL."""
+        """Upload the index, and the list again, as the bucket may have lost it. Returns the index's
+        URL."""
         self.send(records.FLEET_NAME)
         self.send(records.INDEX_NAME)
         return f"{self.bucket.url}/{records.INDEX_NAME}"

@@ -1,11 +1,13 @@
-"""Several adapters on one frozen base: a batch has equally many rows for each adapter with its own A, M, B.
+"""Several adapters on one frozen base: a batch has equally many rows for each adapter with its own
+A, M, B.
 
     y = W0·x + diag(U1·A1, …, UN·AN)·x        U = s·B·M
 
-Each adapter is on a model of its own, and these models share the base's tensors (`twin`). During a step the
-first model computes for all: one product of W0 with all rows, and the adapters' products in batches of N. So a
-step launches about as many kernels for N adapters as for one. Layers other than projections (convolutions)
-apply one adapter after the other; their product with W0 is joint too.
+Each adapter is on a model of its own, and these models share the base's tensors (`twin`). During a
+step the first model computes for all: one product of W0 with all rows, and the adapters' products
+in batches of N. So a step launches about as many kernels for N adapters as for one. Layers other
+than projections (convolutions) apply one adapter after the other; their product with W0 is joint
+too.
 """
 
 import copy
@@ -26,19 +28,30 @@ NAME = "default"  # Of the adapters on each model
 def twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules that shares all tensors, so that it takes almost no memory."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = [tensor.quant_state for tensor in model.parameters() if getattr(tensor, "quant_state", None) is not None]
+    packed = [
+        tensor.quant_state
+        for tensor in model.parameters()
+        if getattr(tensor, "quant_state", None) is not None
+    ]
     return copy.deepcopy(model, {**shared, **{id(state): state for state in packed}})
 
 
 class _StackedLinear(torch.autograd.Function):
-    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y (N·m,…,out). All are of one
-    dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None for a dense one."""
+    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y
+    (N·m,…,out). All are of one dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None
+    for a dense one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor
+    ) -> Tensor:
         rows = x.reshape(len(down), -1, x.shape[-1])
         inner = rows.bmm(down.mT)
-        result = F.linear(rows, weight, bias) if packed is None else fast_linear.linear_4bit(rows, weight, bias, packed)
+        result = (
+            F.linear(rows, weight, bias)
+            if packed is None
+            else fast_linear.linear_4bit(rows, weight, bias, packed)
+        )
         result.baddbmm_(inner, up)
         ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
@@ -57,18 +70,26 @@ class _StackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.packed is not None:
                 weight = fast_linear.dense_weight(weight, ctx.packed).to(grad.dtype)
-            grad_x = grad.flatten(0, 1).mm(weight).view(*inner.shape[:2], -1).baddbmm_(grad_inner, down).view(x.shape)
+            grad_x = (
+                grad.flatten(0, 1)
+                .mm(weight)
+                .view(*inner.shape[:2], -1)
+                .baddbmm_(grad_inner, down)
+                .view(x.shape)
+            )
         return grad_x, None, None, None, grad_down, grad_up
 
 
 class StackedLayer:
-    """The layers of one path in N models; the first computes for all while copies are lent. Raises ValueError when the
-    frozen weights are not the same tensor, and for dropout, DoRA and biases."""
+    """The layers of one path in N models; the first computes for all while copies are lent. Raises
+    ValueError when the frozen weights are not the same tensor, and for dropout, DoRA and biases."""
 
     def __init__(self, layers: tuple[LoraLayer, ...]):
         self.layers, self.base = layers, layers[0].base_layer
         self._copies: tuple[Tensor, Tensor] | None = None
-        if any(layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers):
+        if any(
+            layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers
+        ):
             raise ValueError("stacked adapters need models that share their frozen weights")
         if not all(map(is_plain, layers)):
             raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
@@ -108,7 +129,8 @@ def is_plain(layer: LoraLayer) -> bool:
 
 
 class StackedAdapters:
-    """The adapters of N >= 2 models of one base, on the same layers, of equal shapes; else ValueError."""
+    """The adapters of N >= 2 models of one base, on the same layers, of equal shapes; else
+    ValueError."""
 
     def __init__(self, models: Sequence[torch.nn.Module]):
         if len(models) < 2:
@@ -117,13 +139,15 @@ class StackedAdapters:
         if any(found.keys() != layers[0].keys() for found in layers):
             raise ValueError("stacked adapters are on the same layers")
         stacked = [StackedLayer(tuple(found[path] for found in layers)) for path in layers[0]]
-        self.fast = [unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], NAME) is None]
+        self.fast = [
+            unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], NAME) is None
+        ]
         self.general = [unit for unit in stacked if unit not in self.fast]
 
     @contextmanager
     def for_one_step(self) -> Iterator[fast_linear.StepCopies]:
-        """Let the first model compute for all for the block, in which adapters are constant. A batch has N equal shares
-        of rows, in order. Call `collect` after each backward pass."""
+        """Let the first model compute for all for the block, in which adapters are constant. A
+        batch has N equal shares of rows, in order. Call `collect` after each backward pass."""
         with ExitStack() as stack:
             for unit in self.general:
                 stack.callback(unit.take_back)

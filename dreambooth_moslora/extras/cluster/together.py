@@ -1,14 +1,16 @@
-"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: several runs at once on one base in one process.
+"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: several runs at once on one base in
+one process.
 
-A fleet's worker starts it for a group. Each run folder has its `job_config.json` and its fleet's record, which this
-process updates: running, then how the run ended. At each step, a micro-batch of each run goes through the UNet
-together.
+A fleet's worker starts it for a group. Each run folder has its `job_config.json` and its fleet's
+record, which this process updates: running, then how the run ended. At each step, a micro-batch of
+each run goes through the UNet together.
 
-Everything else is as if the run were alone: seed, noise, photos, loss, optimizer, events, checkpoints, pictures
-and publication. So a run can be resumed alone or with others. Only rounding differs: a matrix product with more
-rows sums in another order.
+Everything else is as if the run were alone: seed, noise, photos, loss, optimizer, events,
+checkpoints, pictures and publication. So a run can be resumed alone or with others. Only rounding
+differs: a matrix product with more rows sums in another order.
 
-    waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes the place
+waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes
+the place
 """
 
 import argparse
@@ -46,9 +48,15 @@ T = TypeVar("T")
 
 
 def together_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="run folders with their settings")
-    parser.add_argument("--at_once", type=int, default=2, help="how many of them train at the same time")
-    parser.add_argument("--share", type=float, default=1.0, help="GPUs or cores that the process holds")
+    parser.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="+", help="run folders with their settings"
+    )
+    parser.add_argument(
+        "--at_once", type=int, default=2, help="how many of them train at the same time"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="GPUs or cores that the process holds"
+    )
 
 
 def run_together(args: argparse.Namespace) -> int:
@@ -60,11 +68,15 @@ def run_together(args: argparse.Namespace) -> int:
 
     with terminal.StopRequest() as stop:
         train_together(members(folders, stop, costs), args.at_once, note)
-    states = [record.state for folder in folders if (record := records.read_record(folder)) is not None]
+    states = [
+        record.state for folder in folders if (record := records.read_record(folder)) is not None
+    ]
     return terminal.INTERRUPTED if "interrupted" in states else 0
 
 
-def members(folders: Sequence[Path], stop: terminal.StopRequest, costs: "Costs") -> Iterator["Member"]:
+def members(
+    folders: Sequence[Path], stop: terminal.StopRequest, costs: "Costs"
+) -> Iterator["Member"]:
     """The runs one by one, as there is room. A faulty run is recorded as failed."""
     for folder in folders:
         if stop():
@@ -122,7 +134,13 @@ class Costs:
         self._divide()
         self._seconds[folder] = 0.0
         record = records.read_record(folder) or records.Record("running")
-        begun = replace(record, state="running", message="", starts=record.starts + 1, machine=socket.gethostname())
+        begun = replace(
+            record,
+            state="running",
+            message="",
+            starts=record.starts + 1,
+            machine=socket.gethostname(),
+        )
         records.write_record(folder, begun)
 
     def ended(self, folder: Path, result: loop.TrainResult | Exception) -> None:
@@ -131,8 +149,14 @@ class Costs:
             state, message = "failed", line_for(result)
         else:
             state, message = "interrupted" if result.interrupted else "done", ""
-        spent, record = self._seconds.pop(folder), records.read_record(folder) or records.Record(state)
-        costs = {"seconds": record.seconds + spent, "hours": record.hours + spent / 3600 * self.share}
+        spent, record = (
+            self._seconds.pop(folder),
+            records.read_record(folder) or records.Record(state),
+        )
+        costs = {
+            "seconds": record.seconds + spent,
+            "hours": record.hours + spent / 3600 * self.share,
+        }
         records.write_record(folder, replace(record, state=state, message=message, **costs))
 
     def _divide(self) -> None:
@@ -143,14 +167,16 @@ class Costs:
 
 
 class SharedBase:
-    """Replaces `load_base`: the UNet stays on the device; encoders and VAE are lent to one run after the other."""
+    """Replaces `load_base`: the UNet stays on the device; encoders and VAE are lent to one run
+    after the other."""
 
     _pipeline: DiffusionPipeline | None = None
 
     def __call__(
         self, config: table.TrainConfig, base: Base, dtype: torch.dtype, device: torch.device
     ) -> DiffusionPipeline:
-        """The pipeline of one run. Its adapter and the components it removes do not affect other runs."""
+        """The pipeline of one run. Its adapter and the components it removes do not affect other
+        runs."""
         if self._pipeline is None:
             pipeline = frozen_base.load_base(config, base, dtype, device)
             denoiser = denoiser_of(pipeline).to(device)
@@ -159,8 +185,13 @@ class SharedBase:
                 lay_together(denoiser, adapters.target_paths(config, facts.denoiser, denoiser))
             self._pipeline = pipeline
         own = copy.copy(self._pipeline)
-        name, scheduler = families.facts_of(type(own).__name__).denoiser, copy.deepcopy(self._pipeline.scheduler)
-        own.register_modules(**{name: stacked_adapters.twin(denoiser_of(self._pipeline))}, scheduler=scheduler)
+        name, scheduler = (
+            families.facts_of(type(own).__name__).denoiser,
+            copy.deepcopy(self._pipeline.scheduler),
+        )
+        own.register_modules(
+            **{name: stacked_adapters.twin(denoiser_of(self._pipeline))}, scheduler=scheduler
+        )
         return own
 
     def rest(self) -> None:
@@ -172,8 +203,9 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class Member:
-    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it begins. Whatever the run
-    does alone happens inside the context manager `within`, which may redirect its log."""
+    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it
+    begins. Whatever the run does alone happens inside the context manager `within`, which may
+    redirect its log."""
 
     plan: Plan
     on_event: Callable[[events.Event], None] | None = None
@@ -192,10 +224,12 @@ class Course:
 
 
 def train_together(
-    members: Iterable[Member], most: int, on_end: Callable[[Member, loop.TrainResult | Exception], None]
+    members: Iterable[Member],
+    most: int,
+    on_end: Callable[[Member, loop.TrainResult | Exception], None],
 ) -> None:
-    """Train all `members`, at most `most` at once; when one ends, the next begins. They must have the same
-    `shared_settings`. `on_end` is called with each member and its result or error."""
+    """Train all `members`, at most `most` at once; when one ends, the next begins. They must have
+    the same `shared_settings`. `on_end` is called with each member and its result or error."""
     base, waiting, under_way = SharedBase(), iter(members), []
 
     def going(member: Member, action: Callable[..., T], *arguments: object) -> T | None:
@@ -230,12 +264,15 @@ def begun(member: Member, base: SharedBase) -> Course:
     """Everything before a member's first step, alone."""
     # a compiled graph would depend on the number of runs
     plan = replace(member.plan, config=replace(member.plan.config, compile="off"))
-    steps = loop.training(plan, member.on_event, member.should_stop, member.make_evaluator(plan), base)
+    steps = loop.training(
+        plan, member.on_event, member.should_stop, member.make_evaluator(plan), base
+    )
     return Course(member, steps, next(steps))
 
 
 def losses_of(runs: Sequence[loop.Training]) -> list[Callable[[], StepLosses]]:
-    """For each run, a function that returns its losses or raises; an error in the common pass ends all."""
+    """For each run, a function that returns its losses or raises; an error in the common pass ends
+    all."""
     found: dict[int, StepLosses | Exception] = {}
     ready, drawn = [], []
     for run in runs if len(runs) > 1 else ():
@@ -246,19 +283,27 @@ def losses_of(runs: Sequence[loop.Training]) -> list[Callable[[], StepLosses]]:
             found[id(run)] = error
     if len(ready) > 1:
         try:
-            found |= zip(map(id, ready), accumulate_together([run.train_step for run in ready], drawn))
+            found |= zip(
+                map(id, ready), accumulate_together([run.train_step for run in ready], drawn)
+            )
         except Exception as error:
             found |= dict.fromkeys(map(id, ready), error)
     else:
         stacked.cache_clear()  # so that ended runs leave memory
-    return [partial(told, found[id(run)]) if id(run) in found else run.accumulate_gradients for run in runs]
+    return [
+        partial(told, found[id(run)]) if id(run) in found else run.accumulate_gradients
+        for run in runs
+    ]
 
 
 def draw(run: loop.Training) -> list[MicroBatch]:
     run.started = time.monotonic()
     step = run.train_step
     step.begin()
-    return [step.micro_batch(step.number_of(turn)) for turn in range(step.config.gradient_accumulation_steps)]
+    return [
+        step.micro_batch(step.number_of(turn))
+        for turn in range(step.config.gradient_accumulation_steps)
+    ]
 
 
 def told(found: StepLosses | Exception) -> StepLosses:
@@ -273,20 +318,32 @@ def stacked(*unets: torch.nn.Module) -> stacked_adapters.StackedAdapters:
     return stacked_adapters.StackedAdapters(unets)
 
 
-def accumulate_together(steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]) -> list[StepLosses]:
+def accumulate_together(
+    steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]
+) -> list[StepLosses]:
     """Accumulate each run's gradients of its next step, from equally many micro-batches `drawn`."""
     first, turns, found = steps[0], list(zip(*drawn, strict=True)), []
     with stacked(*(step.inputs.denoiser for step in steps)).for_one_step() as copies:
         for micros in turns:
             answers = [None] * len(steps)
             if first.base_is_prior:
-                answers = predicted_together(first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)])
+                answers = predicted_together(
+                    first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)]
+                )
             of_each = predicted_together(first.predict, [micro.rows for micro in micros])
-            parts = [step.loss_of(*own) for step, *own in zip(steps, micros, of_each, answers, strict=True)]
-            sum(scaled(step, part.total / len(turns)) for step, part in zip(steps, parts)).backward()
+            parts = [
+                step.loss_of(*own)
+                for step, *own in zip(steps, micros, of_each, answers, strict=True)
+            ]
+            sum(
+                scaled(step, part.total / len(turns)) for step, part in zip(steps, parts)
+            ).backward()
             copies.collect()
             found.append([numbers_of(part) for part in parts])
-    return [step.mean_of(list(numbers)) for step, numbers in zip(steps, zip(*found, strict=True), strict=True)]
+    return [
+        step.mean_of(list(numbers))
+        for step, numbers in zip(steps, zip(*found, strict=True), strict=True)
+    ]
 
 
 def scaled(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:

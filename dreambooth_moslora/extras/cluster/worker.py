@@ -1,13 +1,15 @@
-"""Trains one subject, or several in one process, on one machine: starts a command, and waits for its end.
+"""Trains one subject, or several in one process, on one machine: starts a command, and waits for
+its end.
 
 The training resumes from its newest checkpoint, so a lost machine costs only the steps since then.
 Nothing here imports torch: a worker is small and starts at once.
 
-The process of several is `python -m dreambooth_moslora together`. It writes each subject's record as the subject
-begins and ends. This module writes the records of subjects that the process did not live to end.
+The process of several is `python -m dreambooth_moslora together`. It writes each subject's record
+as the subject begins and ends. This module writes the records of subjects that the process did not
+live to end.
 
-`python -m dreambooth_moslora.extras.cluster.worker PID COMMAND …` is the command, begun by the process PID: when that
-is gone, the training finishes its step, writes a checkpoint and ends.
+`python -m dreambooth_moslora.extras.cluster.worker PID COMMAND …` is the command, begun by the
+process PID: when that is gone, the training finishes its step, writes a checkpoint and ends.
 """
 
 import os
@@ -26,13 +28,22 @@ from typing import Any, BinaryIO
 
 from dreambooth_moslora.disk import events, processes, queue, run_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster.records import Record, ended, is_finished, read_record, stop_path, write_record
+from dreambooth_moslora.extras.cluster.records import (
+    Record,
+    ended,
+    is_finished,
+    read_record,
+    stop_path,
+    write_record,
+)
 
 DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
 POLL_SEC = 0.2
 HOLD_NAME = queue.HOLD_NAME
-"""The worker's lock, which its training inherits, held until that ends, even if the worker dies first."""
-HELD_SEC = 120.0  # How long a training whose worker is gone may take for its last step and checkpoint
+"""The worker's lock, which its training inherits, held until that ends, even if the worker dies
+first."""
+# How long a training whose worker is gone may take for its last step and checkpoint
+HELD_SEC = 120.0
 KILLED_MOST = 3  # How many times one machine starts a training that was killed
 ENDED = ("done", "failed", "interrupted")
 GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
@@ -40,8 +51,9 @@ GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: the run's `settings`, `mark`, share of a machine, and `folder`, where relative paths begin.
-    `url` is the run folder's in a bucket (`remote_output`); of `run_dir` only the name is used then."""
+    """What a worker needs: the run's `settings`, `mark`, share of a machine, and `folder`, where
+    relative paths begin. `url` is the run folder's in a bucket (`remote_output`); of `run_dir` only
+    the name is used then."""
 
     run_dir: str
     settings: Mapping[str, Any]
@@ -57,7 +69,8 @@ class Job:
 
 
 def train_subject(job: Job) -> Record:
-    """Train it to its end, or until the fleet is told to stop. The record is also written into the run folder."""
+    """Train it to its end, or until the fleet is told to stop. The record is also written into the
+    run folder."""
     run_dir = Path(job.run_dir)
     if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
         return read_record(run_dir)
@@ -86,15 +99,16 @@ def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
 
 
 def held(run_dir: Path) -> BinaryIO:
-    """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it does not, and
-    without waiting when a file that the training writes to is a link."""
+    """Lock the folder for a training, after a lost worker's has ended. Raises UserError when it
+    does not, and without waiting when a file that the training writes to is a link."""
     queue.refuse_links(run_dir, "--out")
     end = time.monotonic() + HELD_SEC
     while True:
         try:
             hold = queue.take(run_dir / HOLD_NAME, "--out")
             try:
-                with queue.locked(run_dir):  # refuse while a training that no fleet started runs there
+                # refuse while a training that no fleet started runs there
+                with queue.locked(run_dir):
                     return hold
             except UserError:
                 hold.close()
@@ -113,13 +127,19 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     begun = replace(begun, state="running", message="", unit=job.unit, starts=begun.starts + 1)
     begun = replace(begun, machine=socket.gethostname())
     write_record(run_dir, begun)
-    processes.write_settings(run_dir, {**job.settings, **(resumed(run_dir, before) if is_known else {})})
+    processes.write_settings(
+        run_dir, {**job.settings, **(resumed(run_dir, before) if is_known else {})}
+    )
     started = time.monotonic()
-    process = start_guarded(job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),))
+    process = start_guarded(
+        job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),)
+    )
     code = watch(process, stop_path(run_dir.parent), [run_dir])
     seconds = time.monotonic() - started
     hours = seconds / 3600 * (job.gpus or job.cpus)
-    write_record(run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours))
+    write_record(
+        run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours)
+    )
     return code
 
 
@@ -128,24 +148,27 @@ def goes_on(before: Record | None, job: Job) -> bool:
 
 
 def resumed(run_dir: Path, before: Record) -> dict[str, str]:
-    """The setting that resumes a run which was started before. One that ended before it took the folder, while its base
-    was loaded, has left an earlier run's checkpoints there: none of them is its own."""
+    """The setting that resumes a run which was started before. One that ended before it took the
+    folder, while its base was loaded, has left an earlier run's checkpoints there: none of them is
+    its own."""
     starts = run_folder.RunDir(run_dir).read_metrics(events.RunStarted.kind)
     has_begun = any((event.get("time") or 0) >= before.since for event in starts)
     return {"resume_from_checkpoint": "latest"} if has_begun or not before.since else {}
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:
-    """Start a command of this program that keeps the locks `holds` and does not outlive this process; its log is in the
-    run folder. It has as many threads as cores: on CPUs the result's bytes depend on the number of threads."""
+    """Start a command of this program that keeps the locks `holds` and does not outlive this
+    process; its log is in the run folder. It has as many threads as cores: on CPUs the result's
+    bytes depend on the number of threads."""
     folder = job.folder if os.path.isdir(job.folder) else None
     threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
     return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
 def watch(process: subprocess.Popen, stop: Path, run_dirs: Sequence[Path]) -> int:
-    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a checkpoint; the first of
-    its `run_dirs` is the one that it was started in. It is killed if it does not answer."""
+    """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a
+    checkpoint; the first of its `run_dirs` is the one that it was started in. It is killed if it
+    does not answer."""
     asked = 0.0
     try:
         while process.poll() is None:
@@ -170,19 +193,25 @@ def judged(run_dir: Path, code: int) -> Record:
     log = processes.log_tail(run_dir)
     errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
     is_told = code == MISTAKE and errors
-    return ended(run_dir, "failed", errors[-1] if is_told else processes.why_it_ended(code, log, was_asked=was_asked))
+    return ended(
+        run_dir,
+        "failed",
+        errors[-1] if is_told else processes.why_it_ended(code, log, was_asked=was_asked),
+    )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Subjects for one worker; at most `at_once` of them train at once. Each has the same share of a machine."""
+    """Subjects for one worker; at most `at_once` of them train at once. Each has the same share of
+    a machine."""
 
     jobs: tuple[Job, ...]
     at_once: int
 
 
 def train_work(work: Job | Group) -> Record | list[Record]:
-    """Train a worker's task, one subject or a group, to its end or a stop. Records are in the order of `jobs`."""
+    """Train a worker's task, one subject or a group, to its end or a stop. Records are in the order
+    of `jobs`."""
     if isinstance(work, Job):
         return train_subject(work)
     with ExitStack() as stack:
@@ -198,7 +227,11 @@ def train_work(work: Job | Group) -> Record | list[Record]:
                 ended(run_dir, "failed", str(error))
             else:
                 before = read_record(run_dir)  # what it has cost so far is kept
-                known = before if goes_on(before, job) else Record("waiting", job.mark, since=time.time())
+                known = (
+                    before
+                    if goes_on(before, job)
+                    else Record("waiting", job.mark, since=time.time())
+                )
                 write_record(run_dir, replace(known, state="waiting", message="", unit=job.unit))
                 jobs.append(job)
         train_to_their_ends(jobs, work.at_once, tuple(holds))
@@ -206,7 +239,8 @@ def train_work(work: Job | Group) -> Record | list[Record]:
 
 
 def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -> None:
-    """Run the process; if it is killed, start it again for the subjects that are `left`, a few times."""
+    """Run the process; if it is killed, start it again for the subjects that are `left`, a few
+    times."""
     for _ in range(KILLED_MOST):
         if not left:
             return
@@ -217,13 +251,19 @@ def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -
             return
         code = train_group_once(left, at_once, holds)
         records = [read_record(Path(job.run_dir)) for job in left]
-        left = [job for job, found in zip(left, records) if found is None or found.state not in ENDED]
+        left = [
+            job for job, found in zip(left, records) if found is None or found.state not in ENDED
+        ]
         if code >= 0 or stop_path(first.parent).exists():
             break
     was_asked = stop_path(first.parent).exists()
     for job in left:
         reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
-        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", "" if was_asked and code >= 0 else reason)
+        ended(
+            Path(job.run_dir),
+            "interrupted" if was_asked else "failed",
+            "" if was_asked and code >= 0 else reason,
+        )
 
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
@@ -231,9 +271,18 @@ def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) 
     run_dirs = [Path(job.run_dir) for job in jobs]
     for job, run_dir in zip(jobs, run_dirs, strict=True):
         before = read_record(run_dir)
-        processes.write_settings(run_dir, {**job.settings, **(resumed(run_dir, before) if before.starts else {})})
+        processes.write_settings(
+            run_dir, {**job.settings, **(resumed(run_dir, before) if before.starts else {})}
+        )
     share = jobs[0].gpus or jobs[0].cpus
-    words = ("together", "--at_once", str(at_once), "--share", str(share), *(job.run_dir for job in jobs))
+    words = (
+        "together",
+        "--at_once",
+        str(at_once),
+        "--share",
+        str(share),
+        *(job.run_dir for job in jobs),
+    )
     return watch(start_guarded(jobs[0], words, holds), stop_path(run_dirs[0].parent), run_dirs)
 
 

@@ -1,9 +1,11 @@
-"""Subjects on one frozen basis: A and B are given, and a subject is its mixers M alone (LoRA-XS, arXiv 2405.17604).
+"""Subjects on one frozen basis: A and B are given, and a subject is its mixers M alone (LoRA-XS,
+arXiv 2405.17604).
 
     W0 ≈ U·S·Vᵀ        A = √c·V_rᵀ (r, in)        B = √c·U_r (out, r)        c = the mean of the r largest S
     y  = W0·x + s·B·M·A·x        M (r, r) starts at zero
 
-A basis is the word svd, for the denoiser's own weights, or a raw adapter file, whose A and B are taken.
+A basis is the word svd, for the denoiser's own weights, or a raw adapter file, whose A and B are
+taken.
 """
 
 from contextlib import closing
@@ -20,7 +22,8 @@ from dreambooth_moslora.training.loop import TrainResult, advanced, training
 
 SVD = "svd"
 ADAPTER = "default"
-NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding: roots of eigenvalues in fp64
+# singular values below this share of the largest are rounding: roots of eigenvalues in fp64
+NEGLIGIBLE = 1e-6
 
 
 def train_on_basis(config: TrainConfig, basis: str) -> TrainResult:
@@ -38,12 +41,15 @@ def train_on_basis(config: TrainConfig, basis: str) -> TrainResult:
 
 
 def put_basis(basis: str, components: dict[str, nn.Module]) -> None:
-    """Give the adapter of the denoiser, the first of the components, this A and B, and mixers of zeros.
+    """Give the adapter of the denoiser, the first of the components, this A and B, and mixers of
+    zeros.
 
     Raises UserError for a basis of other layers or sizes, and for an adapter without mixers.
     """
     name, denoiser = next(iter(components.items()))
-    kept = {} if basis == SVD else raw_file.by_module(raw_file.read_raw(Path(basis))[0]).get(name, {})
+    kept = (
+        {} if basis == SVD else raw_file.by_module(raw_file.read_raw(Path(basis))[0]).get(name, {})
+    )
     for path, layer in moslora.adapter_layers(denoiser, ADAPTER).items():
         down, mixer, up = moslora.stored_matrices(layer, ADAPTER)
         if basis == SVD:
@@ -53,7 +59,9 @@ def put_basis(basis: str, components: dict[str, nn.Module]) -> None:
         else:
             raise UserError(f"the basis {basis} has no layer {path:.100}.")
         if mixer is None or (new_down.shape, new_up.shape) != (down.shape, up.shape):
-            raise UserError(f"the basis {basis} is no A and B for the mixer of {path:.100}: give its rank and base.")
+            raise UserError(
+                f"the basis {basis} is no A and B for the mixer of {path:.100}: give its rank and base."
+            )
         parts = {"lora_A": new_down, "lora_B": new_up, "mixer": torch.zeros_like(mixer)}
         raw_file.fill(layer, ADAPTER, parts)
 
@@ -66,8 +74,9 @@ def freeze_basis(components: dict[str, nn.Module]) -> None:
 
 
 def leading_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the eigenvectors of the
-    smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive. Directions beyond the rank of W are zero."""
+    """A (rank, in, …) and B (out, rank) of a weight (out, in, …), in fp64 on the CPU, by the
+    eigenvectors of the smaller of W·Wᵀ and Wᵀ·W. The largest entry on that side is positive.
+    Directions beyond the rank of W are zero."""
     flat = weight.detach().cpu().double().flatten(1)
     is_tall = len(flat) > flat.shape[1]
     wide = flat.T if is_tall else flat

@@ -13,7 +13,12 @@ from dreambooth_moslora.precision import half_precision
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
     about = "device to test (default: the GPU, if there is one)"
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
-    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help="folder of the runs and of the report")
+    parser.add_argument(
+        "--output_dir",
+        default="selftest",
+        metavar="DIR",
+        help="folder of the runs and of the report",
+    )
 
 
 def run_selftest(args: argparse.Namespace) -> int:
@@ -48,10 +53,14 @@ def run_selftest(args: argparse.Namespace) -> int:
     is_cuda = is_on_gpu and best == "cuda"
     launcher = ON_TWO_GPUS if is_cuda and torch.cuda.device_count() > 1 else ()
     env = {} if is_on_gpu else ON_CPU
-    test = SelfTest(folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher)
+    test = SelfTest(
+        folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher
+    )
     found, start = [], time.monotonic()
     for finding in test.findings():
-        print(f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True)
+        print(
+            f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True
+        )
         found.append(finding)
     facts["seconds"] = f"{time.monotonic() - start:.0f}"
     atomic_write(folder / "selftest.json", as_json(facts, found))

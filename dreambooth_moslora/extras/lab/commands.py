@@ -1,5 +1,5 @@
-"""`basis DIR… --out basis.safetensors`: A and B that many subjects share. `compare PHOTOS WORD --mixers none identity`
-or `compare --config STUDY.toml`: arms at an equal budget."""
+"""`basis DIR… --out basis.safetensors`: A and B that many subjects share. `compare PHOTOS WORD
+--mixers none identity` or `compare --config STUDY.toml`: arms at an equal budget."""
 
 import argparse
 import sys
@@ -24,24 +24,64 @@ EVERY_SEC = 5.0
 GROUPS_OF_RUNS = ("optimizer", "samples and evaluation", "run folder", "hub")
 OF_RUNS = (
     *(item.name for item in fields(TrainConfig) if item.metadata["group"] in GROUPS_OF_RUNS),
-    *("instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "subjects"),
-    *("instance_prompt", "class_prompt", "token", "class_word", "enable_bucket", "mixer", "mixer_lr_scale"),
+    *(
+        "instance_data_dir",
+        "dataset_name",
+        "dataset_config_name",
+        "image_column",
+        "caption_column",
+        "subjects",
+    ),
+    *(
+        "instance_prompt",
+        "class_prompt",
+        "token",
+        "class_word",
+        "enable_bucket",
+        "mixer",
+        "mixer_lr_scale",
+    ),
     *("train_mixer", "use_dora", "init_adapter", "train_text_encoder", "train_text_encoder_ti"),
-    *("gradient_accumulation_steps", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps"),
-    *("lr_num_cycles", "lr_power", "use_ema", "ema_decay", "train_text_encoder_ti_frac", "token_abstraction"),
+    *(
+        "gradient_accumulation_steps",
+        "text_encoder_lr",
+        "scale_lr",
+        "lr_scheduler",
+        "lr_warmup_steps",
+    ),
+    *(
+        "lr_num_cycles",
+        "lr_power",
+        "use_ema",
+        "ema_decay",
+        "train_text_encoder_ti_frac",
+        "token_abstraction",
+    ),
     *("num_new_tokens_per_abstraction", "initializer_concept"),
 )
-"""Settings of a run that a basis has no use for: as flags they are refused, in a file they are left out."""
+"""Settings of a run that a basis has no use for: as flags they are refused, in a file they are left
+out."""
 OWN = ("folders", "out", "start", "basis_lr")
 OF_FILES = (*OF_RUNS, *SAID_BY_SUBJECTS)
 """Of the subject in a file, too, what a flag may say of all: `--mask_prompt toy`."""
 
 
 def basis_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json")
-    parser.add_argument("--out", metavar="FILE", required=True, help="its file, such as runs/toys_basis.safetensors")
-    parser.add_argument("--start", metavar="FILE", default="svd", help="an earlier basis (default: that of the base)")
-    parser.add_argument("--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)")
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", help="folders of photos, each with its subject.json"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="its file, such as runs/toys_basis.safetensors"
+    )
+    parser.add_argument(
+        "--start",
+        metavar="FILE",
+        default="svd",
+        help="an earlier basis (default: that of the base)",
+    )
+    parser.add_argument(
+        "--basis_lr", type=float, default=1e-3, help="learning rate of A and B (default: 0.001)"
+    )
     command_train.add_training_flags(parser, hidden=OF_RUNS)
 
 
@@ -63,7 +103,11 @@ def run_basis(args: argparse.Namespace) -> int:
     def progress(done: int, total: int, loss: float, eta_sec: float) -> None:
         if done in (1, total) or time.monotonic() - last[0] > EVERY_SEC:
             last[0] = time.monotonic()
-            print(f"step {done} of {total}, loss {loss:.3f}, {eta_sec:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"step {done} of {total}, loss {loss:.3f}, {eta_sec:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     with terminal.StopRequest() as stop:
         done = learn_basis(config, args.start, out, args.basis_lr, progress, stop)
@@ -110,31 +154,56 @@ def table_of(folder: str) -> dict[str, str]:
     facts = read_json(file) if file.is_file() else {}
     token, word = facts.get("token"), facts.get("class_word")
     if not (token and word):
-        raise UserError(f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.')
+        raise UserError(
+            f'{folder}: write {SUBJECT_FILE} into it, such as {{"token": "sks", "class_word": "dog"}}.'
+        )
     return {"instance_data_dir": str(place), **fleet_subjects.prompts_of(token, word)}
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", metavar="PHOTOS WORD", nargs="*", help="a folder and what it shows, as for `train`")
-    parser.add_argument("--mixers", nargs="+", metavar="MIXER", help="of the arms, the first of which is the reference")
+    parser.add_argument(
+        "words", metavar="PHOTOS WORD", nargs="*", help="a folder and what it shows, as for `train`"
+    )
+    parser.add_argument(
+        "--mixers",
+        nargs="+",
+        metavar="MIXER",
+        help="of the arms, the first of which is the reference",
+    )
     about_base = "base of a study of a folder (default: as `train` chooses)"
     parser.add_argument("--pretrained_model_name_or_path", metavar="BASE", help=about_base)
-    parser.add_argument("--config", metavar="FILE", help="a whole study instead: see assets/studies/mixers.toml")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a whole study instead: see assets/studies/mixers.toml"
+    )
     about_out = "results, and where to resume from (default: runs/study, or runs/compare_WORD)"
     parser.add_argument("--output_dir", metavar="DIR", help=about_out)
-    about_jobs = "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
+    about_jobs = (
+        "trainings at once (default: 1, or what a cluster takes); timings are fair only at 1"
+    )
     parser.add_argument("--jobs", type=int, help=about_jobs)
     command_fleet.add_cluster_flags(parser, of_one="no Ray, and processes of this machine")
-    parser.add_argument("--report_only", action="store_true", help="report what is finished; train nothing")
-    parser.add_argument("--dry_run", action="store_true", help="print what would be trained and what is already done")
+    parser.add_argument(
+        "--report_only", action="store_true", help="report what is finished; train nothing"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would be trained and what is already done",
+    )
 
 
 def run_compare(args: argparse.Namespace) -> int:
     command_fleet.check_shares(args)
     study = load_study(Path(args.config)) if given(args) else study_of(args)
-    out = user_path(args.output_dir or ("runs/study" if args.config else f"runs/compare_{study.subjects[0].name}"))
+    out = user_path(
+        args.output_dir
+        or ("runs/study" if args.config else f"runs/compare_{study.subjects[0].name}")
+    )
     tuning, tests = len(study.tuning_cells()), len(study.test_cells(study.first_rates()))
-    print(f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare", file=sys.stderr)
+    print(
+        f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare",
+        file=sys.stderr,
+    )
     from dreambooth_moslora.extras.lab import run, study_report
 
     if args.dry_run:
@@ -147,7 +216,9 @@ def run_compare(args: argparse.Namespace) -> int:
     progress, jobs = CellProgress(), 0 if args.report_only else max(1, args.jobs or 1)
     if args.ray_address and jobs:
         with ray_fleet.connected(args.ray_address):
-            runner = partial(run.cells_on_cluster, fleet.Machines.of_cluster(args.per_gpu, args.cpus), args.jobs)
+            runner = partial(
+                run.cells_on_cluster, fleet.Machines.of_cluster(args.per_gpu, args.cpus), args.jobs
+            )
             results = run.run_study(study, out.resolve(), jobs, progress, runner)
     else:
         results = run.run_study(study, out, jobs, progress)
@@ -161,9 +232,13 @@ def run_compare(args: argparse.Namespace) -> int:
 def given(args: argparse.Namespace) -> bool:
     """Whether a file gives the study. Raises UserError unless a file or a folder does."""
     if bool(args.config) == bool(args.words):
-        raise UserError("give a folder and a word, as in `compare photos/dog dog`, or a study by --config.")
+        raise UserError(
+            "give a folder and a word, as in `compare photos/dog dog`, or a study by --config."
+        )
     if args.config and (args.mixers or args.pretrained_model_name_or_path):
-        raise UserError("--config names the arms and the base of its study; leave out --mixers and the base.")
+        raise UserError(
+            "--config names the arms and the base of its study; leave out --mixers and the base."
+        )
     return bool(args.config)
 
 
@@ -176,10 +251,15 @@ def study_of(args: argparse.Namespace) -> Study:
     base = args.pretrained_model_name_or_path
     chosen = choices.Choices({"pretrained_model_name_or_path": base} if base else {})
     command_train.choose_base(chosen, folder)
-    exposures = choices.choose_recipe(chosen, None if chosen.base.is_toy else memory.least_free_gib())
+    exposures = choices.choose_recipe(
+        chosen, None if chosen.base.is_toy else memory.least_free_gib()
+    )
     choices.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)
-    recipe, of_arms = chosen.all, ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate")
+    recipe, of_arms = (
+        chosen.all,
+        ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", "learning_rate"),
+    )
     shared = {name: value for name, value in recipe.items() if name not in of_arms}
     return Study(
         subjects=(StudySubject(str(folder), recipe["instance_prompt"], recipe["class_prompt"]),),

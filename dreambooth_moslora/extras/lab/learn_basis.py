@@ -1,9 +1,11 @@
-"""Learns A and B that many subjects share: each subject has its own mixer, and takes its turn with a micro-batch.
+"""Learns A and B that many subjects share: each subject has its own mixer, and takes its turn with
+a micro-batch.
 
     start: A and B of `--start`, all M = 0
     step n: subject k = k(n): M := M_k, one micro-batch of it, a step of Adam on A, B and M_k
 
-The result is a raw adapter file with A and B, and M = 0: an arm of a study takes it with `basis = "FILE"`.
+The result is a raw adapter file with A and B, and M = 0: an arm of a study takes it with `basis =
+"FILE"`.
 """
 
 import math
@@ -39,9 +41,10 @@ def learn_basis(
     progress: Progress,
     should_stop: Callable[[], bool] = bool,
 ) -> int:
-    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the steps done. It starts
-    from the basis `start`. Mixers have the run's learning rate, A and B have `basis_lr`; both fall to zero. The file is
-    written now and then, at the end, and after a stop. Raises UserError."""
+    """Write a basis for the subjects of `config`, learnt in its `max_train_steps`; returns the
+    steps done. It starts from the basis `start`. Mixers have the run's learning rate, A and B have
+    `basis_lr`; both fall to zero. The file is written now and then, at the end, and after a stop.
+    Raises UserError."""
     if len(config.subjects) < 2:
         raise UserError("a basis is learnt over two subjects or more: name a folder for each.")
     with tempfile.TemporaryDirectory() as folder:
@@ -67,16 +70,28 @@ class Learner:
         self.step = step
         (denoiser,) = step.components.values()  # text encoders are not trained
         self.live = [mixer for _, mixer in moslora.mixer_parameters(denoiser)]
-        self.shared = [matrix for name, matrix in moslora.adapter_parameters(denoiser) if not name.endswith(".mixer")]
+        self.shared = [
+            matrix
+            for name, matrix in moslora.adapter_parameters(denoiser)
+            if not name.endswith(".mixer")
+        ]
         size = sum(mixer.numel() for mixer in self.live)
         self.subjects = [torch.nn.Parameter(self.live[0].new_zeros(size)) for _ in range(count)]
-        groups = [{"params": self.shared, "lr": basis_lr}, {"params": self.subjects, "lr": mixer_lr}]
+        groups = [
+            {"params": self.shared, "lr": basis_lr},
+            {"params": self.subjects, "lr": mixer_lr},
+        ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.rates = [basis_lr, mixer_lr]
         self.scaler = step.accelerator.scaler or torch.amp.GradScaler(enabled=False)  # of fp16
 
     def learn(
-        self, total: int, out: Path, config: TrainConfig, progress: Progress, should_stop: Callable[[], bool]
+        self,
+        total: int,
+        out: Path,
+        config: TrainConfig,
+        progress: Progress,
+        should_stop: Callable[[], bool],
     ) -> int:
         began, loss = time.perf_counter(), None
         for number in range(total):
@@ -91,8 +106,8 @@ class Learner:
         return total
 
     def one_step(self, number: int, total: int) -> float:
-        """Train A, B and the mixers of the subject whose turn it is; fp16 skips a step that overflows. Returns the
-        loss."""
+        """Train A, B and the mixers of the subject whose turn it is; fp16 skips a step that
+        overflows. Returns the loss."""
         step, size = self.step, self.step.config.train_batch_size
         subject = self.subjects[step.inputs.instance.subject_at(number * size)]
         put(subject.detach(), self.live)
@@ -106,7 +121,9 @@ class Learner:
                 summed = summed + parts.total.detach()
         loss = float(summed)
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr")
+            raise UserError(
+                f"the loss is {loss} at step {number + 1}: lower --learning_rate or --basis_lr"
+            )
         subject.grad = torch.cat([mixer.grad.flatten() for mixer in self.live])
         self.scaler.unscale_(self.optimizer)
         clip_grad_norm_([*self.shared, subject], step.config.max_grad_norm)

@@ -1,15 +1,17 @@
-"""Runs a study: trains and scores each cell once, in processes here or on a cluster, keeps them, compares arms.
+"""Runs a study: trains and scores each cell once, in processes here or on a cluster, keeps them,
+compares arms.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
     OUT/cache, OUT/running       encoded photos (`encodings_folder`), and the run folder of the current training
 
-The file name has a digest of everything that the result depends on. A worker keeps the base, the encoders and each
-subject's base pictures in memory between cells.
+The file name has a digest of everything that the result depends on. A worker keeps the base, the
+encoders and each subject's base pictures in memory between cells.
 
-Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are taken pair
-by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss has the form of the
-MoSLoRA paper's human study (arXiv 2406.11909, section 4.3), with DINO and CLIP-T instead of people.
+Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are
+taken pair by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss
+has the form of the MoSLoRA paper's human study (arXiv 2406.11909, section 4.3), with DINO and
+CLIP-T instead of people.
 """
 
 import hashlib
@@ -52,7 +54,13 @@ from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.plan.checks import family_settings
 from dreambooth_moslora.settings import measures, rows, toys
 from dreambooth_moslora.settings.families import text_options_of
-from dreambooth_moslora.settings.table import BEGUN_WITH, KRONECKER, TrainConfig, layer_parameters, rank_and_alpha
+from dreambooth_moslora.settings.table import (
+    BEGUN_WITH,
+    KRONECKER,
+    TrainConfig,
+    layer_parameters,
+    rank_and_alpha,
+)
 from dreambooth_moslora.training.loop import train
 
 
@@ -66,7 +74,8 @@ def judged() -> list[str]:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of those `judged`."""
+    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of
+    those `judged`."""
 
     cell: Cell
     scores: dict[str, float]
@@ -87,7 +96,8 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm against the reference at one rank: paired differences, and win/tie/loss fractions by measure."""
+    """One arm against the reference at one rank: paired differences, and win/tie/loss fractions by
+    measure."""
 
     arm: str
     rank: int
@@ -96,22 +106,31 @@ class Outcome:
 
 
 def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
-    """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the lower one at a tie."""
+    """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the
+    lower one at a tie."""
     best = study.first_rates()
     for key, curve in rate_curves(study, results).items():
         best[key] = max(sorted(curve), key=curve.__getitem__)
     return best
 
 
-def rate_curves(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], dict[float, float]]:
+def rate_curves(
+    study: Study, results: Sequence[Result]
+) -> dict[tuple[str, int], dict[float, float]]:
     """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
         if result.cell.stage == "tune":
-            found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(result.scores["score"])
+            found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(
+                result.scores["score"]
+            )
     curves = {}
     for key, by_rate in found.items():
-        whole = {rate: scores for rate, scores in by_rate.items() if len(scores) == len(study.tuning_subjects)}
+        whole = {
+            rate: scores
+            for rate, scores in by_rate.items()
+            if len(scores) == len(study.tuning_subjects)
+        }
         if whole:
             curves[key] = {rate: float(np.mean(scores)) for rate, scores in whole.items()}
     return curves
@@ -122,21 +141,30 @@ def seeds_of(results: Sequence[Result]) -> list[int]:
 
 
 def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
-    """The results without seeds that have fewer cells than others: one still running would make each arm incomplete."""
+    """The results without seeds that have fewer cells than others: one still running would make
+    each arm incomplete."""
     counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
     most = max(counts.values(), default=0)
     return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
 
 
-def tables(results: Sequence[Result], of: Callable[[Result], Any]) -> dict[tuple[str, int], np.ndarray]:
-    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is complete."""
+def tables(
+    results: Sequence[Result], of: Callable[[Result], Any]
+) -> dict[tuple[str, int], np.ndarray]:
+    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
+    complete."""
     tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
-    subjects, seeds = (sorted({getattr(r.cell, name) for r in tested}) for name in ("subject", "seed"))
+    subjects, seeds = (
+        sorted({getattr(r.cell, name) for r in tested}) for name in ("subject", "seed")
+    )
     found: dict = defaultdict(dict)
     for r in tested:
         found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
     whole = {key: own for key, own in found.items() if len(own) == len(subjects) * len(seeds)}
-    made = {key: np.array([[own[one, seed] for seed in seeds] for one in subjects]) for key, own in whole.items()}
+    made = {
+        key: np.array([[own[one, seed] for seed in seeds] for one in subjects])
+        for key, own in whole.items()
+    }
     return {key: table for key, table in made.items() if np.isfinite(table).all()}
 
 
@@ -149,7 +177,11 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     by_measure, found = score_tables_of(results), []
     for arm, rank in by_measure["score"]:
         own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
-        scores = {m: metrics.bootstrap_mean(t[arm, rank]) for m, t in by_measure.items() if (arm, rank) in t}
+        scores = {
+            m: metrics.bootstrap_mean(t[arm, rank])
+            for m, t in by_measure.items()
+            if (arm, rank) in t
+        }
         cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
         found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
     return found
@@ -164,9 +196,12 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
         if ours == reference or reference not in by_measure["score"]:
             continue
         both = {measure: t for measure, t in by_measure.items() if ours in t and reference in t}
-        differences = {measure: metrics.bootstrap_mean(t[ours] - t[reference]) for measure, t in both.items()}
+        differences = {
+            measure: metrics.bootstrap_mean(t[ours] - t[reference]) for measure, t in both.items()
+        }
         wins = {}
-        for measure, table in pictures.items():  # of the pairs of pictures of equal subject, seed, prompt and noise
+        # of the pairs of pictures of equal subject, seed, prompt and noise
+        for measure, table in pictures.items():
             difference, margin = table[ours] - table[reference], study.tie * table[reference].std()
             signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
             wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
@@ -183,19 +218,27 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 
 
 def materials(study: Study, cell: Cell) -> list[Path]:
-    """The local files that a result depends on: photos, base, encoders and what the arm begins with. Hub models are
-    identified by name."""
+    """The local files that a result depends on: photos, base, encoders and what the arm begins
+    with. Hub models are identified by name."""
     base, protocol = study.base.path, study.protocol
     beside = [toys.DINO_FOLDER] if study.base.is_toy else []
     mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
-    found = [base, mine.photos, *(one.photos for one in mine.beside), protocol.clip, protocol.dino, *beside]
+    found = [
+        base,
+        mine.photos,
+        *(one.photos for one in mine.beside),
+        protocol.clip,
+        protocol.dino,
+        *beside,
+    ]
     found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
     return [Path(path) for path in found if path and Path(path).exists()]
 
 
 @lru_cache(maxsize=64)
 def content_of(path: Path) -> str:
-    """A digest of a file, or of a folder without .md files; of large files their size and last bytes."""
+    """A digest of a file, or of a folder without .md files; of large files their size and last
+    bytes."""
     files, marks = [path], []
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
@@ -204,7 +247,9 @@ def content_of(path: Path) -> str:
         with file.open("rb") as opened:
             opened.seek(size - END_BYTES if size > WHOLE_BYTES else 0)
             mark = hashlib.file_digest(opened, "sha256").hexdigest()
-        marks.append((str(file.relative_to(path)), f"{size} {mark}" if size > WHOLE_BYTES else mark))
+        marks.append(
+            (str(file.relative_to(path)), f"{size} {mark}" if size > WHOLE_BYTES else mark)
+        )
     return content_key(files=marks)
 
 
@@ -216,9 +261,14 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
     pipeline = pipeline_from(study.base)
     pipeline.load_adapter(run_dir, "cell")
-    options = {"batch_size": 8, "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir))}
+    options = {
+        "batch_size": 8,
+        "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir)),
+    }
     try:
-        return score_tables.evaluate_adapter(pipeline, "cell", evaluator_of(study, cell.subject), **options)
+        return score_tables.evaluate_adapter(
+            pipeline, "cell", evaluator_of(study, cell.subject), **options
+        )
     finally:
         pipeline.unload_adapter("cell")
 
@@ -230,20 +280,31 @@ EVALUATORS: dict[str, score_tables.Evaluator] = {}
 
 
 def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
-    """Of the subject alone, whatever an arm trains beside it; it knows the photos of its companions."""
+    """Of the subject alone, whatever an arm trains beside it; it knows the photos of its
+    companions."""
     subject, protocol = study.subject(name), study.protocol
     base = study.base.name
     key = f"{base} {subject} {protocol}"
     if key in EVALUATORS:
         return EVALUATORS[key]
     encoders = encoders_of(base, protocol.clip, protocol.dino)
-    config = study.config_of(Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")).each_subject[0]
+    config = study.config_of(
+        Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")
+    ).each_subject[0]
     photos, pictures = photo_report(config).photos, protocol.images_per_prompt
-    counts = (protocol.num_prompts, pictures, protocol.class_images, protocol.unrelated, protocol.inference_steps)
+    counts = (
+        protocol.num_prompts,
+        pictures,
+        protocol.class_images,
+        protocol.unrelated,
+        protocol.inference_steps,
+    )
     plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
     resolution_px = pipeline_from(study.base).resolution_px
     truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
-    made = score_tables.Evaluator(plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth)
+    made = score_tables.Evaluator(
+        plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth
+    )
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
         made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
@@ -266,11 +327,16 @@ class Progress:
 
 
 def run_study(
-    study: Study, out: Path, jobs: int, on_progress: Callable[[Progress], None], runner: Callable | None = None
+    study: Study,
+    out: Path,
+    jobs: int,
+    on_progress: Callable[[Progress], None],
+    runner: Callable | None = None,
 ) -> list[Result]:
-    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without failed cells. A
-    failed cell does not stop the others; a second run tries it again. A learning rate at which a training fails cannot
-    be chosen. With `jobs` 0 only finished results are read. `runner` replaces `run_cells`."""
+    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without
+    failed cells. A failed cell does not stop the others; a second run tries it again. A learning
+    rate at which a training fails cannot be chosen. With `jobs` 0 only finished results are read.
+    `runner` replaces `run_cells`."""
     ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
 
     def finished(cells: list[Cell]) -> list[Result]:
@@ -286,26 +352,39 @@ def run_study(
 
 
 def compared_cells(study: Study, tuned: Sequence[Result]) -> list[Cell]:
-    """Those of the comparison, once every arm and rank with several rates has at least one to choose."""
+    """Those of the comparison, once every arm and rank with several rates has at least one to
+    choose."""
     cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
-    return study.test_cells(best_rates(study, tuned)) if cells <= rate_curves(study, tuned).keys() else []
+    return (
+        study.test_cells(best_rates(study, tuned))
+        if cells <= rate_curves(study, tuned).keys()
+        else []
+    )
 
 
 def unfinished(study: Study, out: Path) -> list[Cell]:
-    """The cells without a result in `out`; of the comparison only those whose learning rate has been chosen."""
+    """The cells without a result in `out`; of the comparison only those whose learning rate has
+    been chosen."""
     cells = study.tuning_cells()
     cells += compared_cells(study, read_results(study, cells, out))
     return [cell for cell in cells if not result_path(study, cell, out).is_file()]
 
 
-def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> Iterator[tuple[Cell, float, str]]:
+def run_cells(
+    study: Study, cells: list[Cell], ranks, out: Path, jobs: int
+) -> Iterator[tuple[Cell, float, str]]:
     """(cell, seconds, error) as they end; several jobs are processes that share the GPUs."""
     if jobs == 1 or len(cells) <= 1:
         yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
         return
     threads, context = max(1, (os.cpu_count() or 1) // jobs), get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, begin_worker, (threads, os.getpid(), context.Value("i", 0))) as pool:
-        futures = [pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells]
+    with ProcessPoolExecutor(
+        jobs, context, begin_worker, (threads, os.getpid(), context.Value("i", 0))
+    ) as pool:
+        futures = [
+            pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs)
+            for cell in cells
+        ]
         try:
             yield from (future.result() for future in as_completed(futures))
         except BaseException:
@@ -314,9 +393,16 @@ def run_cells(study: Study, cells: list[Cell], ranks, out: Path, jobs: int) -> I
 
 
 def cells_on_cluster(
-    machines: fleet.Machines, most: int | None, study: Study, cells: list[Cell], ranks, out: Path, _jobs: int
+    machines: fleet.Machines,
+    most: int | None,
+    study: Study,
+    cells: list[Cell],
+    ranks,
+    out: Path,
+    _jobs: int,
 ) -> Iterator[tuple[Cell, float, str]]:
-    """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold, or `most`."""
+    """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold,
+    or `most`."""
 
     def tasks() -> Iterator[ray_fleet.Task]:
         for cell in cells:
@@ -327,11 +413,16 @@ def cells_on_cluster(
 
     started = time.monotonic()
     for task, result in ray_fleet.run_tasks(run_cell, tasks(), window=most):
-        yield (task.key, time.monotonic() - started, result.reason) if isinstance(result, ray_fleet.Lost) else result
+        yield (
+            (task.key, time.monotonic() - started, result.reason)
+            if isinstance(result, ray_fleet.Lost)
+            else result
+        )
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
-    """Of `jobs` processes: a share of the cores, a GPU, an end with its parent. `begun` counts them."""
+    """Of `jobs` processes: a share of the cores, a GPU, an end with its parent. `begun` counts
+    them."""
     torch.set_num_threads(threads)
     with begun.get_lock():
         number, begun.value = begun.value, begun.value + 1
@@ -342,13 +433,17 @@ def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
 
 
 def gpu_of(number: int, count: int, visible: str | None) -> str | None:
-    """The GPU of worker `number` by its driver's name: one of `count`, of those `visible`. None without a choice."""
+    """The GPU of worker `number` by its driver's name: one of `count`, of those `visible`. None
+    without a choice."""
     names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
     return names[number % count] if count > 1 else None
 
 
-def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: str = "") -> tuple[Cell, float, str]:
-    """Train, score, write the result, delete the run folder. `folder`: the command's, for a study's paths."""
+def run_cell(
+    study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: str = ""
+) -> tuple[Cell, float, str]:
+    """Train, score, write the result, delete the run folder. `folder`: the command's, for a study's
+    paths."""
     if folder:
         os.chdir(folder)
     started = time.monotonic()
@@ -371,8 +466,8 @@ def run_cell(study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: 
 
 
 def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict[str, float]:
-    """Train, on a basis if one is given; returns seconds in total and per step (median), peak memory and the number
-    of trained parameters."""
+    """Train, on a basis if one is given; returns seconds in total and per step (median), peak
+    memory and the number of trained parameters."""
     processes.reset_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -390,8 +485,8 @@ def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict
 
 
 def encodings_folder(config: TrainConfig, out: Path) -> dict[str, str]:
-    """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a base that the hub's
-    cache has would be fetched once more."""
+    """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a
+    base that the hub's cache has would be fetched once more."""
     base = Base.of(config)
     is_here = base.source == "folder" and not base.vae
     own = {"cache_dir": str(out / "cache")} if is_here and not config.cache_dir else {}
@@ -403,7 +498,10 @@ def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
     mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
-    folders = [str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}") for one in config.each_subject]
+    folders = [
+        str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}")
+        for one in config.each_subject
+    ]
     if not config.subjects:
         return {"class_data_dir": folders[0]}
     tables = zip(config.subjects, folders, strict=True)
@@ -424,18 +522,24 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     for arm, rank in found if study.budget != "rank" else ():
         cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
         config = study.config_of(cell, rank, Path("unused"))
-        budget = sum(rank * (inputs + outputs) for inputs, outputs in projections_of(config).values())
-        factor = config.mixer_factor if config.mixer == KRONECKER else 1  # ties the numbers of factor**2 ranks
+        budget = sum(
+            rank * (inputs + outputs) for inputs, outputs in projections_of(config).values()
+        )
+        # ties the numbers of factor**2 ranks
+        factor = config.mixer_factor if config.mixer == KRONECKER else 1
         step = 2 if config.mixer == "butterfly" else factor
         on_basis = bool(study.basis_of(arm))
-        gaps = {r: abs(count_parameters(config, r, on_basis) - budget) for r in range(step, rank * factor**2 + 1, step)}
+        gaps = {
+            r: abs(count_parameters(config, r, on_basis) - budget)
+            for r in range(step, rank * factor**2 + 1, step)
+        }
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
 
 def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> int:
-    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank. On a basis the
-    mixers alone are learnt."""
+    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank.
+    On a basis the mixers alone are learnt."""
     own, found = replace(config, rank=rank), 0
     for path, (inputs, outputs) in projections_of(own).items():
         r, _ = rank_and_alpha(own, "unet", path)
@@ -446,17 +550,22 @@ def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> 
 
 def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
     base = Base.of(config)
-    return projections(base, family_settings(config, base).get("target_modules", config.target_modules))
+    return projections(
+        base, family_settings(config, base).get("target_modules", config.target_modules)
+    )
 
 
 @lru_cache(maxsize=8)
 def projections(base: Base, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for convolutions."""
+    """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for
+    convolutions."""
     facts = base.facts
     if facts is None or base.file:
         denoiser = denoiser_of(pipeline_from(base).pipeline)
     else:
-        sizes = getattr(diffusers, facts.model).load_config(base.place, subfolder=facts.denoiser, **base.version)
+        sizes = getattr(diffusers, facts.model).load_config(
+            base.place, subfolder=facts.denoiser, **base.version
+        )
         denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})
     layers = moslora.matrix_layers(denoiser).items()
     shapes = {path: layer.weight.shape for path, layer in layers if rows.is_adapted(path, targets)}

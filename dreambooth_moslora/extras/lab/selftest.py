@@ -1,4 +1,5 @@
-"""Tests what this project claims on a machine: trains on the device and on the CPU, and compares the results.
+"""Tests what this project claims on a machine: trains on the device and on the CPU, and compares
+the results.
 
 losses      the device's losses equal the CPU's, in full and half precision
 published   the files of the device's run are verified (`lora.proof`)
@@ -11,13 +12,14 @@ cards       those of two processes, one on each of two GPUs, equal those of one
 step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
 lower bound
 
-Each training is the training command, with the embedded base and painted photos. The random UNet is one random megabyte
-repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
+Each training is the training command, with the embedded base and painted photos. The random UNet is
+one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
 
     python -m dreambooth_moslora.extras.lab.selftest
 
-measures that step alone, and prints one line of JSON: `floor_sec` (the frozen UNet's forward pass and the gradient of
-its input), `step_sec` (the trainer's step, with the update), and `peak_gib` of the process, or of a GPU's tensors.
+measures that step alone, and prints one line of JSON: `floor_sec` (the frozen UNet's forward pass
+and the gradient of its input), `step_sec` (the trainer's step, with the update), and `peak_gib` of
+the process, or of a GPU's tensors.
 """
 
 import argparse
@@ -53,8 +55,8 @@ from dreambooth_moslora.training import photo_stream, prepare, reporter
 from dreambooth_moslora.training.step import GOES_ON, TrainStep
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
-"""Size of the UNet -> widths of its two texts. "sdxl" has 2.57 billion parameters, "small" the same topology with a
-fortieth of the width."""
+"""Size of the UNet -> widths of its two texts. "sdxl" has 2.57 billion parameters, "small" the same
+topology with a fortieth of the width."""
 
 
 def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
@@ -78,7 +80,8 @@ def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditi
 
 
 def made(build: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
-    """Build on the meta device, then fill: the modules' own initialisation of billions of numbers takes minutes."""
+    """Build on the meta device, then fill: the modules' own initialisation of billions of numbers
+    takes minutes."""
     with torch.device("meta"):
         module = torch.nn.Module.to(build(), dtype)
     module.to_empty(device="cpu")
@@ -111,14 +114,21 @@ def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
             buffer.copy_(torch.arange(buffer.shape[-1]))
 
 
-def random_materials(size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16) -> prepare.TrainInputs:
+def random_materials(
+    size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16
+) -> prepare.TrainInputs:
     """What a run prepares, of a random UNet and one random photo and prompt."""
     side = resolution_px // 8
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    embeds, pooled = torch.randn(77, sum(WIDTHS[size])).to(dtype), torch.randn(WIDTHS[size][1]).to(dtype)
+    embeds, pooled = (
+        torch.randn(77, sum(WIDTHS[size])).to(dtype),
+        torch.randn(WIDTHS[size][1]).to(dtype),
+    )
     text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipeline = StableDiffusionXLPipeline(**parts, unet=random_unet(size, dtype), scheduler=scheduler)
+    pipeline = StableDiffusionXLPipeline(
+        **parts, unet=random_unet(size, dtype), scheduler=scheduler
+    )
     latents = torch.randn(4, side, side)
     return materials_of(pipeline, load.SDXL_FAMILY, text, latents, resolution_px, dtype)
 
@@ -155,7 +165,11 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    found = {"floor_sec": second_of(floor_step(materials, config, accelerator.device), accelerator.device)}
+    found = {
+        "floor_sec": second_of(
+            floor_step(materials, config, accelerator.device), accelerator.device
+        )
+    }
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
     def step() -> None:
@@ -164,27 +178,46 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 
     found["step_sec"] = second_of(step, accelerator.device)
     is_cuda = accelerator.device.type == "cuda"
-    peak_gib = torch.cuda.max_memory_allocated() / GIB if is_cuda else reporter.memory_gib(accelerator.device)
+    peak_gib = (
+        torch.cuda.max_memory_allocated() / GIB
+        if is_cuda
+        else reporter.memory_gib(accelerator.device)
+    )
     return found | {"peak_gib": peak_gib}
 
 
-def floor_step(materials: prepare.TrainInputs, config: TrainConfig, device: torch.device) -> Callable[[], None]:
-    """One forward pass of the frozen UNet in training mode and its input's gradient: the lower bound of a step."""
-    unet, batch = materials.pipeline.unet.train(), materials.batch_at(0, config.train_batch_size, 1, bool)
-    texts = [pipelines.in_dtype(text, device, materials.dtype) for text in materials.prompt_embeds(batch.prompts)]
+def floor_step(
+    materials: prepare.TrainInputs, config: TrainConfig, device: torch.device
+) -> Callable[[], None]:
+    """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
+    bound of a step."""
+    unet, batch = (
+        materials.pipeline.unet.train(),
+        materials.batch_at(0, config.train_batch_size, 1, bool),
+    )
+    texts = [
+        pipelines.in_dtype(text, device, materials.dtype)
+        for text in materials.prompt_embeds(batch.prompts)
+    ]
     words, sizes = materials.family.arguments(texts), batch.time_ids.to(device)
     times = torch.tensor([500], device=device)
 
     def step() -> None:
-        noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype).requires_grad_()
-        materials.family.predict(unet, noisy, times, sizes, **words).float().square().mean().backward()
+        noisy = torch.randn_like(
+            batch.latents, device=device, dtype=materials.dtype
+        ).requires_grad_()
+        materials.family.predict(
+            unet, noisy, times, sizes, **words
+        ).float().square().mean().backward()
 
     return step
 
 
 def second_of(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a second call of `step`; the first warms up."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
+        device.type, lambda: None
+    )
     step()
     wait()
     start = time.perf_counter()
@@ -202,14 +235,18 @@ def main() -> None:
     args = parser.parse_args()
     processes.keep_freed_memory()
     fixed = {"rank": 16, "train_batch_size": 1, "seed": 0, "instance_data_dir": "."}
-    asked = {name: getattr(args, name) for name in ("resolution", "gradient_checkpointing", "mixed_precision")}
+    asked = {
+        name: getattr(args, name)
+        for name in ("resolution", "gradient_checkpointing", "mixed_precision")
+    }
     config = TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog")
     print(json.dumps(measure(args.size, config)))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
 STEPS, STOPPED_AT = 6, 3
-TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}  # Of a loss to the CPU's in fp32; TF32 keeps 10 bits
+# Of a loss to the CPU's in fp32; TF32 keeps 10 bits
+TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
 FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
 FULL_PX, CPU_PX = 1024, 512
 STEP_PLANS = ("full", "recompute")
@@ -229,8 +266,9 @@ class Finding:
 
 @dataclass
 class SelfTest:
-    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL if `free_gib`.
-    `compiles`: compiled blocks are tried too. `launcher`: words that start two processes, if given."""
+    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL
+    if `free_gib`. `compiles`: compiled blocks are tried too. `launcher`: words that start two
+    processes, if given."""
 
     folder: Path
     precisions: tuple[str, ...] = ("no",)
@@ -246,21 +284,36 @@ class SelfTest:
         self.photos.mkdir(parents=True)
         for number in range(3):  # a disc on a plain ground
             photo = Image.new("RGB", (160, 160), (60 * number, 140, 200 - 60 * number))
-            ImageDraw.Draw(photo).ellipse((30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40))
+            ImageDraw.Draw(photo).ellipse(
+                (30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40)
+            )
             photo.save(self.photos / f"{number}.png")
 
     def findings(self) -> Iterator[Finding]:
-        """Yields each result as soon as it is known. A run that fails is a result, and ends the test."""
+        """Yields each result as soon as it is known. A run that fails is a result, and ends the
+        test."""
         try:
             expected = losses(SelfTest(self.folder, env=ON_CPU).train("cpu"))
             for precision in self.precisions:
                 found = losses(self.train(f"device_{precision}", mixed_precision=precision))
-                name, far = "fp32" if precision == "no" else precision, largest_difference(found, expected)
+                name, far = (
+                    "fp32" if precision == "no" else precision,
+                    largest_difference(found, expected),
+                )
                 said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
-                yield Finding(f"losses, {name}", far <= TOLERANCE[precision], said, {"relative_difference": far})
-            proof = next(e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export")
+                yield Finding(
+                    f"losses, {name}",
+                    far <= TOLERANCE[precision],
+                    said,
+                    {"relative_difference": far},
+                )
+            proof = next(
+                e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export"
+            )
             far = proof["max_relative_difference"]
-            yield Finding("published", True, f"both files reload to {far:.1e}", {"relative_difference": far})
+            yield Finding(
+                "published", True, f"both files reload to {far:.1e}", {"relative_difference": far}
+            )
             yield from self.resumed()
             yield self.generated()
             if self.compiles:
@@ -289,12 +342,17 @@ class SelfTest:
 
     def are_equal(self, one: str, other: str) -> bool:
         contents = [self.run(name).adapter_path.read_bytes() for name in (one, other)]
-        first, second = (content[8 + int.from_bytes(content[:8], "little") :] for content in contents)
+        first, second = (
+            content[8 + int.from_bytes(content[:8], "little") :] for content in contents
+        )
         return first == second
 
     def compiled(self) -> Finding:
-        """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is no failure."""
-        far = largest_difference(losses(self.train("compiled", compile="on")), losses(self.run("device_no")))
+        """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
+        no failure."""
+        far = largest_difference(
+            losses(self.train("compiled", compile="on")), losses(self.run("device_no"))
+        )
         said = f"losses with compiled blocks, at most {far:.1e} from those without"
         if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
             said = f"compiled blocks cannot be made here; {GOES_ON}"
@@ -303,17 +361,28 @@ class SelfTest:
     def cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
         alone = losses(self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2))
-        far = largest_difference(losses(self.train("two_cards", self.launcher, train_batch_size=1)), alone)
+        far = largest_difference(
+            losses(self.train("two_cards", self.launcher, train_batch_size=1)), alone
+        )
         said = f"{len(alone)} losses of two processes, at most {far:.1e} from those of one"
         return Finding("cards", far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def generated(self) -> Finding:
-        words = ["--adapter", self.run("device_no").path, "--prompt", "a photo of a sks robot", "--steps", "8"]
+        words = [
+            "--adapter",
+            self.run("device_no").path,
+            "--prompt",
+            "a photo of a sks robot",
+            "--steps",
+            "8",
+        ]
         words += ["--output_dir", self.folder / "pictures"]
         self.call("generate", [*self.program, "generate", *words])
         picture = next((self.folder / "pictures").glob("*.png"))
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
-        return Finding("generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread")
+        return Finding(
+            "generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread"
+        )
 
     def step(self, free_gib: float, size: str = "sdxl") -> Iterator[Finding]:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
@@ -334,7 +403,12 @@ class SelfTest:
         try:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
-            yield Finding("step", True, f"left out: four steps take longer than {STEP_SEC} s here; {told}", needs)
+            yield Finding(
+                "step",
+                True,
+                f"left out: four steps take longer than {STEP_SEC} s here; {told}",
+                needs,
+            )
             return
         said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
         yield Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
@@ -357,14 +431,19 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        words = [word for key, value in (settings | changes).items() for word in (f"--{key}", value)]
+        words = [
+            word for key, value in (settings | changes).items() for word in (f"--{key}", value)
+        ]
         self.call(name, [*(launcher or self.program), "train", *words])
         return self.run(name)
 
     def call(self, name: str, command: Sequence[object], timeout_sec: float | None = None) -> str:
-        """Run a command; returns its output. Raises UserError with the last line of its error output when it fails."""
+        """Run a command; returns its output. Raises UserError with the last line of its error
+        output when it fails."""
         words, env = list(map(str, command)), os.environ | self.env
-        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_sec)
+        done = subprocess.run(
+            words, env=env, capture_output=True, text=True, check=False, timeout=timeout_sec
+        )
         (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["nothing was said"]
@@ -373,12 +452,18 @@ class SelfTest:
 
 
 def losses(run: run_folder.RunDir) -> list[float]:
-    """Of the steps that were made: a step that fp16 skips is made again, and its loss may be infinite."""
-    return [event["loss"] for event in run.read_metrics() if event["type"] == "step" and not event.get("skipped")]
+    """Of the steps that were made: a step that fp16 skips is made again, and its loss may be
+    infinite."""
+    return [
+        event["loss"]
+        for event in run.read_metrics()
+        if event["type"] == "step" and not event.get("skipped")
+    ]
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two lists of losses; infinite when one is missing or not finite."""
+    """Largest relative difference of two lists of losses; infinite when one is missing or not
+    finite."""
     if len(found) != len(expected):
         return math.inf
     differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
@@ -397,9 +482,18 @@ def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
-    lines += [f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |" for found in findings]
+    lines += [
+        f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |"
+        for found in findings
+    ]
     claims = [(CLAIMS[found.name], found.holds) for found in findings if found.name in CLAIMS]
-    lines += ["", *(f"- {claim}: {'holds here' if holds else '**does not hold here**'}" for claim, holds in claims)]
+    lines += [
+        "",
+        *(
+            f"- {claim}: {'holds here' if holds else '**does not hold here**'}"
+            for claim, holds in claims
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 

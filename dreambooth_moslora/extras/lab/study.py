@@ -1,4 +1,5 @@
-"""A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML file.
+"""A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML
+file.
 
     [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
     [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
@@ -7,16 +8,16 @@
                   together = true trains each subject with its companions in one run;
                   basis = "svd" or a file trains the mixers alone (see `basis.py`)
 
-Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the others. An
-arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so that each is shown as often as
-alone. A subject is its photos and prompts, and its companions:
+Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the
+others. An arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so
+that each is shown as often as alone. A subject is its photos and prompts, and its companions:
 
     "photos/duck"                                                                  with photos/duck/subject.json
     {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "a photo of a duck"}
     {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "a photo of a zwx cat"}]}
 
-Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every arm their photos
-are what confusion is measured against.
+Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every
+arm their photos are what confusion is measured against.
 """
 
 import hashlib
@@ -40,8 +41,9 @@ from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 @dataclass(frozen=True)
 class StudySubject:
-    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one in [train]). `name`
-    is the folder's. Raises UserError for companions that cannot be told apart from it."""
+    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one
+    in [train]). `name` is the folder's. Raises UserError for companions that cannot be told apart
+    from it."""
 
     photos: str
     instance_prompt: str
@@ -52,13 +54,20 @@ class StudySubject:
         if not self.beside:
             return
         if nested := [one.photos for one in self.beside if one.beside]:
-            raise UserError(f"the study's subject {nested[0]} stands beside another, so it has no `beside` itself.")
+            raise UserError(
+                f"the study's subject {nested[0]} stands beside another, so it has no `beside` itself."
+            )
         found = (self, *self.beside)
-        folders, tokens = {os.path.realpath(one.photos) for one in found}, {one.subject.token for one in found}
+        folders, tokens = (
+            {os.path.realpath(one.photos) for one in found},
+            {one.subject.token for one in found},
+        )
         for what, values in (("folder", folders), ("rare word", tokens)):
             if len(values) < len(found):
                 names = " and ".join(one.photos for one in found)
-                raise UserError(f"the study's subjects {names}: each needs a {what} of its own beside the other.")
+                raise UserError(
+                    f"the study's subjects {names}: each needs a {what} of its own beside the other."
+                )
 
     @property
     def name(self) -> str:
@@ -66,7 +75,9 @@ class StudySubject:
 
     @property
     def subject(self) -> prompts.Subject:
-        return prompts.subject_of(TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt))
+        return prompts.subject_of(
+            TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt)
+        )
 
     @property
     def settings(self) -> dict[str, str]:
@@ -85,25 +96,37 @@ class StudySubject:
         given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
         names = [item.name for item in fields(cls)]
         beside = given.pop("beside", [])
-        if not (given.keys() <= set(names) and all(isinstance(text, str) for text in given.values())):
-            raise UserError(f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}.")
+        if not (
+            given.keys() <= set(names) and all(isinstance(text, str) for text in given.values())
+        ):
+            raise UserError(
+                f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}."
+            )
         if not isinstance(beside, list):
-            raise UserError(f"the study's subject {entry!r}: `beside` is a list of subjects, not {beside!r}.")
+            raise UserError(
+                f"the study's subject {entry!r}: `beside` is a list of subjects, not {beside!r}."
+            )
         if not given.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
         folder, companions = Path(find_asset(given["photos"])), tuple(map(cls.of, beside))
         if not folder.is_dir():
-            raise UserError(f"the study's subject {folder}: no such folder; paths start at the current directory.")
+            raise UserError(
+                f"the study's subject {folder}: no such folder; paths start at the current directory."
+            )
         if "instance_prompt" in given:
             return cls(str(folder), given["instance_prompt"], given.get("class_prompt"), companions)
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
             example = f'{{photos = "{folder}", instance_prompt = "a photo of a sks dog"}}'
-            raise UserError(f"the study's subject {folder} has no subject.json: give it an instance_prompt, {example}.")
+            raise UserError(
+                f"the study's subject {folder} has no subject.json: give it an instance_prompt, {example}."
+            )
         facts = read_json(facts_path)
         token, word = facts.get("token"), facts.get("class_word")
         if not token or not word:
-            raise UserError(f"{facts_path} must name the token and the class_word, or the study an instance_prompt.")
+            raise UserError(
+                f"{facts_path} must name the token and the class_word, or the study an instance_prompt."
+            )
         return cls(str(folder), **prompts_of(token, word), beside=companions)
 
 
@@ -115,7 +138,8 @@ LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, fl
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the default ones. Raises UserError."""
+    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the default ones.
+    Raises UserError."""
 
     num_prompts: int = 8
     images_per_prompt: int = 1
@@ -135,7 +159,8 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its scores. `stage` is "tune" or "test"; `rank` is nominal (see `Study.budget`)."""
+    """One training and its scores. `stage` is "tune" or "test"; `rank` is nominal (see
+    `Study.budget`)."""
 
     stage: str
     arm: str
@@ -151,8 +176,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`budget` "parameters": each arm's rank is nearest to plain LoRA's in parameters; "rank": the nominal one. `tie`:
-    closer than this many deviations of the reference's. Raises UserError."""
+    """`budget` "parameters": each arm's rank is nearest to plain LoRA's in parameters; "rank": the
+    nominal one. `tie`: closer than this many deviations of the reference's. Raises UserError."""
 
     subjects: tuple[StudySubject, ...]
     arms: dict[str, dict[str, Any]]
@@ -173,15 +198,23 @@ class Study:
         if isinstance(self.tie, bool) or not isinstance(self.tie, (int, float)) or self.tie < 0:
             raise UserError(f"the study's tie is a number from 0 on, not {self.tie!r}.")
         if self.reference not in list(self.arms):
-            raise UserError(f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}.")
+            raise UserError(
+                f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}."
+            )
         if self.budget not in BUDGETS:
-            raise UserError(f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}.")
+            raise UserError(
+                f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}."
+            )
         names = [subject.name for subject in self.subjects + self.tuning_subjects]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning.")
+            raise UserError(
+                f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning."
+            )
         for subject in self.subjects + self.tuning_subjects:
             if not subject.beside and any(arm.get(TOGETHER) for arm in self.arms.values()):
-                raise UserError(f"an arm trains subjects together, but {subject.name} has none `beside` it.")
+                raise UserError(
+                    f"an arm trains subjects together, but {subject.name} has none `beside` it."
+                )
         if len(self.learning_rates) > 1 and not self.tuning_subjects:
             raise UserError("several learning rates need tuning_subjects to choose between them.")
 
@@ -212,33 +245,57 @@ class Study:
         for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
             rates = self.rates_of(arm)
             if len(rates) > 1:
-                cells += [Cell("tune", arm, rank, subject.name, self.seeds[0], rate) for rate in rates]
+                cells += [
+                    Cell("tune", arm, rank, subject.name, self.seeds[0], rate) for rate in rates
+                ]
         return cells
 
     def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
-        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole comparisons finish first."""
+        """All arms on the other subjects, each at the rate chosen for (arm, rank); whole
+        comparisons finish first."""
         each = product(self.seeds, self.subjects, self.ranks, self.arms)
-        return [Cell("test", arm, rank, subject.name, seed, chosen[arm, rank]) for seed, subject, rank, arm in each]
+        return [
+            Cell("test", arm, rank, subject.name, seed, chosen[arm, rank])
+            for seed, subject, rank, arm in each
+        ]
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
-        """The settings of the cell's training at its real `rank`; arms share the seed. Raises UserError."""
+        """The settings of the cell's training at its real `rank`; arms share the seed. Raises
+        UserError."""
         subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
         chosen, steps = subject.settings, shared.get("max_train_steps")
         shared.pop(BASIS, None)
         if shared.pop(TOGETHER, False):
             if not steps:  # epochs and exposures count photos, and companions may have more
-                raise UserError(f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone.")
+                raise UserError(
+                    f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone."
+                )
             found = (subject, *subject.beside)
-            chosen = {"subjects": [one.settings for one in found], "max_train_steps": steps * len(found)}
-        own = {"output_dir": str(output_dir), "rank": rank, "seed": cell.seed, "learning_rate": cell.learning_rate}
-        nothing_beside = {"num_validation_images": 0, "report_to": "none", "checkpointing_steps": 10**9}
+            chosen = {
+                "subjects": [one.settings for one in found],
+                "max_train_steps": steps * len(found),
+            }
+        own = {
+            "output_dir": str(output_dir),
+            "rank": rank,
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate,
+        }
+        nothing_beside = {
+            "num_validation_images": 0,
+            "report_to": "none",
+            "checkpointing_steps": 10**9,
+        }
         return TrainConfig.from_dict({**shared, **chosen, **own, **nothing_beside})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
-        """Changes with anything that the cell's result depends on. `materials`: the content of its files."""
+        """Changes with anything that the cell's result depends on. `materials`: the content of its
+        files."""
         of_subject, protocol = self.subject(cell.subject).facts, asdict(self.protocol)
         facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[
+            :8
+        ]
 
 
 def load_study(path: Path) -> Study:
@@ -258,14 +315,16 @@ def load_study(path: Path) -> Study:
     for settings in (shared, *arms.values()):
         own = () if settings is shared else (TOGETHER, BASIS)
         check_each({name: value for name, value in settings.items() if name not in own})
-    for settings in arms.values():  # not in `train`, by which results of arms that have a size are known
+    # not in `train`, by which results of arms that have a size are known
+    for settings in arms.values():
         sized = choices.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
         choices.choose_resolution(sized)
         settings |= sized.settings
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
     refuse_other_bases(made)
     for cell in made.test_cells(made.first_rates()):
-        made.config_of(cell, cell.rank, Path("run"))  # find mistakes in any arm before the first training
+        # find mistakes in any arm before the first training
+        made.config_of(cell, cell.rank, Path("run"))
     return made
 
 
@@ -274,7 +333,9 @@ def refuse_other_bases(study: Study) -> None:
     for arm, settings in study.arms.items():
         if base_of({**study.train, **settings}) != study.base:
             names = ", ".join(SETTINGS.values())
-            raise UserError(f"the study's arm {arm} has another base than [train], which draws all arms: {names}.")
+            raise UserError(
+                f"the study's arm {arm} has another base than [train], which draws all arms: {names}."
+            )
 
 
 def base_of(settings: Mapping[str, Any]) -> Base:
@@ -292,12 +353,15 @@ def numbers(path: Path, name: str, value: Any) -> tuple:
     kinds, low = LISTS[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
-        raise UserError(f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}.")
+        raise UserError(
+            f"--config {path}: study.{name} is a list of {kind} from {low} on, not {value!r}."
+        )
     return tuple(value)
 
 
 def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises UserError."""
+    """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises
+    UserError."""
     own = dict(arm)
     if not isinstance(own.get(TOGETHER, False), bool):
         raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
@@ -308,4 +372,6 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
     for name in values:
         if name not in known:
-            raise UserError(f"--config {path}: unknown {where}{name}; known are {', '.join(known)}.")
+            raise UserError(
+                f"--config {path}: unknown {where}{name}; known are {', '.join(known)}."
+            )

@@ -1,4 +1,5 @@
-"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG."""
+"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and
+pictures as PNG."""
 
 import json
 import time
@@ -27,7 +28,8 @@ def label(item: run.ArmSummary | run.Outcome) -> str:
 
 
 def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
-    """Paired differences to the reference with 95 % intervals, one panel per measure that all outcomes have."""
+    """Paired differences to the reference with 95 % intervals, one panel per measure that all
+    outcomes have."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     drawn = [name for name, row in MEASURES.items() if row.panel]
     measures = [m for m in drawn if all(m in outcome.differences for outcome in outcomes)]
@@ -46,7 +48,8 @@ def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
 
 
 def win_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
-    """Fractions of pictures that win, tie and lose against the reference's, separately for subject and prompt."""
+    """Fractions of pictures that win, tie and lose against the reference's, separately for subject
+    and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     axes = figure.subplots(1, len(outcomes[0].wins), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]
@@ -85,7 +88,12 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
             if own == rank:
                 rates = sorted(curve)
                 axis.plot(rates, [curve[rate] for rate in rates], "o-", label=arm)
-        axis.set(title=f"rank {rank}", xscale="log", xlabel="learning rate", ylabel="score on the tuning subjects")
+        axis.set(
+            title=f"rank {rank}",
+            xscale="log",
+            xlabel="learning rate",
+            ylabel="score on the tuning subjects",
+        )
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small")
     return figure
@@ -96,7 +104,10 @@ def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> 
     results = run.of_whole_seeds(results)
     arms, against = run.summaries(results), run.outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "results.json", json.dumps(results_json(study, results, arms, against), indent=1) + "\n")
+    atomic_write(
+        out / "results.json",
+        json.dumps(results_json(study, results, arms, against), indent=1) + "\n",
+    )
     tables, parts = [arm_rows(arms), relative_rows(arms), outcome_rows(against)], []
     for header, rows in tables:
         lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
@@ -118,10 +129,19 @@ def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> 
     return finding(study, against)
 
 
-def results_json(study: Study, results, arms: Sequence[run.ArmSummary], against: Sequence[run.Outcome]) -> dict:
+def results_json(
+    study: Study, results, arms: Sequence[run.ArmSummary], against: Sequence[run.Outcome]
+) -> dict:
     """Settings without paths, every cell, every arm, every difference."""
-    protocol, hidden = study.protocol, {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
-    beside = {subject.name: [one.name for one in subject.beside] for subject in study.subjects if subject.beside}
+    protocol, hidden = (
+        study.protocol,
+        {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"},
+    )
+    beside = {
+        subject.name: [one.name for one in subject.beside]
+        for subject in study.subjects
+        if subject.beside
+    }
     return {
         "format": 1,
         "version": __version__,
@@ -131,8 +151,12 @@ def results_json(study: Study, results, arms: Sequence[run.ArmSummary], against:
             "tuning_subjects": [s.name for s in study.tuning_subjects],
             **({"beside": beside} if beside else {}),
             "seeds": run.seeds_of(results),
-            **{name: getattr(study, name) for name in ("ranks", "learning_rates", "budget", "reference", "tie")},
-            "evaluation": asdict(protocol) | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
+            **{
+                name: getattr(study, name)
+                for name in ("ranks", "learning_rates", "budget", "reference", "tie")
+            },
+            "evaluation": asdict(protocol)
+            | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
             "train": {name: value for name, value in study.train.items() if name not in hidden},
             "arms": study.arms,
         },
@@ -146,13 +170,25 @@ def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
-    names = measured([arm.scores for arm in arms], lambda row: row.study in ("scores", "differences"))
+    names = measured(
+        [arm.scores for arm in arms], lambda row: row.study in ("scores", "differences")
+    )
     shown = [column(name) for name in names]
-    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate", *shown, pace, "GiB of the process"]
+    header = [
+        "Arm",
+        "Rank",
+        "Parameters in the UNet",
+        "Learning rate",
+        *shown,
+        pace,
+        "GiB of the process",
+    ]
     rows = [
         [
             arm.arm,
-            f"{arm.rank}" if arm.cost["rank"] == arm.rank else f"{arm.rank} ({arm.cost['rank']:.0f})",
+            f"{arm.rank}"
+            if arm.cost["rank"] == arm.rank
+            else f"{arm.rank} ({arm.cost['rank']:.0f})",
             f"{arm.cost['parameters']:,.0f}",
             f"{arm.learning_rate:g}",
             *spans(arm.scores, names),
@@ -167,23 +203,32 @@ def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]
 def relative_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
     names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
-    rows = [[arm.arm, str(arm.rank), *spans(arm.scores, names)] for arm in sorted(arms, key=lambda a: a.rank)]
+    rows = [
+        [arm.arm, str(arm.rank), *spans(arm.scores, names)]
+        for arm in sorted(arms, key=lambda a: a.rank)
+    ]
     return ["Arm", "Rank", *(column(name) for name in names)], rows
 
 
 def outcome_rows(against: Sequence[run.Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
-    names = measured([outcome.differences for outcome in against], lambda row: row.study == "differences")
+    names = measured(
+        [outcome.differences for outcome in against], lambda row: row.study == "differences"
+    )
     judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in run.judged()]
     header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
-        wins = [" / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in run.judged()]
+        wins = [
+            " / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in run.judged()
+        ]
         rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
     return header, rows
 
 
-def measured(found: Sequence[Mapping[str, Interval]], shown: Callable[[Measure], bool]) -> list[str]:
+def measured(
+    found: Sequence[Mapping[str, Interval]], shown: Callable[[Measure], bool]
+) -> list[str]:
     """The measures to show in which any of the arms was measured; all of them without an arm."""
     names = [name for name, row in MEASURES.items() if shown(row)]
     return [name for name in names if not found or any(name in one for one in found)]
@@ -207,14 +252,26 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
         if change.low is None:
             verdict = "nothing shown, as one subject at one seed has no interval"
         else:
-            verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no difference shown"
-        lines.append(f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}")
+            verdict = (
+                "better"
+                if change.low > 0
+                else "worse"
+                if change.high < 0
+                else "no difference shown"
+            )
+        lines.append(
+            f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}"
+        )
     count = len(against)
-    lines.append(f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone.")
+    lines.append(
+        f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone."
+    )
     return "\n".join(lines)
 
 
-def report_html(study: Study, results, out: Path, tables, plots: dict, against: Sequence[run.Outcome]) -> str:
+def report_html(
+    study: Study, results, out: Path, tables, plots: dict, against: Sequence[run.Outcome]
+) -> str:
     arms, shares, differences = tables
     protocol = study.protocol
     about = (
@@ -238,7 +295,9 @@ def report_html(study: Study, results, out: Path, tables, plots: dict, against: 
     )
 
 
-def strips(study: Study, results: Sequence[run.Result], out: Path) -> Iterator[tuple[str, Image.Image]]:
+def strips(
+    study: Study, results: Sequence[run.Result], out: Path
+) -> Iterator[tuple[str, Image.Image]]:
     for subject in study.subjects:
         for cell in first_cells(study, results, subject.name):
             path = run.result_path(study, cell, out).with_suffix(".jpg")
@@ -253,16 +312,27 @@ def first_cells(study: Study, results: Sequence[run.Result], subject: str) -> li
 
 
 def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list[Row]:
-    """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and the first seed."""
+    """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and
+    the first seed."""
     rows = []
     for subject in study.subjects:
-        cells = (cell for cell in first_cells(study, results, subject.name) if cell.arm == study.reference)
+        cells = (
+            cell
+            for cell in first_cells(study, results, subject.name)
+            if cell.arm == study.reference
+        )
         cell = next(cells, None)
         path = cell and run.result_path(study, cell, out).with_suffix(".jpg")
         if path and path.is_file():
-            photo = folder.find_photos(Path(subject.photos), subject.instance_prompt, run.STRIP_PX).photos[0]
+            photo = folder.find_photos(
+                Path(subject.photos), subject.instance_prompt, run.STRIP_PX
+            ).photos[0]
             title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-            strip, step = Image.open(path), study.protocol.images_per_prompt * run.STRIP_PX  # one of each prompt
-            tiles = [strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX)) for x in range(0, strip.width, step)]
+            # one of each prompt
+            strip, step = Image.open(path), study.protocol.images_per_prompt * run.STRIP_PX
+            tiles = [
+                strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX))
+                for x in range(0, strip.width, step)
+            ]
             rows.append(Row(title, [photo_file.open_rgb(photo), *tiles]))
     return rows

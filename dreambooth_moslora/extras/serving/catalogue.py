@@ -1,7 +1,8 @@
-"""Orders, parsed from a client's JSON, and the adapters that they may name: files of folders or of a bucket.
+"""Orders, parsed from a client's JSON, and the adapters that they may name: files of folders or of
+a bucket.
 
-A name from a client never becomes part of a path. A listing is renewed after a short time, so that new files are seen
-without a restart. A changed file gets a new version.
+A name from a client never becomes part of a path. A listing is renewed after a short time, so that
+new files are seen without a restart. A changed file gets a new version.
 """
 
 import hashlib
@@ -43,13 +44,15 @@ class RefusedError(UserError):
 
 
 def too_late() -> RefusedError:
-    """A new one each time: a raised error keeps the frames that it came through, and with them the order."""
+    """A new one each time: a raised error keeps the frames that it came through, and with them the
+    order."""
     return RefusedError(504, "the picture was not drawn within the time limit; ask again later")
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One version of an adapter's file. `place` is a path or URL; `version` changes with the content."""
+    """One version of an adapter's file. `place` is a path or URL; `version` changes with the
+    content."""
 
     name: str
     place: str
@@ -62,7 +65,8 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw within `seconds`. `sha256` maps adapters' names to the digests that the client expects."""
+    """One picture to draw within `seconds`. `sha256` maps adapters' names to the digests that the
+    client expects."""
 
     params: GenerationParams
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -73,12 +77,18 @@ class Order:
     def batch_key(self) -> tuple:
         """Orders with the same key can share a batch: same adapters at the same scales, same size."""
         scales = tuple(scale for _, scale in self.params.adapters)
-        return tuple(ref.key for ref in self.adapters), scales, self.params.height_px, self.params.width_px
+        return (
+            tuple(ref.key for ref in self.adapters),
+            scales,
+            self.params.height_px,
+            self.params.width_px,
+        )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture and its replica's state: loads of adapters so far, and resident memory in bytes."""
+    """A finished picture and its replica's state: loads of adapters so far, and resident memory in
+    bytes."""
 
     png: bytes
     replica: str
@@ -88,11 +98,14 @@ class Drawn:
 
 
 def parse_order(body: bytes) -> Order:
-    """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for one of `adapters`;
-    `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at random. Raises UserError."""
+    """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for
+    one of `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at
+    random. Raises UserError."""
     values = parse_object(body)
     expected = values.pop("adapter_sha256", None) or {}
-    if not isinstance(expected, dict) or not all(isinstance(word, str) for word in expected.values()):
+    if not isinstance(expected, dict) or not all(
+        isinstance(word, str) for word in expected.values()
+    ):
         raise UserError("adapter_sha256 must map names to digests")
     if values.get("seed") is None:
         values["seed"] = draw_seed(-1)
@@ -116,12 +129,14 @@ logger = logging.getLogger(__name__)
 FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
 """Age in seconds at which a listing is renewed."""
 SHARE = 9
-"""A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of the time."""
+"""A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of
+the time."""
 MOST_FETCHED = 64  # Files of a bucket that a replica keeps on its disk
 
 
 class Catalogue:
-    """Adapters by name. `find` raises RefusedError (404); `local` is the file's path here, fetched if needed."""
+    """Adapters by name. `find` raises RefusedError (404); `local` is the file's path here, fetched
+    if needed."""
 
     def __init__(self, old_sec: float) -> None:
         self._old_sec, self._lock = old_sec, Lock()
@@ -131,7 +146,8 @@ class Catalogue:
         return list(self._list())
 
     def _list(self) -> dict[str, Any]:
-        """The listing, made again when it is old. The last one is kept while a bucket cannot be reached."""
+        """The listing, made again when it is old. The last one is kept while a bucket cannot be
+        reached."""
         with self._lock:
             started = time.monotonic()
             if started - self._listed > self._old_sec + SHARE * self._took_sec:
@@ -162,7 +178,8 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
 
 
 class Folders(Catalogue):
-    """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the file's SHA-256."""
+    """`.safetensors` files, finished runs, their best steps and checkpoints. A version is the
+    file's SHA-256."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         super().__init__(FOLDER_SEC)
@@ -183,13 +200,17 @@ class Folders(Catalogue):
     def _ask(self) -> dict[str, Path]:
         files: list[Path] = []
         for folder in self.folders:
-            own = [file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME]
+            own = [
+                file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME
+            ]
             files += [*own, *run_files([folder, *folder.glob("*/")])]
-        return files_by_name(dict.fromkeys(files), self.folders)  # of a run, its best step is there twice
+        # of a run, its best step is there twice
+        return files_by_name(dict.fromkeys(files), self.folders)
 
 
 class BucketFolder(Catalogue):
-    """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag, size, time)."""
+    """The adapters of a bucket. A version is a digest of what the bucket says of the file (ETag,
+    size, time)."""
 
     def __init__(self, url: str) -> None:
         super().__init__(BUCKET_SEC)
@@ -228,7 +249,9 @@ class BucketFolder(Catalogue):
                 file = folder / PurePosixPath(path).name
                 size = found[path].get("size")  # None: this kind of place does not tell
                 if not self.bucket.download(path, file) or size not in (None, file.stat().st_size):
-                    raise RefusedError(503, f"the adapter {ref.name} has changed while it was fetched", 5)
+                    raise RefusedError(
+                        503, f"the adapter {ref.name} has changed while it was fetched", 5
+                    )
         except RefusedError:
             raise
         except UserError as error:
@@ -243,13 +266,20 @@ class BucketFolder(Catalogue):
         paths = {folder / path: path for path in (*own, *of_runs)}
         for name, file in named_files(paths, [folder]).items():
             told = sorted((str(key), str(value)) for key, value in listed[paths[file]].items())
-            found[name] = AdapterRef(name, paths[file], hashlib.sha256(repr(told).encode()).hexdigest())
+            found[name] = AdapterRef(
+                name, paths[file], hashlib.sha256(repr(told).encode()).hexdigest()
+            )
         return found
 
     def _paths(self) -> dict[str, dict]:
-        """Files by their path below the bucket's folder. Raises UserError when they cannot be listed."""
-        files = self.bucket.tried("", lambda path: self.bucket.files.find(path, maxdepth=3, detail=True))
-        return {path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()}
+        """Files by their path below the bucket's folder. Raises UserError when they cannot be
+        listed."""
+        files = self.bucket.tried(
+            "", lambda path: self.bucket.files.find(path, maxdepth=3, detail=True)
+        )
+        return {
+            path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()
+        }
 
 
 def unknown(name: str) -> RefusedError:

@@ -1,7 +1,8 @@
-"""The client of the service: a pipeline whose pictures are drawn elsewhere. It needs neither Ray nor torch.
+"""The client of the service: a pipeline whose pictures are drawn elsewhere. It needs neither Ray
+nor torch.
 
-It follows no redirects and ignores proxies of the environment, so that prompt and token reach the named address
-only.
+It follows no redirects and ignores proxies of the environment, so that prompt and token reach the
+named address only.
 """
 
 import io
@@ -42,7 +43,9 @@ class Service:
         except (KeyError, ValueError):
             self.host = None
         if not self.host:
-            raise UserError(f"--backend {url!s:.80} is not an address; write it like http://127.0.0.1:8000")
+            raise UserError(
+                f"--backend {url!s:.80} is not an address; write it like http://127.0.0.1:8000"
+            )
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         if token and not (token.isascii() and token.isprintable()):
             raise UserError("--backend_token: a token has printable ASCII characters only")
@@ -79,11 +82,14 @@ class Service:
         try:
             return parse_object(data)
         except UserError as error:
-            raise UserError(f"{self.shown} is not a service of `dreambooth_moslora serve`") from error
+            raise UserError(
+                f"{self.shown} is not a service of `dreambooth_moslora serve`"
+            ) from error
 
 
 class RemotePipeline:
-    """What the page uses of SubjectPipeline. The service must have the same adapter files under the same names."""
+    """What the page uses of SubjectPipeline. The service must have the same adapter files under the
+    same names."""
 
     has_gpu = False
 
@@ -95,7 +101,9 @@ class RemotePipeline:
         if type(self.resolution_px) is not int:
             raise UserError(f"{service.shown} is not a service of `dreambooth_moslora serve`")
         if self.base_name != base_name:
-            raise UserError(f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base")
+            raise UserError(
+                f"the backend draws with {self.base_name:.60}, the page with {base_name}: name one base"
+            )
         self._files: dict[str, tuple[tuple, str]] = {}
         self._lock = threading.Lock()
 
@@ -103,7 +111,8 @@ class RemotePipeline:
         """Does nothing: the client holds no memory to free."""
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
-        """Note the digest of the file `name`. Raises UserError when the service has no adapter of that name."""
+        """Note the digest of the file `name`. Raises UserError when the service has no adapter of
+        that name."""
         from dreambooth_moslora.lora.lora_file import adapter_name
 
         file = find_weights(path)
@@ -115,7 +124,9 @@ class RemotePipeline:
                 self._files[name] = stamp, file_digest(file)
         names = self.service.get("/adapters").get("adapters")
         if not isinstance(names, list) or name not in names:
-            raise UserError(f"the backend has no adapter {name!r:.60}; put its file into a folder of its --adapters")
+            raise UserError(
+                f"the backend has no adapter {name!r:.60}; put its file into a folder of its --adapters"
+            )
         return name
 
     def generate(
@@ -153,11 +164,14 @@ class RemotePipeline:
 
 
 def opened(png: bytes, size_px: tuple[int, int]) -> tuple[PIL.Image.Image, Recipe]:
-    """The picture and its recipe. Raises UserError for other bytes, and another size than `size_px` (width, height)."""
+    """The picture and its recipe. Raises UserError for other bytes, and another size than `size_px`
+    (width, height)."""
     try:
         with PIL.Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             if image.size != size_px:
-                raise UserError(f"the backend's picture has {image.width} x {image.height} px, which nobody asked for")
+                raise UserError(
+                    f"the backend's picture has {image.width} x {image.height} px, which nobody asked for"
+                )
             image.load()
             text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     except UserError:

@@ -1,4 +1,5 @@
-"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray Serve."""
+"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray
+Serve."""
 
 import argparse
 import os
@@ -29,18 +30,30 @@ FIELDS = ServeSettings.__dataclass_fields__
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     def number(name: str, about: str) -> None:
         default = FIELDS[name].default
-        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{about} (default: {default})")
+        parser.add_argument(
+            f"--{name}",
+            metavar="N",
+            type=int,
+            default=default,
+            help=f"{about} (default: {default})",
+        )
 
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     about = "folders of adapters and runs, or one bucket (s3://…, gs://…)"
     parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
     about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
-    parser.add_argument("--pretrained_model_name_or_path", metavar="BASE", default="toy", help=about)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--pretrained_model_name_or_path", metavar="BASE", default="toy", help=about
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     number("port", "port to listen on")
     number("replicas", "processes that hold the base and draw")
-    about = f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
+    about = (
+        f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
+    )
     parser.add_argument("--token", action="append", help=about)
     number("max_waiting", "requests that may wait or be drawn at once; more get 503")
     number("request_timeout", "seconds until a request gets 504")
@@ -95,4 +108,6 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
         import torch
 
         values["threads"] = torch.get_num_threads()
-    return ServeSettings(**values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)})
+    return ServeSettings(
+        **values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)}
+    )

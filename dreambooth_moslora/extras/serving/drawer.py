@@ -1,7 +1,8 @@
 """One replica: a base, its loaded adapters, and a queue of orders. It does not depend on Ray.
 
-The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits would depend
-on its neighbours, and the picture must equal that of `generate`. A batch saves loading and switching adapters.
+The pictures of a batch are drawn one after another, not as rows of one tensor: a row's last bits
+would depend on its neighbours, and the picture must equal that of `generate`. A batch saves loading
+and switching adapters.
 """
 
 import asyncio
@@ -14,13 +15,21 @@ from typing import Any
 import psutil
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Catalogue, Drawn, Order, RefusedError, too_late
+from dreambooth_moslora.extras.serving.catalogue import (
+    AdapterRef,
+    Catalogue,
+    Drawn,
+    Order,
+    RefusedError,
+    too_late,
+)
 from dreambooth_moslora.generation.params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
 class Batches:
-    """A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item starves."""
+    """A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item
+    starves."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -57,8 +66,9 @@ class Waiting:
 
 
 class Drawer:
-    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`. `load` is awaited with each adapter's
-    key before an order is drawn. It must call `load_now`, directly or through a cache that Ray Serve's router knows."""
+    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`. `load` is awaited
+    with each adapter's key before an order is drawn. It must call `load_now`, directly or through a
+    cache that Ray Serve's router knows."""
 
     def __init__(
         self,
@@ -81,7 +91,9 @@ class Drawer:
         """Raises RefusedError, and UserError for an order that cannot be drawn."""
         check_size(order.params, self.pipeline.resolution_px)
         if (most := self.pipeline.resident_adapters) < len({ref.version for ref in order.adapters}):
-            raise UserError(f"this service draws with at most {most} adapters at once (--resident_adapters)")
+            raise UserError(
+                f"this service draws with at most {most} adapters at once (--resident_adapters)"
+            )
         answer = asyncio.get_running_loop().create_future()
         self.batches.put(order.batch_key, Waiting(order, answer, time.monotonic() + order.seconds))
         if self._work is None or self._work.done():
@@ -106,7 +118,10 @@ class Drawer:
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
-            png, memory = await self._in_thread(self._png, waiting), psutil.Process().memory_info().rss
+            png, memory = (
+                await self._in_thread(self._png, waiting),
+                psutil.Process().memory_info().rss,
+            )
             result = Drawn(png, self.name, self.adapter_loads, memory, batch_size)
             if not answer.done():
                 answer.set_result(result)
@@ -121,7 +136,8 @@ class Drawer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _bring(self, ref: AdapterRef) -> None:
-        """Load the adapter, unless it is in the model and its file has not changed. Raises RefusedError."""
+        """Load the adapter, unless it is in the model and its file has not changed. Raises
+        RefusedError."""
         before = self.pipeline.adapters.get(ref.name)
         try:
             self.pipeline.load_adapter(self.catalogue.local(ref), ref.name)
@@ -132,10 +148,14 @@ class Drawer:
     def _png(self, waiting: Waiting) -> bytes:
         order = waiting.order
         for ref in order.adapters:
-            self._bring(ref)  # may have been evicted meanwhile, by another adapter of this order or of the cache
+            # may have been evicted meanwhile, by another adapter of this order or of the cache
+            self._bring(ref)
             expected = order.sha256.get(ref.name)
             if expected not in (None, self.pipeline.adapters[ref.name].sha256):
-                raise RefusedError(409, f"the adapter {ref.name} here is another file than the one that is asked for")
+                raise RefusedError(
+                    409,
+                    f"the adapter {ref.name} here is another file than the one that is asked for",
+                )
         images = self.pipeline.draw(order.params, lambda: waiting.is_left)
         if not images:
             raise too_late()

@@ -1,12 +1,13 @@
-"""The HTTP side of the service, an ASGI app. It checks a request, finds its adapters, and has it drawn.
+"""The HTTP side of the service, an ASGI app. It checks a request, finds its adapters, and has it
+drawn.
 
 POST /generate   {"prompt", "adapter", "seed", …} -> PNG with its recipe
 GET  /adapters   names
 GET  /healthz    the base, and whether a replica answers
 GET  /metrics    for Prometheus
 
-Who holds a token may ask. Without tokens, only programs of this machine may ask, over the loopback. Web pages
-never may.
+Who holds a token may ask. Without tokens, only programs of this machine may ask, over the loopback.
+Web pages never may.
 """
 
 import asyncio
@@ -28,7 +29,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.extras.serving.catalogue import Catalogue, Drawn, Order, RefusedError, parse_order, too_late
+from dreambooth_moslora.extras.serving.catalogue import (
+    Catalogue,
+    Drawn,
+    Order,
+    RefusedError,
+    parse_order,
+    too_late,
+)
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -37,8 +45,8 @@ MIN_TOKEN_CHARACTERS = 16
 
 
 class Access:
-    """Each of the `tokens` opens all paths. Without tokens, only requests to a loopback host name are answered:
-    a web page cannot reach the service under its own name then (DNS rebinding)."""
+    """Each of the `tokens` opens all paths. Without tokens, only requests to a loopback host name
+    are answered: a web page cannot reach the service under its own name then (DNS rebinding)."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._digests = [digest(token) for token in tokens]
@@ -54,25 +62,39 @@ class Access:
             raise RefusedError(421, "unknown host; without a token only this machine is answered")
         kind, _, token = headers.get("authorization", "").partition(" ")
         given = digest(token.strip())
-        fits = [hmac.compare_digest(given, known) for known in self._digests]  # of all, so that the time tells nothing
+        # of all, so that the time tells nothing
+        fits = [hmac.compare_digest(given, known) for known in self._digests]
         if self._digests and path not in OPEN and not (any(fits) and kind.lower() == "bearer"):
-            raise RefusedError(401, "a token is needed: send the header `Authorization: Bearer TOKEN`")
+            raise RefusedError(
+                401, "a token is needed: send the header `Authorization: Bearer TOKEN`"
+            )
 
 
 def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60"}
-"""Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy machine."""
-HIGHEST = {"port": 65535, "replicas": 1024, "max_waiting": 100_000, "batch": 1024, "resident_adapters": 1024}
+PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+"""Environment of Ray Serve: its default of 5 seconds restarts the proxy again and again on a busy
+machine."""
+HIGHEST = {
+    "port": 65535,
+    "replicas": 1024,
+    "max_waiting": 100_000,
+    "batch": 1024,
+    "resident_adapters": 1024,
+}
 HIGHEST |= {"threads": 1024, "per_gpu": 64, "request_timeout": 86400}
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None without GPUs. Times are in
-    seconds. Raises UserError for a value out of range, and for a public address without a token."""
+    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None
+    without GPUs. Times are in seconds. Raises UserError for a value out of range, and for a public
+    address without a token."""
 
     adapters: tuple[str, ...]
     pretrained_model_name_or_path: str = "toy"
@@ -95,15 +117,23 @@ class ServeSettings:
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise UserError(f"--{name} {value}: must be a whole number from 1 to {high}.")
         for token in self.tokens:  # none that can be guessed, or cannot stand in a header
-            if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable() or " " in token:
-                raise UserError(f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces.")
+            if (
+                len(token) < MIN_TOKEN_CHARACTERS
+                or not token.isascii()
+                or not token.isprintable()
+                or " " in token
+            ):
+                raise UserError(
+                    f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces."
+                )
         if self.host not in LOOPBACK and not self.tokens:
             how = f"give --token, or set {TOKEN_VARIABLE}."
             raise UserError(f"--host {self.host} can be reached from other machines: {how}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServeSettings":
-        """Of a Serve config file, whose proxies listen everywhere. Raises UserError for an unknown name."""
+        """Of a Serve config file, whose proxies listen everywhere. Raises UserError for an unknown
+        name."""
         if unknown := sorted(set(values) - {field.name for field in fields(cls)}):
             raise UserError(f"unknown setting {unknown[0]!r}.")
         places = values.get("adapters", ())
@@ -132,11 +162,17 @@ class Telemetry:
         own = {"registry": self.registry, "namespace": "dreambooth"}
         self.requests = Counter("requests", "Answers to /generate", ["status"], **own)
         self.pictures = Counter("pictures", "Pictures drawn", **own)
-        self.seconds = Histogram("request_seconds", "From request to picture", buckets=SECONDS, **own)
+        self.seconds = Histogram(
+            "request_seconds", "From request to picture", buckets=SECONDS, **own
+        )
         self.batch = Histogram("batch_size", "Orders of a picture's batch", buckets=BATCH, **own)
         self.inside = Gauge("requests_inside", "Requests that wait or are drawn", **own)
-        self.loads = Gauge("adapter_loads", "Adapters loaded since the replica's start", ["replica"], **own)
-        self.memory = Gauge("replica_memory_bytes", "Resident memory at its last picture", ["replica"], **own)
+        self.loads = Gauge(
+            "adapter_loads", "Adapters loaded since the replica's start", ["replica"], **own
+        )
+        self.memory = Gauge(
+            "replica_memory_bytes", "Resident memory at its last picture", ["replica"], **own
+        )
 
     def text(self) -> bytes:
         from prometheus_client import generate_latest
@@ -152,7 +188,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Front:
-    """`draw` sends an order to a replica, `facts` asks about the base. At most `max_inside` requests are in it."""
+    """`draw` sends an order to a replica, `facts` asks about the base. At most `max_inside`
+    requests are in it."""
 
     draw: Callable[[Order], Awaitable[Drawn]]
     facts: Callable[[], Awaitable[dict]]
@@ -182,13 +219,17 @@ class Front:
     def _refuse_if_full(self) -> None:
         """Raises RefusedError (503)."""
         if self.inside >= self.max_inside:
-            next_sec = math.ceil(self.seconds / max(1, self.max_inside))  # until about the next place is free
-            raise RefusedError(503, "the queue is full; ask again later", max(1, min(MOST_RETRY_SEC, next_sec)))
+            # until about the next place is free
+            next_sec = math.ceil(self.seconds / max(1, self.max_inside))
+            raise RefusedError(
+                503, "the queue is full; ask again later", max(1, min(MOST_RETRY_SEC, next_sec))
+            )
 
     async def _generate(self, request: Request) -> Response:
         self._refuse_if_full()
         started = time.monotonic()
-        body = await self._body_of(request)  # it has no place yet: slow senders would hold all of them
+        # it has no place yet: slow senders would hold all of them
+        body = await self._body_of(request)
         self._refuse_if_full()
         self.inside += 1
         self.telemetry.inside.set(self.inside)
@@ -223,8 +264,15 @@ class Front:
 
     async def _order_of(self, body: bytes, started: float) -> Order:
         order = parse_order(body)
-        refs = tuple([await asyncio.to_thread(self.catalogue.find, name) for name, _ in order.params.adapters])
-        return replace(order, adapters=refs, seconds=self.request_timeout_sec - (time.monotonic() - started))
+        refs = tuple(
+            [
+                await asyncio.to_thread(self.catalogue.find, name)
+                for name, _ in order.params.adapters
+            ]
+        )
+        return replace(
+            order, adapters=refs, seconds=self.request_timeout_sec - (time.monotonic() - started)
+        )
 
     async def adapters(self, request: Request) -> Response:
         return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.names)})
@@ -266,7 +314,10 @@ def build_front(front: Front) -> Starlette:
 
     routes = [
         Route("/generate", guarded(front.generate), methods=["POST"]),
-        *(Route(f"/{name}", guarded(getattr(front, name))) for name in ("adapters", "healthz", "metrics")),
+        *(
+            Route(f"/{name}", guarded(getattr(front, name)))
+            for name in ("adapters", "healthz", "metrics")
+        ),
     ]
     handlers = dict.fromkeys((UserError, HTTPException, Exception), told)
     app = Starlette(routes=routes, exception_handlers=handlers)

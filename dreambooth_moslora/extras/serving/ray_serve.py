@@ -1,6 +1,8 @@
-"""The service on Ray Serve: one front, and replicas that hold the base. No other module imports Ray Serve.
+"""The service on Ray Serve: one front, and replicas that hold the base. No other module imports Ray
+Serve.
 
-Ray reads its environment when imported: import this module after `extras.cluster.ray_fleet.connected`.
+Ray reads its environment when imported: import this module after
+`extras.cluster.ray_fleet.connected`.
 """
 
 import asyncio
@@ -30,14 +32,18 @@ def keep_on_loopback() -> None:
     from grpc.aio._server import Server
 
     add_port = Server.add_insecure_port
-    Server.add_insecure_port = lambda self, address: add_port(self, address.replace("[::]", "127.0.0.1"))
+    Server.add_insecure_port = lambda self, address: add_port(
+        self, address.replace("[::]", "127.0.0.1")
+    )
 
 
 def replica_class(settings: ServeSettings, *, alone: bool) -> type:
-    """The class of the replicas. It is made here because the decorator of `load` needs a number from the settings."""
+    """The class of the replicas. It is made here because the decorator of `load` needs a number
+    from the settings."""
 
     class Replica:
-        """A base on one device. The router sends orders to a replica that has their adapter, while it has room."""
+        """A base on one device. The router sends orders to a replica that has their adapter, while
+        it has room."""
 
         def __init__(self) -> None:
             import torch
@@ -50,15 +56,21 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             torch.set_num_threads(settings.threads)
             pipeline = SubjectPipeline.from_base(settings.pretrained_model_name_or_path)
             pipeline.resident_adapters = settings.resident_adapters
-            catalogue, name = open_catalogue(settings.adapters), serve.get_replica_context().replica_id.unique_id
-            self.drawer = Drawer(pipeline, catalogue, name=name, batch=settings.batch, load=self.load)
+            catalogue, name = (
+                open_catalogue(settings.adapters),
+                serve.get_replica_context().replica_id.unique_id,
+            )
+            self.drawer = Drawer(
+                pipeline, catalogue, name=name, batch=settings.batch, load=self.load
+            )
 
         @serve.multiplexed(max_num_models_per_replica=settings.resident_adapters)
         async def load(self, key: str) -> str:
             return await self.drawer.load_now(key)
 
         async def draw(self, order: Order) -> Drawn | UserError:
-            """Returns a refusal instead of raising it: Ray would wrap a raised error and log a traceback."""
+            """Returns a refusal instead of raising it: Ray would wrap a raised error and log a
+            traceback."""
             try:
                 return await self.drawer.draw(order)
             except UserError as error:
@@ -72,10 +84,15 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
 
 
 def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
-    """The front, only one as it counts the requests, and its replicas; `alone`: all on this machine."""
+    """The front, only one as it counts the requests, and its replicas; `alone`: all on this
+    machine."""
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
-    common = {"logging_config": QUIET, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": STOP_SEC}
+    common = {
+        "logging_config": QUIET,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": STOP_SEC,
+    }
     replica = serve.deployment(
         replica_class(settings, alone=alone),
         name="Replica",
@@ -91,7 +108,9 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
         handle = serve.get_deployment_handle("Replica", APP_NAME)
         access, catalogue = Access(settings.tokens), open_catalogue(settings.adapters)
         limits = (settings.max_waiting, settings.request_timeout)
-        return build_front(Front(partial(drawn_by, handle), handle.facts.remote, catalogue, access, *limits))
+        return build_front(
+            Front(partial(drawn_by, handle), handle.facts.remote, catalogue, access, *limits)
+        )
 
     front = serve.deployment(
         serve.ingress(front_app)(),
@@ -104,7 +123,8 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
 
 
 async def drawn_by(handle: Any, order: Order) -> Drawn:
-    """Draw on the replica that Ray Serve chooses. A cancelled order is cancelled there, too. Raises UserError."""
+    """Draw on the replica that Ray Serve chooses. A cancelled order is cancelled there, too. Raises
+    UserError."""
     key = order.adapters[0].key if order.adapters else ""
     response = handle.options(multiplexed_model_id=key).draw.remote(order)
     try:
@@ -121,13 +141,20 @@ async def drawn_by(handle: Any, order: Order) -> Drawn:
 
 @contextmanager
 def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
-    """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines reach it only
-    through `settings.host`. Raises UserError when it cannot start."""
+    """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines
+    reach it only through `settings.host`. Raises UserError when it cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         try:
-            serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET)
-            serve.run(application(settings, alone=alone), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+            serve.start(
+                http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET
+            )
+            serve.run(
+                application(settings, alone=alone),
+                name=APP_NAME,
+                route_prefix="/",
+                logging_config=QUIET,
+            )
         except (RuntimeError, TimeoutError, RayError) as error:
             raise UserError(f"the service cannot start: {one_line(error)}.") from error
         yield
@@ -136,5 +163,6 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
 
 
 def build(values: dict[str, Any]) -> serve.Application:
-    """For a Serve config file: `dreambooth_moslora.extras.serving.ray_serve:build`, with the settings as `args:`."""
+    """For a Serve config file: `dreambooth_moslora.extras.serving.ray_serve:build`, with the
+    settings as `args:`."""
     return application(ServeSettings.from_dict(values))

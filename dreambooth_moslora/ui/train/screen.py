@@ -1,4 +1,5 @@
-"""The Train tab: photos, a word, a button, and a view of the run, which the server owns; further fields are folded."""
+"""The Train tab: photos, a word, a button, and a view of the run, which the server owns; further
+fields are folded."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -28,7 +29,9 @@ FROM_HUB = "; {} from the hub once"
 NARROW = {"min_width": 110}
 
 
-def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[str, Any], dict[str, Any]]:
+def train_widgets(
+    base: str, form: type[TrainForm] = TrainForm
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets."""
     gr.Markdown("### 1 · Photos", elem_classes="step")
     others = train_masks.photo_widgets() | train_masks.mask_widgets()
@@ -42,7 +45,13 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
         queue = gr.Button("Add to queue", min_width=132, elem_id="add_to_queue")
         estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
-    others |= {"prompts": prompts, "start": start, "queue": queue, "estimate": estimate, "cost": cost}
+    others |= {
+        "prompts": prompts,
+        "start": start,
+        "queue": queue,
+        "estimate": estimate,
+        "cost": cost,
+    }
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         others["more"] = more
         others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
@@ -52,14 +61,22 @@ def train_widgets(base: str, form: type[TrainForm] = TrainForm) -> tuple[dict[st
     return {name: fields[name] for name in rows(form)} | further, others | boxes
 
 
-def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm], base: str) -> dict[str, Any]:
-    """Widgets of one line, into `fields`; returns others. A box is shown while the tick above that it needs is set."""
+def line_widgets(
+    names: list[str], fields: dict[str, Any], form: type[TrainForm], base: str
+) -> dict[str, Any]:
+    """Widgets of one line, into `fields`; returns others. A box is shown while the tick above that
+    it needs is set."""
     row = rows(form)[names[0]]
     if names == ["like"]:  # a file whose settings fill the form, and the line about it
         with gr.Row(elem_classes="tight"):
             fields["like"] = field_widget("like", form, base)
             upload = gr.UploadButton(
-                "Upload", file_types=[".safetensors"], scale=0, min_width=88, elem_id="upload_like", size="md"
+                "Upload",
+                file_types=[".safetensors"],
+                scale=0,
+                min_width=88,
+                elem_id="upload_like",
+                size="md",
             )
         return {"upload_like": upload, "like_said": gr.HTML("", visible=False, elem_id="like_said")}
     if len(names) == 1 and not row.box:
@@ -73,16 +90,25 @@ def line_widgets(names: list[str], fields: dict[str, Any], form: type[TrainForm]
     return {}
 
 
-def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr.components.Component:
+def field_widget(
+    name: str, form: type[TrainForm], base: str, **room: Any
+) -> gr.components.Component:
     """The widget of a field, by its values and the kind that the table names."""
     row = rows(form)[name]
     first = row.first(base)
-    told = {"label": row.label, "info": row.info or row.row.get("help"), "elem_id": row.elem_id or name}
+    told = {
+        "label": row.label,
+        "info": row.info or row.row.get("help"),
+        "elem_id": row.elem_id or name,
+    }
     is_of_family = not row.of_family or getattr(state.facts_shown(base), row.of_family)
     look = told | dict(row.look) | room | ({} if is_of_family else {"visible": False})
     if row.is_tick:
         is_off = row.fetched and not (first if row.at_first else is_toy(base))
-        return gr.Checkbox(first, **look | {"info": told["info"] + (FROM_HUB.format(row.fetched) if is_off else "")})
+        return gr.Checkbox(
+            first,
+            **look | {"info": told["info"] + (FROM_HUB.format(row.fetched) if is_off else "")},
+        )
     if row.kind == "slider":
         return gr.Slider(0, row.limit, first, step=row.limit / 20, **look)
     if row.is_number:
@@ -92,9 +118,18 @@ def field_widget(name: str, form: type[TrainForm], base: str, **room: Any) -> gr
     if row.kind == "radio":
         return gr.Radio(list(row.values), value=first, **look)
     if row.values:
-        labels = row.choices if isinstance(row.choices, Mapping) else {value: value for value in row.values}
+        labels = (
+            row.choices
+            if isinstance(row.choices, Mapping)
+            else {value: value for value in row.values}
+        )
         visible = not (row.of_files and is_toy(base))
-        return gr.Dropdown([(label, value) for value, label in labels.items()], value=first, visible=visible, **look)
+        return gr.Dropdown(
+            [(label, value) for value, label in labels.items()],
+            value=first,
+            visible=visible,
+            **look,
+        )
     return gr.Textbox(None if row.required else first, **look)
 
 
@@ -103,7 +138,9 @@ SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status
 Files = list[str] | None  # Uploads of a subject; those of a further subject may be missing
 
 
-def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab) -> dict[str, Any]:
+def build_train_tab(
+    ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab
+) -> dict[str, Any]:
     """Returns the fields whose first value depends on the base."""
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(elem_id="train_form", min_width=280):
@@ -113,12 +150,24 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
     train_masks.connect_subjects(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
 
-    @gr.on([page.load, fields["begin_with"].focus], inputs=None, outputs=fields["begin_with"], **state.AT_ONCE)
+    @gr.on(
+        [page.load, fields["begin_with"].focus],
+        inputs=None,
+        outputs=fields["begin_with"],
+        **state.AT_ONCE,
+    )
     def starts() -> gr.Dropdown:
         """Adapters with new tokens are left out, as no run begins with them."""
         files = ctx.catalog.files()
         return gr.Dropdown(
-            choices=[NONE, *(name for name, file in files.items() if not generate_values.summary_of(file).new_tokens)]
+            choices=[
+                NONE,
+                *(
+                    name
+                    for name, file in files.items()
+                    if not generate_values.summary_of(file).new_tokens
+                ),
+            ]
         )
 
     @gr.on([page.load, fields["like"].focus], inputs=None, outputs=fields["like"], **state.AT_ONCE)
@@ -132,7 +181,9 @@ def build_train_tab(ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, gener
     train_watch.connect_queue(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs, generate)
     return {
-        name: fields[name] for name, row in rows(TrainForm).items() if row.at_first or row.of_files or row.of_family
+        name: fields[name]
+        for name, row in rows(TrainForm).items()
+        if row.at_first or row.of_files or row.of_family
     }
 
 
@@ -148,8 +199,14 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             photos_4: Files = None,
             **values,
         ) -> Any:
-            sent = {n: files for n, files in enumerate((photos, photos_2, photos_3, photos_4), 1) if files}
-            form = form_of(values | {named("photos", number): files for number, files in sent.items()})
+            sent = {
+                n: files
+                for n, files in enumerate((photos, photos_2, photos_3, photos_4), 1)
+                if files
+            }
+            form = form_of(
+                values | {named("photos", number): files for number, files in sent.items()}
+            )
             # else the photos of another request would be used in their place
             with ctx.workspace.changing if sent else nullcontext():
                 for number, files in sent.items():  # the photos of the other subjects stay
@@ -163,7 +220,9 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             html.explain_bad_values(widget)
     how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     chosen = gr.State("")  # hidden from programs: `/train` returns two values
-    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(None, js=SHOW_STATUS, **state.AT_ONCE)
+    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(
+        None, js=SHOW_STATUS, **state.AT_ONCE
+    )
 
     @with_photos
     def train(form: TrainForm) -> tuple:
@@ -171,7 +230,9 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs), value=job.name)
         return names, html.notice(f"The run {job.name} is starting."), chosen
 
-    parts["start"].click(train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how)
+    parts["start"].click(
+        train, api_name="train", outputs=[parts["run"], parts["status"], chosen], **how
+    )
 
     @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
     @with_photos
@@ -185,7 +246,8 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
 
 def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """An adapter's recipe into the form, and the crops as it makes them. A file without one is told below the list."""
+    """An adapter's recipe into the form, and the crops as it makes them. A file without one is told
+    below the list."""
     names = list(values_like(None, ctx.base_name))
     filled = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs = [fields["like"], parts["like_said"], *filled]
@@ -220,7 +282,8 @@ def _connect_like(ctx: state.AppContext, fields: dict, parts: dict) -> None:
 
 
 def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    """Shows in empty fields what they stand for. To a program 0 says so, which the page empties when it is loaded."""
+    """Shows in empty fields what they stand for. To a program 0 says so, which the page empties
+    when it is loaded."""
     names = [name for name, row in rows(TrainForm).items() if row.by_recipe]
     shown = [parts["by_recipe"], *(fields[name] for name in names)]
 
@@ -228,13 +291,25 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         try:
             found = train_start.recipe_values(ctx, preset, like)
         except Exception as error:
-            return [html.faint(state.sentence(state.as_user_error(error))), *([gr.skip()] * len(names))]
+            return [
+                html.faint(state.sentence(state.as_user_error(error))),
+                *([gr.skip()] * len(names)),
+            ]
         line = f"Trained at {ctx.resolution_px} px, the base's own size. An empty field has the value in grey."
         return [html.faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
 
-    inputs, changes = [fields["preset"], fields["like"]], [fields["preset"].change, fields["like"].change]
+    inputs, changes = (
+        [fields["preset"], fields["like"]],
+        [fields["preset"].change, fields["like"].change],
+    )
     gr.on([page.load, parts["more"].expand, *changes], values, inputs, shown, **state.AT_ONCE)
-    page.load(None, shown[1:], shown[1:], js="(...numbers) => numbers.map((number) => number || null)", **state.AT_ONCE)
+    page.load(
+        None,
+        shown[1:],
+        shown[1:],
+        js="(...numbers) => numbers.map((number) => number || null)",
+        **state.AT_ONCE,
+    )
 
 
 def as_shown(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,16 +323,22 @@ def said_of(name: str, recipe: FoundRecipe | None) -> gr.HTML:
     if recipe is None:
         return gr.HTML("", visible=False)
     own = left_out(recipe)
-    parts = [f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"]
+    parts = [
+        f"Like {name}: {len(recipe.settings) - len(own)} settings, those of this form filled in"
+    ]
     parts += [f"left to this page: {', '.join(own)}"] if own else []
     return gr.HTML(html.notice(f"{'; '.join([*parts, *recipe.remarks])}."), visible=True)
 
 
-def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+def _connect_ended(
+    ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab
+) -> None:
     """A run's adapter into the other tab; its settings, words and photos into the form."""
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
 
-    @parts["use"].click(inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **state.TELLING)
+    @parts["use"].click(
+        inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **state.TELLING
+    )
     @state.as_gradio_error
     def use(run: str | None) -> tuple:
         job = ctx.jobs.seen(run or "")
@@ -266,13 +347,20 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
             raise UserError("there is no adapter yet")
         summary = generate_values.summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
-        return gr.Tabs(selected="generate"), chosen, generate_values.prompt_for(summary), summary.scale
+        return (
+            gr.Tabs(selected="generate"),
+            chosen,
+            generate_values.prompt_for(summary),
+            summary.scale,
+        )
 
     names = [name for name, field in fields.items() if not isinstance(field, gr.File)]
     outputs = [*(fields[name] for name in names), *train_masks.review_widgets(parts)]
     outputs += [parts["like_said"], parts["cost"], *train_masks.box_widgets(fields | parts)[1:]]
 
-    @parts["reopen"].click(inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING)
+    @parts["reopen"].click(
+        inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING
+    )
     @state.as_gradio_error
     def reopen(run: str | None) -> tuple:
         job = ctx.jobs.recorded(run or "")
@@ -284,9 +372,16 @@ def _connect_ended(ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Ta
         train_start.keep_recipe(ctx, name, recipe)
         train_photos.keep_captions_of(ctx.workspace, form.subjects)
         values = as_shown(values_of(form))
-        told = f"The settings, words and photos of {job.name} are in the form. Change them, and start."
+        told = (
+            f"The settings, words and photos of {job.name} are in the form. Change them, and start."
+        )
         if (base := settings["pretrained_model_name_or_path"]) != ctx.base_name:
             told += f" It was trained on {public_name(base)}, and the base at the top of the page is {ctx.base}."
         reviews = train_masks.reviews(ctx, form.seed, count, form.like, is_reset=True)
-        shown = (*reviews, said_of(name, recipe), html.notice(told), *train_masks.boxes_for(count)[1:])
+        shown = (
+            *reviews,
+            said_of(name, recipe),
+            html.notice(told),
+            *train_masks.boxes_for(count)[1:],
+        )
         return (*(values[name] for name in names), *shown)

@@ -1,7 +1,9 @@
-"""The training form as a value: the table of its fields, and the settings that `train FOLDER WORD` chooses from them.
+"""The training form as a value: the table of its fields, and the settings that `train FOLDER WORD`
+chooses from them.
 
-A field is one row of `TrainForm`: widgets, settings, the form of an earlier run, “Train like” and the form's words in
-advice are made from the rows; what a row leaves out is as the table of settings has it.
+A field is one row of `TrainForm`: widgets, settings, the form of an earlier run, “Train like” and
+the form's words in advice are made from the rows; what a row leaves out is as the table of settings
+has it.
 """
 
 import re
@@ -45,20 +47,26 @@ class FormField:
     default: Any
     label: str
     info: str = ""  # default: the help of its setting
-    line: int = 0  # its line below “More settings”, from the top, where several may stand side by side; 0: elsewhere
+    # its line below “More settings”, from the top, where several may stand side by side; 0:
+    # elsewhere
+    line: int = 0
     setting: str = ""  # the setting that it fills; "" if the form does more with it
-    choices: Collection[str] | Mapping[str, str] = ()  # values, or value -> its label (default: those of its setting)
+    # values, or value -> its label (default: those of its setting)
+    choices: Collection[str] | Mapping[str, str] = ()
     most: float | None = None  # the most that the field takes (default: the setting's bound)
-    kind: str = ""  # radio, slider, or list: names that the page knows; else the widget follows from the values
+    # radio, slider, or list: names that the page knows; else the widget follows from the values
+    kind: str = ""
     required: bool = False  # the API's argument has no default
-    always: bool = False  # the run is given its value even where that is as at first; else 0 means “by recipe”
+    # the run is given its value even where that is as at first; else 0 means “by recipe”
+    always: bool = False
     needs: str = ""  # a tick without which it means nothing
     box: str = ""  # id of the box around its line, which is shown while what it needs is ticked
     words: tuple[str, str] | None = None  # values of the setting for a tick that is off, and on
     of_files: bool = False  # not for the embedded base
     of_family: str = ""  # the fact of the base's family without which it is not shown
     at_first: Callable[[str], Any] | None = None  # its first value by the base, if that decides
-    fetched: str = ""  # what is told where a tick is off at first, as it takes something from the hub
+    # what is told where a tick is off at first, as it takes something from the hub
+    fetched: str = ""
     title: str = ""  # its name in an error (default: the label)
     elem_id: str = ""  # its id on the page (default: its name)
     look: Mapping[str, Any] = field(default_factory=dict)  # further options of the widget
@@ -104,8 +112,14 @@ class FormField:
         if not self.is_number:
             return value
         value, is_whole = 0 if value is None else value, isinstance(self.default, int)
-        if not is_number(value) or not 0 <= value <= self.limit or (is_whole and not float(value).is_integer()):
-            what = f"{title} must be a whole number" if is_whole else f"the {title} must be a number"
+        if (
+            not is_number(value)
+            or not 0 <= value <= self.limit
+            or (is_whole and not float(value).is_integer())
+        ):
+            what = (
+                f"{title} must be a whole number" if is_whole else f"the {title} must be a number"
+            )
             raise UserError(f"{what} from 0 to {self.limit}, not {value!r:.30}")
         return type(self.default)(value)
 
@@ -128,8 +142,9 @@ TOKENS = ("sks", "zwx", "ohwx", "xjy")  # The default rare word of each further 
 
 @dataclass(frozen=True)
 class SubjectWords:
-    """The form's values for one subject. `captions`: one line for each photo, in order, or as the page sends them: each
-    after the digest of its photo and a colon. `tokens_begin_as`: if there are any."""
+    """The form's values for one subject. `captions`: one line for each photo, in order, or as the
+    page sends them: each after the digest of its photo and a colon. `tokens_begin_as`: if there are
+    any."""
 
     class_word: str
     token: str
@@ -153,14 +168,19 @@ def photos_of(photos_dir: Path, number: int) -> list[Path]:
 
 
 def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
-    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises UserError."""
+    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises
+    UserError."""
     try:
         instance_prompt, class_prompt = prompts_of(words.token, words.class_word)
         check_captions(words.captions)
     except UserError as error:
         raise UserError(f"subject {number}: {error}") from error
     folder = str(folder_of(photos_dir, number))
-    return {"instance_data_dir": folder, "instance_prompt": instance_prompt, "class_prompt": class_prompt}
+    return {
+        "instance_data_dir": folder,
+        "instance_prompt": instance_prompt,
+        "class_prompt": class_prompt,
+    }
 
 
 def check_captions(captions: Any) -> None:
@@ -194,8 +214,9 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class TrainForm:
-    """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the recipe has it.
-    `begin_with` and `like` name an adapter or a recipe that can be chosen on the page."""
+    """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the
+    recipe has it. `begin_with` and `like` name an adapter or a recipe that can be chosen on the
+    page."""
 
     # fmt: off
     token: str = asked(plan.TOKEN, "Token", "a rare word", line=2)
@@ -243,7 +264,10 @@ class TrainForm:
 
     @property
     def subjects(self) -> tuple[SubjectWords, ...]:
-        return (SubjectWords(self.class_word, self.token, self.captions, self.tokens_begin_as), *self.others)
+        return (
+            SubjectWords(self.class_word, self.token, self.captions, self.tokens_begin_as),
+            *self.others,
+        )
 
     def checked(self, name: str) -> Any:
         """The value of a field. Raises UserError."""
@@ -259,7 +283,8 @@ class TrainForm:
         is_queued: bool = False,
         recipe: sources.FoundRecipe | None = None,
     ) -> plan.Choices:
-        """What the command would choose for these photos, in `folder_of` each subject, and words. Raises UserError."""
+        """What the command would choose for these photos, in `folder_of` each subject, and words.
+        Raises UserError."""
         given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
         share, wants_scores = PRESETS[self.checked("preset")], self.checked("scores")
         if recipe is None:
@@ -275,16 +300,29 @@ class TrainForm:
             plan.choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
         plan.choose_steps(choices, round(share * exposures), photos)
-        plan.choose_scores(choices, photos, None if wants_scores == plan.encoders_are_here(base) else wants_scores)
+        plan.choose_scores(
+            choices, photos, None if wants_scores == plan.encoders_are_here(base) else wants_scores
+        )
         return choices
 
     def config(
-        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, recipe: sources.FoundRecipe | None = None
+        self,
+        base: str,
+        resolution_px: int,
+        photos_dir: Path,
+        run_dir: Path,
+        recipe: sources.FoundRecipe | None = None,
     ) -> dict[str, Any]:
         return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
 
     def given(
-        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path, *, is_like: bool = False
+        self,
+        base: str,
+        resolution_px: int,
+        photos_dir: Path,
+        run_dir: Path,
+        *,
+        is_like: bool = False,
     ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig. Raises UserError."""
         prompts_of(self.token, self.class_word)
@@ -302,7 +340,8 @@ class TrainForm:
         }
 
     def settings_given(self, base: str, *, is_like: bool) -> dict[str, Any]:
-        """What the fields say of settings; beside a file (`is_like`) even what is as at first. Raises UserError."""
+        """What the fields say of settings; beside a file (`is_like`) even what is as at first.
+        Raises UserError."""
         given = {}
         for name, row in rows(type(self)).items():
             if not row.setting or (row.needs and not getattr(self, row.needs)):
@@ -325,7 +364,9 @@ class TrainForm:
         ]
         prompts = [table["instance_prompt"] for table in tables]
         if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
-            raise UserError(f"two subjects are called “{twice}”; give each a token or a class of its own")
+            raise UserError(
+                f"two subjects are called “{twice}”; give each a token or a class of its own"
+            )
         return {"subjects": tables}
 
     def concept_of(self, words: SubjectWords) -> dict[str, str]:
@@ -337,10 +378,14 @@ class TrainForm:
         return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
-        """Write each caption into a text file beside its photo, if that is there; empty ones are skipped. Raises
-        UserError for more lines without a digest than photos: some would be another photo's."""
+        """Write each caption into a text file beside its photo, if that is there; empty ones are
+        skipped. Raises UserError for more lines without a digest than photos: some would be another
+        photo's."""
         for number, words in enumerate(self.subjects, 1):
-            photos, lines = photos_of(photos_dir, number), str(words.captions or "").rstrip().splitlines()
+            photos, lines = (
+                photos_of(photos_dir, number),
+                str(words.captions or "").rstrip().splitlines(),
+            )
             if "" not in (said := dict(map(digest_and_caption, lines))):
                 lines = [said.get(file_digest(photo), "") for photo in photos]
             if len(lines) > len(photos):
@@ -352,38 +397,59 @@ class TrainForm:
 
 
 def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name. Raises UserError for words, or given photos, beyond the number of
-    `subjects`."""
+    """The form from all fields' values, by name. Raises UserError for words, or given photos,
+    beyond the number of `subjects`."""
     count = values.get("subjects", 1)
     if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
-        raise UserError(f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}")
+        raise UserError(
+            f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}"
+        )
     others = []
     for number in range(2, MOST_SUBJECTS + 1):
-        words = [str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__]
+        words = [
+            str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__
+        ]
         if number <= count:
             others.append(SubjectWords(*words))
         for name in ("class_word", "photos"):
             if number > count and str(values.get(named(name, number)) or "").strip():
-                raise UserError(f"with {named(name, number)}, subjects must be at least {number}, not {count}")
-    return form(**{name: values[name] for name in rows(form) if name in values}, others=tuple(others))
+                raise UserError(
+                    f"with {named(name, number)}, subjects must be at least {number}, not {count}"
+                )
+    return form(
+        **{name: values[name] for name in rows(form) if name in values}, others=tuple(others)
+    )
 
 
 def values_of(form: TrainForm) -> dict[str, Any]:
-    """Of the widgets, by name: further subjects' fields are empty where the form has no such subject."""
-    values = {name: getattr(form, name) for name in rows(type(form))} | {"subjects": len(form.subjects)}
+    """Of the widgets, by name: further subjects' fields are empty where the form has no such
+    subject."""
+    values = {name: getattr(form, name) for name in rows(type(form))} | {
+        "subjects": len(form.subjects)
+    }
     for number in range(2, MOST_SUBJECTS + 1):
-        words = form.subjects[number - 1] if number <= len(form.subjects) else SubjectWords("", TOKENS[number - 1])
+        words = (
+            form.subjects[number - 1]
+            if number <= len(form.subjects)
+            else SubjectWords("", TOKENS[number - 1])
+        )
         values |= {named(name, number): value for name, value in vars(words).items()}
     return values
 
 
-def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
+def values_from(
+    said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm
+) -> dict[str, Any]:
     """Of the fields that fill a setting, by name; what the settings do not say is as at first."""
     values: dict[str, Any] = {}
     for name, row in rows(form).items():
         if row.setting:
             needed = rows(form)[row.needs] if row.needs else None
-            value = said.get(row.setting) if not needed or said.get(needed.setting, needed.default) else None
+            value = (
+                said.get(row.setting)
+                if not needed or said.get(needed.setting, needed.default)
+                else None
+            )
             if value is None or (row.values and value not in row.values):
                 values[name] = row.first(base)
             else:
@@ -391,9 +457,13 @@ def values_from(said: Mapping[str, Any], base: str, form: type[TrainForm] = Trai
     return values
 
 
-def values_like(recipe: sources.FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm) -> dict[str, Any]:
+def values_like(
+    recipe: sources.FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm
+) -> dict[str, Any]:
     """Of the widgets that a recipe speaks of, by name; those of None are all as at first."""
-    values = values_from(recipe.settings if recipe else {}, base, form) | {"preset": TrainForm.preset}
+    values = values_from(recipe.settings if recipe else {}, base, form) | {
+        "preset": TrainForm.preset
+    }
     return {name: value for name, value in values.items() if not rows(form)[name].of_files}
 
 
@@ -418,13 +488,21 @@ def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
 
 
 def left_out(recipe: sources.FoundRecipe) -> dict[str, Any]:
-    """The recipe's settings that are not taken: the base has its own resolution, and the machine its own memory."""
+    """The recipe's settings that are not taken: the base has its own resolution, and the machine
+    its own memory."""
     without = () if rules.version_of("bitsandbytes") else ("use_8bit_adam",)
-    return {name: recipe.settings[name] for name in ("resolution", *OF_MACHINE, *without) if name in recipe.settings}
+    return {
+        name: recipe.settings[name]
+        for name in ("resolution", *OF_MACHINE, *without)
+        if name in recipe.settings
+    }
 
 
-def taken_from(recipe: sources.FoundRecipe, given: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
-    """The recipe's settings that are neither given nor left out; its length is multiplied by `share`."""
+def taken_from(
+    recipe: sources.FoundRecipe, given: Mapping[str, Any], share: float = 1.0
+) -> dict[str, Any]:
+    """The recipe's settings that are neither given nor left out; its length is multiplied by
+    `share`."""
     taken = sources.unless_given(recipe.settings, {**left_out(recipe), **given})
     return taken | lengths_in(taken, share)
 
@@ -435,7 +513,8 @@ def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
 
 
 def free_gib(*, is_later: bool = False) -> float | None:
-    """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`); None: no GPU."""
+    """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`);
+    None: no GPU."""
     import torch
 
     if best_device().type == "mps":
@@ -453,7 +532,8 @@ def free_for(base: str, *, is_later: bool = False) -> float | None:
 
 
 def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list[Photo]:
-    """The usable photos of the first `subjects` subjects. Raises UserError for a subject without any."""
+    """The usable photos of the first `subjects` subjects. Raises UserError for a subject without
+    any."""
     found = []
     for number in range(1, subjects + 1):
         folder = folder_of(photos_dir, number)
@@ -462,7 +542,9 @@ def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> li
         photos = find_photos(folder, "", resolution_px).photos
         if not photos:
             whose = f" of subject {number}" if number > 1 else ""
-            raise UserError(f"none of the photos{whose} can be used; the reasons are shown below them")
+            raise UserError(
+                f"none of the photos{whose} can be used; the reasons are shown below them"
+            )
         found += [replace(photo, subject=number - 1) for photo in photos]
     return found
 
@@ -475,7 +557,8 @@ def crop_config(
     seed: Any = 0,
     like: sources.FoundRecipe | None = None,
 ) -> TrainConfig:
-    """The settings that decide the crops, like those of `TrainForm.choices`; the words are not needed."""
+    """The settings that decide the crops, like those of `TrainForm.choices`; the words are not
+    needed."""
     if like:
         recipe = taken_from(like, {"with_prior_preservation": False})
     else:

@@ -1,7 +1,8 @@
-"""The widgets of photos in the Train tab: a row for each, for every subject, and a brush to correct their masks.
+"""The widgets of photos in the Train tab: a row for each, for every subject, and a brush to correct
+their masks.
 
-What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they are dropped, and
-captions are written in the rows.
+What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they
+are dropped, and captions are written in the rows.
 """
 
 import shutil
@@ -40,22 +41,32 @@ WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
 
 
 def photo_widgets(number: int = 1) -> dict[str, Any]:
-    """The widgets in which a subject's photos are dropped and shown, and the field for those of a program."""
+    """The widgets in which a subject's photos are dropped and shown, and the field for those of a
+    program."""
     whose = "one subject" if number == 1 else f"subject {number}"
-    files = {"file_count": "multiple", "file_types": PHOTO_TYPES, "label": f"3 to 10 photos of {whose}"}
+    files = {
+        "file_count": "multiple",
+        "file_types": PHOTO_TYPES,
+        "label": f"3 to 10 photos of {whose}",
+    }
     widgets = {"added": gr.File(height=130, elem_id=named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
     widgets["photos"] = gr.File(visible=False, **files)
     widgets["remarks"] = gr.HTML(visible=False, elem_id=named("remarks", number))
-    widgets |= {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
+    widgets |= (
+        {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
+    )
     widgets["crops"] = photo_rows(named("crops", number))
     return {named(name, number): widget for name, widget in widgets.items()}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of the API, and the other widgets. All but one button is hidden at first."""
-    fields = {"subjects": gr.Number(1, visible=False, precision=0, label="Subjects", elem_id="subjects")}
+    """Fields under the names of the API, and the other widgets. All but one button is hidden at
+    first."""
+    fields = {
+        "subjects": gr.Number(1, visible=False, precision=0, label="Subjects", elem_id="subjects")
+    }
     parts: dict[str, Any] = {}
     for number in FURTHER:
         with gr.Column(visible=False, elem_id=f"subject_{number}") as box:
@@ -67,19 +78,27 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
         parts |= shown | {f"subject_{number}": box, named("prompts", number): prompts}
     with gr.Row():
         add = gr.Button("Add another subject", size="sm", min_width=132, elem_id="add_subject")
-        remove = gr.Button("Remove subject 2", size="sm", min_width=132, visible=False, elem_id="remove_subject")
+        remove = gr.Button(
+            "Remove subject 2", size="sm", min_width=132, visible=False, elem_id="remove_subject"
+        )
     return fields, parts | {"add_subject": add, "remove_subject": remove}
 
 
 def further_fields(number: int) -> dict[str, Any]:
     def text(name: str, label: str, placeholder: str, value: str = "", **look: Any) -> gr.Textbox:
-        return gr.Textbox(value, label=label, placeholder=placeholder, elem_id=named(name, number), **look)
+        return gr.Textbox(
+            value, label=label, placeholder=placeholder, elem_id=named(name, number), **look
+        )
 
     with gr.Row():
         class_word = text("class_word", "What these show", "cat", min_width=110)
         token = text("token", "Token", "a rare word", train_form.TOKENS[number - 1], min_width=110)
-    captions = text("captions", "Captions", "one line for each photo, in order; may be left out", visible=False)
-    begin_as = text("tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False)
+    captions = text(
+        "captions", "Captions", "one line for each photo, in order; may be left out", visible=False
+    )
+    begin_as = text(
+        "tokens_begin_as", "Its new tokens begin as", "words like it; or empty", visible=False
+    )
     words = (class_word, token, captions, begin_as)
     return {named(name, number): widget for name, widget in zip(WORDS, words, strict=True)}
 
@@ -97,29 +116,48 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
             instance, class_prompt = train_form.prompts_of(token, class_word)
         except UserError:
             return gr.HTML(visible=False)
-        return gr.HTML(html.notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True)
+        return gr.HTML(
+            html.notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True
+        )
 
     for number in range(1, MOST_SUBJECTS + 1):
-        token, class_word, prompts = widgets_of(everything, number, "token", "class_word", "prompts")
-        gr.on([token.change, class_word.change], words, [token, class_word], prompts, **state.AT_ONCE)
+        token, class_word, prompts = widgets_of(
+            everything, number, "token", "class_word", "prompts"
+        )
+        gr.on(
+            [token.change, class_word.change], words, [token, class_word], prompts, **state.AT_ONCE
+        )
         connect_photos(ctx, number, everything)
     concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
     fields["new_tokens"].change(
-        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER], fields["new_tokens"], concepts, **state.AT_ONCE
+        lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER],
+        fields["new_tokens"],
+        concepts,
+        **state.AT_ONCE,
     )
     connect_boxes(ctx, page, everything)
 
 
 def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
-    """A subject's photos are added and removed, and its captions are written. The crops depend on the seed and on the
-    recipe, too."""
-    added, remarks, rows, captions = widgets_of(widgets, number, "added", "remarks", "crops", "captions")
+    """A subject's photos are added and removed, and its captions are written. The crops depend on
+    the seed and on the recipe, too."""
+    added, remarks, rows, captions = widgets_of(
+        widgets, number, "added", "remarks", "crops", "captions"
+    )
     crops = [widgets["seed"], widgets["like"]]
-    changing = {"api_visibility": "private", "show_progress_on": remarks, "trigger_mode": "multiple", **TAKING_PHOTOS}
+    changing = {
+        "api_visibility": "private",
+        "show_progress_on": remarks,
+        "trigger_mode": "multiple",
+        **TAKING_PHOTOS,
+    }
 
-    @added.upload(inputs=[added, *crops], outputs=[added, remarks, rows], show_progress="minimal", **changing)
+    @added.upload(
+        inputs=[added, *crops], outputs=[added, remarks, rows], show_progress="minimal", **changing
+    )
     def add(files: list[str] | None, seed: int, like: str) -> tuple:
-        """The dropped files leave their field in any case: whatever is dropped next comes beside those in the rows."""
+        """The dropped files leave their field in any case: whatever is dropped next comes beside
+        those in the rows."""
         try:
             told = train_photos.add_photos(files or [], ctx.workspace, number)
             return None, *review(ctx, number, seed, like, told)
@@ -147,7 +185,11 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
     @state.as_gradio_error
     def write(progress: gr.Progress = PROGRESS, **values) -> tuple:
         made, told = {}, []
-        progress((0, None), desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}", unit="photos")
+        progress(
+            (0, None),
+            desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}",
+            unit="photos",
+        )
         with ctx.turns.captioning():
             wanted = train_photos.made_captions(ctx, form_of(values), number)
             for place, (digest, caption, remark) in enumerate(wanted, 1):
@@ -177,7 +219,9 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
         return (*reviews(ctx, seed, max(1, count)), *boxes_for(max(1, count)))
 
     @widgets["seed"].blur(
-        inputs=[widgets[name] for name in ("seed", "subjects", "like")], outputs=pictures, **state.TELLING
+        inputs=[widgets[name] for name in ("seed", "subjects", "like")],
+        outputs=pictures,
+        **state.TELLING,
     )
     @state.as_gradio_error
     def again(seed: int, count: int, like: str) -> tuple:
@@ -187,7 +231,9 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
     def add(count: int) -> tuple:
         return boxes_for(min(MOST_SUBJECTS, int(count) + 1))
 
-    @widgets["remove_subject"].click(inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE)
+    @widgets["remove_subject"].click(
+        inputs=widgets["subjects"], outputs=[*boxes, *emptied], **state.AT_ONCE
+    )
     def remove(count: int) -> tuple:
         last = max(2, int(count))
         shutil.rmtree(folder_of(ctx.workspace.photos_dir, last), ignore_errors=True)
@@ -198,15 +244,19 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
 
 def review_widgets(widgets: dict) -> list[Any]:
     subjects = range(1, MOST_SUBJECTS + 1)
-    return [widget for number in subjects for widget in widgets_of(widgets, number, "remarks", "crops")]
+    return [
+        widget for number in subjects for widget in widgets_of(widgets, number, "remarks", "crops")
+    ]
 
 
 def reviews(ctx: state.AppContext, seed: int, count: int, like: str = NONE, **how: Any) -> tuple:
-    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not change but with
-    `is_reset`, where they may be gone."""
+    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not
+    change but with `is_reset`, where they may be gone."""
     values: list[Any] = []
     for number in range(1, MOST_SUBJECTS + 1):
-        is_shown = how.get("is_reset") or (number <= count and photos_of(ctx.workspace.photos_dir, number))
+        is_shown = how.get("is_reset") or (
+            number <= count and photos_of(ctx.workspace.photos_dir, number)
+        )
         values += review(ctx, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
     return tuple(values)
 
@@ -231,7 +281,15 @@ def review(
 
 
 def box_widgets(widgets: dict) -> list[Any]:
-    return [widgets[name] for name in ("subjects", "add_subject", "remove_subject", *map("subject_{}".format, FURTHER))]
+    return [
+        widgets[name]
+        for name in (
+            "subjects",
+            "add_subject",
+            "remove_subject",
+            *map("subject_{}".format, FURTHER),
+        )
+    ]
 
 
 def boxes_for(count: int) -> tuple:
@@ -251,8 +309,16 @@ def mask_editor() -> gr.ImageEditor:
     """The editor of one painted layer."""
     sides = (train_photos.LEARNED, train_photos.LEFT_OUT)
     colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in sides]
-    brush = gr.Brush(default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed")
-    look = {"label": "Mask", "show_label": False, "elem_id": "mask_editor", "format": "png", "interactive": True}
+    brush = gr.Brush(
+        default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed"
+    )
+    look = {
+        "label": "Mask",
+        "show_label": False,
+        "elem_id": "mask_editor",
+        "format": "png",
+        "interactive": True,
+    }
     look |= {"sources": (), "transforms": (), "layers": False, "buttons": []}
     size = (train_photos.EDIT_PX, train_photos.EDIT_PX)
     return gr.ImageEditor(
@@ -276,21 +342,29 @@ def mask_widgets() -> dict[str, Any]:
         parts["mask_about"] = gr.HTML("", elem_id="mask_about")
         parts["mask_editor"] = mask_editor()
         with gr.Row(elem_classes="tight"):
-            parts["keep_mask"] = gr.Button("Keep this mask", variant="primary", min_width=130, elem_id="keep_mask")
-            parts["put_mask_back"] = gr.Button("Put the old one back", min_width=170, elem_id="put_mask_back")
+            parts["keep_mask"] = gr.Button(
+                "Keep this mask", variant="primary", min_width=130, elem_id="keep_mask"
+            )
+            parts["put_mask_back"] = gr.Button(
+                "Put the old one back", min_width=170, elem_id="put_mask_back"
+            )
             parts["close_mask"] = gr.Button("Close", min_width=64, elem_id="close_mask")
     return parts
 
 
 def with_any_word(form: train_form.TrainForm) -> train_form.TrainForm:
-    """The form as it is before the photos have a word: masks need one only where a model looks for it."""
-    first, *others = (replace(words, class_word=words.class_word.strip() or "subject") for words in form.subjects)
+    """The form as it is before the photos have a word: masks need one only where a model looks for
+    it."""
+    first, *others = (
+        replace(words, class_word=words.class_word.strip() or "subject") for words in form.subjects
+    )
     return replace(form, class_word=first.class_word, others=tuple(others))
 
 
 def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """Progress is shown only on the remarks: gradio would ask a component that shows progress, and all inside it, for
-    their values at every event of the page, and the editor would answer with an upload."""
+    """Progress is shown only on the remarks: gradio would ask a component that shows progress, and
+    all inside it, for their values at every event of the page, and the editor would answer with an
+    upload."""
     of_chosen = {"chosen": parts["mask_chosen"], **fields}
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
     corrected = [parts["mask_remarks"], parts["mask_box"], *review_widgets(parts)]
@@ -304,12 +378,17 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         return TrainConfig.from_dict(config)
 
     def pictures(values: dict) -> tuple:
-        """Values of `corrected`: the rows have the masks that a run would use, and the brush is away."""
+        """Values of `corrected`: the rows have the masks that a run would use, and the brush is
+        away."""
         masks = list(train_photos.shown_masks(settings(values), ctx.workspace))
         lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
         of_photos = {mask.photo: mask.path for mask in masks}
         rows = reviews(ctx, values["seed"], values["subjects"], values["like"], masks=of_photos)
-        return gr.HTML(html.remarks_card(lines, SHOWN), visible=True), gr.Column(visible=False), *rows
+        return (
+            gr.HTML(html.remarks_card(lines, SHOWN), visible=True),
+            gr.Column(visible=False),
+            *rows,
+        )
 
     @state.as_gradio_error
     def show(**values) -> tuple:
@@ -323,11 +402,18 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             picture = train_photos.editor_picture(ctx.workspace, photo, settings(values))
             label = train_photos.label_of(photo, number - 1, values["subjects"])
             value = {"background": picture, "layers": [], "composite": None}
-            return gr.Column(visible=True), html.notice(f"{label.capitalize()}: {PAINT}"), value, (digest, number)
+            return (
+                gr.Column(visible=True),
+                html.notice(f"{label.capitalize()}: {PAINT}"),
+                value,
+                (digest, number),
+            )
 
         return edit
 
-    @parts["keep_mask"].click(inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making)
+    @parts["keep_mask"].click(
+        inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making
+    )
     @state.as_gradio_error
     def keep(chosen: tuple[str, int], painted: dict | None, **values) -> tuple:
         if not (painted and painted["layers"]):

@@ -1,8 +1,8 @@
-"""The photos in the form: taken, shown as the run will crop them, with captions to edit and masks to
-correct.
+"""The photos in the form: taken, shown as the run will crop them, with captions to edit and masks
+to correct.
 
-A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when the photo is
-uploaded again.
+A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when
+the photo is uploaded again.
 """
 
 import shutil
@@ -23,7 +23,14 @@ from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
-from dreambooth_moslora.photos.photo_file import Photo, apply_crop, open_again, open_mask, open_rgb, to_rgb
+from dreambooth_moslora.photos.photo_file import (
+    Photo,
+    apply_crop,
+    open_again,
+    open_mask,
+    open_rgb,
+    to_rgb,
+)
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import MAX_PHOTOS, kept_photos, remove_photos, take_photos
@@ -34,9 +41,11 @@ from dreambooth_moslora.ui.workspace import Workspace
 EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
 MARGIN = (226, 228, 232)
 LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
-"""Colours of the brush: for parts that become white in the mask, and for parts that become black."""
+"""Colours of the brush: for parts that become white in the mask, and for parts that become black.
+"""
 TINT = 0.5
-PAINTED = 64  # A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
+# A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
+PAINTED = 64
 ROW_PX = 256  # Longer side of the picture beside a caption
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; load the page again"
@@ -45,7 +54,8 @@ EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 @dataclass(frozen=True)
 class ShownMask:
-    """The mask `path` of a photo, if there is one, and what is to be said of it; `label` names it to the user."""
+    """The mask `path` of a photo, if there is one, and what is to be said of it; `label` names it
+    to the user."""
 
     photo: Path
     path: Path | None
@@ -70,21 +80,24 @@ def take_with_masks(
 
 
 def add_photos(files: list[str], workspace: Workspace, number: int = 1) -> list[str]:
-    """Take them after the subject's other photos. Of equal ones the first stays, with the first mask. Returns remarks.
-    Raises UserError."""
+    """Take them after the subject's other photos. Of equal ones the first stays, with the first
+    mask. Returns remarks. Raises UserError."""
     with workspace.changing:
         remarks, first, again = take_with_masks(files, workspace, number, keep=True), {}, []
         for photo in photos_of(workspace.photos_dir, number):
             if (known := first.setdefault(file_digest(photo), photo)) != photo:
                 again.append(photo)
                 of_mask = with_mask_of(known, photo)
-                remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
+                remarks.append(
+                    f"photo {number_of(known)} was added once more: it counts once{of_mask}"
+                )
         remove_photos(folder_of(workspace.photos_dir, number), again)
     return remarks
 
 
 def with_mask_of(first: Path, again: Path) -> str:
-    """Give a photo that has no mask the one of its copy; returns what became of that, for the remark."""
+    """Give a photo that has no mask the one of its copy; returns what became of that, for the
+    remark."""
     if not beside(again).is_file():
         return ""
     if not beside(first).is_file():
@@ -95,7 +108,8 @@ def with_mask_of(first: Path, again: Path) -> str:
 
 
 def remove_photo(workspace: Workspace, digest: str, number: int = 1) -> None:
-    """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added again."""
+    """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added
+    again."""
     folder = folder_of(workspace.photos_dir, number)
     with workspace.changing:
         gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
@@ -122,9 +136,12 @@ def caption_of(workspace: Workspace, number: int, digest: str) -> str:
 
 
 def keep_captions(workspace: Workspace, number: int, said: Any) -> None:
-    """Keep the captions of a subject's rows, [[digest, caption], …]; whatever else is in the list is skipped."""
+    """Keep the captions of a subject's rows, [[digest, caption], …]; whatever else is in the list
+    is skipped."""
     for row in said[:MAX_PHOTOS] if isinstance(said, list) else ():
-        if not (isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)):
+        if not (
+            isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)
+        ):
             continue
         digest, caption = row[0], one_space(row[1])
         if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
@@ -149,29 +166,45 @@ def made_captions(
     form: train_form.TrainForm,
     number: int,
 ) -> Iterator[tuple[str, str, str]]:
-    """(Digest, caption, remark) of each photo of the subject that has no caption. Raises UserError without its words,
-    and for a captioner that is not here."""
+    """(Digest, caption, remark) of each photo of the subject that has no caption. Raises UserError
+    without its words, and for a captioner that is not here."""
     words, workspace = form.subjects[number - 1], ctx.workspace
     prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
     folder = folder_of(workspace.photos_dir, number)
     photos = find_photos(folder, prompt, ctx.resolution_px).photos
     recipe = train_start.recipe_of(ctx, form.like)
-    config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe)
-    captioner = load_captioner(replace(config, instance_prompt=prompt, class_prompt=class_prompt), best_device())
+    config = train_form.crop_config(
+        ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe
+    )
+    captioner = load_captioner(
+        replace(config, instance_prompt=prompt, class_prompt=class_prompt), best_device()
+    )
     for photo in photos:
         if not caption_of(workspace, number, digest := file_digest(photo.path)):
             made = make_caption(photo, captioner, prompt)
-            yield digest, made.caption or "", f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
+            yield (
+                digest,
+                made.caption or "",
+                f"photo {number_of(photo.path)}: {made.remark}" if made.remark else "",
+            )
 
 
 def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask]:
-    """The masks as a run with these settings uses them; missing ones are made, and kept. Raises UserError."""
+    """The masks as a run with these settings uses them; missing ones are made, and kept. Raises
+    UserError."""
     subjects = len(config.each_subject)
     for photo, remark in with_made_masks(config, workspace):
         mask = open_mask(photo)
-        reason = remark or next((words for words in photo.reasons if words.startswith("mask not used")), "")
+        reason = remark or next(
+            (words for words in photo.reasons if words.startswith("mask not used")), ""
+        )
         words = NO_MASK if mask is None else quality_warning(mask)
-        yield ShownMask(photo.path, photo.mask_path, label_of(photo.path, photo.subject, subjects), reason or words)
+        yield ShownMask(
+            photo.path,
+            photo.mask_path,
+            label_of(photo.path, photo.subject, subjects),
+            reason or words,
+        )
 
 
 def with_made_masks(
@@ -180,7 +213,9 @@ def with_made_masks(
     only: Path | None = None,
 ) -> Iterator[tuple[Photo, str]]:
     """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
-    segmenters = [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
+    segmenters = (
+        [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
+    )
     for photo in photo_report(config).photos:
         if only not in (None, photo.path):
             continue
@@ -207,7 +242,9 @@ def mask_on_square(photo: Photo) -> PIL.Image.Image:
     mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
         left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
-        square.paste(mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top))
+        square.paste(
+            mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top)
+        )
     return square
 
 
@@ -236,7 +273,8 @@ def keep_mask(
     painted: PIL.Image.Image,
     config: TrainConfig,
 ) -> None:
-    """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError for no white."""
+    """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError
+    for no white."""
     with PIL.Image.open(photo) as opened:
         size = opened.size
     red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
@@ -291,7 +329,8 @@ def corrections_of(workspace: Workspace, photo: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class PhotoReview:
-    """Each kept photo: its file, how it will be cropped, and what is to be said of it; remarks on all, as HTML."""
+    """Each kept photo: its file, how it will be cropped, and what is to be said of it; remarks on
+    all, as HTML."""
 
     photos: list[Path]
     crops: list[tuple[PIL.Image.Image, str]]
@@ -306,25 +345,42 @@ def review_kept(
     like: str = NONE,
     masks: Mapping[Path, Path | None] | None = None,
 ) -> PhotoReview:
-    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed and recipe. `masks`
-    are those that a run would use, where other ones than beside the photos."""
+    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed
+    and recipe. `masks` are those that a run would use, where other ones than beside the photos."""
     folder = folder_of(ctx.workspace.photos_dir, number)
     with ctx.workspace.changing:
         report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
         recipe = train_start.recipe_of(ctx, like)
-        config = train_form.crop_config(ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe)
-        lines = [*remarks, *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped)]
+        config = train_form.crop_config(
+            ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe
+        )
+        lines = [
+            *remarks,
+            *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped),
+        ]
         crops = {
-            Path(s.path): (to_rgb(open_again(s.path)), f"not used: {s.reason}") for s in report.skipped if s.is_photo
+            Path(s.path): (to_rgb(open_again(s.path)), f"not used: {s.reason}")
+            for s in report.skipped
+            if s.is_photo
         }
         for place, photo in enumerate(report.photos):
             plan = next(plans_of(replace(photo, subject=number - 1), place, config))
             shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
-            crop = apply_crop(masked(open_rgb(photo), open_mask(shown)), plan, config.image_interpolation_mode)
+            crop = apply_crop(
+                masked(open_rgb(photo), open_mask(shown)), plan, config.image_interpolation_mode
+            )
             crops[photo.path] = crop, ", ".join(photo.reasons) or "good"
-            lines += [f"photo {number_of(photo.path)}: {', '.join(photo.reasons)}"] if photo.reasons else []
+            lines += (
+                [f"photo {number_of(photo.path)}: {', '.join(photo.reasons)}"]
+                if photo.reasons
+                else []
+            )
     each = config.crops_per_photo
-    how = "shown as they will be cropped" if each == 1 else f"each shown by the first of its {each} crops"
+    how = (
+        "shown as they will be cropped"
+        if each == 1
+        else f"each shown by the first of its {each} crops"
+    )
     count = len(report.photos)
     title = f"{count} photo{'s' * (count != 1)}, {how}."
     photos = sorted(crops)
@@ -342,5 +398,7 @@ def cards_of(
     for photo, (picture, remark) in zip(found.photos, found.crops):
         digest = file_digest(photo)
         kept = {"caption": caption_of(workspace, number, digest), "made": made.get(digest, "")}
-        cards.append({"photo": digest, "picture": html.thumbnail(picture, ROW_PX), "remark": remark, **kept})
+        cards.append(
+            {"photo": digest, "picture": html.thumbnail(picture, ROW_PX), "remark": remark, **kept}
+        )
     return cards

@@ -1,7 +1,7 @@
 """From a filled form to a run, and from an earlier run or a recipe (“Train like”) back to the form.
 
-A run is started, queued, or told what it will cost, as `--dry_run` estimates it. Of an uploaded file
-only the recipe is kept, so it need not fit this base.
+A run is started, queued, or told what it will cost, as `--dry_run` estimates it. Of an uploaded
+file only the recipe is kept, so it need not fit this base.
 """
 
 import json
@@ -41,7 +41,8 @@ def recipe_names(ctx: state.AppContext) -> list[str]:
 
 
 def recipe_of(ctx: state.AppContext, name: str | None) -> sources.FoundRecipe | None:
-    """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an adapter without one."""
+    """The recipe of that name; None of none. Raises UserError for an unlisted name, and for an
+    adapter without one."""
     name = str(name or run_folder.NONE)
     if name == run_folder.NONE:
         return None
@@ -71,7 +72,9 @@ def read(file: Path, name: str) -> sources.FoundRecipe:
         raise UserError(f"nothing is taken from {name}: {error}") from error
 
 
-def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm) -> TrainForm:
+def form_of_run(
+    settings: Mapping[str, Any], photos_dir: Path, form: type[TrainForm] = TrainForm
+) -> TrainForm:
     """The form that makes a run of these settings. Raises UserError for settings that no form has."""
     config = table.TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
     subjects = config.each_subject
@@ -79,17 +82,23 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path, form: type[TrainF
         raise UserError(f"the run has {count} subjects, and the form {MOST_SUBJECTS} at most")
     like, recipe = like_of_run(photos_dir.parent)
     first, *others = (words_of(one, folder_of(photos_dir, n)) for n, one in enumerate(subjects, 1))
-    values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {"steps": 0}
+    values = train_form.values_from(vars(config), config.pretrained_model_name_or_path, form) | {
+        "steps": 0
+    }
     values |= vars(first) | length_of(config, photos_dir, count, recipe)
     begun = {"begin_with": Path(config.init_adapter).stem} if config.init_adapter else {}
-    return form(**values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others))
+    return form(
+        **values, **begun, scores=bool(config.evaluate_steps), like=like, others=tuple(others)
+    )
 
 
 def words_of(config: table.TrainConfig, photos_dir: Path) -> train_form.SubjectWords:
     subject, captions = prompts.subject_of(config), ""
     for photo in kept_photos(photos_dir):
         with suppress(OSError):
-            captions += " ".join(photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split())
+            captions += " ".join(
+                photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").split()
+            )
         captions += "\n"
     return train_form.SubjectWords(
         subject.class_word, subject.token, captions.rstrip(), config.initializer_concept or ""
@@ -110,16 +119,24 @@ def like_of_run(run_dir: Path) -> tuple[str, sources.FoundRecipe | None]:
 def length_of(
     config: table.TrainConfig, photos_dir: Path, subjects: int, recipe: sources.FoundRecipe | None
 ) -> dict[str, Any]:
-    """The preset that shows each photo as often as the recipe, or as the base's own, else the number of steps."""
+    """The preset that shows each photo as often as the recipe, or as the base's own, else the
+    number of steps."""
     if recipe is not None:
-        lengths = {name: value for name, value in recipe.settings.items() if name in train_form.LENGTHS}
+        lengths = {
+            name: value for name, value in recipe.settings.items() if name in train_form.LENGTHS
+        }
         lengths = lengths or {"exposures_per_photo": USUAL_EXPOSURES}
     else:
         base = config.pretrained_model_name_or_path
-        chosen = choose_recipe(Choices({"pretrained_model_name_or_path": base}), train_form.free_for(base))
+        chosen = choose_recipe(
+            Choices({"pretrained_model_name_or_path": base}), train_form.free_for(base)
+        )
         lengths = {"exposures_per_photo": chosen}
     for name, share in train_form.PRESETS.items():
-        if all(getattr(config, length) == value for length, value in train_form.lengths_in(lengths, share).items()):
+        if all(
+            getattr(config, length) == value
+            for length, value in train_form.lengths_in(lengths, share).items()
+        ):
             return {"preset": name}
     counts = [max(1, len(photos_of(photos_dir, number))) for number in range(1, subjects + 1)]
     return {"steps": plan_steps(config, counts).total_steps}
@@ -166,7 +183,8 @@ def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
 
 
 def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
-    """The name of the run, which waits until those before it have ended, and HTML. Raises UserError."""
+    """The name of the run, which waits until those before it have ended, and HTML. Raises
+    UserError."""
     with prepared(ctx, form, is_queued=True) as run:
         name = run.run_dir.name
         queued = queue.QueuedRun(name, settings=run.settings, is_new=True, queued=time.time())
@@ -181,14 +199,17 @@ def prepared(
     *,
     is_queued: bool = False,
 ) -> Iterator[Prepared]:
-    """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises UserError."""
+    """Prepare the run folder. It is deleted when the block fails, which frees its name. Raises
+    UserError."""
     from dreambooth_moslora.plan.checks import check_settings, family_settings
 
     photos = ctx.workspace.given_photos
     train_form.prompts_of(form.token, form.class_word)
     run_dir = free_run_dir(ctx.jobs, form)
     recipe = recipe_of(ctx, form.like)
-    choices = form.choices(ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe)
+    choices = form.choices(
+        ctx.base_name, ctx.resolution_px, photos, run_dir, is_queued=is_queued, recipe=recipe
+    )
     begun_with = adapter_of(ctx, form)
     places = form.photos_given(run_dir / "photos")
     if begun_with is not None:  # the run's own copy: a queued run may begin when an upload is gone
@@ -208,17 +229,22 @@ def prepared(
             shutil.copyfile(begun_with, config.init_adapter)
         if recipe is not None:
             (run_dir / LIKE).mkdir()
-            (run_dir / LIKE / f"{form.like}.json").write_text(json.dumps(recipe.settings), encoding="utf-8")
+            (run_dir / LIKE / f"{form.like}.json").write_text(
+                json.dumps(recipe.settings), encoding="utf-8"
+            )
         base = Base.of(config)
         check_settings(replace(config, **family_settings(config, base)), base)
-        yield Prepared(run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)])
+        yield Prepared(
+            run_dir, config.to_dict(), [*start_lines(form), *(words for words, _ in choices.said)]
+        )
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
 
 def adapter_of(ctx: state.AppContext, form: TrainForm) -> Path | None:
-    """The file that the run goes on from. Raises UserError for one that no run begins with, or that is not listed."""
+    """The file that the run goes on from. Raises UserError for one that no run begins with, or that
+    is not listed."""
     name = str(form.begin_with or run_folder.NONE)
     if name == run_folder.NONE:
         return None
@@ -238,14 +264,15 @@ def start_lines(form: TrainForm) -> list[str]:
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or "-".join(str(words.class_word) for words in form.subjects))
-    wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))  # what a RUN_NAME may have, dashes for the rest
+    # what a RUN_NAME may have, dashes for the rest
+    wanted = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", "-", wanted))
     wanted = re.sub(r"^[\W_]+", "", wanted)[:MAX_RUN_NAME].rstrip(".-") or "run"
     return jobs.run_dir(free_name(wanted, lambda name: jobs.run_dir(name).exists(), "-"))
 
 
 def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
-    """Memory, time and disk as HTML, and folded below them each choice and what they follow from. Raises UserError for
-    whatever training would refuse."""
+    """Memory, time and disk as HTML, and folded below them each choice and what they follow from.
+    Raises UserError for whatever training would refuse."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
 
@@ -259,7 +286,9 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
     lines += [TIME_KNOWN if seconds else TIME_UNKNOWN]
     lines += [*cost_lines(plan), *card_lines(plan.config, plan.cost), *advice(plan)]
-    time_needed = f"about {generate_values.format_seconds(seconds)}" if seconds else "time not known yet"
+    time_needed = (
+        f"about {generate_values.format_seconds(seconds)}" if seconds else "time not known yet"
+    )
     title = f"{plan.cost.peak_gib:.1f} GiB of memory · {time_needed} · {plan.cost.disk_gib:.2f} GiB on the disk"
     return html.folded_card(title, lines)
 
@@ -283,9 +312,15 @@ def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
 
 
 def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float | None:
-    """The time at the pace of this machine's newest run with the same base and size; None before the first one."""
+    """The time at the pace of this machine's newest run with the same base and size; None before
+    the first one."""
     alike = (
-        *("pretrained_model_name_or_path", "resolution", "train_batch_size", "gradient_accumulation_steps"),
+        *(
+            "pretrained_model_name_or_path",
+            "resolution",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+        ),
         *("with_prior_preservation", "gradient_checkpointing", "base_quantization"),
     )
     for job in jobs.all():
@@ -298,8 +333,8 @@ def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float
 
 
 def recipe_values(ctx: state.AppContext, preset: str, like: str | None) -> dict[str, str]:
-    """What an empty field stands for, by its name: the recipe's value, and of the steps how many show these photos as
-    often as it says. Raises UserError."""
+    """What an empty field stands for, by its name: the recipe's value, and of the steps how many
+    show these photos as often as it says. Raises UserError."""
     form = TrainForm("sks", "x", preset=preset, like=like or run_folder.NONE)
     recipe = recipe_of(ctx, like)
     share = train_form.PRESETS[form.checked("preset")]
@@ -310,8 +345,14 @@ def recipe_values(ctx: state.AppContext, preset: str, like: str | None) -> dict[
         exposures = choose_recipe(choices, train_form.free_for(ctx.base_name))
         settings = choices.all
     rows = train_form.rows(TrainForm)
-    said = {name: table.SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe}
-    said |= {name: settings[rows[name].setting] for name in said if settings.get(rows[name].setting) is not None}
+    said = {
+        name: table.SETTINGS[row.setting].default for name, row in rows.items() if row.by_recipe
+    }
+    said |= {
+        name: settings[rows[name].setting]
+        for name in said
+        if settings.get(rows[name].setting) is not None
+    }
     shown = {name: f"{value:g}" for name, value in said.items() if name != "steps"}
     steps = steps_of(ctx, form, recipe) or f"{round(share * exposures)} times each photo"
     return shown | {"steps": steps}

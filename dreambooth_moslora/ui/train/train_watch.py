@@ -1,4 +1,5 @@
-"""The right half of the Train tab: a run's progress, its buttons, and below its state the runs that wait."""
+"""The right half of the Train tab: a run's progress, its buttons, and below its state the runs that
+wait."""
 
 import itertools
 import os
@@ -22,7 +23,14 @@ from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
 from dreambooth_moslora.ui import generate_values, html
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
-from dreambooth_moslora.ui.state import AT_ONCE, TELLING, AppContext, as_gradio_error, as_user_error, sentence
+from dreambooth_moslora.ui.state import (
+    AT_ONCE,
+    TELLING,
+    AppContext,
+    as_gradio_error,
+    as_user_error,
+    sentence,
+)
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.workspace import Workspace
 from dreambooth_moslora.values import is_finite_number
@@ -54,7 +62,11 @@ PHASES = {
 }
 SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
 MAX_WORDS = 40
-ENDINGS = {"done": "Done.", "interrupted": "Stopped; a checkpoint is written.", "failed": "The run failed."}
+ENDINGS = {
+    "done": "Done.",
+    "interrupted": "Stopped; a checkpoint is written.",
+    "failed": "The run failed.",
+}
 
 
 def watch_widgets() -> dict[str, Any]:
@@ -63,20 +75,32 @@ def watch_widgets() -> dict[str, Any]:
         look = {"allow_custom_value": True, "elem_id": "run_picker", "min_width": 110}
         parts["run"] = gr.Dropdown([], value=None, label="Run", **look)
         look = {"interactive": False, "scale": 0}
-        parts["stop"] = gr.Button("Stop", variant="stop", min_width=76, elem_id="stop_training", **look)
+        parts["stop"] = gr.Button(
+            "Stop", variant="stop", min_width=76, elem_id="stop_training", **look
+        )
         parts["resume"] = gr.Button("Resume", min_width=88, elem_id="resume", **look)
     parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
     parts |= queue_widgets()
     with gr.Row(elem_classes="tight"):
-        parts["use"] = gr.Button("Use this adapter", variant="primary", visible=False, elem_id="use_adapter")
+        parts["use"] = gr.Button(
+            "Use this adapter", variant="primary", visible=False, elem_id="use_adapter"
+        )
         parts["reopen"] = gr.Button("Change and train again", visible=False, elem_id="reopen")
     with gr.Row(elem_classes="tight"):
         for name, (label, elem_id) in DOWNLOADS.items():
             parts[name] = gr.DownloadButton(label, visible=False, elem_id=elem_id)
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     parts["loss"] = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
-    parts["fidelity"] = gr.LinePlot(y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot)
-    look = {"columns": 4, "height": "auto", "object_fit": "contain", "visible": False, "elem_id": "samples"}
+    parts["fidelity"] = gr.LinePlot(
+        y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot
+    )
+    look = {
+        "columns": 4,
+        "height": "auto",
+        "object_fit": "contain",
+        "visible": False,
+        "elem_id": "samples",
+    }
     parts["samples"] = gr.Gallery(label="Samples", **look | html.SHOWN)
     parts["sheet"] = gr.Image(
         label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN
@@ -118,11 +142,17 @@ def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
     if waiting := next((found for found in queued_runs(ctx) if found["run"] == run), None):
         return unbegun | waiting | ({"message": "the queue is paused"} if queue.is_paused else {})
     is_next = any(one.name == run for one in queue.started())
-    if is_next and Job.load(ctx.jobs.run_dir(run)) is None:  # it starts as soon as pictures make room
+    # it starts as soon as pictures make room
+    if is_next and Job.load(ctx.jobs.run_dir(run)) is None:
         return unbegun | {"state": "starting"}
     job = ctx.jobs.seen(run or "")
     state = ctx.jobs.state(job)
-    facts = {"run": job.name, "state": state.state, "step": state.step, "steps": state.max_train_steps}
+    facts = {
+        "run": job.name,
+        "state": state.state,
+        "step": state.step,
+        "steps": state.max_train_steps,
+    }
     said = {"message": state.message, "remarks": job.remarks()}
     return facts | {name: words for name, words in said.items() if words}
 
@@ -159,7 +189,9 @@ def watched(
     try:
         job = jobs.seen(run)
     except UserError:
-        shown = {name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)}
+        shown = {
+            name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)
+        }
         shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
         names = gr.Dropdown(choices=run_names(jobs), value=None)
         return shown | {"run": names, "seen": None, "status": html.notice(GONE, "bad"), "log": ""}
@@ -171,13 +203,16 @@ def watched(
 def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
     run_dir, metrics = run_folder.RunDir(job.run_dir), jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
-    has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)  # the photos, and pictures before and after
+    # the photos, and pictures before and after
+    has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)
     sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, workspace)
     is_ours = not job.is_of_terminal
     status = status_card(state, metrics, best_of(job, metrics))
     return {
-        "status": status + subjects_line(metrics) + (advice_card(metrics) if state.state == "done" else ""),
+        "status": status
+        + subjects_line(metrics)
+        + (advice_card(metrics) if state.state == "done" else ""),
         "stop": gr.Button(interactive=is_ours and state.is_active),
         "resume": gr.Button(interactive=is_ours and not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
@@ -210,9 +245,12 @@ def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) ->
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
-    """A line plot, shown once it has a line. It leaves room above the maximum, where gradio would cut the axis."""
+    """A line plot, shown once it has a line. It leaves room above the maximum, where gradio would
+    cut the axis."""
     low, high = (table[y].min(), table[y].max()) if len(table) else (0.0, 0.0)
-    return gr.LinePlot(table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1)
+    return gr.LinePlot(
+        table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1
+    )
 
 
 def run_names(jobs: Jobs) -> list[str | tuple[str, str]]:
@@ -228,11 +266,15 @@ PAUSED = "Paused: what trains goes on to its end, and no next run starts."
 def queue_widgets() -> dict[str, Any]:
     parts: dict[str, Any] = {"queue_seen": gr.State(None)}
     with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
-        parts["queued"] = gr.Radio([], value=None, label="Waiting runs; choose one to move it", elem_id="queued")
+        parts["queued"] = gr.Radio(
+            [], value=None, label="Waiting runs; choose one to move it", elem_id="queued"
+        )
         parts["queue_rest"] = gr.HTML("", elem_id="queue_rest")
         with gr.Row(elem_classes="tight"):
             for name, width in (("up", 60), ("down", 60), ("remove", 80)):
-                parts[f"queue_{name}"] = gr.Button(name.title(), min_width=width, elem_id=f"queue_{name}")
+                parts[f"queue_{name}"] = gr.Button(
+                    name.title(), min_width=width, elem_id=f"queue_{name}"
+                )
         parts["queue_pause"] = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
     return parts
 
@@ -242,7 +284,9 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     inputs = [parts["run"], parts["queue_seen"]]
 
     def shown(changes: dict[str, Any]) -> dict:
-        return {parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()}
+        return {
+            parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()
+        }
 
     def control(change: Callable[[str], Any]) -> Callable:
         @as_gradio_error
@@ -300,8 +344,8 @@ def queue_changes(
     seen: tuple | None,
     chosen: str | None = None,
 ) -> dict[str, Any]:
-    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`. The
-    run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
+    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`.
+    The run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
     waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs)
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1)]
     is_paused = ctx.queue.queue.is_paused
@@ -313,11 +357,15 @@ def queue_changes(
     is_next = current is not None and current.name not in known
     return {
         "queue_box": gr.Column(visible=bool(rows or is_paused)),
-        "queued": gr.Radio(choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None),
+        "queued": gr.Radio(
+            choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None
+        ),
         "queue_rest": html.faint(PAUSED) if is_paused else "",
         "queue_seen": now,
         "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
-        "run": gr.Dropdown(choices=names, value=current.name) if is_next else gr.Dropdown(choices=names),
+        "run": gr.Dropdown(choices=names, value=current.name)
+        if is_next
+        else gr.Dropdown(choices=names),
     }
 
 
@@ -331,40 +379,55 @@ def best_of(job: Job, metrics: events.Metrics) -> str:
     """The best step and the name of its adapter on the page; "" without scores."""
     best = metrics.last("evaluation").get("best")
     is_kept = (run_folder.RunDir(job.run_dir).best_dir / run_folder.PUBLISHED_NAME).is_file()
-    return f" The best was step {best.get('step')}: {job.name}@best." if isinstance(best, dict) and is_kept else ""
+    return (
+        f" The best was step {best.get('step')}: {job.name}@best."
+        if isinstance(best, dict) and is_kept
+        else ""
+    )
 
 
 def subjects_line(metrics: events.Metrics) -> str:
-    """How well the last scores tell several subjects apart, and the likeness of each; "" of one subject."""
+    """How well the last scores tell several subjects apart, and the likeness of each; "" of one
+    subject."""
     last = metrics.last("evaluation")
     if not is_finite_number(last.get("confusion")):
         return ""
-    likeness = [f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)]
+    likeness = [
+        f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)
+    ]
     scale = "0: told apart as their photos are, 1: taken for each other"
-    return html.faint(f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}.")
+    return html.faint(
+        f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}."
+    )
 
 
 def subject_scores(metrics: events.Metrics) -> list[str]:
     """The names of each subject's likeness in the last scores; none of one subject."""
-    found = [name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)]
+    found = [
+        name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)
+    ]
     return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
 
 
 def advice_card(metrics: events.Metrics) -> str:
-    """What to try after a scored run, the most important first; "" for other runs, and for damaged events."""
+    """What to try after a scored run, the most important first; "" for other runs, and for damaged
+    events."""
     try:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
         return ""
     found = closing_advice(figures_from(metrics.events, config))
-    return "".join(html.faint(f"Try next: {train_form.in_the_forms_words(line)}.") for line in found)
+    return "".join(
+        html.faint(f"Try next: {train_form.in_the_forms_words(line)}.") for line in found
+    )
 
 
 def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str:
     """One line of state and one of numbers."""
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
-        if state.state == "interrupted" and state.message:  # without a checkpoint: stopped before the first step
+        # without a checkpoint: stopped before the first step
+        if state.state == "interrupted" and state.message:
             return html.notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
         return html.notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
@@ -373,16 +436,24 @@ def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str
     last, phase = metrics.last("step"), metrics.last("phase")
     fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
     if state.state == "stopping":
-        return html.progress_card("Stopping …", "the step is finished and a checkpoint written", fraction)
+        return html.progress_card(
+            "Stopping …", "the step is finished and a checkpoint written", fraction
+        )
     if state.phase in ("", "training") and last:
-        return html.progress_card(f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction)
+        return html.progress_card(
+            f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction
+        )
     if state.phase == "training":
         return html.progress_card(
-            f"Step {state.step + 1} of {state.max_train_steps} …", "the first takes longest", fraction
+            f"Step {state.step + 1} of {state.max_train_steps} …",
+            "the first takes longest",
+            fraction,
         )
     count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
     return html.progress_card(
-        f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …", numbers_of(last), fraction
+        f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …",
+        numbers_of(last),
+        fraction,
     )
 
 
@@ -390,9 +461,17 @@ def numbers_of(step: dict[str, Any]) -> str:
     if not step:
         return ""
     seconds = step.get("step_sec") or 0
-    pace = "" if not seconds else f"{1 / seconds:.1f} steps/s" if seconds < 1 else f"{seconds:.1f} s a step"
+    pace = (
+        ""
+        if not seconds
+        else f"{1 / seconds:.1f} steps/s"
+        if seconds < 1
+        else f"{seconds:.1f} s a step"
+    )
     parts = [
-        f"about {generate_values.format_seconds(step['eta_sec'])} left" if step.get("eta_sec") is not None else "",
+        f"about {generate_values.format_seconds(step['eta_sec'])} left"
+        if step.get("eta_sec") is not None
+        else "",
         pace,
         f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
         f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
@@ -401,11 +480,17 @@ def numbers_of(step: dict[str, Any]) -> str:
 
 
 def loss_table(metrics: events.Metrics) -> pd.DataFrame:
-    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each smoothed."""
-    steps = {event["step"]: event for event in metrics.of("step")}  # a resumed run repeats some steps
+    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each
+    smoothed."""
+    # a resumed run repeats some steps
+    steps = {event["step"]: event for event in metrics.of("step")}
     tables = []
     for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
-        values = {step: event.get(key) for step, event in sorted(steps.items()) if is_finite_number(event.get(key))}
+        values = {
+            step: event.get(key)
+            for step, event in sorted(steps.items())
+            if is_finite_number(event.get(key))
+        }
         if values:
             smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
             thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
@@ -414,7 +499,8 @@ def loss_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
-    """Columns step, score, measure: the curves of the run's plot; of several subjects, each one's likeness."""
+    """Columns step, score, measure: the curves of the run's plot; of several subjects, each one's
+    likeness."""
     shown = curves()
     each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
     if each:
@@ -428,20 +514,33 @@ def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[tuple[str, str]]:
-    """The sample pictures by step, as links in the workspace; those of several prompts with their noun. If
-    there are too many, step 0 and the newest are kept: the base's pictures are the reference for the others."""
+    """The sample pictures by step, as links in the workspace; those of several prompts with their
+    noun. If there are too many, step 0 and the newest are kept: the base's pictures are the
+    reference for the others."""
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
         prompts, files = event.get("prompts"), event.get("files") or ()
-        several = isinstance(prompts, list) and len(prompts) == len(files) and len(set(map(str, prompts))) > 1
-        nouns = [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts] if several else [""] * len(files)
+        several = (
+            isinstance(prompts, list)
+            and len(prompts) == len(files)
+            and len(set(map(str, prompts))) > 1
+        )
+        nouns = (
+            [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
+            if several
+            else [""] * len(files)
+        )
         for name, noun in zip(files, nouns, strict=True):
             found[Path(str(name)).name] = f"step {event.get('step')}{noun}"
     samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
     there = [(file, caption) for file, caption in samples if is_own_file(file, job)]
-    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][: MAX_SAMPLES_SHOWN // 2]
+    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][
+        : MAX_SAMPLES_SHOWN // 2
+    ]
     newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
-    return [(str(link_into(workspace, file, job.name)), caption) for file, caption in first + newest]
+    return [
+        (str(link_into(workspace, file, job.name)), caption) for file, caption in first + newest
+    ]
 
 
 def is_own_file(file: Path, job: Job) -> bool:

@@ -1,4 +1,5 @@
-"""What a fleet gives to its machines and takes from them, without a cluster: one subject, or several of one process."""
+"""What a fleet gives to its machines and takes from them, without a cluster: one subject, or
+several of one process."""
 
 import json
 import os
@@ -20,32 +21,53 @@ from dreambooth_moslora.extras.cluster import fleet, worker
 from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject
 from dreambooth_moslora.extras.cluster.ray_fleet import Lost, Resources, Task
-from dreambooth_moslora.extras.cluster.records import Record, read_names, read_record, stop_path, write_record
+from dreambooth_moslora.extras.cluster.records import (
+    Record,
+    read_names,
+    read_record,
+    stop_path,
+    write_record,
+)
 from dreambooth_moslora.extras.cluster.worker import Group, Job, judged, train_subject, train_work
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
-CONFIG = TrainConfig(pretrained_model_name_or_path="someone/sdxl", resolution=1024, mixed_precision="bf16")
+CONFIG = TrainConfig(
+    pretrained_model_name_or_path="someone/sdxl", resolution=1024, mixed_precision="bf16"
+)
 NEED = estimate(CONFIG, BaseSize(), 1).peak_gib
 
 
 def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_no_more_share_one_than_the_estimate_lets():
-    assert Machines(80.0, 500.0).resources_for(CONFIG).gpus == int(10_000 / int(0.9 * 80 / NEED)) / 10_000
+    assert (
+        Machines(80.0, 500.0).resources_for(CONFIG).gpus
+        == int(10_000 / int(0.9 * 80 / NEED)) / 10_000
+    )
     assert Machines(8.0, 500.0).resources_for(CONFIG).gpus == 1.0
     assert Machines(80.0, 500.0, per_gpu=2).resources_for(CONFIG).gpus == 0.5
     three = Machines(80.0, 500.0, per_gpu=3).resources_for(CONFIG).gpus
     assert 3 * three <= 1 < 4 * three
     config = replace(CONFIG, rank=16, train_batch_size=1)
-    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0, None)] == [1, 2, 8, 8]
+    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0, None)] == [
+        1,
+        2,
+        8,
+        8,
+    ]
 
 
 def test_without_a_gpu_it_takes_cores_and_memory_and_never_more_than_there_is_and_a_group_less_than_each_alone():
     roomy, narrow = (Machines(None, gib, cpus=2).resources_for(CONFIG) for gib in (500.0, 3.0))
-    assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(NEED + fleet.PROCESS_GIB)
+    assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(
+        NEED + fleet.PROCESS_GIB
+    )
     assert narrow.memory_gib == 3.0
     config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
-    one, four = machines.resources_for(config).memory_gib, machines.resources_for_group(config, 4).memory_gib
+    one, four = (
+        machines.resources_for(config).memory_gib,
+        machines.resources_for_group(config, 4).memory_gib,
+    )
     assert one < four < 4 * one
 
 
@@ -58,18 +80,38 @@ def test_one_word_for_the_memory_means_the_same_on_all_machines(tmp_path):
 
 
 def test_a_subject_that_cannot_be_trained_ends_alone(tmp_path):
-    good = {"pretrained_model_name_or_path": "toy", "instance_data_dir": str(tmp_path), "instance_prompt": "x"}
+    good = {
+        "pretrained_model_name_or_path": "toy",
+        "instance_data_dir": str(tmp_path),
+        "instance_prompt": "x",
+    }
     lost_base = {**good, "pretrained_model_name_or_path": str(tmp_path)}
     endings: list[Ending] = []
-    todo = [(Subject("a", error="no such folder"), ""), (Subject("b", lost_base), "m"), (Subject("c", good), "m")]
+    todo = [
+        (Subject("a", error="no such folder"), ""),
+        (Subject("b", lost_base), "m"),
+        (Subject("c", good), "m"),
+    ]
     tasks = list(tasks_of(todo, tmp_path, Machines(None, 9.0), endings.append))
-    assert [task.key for task in tasks] == ["c"] and [ending.name for ending in endings] == ["a", "b"]
-    assert read_record(tmp_path / "a").message == "no such folder" and endings[1].record.state == "failed"
+    assert [task.key for task in tasks] == ["c"] and [ending.name for ending in endings] == [
+        "a",
+        "b",
+    ]
+    assert (
+        read_record(tmp_path / "a").message == "no such folder"
+        and endings[1].record.state == "failed"
+    )
 
 
 def test_an_adapter_that_is_not_here_is_no_success(tmp_path):
-    assert "must be a folder that all machines share" in fleet.checked(tmp_path / "rex", Record("done", "m")).message
-    assert fleet.checked(tmp_path / "rex", Lost("its machine was lost")).message == "its machine was lost"
+    assert (
+        "must be a folder that all machines share"
+        in fleet.checked(tmp_path / "rex", Record("done", "m")).message
+    )
+    assert (
+        fleet.checked(tmp_path / "rex", Lost("its machine was lost")).message
+        == "its machine was lost"
+    )
     assert json.loads((tmp_path / "rex" / "fleet.json").read_text())["state"] == "failed"
 
 
@@ -78,27 +120,53 @@ def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_p
     with fleet.begun(tmp_path, [Subject("rex")]):
         assert read_names(tmp_path) == ["rex"] and not stop_path(tmp_path).exists()
         stop_path(tmp_path).touch()
-        with pytest.raises(UserError, match=r"--out .* is training there"), fleet.begun(tmp_path, []):
+        with (
+            pytest.raises(UserError, match=r"--out .* is training there"),
+            fleet.begun(tmp_path, []),
+        ):
             pass
         assert read_names(tmp_path) == ["rex"] and stop_path(tmp_path).exists()
     assert not stop_path(tmp_path).exists()
 
 
 def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> list[Task]:
-    settings = {"pretrained_model_name_or_path": "toy", "instance_data_dir": str(folder), "instance_prompt": "x"}
+    settings = {
+        "pretrained_model_name_or_path": "toy",
+        "instance_data_dir": str(folder),
+        "instance_prompt": "x",
+    }
     todo = [(Subject(f"s{n}", settings | own), f"m{n}") for n, own in enumerate(changes)]
-    return list(fleet.grouped(tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room))
+    return list(
+        fleet.grouped(
+            tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room
+        )
+    )
 
 
-def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(tmp_path):
+def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(
+    tmp_path,
+):
     prior = {"with_prior_preservation": True, "class_prompt": "x", "prior_every": 2}
-    changes = [{}, {"rank": 8}, {"use_dora": True}, {"seed": 5}, {"rank": 8}, {}, {"enable_bucket": True}, prior]
+    changes = [
+        {},
+        {"rank": 8},
+        {"use_dora": True},
+        {"seed": 5},
+        {"rank": 8},
+        {},
+        {"enable_bucket": True},
+        prior,
+    ]
     found = tasks(tmp_path, changes, Machines(80.0, 99.0, per_gpu=2), room=1)
     assert [task.key for task in found] == ["s2", "s6", "s7", ("s0", "s3", "s5"), ("s1", "s4")]
     group = found[3].arguments[0]
     assert group.at_once == 2 and [job.mark for job in group.jobs] == ["m0", "m3", "m5"]
-    assert found[3].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {1.0}
-    sizes = [len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)]
+    assert found[3].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {
+        1.0
+    }
+    sizes = [
+        len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)
+    ]
     assert sizes == [4, 4, 4]
     assert len(tasks(tmp_path, [{}] * 40, Machines(None, 99.0, per_gpu=2), room=1)[0].key) == 16
     alone = tasks(tmp_path, [{}] * 3, Machines(None, 99.0), room=1)
@@ -108,7 +176,9 @@ def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and
 def group_in(folder: Path) -> Task:
     for name in "abc":
         (folder / name).mkdir()
-    return Task(("a", "b", "c"), (Group(tuple(Job(str(folder / name), {}, "m") for name in "abc"), 2),))
+    return Task(
+        ("a", "b", "c"), (Group(tuple(Job(str(folder / name), {}, "m") for name in "abc"), 2),)
+    )
 
 
 def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
@@ -153,7 +223,9 @@ def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(tiny_base, tmp_path, monkeypatch):
+def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(
+    tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     good = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     jobs, out = [], tmp_path / "out"
@@ -193,7 +265,9 @@ def test_a_fleet_that_stops_begins_none_and_what_is_done_is_not_trained_again(tm
     assert train_subject(job) == done
 
 
-def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(tmp_path, monkeypatch):
+def test_a_folder_that_another_training_holds_is_waited_for_and_then_a_failure(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(worker, "HELD_SEC", 0.3)
     (tmp_path / "rex").mkdir()
     with locked(tmp_path / "rex"):
@@ -206,7 +280,9 @@ def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worke
     run.mkdir()
     write_settings(run, job.settings)
     with worker.held(run) as hold:
-        training = worker.start_guarded(job, ("train", "--config", str(run / "job_config.json")), (hold.fileno(),))
+        training = worker.start_guarded(
+            job, ("train", "--config", str(run / "job_config.json")), (hold.fileno(),)
+        )
     with pytest.raises(UserError, match="is training there"):
         take(run / worker.HOLD_NAME, "--out")
     training.wait()
@@ -219,7 +295,12 @@ def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worke
         (0, "error: of an earlier start\n", "done", ""),
         (130, "", "interrupted", ""),
         (2, "error: old\nerror: no usable photo\nleaked semaphores\n", "failed", "no usable photo"),
-        (-9, "step 3\n", "failed", "The process was killed by SIGKILL, perhaps for want of memory."),
+        (
+            -9,
+            "step 3\n",
+            "failed",
+            "The process was killed by SIGKILL, perhaps for want of memory.",
+        ),
         (1, "Traceback\nZeroDivisionError: ours\n", "failed", "ZeroDivisionError: ours"),
     ],
 )
@@ -227,20 +308,29 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     (tmp_path / "rex").mkdir()
     (tmp_path / "rex" / "job.log").write_text(log)
     record = judged(tmp_path / "rex", code)
-    assert (record.state, record.message) == (state, message) and read_record(tmp_path / "rex") == record
+    assert (record.state, record.message) == (state, message) and read_record(
+        tmp_path / "rex"
+    ) == record
 
 
-@pytest.mark.parametrize("train", [train_subject, lambda job: train_work(Group((job,), at_once=1))[0]])
-def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "train", [train_subject, lambda job: train_work(Group((job,), at_once=1))[0]]
+)
+def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(
+    train, tmp_path, monkeypatch
+):
     """It went on from the last checkpoint of the run with other photos, and was done at once."""
-    (script := tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    (script := tmp_path / "killed.py").write_text(
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    )
     monkeypatch.setattr(worker, "GUARDED", (str(script),))
     job, run = rex(tmp_path), RunDir(tmp_path / "rex")
     run.append_metrics(record_of(RunStarted(2)))
     write_record(run.path, Record("done", "of other photos", starts=1))
     for is_its_own in (False, True):
         assert train(job).state == "failed"
-        write_record(run.path, replace(read_record(run.path), starts=3))  # a group's process counts them itself
+        # a group's process counts them itself
+        write_record(run.path, replace(read_record(run.path), starts=3))
         assert train(job).state == "failed"
         settings = json.loads((run.path / CONFIG_NAME).read_text())
         assert settings == ({"resume_from_checkpoint": "latest"} if is_its_own else {})
@@ -248,5 +338,7 @@ def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier
 
 
 def test_a_mistake_is_the_subjects_own_line(tmp_path):
-    record = train_subject(rex(tmp_path, pretrained_model_name_or_path="toy", instance_prompt="x", rank=0))
+    record = train_subject(
+        rex(tmp_path, pretrained_model_name_or_path="toy", instance_prompt="x", rank=0)
+    )
     assert record.state == "failed" and record.message.startswith("--rank 0") and record.starts == 1

@@ -13,7 +13,13 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet, records
 from dreambooth_moslora.extras.cluster.fleet import missing
 from dreambooth_moslora.extras.cluster.fleet_subjects import mark_of, read_subjects
-from dreambooth_moslora.extras.cluster.records import Record, read_record, rows_of, write_names, write_record
+from dreambooth_moslora.extras.cluster.records import (
+    Record,
+    read_record,
+    rows_of,
+    write_names,
+    write_record,
+)
 
 
 @pytest.fixture
@@ -28,7 +34,9 @@ def pets(tmp_path, monkeypatch) -> Path:
 
 
 def read(source, out="out", **shared):
-    return read_subjects(Path(source), {"resolution": 64, "max_train_steps": 3, **shared}, Path(out))
+    return read_subjects(
+        Path(source), {"resolution": 64, "max_train_steps": 3, **shared}, Path(out)
+    )
 
 
 def test_a_folder_of_folders_is_a_fleet(pets):
@@ -56,13 +64,18 @@ def test_every_kind_of_list_says_the_same(name, pets):
     best, tom = read(name)
     assert best.name == "best boy" and int(best.settings["max_train_steps"]) == 7
     assert best.settings["instance_prompt"] == "a photo of a ohwx dog"
-    assert tom.settings["instance_prompt"] == "a photo of a sks cat" and tom.settings["max_train_steps"] == 3
+    assert (
+        tom.settings["instance_prompt"] == "a photo of a sks cat"
+        and tom.settings["max_train_steps"] == 3
+    )
 
 
 def test_a_small_base_has_its_own_resolution_in_a_fleet_too(pets, monkeypatch):
     """All bases were trained at 1024 px: a step of the toy took twenty seconds."""
     shared = []
-    monkeypatch.setattr(command_fleet, "read_subjects", lambda _, settings, out: shared.append(settings) or [])
+    monkeypatch.setattr(
+        command_fleet, "read_subjects", lambda _, settings, out: shared.append(settings) or []
+    )
     base = ["--pretrained_model_name_or_path", "toy"]
     assert main(["fleet", str(pets), "--out", "out", *base, "--dry_run"]) == 0
     assert main(["fleet", str(pets), "--out", "out", *base, "--resolution", "64", "--dry_run"]) == 0
@@ -84,7 +97,9 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
     Path("a.csv").write_text(f"folder,class,max_train_steps\npets/rex,dog,\n{row}\n")
     good, bad = read("a.csv")
     assert not good.error and says in bad.error and not bad.settings
-    assert [subject.name for subject, mark in missing(Path("out"), [good, bad]) if not mark] == [bad.name]
+    assert [subject.name for subject, mark in missing(Path("out"), [good, bad]) if not mark] == [
+        bad.name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,11 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
         ("a.csv", "class\ndog\n", "a subject has no folder"),
         ("a.csv", "folder,name\npets/rex,../x\n", "cannot be part of a file's name"),
         ("a.csv", "folder,name\npets/rex,Index.html\n", "the fleet has a file of that name"),
-        ("a.csv", "folder,class,folder\npets/rex,dog,pets/tom\n", "the column 'folder' is there twice"),
+        (
+            "a.csv",
+            "folder,class,folder\npets/rex,dog,pets/tom\n",
+            "the column 'folder' is there twice",
+        ),
         ("a.csv", "folder\npets/rex,3\n", "more cells than the first"),
         ("a.jsonl", "[1]\n", "expected names and values, found a list"),
         ("a.toml", "x = 1\n", "[[subjects]]"),
@@ -118,7 +137,9 @@ def test_what_a_fleet_says_itself_is_refused(pets):
             read(pets, **{setting: "x"})
 
 
-def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(pets):
+def test_only_what_is_missing_is_trained_also_for_another_setting_or_photo_but_not_in_another_place(
+    pets,
+):
     rex, tom = read(pets)
     (adapter := Path("out") / "rex" / PUBLISHED_NAME).parent.mkdir(parents=True)
     adapter.write_bytes(b"adapter")
@@ -183,7 +204,10 @@ def fleet(tmp_path) -> Path:
     done = Record("done", "m", seconds=36.0, hours=0.5, unit="GPU")
     subject(out, "fine", done, START, STEP, scored(0.8))
     subject(out, "unlike", done, START, STEP, scored(0.3))
-    sheet = subject(out, "copied", done, START, STEP, scored(0.9, copied=0.5, copy_alarm=True)) / "contact_sheet.png"
+    sheet = (
+        subject(out, "copied", done, START, STEP, scored(0.9, copied=0.5, copy_alarm=True))
+        / "contact_sheet.png"
+    )
     Image.new("RGB", (1000, 700), "red").save(sheet)
     subject(out, "halfway", Record("running", "m", hours=0.25), START, STEP)
     why = rf"no usable photo in {tmp_path}/our pets/bad: it is <empty>, nor in C:\Users\me\rex (of a/b and/or 1/2)."
@@ -192,13 +216,25 @@ def fleet(tmp_path) -> Path:
     return out
 
 
-def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(fleet, capsys):
-    assert [row.name for row in rows_of(fleet)] == ["<b>bad", "halfway", "waiting", "copied", "unlike", "fine"]
+def test_the_status_counts_and_costs_and_names_who_stands_out_those_first_who_need_an_eye(
+    fleet, capsys
+):
+    assert [row.name for row in rows_of(fleet)] == [
+        "<b>bad",
+        "halfway",
+        "waiting",
+        "copied",
+        "unlike",
+        "fine",
+    ]
     first, cost, *others = records.status_lines(rows_of(fleet))
     assert first == "6 subjects: 1 failed, 1 running, 1 waiting, 3 done"
     assert cost == "cost so far: 1.50 GPU-hours, 0.25 CPU-hours"
     assert any(line == "halfway: running, step 4 of 9" for line in others)
-    assert any(line.startswith("copied: done, step 4 of 9: 50% of the pictures repeat a photo") for line in others)
+    assert any(
+        line.startswith("copied: done, step 4 of 9: 50% of the pictures repeat a photo")
+        for line in others
+    )
     assert not any(line.startswith(("fine", "waiting")) for line in others)
     assert main(["fleet", "status", str(fleet)]) == 0
     assert first in capsys.readouterr().out and (fleet / "index.html").is_file()
@@ -213,7 +249,12 @@ def test_the_page_shows_no_path_and_no_markup_of_others(fleet):
     assert "&lt;b&gt;bad" in html and "<b><b>" not in html
     assert html.count("data:image/jpeg") == 1 and 'href="copied/contact_sheet.png"' in html
     assert "0.800" in html and "<script" not in html
-    assert html.index("&lt;b&gt;bad") < html.index("copied") < html.index("unlike") < html.index("0.800")
+    assert (
+        html.index("&lt;b&gt;bad")
+        < html.index("copied")
+        < html.index("unlike")
+        < html.index("0.800")
+    )
 
 
 def test_a_damaged_record_is_none(tmp_path):

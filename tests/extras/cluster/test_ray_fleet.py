@@ -1,4 +1,5 @@
-"""A fleet and a study on Ray for real, on this machine: nothing lost with a worker, and the same results as without."""
+"""A fleet and a study on Ray for real, on this machine: nothing lost with a worker, and the same
+results as without."""
 
 import os
 import signal
@@ -18,7 +19,12 @@ from dreambooth_moslora.extras.cluster.records import read_record, stop_path
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
 from tests.extras.cluster.test_s3 import trainings_of, worker_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, paint_photos, tiny_config
+from tests.helpers.tiny_training import (
+    adapter_sha256,
+    largest_difference,
+    paint_photos,
+    tiny_config,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
 
@@ -47,7 +53,9 @@ def subjects_of(base: Path, home: Path, counts: dict[str, int], **changes) -> li
     return read_subjects(home / "photos", shared, home / "out")
 
 
-def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(machines, tiny_base, tmp_path):
+def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_without_ray(
+    machines, tiny_base, tmp_path
+):
     from dreambooth_moslora.training.loop import train
 
     out, often = tmp_path / "out", {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
@@ -62,7 +70,11 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
     assert "not valid JSON" in read_record(out / "void").message
     assert sum(read_record(out / name).starts for name in ("rex", "tom")) >= 4
     for name in ("rex", "tom"):
-        train(tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, max_train_steps=40))
+        train(
+            tiny_config(
+                tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, max_train_steps=40
+            )
+        )
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
     assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
 
@@ -75,11 +87,15 @@ def test_a_fleet_of_several_subjects_a_process_trains_each_as_alone(machines, ti
     states = ended(out, subjects, replace(machines, per_gpu=2), bool)
     assert states == {"rex": "done", "tom": "done", "zoe": "done"} and not missing(out, subjects)
     for name in states:
-        alone = train(tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, **few))
+        alone = train(
+            tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, **few)
+        )
         assert largest_difference(out / name, alone.run_dir) < few["learning_rate"] / 20
 
 
-def ended(out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]) -> dict[str, str]:
+def ended(
+    out: Path, subjects: list, machines: Machines, should_stop: Callable[[], bool]
+) -> dict[str, str]:
     """{subject: its state}; `again` is one whose worker was lost."""
     states = {}
 
@@ -104,7 +120,11 @@ def test_a_task_that_raises_or_always_kills_its_worker_stops_no_other(machines):
     tasks = [Task(kind, (kind,)) for kind in ("raises", "dies", "well")]
     results = run_tasks(fail, tasks, retries=1, on_retry=lambda task, why: again.append(task.key))
     found = {task.key: result for task, result in results}
-    assert found == {"raises": Lost("ZeroDivisionError: ours"), "dies": Lost("its worker was killed"), "well": "well"}
+    assert found == {
+        "raises": Lost("ZeroDivisionError: ours"),
+        "dies": Lost("its worker was killed"),
+        "well": "well",
+    }
     assert again == ["dies"]
 
 
@@ -113,14 +133,26 @@ def test_a_study_has_the_same_results_on_ray(machines, tiny_base, tmp_path):
 
     clip, dino = save_tiny_encoders(tmp_path / "encoders")
     subject = StudySubject(str(paint_photos(tmp_path / "dog")), "a photo of sks dog")
-    train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
+    train = {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "resolution": 64,
+        "max_train_steps": 2,
+    }
     arms = {"lora": {"mixer": "none"}, "odd": {"mixer": "butterfly", "rank": 3}}
-    protocol = {"num_prompts": 1, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
+    protocol = {
+        "num_prompts": 1,
+        "images_per_prompt": 1,
+        "class_images": 1,
+        "unrelated": 1,
+        "inference_steps": 2,
+    }
     shape = {"seeds": (0,), "ranks": (3,), "budget": "rank", "learning_rates": (1e-3,)}
     protocol = Protocol(**protocol, clip=str(clip), dino=str(dino))
     study = Study((subject,), arms, {**train, "train_batch_size": 1}, **shape, protocol=protocol)
     seen = []
-    (result,) = run_study(study, tmp_path / "ray", 1, seen.append, partial(cells_on_cluster, machines, None))
+    (result,) = run_study(
+        study, tmp_path / "ray", 1, seen.append, partial(cells_on_cluster, machines, None)
+    )
     assert sorted(bool(progress.error) for progress in seen) == [False, True]
     (alone,) = run_study(study, tmp_path / "alone", 1, print)
     assert result.scores == alone.scores and result.pictures == alone.pictures

@@ -1,4 +1,5 @@
-"""Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is away."""
+"""Run folders behind a URL: whole or not taken, tried again, and nothing lost when the bucket is
+away."""
 
 import json
 import shutil
@@ -18,8 +19,20 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import bucket as bucket_module
 from dreambooth_moslora.extras.cluster import remote_output
-from dreambooth_moslora.extras.cluster.bucket import TRIES, Bucket, Mirror, SupersededError, read_manifest
-from dreambooth_moslora.extras.cluster.records import Record, is_finished, read_record, write_names, write_record
+from dreambooth_moslora.extras.cluster.bucket import (
+    TRIES,
+    Bucket,
+    Mirror,
+    SupersededError,
+    read_manifest,
+)
+from dreambooth_moslora.extras.cluster.records import (
+    Record,
+    is_finished,
+    read_record,
+    write_names,
+    write_record,
+)
 from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet, train_in_bucket
 from dreambooth_moslora.extras.cluster.worker import Job
 from tests.extras.cluster.test_fleet_subjects import START, STEP, subject
@@ -38,8 +51,8 @@ def away(path: str) -> None:
 
 
 class FlakyBucket(MemoryFileSystem):
-    """An object store in this process's memory, `flaky://NAME`. Before each request it asks `fault` about the file's
-    path; what that raises is the failure."""
+    """An object store in this process's memory, `flaky://NAME`. Before each request it asks `fault`
+    about the file's path; what that raises is the failure."""
 
     protocol = "flaky"
     store: ClassVar[dict] = {}
@@ -65,9 +78,12 @@ class FlakyBucket(MemoryFileSystem):
 
 
 def after_fault(name: str):
-    """The request of that name to the store in memory, which the fault may forbid. Its path is its first argument."""
+    """The request of that name to the store in memory, which the fault may forbid. Its path is its
+    first argument."""
     plain = getattr(MemoryFileSystem, name)
-    return lambda store, path, *rest, **options: type(store).fault(path) or plain(store, path, *rest, **options)
+    return lambda store, path, *rest, **options: (
+        type(store).fault(path) or plain(store, path, *rest, **options)
+    )
 
 
 for request in ("get_file", "rm_file", "exists", "cat_file"):
@@ -129,15 +145,21 @@ def pushed(folder: Path, *steps: int) -> Mirror:
     return mirror
 
 
-def test_a_folder_comes_back_as_it_was_without_locks_and_only_what_has_changed_is_sent(tmp_path, store):
+def test_a_folder_comes_back_as_it_was_without_locks_and_only_what_has_changed_is_sent(
+    tmp_path, store
+):
     mirror = pushed(tmp_path / "a", 1, 2)
     for name in ("run.lock", "run.owner", ".worker.lock", ".checkpoint-3.17-ab.new"):
         (mirror.folder / name).write_text("x")
     mirror.push()
     other = pulled(tmp_path / "b")
-    names = sorted(str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file())
+    names = sorted(
+        str(path.relative_to(other.folder)) for path in other.folder.rglob("*") if path.is_file()
+    )
     assert len(names) == 7 and names[-1] == "metrics.jsonl" and steps_in(other.folder) == TWO
-    assert all((other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names)
+    assert all(
+        (other.folder / name).read_bytes() == (mirror.folder / name).read_bytes() for name in names
+    )
     RunDir(mirror.folder).rotate(1)
     store.sent.clear()
     mirror.push()
@@ -155,7 +177,10 @@ def test_half_of_an_upload_is_not_taken_and_the_next_push_completes_it(tmp_path,
         mirror.push()
     assert any("checkpoint-2/position.json" in path for path in store.store)
     other = pulled(tmp_path / "b")
-    assert steps_in(other.folder) == ["checkpoint-1"] and (other.folder / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (
+        steps_in(other.folder) == ["checkpoint-1"]
+        and (other.folder / "metrics.jsonl").read_text() == "1\n2\n"
+    )
     store.fault = well
     mirror.push()
     assert steps_in(pulled(tmp_path / "c").folder) == TWO
@@ -165,7 +190,9 @@ def test_a_checkpoint_with_a_flipped_byte_is_left_out_whole_and_mended(tmp_path,
     pushed(tmp_path / "a", 1, 2)
     Bucket(f"{FLEET}/rex").write("checkpoint-2/optimizer.pt", b"optimizer.pt 2 bytez")
     other = pulled(tmp_path / "b")
-    assert steps_in(other.folder) == ["checkpoint-1"] and not (other.folder / "checkpoint-2").exists()
+    assert (
+        steps_in(other.folder) == ["checkpoint-1"] and not (other.folder / "checkpoint-2").exists()
+    )
     other.claim()
     checkpoint(other.folder, 2)
     other.push()
@@ -182,7 +209,8 @@ def test_what_fails_for_a_moment_is_tried_again_and_what_fails_for_ever_is_not(t
 
     def fail(path: str) -> None:
         tries.append(path)
-        raise type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")  # as botocore's own
+        # as botocore's own
+        raise type("NoCredentialsError", (Exception,), {})("Unable to locate credentials")
 
     store.fault = fail_twice
     mirror = pushed(tmp_path / "a", 1)
@@ -204,7 +232,14 @@ def test_one_who_was_taken_for_lost_writes_no_more(tmp_path, store):
     assert store.store == before
 
 
-NO_FILES = [{"../../evil": "0"}, {"/evil": "0"}, {"a": 1}, {"a\0b": "0"}, {"n" * 300: "0"}, {"a\ud800b": "0"}]
+NO_FILES = [
+    {"../../evil": "0"},
+    {"/evil": "0"},
+    {"a": 1},
+    {"a\0b": "0"},
+    {"n" * 300: "0"},
+    {"a\ud800b": "0"},
+]
 NO_FILES += [{"a": "0", "a/b": "0"}, {"a/": "0", "a/b": "0"}, {"/".join(["n" * 200] * 30): "0"}]
 
 
@@ -216,7 +251,8 @@ def test_a_manifest_of_somebody_else_names_no_file_outside_and_none_that_cannot_
 
 
 def training(steps: range, goes_on: bool = False):
-    """What a worker does in its folder: a checkpoint a step, then the adapter; or it waits to be stopped."""
+    """What a worker does in its folder: a checkpoint a step, then the adapter; or it waits to be
+    stopped."""
 
     def train(job: Job) -> Record:
         run = Path(job.run_dir)
@@ -244,7 +280,9 @@ def find(job: Job) -> Record:
 JOB = Job("/anywhere/rex", {}, "mark", url=f"{FLEET}/rex")
 
 
-def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machine(tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machine(
+    tmp_path, monkeypatch
+):
     Bucket(FLEET).write("fleet.stop", b"\n")
     assert train_in_bucket(JOB, training(range(1, 3), goes_on=True)).state == "interrupted"
     Bucket(FLEET).remove("fleet.stop")
@@ -260,13 +298,21 @@ def test_a_run_that_is_stopped_goes_on_elsewhere_and_leaves_nothing_on_the_machi
     assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
     (tmp_path / "view").mkdir()
     RemoteFleet(Bucket(FLEET), tmp_path / "view").fetch("rex")
-    assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(tmp_path / "view" / "rex", "other")
+    assert is_finished(tmp_path / "view" / "rex", "mark") and not is_finished(
+        tmp_path / "view" / "rex", "other"
+    )
 
 
-def test_what_the_bucket_did_not_take_at_the_end_is_kept_while_it_is_away_and_sent_by_the_next_try(store):
+def test_what_the_bucket_did_not_take_at_the_end_is_kept_while_it_is_away_and_sent_by_the_next_try(
+    store,
+):
     store.fault = refuse_the_adapter
     record = train_in_bucket(JOB, training(range(1, 2)))
-    assert record.state == "failed" and "no route to host" in record.message and "are in" in record.message
+    assert (
+        record.state == "failed"
+        and "no route to host" in record.message
+        and "are in" in record.message
+    )
     store.fault = away
     assert "manifest.json: no route to host" in train_in_bucket(JOB, find).message
     store.fault = well
@@ -292,7 +338,9 @@ def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, 
     assert train_in_bucket(JOB, go_on).state == "done" and seen == TWO
 
 
-def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_path, monkeypatch, store):
+def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(
+    tmp_path, monkeypatch, store
+):
     store.fault = refuse_the_adapter
     assert train_in_bucket(JOB, training(range(1, 2))).state == "failed"
     store.fault = well
@@ -300,7 +348,12 @@ def test_what_another_machine_did_since_then_is_not_undone_by_an_unsent_end(tmp_
     assert train_in_bucket(JOB, training(range(2, 4))).state == "done"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one"))
     seen = []
-    assert train_in_bucket(JOB, lambda job: seen.extend(steps_in(Path(job.run_dir))) or find(job)).state == "done"
+    assert (
+        train_in_bucket(
+            JOB, lambda job: seen.extend(steps_in(Path(job.run_dir))) or find(job)
+        ).state
+        == "done"
+    )
     assert seen == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
@@ -324,8 +377,13 @@ def test_status_reads_a_bucket_or_a_folder_by_its_url_and_leaves_the_index_there
     Bucket(FLEET).write("fleet.json", (out / "fleet.json").read_bytes())
     assert main(["fleet", "status", FLEET]) == 0
     shown = capsys.readouterr().out
-    assert "2 subjects: 1 failed, 1 waiting" in shown and "rex: failed, step 4 of 9: no usable photo" in shown
-    assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read("index.html")
+    assert (
+        "2 subjects: 1 failed, 1 waiting" in shown
+        and "rex: failed, step 4 of 9: no usable photo" in shown
+    )
+    assert shown.endswith(f"{FLEET}/index.html\n") and b"no usable photo" in Bucket(FLEET).read(
+        "index.html"
+    )
     assert main(["fleet", "status", f"file://{out}"]) == 0 and (out / "index.html").is_file()
 
 
@@ -349,7 +407,9 @@ def test_the_ending_of_a_fleet_is_told_with_the_bucket_away(fleet_view, store):
 def test_a_run_that_is_stopped_with_the_bucket_away_is_interrupted_and_keeps_its_record(store):
     def be_stopped(job: Job) -> Record:
         store.fault = away
-        write_record(Path(job.run_dir), record := Record("interrupted", job.mark, hours=0.5, starts=1))
+        write_record(
+            Path(job.run_dir), record := Record("interrupted", job.mark, hours=0.5, starts=1)
+        )
         return record
 
     record = train_in_bucket(JOB, be_stopped)
@@ -394,6 +454,16 @@ def test_a_mistake_is_one_line(place, fault, says, store, capsys, monkeypatch):
 @pytest.mark.parametrize("url", ["://x", "s3:///", "memory://fleet"])
 def test_a_url_without_a_bucket_that_others_see_is_refused(url, tmp_path, capsys):
     (tmp_path / "photos" / "rex").mkdir(parents=True)
-    command = ["fleet", str(tmp_path / "photos"), "--out", url, "--pretrained_model_name_or_path", "toy"]
+    command = [
+        "fleet",
+        str(tmp_path / "photos"),
+        "--out",
+        url,
+        "--pretrained_model_name_or_path",
+        "toy",
+    ]
     assert main([*command, "--instance_prompt", "a dog", "--dry_run"]) == 2
-    assert capsys.readouterr().err == f"error: {url}: names no bucket that several machines see; {HOW}\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {url}: names no bucket that several machines see; {HOW}\n"
+    )

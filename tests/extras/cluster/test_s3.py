@@ -1,4 +1,5 @@
-"""A fleet on Ray with a server that speaks S3: a worker and its training are killed, uploads fail, no byte differs."""
+"""A fleet on Ray with a server that speaks S3: a worker and its training are killed, uploads fail,
+no byte differs."""
 
 import json
 import os
@@ -25,14 +26,28 @@ from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_confi
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray", "s3fs", "moto", "flask", "flask_cors")]
 GUARDED, STEPS, SHORT_SEC = "dreambooth_moslora.extras.cluster.worker", 40, 0.05
 TOLD = (
-    *("pretrained_model_name_or_path", "resolution", "target_modules", "train_batch_size", "max_train_steps"),
-    *("learning_rate", "num_validation_images", "report_to", "seed", "checkpointing_steps", "checkpoints_total_limit"),
+    *(
+        "pretrained_model_name_or_path",
+        "resolution",
+        "target_modules",
+        "train_batch_size",
+        "max_train_steps",
+    ),
+    *(
+        "learning_rate",
+        "num_validation_images",
+        "report_to",
+        "seed",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    ),
 )
 
 
 @contextmanager
 def serving(application: Callable) -> Iterator[str]:
-    """The address of a server of this WSGI application. The next one is asked anew: fsspec keeps file systems."""
+    """The address of a server of this WSGI application. The next one is asked anew: fsspec keeps
+    file systems."""
     from s3fs import S3FileSystem
     from werkzeug.serving import make_server
 
@@ -59,7 +74,8 @@ def refusing(environ, start_response) -> list[bytes]:
 
 
 def flaky_s3(away: threading.Event) -> Callable:
-    """S3 (moto). It refuses the first of seven uploads when half of it has come, and while it is `away` all."""
+    """S3 (moto). It refuses the first of seven uploads when half of it has come, and while it is
+    `away` all."""
     from moto.server import DomainDispatcherApplication, create_backend_app
 
     whole, numbers = DomainDispatcherApplication(create_backend_app), count()
@@ -67,7 +83,11 @@ def flaky_s3(away: threading.Event) -> Callable:
     def application(environ, start_response):
         if away.is_set():
             return refusing(environ, start_response)
-        if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].count("/") > 1 and next(numbers) % 7 == 0:
+        if (
+            environ["REQUEST_METHOD"] == "PUT"
+            and environ["PATH_INFO"].count("/") > 1
+            and next(numbers) % 7 == 0
+        ):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
             return refusing(environ, start_response)
         return whole(environ, start_response)
@@ -92,7 +112,8 @@ def s3(away, monkeypatch):
     monkeypatch.setattr(remote_output, "train_in_bucket", train_in_bucket)
     # Ray's sockets lie there: their paths are short.
     with serving(flaky_s3(away)) as address, tempfile.TemporaryDirectory(prefix="s3-") as scratch:
-        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()  # its buckets are the process's
+        # its buckets are the process's
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()
         monkeypatch.setenv("TMPDIR", scratch)
         monkeypatch.setattr(tempfile, "tempdir", scratch)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -130,9 +151,13 @@ def lose_the_machine(url: str, killed: list) -> None:
 
 def trainings_of(place: Path | str) -> list[psutil.Process]:
     """The processes that a fleet's workers have begun in such a run folder."""
-    running = [(process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])]
+    running = [
+        (process, process.info["cmdline"] or [""]) for process in psutil.process_iter(["cmdline"])
+    ]
     return [
-        process for process, words in running if GUARDED in words and words[-1].endswith(f"{place}/job_config.json")
+        process
+        for process, words in running
+        if GUARDED in words and words[-1].endswith(f"{place}/job_config.json")
     ]
 
 
@@ -184,7 +209,10 @@ def test_a_fleet_in_a_bucket_that_is_stopped_without_it_and_loses_a_machine_ends
     threading.Thread(target=lose_the_machine, args=(f"{s3}/rex", killed), daemon=True).start()
     assert main(command) == 1
     told = capfd.readouterr()
-    assert "rex: its worker was killed; it continues elsewhere" in told.err and "void: FAILED" in told.err
+    assert (
+        "rex: its worker was killed; it continues elsewhere" in told.err
+        and "void: FAILED" in told.err
+    )
     assert killed and told.out.endswith(f"{s3}/index.html\n")
     train(tiny_config(tiny_base, photos / "rex", tmp_path / "alone" / "rex", max_train_steps=STEPS))
     assert sha256_in(f"{s3}/rex", tmp_path / "got") == adapter_sha256(tmp_path / "alone" / "rex")

@@ -10,7 +10,12 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import learn_basis
-from dreambooth_moslora.extras.lab.basis import freeze_basis, leading_directions, put_basis, train_on_basis
+from dreambooth_moslora.extras.lab.basis import (
+    freeze_basis,
+    leading_directions,
+    put_basis,
+    train_on_basis,
+)
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_parameters, inject
@@ -19,13 +24,29 @@ from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_fast_linear import unet_loss
 
-COMMAND = ("--rank", "3", "--resolution", "64", "--train_batch_size", "1", "--target_modules", "to_q", "conv1")
+COMMAND = (
+    "--rank",
+    "3",
+    "--resolution",
+    "64",
+    "--train_batch_size",
+    "1",
+    "--target_modules",
+    "to_q",
+    "conv1",
+)
 LAYERS = ["to_q", "conv1"]
 
 
 def test_in_a_run_on_the_basis_svd_the_mixers_alone_learn(tiny_base, tmp_path):
     photos = paint_photos(tmp_path / "photos")
-    given = {"rank": 3, "lora_alpha": 2, "max_train_steps": 2, "target_modules": LAYERS, "use_ema": True}
+    given = {
+        "rank": 3,
+        "lora_alpha": 2,
+        "max_train_steps": 2,
+        "target_modules": LAYERS,
+        "use_ema": True,
+    }
     config = tiny_config(tiny_base, photos, tmp_path / "run", learning_rate=0.3, **given)
     assert train_on_basis(config, "svd").step == 2
     weights = load_file(tiny_base / "unet" / "diffusion_pytorch_model.safetensors")
@@ -46,14 +67,39 @@ def subjects(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny_base, tmp_path, capsys):
-    base, out = ("--pretrained_model_name_or_path", str(tiny_base)), tmp_path / "toys_basis.safetensors"
-    given = [*subjects, *base, *COMMAND, "--seed", "1", "--learning_rate", "0.1", "--basis_lr", "0.01"]
+def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(
+    subjects, tiny_base, tmp_path, capsys
+):
+    base, out = (
+        ("--pretrained_model_name_or_path", str(tiny_base)),
+        tmp_path / "toys_basis.safetensors",
+    )
+    given = [
+        *subjects,
+        *base,
+        *COMMAND,
+        "--seed",
+        "1",
+        "--learning_rate",
+        "0.1",
+        "--basis_lr",
+        "0.01",
+    ]
     start = tmp_path / "start_basis.safetensors"
-    assert main(["basis", *given, "--out", str(start), "--max_train_steps", "1", "--basis_lr", "0"]) == 0
-    assert main(["basis", *given, "--start", str(start), "--out", str(out), "--max_train_steps", "6"]) == 0
+    assert (
+        main(["basis", *given, "--out", str(start), "--max_train_steps", "1", "--basis_lr", "0"])
+        == 0
+    )
+    assert (
+        main(["basis", *given, "--start", str(start), "--out", str(out), "--max_train_steps", "6"])
+        == 0
+    )
     said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == str(out) and "step 6 of 6, loss " in said.err and "0 s left" in said.err
+    assert (
+        said.out.splitlines()[-1] == str(out)
+        and "step 6 of 6, loss " in said.err
+        and "0 s left" in said.err
+    )
     (before, _), (after, facts) = raw_file.read_raw(start), raw_file.read_raw(out)
     moved = {key for key in after if not before[key].equal(after[key])}
     assert moved == {key for key in after if not key.endswith(".mixer")}
@@ -67,15 +113,30 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(subjects, tiny
 
 def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, monkeypatch):
     file, taken = tmp_path / "rocket.toml", []
-    file.write_text('rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\ntoken = "zwx"\n')
+    file.write_text(
+        'rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\ntoken = "zwx"\n'
+    )
     monkeypatch.setattr(learn_basis, "learn_basis", lambda config, *_: taken.append(config))
-    given = ["basis", *subjects, "--out", str(tmp_path / "a_basis.safetensors"), "--config", str(file)]
+    given = [
+        "basis",
+        *subjects,
+        "--out",
+        str(tmp_path / "a_basis.safetensors"),
+        "--config",
+        str(file),
+    ]
     assert main(given) == main([*given, "--mask_prompt", "toy"]) == 0
-    assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [(7, None, None), (7, "toy", None)]
+    assert [(one.rank, one.mask_prompt, one.token) for one in taken] == [
+        (7, None, None),
+        (7, "toy", None),
+    ]
 
 
 def test_mistakes_are_one_line(subjects, tiny_base, tmp_path, capsys):
-    out, base = tmp_path / "a_basis.safetensors", ["--pretrained_model_name_or_path", str(tiny_base)]
+    out, base = (
+        tmp_path / "a_basis.safetensors",
+        ["--pretrained_model_name_or_path", str(tiny_base)],
+    )
 
     def said(*words: str) -> str:
         assert main(["basis", *base, "--out", str(out), *words]) == 2
@@ -115,7 +176,9 @@ def test_the_directions_are_the_weights_leading_singular_vectors(shape):
     wanted = left[:, :5] @ right[:5] * sizes[:5].mean()
     assert down.shape == (5, *shape[1:]) and up.shape == (shape[0], 5)
     assert torch.allclose((up.double() @ down.double().flatten(1)), wanted, atol=1e-6)
-    assert all(torch.equal(one, other) for one, other in zip((down, up), leading_directions(weight, 5)))
+    assert all(
+        torch.equal(one, other) for one, other in zip((down, up), leading_directions(weight, 5))
+    )
     down, up = leading_directions(weight[:3], 5)
     assert not down[3:].any() and not up[:, 3:].any() and up[:, :3].any(0).all()
     assert not any(part.isnan().any() for part in leading_directions(torch.zeros(4, 6), 2))
@@ -137,7 +200,9 @@ def test_on_a_basis_the_fast_path_gives_pefts_gradients_of_the_mixers_and_no_oth
         with fast_linear.WorkingCopies(unet).for_one_step() as copies:
             unet_loss(unet).backward()
             copies.collect()
-    for (name, one), (_, other) in zip(adapter_parameters(slow), adapter_parameters(fast), strict=True):
+    for (name, one), (_, other) in zip(
+        adapter_parameters(slow), adapter_parameters(fast), strict=True
+    ):
         if name.endswith(".mixer"):
             assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-7), name
         else:

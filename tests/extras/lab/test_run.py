@@ -28,15 +28,28 @@ from tests.helpers.tiny_training import paint_photos
 
 pytestmark = pytest.mark.slow
 
-PROTOCOL = {"num_prompts": 2, "images_per_prompt": 1, "class_images": 1, "unrelated": 1, "inference_steps": 2}
+PROTOCOL = {
+    "num_prompts": 2,
+    "images_per_prompt": 1,
+    "class_images": 1,
+    "unrelated": 1,
+    "inference_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def study(tiny_base, tmp_path_factory):
     home = tmp_path_factory.mktemp("study")
     clip, dino = save_tiny_encoders(home / "encoders")
-    subjects = {name: StudySubject(str(paint_photos(home / name)), "a photo of sks dog") for name in ("test", "tune")}
-    train = {"pretrained_model_name_or_path": str(tiny_base), "resolution": 64, "max_train_steps": 2}
+    subjects = {
+        name: StudySubject(str(paint_photos(home / name)), "a photo of sks dog")
+        for name in ("test", "tune")
+    }
+    train = {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "resolution": 64,
+        "max_train_steps": 2,
+    }
     return Study(
         (subjects["test"],),
         {"lora": {"mixer": "none"}, "mix": {"mixer": "orthogonal"}},
@@ -70,7 +83,10 @@ def test_what_is_unfinished_is_known_without_training(study, finished, tmp_path)
     tuned = shutil.copytree(finished[0], tmp_path / "tuned")
     for result in tuned.glob("cells/test-*.json"):
         result.unlink()
-    assert {(cell.stage, cell.arm) for cell in unfinished(study, tuned)} == {("test", "lora"), ("test", "mix")}
+    assert {(cell.stage, cell.arm) for cell in unfinished(study, tuned)} == {
+        ("test", "lora"),
+        ("test", "mix"),
+    }
 
 
 def test_it_goes_on_where_it_stopped(study, finished):
@@ -82,24 +98,39 @@ def test_it_goes_on_where_it_stopped(study, finished):
     victim.unlink()
     again = run_study(study, out, 1, seen.append)
     assert [p.cell.arm for p in seen] == ["mix"] and [p.done for p in seen] == [2]
-    assert [r.scores for r in again] == [r.scores for r in results]  # the same seed gives the same scores
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.stem != victim.stem)
+    # the same seed gives the same scores
+    assert [r.scores for r in again] == [r.scores for r in results]
+    assert all(
+        path.stat().st_mtime_ns == stamp
+        for path, stamp in stamps.items()
+        if path.stem != victim.stem
+    )
 
 
-def test_a_base_of_the_hub_is_sought_where_it_is_and_not_beside_the_studys_encodings(study, tmp_path):
+def test_a_base_of_the_hub_is_sought_where_it_is_and_not_beside_the_studys_encodings(
+    study, tmp_path
+):
     """It was fetched once more, into the study's own cache."""
     config = study.config_of(study.tuning_cells()[0], 4, tmp_path)
-    assert run.encodings_folder(config, tmp_path) == {"caching": "disk", "cache_dir": str(tmp_path / "cache")}
+    assert run.encodings_folder(config, tmp_path) == {
+        "caching": "disk",
+        "cache_dir": str(tmp_path / "cache"),
+    }
     changes = {"pretrained_model_name_or_path": "someone/sdxl"}, {"cache_dir": "/data/hub"}
     for own in (*changes, {"pretrained_vae_model_name_or_path": "someone/vae"}):
         assert run.encodings_folder(replace(config, **own), tmp_path) == {"caching": "disk"}
 
 
-def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(study, tmp_path, monkeypatch):
+def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(
+    study, tmp_path, monkeypatch
+):
     """Its file does not tell the sentence."""
     tiny_pipeline("lumina2", tmp_path / "files").save_pretrained(tmp_path / "base")
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
-    changes = {"pretrained_model_name_or_path": str(tmp_path / "base"), "system_prompt": "Draw well."}
+    changes = {
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+        "system_prompt": "Draw well.",
+    }
     study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
     cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
     rank = run.budget_ranks(study)["mix", 4]
@@ -108,12 +139,16 @@ def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_in
     assert result.cost["rank"] == rank and result.cost["parameters"] > 0
 
 
-def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study, tiny_base, tmp_path):
+def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
+    study, tiny_base, tmp_path
+):
     base, photos = (tmp_path / name for name in ("base", "photos"))
     shutil.copytree(tiny_base, base)
     shutil.copytree(study.subjects[0].photos, photos)
     mine = replace(study.subjects[0], photos=str(photos))
-    copied = replace(study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,))
+    copied = replace(
+        study, train={**study.train, "pretrained_model_name_or_path": str(base)}, subjects=(mine,)
+    )
     cell = Cell("test", "lora", 4, "photos", 0, 1e-3)
 
     def path():
@@ -131,27 +166,41 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(study,
     assert len({first, second, path()}) == 3
 
 
-def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(study, tmp_path):
-    beside = StudySubject(str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat")
+def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(
+    study, tmp_path
+):
+    beside = StudySubject(
+        str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat"
+    )
     mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
     arms = {"both": {"together": True}, "alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
     own = {"subjects": (mine,), "arms": arms, "reference": "alone", "budget": "rank"}
-    pairs = replace(study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,))
+    pairs = replace(
+        study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,)
+    )
     seen, out = [], tmp_path / "out"
     both, alone = run_study(pairs, out, 1, seen.append)
-    assert [bool(p.error) for p in seen] == [False, False, True] and "no such layer" in seen[2].error
+    assert [bool(p.error) for p in seen] == [False, False, True] and "no such layer" in seen[
+        2
+    ].error
     for result in (both, alone):
         assert result.scores["confusion"] == result.scores["confusion_with zwx cat"]
-    assert both.scores["confusion_base"] == alone.scores["confusion_base"]  # the same pictures of the base
+    # the same pictures of the base
+    assert both.scores["confusion_base"] == alone.scores["confusion_base"]
     assert both.scores["dino"] != alone.scores["dino"]
-    assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {"test", "cat"}
+    assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {
+        "test",
+        "cat",
+    }
     assert [cell.arm for cell in unfinished(pairs, out)] == ["odd"]
     write_comparison(pairs, [both, alone], out)
     facts = json.loads((out / "results.json").read_text())
     assert facts["study"]["beside"] == {"test": ["cat"]}
     change = both.scores["confusion"] - alone.scores["confusion"]
-    assert facts["against_reference"][0]["differences"]["confusion"]["mean"] == pytest.approx(change)
+    assert facts["against_reference"][0]["differences"]["confusion"]["mean"] == pytest.approx(
+        change
+    )
     assert "Δ Confusion" in (out / "table.md").read_text()
 
 
@@ -198,8 +247,14 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
     assert not re.search(r"""(src|href)=["'](?!data:)""", html) and not re.search("https?:", html)
     assert html.count("data:image/png") == 4 and html.count("data:image/jpeg") == 2
     sheet = Image.open(out / "pictures.png")
-    photo = ImageOps.fit(Image.open(sorted(Path(study.subjects[0].photos).glob("*.png"))[0]), (128, 128))
-    assert ImageStat.Stat(ImageChops.difference(sheet.crop((20, 39, 148, 167)), photo)).rms == [0, 0, 0]
+    photo = ImageOps.fit(
+        Image.open(sorted(Path(study.subjects[0].photos).glob("*.png"))[0]), (128, 128)
+    )
+    assert ImageStat.Stat(ImageChops.difference(sheet.crop((20, 39, 148, 167)), photo)).rms == [
+        0,
+        0,
+        0,
+    ]
     assert sheet.width == 40 + 136 * (1 + study.protocol.num_prompts) - 8
     assert len(facts["cells"]) == 6 and facts["against_reference"][0]["arm"] == "mix"
     for text in (html, json.dumps(facts)):
@@ -209,7 +264,10 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
 
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
     cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
-    pictures, scores = {name: [score, score] for name in run.judged()}, dict.fromkeys(run.studied(), score)
+    pictures, scores = (
+        {name: [score, score] for name in run.judged()},
+        dict.fromkeys(run.studied(), score),
+    )
     return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
 
@@ -217,9 +275,14 @@ def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
-    assert run.compared_cells(study, failed) and run.best_rates(study, failed) == {("lora", 4): 1e-3, ("mix", 4): 1e-2}
+    assert run.compared_cells(study, failed) and run.best_rates(study, failed) == {
+        ("lora", 4): 1e-3,
+        ("mix", 4): 1e-2,
+    }
     assert not run.compared_cells(study, [r for r in good if r.cell.arm == "lora"])
-    two = replace(study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other")))
+    two = replace(
+        study, tuning_subjects=(*study.tuning_subjects, replace(study.subjects[0], photos="other"))
+    )
     assert not run.compared_cells(two, good)  # a rate needs all of its subjects
 
 
@@ -228,7 +291,10 @@ def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_pat
     results = [*first, made(study, "mix", seed=1)]
     assert "mix r4 against lora: score +0.100" in write_comparison(study, results, tmp_path)
     facts = json.loads((tmp_path / "results.json").read_text())
-    assert facts["study"]["seeds"] == [0] and "2 trainings at once" in (tmp_path / "table.md").read_text()
+    assert (
+        facts["study"]["seeds"] == [0]
+        and "2 trainings at once" in (tmp_path / "table.md").read_text()
+    )
 
 
 def test_equal_budget_means_the_nearest_number_of_parameters(study):
@@ -248,7 +314,11 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
 
 
 def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
-    kinds = [{"mixer": "orthogonal"}, {"mixer": "none"}, {"mixer": "identity", "train_mixer": False}]
+    kinds = [
+        {"mixer": "orthogonal"},
+        {"mixer": "none"},
+        {"mixer": "identity", "train_mixer": False},
+    ]
     for settings in (*kinds, {"mixer": "orthogonal", "rank_pattern": ["*.to_k=2"]}):
         config = TrainConfig.from_dict({**study.train, **settings, "rank": 4})
         unet = load_pipeline(tiny_base).unet

@@ -14,7 +14,14 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
 from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
-from dreambooth_moslora.extras.lab.run import Result, best_rates, count_parameters, materials, outcomes, summaries
+from dreambooth_moslora.extras.lab.run import (
+    Result,
+    best_rates,
+    count_parameters,
+    materials,
+    outcomes,
+    summaries,
+)
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.extras.lab.study_report import difference_plot, finding, outcome_rows
 from dreambooth_moslora.plan.plan import plan_steps
@@ -30,7 +37,9 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def study_text(extra: str = "", arms: str = "[arms.lora]\nmixer = 'none'\n[arms.mix]\nmixer = 'identity'\n") -> str:
+def study_text(
+    extra: str = "", arms: str = "[arms.lora]\nmixer = 'none'\n[arms.mix]\nmixer = 'identity'\n"
+) -> str:
     return f"""
 [study]
 subjects = ["a", "b"]
@@ -70,11 +79,16 @@ def test_the_cells_are_all_combinations_and_tuning_never_touches_the_test_subjec
     tuning = study.tuning_cells()
     tests = study.test_cells({("lora", 4): 1e-4, ("mix", 4): 1e-3})
     assert len(tuning) == 2 * 2 and {cell.subject for cell in tuning} == {"t"}
-    assert len(tests) == len(set(tests)) == 2 * 2 * 2 and {cell.subject for cell in tests} == {"a", "b"}
+    assert len(tests) == len(set(tests)) == 2 * 2 * 2 and {cell.subject for cell in tests} == {
+        "a",
+        "b",
+    }
     assert {(cell.arm, cell.learning_rate) for cell in tests} == {("lora", 1e-4), ("mix", 1e-3)}
     cells = [Cell("test", arm, 4, "a", 7, 1e-3) for arm in ("lora", "mix")]
     lora, mix = (study.config_of(cell, 4, Path("run")).to_dict() for cell in cells)
-    assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}, "arms differ only in what they say"
+    assert {name for name in lora if lora[name] != mix[name]} == {"mixer"}, (
+        "arms differ only in what they say"
+    )
     assert lora["seed"] == 7 and lora["instance_prompt"] == "a photo of a sks duck"
 
 
@@ -104,17 +118,34 @@ def test_the_digest_follows_every_setting_that_matters():
         (study_text().replace('["t"]', "5"), "tuning_subjects is a list of folders"),
         (study_text().replace('"b"', "5"), "a folder, or a table of texts"),
         (study_text().replace('"b"', '{instance_prompt = "x"}'), "has no photos"),
-        (study_text().replace('"b"', '{photos = "b", clas_prompt = "x"}'), "photos, instance_prompt, class_prompt"),
-        (study_text().replace("ranks = [4]", "ranks = 4"), "ranks is a list of whole numbers from 1 on"),
+        (
+            study_text().replace('"b"', '{photos = "b", clas_prompt = "x"}'),
+            "photos, instance_prompt, class_prompt",
+        ),
+        (
+            study_text().replace("ranks = [4]", "ranks = 4"),
+            "ranks is a list of whole numbers from 1 on",
+        ),
         (study_text().replace("1e-4", "'fast'"), "learning_rates is a list of numbers"),
         (study_text("tie = 'x'"), "tie is a number"),
         (study_text("reference = ['lora']"), "none of its arms"),
         (study_text(arms="[arms]\nlora = 'none'"), "arms.lora is a table"),
         (study_text(arms="[arms.lora]\nlearning_rate = 'fast'"), "learning_rate"),
-        (study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"), "num_prompts is a whole number from 1 on"),
+        (
+            study_text(arms="[arms.lora]\n[evaluation]\nnum_prompts = 0"),
+            "num_prompts is a whole number from 1 on",
+        ),
         (study_text(arms="[arms.lora]\n[evaluation]\nclip = 3"), "clip is a text"),
-        (study_text().replace("resolution = 64", "pretrained_model_name_or_path = 'no/such/base'"), "base no/such"),
-        (study_text(arms="[arms.lora]\npretrained_model_name_or_path = 'toy-zimage'"), "arm lora has another base"),
+        (
+            study_text().replace(
+                "resolution = 64", "pretrained_model_name_or_path = 'no/such/base'"
+            ),
+            "base no/such",
+        ),
+        (
+            study_text(arms="[arms.lora]\npretrained_model_name_or_path = 'toy-zimage'"),
+            "arm lora has another base",
+        ),
         (study_text(arms="[arms.lora]\nrevision = 'fp16'"), "arm lora has another base"),
         (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
         (pairs_text(beside='["a"]'), "each needs a folder of its own"),
@@ -122,7 +153,10 @@ def test_the_digest_follows_every_setting_that_matters():
         (pairs_text(beside=f'[{{photos = "t", beside = {ZWX}}}]'), "has no `beside` itself"),
         (pairs_text(beside="[]"), "trains subjects together, but a has none `beside` it"),
         (pairs_text().replace("together = true", "together = 'b'"), "together is true or false"),
-        (pairs_text().replace("max_train_steps", "exposures_per_photo"), "together needs max_train_steps"),
+        (
+            pairs_text().replace("max_train_steps", "exposures_per_photo"),
+            "together needs max_train_steps",
+        ),
         (pairs_text().replace("[train]", "[train]\ntogether = true"), "together"),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
@@ -136,12 +170,18 @@ def test_mistakes_are_found_before_the_first_training(text, complaint):
 
 def test_a_subject_is_shown_as_often_together_as_alone():
     study = study_of(pairs_text())
-    alone, both = (study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run")) for arm in ("alone", "both"))
+    alone, both = (
+        study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run"))
+        for arm in ("alone", "both")
+    )
     assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
     prompts = [one.instance_prompt for one in both.each_subject]
     assert prompts == ["a photo of a sks duck", "a photo of a zwx duck"]
     for counts in ((5, 5), (5, 2), (2, 5)):
-        shown = [plan_steps(alone, counts[0]).exposures_a_subject, plan_steps(both, counts).exposures_a_subject]
+        shown = [
+            plan_steps(alone, counts[0]).exposures_a_subject,
+            plan_steps(both, counts).exposures_a_subject,
+        ]
         assert shown[0] == shown[1] > 0
     assert pickle.loads(pickle.dumps(study)) == study  # as a cluster's tasks take it
 
@@ -149,35 +189,58 @@ def test_a_subject_is_shown_as_often_together_as_alone():
 def test_a_result_depends_on_the_companions_in_every_arm():
     study = study_of(pairs_text())
     cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
-    others = replace(study, subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),))
+    others = replace(
+        study,
+        subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),),
+    )
     assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
     assert {path.name for path in materials(study, cells[0])} >= {"a", "b"}
-    assert StudySubject("a", "a photo of sks duck").facts.keys() == {"photos", "instance_prompt", "class_prompt"}
+    assert StudySubject("a", "a photo of sks duck").facts.keys() == {
+        "photos",
+        "instance_prompt",
+        "class_prompt",
+    }
 
 
 def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
-    """As `train` and a fleet have it; by the table's default a study would train the 128 px base at 1024 px."""
-    for text, sides in ((pairs_text(), [128, 128]), (pairs_text() + "resolution = 64\n", [128, 64])):
+    """As `train` and a fleet have it; by the table's default a study would train the 128 px base at
+    1024 px."""
+    for text, sides in (
+        (pairs_text(), [128, 128]),
+        (pairs_text() + "resolution = 64\n", [128, 64]),
+    ):
         study = study_of(text)
         cells = study.test_cells(study.first_rates())[:2]
         assert [study.config_of(cell, 4, Path("run")).resolution for cell in cells] == sides
-        assert "resolution" not in study.train, "the digest of an arm that has a size is what it was"
+        assert "resolution" not in study.train, (
+            "the digest of an arm that has a size is what it was"
+        )
     assert config_of(["a"], {"max_train_steps": 2}).resolution == 128, "a basis"
     assert config_of(["a"], {"resolution": 64}).resolution == 64
 
 
 @pytest.mark.parametrize(
     "text, complaint",
-    [("{", "valid JSON"), ("[]", "names and values"), ("{}", "must name"), (None, 'photos = "a", instance_prompt')],
+    [
+        ("{", "valid JSON"),
+        ("[]", "names and values"),
+        ("{}", "must name"),
+        (None, 'photos = "a", instance_prompt'),
+    ],
 )
-def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_prompt(text, complaint):
+def test_a_damaged_subject_is_one_clear_line_and_one_without_facts_needs_its_prompt(
+    text, complaint
+):
     Path("a/subject.json").unlink()
     if text is not None:
         Path("a/subject.json").write_text(text)
     with pytest.raises(UserError, match=complaint):
         study_of(study_text())
     assert StudySubject.of("b").class_prompt == "a photo of a duck"
-    assert text or StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
+    assert (
+        text
+        or StudySubject.of({"photos": "a", "instance_prompt": "a photo of zwx cat"}).name == "a"
+    )
 
 
 def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
@@ -186,11 +249,20 @@ def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
     assert set(load_study(MIXERS.with_name("recipe.toml")).arms) == {"recommended", "no_prior"}
     assert len(study.subjects) >= 6 and len(study.seeds) == 2 and study.ranks == (4, 64)
     arms = {(a.get("mixer"), a.get("train_mixer", True)) for a in study.arms.values()}
-    assert arms >= {("none", True), ("orthogonal", True), ("orthogonal", False), ("identity", True), ("kaiming", True)}
+    assert arms >= {
+        ("none", True),
+        ("orthogonal", True),
+        ("orthogonal", False),
+        ("identity", True),
+        ("kaiming", True),
+    }
 
 
-def made_up(rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2) -> tuple[Study, list[Result]]:
-    """Results in which each arm is better than `lora` by a known gain, under large differences between subjects."""
+def made_up(
+    rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds=2
+) -> tuple[Study, list[Result]]:
+    """Results in which each arm is better than `lora` by a known gain, under large differences
+    between subjects."""
     names = tuple(StudySubject(f"s{n}", "a photo of a sks duck") for n in range(subjects))
     study = Study(names, {"lora": {}, **{arm: {} for arm in gains}}, {}, seeds=tuple(range(seeds)))
     results = []
@@ -199,7 +271,9 @@ def made_up(rng: np.random.Generator, gains: dict[str, float], subjects=6, seeds
             shared = rng.normal(0.5, 0.2)
             shared_pictures = shared + rng.normal(0, 0.1, 8)
             for arm, gain in {"lora": 0.0, **gains}.items():
-                scores = dict.fromkeys(("score", "dino", "clip_t", "pres"), shared + gain + rng.normal(0, 0.01))
+                scores = dict.fromkeys(
+                    ("score", "dino", "clip_t", "pres"), shared + gain + rng.normal(0, 0.01)
+                )
                 pictures = {m: (shared_pictures + gain).tolist() for m in ("dino", "clip_t")}
                 cell = Cell("test", arm, 4, subject.name, seed, 1e-4)
                 results.append(Result(cell, scores, pictures, {"step_sec": 1.0, "rank": 4}))
@@ -219,23 +293,40 @@ def test_pairing_finds_a_small_gain_that_unpaired_means_cannot():
 def test_one_pair_is_no_finding_whatever_its_sign():
     """As in a report that is read when one of a subject's two seeds is finished."""
     gains = {"up": 0.5, "down": -0.5}
-    for size, verdicts in ((6, ("better", "worse")), (1, ("as one subject at one seed has no interval",) * 2)):
+    for size, verdicts in (
+        (6, ("better", "worse")),
+        (1, ("as one subject at one seed has no interval",) * 2),
+    ):
         study, results = made_up(np.random.default_rng(0), gains, subjects=size, seeds=1)
         *lines, _ = finding(study, outcomes(study, results)).splitlines()
-        assert [line.endswith(verdict) for line, verdict in zip(lines, verdicts, strict=True)] == [True, True]
+        assert [line.endswith(verdict) for line, verdict in zip(lines, verdicts, strict=True)] == [
+            True,
+            True,
+        ]
 
 
 def test_there_is_a_column_for_each_measure_that_was_taken_and_a_panel_where_every_arm_was_scored_at_it():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
     header, (row,) = outcome_rows(outcomes(study, results))
-    assert len(header) == len(row) and "Δ DINO" in header and not {"Δ Confusion", "Δ Leak"} & set(header)
+    assert (
+        len(header) == len(row)
+        and "Δ DINO" in header
+        and not {"Δ Confusion", "Δ Leak"} & set(header)
+    )
     assert titles(study, results) == ["subject (DINO)", "prompt (CLIP-T)", "score"]
     for result in results:
-        result.scores.update(dict.fromkeys(("confusion", "dino_bare"), 0.1 if result.cell.arm == "lora" else 0.3))
+        result.scores.update(
+            dict.fromkeys(("confusion", "dino_bare"), 0.1 if result.cell.arm == "lora" else 0.3)
+        )
     header, (row,) = outcome_rows(outcomes(study, results))
     for name in ("Confusion", "DINO, bare prompt"):
         assert row[header.index(f"Δ {name}")] == "+0.200 [+0.200, +0.200]"
-    assert titles(study, results) == ["subject (DINO)", "bare prompt (DINO)", "prompt (CLIP-T)", "score"]
+    assert titles(study, results) == [
+        "subject (DINO)",
+        "bare prompt (DINO)",
+        "prompt (CLIP-T)",
+        "score",
+    ]
 
 
 def titles(study: Study, results: list[Result]) -> list[str]:
@@ -260,16 +351,27 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
         for subject in ("t", "u")
     ]
     own = replace(study, arms={**study.arms, "own": {"learning_rate": 5e-4}})
-    assert best_rates(own, results)["own", 4] == 5e-4 and all(cell.arm != "own" for cell in own.tuning_cells())
-    assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}  # the lower one at a tie
+    assert best_rates(own, results)["own", 4] == 5e-4 and all(
+        cell.arm != "own" for cell in own.tuning_cells()
+    )
+    # the lower one at a tie
+    assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
 
 
 def test_an_arm_on_a_basis_learns_r_squared_numbers_a_layer(tmp_path):
     for subject in ("01_duck", "02_house", "03_mushroom", "04_snowman"):
         shutil.copytree("a", tmp_path / "runs" / "others" / subject)
     study = load_study(MIXERS.with_name("basis.toml"))
-    assert [study.basis_of(arm) for arm in ("lora", "svd", "learnt")] == [None, "svd", "runs/toys_basis.safetensors"]
-    (cell,) = [one for one in study.test_cells(study.first_rates()) if (one.arm, one.subject) == ("svd", "01_duck")]
+    assert [study.basis_of(arm) for arm in ("lora", "svd", "learnt")] == [
+        None,
+        "svd",
+        "runs/toys_basis.safetensors",
+    ]
+    (cell,) = [
+        one
+        for one in study.test_cells(study.first_rates())
+        if (one.arm, one.subject) == ("svd", "01_duck")
+    ]
     config = study.config_of(cell, cell.rank, Path("run"))
     assert count_parameters(config, 32, on_basis=True) == 149_504 < count_parameters(config, 2)
 
@@ -279,14 +381,28 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
     photos = str(MIXERS.parents[1] / "subjects" / "rocket")
     assert main(["compare", photos, "rocket", "--mixers", "none", "identity", "--dry_run"]) == 0
     cells = capsys.readouterr().out.split()
-    assert cells == [f"test-{mixer}-r16-rocket-s{seed}-lr0.002" for seed in (0, 1) for mixer in ("none", "identity")]
+    assert cells == [
+        f"test-{mixer}-r16-rocket-s{seed}-lr0.002"
+        for seed in (0, 1)
+        for mixer in ("none", "identity")
+    ]
     parser = argparse.ArgumentParser()
     compare_arguments(parser)
     study = study_of_words(parser.parse_args([photos, "rocket"]))
     (cell, _, *_) = study.test_cells(study.first_rates())
-    alone, like_train = study.config_of(cell, cell.rank, Path("run")), parse_train_config([photos, "rocket"])
-    own = {"output_dir", "mixer", "num_validation_images", "checkpointing_steps", "instance_data_dir"}
-    own |= {"evaluate_steps", "validation_steps", "find_scale", "class_word"}  # the study scores at the end
+    alone, like_train = (
+        study.config_of(cell, cell.rank, Path("run")),
+        parse_train_config([photos, "rocket"]),
+    )
+    own = {
+        "output_dir",
+        "mixer",
+        "num_validation_images",
+        "checkpointing_steps",
+        "instance_data_dir",
+    }
+    # the study scores at the end
+    own |= {"evaluate_steps", "validation_steps", "find_scale", "class_word"}
     differs = {n for n, value in like_train.to_dict().items() if value != alone.to_dict()[n]}
     assert (alone.mixer, study.reference) == ("none", "none") and differs <= own
 

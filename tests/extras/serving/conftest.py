@@ -35,5 +35,7 @@ def shelf(base, tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("made")
     (made / "shelf").mkdir()
     for seed, name in enumerate(NAMES):
-        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(made / "shelf" / f"{name}.safetensors")
+        save_diffusers_lora(base.pipeline.unet, made / name, seed=seed).rename(
+            made / "shelf" / f"{name}.safetensors"
+        )
     return made / "shelf"

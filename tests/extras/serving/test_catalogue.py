@@ -13,7 +13,13 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving import catalogue as catalogue_module
-from dreambooth_moslora.extras.serving.catalogue import AdapterRef, Order, RefusedError, open_catalogue, parse_order
+from dreambooth_moslora.extras.serving.catalogue import (
+    AdapterRef,
+    Order,
+    RefusedError,
+    open_catalogue,
+    parse_order,
+)
 from dreambooth_moslora.extras.serving.drawer import Batches
 
 
@@ -36,7 +42,11 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("places", "names"),
-    [(["."], {"dog", "cat", "rex", "rex@20"}), (["rex"], {"rex", "rex@20"}), ([".", "rex"], {"dog", "cat", "rex@20"})],
+    [
+        (["."], {"dog", "cat", "rex", "rex@20"}),
+        (["rex"], {"rex", "rex@20"}),
+        ([".", "rex"], {"dog", "cat", "rex@20"}),
+    ],
 )
 def test_files_runs_and_checkpoints_of_one_folder_or_several_have_names(folder, places, names):
     """A link out of the folder is not served."""
@@ -54,20 +64,27 @@ def test_a_name_is_looked_up_and_never_a_path(folder):
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_in_a_folder_or_a_bucket_a_new_file_is_seen_and_a_changed_one_has_another_version(folder, scheme):
+def test_in_a_folder_or_a_bucket_a_new_file_is_seen_and_a_changed_one_has_another_version(
+    folder, scheme
+):
     catalogue = open_catalogue([f"{scheme}{folder}"])
     assert {"dog", "cat", "rex"} <= set(catalogue.names())
     cat = catalogue.find("cat")
     local = catalogue.local(cat)
-    assert local.read_bytes() == b"cat.safetensors" and local.is_relative_to(folder) == (scheme == "")
+    assert local.read_bytes() == b"cat.safetensors" and local.is_relative_to(folder) == (
+        scheme == ""
+    )
     assert (local.parent / "cat_emb.safetensors").read_bytes() == b"cat_emb.safetensors"
     assert catalogue.find("cat") == cat and catalogue.local(cat) == local
     facts = (folder / "cat.safetensors").stat()
     (folder / "cat.safetensors").write_bytes(b"CAT.safetensors")
-    later_ns = 10**9 if scheme else 0  # a bucket tells the time of writing, and not what was written
+    # a bucket tells the time of writing, and not what was written
+    later_ns = 10**9 if scheme else 0
     os.utime(folder / "cat.safetensors", ns=(facts.st_atime_ns, facts.st_mtime_ns + later_ns))
     again = catalogue.find("cat")
-    assert again.version != cat.version and catalogue.local(again).read_bytes() == b"CAT.safetensors"
+    assert (
+        again.version != cat.version and catalogue.local(again).read_bytes() == b"CAT.safetensors"
+    )
     (folder / "emu.safetensors").write_bytes(b"emu")
     assert catalogue.find("emu").name == "emu"
     (folder / "emu.safetensors").unlink()
@@ -83,8 +100,13 @@ def test_a_bucket_serves_the_adapters_of_a_folder_by_the_same_names(folder, plac
     files = ("rex.kohya.safetensors", f"best/{PUBLISHED_NAME}", "best/x.safetensors")
     for name in files if place == "." else files[1:]:
         (folder / "rex" / name).write_bytes(name.encode())
-    of_folder, of_bucket = (open_catalogue([f"{scheme}{folder / place}"]) for scheme in ("", "file://"))
-    read = [{name: one.local(one.find(name)).read_bytes() for name in one.names()} for one in (of_folder, of_bucket)]
+    of_folder, of_bucket = (
+        open_catalogue([f"{scheme}{folder / place}"]) for scheme in ("", "file://")
+    )
+    read = [
+        {name: one.local(one.find(name)).read_bytes() for name in one.names()}
+        for one in (of_folder, of_bucket)
+    ]
     assert read[0] == read[1] and len(read[0]) == (6 if place == "." else 3)
 
 
@@ -93,7 +115,9 @@ def test_a_bucket_that_is_away_is_said_to_be(folder, monkeypatch):
     cat = catalogue.find("cat")
     monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
     monkeypatch.setattr(catalogue.bucket, "url", "s3://away")
-    monkeypatch.setattr(catalogue.bucket.files, "find", Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr(
+        catalogue.bucket.files, "find", Mock(side_effect=ConnectionError("no network"))
+    )
     assert catalogue.find("cat") == cat
     with pytest.raises(RefusedError) as error:
         catalogue.local(cat)
@@ -104,23 +128,36 @@ def test_an_object_that_arrives_cut_short_is_not_kept_and_fetched_again(folder, 
     catalogue = open_catalogue([f"file://{folder}"])
     cat = catalogue.find("cat")
     with monkeypatch.context() as cut:
-        cut.setattr(catalogue.bucket.files, "get_file", lambda path, target: Path(target).write_bytes(b"cat."))
-        with pytest.raises(RefusedError, match="the adapter cat has changed while it was fetched") as error:
+        cut.setattr(
+            catalogue.bucket.files,
+            "get_file",
+            lambda path, target: Path(target).write_bytes(b"cat."),
+        )
+        with pytest.raises(
+            RefusedError, match="the adapter cat has changed while it was fetched"
+        ) as error:
             catalogue.local(cat)
     assert error.value.status == 503 and catalogue.local(cat).read_bytes() == b"cat.safetensors"
 
 
-@pytest.mark.parametrize("places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]])
+@pytest.mark.parametrize(
+    "places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]]
+)
 def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch):
     monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
     with pytest.raises(UserError, match="--adapters"):
         open_catalogue(places)
 
 
-def test_the_command_tells_a_missing_folder_before_a_missing_library(folder, free_port, monkeypatch, capsys):
+def test_the_command_tells_a_missing_folder_before_a_missing_library(
+    folder, free_port, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["serve", "--adapters", str(folder / "none")]) == 2
-    assert capsys.readouterr().err == f"error: --adapters {folder / 'none'}: there is no such folder.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --adapters {folder / 'none'}: there is no such folder.\n"
+    )
     assert main(["serve", "--adapters", str(folder), "--port", str(free_port)]) == 2
     assert "serve needs Ray Serve: pip install" in capsys.readouterr().err
 
@@ -136,7 +173,11 @@ def test_an_order_is_a_pictures_recipe_or_a_short_form_with_one_adapter_and_a_se
     assert short.params == long.params == tag.params
     params = order_of(prompt="a dog", adapter="rex", seed=7, steps=3).params
     again = order_of(**params.to_dict(), adapter_sha256={"rex": "ab"})
-    assert again.params == params and again.sha256 == {"rex": "ab"} and params.adapters == (("rex", 1.0),)
+    assert (
+        again.params == params
+        and again.sha256 == {"rex": "ab"}
+        and params.adapters == (("rex", 1.0),)
+    )
     assert len({order_of(prompt="a dog").params.seed for _ in range(4)}) > 1
 
 

@@ -1,4 +1,5 @@
-"""The page's pipeline that a service draws for: the same files, one clear line when the service is away."""
+"""The page's pipeline that a service draws for: the same files, one clear line when the service is
+away."""
 
 import argparse
 import asyncio
@@ -26,7 +27,8 @@ needs_counts = pytest.mark.extra("prometheus_client")
 
 @pytest.fixture(scope="module")
 def place(base, shelf):
-    """The service without Ray on a port of the loopback: its address and the folder of its adapters."""
+    """The service without Ray on a port of the loopback: its address and the folder of its
+    adapters."""
     front, _ = shop_of(base, shelf, access=Access([TOKEN]))
     server = uvicorn.Server(uvicorn.Config(build_front(front), port=0, log_level="error"))
     sock = socket.create_server(("127.0.0.1", 0))
@@ -61,14 +63,22 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
 
 
 @needs_counts
-def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told(place, remote, base, tmp_path):
+def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told(
+    place, remote, base, tmp_path
+):
     other = save_diffusers_lora(base.pipeline.unet, tmp_path, seed=5)
     remote.load_adapter(other, "dog")
     mine = Service(place.url, TOKEN)
     for ask, says in (
-        (lambda: RemotePipeline(Service(place.url), base.base_name).load_adapter(other, "dog"), "token"),
+        (
+            lambda: RemotePipeline(Service(place.url), base.base_name).load_adapter(other, "dog"),
+            "token",
+        ),
         (lambda: RemotePipeline(mine, "another"), "base"),
-        (lambda: RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name), "not answered"),
+        (
+            lambda: RemotePipeline(Service(f"{place.url}/below", TOKEN), base.base_name),
+            "not answered",
+        ),
         (lambda: remote.load_adapter(other, "cow"), "has no adapter 'cow'"),
         (lambda: list(remote.generate(params())), "another file"),
     ):
@@ -89,11 +99,22 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
 
 
 @needs_counts
-def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(place, base, tmp_path, free_port):
+def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(
+    place, base, tmp_path, free_port
+):
     request = SimpleNamespace(session_hash="s")
     page_arguments(parser := argparse.ArgumentParser())
-    words = ["--base", str(base.base_name), "--adapters_dir", str(place.shelf), "--runs_dir", str(tmp_path / "runs")]
-    form = GenerateForm(prompt="a dog", adapter="dog", seed=1, steps=1, guidance_scale=2.0, size="64 x 64")
+    words = [
+        "--base",
+        str(base.base_name),
+        "--adapters_dir",
+        str(place.shelf),
+        "--runs_dir",
+        str(tmp_path / "runs"),
+    ]
+    form = GenerateForm(
+        prompt="a dog", adapter="dog", seed=1, steps=1, guidance_scale=2.0, size="64 x 64"
+    )
 
     @contextmanager
     def page_of(url: str):
@@ -104,8 +125,13 @@ def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away
 
     with page_of(place.url) as ctx:
         *_, frame = make_pictures(ctx, form, request)
-        assert ctx.chosen.is_remote and GenerationParams.from_png(frame.pictures[0].path).adapters == (("dog", 1.0),)
+        assert ctx.chosen.is_remote and GenerationParams.from_png(
+            frame.pictures[0].path
+        ).adapters == (("dog", 1.0),)
         *_, frame = compare(ctx, form, request)
         assert len(frame.pictures) == 2
-    with page_of(f"http://127.0.0.1:{free_port}") as ctx, pytest.raises(UserError, match="cannot be reached"):
+    with (
+        page_of(f"http://127.0.0.1:{free_port}") as ctx,
+        pytest.raises(UserError, match="cannot be reached"),
+    ):
         list(make_pictures(ctx, form, request))

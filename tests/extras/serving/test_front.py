@@ -1,4 +1,5 @@
-"""The service without Ray, drawing for real: the same pictures as `generate`, limits, tokens and counts."""
+"""The service without Ray, drawing for real: the same pictures as `generate`, limits, tokens and
+counts."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -33,7 +34,9 @@ class Shop:
     def run(self, work: Callable[[httpx.AsyncClient], Awaitable], **headers: str):
         async def inside():
             transport = httpx.ASGITransport(build_front(self.front), raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1", headers=headers
+            ) as client:
                 result = await work(client)
             if self.drawer._work is not None:
                 await self.drawer._work
@@ -44,11 +47,15 @@ class Shop:
     def get(self, path: str, **headers: str) -> httpx.Response:
         return self.run(lambda client: client.get(path), **headers)
 
-    def post(self, content, kind: str | None = "application/json", length: bytes | None = None) -> int:
+    def post(
+        self, content, kind: str | None = "application/json", length: bytes | None = None
+    ) -> int:
         """The status of such a body, said to be of this length."""
         headers = {b"Content-Type": kind.encode()} if kind else {}
         headers |= {b"Content-Length": length} if length else {}
-        return self.run(lambda client: client.post("/generate", content=content, headers=headers)).status_code
+        return self.run(
+            lambda client: client.post("/generate", content=content, headers=headers)
+        ).status_code
 
     def ask(self, *orders: dict, **headers: str) -> list[httpx.Response]:
         async def all_at_once(client: httpx.AsyncClient) -> list[httpx.Response]:
@@ -76,7 +83,11 @@ def shop(open_shop) -> Shop:
 
 
 def order(name: str | None = "dog", **values) -> dict:
-    return {"prompt": "a photo of a dog", "seed": 1, "steps": 1, "guidance_scale": 2.0} | values | {"adapter": name}
+    return (
+        {"prompt": "a photo of a dog", "seed": 1, "steps": 1, "guidance_scale": 2.0}
+        | values
+        | {"adapter": name}
+    )
 
 
 def of_generate(base: SubjectPipeline, shelf: Path, asked: dict, target: Path) -> bytes:
@@ -86,11 +97,15 @@ def of_generate(base: SubjectPipeline, shelf: Path, asked: dict, target: Path) -
     if asked["adapter"]:
         name = base.load_adapter(shelf / f"{asked['adapter']}.safetensors")
         pairs = ((name, asked.get("scale", 1.0)),)
-    (image,) = [e for e in base.generate(GenerationParams(**values, adapters=pairs)) if hasattr(e, "save")]
+    (image,) = [
+        e for e in base.generate(GenerationParams(**values, adapters=pairs)) if hasattr(e, "save")
+    ]
     return image.save(target).read_bytes()
 
 
-def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_with(shop, base, shelf, tmp_path):
+def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_with(
+    shop, base, shelf, tmp_path
+):
     orders = [order(name, seed=seed) for seed in (1, 2) for name in NAMES]
     orders += [order("dog", scale=0.5), order("dog", height_px=32, width_px=64), order(None)]
     answers = shop.ask(*orders)
@@ -99,7 +114,10 @@ def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_wi
         assert answer.content == of_generate(base, shelf, asked, tmp_path / "one.png")
     text = shop.front.telemetry.text().decode()
     assert f'dreambooth_requests_total{{status="200"}} {len(orders)}.0' in text
-    assert "dreambooth_requests_inside 0.0" in text and 'dreambooth_replica_memory_bytes{replica="one"}' in text
+    assert (
+        "dreambooth_requests_inside 0.0" in text
+        and 'dreambooth_replica_memory_bytes{replica="one"}' in text
+    )
     assert shop.front.telemetry.batch._sum.get() > len(orders)  # some were drawn in batches
 
 
@@ -120,7 +138,9 @@ def test_a_changed_file_is_loaded_again_and_a_wrong_one_refused(open_shop, base,
     old = base.load_adapter(file, "old") and base.adapters["old"].sha256
     file.write_bytes((shelf / "cat.safetensors").read_bytes())
     (second,) = shop.ask(order())
-    assert second.content == of_generate(base, shelf, order(), tmp_path / "one.png") != first.content
+    assert (
+        second.content == of_generate(base, shelf, order(), tmp_path / "one.png") != first.content
+    )
     (third,) = shop.ask(order(adapter_sha256={"dog": old}))
     assert third.status_code == 409 and "another file" in third.json()["error"]
     file.write_bytes(b"half a file")
@@ -133,21 +153,39 @@ def test_more_adapters_at_once_than_a_replica_keeps_are_refused(shop):
     several = [order(None, adapters=[[name, 1.0] for name in NAMES[:count]]) for count in (3, 2)]
     refused, drawn = shop.ask(*several)
     assert (refused.status_code, drawn.status_code) == (400, 200)
-    assert refused.json()["error"] == "this service draws with at most 2 adapters at once (--resident_adapters)"
+    assert (
+        refused.json()["error"]
+        == "this service draws with at most 2 adapters at once (--resident_adapters)"
+    )
 
 
 def test_a_persons_mistake_is_one_line_of_json_and_what_is_no_order_refused(shop):
-    wrong = [order("wolf"), order(prompt=""), order(scheduler=[]), order(steps=0), order(height_px=512, width_px=512)]
+    wrong = [
+        order("wolf"),
+        order(prompt=""),
+        order(scheduler=[]),
+        order(steps=0),
+        order(height_px=512, width_px=512),
+    ]
     answers = shop.ask(*wrong)
     assert [answer.status_code for answer in answers] == [404, 400, 400, 400, 400]
-    assert all(list(answer.json()) == ["error"] and "\n" not in answer.json()["error"] for answer in answers)
+    assert all(
+        list(answer.json()) == ["error"] and "\n" not in answer.json()["error"]
+        for answer in answers
+    )
 
     async def endless():
         for _ in range(64):
             yield b" " * 65536
 
-    assert [shop.post(b"{}", None), shop.post(b" " * 70_000), shop.post(endless())] == [415, 413, 413]
-    assert shop.post(b"{}", "application/json", length=b"\xb2") == 400, "a digit to Python, and no number"
+    assert [shop.post(b"{}", None), shop.post(b" " * 70_000), shop.post(endless())] == [
+        415,
+        413,
+        413,
+    ]
+    assert shop.post(b"{}", "application/json", length=b"\xb2") == 400, (
+        "a digit to Python, and no number"
+    )
     assert [shop.get(path).status_code for path in ("/generate", "/../etc/passwd")] == [405, 404]
 
 
@@ -182,11 +220,21 @@ def test_a_token_opens_everything_but_health_which_is_open(open_shop):
     shop = open_shop(access=Access(["another-long-token", TOKEN]))
     bearer = {"Authorization": f"Bearer {TOKEN}", "Host": "pictures.example.org"}
     for path in ("/adapters", "/metrics"):
-        assert shop.get(path).status_code == shop.get(path, Authorization=f"Basic {TOKEN}").status_code == 401
-        assert shop.get(path, Authorization=f"Bearer {TOKEN}x").headers["www-authenticate"] == "Bearer"
+        assert (
+            shop.get(path).status_code
+            == shop.get(path, Authorization=f"Basic {TOKEN}").status_code
+            == 401
+        )
+        assert (
+            shop.get(path, Authorization=f"Bearer {TOKEN}x").headers["www-authenticate"] == "Bearer"
+        )
         assert shop.get(path, **bearer).status_code == 200
     assert shop.get("/adapters/", Host="evil.example").status_code == 404
-    assert shop.get("/healthz").json() == {"status": "ok", "base": shop.drawer.pipeline.base_name, "resolution_px": 64}
+    assert shop.get("/healthz").json() == {
+        "status": "ok",
+        "base": shop.drawer.pipeline.base_name,
+        "resolution_px": 64,
+    }
     assert shop.ask(order())[0].status_code == 401
     assert shop.ask(order("wolf"), **bearer)[0].status_code == 404
 
@@ -197,7 +245,10 @@ def test_no_host_header_is_taken_for_the_open_path(host, open_shop, monkeypatch)
     url = property(lambda self: URL(f"http://{self.headers['host']}{self.scope['path']}"))
     monkeypatch.setattr("starlette.requests.HTTPConnection.url", url)
     shop = open_shop(access=Access([TOKEN]))
-    assert [shop.get(path, Host=host).status_code for path in ("/adapters", "/metrics")] == [401, 401]
+    assert [shop.get(path, Host=host).status_code for path in ("/adapters", "/metrics")] == [
+        401,
+        401,
+    ]
 
 
 def test_without_a_token_no_web_page_is_answered(shop):

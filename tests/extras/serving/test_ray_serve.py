@@ -1,4 +1,5 @@
-"""The service on Ray Serve for real: two replicas on this machine, and what becomes of one that is killed."""
+"""The service on Ray Serve for real: two replicas on this machine, and what becomes of one that is
+killed."""
 
 import socket
 import time
@@ -36,7 +37,8 @@ def service(shelf, tiny_base):
     )
     url, bearer = f"http://127.0.0.1:{settings.port}", {"Authorization": f"Bearer {TOKEN}"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (PATIENCE | {"RAY_AUTH_MODE": "disabled"}).items():  # whatever the person has set
+        # whatever the person has set
+        for name, value in (PATIENCE | {"RAY_AUTH_MODE": "disabled"}).items():
             patch.setenv(name, value)
         with connected(None):
             from dreambooth_moslora.extras.serving.ray_serve import listening
@@ -53,7 +55,13 @@ def free() -> int:
 
 
 def draw(client: httpx.Client, name: str, seed: int = 1, **values) -> httpx.Response:
-    order = {"prompt": "a photo of a dog", "adapter": name, "seed": seed, "steps": 2, "guidance_scale": 2.0}
+    order = {
+        "prompt": "a photo of a dog",
+        "adapter": name,
+        "seed": seed,
+        "steps": 2,
+        "guidance_scale": 2.0,
+    }
     return client.post("/generate", json=order | values)
 
 
@@ -78,20 +86,30 @@ def test_many_at_once_get_the_pictures_of_generate(service, base):
 def test_nothing_listens_but_on_the_loopback(service):
     found = []
     for process in psutil.Process().children(recursive=True):
-        found += [(c.laddr.ip, process.cmdline()) for c in process.net_connections("inet") if c.status == "LISTEN"]
+        found += [
+            (c.laddr.ip, process.cmdline())
+            for c in process.net_connections("inet")
+            if c.status == "LISTEN"
+        ]
     assert len([1 for _, words in found if "Replica" in words[0]]) >= 3, found
-    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in found), found
+    assert all(ip_address(address.removeprefix("::ffff:")).is_loopback for address, _ in found), (
+        found
+    )
 
 
 def test_mistakes_strangers_and_a_full_queue_are_answered_in_json(service):
     client, _ = service
     assert draw(client, "wolf").status_code == 404
-    assert draw(client, "dog", prompt="").json() == {"error": "the prompt is empty; write what the picture should show"}
+    assert draw(client, "dog", prompt="").json() == {
+        "error": "the prompt is empty; write what the picture should show"
+    }
     assert client.get("/adapters", headers={"Authorization": "Bearer x"}).status_code == 401
     with ThreadPoolExecutor(32) as clients:
         answers = list(clients.map(lambda seed: draw(client, "dog", seed, steps=20), range(32)))
     codes = {answer.status_code for answer in answers}
-    assert codes == {200, 503} and all("retry-after" in a.headers for a in answers if a.status_code == 503)
+    assert codes == {200, 503} and all(
+        "retry-after" in a.headers for a in answers if a.status_code == 503
+    )
 
 
 def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
@@ -99,11 +117,16 @@ def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
     import grpc
     from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-    found = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid]
+    found = [
+        one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid
+    ]
     ports = {one.laddr.port for one in found if "Serve" in psutil.Process(one.pid).name()}
     codes = set()
     for port in ports:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as error:
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            pytest.raises(grpc.RpcError) as error,
+        ):
             asked = serve_pb2.ASGIRequest(pickled_request_metadata=b"no pickle")
             serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(asked, timeout=20)
         codes.add(error.value.code())
@@ -113,7 +136,11 @@ def test_a_replicas_own_port_takes_no_pickle_of_a_stranger(service):
 def test_a_replica_that_is_killed_loses_no_other_picture(service, base):
     client, shelf = service
     children = [(child, child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    replicas = [p for p, words in children if ":Replica" in " ".join(words) and "ray::ServeReplica" in words[0]]
+    replicas = [
+        p
+        for p, words in children
+        if ":Replica" in " ".join(words) and "ray::ServeReplica" in words[0]
+    ]
     assert len(replicas) == 2
     asked = [(name, seed) for seed in (5, 6) for name in NAMES]
     with ThreadPoolExecutor(len(asked)) as clients:

@@ -1,4 +1,5 @@
-"""Python imports it where this folder is in PYTHONPATH: the process gets the answers of `tests/helpers/windows.py`."""
+"""Python imports it where this folder is in PYTHONPATH: the process gets the answers of
+`tests/helpers/windows.py`."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Photos on the page: how they are taken, their crops, and masks that are shown, corrected and kept with them."""
+"""Photos on the page: how they are taken, their crops, and masks that are shown, corrected and kept
+with them."""
 
 import random
 import shutil
@@ -46,14 +47,18 @@ ROCKET = TrainForm("sks", "rocket")
 
 def config_of(workspace, form: TrainForm = ROCKET, base: str = "toy", **values) -> TrainConfig:
     form = replace(form, **values)
-    return TrainConfig.from_dict(form.config(base, 128, workspace.photos_dir, workspace.root / "run"))
+    return TrainConfig.from_dict(
+        form.config(base, 128, workspace.photos_dir, workspace.root / "run")
+    )
 
 
 def pixels(picture: PIL.Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
-def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_fault_is_told(tmp_path, workspace):
+def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_fault_is_told(
+    tmp_path, workspace
+):
     def noise(seed: int, side: int = 160) -> PIL.Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
         return PIL.Image.fromarray(pixels)
@@ -69,8 +74,15 @@ def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_faul
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
     ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
     found = review_kept(ctx, take_with_masks([str(tmp_path / name) for name in names], workspace))
-    assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [f"photo_0{n}.png" for n in range(1, 6)]
-    faults = ("letter.jpg: broken", "photo 1: rotated", "photo 3: near-duplicate of photo_02", "photo 4: blurred")
+    assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [
+        f"photo_0{n}.png" for n in range(1, 6)
+    ]
+    faults = (
+        "letter.jpg: broken",
+        "photo 1: rotated",
+        "photo 3: near-duplicate of photo_02",
+        "photo 4: blurred",
+    )
     for words in (*faults, "photo 5: too small"):
         assert words in found.remarks, (words, found.remarks)
     assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
@@ -83,15 +95,22 @@ def drawn(folder, *seeds: int) -> list[str]:
     """Files of noise, whose names are their seeds."""
     files = [folder / f"{seed}.png" for seed in seeds]
     for seed, file in zip(seeds, files):
-        PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 255, (90, 80, 3), dtype=np.uint8)).save(file)
+        PIL.Image.fromarray(
+            np.random.default_rng(seed).integers(0, 255, (90, 80, 3), dtype=np.uint8)
+        ).save(file)
     return list(map(str, files))
 
 
 def colours(workspace) -> list[int]:
-    return [open_rgb(photo).getpixel((0, 0)) for photo in find_photos(workspace.photos_dir, "", 64).photos]
+    return [
+        open_rgb(photo).getpixel((0, 0))
+        for photo in find_photos(workspace.photos_dir, "", 64).photos
+    ]
 
 
-def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_one_leaves_no_gap(tmp_path, workspace):
+def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_one_leaves_no_gap(
+    tmp_path, workspace
+):
     first, second, third = drawn(tmp_path, 1, 2, 3)
     PIL.Image.new("L", (80, 90), 255).save(tmp_path / "3.mask.png")
     (broken := tmp_path / "4.png").write_text("hello")
@@ -105,16 +124,24 @@ def test_added_photos_come_after_the_others_equal_ones_count_once_and_a_removed_
     with pytest.raises(UserError, match="51 photos are too many"):
         add_photos([third] * 48, workspace)
     names = ["photo_01.png", "photo_02.png", "photo_03.mask.png", "photo_03.png"]
-    assert sorted(file.name for file in workspace.photos_dir.iterdir()) == names and len(set(before)) == 3
+    assert (
+        sorted(file.name for file in workspace.photos_dir.iterdir()) == names
+        and len(set(before)) == 3
+    )
     remove_photo(workspace, "0" * 64)
     remove_photo(workspace, file_digest(workspace.photos_dir / "photo_02.png"))
-    assert colours(workspace) == [before[0], before[2]] and (workspace.photos_dir / "photo_02.mask.png").is_file()
+    assert (
+        colours(workspace) == [before[0], before[2]]
+        and (workspace.photos_dir / "photo_02.mask.png").is_file()
+    )
     for photo in list(workspace.photos_dir.glob("photo_0?.png")):
         remove_photo(workspace, file_digest(photo))
     assert not workspace.photos_dir.exists()
 
 
-def test_a_mask_that_comes_with_a_photo_that_is_there_is_that_photos_unless_it_has_one(tmp_path, workspace):
+def test_a_mask_that_comes_with_a_photo_that_is_there_is_that_photos_unless_it_has_one(
+    tmp_path, workspace
+):
     """It was thrown away with the copy, and nobody was told."""
     (photo,), mask = drawn(tmp_path, 1), tmp_path / "1.mask.png"
     add_photos([photo], workspace)
@@ -148,11 +175,16 @@ def test_a_caption_is_kept_with_its_photo_for_its_subject(tmp_path, workspace, t
     assert caption_of(workspace, 1, one) == ""
 
 
-def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_their_photos(tmp_path, workspace, tab):
+def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_their_photos(
+    tmp_path, workspace, tab
+):
     PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "tiny.png")
     add_photos([str(tmp_path / "tiny.png"), *drawn(tmp_path, 1)], workspace)
     found = review_kept(tab)
-    assert [remark.partition(":")[0] for _, remark in found.crops] == ["not used", "too small for the resolution"]
+    assert [remark.partition(":")[0] for _, remark in found.crops] == [
+        "not used",
+        "too small for the resolution",
+    ]
     keep_captions_of(workspace, TrainForm("sks", "dog", captions="\nof the noise").subjects)
     assert [card["caption"] for card in cards_of(workspace, found, 1, {})] == ["", "of the noise"]
     assert "1 photo," in found.remarks and "photo 2: too small" in found.remarks
@@ -160,7 +192,9 @@ def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_thei
 
 @pytest.mark.slow
 def test_captions_are_made_for_photos_that_have_none_of_the_subject_that_asks(toys, tab):
-    digests = [file_digest(folder_of(toys.photos_dir, 2) / f"photo_0{number}.png") for number in (1, 2)]
+    digests = [
+        file_digest(folder_of(toys.photos_dir, 2) / f"photo_0{number}.png") for number in (1, 2)
+    ]
     keep_captions(toys, 2, [[digests[0], "mine"]])
     ((digest, caption, remark),) = made_captions(tab, TWO, 2)
     assert digest == digests[1] and caption.startswith("a photo of a zwx rocket ") and not remark
@@ -175,9 +209,18 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
     ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
     found = review_kept(ctx, take_with_masks([str(tmp_path / "wide.png")], workspace), seed)
     (photo,) = find_photos(workspace.photos_dir, "", 128).photos
-    plans = next(plans_of(photo, 0, config_of(workspace, base=base, seed=seed))), CropRule(128, center_crop=True)
-    crops = [apply_crop(open_rgb(photo), plan) for plan in (plans[0], plans[1].plan(photo.size_px, random.Random(0)))]
-    assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [True, False]
+    plans = (
+        next(plans_of(photo, 0, config_of(workspace, base=base, seed=seed))),
+        CropRule(128, center_crop=True),
+    )
+    crops = [
+        apply_crop(open_rgb(photo), plan)
+        for plan in (plans[0], plans[1].plan(photo.size_px, random.Random(0)))
+    ]
+    assert [np.array_equal(pixels(found.crops[0][0]), pixels(crop)) for crop in crops] == [
+        True,
+        False,
+    ]
     assert ("first of its 12 crops" in found.remarks) == (base == "toy")
 
 
@@ -186,10 +229,14 @@ def test_the_crops_and_masks_shown_of_each_subject_are_those_of_the_run(toys, ta
     for number in (1, 2):
         photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
         (crop, _), *_ = review_kept(tab, number=number).crops
-        assert np.array_equal(pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config)))))
+        assert np.array_equal(
+            pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config))))
+        )
     found = list(shown_masks(config, toys))
     assert [mask.label for mask in found[4:6]] == ["photo 5 of subject 1", "photo 1 of subject 2"]
-    assert [mask.photo.parent for mask in found[4:6]] == [folder_of(toys.photos_dir, number) for number in (1, 2)]
+    assert [mask.photo.parent for mask in found[4:6]] == [
+        folder_of(toys.photos_dir, number) for number in (1, 2)
+    ]
     layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
     layer.paste((*LEARNED, 255), (200, 200, 400, 400))
     keep_mask(toys, found[5].photo, layer, config)
@@ -215,14 +262,16 @@ WHOLE, PART = (0, 0, 9999, 9999), (8, 8, 60, 90)
 
 
 def painted(workspace, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
-    """The layer on which all is taken away but boxes in px of the first photo, as the page sends it."""
+    """The layer on which all is taken away but boxes in px of the first photo, as the page sends
+    it."""
     with PIL.Image.open(workspace.photos_dir / "photo_01.png") as photo:
         left, top, right, _ = place_of(photo.size)
         scale = (right - left) / photo.width
     layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 150))
     for box in boxes:
         layer.paste(
-            (*LEARNED, 150), tuple(min(EDIT_PX, round(scale * s) + (left, top)[n % 2]) for n, s in enumerate(box))
+            (*LEARNED, 150),
+            tuple(min(EDIT_PX, round(scale * s) + (left, top)[n % 2]) for n, s in enumerate(box)),
         )
     return layer
 
@@ -230,7 +279,9 @@ def painted(workspace, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
 def keep(workspace, name: str, layer: PIL.Image.Image) -> str:
     """The remark on the mask that is kept."""
     keep_mask(workspace, photo := workspace.photos_dir / name, layer, config_of(workspace))
-    return next(mask.remark for mask in shown_masks(config_of(workspace), workspace) if mask.photo == photo)
+    return next(
+        mask.remark for mask in shown_masks(config_of(workspace), workspace) if mask.photo == photo
+    )
 
 
 def mask_of(workspace, number: int = 0) -> np.ndarray:
@@ -240,20 +291,34 @@ def mask_of(workspace, number: int = 0) -> np.ndarray:
 def test_masks_are_shown_as_the_run_has_them(masked, tab):
     given, made = shown_masks(config_of(masked), masked)
     assert (given.photo.name, given.remark, made.remark) == ("photo_01.png", "", "")
-    assert not (masked.photos_dir / "photo_02.mask.png").exists()  # the run makes it, as it was shown
+    # the run makes it, as it was shown
+    assert not (masked.photos_dir / "photo_02.mask.png").exists()
     (of_given, _), (bare, _) = review_kept(tab).crops
-    (same, _), (dark, _) = review_kept(tab, masks={mask.photo: mask.path for mask in (given, made)}).crops
-    assert np.array_equal(pixels(of_given), pixels(same)) and pixels(dark).mean() < 0.8 * pixels(bare).mean()
+    (same, _), (dark, _) = review_kept(
+        tab, masks={mask.photo: mask.path for mask in (given, made)}
+    ).crops
+    assert (
+        np.array_equal(pixels(of_given), pixels(same))
+        and pixels(dark).mean() < 0.8 * pixels(bare).mean()
+    )
     bare = shown_masks(config_of(masked, make_masks=False), masked)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
 
 
-def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_another_intake(masked, tab, tmp_path):
+def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_another_intake(
+    masked, tab, tmp_path
+):
     tinted, plain = (
-        pixels(editor_picture(masked, masked.photos_dir / "photo_02.png", config_of(masked, make_masks=made)))
+        pixels(
+            editor_picture(
+                masked, masked.photos_dir / "photo_02.png", config_of(masked, make_masks=made)
+            )
+        )
         for made in (None, False)
     )
-    assert tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
+    assert (
+        tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
+    )
     before = [pixels(crop) for crop, _ in review_kept(tab).crops]
     assert keep(masked, "photo_01.png", painted(masked, PART)) == ""
     rows, columns = np.where(mask_of(masked))
@@ -261,7 +326,8 @@ def test_a_corrected_mask_is_the_photos_in_the_run_in_the_crops_and_after_anothe
     after = [pixels(crop) for crop, _ in review_kept(tab).crops]
     assert [np.array_equal(*pair) for pair in zip(before, after)] == [False, True]
     corrected = mask_of(masked)
-    for number, names in ((1, ("b.jpg", "a.jpg")), (0, ("a.jpg", "b.jpg", "a.mask.png"))):  # as each start does
+    # as each start does
+    for number, names in ((1, ("b.jpg", "a.jpg")), (0, ("a.jpg", "b.jpg", "a.mask.png"))):
         take_with_masks([str(tmp_path / name) for name in names], masked)
         assert np.array_equal(mask_of(masked, number), corrected)
 
@@ -294,9 +360,12 @@ def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked):
 
 
 @pytest.mark.parametrize(
-    ("widget", "event"), [("photos", "upload"), ("crops_2", "drop"), ("remove_subject", "click"), ("reopen", "click")]
+    ("widget", "event"),
+    [("photos", "upload"), ("crops_2", "drop"), ("remove_subject", "click"), ("reopen", "click")],
 )
-def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(served, widget, event):
+def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(
+    served, widget, event
+):
     page = served.page
     numbers = {block.elem_id: number for number, block in page.blocks.items()}
     of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]

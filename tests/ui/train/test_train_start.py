@@ -1,4 +1,5 @@
-"""From the form to a run as the command would make it, and from an earlier run, or from a recipe, back to the form."""
+"""From the form to a run as the command would make it, and from an earlier run, or from a recipe,
+back to the form."""
 
 import json
 import re
@@ -55,8 +56,20 @@ from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import ROCKET, TWO, handler, recorded, save_header
 
 DUCK = TrainForm("sks", "duck")
-CHANGED = {"rank": 3, "learning_rate": 0.5, "mixer": "none", "seed": 9, "unmasked_weight": 0.5, "scores": False}
-CHANGED |= {"prior": "class_images", "prior_weight": 4.0, "make_masks": False, "make_captions": True}
+CHANGED = {
+    "rank": 3,
+    "learning_rate": 0.5,
+    "mixer": "none",
+    "seed": 9,
+    "unmasked_weight": 0.5,
+    "scores": False,
+}
+CHANGED |= {
+    "prior": "class_images",
+    "prior_weight": 4.0,
+    "make_masks": False,
+    "make_captions": True,
+}
 
 
 @pytest.fixture
@@ -69,7 +82,14 @@ def without(settings: dict, *names: str) -> dict:
     return {name: value for name, value in settings.items() if name not in names}
 
 
-NAMES = {"guinea pig": "guinea-pig", "-dog": "dog", "d..g": "d.g", "dog.": "dog", "_ +": "run", "../../x": "x"}
+NAMES = {
+    "guinea pig": "guinea-pig",
+    "-dog": "dog",
+    "d..g": "d.g",
+    "dog.": "dog",
+    "_ +": "run",
+    "../../x": "x",
+}
 NAMES |= {"Bär v2.1": "Bär-v2.1", "a" * 59 + ".b": "a" * 59, "d@/<g": "d-g"}
 
 
@@ -87,7 +107,10 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_thr
         assert run.run_dir.name == "duck-rocket"
         tables, said = run.settings["subjects"], " ".join(run.said)
         assert [Path(table["instance_data_dir"]).name for table in tables] == ["photos", "photos_2"]
-        assert [len(list(Path(table["instance_data_dir"]).glob("*.png"))) for table in tables] == [5, 2]
+        assert [len(list(Path(table["instance_data_dir"]).glob("*.png"))) for table in tables] == [
+            5,
+            2,
+        ]
         assert Path(tables[1]["instance_data_dir"], "photo_01.txt").read_text() == "a red rocket"
     for words in (
         "photos: 5 + 2, 0 with a mask",
@@ -98,13 +121,22 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_thr
         assert words in said
     cost = estimate_cost(tab, TWO)
     title, _, rest = cost.partition("<details>")
-    assert re.fullmatch(r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title)
+    assert re.fullmatch(
+        r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title
+    )
     assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
-    assert "2 subjects, 5 + 2 photos" in cost and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
+    assert (
+        "2 subjects, 5 + 2 photos" in cost
+        and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
+    )
 
 
-@pytest.mark.parametrize(("preset", "steps", "empty"), [("standard", "480", "384"), ("thorough", "960", "768")])
-def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, workspace, preset, steps, empty):
+@pytest.mark.parametrize(
+    ("preset", "steps", "empty"), [("standard", "480", "384"), ("thorough", "960", "768")]
+)
+def test_what_an_empty_field_stands_for_is_what_the_run_would_take(
+    tab, workspace, preset, steps, empty
+):
     values = recipe_values(tab, preset, "none")
     assert values["steps"] == steps
     with prepared(tab, TrainForm("sks", "duck", preset=preset)) as run:
@@ -115,18 +147,30 @@ def test_what_an_empty_field_stands_for_is_what_the_run_would_take(tab, workspac
     assert recipe_values(tab, preset, "none")["steps"] == f"{empty} times each photo"
 
 
-@pytest.mark.parametrize(("form", "words"), [(DUCK, "6 captions for 5 photos:"), (TWO, "for 5 photos of subject 1:")])
-def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(workspace, tab, form, words):
+@pytest.mark.parametrize(
+    ("form", "words"), [(DUCK, "6 captions for 5 photos:"), (TWO, "for 5 photos of subject 1:")]
+)
+def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(
+    workspace, tab, form, words
+):
     """One of a program's photos could not be read: the rest moved up, and ran so."""
-    with pytest.raises(UserError, match=words), prepared(tab, replace(form, captions="one\n\n\n\n\nsix\n")):
+    with (
+        pytest.raises(UserError, match=words),
+        prepared(tab, replace(form, captions="one\n\n\n\n\nsix\n")),
+    ):
         pass
     assert not list(tab.runs_dir.glob("*"))
 
 
-def test_the_captions_of_the_page_stay_with_their_photos_when_another_page_has_removed_one(workspace, tab):
-    """The first of three photos was removed, and the last had no caption: two lines seemed to be of the other two."""
+def test_the_captions_of_the_page_stay_with_their_photos_when_another_page_has_removed_one(
+    workspace, tab
+):
+    """The first of three photos was removed, and the last had no caption: two lines seemed to be of
+    the other two."""
     digests = list(map(file_digest, kept_photos(workspace.photos_dir)))
-    said = "\n".join(f"{digest}:{caption}" for digest, caption in zip(digests, ("one", "two: this", "", "", "")))
+    said = "\n".join(
+        f"{digest}:{caption}" for digest, caption in zip(digests, ("one", "two: this", "", "", ""))
+    )
     remove_photo(workspace, digests[0])
     with prepared(tab, replace(DUCK, captions=said)) as run:
         captions = {file.name: file.read_text() for file in (run.run_dir / "photos").glob("*.txt")}
@@ -134,13 +178,19 @@ def test_the_captions_of_the_page_stay_with_their_photos_when_another_page_has_r
 
 
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
-def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, workspace, monkeypatch, broken):
+def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
+    context, workspace, monkeypatch, broken
+):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
     page = context()
     spawn = (page_jobs.processes, "start_logged")
-    targets = {"write_captions": (TrainForm, "write_captions"), "start": (page.jobs, "start"), "spawn": spawn}
+    targets = {
+        "write_captions": (TrainForm, "write_captions"),
+        "start": (page.jobs, "start"),
+        "spawn": spawn,
+    }
     monkeypatch.setattr(*targets[broken], fail)
     with pytest.raises(OSError, match="disk full"):
         start_run(page, DUCK)
@@ -150,7 +200,9 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(context, workspac
 def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
     """Both took theirs into one folder before either copied it: both runs had the same animal."""
     page, both_took, take = context(), Barrier(2), train_photos.take_with_masks
-    add = next(event.fn for event in build_app(page, []).fns.values() if event.api_name == "add_to_queue")
+    add = next(
+        event.fn for event in build_app(page, []).fns.values() if event.api_name == "add_to_queue"
+    )
 
     def take_with_the_other(*args):
         take(*args)
@@ -173,7 +225,9 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
         DUCK,
         TrainForm("tok", "toy duck", preset="quick", captions="first\n\nthird"),
         TrainForm("sks", "duck", steps=7, **CHANGED),
-        TrainForm("sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"),
+        TrainForm(
+            "sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"
+        ),
         replace(TWO, preset="thorough"),
         replace(TWO, steps=30, seed=4),
         replace(TWO, new_tokens=True, others=(replace(ROCKET, tokens_begin_as="red rocket"),)),
@@ -187,7 +241,10 @@ def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(workspace
     assert (back.subjects, back.preset, back.steps) == (words, form.preset, form.steps)
     with prepared(tab, back) as again:
         settings = [without(each.settings, *OF_ONE_RUN, "subjects") for each in (run, again)]
-        prompts = [[one.get("instance_prompt") for one in each.settings["subjects"]] for each in (run, again)]
+        prompts = [
+            [one.get("instance_prompt") for one in each.settings["subjects"]]
+            for each in (run, again)
+        ]
         texts = [sorted(path.name for path in each.run_dir.rglob("*.txt")) for each in (run, again)]
     assert all(one == other for one, other in (settings, prompts, texts))
 
@@ -199,26 +256,40 @@ def test_a_run_that_comes_back_to_a_page_on_another_base_says_so(workspace, tab,
     with prepared(tab, DUCK) as run:
         processes.write_settings(run.run_dir, run.settings)
         recorded(run.run_dir)
-        told = " ".join(value for value in handler(page, "reopen")("duck") if isinstance(value, str))
+        told = " ".join(
+            value for value in handler(page, "reopen")("duck") if isinstance(value, str)
+        )
     assert "photos of duck are in the form" in told
-    assert ("It was trained on toy, and the base at the top of the page is toy-zimage." in told) == (base != "toy")
+    assert (
+        "It was trained on toy, and the base at the top of the page is toy-zimage." in told
+    ) == (base != "toy")
 
 
-def test_a_run_of_one_subject_that_comes_back_takes_the_rows_of_further_subjects_away(workspace, tab, context):
+def test_a_run_of_one_subject_that_comes_back_takes_the_rows_of_further_subjects_away(
+    workspace, tab, context
+):
     """Their photos are gone, and “Add another subject” showed them again."""
     page = context()
     with prepared(tab, DUCK) as run:
         processes.write_settings(run.run_dir, run.settings)
         recorded(run.run_dir)
         event = next(event for event in build_app(page, []).fns.values() if event.name == "reopen")
-        shown = dict(zip((widget.elem_id for widget in event.outputs), event.fn("duck"), strict=True))
-    assert (shown["crops"].visible, shown["crops_2"].visible, shown["remarks_2"].visible) == (True, False, False)
+        shown = dict(
+            zip((widget.elem_id for widget in event.outputs), event.fn("duck"), strict=True)
+        )
+    assert (shown["crops"].visible, shown["crops_2"].visible, shown["remarks_2"].visible) == (
+        True,
+        False,
+        False,
+    )
 
 
 OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
 
 
-def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(workspace, tab):
+def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(
+    workspace, tab
+):
     folders = [folder_of(workspace.photos_dir, number) for number in (1, 2)]
     shutil.copy(folders[0] / "photo_02.png", folders[0] / "photo_01.mask.png")
     with prepared(tab, TWO) as run:
@@ -238,7 +309,11 @@ def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_un
 
 def test_settings_that_are_none_are_told_in_words_and_other_fields_as_at_first(tmp_path):
     tables = [
-        {"instance_data_dir": f"/p{n}", "instance_prompt": f"a photo of a t{n} dog", "class_prompt": "a dog"}
+        {
+            "instance_data_dir": f"/p{n}",
+            "instance_prompt": f"a photo of a t{n} dog",
+            "class_prompt": "a dog",
+        }
         for n in range(5)
     ]
     five = TrainConfig(subjects=tables).to_dict()
@@ -253,13 +328,51 @@ def test_settings_that_are_none_are_told_in_words_and_other_fields_as_at_first(t
     assert values == {name: getattr(TrainForm, name) for name in values}
 
 
-OURS = {"rank": 3, "lora_alpha": 6.0, "learning_rate": 5e-4, "mixer": "kaiming", "seed": 4, "optimizer": "Adafactor"}
-OURS |= {"unmasked_weight": 0.5, "with_prior_preservation": True, "prior": "class_images", "prior_loss_weight": 0.7}
-OURS |= {"masks": "given", "crops_per_photo": 3, "crop_zoom": 1.5, "resolution": 128, "exposures_per_photo": 40}
-PIVOTAL = {"with_prior_preservation": False, "train_text_encoder_ti": True, "text_encoder_lr": 2e-3, "seed": 0}
-PIVOTAL |= {"num_new_tokens_per_abstraction": 3, "max_train_steps": 30, "masks": "auto", "captions": "auto"}
-KOHYA = {"ss_network_dim": "8", "ss_network_alpha": "4", "ss_learning_rate": "0.001", "ss_num_epochs": "7"}
-KOHYA |= {"ss_seed": "42", "ss_clip_skip": "2", "ss_resolution": "(1024, 1024)", "ss_lr_scheduler": "cosine"}
+OURS = {
+    "rank": 3,
+    "lora_alpha": 6.0,
+    "learning_rate": 5e-4,
+    "mixer": "kaiming",
+    "seed": 4,
+    "optimizer": "Adafactor",
+}
+OURS |= {
+    "unmasked_weight": 0.5,
+    "with_prior_preservation": True,
+    "prior": "class_images",
+    "prior_loss_weight": 0.7,
+}
+OURS |= {
+    "masks": "given",
+    "crops_per_photo": 3,
+    "crop_zoom": 1.5,
+    "resolution": 128,
+    "exposures_per_photo": 40,
+}
+PIVOTAL = {
+    "with_prior_preservation": False,
+    "train_text_encoder_ti": True,
+    "text_encoder_lr": 2e-3,
+    "seed": 0,
+}
+PIVOTAL |= {
+    "num_new_tokens_per_abstraction": 3,
+    "max_train_steps": 30,
+    "masks": "auto",
+    "captions": "auto",
+}
+KOHYA = {
+    "ss_network_dim": "8",
+    "ss_network_alpha": "4",
+    "ss_learning_rate": "0.001",
+    "ss_num_epochs": "7",
+}
+KOHYA |= {
+    "ss_seed": "42",
+    "ss_clip_skip": "2",
+    "ss_resolution": "(1024, 1024)",
+    "ss_lr_scheduler": "cosine",
+}
 NOTE = {"word": "sks", "count": 2, "file": "moslora_emb.safetensors", "sha256": "0" * 64}
 OTHER = {"output_dir", "variant", "evaluate_steps", "validation_steps"}
 """What the page and the command line choose each in their own way."""
@@ -283,7 +396,12 @@ def begun(tab):
 @pytest.fixture
 def shelf(tab, tmp_path):
     """The tab with a shelf of "ours", "pivotal", "kohya" and "plain", which has no recipe."""
-    for name, header in (("ours", ours(**OURS)), ("pivotal", ours(**PIVOTAL)), ("kohya", KOHYA), ("plain", {})):
+    for name, header in (
+        ("ours", ours(**OURS)),
+        ("pivotal", ours(**PIVOTAL)),
+        ("kohya", KOHYA),
+        ("plain", {}),
+    ):
         save_header(tmp_path / "adapters" / f"{name}.safetensors", **header)
     return tab
 
@@ -299,7 +417,9 @@ def test_a_run_that_begins_with_an_adapter_which_is_one_without_new_tokens_has_t
         assert form_of_run(run.settings, run.run_dir / "photos").begin_with == "old duck@30"
         assert list(begun.catalog.files()) == ["old duck@30"]
     with prepared(begun, DUCK) as plain:
-        own = {name: run.settings[name] for name in ("output_dir", "instance_data_dir", "init_adapter")}
+        own = {
+            name: run.settings[name] for name in ("output_dir", "instance_data_dir", "init_adapter")
+        }
         assert TrainConfig.from_dict(plain.settings | own).to_dict() == run.settings
         assert not (plain.run_dir / "begun_with").exists()
     adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
@@ -317,9 +437,14 @@ def test_a_run_that_begins_with_an_adapter_which_is_one_without_new_tokens_has_t
         ({"like": "blocks"}, "has no such layer"),
     ],
 )
-def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(begun, shelf, tmp_path, form, words):
+def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(
+    begun, shelf, tmp_path, form, words
+):
     adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
-    adapter(tmp_path / "adapters" / "blocks.safetensors", recipe={"target_modules": ["to_quarrel"], "rank": 3})
+    adapter(
+        tmp_path / "adapters" / "blocks.safetensors",
+        recipe={"target_modules": ["to_quarrel"], "rank": 3},
+    )
     (tmp_path / "adapters" / "torn.safetensors").write_text("an adapter")
     form = replace(DUCK, **form)
     for begin in (lambda: estimate_cost(shelf, form), lambda: prepared(shelf, form).__enter__()):
@@ -328,7 +453,9 @@ def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(begun, 
     assert [path.name for path in shelf.runs_dir.iterdir()] == ["old duck"]
 
 
-def test_a_recipe_that_the_bases_family_cannot_obey_is_refused_before_anything_is_made(shelf, workspace, tmp_path):
+def test_a_recipe_that_the_bases_family_cannot_obey_is_refused_before_anything_is_made(
+    shelf, workspace, tmp_path
+):
     adapter(tmp_path / "adapters" / "unets.safetensors", recipe={"snr_gamma": 5.0, "rank": 3})
     shelf.base_name, form = "Tongyi-MAI/Z-Image", replace(DUCK, like="unets")
     for begin in (lambda: estimate_cost(shelf, form), lambda: prepared(shelf, form).__enter__()):
@@ -366,11 +493,23 @@ def test_a_field_of_the_form_wins_over_the_file_whose_crops_are_shown(shelf, wor
     form, recipe = filled(shelf, "ours"), recipe_of(shelf, "ours")
 
     def config_with(**own) -> dict:
-        return replace(form, **own).config("toy", 128, workspace.photos_dir, tmp_path / "run", recipe)
+        return replace(form, **own).config(
+            "toy", 128, workspace.photos_dir, tmp_path / "run", recipe
+        )
 
-    config = config_with(rank=5, mixer="none", prior_preservation=False, make_masks=True, preset="thorough")
-    assert (config["rank"], config["mixer"], config["with_prior_preservation"]) == (5, "none", False)
-    assert (config["masks"], config["exposures_per_photo"], config["optimizer"]) == ("auto", 80, "Adafactor")
+    config = config_with(
+        rank=5, mixer="none", prior_preservation=False, make_masks=True, preset="thorough"
+    )
+    assert (config["rank"], config["mixer"], config["with_prior_preservation"]) == (
+        5,
+        "none",
+        False,
+    )
+    assert (config["masks"], config["exposures_per_photo"], config["optimizer"]) == (
+        "auto",
+        80,
+        "Adafactor",
+    )
     steps = config_with(steps=7)
     assert steps["max_train_steps"] == 7 and "exposures_per_photo" not in steps
     crops = crop_config("toy", 128, workspace.photos_dir, [], 0, recipe)
@@ -407,12 +546,20 @@ def test_a_bad_file_is_one_line(shelf, workspace, tmp_path, name, content, words
     file.write_bytes(content) if isinstance(content, bytes) else save_header(file, **content)
     with pytest.raises(UserError, match=words) as raised:
         add_recipe(shelf, file)
-    assert "\n" not in str(raised.value) and str(tmp_path) not in str(raised.value) and not workspace.recipes
+    assert (
+        "\n" not in str(raised.value)
+        and str(tmp_path) not in str(raised.value)
+        and not workspace.recipes
+    )
 
 
 def test_a_changed_recipe_of_a_run_is_checked_again(tmp_path):
     (tmp_path / "like").mkdir()
-    for content, left in ((json.dumps({"rank": 5, "output_dir": "/etc"}), {"rank": 5}), ("[1]", None), ("{", None)):
+    for content, left in (
+        (json.dumps({"rank": 5, "output_dir": "/etc"}), {"rank": 5}),
+        ("[1]", None),
+        ("{", None),
+    ):
         (tmp_path / "like" / "a.json").write_text(content)
         name, recipe = like_of_run(tmp_path)
         assert (name, recipe and recipe.settings) == (("a", left) if left else ("none", None))
@@ -423,7 +570,8 @@ WORDS_AND_PATHS = {
     *("instance_prompt", "class_prompt"),
 }
 OF_THE_PAGE = {"seed", "memory"}
-"""Named by the form alone: the crops it shows are drawn from the seed, and a plan may add to the recipe's."""
+"""Named by the form alone: the crops it shows are drawn from the seed, and a plan may add to the
+recipe's."""
 
 
 @pytest.fixture
@@ -435,22 +583,32 @@ def photos(tmp_path):
     return tmp_path / "dog"
 
 
-def config_of(form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024) -> TrainConfig:
+def config_of(
+    form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024
+) -> TrainConfig:
     return TrainConfig.from_dict(form.config(base, resolution_px, photos, photos.parent / "run"))
 
 
 @pytest.mark.parametrize("gb", [8, 24])
-def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_the_card(gpu, photos, monkeypatch, gb):
+def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_the_card(
+    gpu, photos, monkeypatch, gb
+):
     gpu(8, 0.95 * gb)
     config = config_of(TrainForm("sks", "dog"), photos)
     recipe = load_settings("assets/configs/sdxl.toml")
     own = WORDS_AND_PATHS | {"max_train_steps", "prior"}
-    assert {n: v for n, v in recipe.items() if n not in own} == {n: config.to_dict()[n] for n in recipe.keys() - own}
+    assert {n: v for n, v in recipe.items() if n not in own} == {
+        n: config.to_dict()[n] for n in recipe.keys() - own
+    }
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: 0.95 * gb)
-    command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"])
+    command = parse_train_config(
+        [str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"]
+    )
     left_out = {"output_dir", *OF_THE_PAGE}
-    mine, its = ({n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command))
+    mine, its = (
+        {n: v for n, v in c.to_dict().items() if n not in left_out} for c in (config, command)
+    )
     assert mine == its and (config.memory, config.seed) == ("auto", 0)
     planned = replace(config, **memory_settings(config, Base.of(config), 0.95 * gb))
     assert estimate(planned, BaseSize(), 400).peak_gib <= 0.95 * gb
@@ -461,7 +619,9 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
 def test_the_crops_shown_have_sides_that_the_bases_patches_divide(tmp_path):
     PIL.Image.new("RGB", (160, 90)).save(tmp_path / "a.png")
     photos = find_photos(tmp_path, "", 128).photos
-    steps = [crop_config(base, 128, tmp_path, photos).bucket_reso_steps for base in ("toy", "toy-zimage")]
+    steps = [
+        crop_config(base, 128, tmp_path, photos).bucket_reso_steps for base in ("toy", "toy-zimage")
+    ]
     assert steps == [8, 16]
 
 
@@ -469,14 +629,24 @@ def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photo
     command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "toy"])
     gpu(8, 4.0)
     config = config_of(TrainForm("sks", "dog"), photos, "toy", 128)
-    mine, its = ({n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command))
-    assert mine == its and config.mixed_precision is None and config.memory is None and config.evaluate_steps
+    mine, its = (
+        {n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command)
+    )
+    assert (
+        mine == its
+        and config.mixed_precision is None
+        and config.memory is None
+        and config.evaluate_steps
+    )
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "words", "is_tight"), [(40.0, "without", False), (7.0, "with", False), (2.5, "with", True)]
+    ("free_gib", "words", "is_tight"),
+    [(40.0, "without", False), (7.0, "with", False), (2.5, "with", True)],
 )
-def test_the_cost_says_each_choice_and_names_the_card(gpu, workspace, context, free_gib, words, is_tight):
+def test_the_cost_says_each_choice_and_names_the_card(
+    gpu, workspace, context, free_gib, words, is_tight
+):
     gpu(8, free_gib)
     ctx = context(title="sdxl", name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"))

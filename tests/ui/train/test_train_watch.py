@@ -1,4 +1,5 @@
-"""What is shown of a run: its state and numbers, its plots and pictures, its files, its best step and advice."""
+"""What is shown of a run: its state and numbers, its plots and pictures, its files, its best step
+and advice."""
 
 import json
 import os
@@ -35,7 +36,12 @@ PUBLISHED = "pytorch_lora_weights.safetensors"
 def run(tmp_path):
     """A run that has ended, scored on its way."""
     run = tmp_path / "runs" / "dog"
-    for name in (PUBLISHED, "dog.kohya.safetensors", f"best/{PUBLISHED}", "best/dog.kohya.safetensors"):
+    for name in (
+        PUBLISHED,
+        "dog.kohya.safetensors",
+        f"best/{PUBLISHED}",
+        "best/dog.kohya.safetensors",
+    ):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     best = {"step": 20, "score": 0.5}
@@ -58,7 +64,9 @@ def look(tmp_path, workspace):
 def by_command(run: Path, *events: dict) -> None:
     """What `train` leaves in a run folder, without its lock."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"time": 1e12} | event) + "\n" for event in events))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"time": 1e12} | event) + "\n" for event in events)
+    )
 
 
 def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, workspace):
@@ -68,14 +76,20 @@ def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, 
     recorded(tmp_path / "runs" / "cat")
     with locked(run):
         now = watched(jobs, "dog", None, workspace)
-        assert "Step 7 of 30" in now["status"] and not now["stop"].interactive and not now["resume"].interactive
+        assert (
+            "Step 7 of 30" in now["status"]
+            and not now["stop"].interactive
+            and not now["resume"].interactive
+        )
         with pytest.raises(UserError, match="no run"):
             jobs.stop("dog")
     assert run_names(jobs) == ["cat", ("dog · in a terminal", "dog")]
     (run / "run.owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     os.utime(run / "run.owner", (1, 1))  # left by a process that this number belonged to before
     assert "The run failed." in watched(jobs, "dog", None, workspace)["status"]
-    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30})
+    by_command(
+        run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30}
+    )
     now = watched(jobs, "dog", None, workspace)
     assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
 
@@ -91,7 +105,10 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
         assert words in now["status"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
     later = {"download_tokens": "dog_emb.safetensors", "sheet": "contact_sheet.png"}
-    assert all(now[name].visible and Path(str(now[name].value["path"])).name == file for name, file in files.items())
+    assert all(
+        now[name].visible and Path(str(now[name].value["path"])).name == file
+        for name, file in files.items()
+    )
     assert not any(now[name].visible for name in later)
     for file in later.values():
         PIL.Image.new("RGB", (8, 8)).save(run / file, "PNG")
@@ -114,18 +131,37 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_t
 def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
     """The folder may be a stranger's."""
     (secret := tmp_path / "secret.png").write_text("TOPSECRET")
-    files = {"samples": "samples/a.png", "sheet": "contact_sheet.png", "download_tokens": "dog_emb.safetensors"}
+    files = {
+        "samples": "samples/a.png",
+        "sheet": "contact_sheet.png",
+        "download_tokens": "dog_emb.safetensors",
+    }
     (run / "samples").mkdir()
     for file in files.values():
         (run / file).symlink_to(secret)
-    recorded(run, {"type": "sample", "step": 0, "files": ["samples/a.png"]}, {"type": "end", "state": "done"})
+    recorded(
+        run,
+        {"type": "sample", "step": 0, "files": ["samples/a.png"]},
+        {"type": "end", "state": "done"},
+    )
     now = look()
     assert now["download"].visible and not any(now[name].visible for name in files)
 
 
-def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(run, look):
-    scores = {"dino": 0.6, "dino_subject_1": 0.7, "dino_subject_2": 0.5, "confusion": 0.07, "clip_t": 0.3}
-    files, prompts = ["samples/a.png", "samples/b.png"], ["a photo of a sks duck", "a photo of a zwx rocket"]
+def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(
+    run, look
+):
+    scores = {
+        "dino": 0.6,
+        "dino_subject_1": 0.7,
+        "dino_subject_2": 0.5,
+        "confusion": 0.07,
+        "clip_t": 0.3,
+    }
+    files, prompts = (
+        ["samples/a.png", "samples/b.png"],
+        ["a photo of a sks duck", "a photo of a zwx rocket"],
+    )
     (run / "samples").mkdir()
     for name in files:
         PIL.Image.new("RGB", (8, 8)).save(run / name)
@@ -139,7 +175,10 @@ def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_
     assert "Confusion of the subjects: 0.07" in now["status"]
     assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now["status"]
     assert {row[2] for row in now["fidelity"].value["data"]} == {"1", "2", "score", "confusion"}
-    assert [sample["caption"] for sample in now["samples"].value] == ["step 0 · sks duck", "step 0 · zwx rocket"]
+    assert [sample["caption"] for sample in now["samples"].value] == [
+        "step 0 · sks duck",
+        "step 0 · zwx rocket",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +186,14 @@ def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_
     [
         ("try --exposures_per_photo 200, and x", "try a greater “Length”, or more “Steps”, and x"),
         ("try --learning_rate 3e-05 (it was 0.0001)", "try “Learning rate” 3e-05 (it was 0.0001)"),
-        ('try --with_prior_preservation --prior adapter_off --class_prompt "a dog"', "try “Keep the class”"),
-        ("try --unmasked_weight 0, and captions", "try 0 as “Weight outside the mask”, and captions"),
+        (
+            'try --with_prior_preservation --prior adapter_off --class_prompt "a dog"',
+            "try “Keep the class”",
+        ),
+        (
+            "try --unmasked_weight 0, and captions",
+            "try 0 as “Weight outside the mask”, and captions",
+        ),
         ("add masks: --masks auto", "add masks: “Make masks”"),
     ],
 )
@@ -167,17 +212,34 @@ def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path, work
         now = watched(jobs, run, seen["seen"], workspace)
         assert "not there any more" in now["status"] and now["run"].value is None
         assert [value for _, value in now["run"].choices] == ["other"]
-        assert not (now["stop"].interactive or now["resume"].interactive or now["download"]["visible"])
+        assert not (
+            now["stop"].interactive or now["resume"].interactive or now["download"]["visible"]
+        )
     assert watched(jobs, None, None, workspace) == {}
 
 
 ODD_EVENTS = {
     "words": [{"type": "start", "max_train_steps": "many"}, {"type": "step", "step": 3}],
-    "lists": [{"type": "start", "max_train_steps": [], "time": []}, {"type": "phase", "phase": {}, "total": "x"}],
-    "odd steps": [{"type": "step", "step": 3, "loss": "low", "eta_sec": [], "step_sec": "x", "memory_gib": "y"}],
+    "lists": [
+        {"type": "start", "max_train_steps": [], "time": []},
+        {"type": "phase", "phase": {}, "total": "x"},
+    ],
+    "odd steps": [
+        {
+            "type": "step",
+            "step": 3,
+            "loss": "low",
+            "eta_sec": [],
+            "step_sec": "x",
+            "memory_gib": "y",
+        }
+    ],
     "odd samples": [{"type": "sample", "step": 0, "files": 7}, {"type": "sample", "files": [[1]]}],
     "odd end": [{"type": "end", "state": ["x"], "message": {"a": 1}, "time": 1e18}],
-    "nulls": [{"type": "start", "time": None}, {"type": "end", "state": None, "message": None, "time": None}],
+    "nulls": [
+        {"type": "start", "time": None},
+        {"type": "end", "state": None, "message": None, "time": None},
+    ],
     "no steps": [{"type": "step"}, {"type": "evaluation", "clip_t": 0.5}],
 }
 
@@ -197,9 +259,14 @@ def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path
     assert "The run failed. metrics.jsonl: it has more than 64 MiB" in look()["status"]
 
 
-def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(tmp_path):
+def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(
+    tmp_path,
+):
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
-    encoding, step = {"type": "phase", "phase": "caching", "done": 3, "total": 4}, {"type": "step", "step": 7}
+    encoding, step = (
+        {"type": "phase", "phase": "caching", "done": 3, "total": 4},
+        {"type": "step", "step": 7},
+    )
     assert phase_of([encoding]) == "caching"
     last = phase_of([encoding, encoding | {"done": 4}])
     assert "Step 1 of 400" in status_card(JobState("running", 0, 400, last), Metrics(tmp_path))
@@ -221,12 +288,19 @@ def drawn(tmp_path, steps, *more: str) -> list[dict]:
     (tmp_path / "samples").mkdir(exist_ok=True)
     for step in steps:
         (tmp_path / "samples" / f"{step}.png").write_bytes(b"x")
-    return [{"type": "sample", "step": step, "files": [f"samples/{step}.png", *more]} for step in steps]
+    return [
+        {"type": "sample", "step": step, "files": [f"samples/{step}.png", *more]} for step in steps
+    ]
 
 
 def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tmp_path):
-    steps = [{"type": "step", "step": s, "loss_instance": 1.0, "loss_prior": 0.5} for s in (1, 2, 3, 2, 3)]
-    table = loss_table(written(tmp_path, *steps, {"type": "step", "step": 4, "loss_instance": float("nan")}))
+    steps = [
+        {"type": "step", "step": s, "loss_instance": 1.0, "loss_prior": 0.5}
+        for s in (1, 2, 3, 2, 3)
+    ]
+    table = loss_table(
+        written(tmp_path, *steps, {"type": "step", "step": 4, "loss_instance": float("nan")})
+    )
     assert table.groupby("part")["loss"].mean().to_dict() == {"subject": 1.0, "class (prior)": 0.5}
     assert list(table[table.part == "subject"].step) == [1, 2, 3]
 
@@ -234,10 +308,15 @@ def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tm
 def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, workspace):
     scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
     metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
-    assert fidelity_table(metrics).to_dict("records") == [{"step": 10, "score": 0.7, "measure": "prompt"}]
+    assert fidelity_table(metrics).to_dict("records") == [
+        {"step": 10, "score": 0.7, "measure": "prompt"}
+    ]
     shown = samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)
     assert [caption for _, caption in shown] == ["step 0", "step 10"]
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
     shown = [caption for _, caption in samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)]
-    assert shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))] and len(shown) < 40
+    assert (
+        shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))]
+        and len(shown) < 40
+    )
