@@ -221,8 +221,10 @@ def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is
 
 
 def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(
-    served, browser, visited, page, tmp_path
+    served, browser, page, tmp_path, monkeypatch
 ):
+    (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
     web.open_tab(page, "Train")
     web.add_photos(page, noise_photos(tmp_path, 3), "owl")
     web.open_box(page, "more_training")
