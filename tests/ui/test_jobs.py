@@ -241,7 +241,7 @@ RECORDS = ["", "nonsense", "[]", "5", "{}", '{"pid": 5}', DEEP, "a pipe", "a lin
 RECORDS += [json.dumps({"pid": os.getpid(), "created": 0.0} | odd) for odd in ODD_RECORDS]
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record[:60])
+@pytest.mark.parametrize("record", RECORDS, ids=range(len(RECORDS)))
 def test_a_record_that_cannot_be_read_is_no_run(tmp_path, record):
     file = recorded(tmp_path / "dog").run_dir / "job.json"
     jobs = Jobs(tmp_path)
