@@ -6,6 +6,7 @@ import html
 import io
 import secrets
 from html import escape as escape_html
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,14 @@ import PIL.Image
 from dreambooth_moslora.photos.folder import MOST_BYTES
 
 THUMBNAIL_PX = 384
+"""Longer side of a small preview."""
+STATIC = Path(__file__).parent / "static"
+"""CSS, scripts and markup, as files of their own that an editor checks."""
+
+
+def static(name: str) -> str:
+    """The text of a file in `STATIC`."""
+    return (STATIC / name).read_text(encoding="utf-8")
 
 
 def escape(text: str) -> str:
@@ -92,130 +101,8 @@ def thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-CSS = """
-.gradio-container {
-  --page-width: 1240px;
-  --gallery-height: 240px;
-  --thumbnail: 60px;
-  --row-picture: 128px;
-}
-.gradio-container { width: 100% !important; max-width: var(--page-width) !important; margin: 0 auto !important; }
-.html-container { padding: 0 !important; }
-#top { align-items: baseline; justify-content: space-between; flex-wrap: nowrap; }
-#top > * { width: auto; flex: none; }
-#top > .block { margin: 0 !important; }
-#top > #base { margin-left: auto !important; }
-#top h1 { font-size: 1.25rem; margin: 0; letter-spacing: -.01em; }
-.faint, .faint p { color: var(--body-text-color-subdued); font-size: .82rem; }
-.tight { gap: 8px !important; align-items: end; }
-.tight > button, .tight > .block > button { height: 42px; font-size: .95rem; font-weight: 550; padding: 0 12px;
-  white-space: nowrap; }
-.icon { font-size: 1.05rem !important; }
-.step h3 { font-size: .95rem; margin: 4px 0 -4px; }
-.remarks { margin: 6px 0 0 !important; padding-inline-start: 1.1rem !important; font-size: .85rem;
-  color: var(--body-text-color-subdued); }
-.card summary { margin-top: 4px; font-size: .85rem; color: var(--body-text-color-subdued); cursor: pointer; }
-button[role="tab"] { font-weight: 500; }
-.tab-container button.selected { color: var(--primary-700); }
-.dark .tab-container button.selected { color: var(--primary-400); }
-
-#generate, #train, #inspect { display: grid !important; align-items: start; gap: 16px;
-  grid-template-columns: minmax(300px, 5fr) minmax(0, 8fr); }
-#generate { grid-template-areas: "ask results" "settings results"; grid-template-rows: auto 1fr; }
-#ask { grid-area: ask; } #results { grid-area: results; } #settings { grid-area: settings; }
-#generate > div, #train > div, #inspect > div { min-width: 0 !important; width: 100%; }
-[data-testid="status-tracker"] .error { display: none; }
-#status, #train_status, #status .pending, #train_status .pending { opacity: 1 !important; }
-#gallery, #history { min-height: var(--gallery-height); }
-#results, #train_watch { scroll-margin-top: 16px; }
-#preview { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
-  background: var(--block-background-fill); padding: 8px !important; }
-#preview:not(:has(img)), #preview:has(img) ~ #gallery:not(:has(img)), .card .large { display: none; }
-:is(#preview, :is(#gallery, #history) .grid-container:has(> :only-child)) img { display: block; margin: 0 auto;
-  height: auto; width: min(100%, 2px * var(--width), max(12rem, 100vh - 20.5rem) * var(--width) / var(--height)); }
-:is(#gallery, #history) .grid-container:has(> :only-child) button { aspect-ratio: auto; height: auto; border: 0; }
-:is(#gallery, #history, #samples) .grid-wrap { min-height: 0 !important; max-height: none !important;
-  overflow-y: auto; }
-:is(#gallery, #history, #samples) .grid-container {
-  grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-:is(#loss, #fidelity) svg text { fill: var(--body-text-color) !important; }
-:is(#loss, #fidelity) svg :is(.role-axis-grid, .role-axis-tick) line,
-:is(#loss, #fidelity) svg path.background:not(.role-legend *) { stroke: var(--border-color-primary) !important; }
-
-.row-tools, .row-pages, .row-foot { display: flex; gap: 8px; align-items: center; flex-wrap: wrap; }
-.row-pages { margin-left: auto; }
-.row-pages[hidden] { display: none; }
-.row-range, .row-remark { font-size: .82rem; color: var(--body-text-color-subdued); }
-.photo-row { display: grid; gap: 6px 10px; padding: 10px 0; border-bottom: 1px solid var(--block-border-color);
-  grid-template: "picture caption" 1fr "picture foot" auto / var(--row-picture) minmax(0, 1fr); }
-.photo-row:last-child { border-bottom: 0; }
-.photo-row img { grid-area: picture; width: 100%; aspect-ratio: 1; object-fit: contain; align-self: start;
-  border-radius: var(--radius-md); background: var(--block-background-fill); }
-.photo-row textarea { grid-area: caption; width: 100%; resize: none; field-sizing: content; min-height: 4.8rem;
-  font-size: .92rem; padding: 6px 8px; border: 1px solid var(--input-border-color); border-radius: var(--radius-md);
-  background: var(--input-background-fill); color: var(--body-text-color); }
-.photo-row textarea::placeholder { color: var(--input-placeholder-color); }
-.row-foot { grid-area: foot; }
-.row-remark { margin-right: auto; overflow-wrap: anywhere; }
-.row-leaves { opacity: .4; }
-:is(.row-tools, .row-foot) button { height: 34px; padding: 0 var(--row-padding, 12px); font-size: .85rem;
-  cursor: pointer; border: 1px solid var(--border-color-primary); border-radius: var(--radius-md);
-  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); }
-:is(.row-tools, .row-foot) button:hover { background: var(--button-secondary-background-fill-hover); }
-body:has(#mask_box) { overflow: hidden; }
-#mask_box { --mask-side: min(100vw - 20px, 100dvh - 150px); position: fixed; inset: 0; z-index: 100; overflow: auto;
-  padding: 10px; gap: 8px; align-items: center; background: var(--body-background-fill); }
-#mask_box > * { width: min(100%, var(--mask-side)); flex: none; }
-#mask_box:not(:has(canvas))::after { content: "Opening the photo …"; color: var(--body-text-color-subdued); }
-#mask_editor, #mask_editor .image-container { height: var(--mask-side) !important; }
-
-#queued .wrap { flex-direction: column; }
-#queued label { width: 100%; }
-
-.card { border: 1px solid var(--block-border-color); border-radius: var(--radius-lg);
-  background: var(--block-background-fill); padding: 12px 14px; font-size: .92rem; }
-.card.run { display: flex; gap: 14px; align-items: center; min-height: 86px; }
-.card .thumb { width: var(--thumbnail); height: var(--thumbnail); object-fit: cover;
-  border-radius: var(--radius-md); flex: none; }
-.card .words { flex: 1; min-width: 0; }
-.card .line { font-weight: 550; }
-.card .bar { height: 6px; border-radius: 3px; background: var(--neutral-200); margin: 7px 0; overflow: hidden; }
-.dark .card .bar { background: var(--neutral-700); }
-.card .bar i { display: block; height: 100%; background: var(--primary-600); transition: width .15s linear; }
-.card.notice { border-left-width: 4px; }
-.card.notice.good { border-left-color: var(--primary-600); }
-.card.notice.bad { border-left-color: #dc2626; }
-.card.notice.info { border-left-color: var(--neutral-400); }
-table.facts { width: 100%; border-collapse: collapse; margin: 0 !important; }
-table.facts, table.facts :is(tr, th, td) { border: 0 !important; }
-table.facts tr + tr { border-top: 1px solid var(--block-border-color) !important; }
-table.facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); width: 11rem;
-  vertical-align: top; padding: 6px 12px 6px 0 !important; }
-table.facts td { padding: 6px 0 !important; overflow-wrap: anywhere; white-space: pre-wrap; }
-footer .divider { display: none; }
-:focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
-@media (prefers-reduced-motion: reduce) { * { transition: none !important; animation: none !important; } }
-@media (max-width: 760px) {
-  #top { flex-wrap: wrap; }
-  #top > #base { width: 100%; }
-  #results { scroll-margin-top: 66px; }
-  .gradio-container main { padding: 12px !important; }
-  #generate, #train, #inspect { grid-template-columns: minmax(0, 1fr); gap: 12px; }
-  #generate { grid-template-areas: "ask" "results" "settings"; }
-  table.facts th { width: 7.5rem; }
-  .tight > button, .tight > .block > button { font-size: .88rem; padding: 0 8px; }
-  .photo-row { --row-picture: 104px; --row-padding: 7px; }
-  .photo-row .row-foot { gap: 5px; }
-  #samples .grid-container { --grid-cols: 2 !important; }
-  .tab-wrapper { height: 48px !important; }
-  .tab-container:not(.visually-hidden) { height: 40px !important; }
-  #result_tabs .tab-container button { padding: 0 10px !important; }
-  .head .tab-like-container { height: 36px !important; margin-bottom: 0 !important; }
-  input[type="range"] { height: 32px; }
-  input[type="range"]::-webkit-slider-thumb { width: 22px !important; height: 22px !important;
-    margin-top: -7px !important; }
-}
-"""
+CSS = "\n" + static("page.css")
+"""The looks of everything that the theme does not decide."""
 
 
 FONTS = [
@@ -260,36 +147,12 @@ THEME = gr.themes.Base(
 )
 
 
-HEAD = """
-<script>
-addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, textarea, select, [contenteditable]");
-  const closes = document.querySelector(".preview, .options") || document.fullscreenElement;
-  const open = document.querySelector("#close_mask");
-  if (event.key === "Escape" && !closes) (open || document.querySelector("#stop"))?.click();
-  if (event.key === "/" && !typing) {
-    const prompt = document.querySelector("#prompt textarea");
-    if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }
-  }
-}, true);
-document.addEventListener("load", ({target}) => {
-  if (!target.matches(":is(#gallery, #history) img")) return;
-  target.style.setProperty("--width", target.naturalWidth);
-  target.style.setProperty("--height", target.naturalHeight);
-}, true);
-function bringIntoView(column, last) {
-  const [first, end] = [column, last].map((id) => document.getElementById(id));
-  const isSeen = first.getBoundingClientRect().top >= 0 && end.getBoundingClientRect().bottom <= innerHeight;
-  if (!isSeen) first.scrollIntoView();
-}
-</script>
-"""
+HEAD = f"\n<script>\n{static('page.js')}</script>\n"
+"""Keys, the sides of shown pictures, and `bringIntoView`, which events call."""
 
 
-LARGE_PREVIEW = """card => {
-  const found = new DOMParser().parseFromString(card, "text/html").querySelector(".large");
-  return found ? found.outerHTML : "";
-}"""
+LARGE_PREVIEW = static("large_preview.js").rstrip("\n")
+"""From a `progress_card` to its large preview, or to ""."""
 NUMBERS = (gr.Slider, gr.Number)
 SHOWN = {
     "show_label": False,
@@ -325,29 +188,11 @@ def explain_bad_values(widget: gr.components.Component) -> None:
 
 
 EMPTY_CAPTION = "Caption; empty: the words of step 2"
-ROWS = f"""
-<div class="row-tools">
-  <button type="button" data-event="write" title="By a model, into the empty captions">Write captions now</button>
-  <button type="button" data-event="masks" title="As the run will use them">Show masks</button>
-  <span class="row-pages" hidden>
-    <button type="button" data-step="-1" aria-label="Earlier photos">‹</button>
-    <span class="row-range" aria-live="polite"></span>
-    <button type="button" data-step="1" aria-label="Later photos">›</button>
-  </span>
-</div>
-<div class="photo-rows"></div>
-<template>
-  <div class="photo-row">
-    <img alt="">
-    <textarea rows="3" maxlength="{MOST_BYTES}" placeholder="{escape(EMPTY_CAPTION)}"></textarea>
-    <div class="row-foot">
-      <span class="row-remark"></span>
-      <button type="button" data-event="mask">Mask</button>
-      <button type="button" data-event="drop">Remove</button>
-    </div>
-  </div>
-</template>
-"""
+ROWS = (
+    ("\n" + static("photo_rows.html"))
+    .replace("MOST_BYTES", str(MOST_BYTES))
+    .replace("EMPTY_CAPTION", escape(EMPTY_CAPTION))
+)
 """A row for each photo of a subject: as it is cropped, its caption to edit, and buttons for its
 mask and to remove it.
 
@@ -360,79 +205,9 @@ come; `made` fills only an empty caption. A new word in `reset` drops what was t
 Events: `written` (the value has changed), `keep` (a caption is finished), `mask` and `drop` (of
 `event.photo`), `write` (captions are wanted), `masks` (masks are to be shown).
 """
-ROWS_SCRIPT = r"""
-const PER_PAGE = 12;
-const [list, template, pages, range] = [".photo-rows", "template", ".row-pages", ".row-range"]
-  .map((name) => element.querySelector(name));
-const typed = new Map(props.value || []), rows = new Map();
-let page = 0, reset = props.reset;
-
-const cards = () => props.cards || [];
-const inOneLine = (text) => text.replace(/[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+/g, " ");
-
-function say() {
-  props.value = cards().map(({photo}) => [photo, typed.get(photo) || ""]);
-  trigger("written");
-}
-
-function rowOf(photo) {
-  if (!rows.has(photo)) {
-    const row = template.content.firstElementChild.cloneNode(true);
-    const box = row.querySelector("textarea");
-    box.addEventListener("input", () => { typed.set(photo, inOneLine(box.value)); say(); });
-    box.addEventListener("change", () => trigger("keep"));
-    row.addEventListener("click", ({target}) => {
-      const {event} = target.closest("button")?.dataset || {};
-      if (event === "mask") trigger("mask", {photo});
-      if (event === "drop") { row.classList.add("row-leaves"); trigger("drop", {photo}); }
-    });
-    rows.set(photo, row);
-  }
-  return rows.get(photo);
-}
-
-function draw() {
-  const last = Math.max(0, Math.ceil(cards().length / PER_PAGE) - 1), typing = document.activeElement;
-  page = Math.min(Math.max(page, 0), last);
-  const first = page * PER_PAGE, shown = cards().slice(first, first + PER_PAGE);
-  list.replaceChildren(...shown.map(({photo, picture, remark}, place) => {
-    const row = rowOf(photo), name = `photo ${first + place + 1}`, box = row.querySelector("textarea");
-    row.classList.remove("row-leaves");
-    Object.assign(row.querySelector("img"), {src: picture, alt: `${name}, as it is cropped`});
-    if (box.value !== (typed.get(photo) || "")) box.value = typed.get(photo) || "";
-    box.setAttribute("aria-label", `Caption of ${name}`);
-    for (const button of row.querySelectorAll("button"))
-      button.setAttribute("aria-label", `${button.textContent}: ${name}`);
-    row.querySelector(".row-remark").textContent = `${first + place + 1} · ${remark}`;
-    return row;
-  }));
-  if (list.contains(typing)) typing.focus();
-  pages.hidden = last === 0;
-  range.textContent = `${first + 1}–${first + shown.length} of ${cards().length}`;
-}
-
-function take(isNew) {
-  if (props.reset !== reset) typed.clear();
-  reset = props.reset;
-  for (const {photo, caption, made} of cards()) {
-    if (!typed.has(photo)) typed.set(photo, caption);
-    if (!typed.get(photo) && isNew) typed.set(photo, made);
-  }
-  say();
-  if (cards().length) trigger("keep");
-  draw();
-}
-
-element.querySelector(".row-tools").addEventListener("click", ({target}) => {
-  const {event, step} = target.closest("button")?.dataset || {};
-  if (event === "write") trigger("write");
-  if (event === "masks") trigger("masks");
-  if (step) { page += Number(step); draw(); }
-});
-watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), () => take(true));
-take(!props.value);
-"""
-CAPTIONS = "(rows) => (rows || []).map(([photo, caption]) => `${photo}:${caption}`).join('\\n')"
+ROWS_SCRIPT = "\n" + static("photo_rows.js")
+"""What moves in the rows; `element`, `props`, `trigger` and `watch` are gradio's."""
+CAPTIONS = static("captions.js").rstrip("\n")
 """The value as the field `captions`: a photo may be removed elsewhere, so each line names its own.
 """
 

@@ -1,0 +1,1 @@
+(rows) => (rows || []).map(([photo, caption]) => `${photo}:${caption}`).join('\n')
