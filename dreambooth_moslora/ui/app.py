@@ -1,5 +1,7 @@
 """From the command line of `app.py` to a running page, which loads its base while it is already up.
-Which bases it offers by name, and what each is and needs, follows from their files alone."""
+
+Which bases it offers by name, and what each is and needs, follows from their files alone.
+"""
 
 import argparse
 import os
@@ -21,15 +23,20 @@ if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
 
 HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+"""Offered when its files are here."""
 DEPTH = 3
-# Begins keys of a single-file checkpoint, and of no adapter
+"""Levels below `bases_dir` in which bases are looked for."""
 CHECKPOINT_MARK = "model.diffusion_model."
+"""Begins keys of a single-file checkpoint, and of no adapter."""
 MAX_PORT = 65535
+"""The last port of TCP."""
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
     "or start a page that only draws with --public"
 )
+"""Why a page is not served to others as it is."""
 OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
+"""Flag of a folder -> what the page offers where that folder is missing."""
 
 
 Drawer = Callable[[Base], Any]
@@ -37,10 +44,11 @@ Drawer = Callable[[Base], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `app.py`, each with underscores and with dashes."""
+
     def add(name: str, **options) -> None:
-        parser.add_argument(
-            *dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options
-        )
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*spellings, dest=name, **options)
 
     add(
         "base",
@@ -78,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
+    """The program: 0 when the page was stopped, 2 for a mistake in its arguments."""
+    # Before any library allocates memory.
     avoid_fragmentation()
     share_heaps()
     about = "A web page to generate with adapters and train them."
@@ -95,28 +105,34 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
 
 
 def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
-    """Serve the page until it is stopped. `draw_by` gives what draws with a base, if that is not
-    this process. Raises UserError."""
+    """Serve the page until it is stopped.
+
+    `draw_by` gives what draws with a base, if that is not this process. Raises UserError for
+    arguments that cannot be served.
+    """
+    # Mistakes are told before gradio is imported, which takes seconds.
     base = Base.find(args.base)
     if user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
     for name, offered_instead in OFFERED_WITHOUT.items():
-        if (given := getattr(args, name)) and not user_path(given).is_dir():
+        given = getattr(args, name)
+        if given and not user_path(given).is_dir():
             absent = f"--{name} {given}: there is no such folder"
             print(f"note: {absent}, so the page offers {offered_instead}", file=sys.stderr)
-    from dreambooth_moslora.ui import guard, page  # gradio takes seconds
+    from dreambooth_moslora.ui import guard, page
 
     if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
         raise UserError(
             f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}"
         )
+    # Who may reach the page: others need a login, or a page that only draws.
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]
     is_exposed = args.share or args.server_name not in guard.LOOPBACK
     if (is_exposed or allowed) and not (logins or args.public):
         raise UserError(NEEDS_LOGIN)
+    # The base begins to load here. What gradio keeps is deleted with the workspace.
     context = context_of(args, draw_by)
-    # what gradio keeps is deleted with the workspace
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
 
     options = page.launch_options(allowed, any_host=is_exposed, public=args.public) | {
@@ -145,14 +161,21 @@ def parse_login(text: str) -> tuple[str, str]:
 
 
 def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppContext":
-    """Start loading the base, and tell the page what it needs before that is loaded. Raises
-    UserError."""
+    """The state of the page, which starts to load its first base.
+
+    - `args` are the program's.
+    - `draw_by` gives what draws with a base, if that is not this process.
+
+    Raises UserError.
+    """
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
     from dreambooth_moslora.ui.workspace import new_workspace
 
     bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
-    first, has_one = Base.find(args.base), args.public or draw_by is not None
+    first = Base.find(args.base)
+    # A public page has one base, and so has a service that draws.
+    has_one = args.public or draw_by is not None
     found = {first.public_name: first} if has_one else offered(first, bases_dir)
     bases = [page_base(title, base, draw_by) for title, base in found.items()]
     adapters_dir = user_path(args.adapters_dir).resolve()
@@ -206,20 +229,25 @@ def bases_below(folder: Path) -> list[Path]:
     cannot be read is left out."""
     found = []
     for place, folders, names in os.walk(folder):
+        # Folders with a pipeline. One beside a single file of its name counts as that file.
         inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
         bases = [path for path in inner if (path / files.INDEX).is_file()]
         found += [path for path in bases if not path.with_suffix(".safetensors").is_file()]
-        found += [path for name in sorted(names) if is_checkpoint(path := Path(place, name))]
+        # Single files.
+        candidates = [Path(place, name) for name in sorted(names)]
+        found += [path for path in candidates if is_checkpoint(path)]
+        # Where to look next: not inside a base, and not too deep.
         is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
         folders[:] = [] if is_deep else [path.name for path in inner if path not in bases]
     return found
 
 
 def is_checkpoint(file: Path) -> bool:
+    """Whether a file holds a whole model; an adapter, and what cannot be read, does not."""
+    if file.suffix != ".safetensors":
+        return False
     try:
-        return file.suffix == ".safetensors" and any(
-            name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file)
-        )
+        return any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
     except (UserError, OSError):
         return False
 
@@ -228,15 +256,20 @@ def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
     """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below
     `bases_dir`."""
     bases = [first, *map(Base.find, toys.TOYS)]
-    if (sdxl := Base.find(HUB_SDXL)).folder:
+    sdxl = Base.find(HUB_SDXL)
+    if sdxl.folder:
         bases.append(sdxl)
-    bases += map(Base.find, bases_below(bases_dir) if bases_dir else [])
-    found: dict[str, Base] = {}
+    if bases_dir:
+        bases += map(Base.find, bases_below(bases_dir))
+    # The same files are offered once, under the first of their names.
     places: dict[str, Base] = {}
     for base in bases:
         places.setdefault(os.path.realpath(base.place), base)
+    # Two bases of the same name are told apart by a number.
+    found: dict[str, Base] = {}
     for base in places.values():
-        found[free_name(clean_name(base.public_name), found.__contains__, " ")] = base
+        title = free_name(clean_name(base.public_name), found.__contains__, " ")
+        found[title] = base
     return found
 
 
@@ -262,8 +295,6 @@ def templates_for(base: Base) -> list[str]:
         DREAMBOOTH_OBJECT_TEMPLATES,
     )
 
-    return (
-        list(toys.TEMPLATES)
-        if base.is_toy
-        else [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]
-    )
+    if base.is_toy:
+        return list(toys.TEMPLATES)
+    return [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

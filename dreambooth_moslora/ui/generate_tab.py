@@ -1,5 +1,7 @@
-"""The Generate tab: a form, one result area (pictures, comparison, grid, history), and their
-events."""
+"""The Generate tab: a form, one area of results, and their events.
+
+The results are pictures, a comparison, a grid, and the history.
+"""
 
 import html
 import shutil
@@ -25,106 +27,140 @@ from dreambooth_moslora.ui.html import (
 from dreambooth_moslora.ui.workspace import Picture
 
 IDLE = progress_card("Ready", "Enter starts, Esc stops")
+"""The state of a page that has drawn nothing yet."""
 PICTURES = [".png"]
 """Files that may carry a recipe."""
+# Axis of the grid -> the values that it proposes.
 AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
 AXIS_LABELS = [
     ("Adapter scale", "scale"),
     ("Seed", "seed"),
     ("Prompt", "prompt"),
     ("Adapter or checkpoint", "adapter"),
+    ("Guidance", "guidance"),
+    ("Steps", "steps"),
 ]
-AXIS_LABELS += [("Guidance", "guidance"), ("Steps", "steps")]
+"""(Label, name) of the axes that a grid can have."""
 
 
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked of each drawing: the fields by name, and the other widgets by name."""
+    # The first adapter is chosen at first, and its words are in the prompt.
     files = ctx.catalog.files()
     first = next(iter(files), NONE)
     summary = summary_of(files[first]) if files else generate_values.AdapterSummary()
-    words, parts = summary.sentence(), {}
-    look = {
-        "placeholder": "a photo of … in the snow",
-        "lines": 1,
-        "max_lines": 5,
-        "autofocus": True,
-    }
-    fields: dict[str, Any] = {
-        "prompt": gr.Textbox(prompt_for(summary), label="Prompt", elem_id="prompt", **look)
-    }
+    words = summary.sentence()
+    fields: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    fields["prompt"] = gr.Textbox(
+        prompt_for(summary),
+        label="Prompt",
+        placeholder="a photo of … in the snow",
+        lines=1,
+        max_lines=5,
+        autofocus=True,
+        elem_id="prompt",
+    )
+    # The adapter, and how it comes into the list. A public page takes no files.
     with gr.Row(elem_classes="tight"):
-        look = {"allow_custom_value": True, "elem_id": "adapter", "scale": 4}
-        fields["adapter"] = gr.Dropdown([NONE, *files], value=first, label="Adapter", **look)
+        fields["adapter"] = gr.Dropdown(
+            [NONE, *files],
+            value=first,
+            label="Adapter",
+            allow_custom_value=True,
+            elem_id="adapter",
+            scale=4,
+        )
         parts["refresh"] = gr.Button(
             "↻", elem_id="refresh", scale=0, min_width=44, elem_classes="icon"
         )
         if not ctx.public:
-            look = {"scale": 0, "min_width": 88, "elem_id": "upload_adapter", "size": "md"}
-            parts["upload"] = gr.UploadButton("Upload", file_types=[".safetensors"], **look)
+            parts["upload"] = gr.UploadButton(
+                "Upload",
+                file_types=[".safetensors"],
+                scale=0,
+                min_width=88,
+                elem_id="upload_adapter",
+                size="md",
+            )
     parts["about"] = gr.HTML(
         faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
     )
     fields["scale"] = slider("scale", summary.scale, "Adapter scale", elem_id="scale")
     fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
+    # Start and stop.
     with gr.Row(elem_classes="tight"):
         parts["run"] = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
-        look = {"interactive": False, "elem_id": "stop", "scale": 1, "min_width": 80}
-        parts["stop"] = gr.Button("Stop", variant="stop", **look)
+        parts["stop"] = gr.Button(
+            "Stop",
+            variant="stop",
+            interactive=False,
+            elem_id="stop",
+            scale=1,
+            min_width=80,
+        )
     return fields, parts
 
 
 def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
+    """A slider over the range of that name in `RANGES`."""
+    low, high = generate_values.RANGES[name]
     step = {"scale": 0.05, "guidance_scale": 0.1}.get(name, 1)
-    return gr.Slider(
-        *generate_values.RANGES[name], value, step=step, label=label, buttons=[], **look
-    )
+    return gr.Slider(low, high, value, step=step, label=label, buttons=[], **look)
 
 
 def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    sizes, fields = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px), {}
+    """The fields that rarely change, by name. Some bases have no use for some of them."""
+    fields: dict[str, Any] = {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
-        look = {
-            "lines": 1,
-            "max_lines": 3,
-            "visible": ctx.facts.has_negative,
-            "elem_id": "negative",
-        }
-        fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", **look)
+        fields["negative_prompt"] = gr.Textbox(
+            "",
+            label="Negative prompt",
+            lines=1,
+            max_lines=3,
+            visible=ctx.facts.has_negative,
+            elem_id="negative",
+        )
         with gr.Row():
             fields["steps"] = slider("steps", 25, "Steps", min_width=160, elem_id="steps")
+            guidance = ctx.guidance_scale
             look = {"min_width": 160, "elem_id": "guidance"}
-            fields["guidance_scale"] = slider(
-                "guidance_scale", ctx.guidance_scale, "Guidance", **look
-            )
+            fields["guidance_scale"] = slider("guidance_scale", guidance, "Guidance", **look)
         with gr.Row():
             look = {"precision": 0, "min_width": 160, "elem_id": "seed"}
             fields["seed"] = gr.Number(-1, label="Seed", info="−1 draws one", **look)
-            schedulers = [
-                ("The base's own", ""),
-                *((known.title, name) for name, known in SCHEDULERS.items()),
-            ]
-            look = {
-                "info": "how noise is taken out",
-                "visible": ctx.facts.style == "ddpm",
-                "min_width": 160,
-            }
-            fields["scheduler"] = gr.Dropdown(schedulers, value="", label="Scheduler", **look)
+            schedulers = [("The base's own", "")]
+            schedulers += [(known.title, name) for name, known in SCHEDULERS.items()]
+            fields["scheduler"] = gr.Dropdown(
+                schedulers,
+                value="",
+                label="Scheduler",
+                info="how noise is taken out",
+                visible=ctx.facts.style == "ddpm",
+                min_width=160,
+            )
+        sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)
+    # Up to two more, beside the one above the button.
     with gr.Accordion("More adapters", open=False):
-        names, look = [NONE, *ctx.catalog.files()], {"allow_custom_value": True, "min_width": 130}
+        names = [NONE, *ctx.catalog.files()]
+        look = {"allow_custom_value": True, "min_width": 130}
         for n in (2, 3):
             with gr.Row():
-                fields[f"adapter_{n}"] = gr.Dropdown(
-                    names, value=NONE, label=f"Adapter {n}", **look
-                )
+                label = f"Adapter {n}"
+                fields[f"adapter_{n}"] = gr.Dropdown(names, value=NONE, label=label, **look)
                 fields[f"scale_{n}"] = slider("scale", 1.0, f"Scale {n}", min_width=130)
         gr.Markdown("Or write `<lora:name:0.8>` in the prompt.", elem_classes="faint")
     return fields
 
 
 def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
-    """A public page has neither the grid, which draws many pictures at once, nor the history, which
-    is its owner's."""
+    """The widgets of the results, by name.
+
+    A public page has neither the grid, which draws many pictures at once, nor the history, which is
+    its owner's.
+    """
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
         with gr.Tab("Pictures", id="pictures"):
@@ -154,8 +190,13 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 parts["history"] = _gallery("History", "history")
                 look["elem_id"] = "reuse_history"
                 parts["reuse_history"] = gr.Button("Use these settings", **look)
-                parts |= {"shown_history": gr.State([]), "selected_history": gr.State(0)}
-    return parts | {"tabs": tabs, "shown": gr.State([]), "selected": gr.State(0)}
+                parts["shown_history"] = gr.State([])
+                parts["selected_history"] = gr.State(0)
+    # The pictures of the gallery, and which of them is chosen.
+    parts["tabs"] = tabs
+    parts["shown"] = gr.State([])
+    parts["selected"] = gr.State(0)
+    return parts
 
 
 def _gallery(label: str, elem_id: str) -> gr.Gallery:
@@ -165,6 +206,7 @@ def _gallery(label: str, elem_id: str) -> gr.Gallery:
 
 
 def _grid_widgets() -> dict[str, Any]:
+    """Two axes with their values, a button, and the captioned sheet."""
     parts: dict[str, Any] = {}
     with gr.Row():
         look = {"min_width": 120, "elem_id": "grid_rows"}
@@ -172,10 +214,9 @@ def _grid_widgets() -> dict[str, Any]:
         look = {"min_width": 120, "elem_id": "grid_row_values"}
         parts["down_values"] = gr.Textbox(AXIS_VALUES["scale"], label="Row values", **look)
     with gr.Row():
+        axes = [("Nothing", NONE), *AXIS_LABELS]
         look = {"min_width": 120, "elem_id": "grid_columns"}
-        parts["across"] = gr.Dropdown(
-            [("Nothing", NONE), *AXIS_LABELS], value="seed", label="Columns", **look
-        )
+        parts["across"] = gr.Dropdown(axes, value="seed", label="Columns", **look)
         parts["across_values"] = gr.Textbox(
             AXIS_VALUES["seed"], label="Column values", min_width=120
         )
@@ -187,9 +228,10 @@ def _grid_widgets() -> dict[str, Any]:
 
 @dataclass
 class GenerateTab:
-    """The widgets that other tabs use. `fields` are in the order of GenerateForm."""
+    """The widgets that other tabs use."""
 
     fields: dict[str, gr.components.Component]
+    """In the order of GenerateForm."""
     adapters: list[gr.Dropdown]
     prompt: gr.Textbox
     results: gr.Tabs
@@ -198,6 +240,8 @@ class GenerateTab:
 
 
 def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
+    """Make the tab's widgets, then connect their events. `templates` are prompts with `{}`."""
+    # The widgets, in three columns of the page.
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
             widgets, buttons = ask_widgets(ctx)
@@ -215,15 +259,19 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
                         height=150,
                         elem_id="drop_png",
                     )
+    # What the API and the other tabs see of them.
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         explain_bad_values(widget)
-    of_base = {
-        name: widgets[name] for name in ("size", "guidance_scale", "negative_prompt", "scheduler")
-    }
-    of_base["template"] = template
-    adapters = [widgets[f"adapter{n}"] for n in ("", "_2", "_3")]
-    tab = GenerateTab(ordered, adapters, widgets["prompt"], results["tabs"], of_base)
+    named = ("size", "guidance_scale", "negative_prompt", "scheduler")
+    tab = GenerateTab(
+        fields=ordered,
+        adapters=[widgets[f"adapter{n}"] for n in ("", "_2", "_3")],
+        prompt=widgets["prompt"],
+        results=results["tabs"],
+        of_base={name: widgets[name] for name in named} | {"template": template},
+    )
+    # The events. A public page only draws.
     _connect_runs(ctx, tab, buttons, results)
     _connect_compare(ctx, tab, results, buttons["stop"])
     _connect_adapters(ctx, page, tab, buttons)
@@ -236,10 +284,12 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
 
 
 def _items(pictures: Iterable[Picture]) -> list[tuple[str, str]]:
+    """(File, caption) of each picture, as a gallery takes them."""
     return [(str(picture.path), picture.caption) for picture in pictures]
 
 
 def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, results: dict) -> None:
+    """Generate draws pictures, and Stop ends whatever the page draws."""
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results[name] for name in ("gallery", "used_seed", "status", "shown", "selected")]
 
@@ -262,21 +312,23 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip(), gr.skip()
-            # the gallery chooses its first when it is emptied, and keeps what is chosen as it fills
-            else:
-                selected = gr.skip() if frame.pictures else 0
-                yield _items(frame.pictures), seed, frame.status, list(frame.pictures), selected
+                continue
+            # The gallery chooses its first when it is emptied, and keeps the choice as it fills.
+            selected = gr.skip() if frame.pictures else 0
+            shown = list(frame.pictures)
+            yield _items(frame.pictures), seed, frame.status, shown, selected
 
-    results["status"].change(
-        None, results["status"], results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE
-    )
+    # The preview comes inside the card, and the browser takes it from there.
+    status = results["status"]
+    status.change(None, status, results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
     options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
     made = gr.on(starts, generate, api_name="generate", **options)
     _without_stop(ctx, "generate", made, buttons["stop"])
 
-    @results["shown"].change(
-        inputs=results["shown"], outputs=[results["reuse"], results["last_seed"]], **state.AT_ONCE
-    )
+    # What can be done with pictures, as soon as there are some.
+    of_pictures = [results["reuse"], results["last_seed"]]
+
+    @results["shown"].change(inputs=results["shown"], outputs=of_pictures, **state.AT_ONCE)
     def usable(pictures: list[Picture]) -> list[gr.Button]:
         return [gr.Button(interactive=bool(pictures))] * 2
 
@@ -287,8 +339,8 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         params = replace(GenerationParams.from_png(pictures[0].path), num_images=len(pictures))
         return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths())
 
-    # The page drops a click while the last one is not answered, but for this mode: each Stop must
-    # count.
+    # Each Stop must count: but for this mode the page drops a click while the last one is not
+    # answered.
     @buttons["stop"].click(
         inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop"
     )
@@ -297,17 +349,21 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
 
 def _without_stop(ctx: state.AppContext, work: str, made: Any, stop: gr.Button) -> None:
-    """After it there is nothing to stop but the page's other work. Gradio leaves out `then` where a
-    stream ended in an error."""
+    """Switch Stop off when the page has no other work left.
+
+    `made` is the event of this `work`, and `stop` the button.
+    """
 
     def ended(request: gr.Request) -> gr.Button:
         return gr.Button(interactive=ctx.ended(request, work))
 
+    # Gradio leaves out `then` where a stream ended in an error.
     for after in (made.then, made.failure):
         after(ended, None, stop, **state.AT_ONCE)
 
 
 def _drawing(results: dict) -> dict[str, Any]:
+    """Options of every event that draws."""
     return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
 
 
@@ -317,11 +373,15 @@ def _connect_compare(
     results: dict,
     stop: gr.Button,
 ) -> None:
+    """The same seed is drawn without and with the adapter."""
+
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
         for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
-            pair = frame.pictures and len(frame.pictures) == 2
-            yield tuple(str(p.path) for p in frame.pictures) if pair else gr.skip(), frame.status
+            shown = gr.skip()
+            if frame.pictures and len(frame.pictures) == 2:
+                shown = tuple(str(picture.path) for picture in frame.pictures)
+            yield shown, frame.status
 
     compared = results["compare"].click(
         compare_both,
@@ -334,6 +394,8 @@ def _connect_compare(
 
 
 def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
+    """A sheet of one picture for each pair of values on two axes."""
+    # Argument of the API -> widget.
     axis = {
         "rows": "down",
         "row_values": "down_values",
@@ -350,11 +412,16 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
 
     @state.as_gradio_error
     def grid(
-        rows: str, row_values: str, columns: str, column_values: str, request: gr.Request, **values
+        rows: str,
+        row_values: str,
+        columns: str,
+        column_values: str,
+        request: gr.Request,
+        **values,
     ) -> Iterator[tuple]:
-        axes = [f"{rows}={row_values}"] + (
-            [f"{columns}={column_values}"] if columns != NONE else []
-        )
+        axes = [f"{rows}={row_values}"]
+        if columns != NONE:
+            axes.append(f"{columns}={column_values}")
         for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
@@ -367,6 +434,7 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
     )
     _without_stop(ctx, "grid", drawn, stop)
 
+    # An axis that is chosen proposes values.
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]
         return {"inputs": inputs, "outputs": results[f"{place}_values"], **state.AT_ONCE}
@@ -379,15 +447,20 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
         if name != "adapter":
             return AXIS_VALUES.get(name, "")
         names = list(ctx.catalog.files())
-        # default values for checkpoints: all of the chosen adapter's run
-        run = [n for n in reversed(names) if n.split("@")[0] == str(adapter).split("@")[0]]
-        return ", ".join(["none", *(run if len(run) > 1 else names[:3])])
+        # All checkpoints of the chosen adapter's run, or else the first adapters.
+        chosen = str(adapter).split("@")[0]
+        run = [name for name in reversed(names) if name.split("@")[0] == chosen]
+        proposed = run if len(run) > 1 else names[:3]
+        return ", ".join(["none", *proposed])
 
 
 def _connect_adapters(
     ctx: state.AppContext, page: gr.Blocks, tab: GenerateTab, buttons: dict
 ) -> None:
-    first, prompt, about = tab.adapters[0], tab.prompt, buttons["about"]
+    """The lists of adapters, and what the chosen one says of itself."""
+    first = tab.adapters[0]
+    prompt = tab.prompt
+    about = buttons["about"]
 
     @gr.api(api_name="adapters", queue=False)
     def listed() -> list[dict]:
@@ -395,6 +468,7 @@ def _connect_adapters(
         found = ctx.catalog.files()
         return [{"name": name, **asdict(summary_of(file))} for name, file in found.items()]
 
+    # Runs may have written new ones.
     def adapters() -> list:
         return [gr.Dropdown(choices=[NONE, *ctx.catalog.files()])] * len(tab.adapters)
 
@@ -408,17 +482,20 @@ def _connect_adapters(
             return gr.HTML(faint(""), visible=False), gr.skip()
         summary = summary_of(files[name])
         words = summary.sentence()
-        # the adapter's own words, unless the user has edited the prompt that another one had filled
-        # in
+        # The adapter's own words replace those that another one had filled in, not the user's.
         untouched = {"", *(prompt_for(summary_of(file)) for file in files.values())}
-        renewed = prompt_for(summary) if (old_prompt or "").strip() in untouched else ""
+        is_untouched = (old_prompt or "").strip() in untouched
+        renewed = prompt_for(summary) if is_untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     first.input(_preset(ctx), first, tab.fields["scale"], **state.AT_ONCE)
 
 
 def _preset(ctx: state.AppContext) -> Callable:
-    """The chosen file's recommended scale. A picture's settings have a scale of their own."""
+    """A handler that gives the scale that the chosen file recommends.
+
+    A picture's settings have a scale of their own.
+    """
 
     def preset(name: str) -> float:
         files = ctx.catalog.files()
@@ -428,20 +505,20 @@ def _preset(ctx: state.AppContext) -> Callable:
 
 
 def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadButton) -> None:
+    """An uploaded adapter is loaded at once, to say now if it does not fit the base."""
+
     @state.as_gradio_error
     def upload(file: str) -> tuple:
         name = ctx.catalog.add_upload(file)
         try:
             ctx.pipeline().load_adapter(ctx.workspace.uploads[name], name)
         except Exception:
+            # It is not offered, and its file goes.
             shutil.rmtree(ctx.workspace.uploads.pop(name).parent, ignore_errors=True)
             raise
         names = [NONE, *ctx.catalog.files()]
-        return (
-            gr.Dropdown(choices=names, value=name),
-            gr.Dropdown(choices=names),
-            gr.Dropdown(choices=names),
-        )
+        chosen = gr.Dropdown(choices=names, value=name)
+        return chosen, gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
     uploaded = button.upload(upload, button, tab.adapters, api_visibility="private", **state.GPU)
     uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
@@ -453,6 +530,7 @@ def _connect_reuse(
     results: dict,
     template: gr.Dropdown,
 ) -> None:
+    """The shown picture's settings and seed, and a template's words, go into the form."""
     _connect_gallery(ctx, tab, results, "gallery")
     results["last_seed"].click(
         lambda seed: seed if seed is not None else gr.skip(),
@@ -508,14 +586,19 @@ def _connect_earlier(
 
 
 def _picked(pictures: list[Picture], index: int) -> Path:
+    """The file of the chosen picture. Raises UserError while there is none."""
     if not pictures:
         raise UserError("there is no picture yet")
-    return pictures[min(max(int(index), 0), len(pictures) - 1)].path
+    last = len(pictures) - 1
+    return pictures[min(max(int(index), 0), last)].path
 
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
-    """The values of all fields, in order, that give the recipe again; differences are shown as
-    remarks."""
+    """The values of all fields, in order, that give the recipe again.
+
+    Differences are shown as remarks.
+    """
+    # Adapters by this page's names, then numbers within this page's ranges.
     files = ctx.catalog.files()
     settled, remarks = generate_values.match_adapters(recipe, files, ctx.public_name)
     params, changes = generate_values.clamp_to_widgets(

@@ -18,7 +18,9 @@ from starlette.responses import PlainTextResponse
 from dreambooth_moslora.errors import UserError
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Names of this machine that only its own programs can reach."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
+"""Scheme -> the port of an address that names none."""
 Origin = tuple[str, str, int]
 """Scheme, host name and port of a page: pages that differ in one of them are different sites."""
 FOREIGN_SITES = ("cross-site", "same-site")
@@ -28,13 +30,21 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks."""
 UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"
-REFUSED = "another site may not ask here; behind a proxy, start the app with --allowed_host and the page's address"
+"""The answer to a host name that is not the page's."""
+REFUSED = (
+    "another site may not ask here; behind a proxy, start the app with --allowed_host "
+    "and the page's address"
+)
+"""The answer to another site's page."""
 
 
 class TrustedHosts:
-    """ASGI middleware that answers 421 for a host name that is not among `hosts` (None: all are),
-    and 403 for a request from another site's page. A page of one of the `allowed` origins may ask,
-    whatever Host the proxy passes on."""
+    """ASGI middleware that answers only its own page's requests.
+
+    A host name that is not among `hosts` (None: every name is) gets 421, and a request from another
+    site's page 403. A page of one of the `allowed` origins may ask, whatever Host the proxy passes
+    on.
+    """
 
     def __init__(
         self,
@@ -42,7 +52,9 @@ class TrustedHosts:
         hosts: Collection[str] | None,
         allowed: Collection[Origin] = (),
     ) -> None:
-        self.app, self.hosts, self.allowed = app, hosts, allowed
+        self.app = app
+        self.hosts = hosts
+        self.allowed = allowed
         self.names = {name for _, name, _ in allowed}
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
@@ -63,28 +75,36 @@ class TrustedHosts:
         await self.app(scope | {"headers": asked}, receive, send_unframed)
 
     def may_pass(self, name: bytes, value: bytes) -> bool:
+        """Whether gradio gets to see this header."""
         if name != b"x-forwarded-host":
             return True
         origin = origin_of(f"https://{value.decode('latin1')}")
         return origin is not None and origin[1] in self.names
 
     def refusal(self, path: str, headers: dict[str, str]) -> PlainTextResponse | None:
-        """A browser lets no other site's page set Host, Origin or Sec-Fetch-Site."""
+        """The answer to a request that is refused; None: it may pass.
+
+        A browser lets no other site's page set Host, Origin or Sec-Fetch-Site.
+        """
+        # What no page asks for.
         if ELSEWHERE.search(path):
             return PlainTextResponse("the page fetches no address", 404)
+        # The name by which the page is called.
         host = headers.get("host", "")
         known = origin_of(f"http://{host}")
         if self.hosts is not None and (known is None or known[1] not in self.hosts):
             return PlainTextResponse(UNKNOWN_HOST, 421)
+        # The page that sends the request: it must be this one, or an allowed one.
         if (origin := headers.get("origin")) is not None:
             # Host tells no scheme: for a name that is not allowed, name and port must be the page's
-            asked, scheme = origin_of(origin), origin.partition("://")[0]
+            asked = origin_of(origin)
+            scheme = origin.partition("://")[0]
             names = (host, headers.get("x-forwarded-host", host))
             own = {origin_of(f"{scheme}://{name}") for name in names}
             is_own = asked in own and asked is not None and asked[1] not in self.names
             if not (is_own or asked in self.allowed):
                 return PlainTextResponse(REFUSED, 403)
-        # a link to the page is followed; a picture or a form of another site gets nothing behind it
+        # A link to the page is followed; a picture or a form of another site gets nothing behind it
         if path != "/" and headers.get("sec-fetch-site") in FOREIGN_SITES:
             return PlainTextResponse(REFUSED, 403)
         return None
@@ -97,19 +117,23 @@ async def trusted_hosts(
     app: Any,
 ) -> AsyncIterator[None]:
     """A lifespan that puts TrustedHosts around everything else, including gradio's own middleware.
+
     Gradio adds its own outside of any given one, and would itself answer a foreign page's
-    preflight. On a busy machine it starts twice."""
+    preflight.
+    """
+    # On a busy machine gradio starts the lifespan twice.
     if not isinstance(app.middleware_stack, TrustedHosts):
         app.middleware_stack = TrustedHosts(app.middleware_stack, hosts, allowed)
     yield
 
 
 def headers_of(scope: dict) -> dict[str, str]:
+    """Name -> value of a request's headers."""
     return {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
 
 
 def origin_of(url: str) -> Origin | None:
-    """The port is by default the scheme's; None for an invalid address."""
+    """The origin of an address, by default with its scheme's port; None for an invalid one."""
     try:
         parts = urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
@@ -119,8 +143,11 @@ def origin_of(url: str) -> Origin | None:
 
 
 def origins_of(text: str) -> set[Origin]:
-    """What a host name or address means; without a scheme http and https, without a port its own.
-    Raises UserError."""
+    """The origins that a host name or address means.
+
+    Without a scheme these are http and https, and without a port the scheme's own. Raises UserError
+    for what is no host name.
+    """
     urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
     if (origins := {origin_of(url) for url in urls}) == {None}:
         raise UserError(
@@ -133,11 +160,15 @@ def origins_of(text: str) -> set[Origin]:
 NO_FILES = ("upload", "upload_progress", "component_server", "deep_link")
 """Last parts of the paths by which gradio takes something other than a form, or writes it down."""
 MAX_FORM_BYTES = 256 * 1024
+"""The longest form of a public page."""
 
 
 class DrawsOnly:
-    """ASGI middleware of a public page: 404 for files, 413 for a body longer than a form, which
-    gradio would hold in memory."""
+    """ASGI middleware of a public page, which takes no files and no long forms.
+
+    A path for files gets 404. A body that is longer than a form gets 413, as gradio would hold it
+    in memory.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -147,6 +178,7 @@ class DrawsOnly:
         await (refusal or self.app)(scope, receive, send)
 
     def refusal(self, scope: dict) -> PlainTextResponse | None:
+        """The answer to a request that is refused; None: it may pass."""
         if scope["path"].rstrip("/").rpartition("/")[2] in NO_FILES:
             return PlainTextResponse("this page takes no files", 404)
         length = headers_of(scope).get("content-length", "")
@@ -156,7 +188,10 @@ class DrawsOnly:
 
 
 def fetch_nothing(page: gr.Blocks) -> None:
-    """A form may name an address in place of a file: gradio would fetch and keep it for a day."""
+    """Refuse addresses that a form names in place of files.
+
+    Gradio would fetch such a file, and keep it for a day.
+    """
     for block in page.blocks.values():
         keep = block.async_move_resource_to_block_cache
         block.async_move_resource_to_block_cache = partial(_of_this_machine, keep)

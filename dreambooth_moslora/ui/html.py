@@ -1,5 +1,7 @@
-"""How the page looks: HTML (what came from a user or a file is escaped), CSS, theme, keys, and the
-rows of photos. Nothing is fetched."""
+"""How the page looks: HTML, CSS, theme, keys, and the rows of photos.
+
+What came from a user or a file is escaped. The browser fetches nothing from elsewhere.
+"""
 
 import base64
 import html
@@ -37,15 +39,17 @@ def progress_card(
     picture: str = "",
     size_px: tuple[int, int] | None = None,
 ) -> str:
-    """A line of state, a bar (`fraction` in 0…1) and a small picture (a data URL) beside them. With
-    the size (width, height) that the picture will have, the page shows it in the gallery instead
-    (`LARGE_PREVIEW`)."""
-    look = (
-        'class="large" style="--width:{};--height:{}"'.format(*size_px)
-        if size_px
-        else 'class="thumb"'
-    )
+    """A card that says how far some work is.
+
+    `line` is its state, and `detail` a fainter line below. `fraction` (0…1) draws a bar. `picture`
+    is the data URL of a small picture beside them. With `size_px` (width, height), the size that
+    the picture will have, the page shows it in the gallery instead (`LARGE_PREVIEW`).
+    """
+    look = 'class="thumb"'
+    if size_px:
+        look = 'class="large" style="--width:{};--height:{}"'.format(*size_px)
     image = f'<img {look} alt="Preview" src="{escape(picture)}">' if picture else ""
+    # A screen reader hears the bar as a number of percent.
     bar = ""
     if fraction is not None:
         percent = round(100 * min(max(fraction, 0.0), 1.0), 1)
@@ -65,6 +69,7 @@ def notice(text: str, kind: str = "info") -> str:
 
 
 def faint(text: str) -> str:
+    """A small grey line."""
     return f'<div class="faint">{escape(text)}</div>'
 
 
@@ -79,11 +84,15 @@ def remarks_card(lines: list[str], title: str = "") -> str:
 def folded_card(title: str, lines: list[str]) -> str:
     """A title, and a list that is folded below it."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    folded = f'<details><summary>Why, and what else is known</summary><ul class="remarks">{items}</ul></details>'
+    folded = (
+        "<details><summary>Why, and what else is known</summary>"
+        f'<ul class="remarks">{items}</ul></details>'
+    )
     return f'<div class="card"><b>{escape(title)}</b>{folded}</div>'
 
 
 def facts_table(facts: list[tuple[str, str]]) -> str:
+    """A table of names and values; those without a value are left out."""
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
         for name, value in facts
@@ -93,7 +102,8 @@ def facts_table(facts: list[tuple[str, str]]) -> str:
 
 
 def thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
-    """A JPEG data URL of at most 384 px: previews are never written to the disk."""
+    """A JPEG data URL whose longer side is at most `side_px`, so that no preview is written to the
+    disk."""
     small = pixels.copy()
     small.thumbnail((side_px, side_px))
     buffer = io.BytesIO()
@@ -115,6 +125,7 @@ FONTS = [
     "Arial",
     "sans-serif",
 ]
+"""The fonts of the machine: none is fetched."""
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.teal,
     neutral_hue=gr.themes.colors.zinc,
@@ -145,6 +156,7 @@ THEME = gr.themes.Base(
     slider_color="*primary_600",
     slider_color_dark="*primary_500",
 )
+"""Colours and shapes, in light and dark."""
 
 
 HEAD = f"\n<script>\n{static('page.js')}</script>\n"
@@ -154,6 +166,7 @@ HEAD = f"\n<script>\n{static('page.js')}</script>\n"
 LARGE_PREVIEW = static("large_preview.js").rstrip("\n")
 """From a `progress_card` to its large preview, or to ""."""
 NUMBERS = (gr.Slider, gr.Number)
+"""Widgets whose value is a number."""
 SHOWN = {
     "show_label": False,
     "format": "png",
@@ -164,8 +177,10 @@ SHOWN = {
 
 
 def explain_bad_values(widget: gr.components.Component) -> None:
-    """Make the widget name itself and its expected type when it cannot take a value, such as a box
-    of text a list: gradio would take Python's spelling of it, and round what should be whole."""
+    """Make the widget name itself and its expected type when it cannot take a value.
+
+    Gradio would take Python's spelling of a list for a text, and round what should be whole.
+    """
     own = widget.preprocess
 
     def preprocess(value: object) -> object:
@@ -179,8 +194,10 @@ def explain_bad_values(widget: gr.components.Component) -> None:
             kind = "a number" if isinstance(widget, NUMBERS) else "text"
             words = f"{widget.label} must be {kind}, not {value!r:.30}"
         else:
-            if not (isinstance(widget, gr.Number) and widget.precision == 0 and value != taken):
+            is_whole = isinstance(widget, gr.Number) and widget.precision == 0
+            if not is_whole or value == taken:
                 return taken
+            # Gradio has rounded it.
             words = f"{widget.label} must be a whole number, not {value!r:.30}"
         raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
 
@@ -188,6 +205,7 @@ def explain_bad_values(widget: gr.components.Component) -> None:
 
 
 EMPTY_CAPTION = "Caption; empty: the words of step 2"
+"""What an empty caption shows in grey."""
 ROWS = (
     ("\n" + static("photo_rows.html"))
     .replace("MOST_BYTES", str(MOST_BYTES))
@@ -220,6 +238,6 @@ def photo_rows(elem_id: str) -> gr.HTML:
 
 def with_cards(cards: list[dict[str, Any]], *, is_reset: bool = False) -> gr.HTML:
     """The rows of these cards; with `is_reset`, their captions replace what was typed."""
-    return gr.HTML(
-        visible=bool(cards), cards=cards, **({"reset": secrets.token_hex(4)} if is_reset else {})
-    )
+    # Any new word is a sign to the browser.
+    reset = {"reset": secrets.token_hex(4)} if is_reset else {}
+    return gr.HTML(visible=bool(cards), cards=cards, **reset)

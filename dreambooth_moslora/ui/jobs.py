@@ -1,5 +1,4 @@
-"""Training runs as processes of the server: they go on when the page is closed or the app is
-restarted.
+"""Training runs as processes: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process; `metrics.jsonl`, which anyone may have edited, has the
 progress. A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The
@@ -48,23 +47,29 @@ class RunEvents(Metrics):
     """Metrics without events whose fields have another type than the trainer writes."""
 
     def refresh(self) -> "RunEvents":
-        known, count = self.events, len(self.events)
+        """Read what was appended since, and drop the events that are not sound."""
+        known = self.events
+        count = len(known)
         super().refresh()
+        # The list is another one where the file was read from its beginning.
         start = count if self.events is known else 0
         self.events[start:] = [event for event in self.events[start:] if is_sound(event)]
         return self
 
 
 def is_sound(event: dict[str, Any]) -> bool:
+    """Whether an event's fields have the types that the page expects."""
     if event["type"] == "step" and event.get("step") is None:
         return False
-    return all(
-        event.get(name) is None or isinstance(event[name], kind) for name, kind in KINDS.items()
-    )
+    given = {name: event[name] for name in KINDS if event.get(name) is not None}
+    return all(isinstance(value, KINDS[name]) for name, value in given.items())
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
-    """What the trainer does now: it trains after a step, and after the last of the photos."""
+    """What the trainer does now; "" before it has said anything.
+
+    It trains after a step, and after the last of the photos.
+    """
     for event in reversed(events):
         if event["type"] in ("phase", "step"):
             was_last = event.get("phase") == "caching" and event.get("done") == event.get("total")
@@ -73,21 +78,27 @@ def phase_of(events: list[dict[str, Any]]) -> str:
 
 
 JOB_NAME = "job.json"
+"""The record of a run's process, in the run's folder."""
 REMARK = re.compile(
     r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note: )?(.+)", re.MULTILINE
 )
+"""A warning in the trainer's log."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder and its process. Paths in its settings are relative to `folder`."""
+    """One run: its folder and its process."""
 
     run_dir: Path
     pid: int
     created: float
+    """When the system says that the process began, s."""
     stop_asked: float = 0.0
+    """When it was asked to stop, s; 0: it was not."""
     birth: str = ""
+    """What tells the process from others of its number, where the system says it."""
     folder: str = ""
+    """Paths in its settings are relative to this folder."""
     began: float = 0.0
     """The clock just before the process was made: `created` is exact to a second only, and an
     earlier process may have ended within it."""
@@ -97,6 +108,7 @@ class Job:
         return self.run_dir.name
 
     def save(self) -> None:
+        """Write the record whole, or leave the old one. Raises OSError."""
         facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
         temporary = self.run_dir / queue.NEW_RECORD_NAME
         temporary.write_text(json.dumps(facts), encoding="utf-8")
@@ -104,8 +116,8 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """The record in the folder; None when it is missing or cannot be read. Reading a pipe would
-        have no end."""
+        """The record in the folder; None when it is missing or cannot be read."""
+        # Reading a pipe would have no end.
         if not (run_dir / JOB_NAME).is_file():
             return None
         names = [name for name in cls.__dataclass_fields__ if name != "run_dir"]
@@ -114,11 +126,11 @@ class Job:
             job = cls(run_dir, **{name: facts[name] for name in names if name in facts})
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        texts, numbers = (job.birth, job.folder), (job.created, job.stop_asked, job.began)
-        is_sound = (
-            type(job.pid) is int and job.pid > 0 and all(isinstance(text, str) for text in texts)
-        )
-        return job if is_sound and all(map(is_finite_number, numbers)) else None
+        # Anyone may have edited the file.
+        has_pid = type(job.pid) is int and job.pid > 0
+        has_texts = all(isinstance(text, str) for text in (job.birth, job.folder))
+        has_times = all(map(is_finite_number, (job.created, job.stop_asked, job.began)))
+        return job if has_pid and has_texts and has_times else None
 
     @property
     def is_of_terminal(self) -> bool:
@@ -130,19 +142,26 @@ class Job:
         """Whether the started process still exists (a zombie does not count)."""
         try:
             process = psutil.Process(self.pid)
-            by_clock = abs(process.create_time() - self.created) < 1.0
-            same = birth_of(self.pid) == self.birth if self.birth else by_clock
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            # Another process may have its number by now.
+            if self.birth:
+                is_same = birth_of(self.pid) == self.birth
+            else:
+                is_same = abs(process.create_time() - self.created) < 1.0
+            return is_same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
     def log_tail(self) -> str:
+        """The end of the trainer's log."""
         return processes.log_tail(self.run_dir)
 
     def remarks(self) -> list[str]:
-        """What the trainer remarked, such as settings without effect: each warning in the beginning
-        of its own log."""
-        if not (path := run_folder.RunDir(self.run_dir).log_path).is_file():
+        """What the trainer remarked, such as settings without effect.
+
+        These are the warnings in the beginning of its own log, each once.
+        """
+        path = run_folder.RunDir(self.run_dir).log_path
+        if not path.is_file():
             return []
         with path.open("rb") as file:
             text = file.read(processes.TAIL_BYTES).decode("utf-8", errors="replace")
@@ -150,37 +169,48 @@ class Job:
 
 
 def job_of_terminal(run_dir: Path) -> Job:
-    """The run in a folder without a record, and the process that the lock names, if it lives on
-    this machine."""
+    """The run in a folder without a record.
+
+    Its process is the one that the lock names, if that lives on this machine.
+    """
+    here = rf"process (\d+) on {re.escape(socket.gethostname())}"
     try:
-        owner, began = queue.owner_of(run_dir), (run_dir / queue.OWNER_NAME).stat().st_mtime
-        pid = int(re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", owner)[1])
+        owner = queue.owner_of(run_dir)
+        began = (run_dir / queue.OWNER_NAME).stat().st_mtime
+        pid = int(re.fullmatch(here, owner)[1])
         created = psutil.Process(pid).create_time()
-        if created <= began + 1:  # else another process has its number by now
+        # Else another process has its number by now.
+        if created <= began + 1:
             return Job(run_dir, pid, created)
     except (OSError, ValueError, TypeError, psutil.Error):
         pass
     return Job(run_dir, NO_PROCESS, 0.0)
 
 
-NO_PROCESS = 0  # The number of no program's process.
+NO_PROCESS = 0
+"""The number of no program's process."""
 KILL_AFTER_SEC = 30
+"""A second request to stop kills the run when the first is older."""
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
 """Letters, digits, space and `+-_`, with single dots between: no separator, no leading dot."""
-MAX_RUN_NAME = 60  # Of a new run, characters
-MOST_NAME_BYTES = 255  # Of any folder
+MAX_RUN_NAME = 60
+"""Characters of a new run's name."""
+MOST_NAME_BYTES = 255
+"""Bytes of any folder's name."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """`state`: starting, running, stopping, done, interrupted, failed. `phase` is what the trainer
-    does now."""
+    """How far a run is."""
 
     state: str
+    """Starting, running, stopping, done, interrupted, or failed."""
     step: int
     max_train_steps: int
     phase: str
+    """What the trainer does now."""
     message: str = ""
+    """Why it ended."""
 
     @property
     def is_active(self) -> bool:
@@ -188,8 +218,12 @@ class JobState:
 
 
 class Jobs:
-    """The runs under `runs_dir`, one process at a time. `make_room` is a context manager around its
-    start."""
+    """The runs under `runs_dir`, one process at a time.
+
+    - `runs_dir` has a folder for each run.
+    - `script` trains in place of this package's `train`.
+    - `make_room` gives the context manager around a start.
+    """
 
     def __init__(
         self,
@@ -197,10 +231,14 @@ class Jobs:
         script: Path | None = None,
         make_room: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.runs_dir, self.script, self._make_room = runs_dir, script, make_room
+        self.runs_dir = runs_dir
+        self.script = script
+        self._make_room = make_room
+        # By the process's number: those of this server, how they ended, and when they were asked
+        # to stop.
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
-        self._asked: dict[int, float] = {}  # process -> when it was asked to stop
+        self._asked: dict[int, float] = {}
         self._metrics: dict[Path, RunEvents] = {}
         self._lock = threading.Lock()
 
@@ -212,8 +250,10 @@ class Jobs:
         return self._launch(run_dir, folder)
 
     def resume(self, name: str) -> Job:
-        """Resume from the last checkpoint. Raises UserError when the run is a terminal's, or is
-        going on."""
+        """Resume from the last checkpoint.
+
+        Raises UserError when the run is a terminal's, or is going on.
+        """
         job = self.recorded(name)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
@@ -222,8 +262,10 @@ class Jobs:
         return self._launch(job.run_dir, job.folder)
 
     def stop(self, name: str) -> Job:
-        """Ask the trainer to end with a checkpoint; after 30 s, kill it with its children. Raises
-        UserError."""
+        """Ask the trainer to end with a checkpoint; when asked again after 30 s, kill it.
+
+        Raises UserError for a run that has ended, or that is a terminal's.
+        """
         job = self.recorded(name)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
@@ -232,131 +274,162 @@ class Jobs:
             return job
         if not job.stop_asked:
             job = self.ask_to_stop(job)
-            with suppress(OSError):  # a full disk: this process remembers the request
+            # On a full disk this process alone remembers the request.
+            with suppress(OSError):
                 job.save()
         return job
 
     def ask_to_stop(self, job: Job) -> Job:
-        """The request; `job` as it is then. A run that has not begun has nothing to save, and is
-        ended: `terminate` is SIGTERM, which also asks, or on Windows the end. So is one that no
-        request can be written for."""
+        """Ask the run to stop; returns the job with the time of the request.
+
+        A run that has not begun has nothing to save, and is ended.
+        """
         has_begun = bool(self._events_of(job))
         try:
             processes.ask_to_stop(job.run_dir)
+            is_asked = True
         except OSError:
-            has_begun = False
-        if not has_begun:
+            is_asked = False
+        # SIGTERM asks, too; on Windows it is the end.
+        if not (has_begun and is_asked):
             with suppress(psutil.Error):
                 psutil.Process(job.pid).terminate()
         return replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
 
     def recorded(self, name: str) -> Job:
         """A run of the page or of the queue. Raises UserError for any other."""
-        if (job := Job.load(self.run_dir(name))) is None:
+        job = Job.load(self.run_dir(name))
+        if job is None:
             raise UserError(f"there is no run called {name!r:.60} of a page or of the queue")
-        return replace(job, stop_asked=job.stop_asked or self._asked.get(job.pid, 0.0))
+        return replace(job, stop_asked=self._when_asked(job))
 
     def run_dir(self, name: str) -> Path:
         """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
         if name == "":
             raise UserError("choose a run; '' cannot be the name of a run")
-        if (
-            not isinstance(name, str)
-            or not RUN_NAME.fullmatch(name)
-            or len(name.encode()) > MOST_NAME_BYTES
-        ):
+        is_name = isinstance(name, str) and RUN_NAME.fullmatch(name)
+        if not is_name or len(name.encode()) > MOST_NAME_BYTES:
             raise UserError(f"{name!r:.60} cannot be the name of a run")
         return self.runs_dir / name
 
     def all(self) -> list[Job]:
         """All runs of the page and of the queue, the newest first."""
-        folders = sorted(
-            self.runs_dir.glob(f"*/{JOB_NAME}"), key=lambda path: -path.stat().st_mtime
-        )
-        return [job for folder in folders if (job := Job.load(folder.parent))]
+        records = self.runs_dir.glob(f"*/{JOB_NAME}")
+        newest_first = sorted(records, key=lambda path: -path.stat().st_mtime)
+        found = [Job.load(record.parent) for record in newest_first]
+        return [job for job in found if job is not None]
 
     def of_terminals(self) -> list[Job]:
         """The runs that `train` began in a terminal, the newest first."""
         found = []
         for path in self.runs_dir.glob("*/metrics.jsonl"):
             folder = path.parent
-            if (
-                RUN_NAME.fullmatch(folder.name)
-                and path.is_file()
-                and not os.path.lexists(folder / JOB_NAME)
-            ):
+            is_run = RUN_NAME.fullmatch(folder.name) and path.is_file()
+            if is_run and not os.path.lexists(folder / JOB_NAME):
                 found.append(job_of_terminal(folder))
         return sorted(found, key=lambda job: -job.run_dir.stat().st_mtime)
 
     def seen(self, name: str) -> Job:
         """Any run. Raises UserError as `recorded`."""
-        by_terminal = (job for job in self.of_terminals() if job.name == name)
-        return next(by_terminal, None) or self.recorded(name)
+        for job in self.of_terminals():
+            if job.name == name:
+                return job
+        return self.recorded(name)
 
     def current(self) -> Job | None:
         """The run in progress. One that was asked to stop and does not answer is ended."""
         self._reap()
         job = next((job for job in self.all() if job.is_alive), None)
-        asked = (job.stop_asked or self._asked.get(job.pid, 0.0)) if job else 0.0
+        asked = self._when_asked(job) if job else 0.0
         if asked and processes.has_gone_silent(asked, [job.run_dir]):
             processes.end_process(job.pid)
             logger.warning("%s did not answer the request to stop and was ended", job.name)
         return job
 
+    def _when_asked(self, job: Job) -> float:
+        """When the run was asked to stop, by its record or by this process, s; 0: it was not."""
+        return job.stop_asked or self._asked.get(job.pid, 0.0)
+
     def metrics(self, job: Job) -> RunEvents:
+        """The run's events as they are now; the file is read on from where it was."""
         with self._lock:
             path = run_folder.RunDir(job.run_dir).metrics_path
             return self._metrics.setdefault(path, RunEvents(path)).refresh()
 
     def state(self, job: Job) -> JobState:
-        # read before the metrics, which are complete once the process has ended
+        """How far the run is, from its process and its events."""
+        # The process is asked first: once it has ended, its metrics are complete.
         alive = job.is_alive
         self._reap()
         metrics = self.metrics(job)
-        events, code = self._events_of(job), self._exits.get(job.pid)
-        # Windows' status of any that was killed, here of one that had begun
+        events = self._events_of(job)
+        code = self._exits.get(job.pid)
+        # Windows' status of any that was killed, here of one that had begun.
         if events and code == signal.SIGTERM:
             code = None
+
+        # The state: what the trainer recorded at its end, or what its process tells.
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
-        if alive:
-            state = "stopping" if job.stop_asked else "running" if events else "starting"
+        if alive and job.stop_asked:
+            state = "stopping"
+        elif alive:
+            state = "running" if events else "starting"
+        elif end.get("state"):
+            state = end["state"]
         else:
-            # before it could record its end
             was_stopped_early = job.stop_asked and code in processes.STOPPED_EARLY
-            state = end.get("state") or ("interrupted" if was_stopped_early else "failed")
-        is_starting = alive and not events  # the file still belongs to an earlier start
+            state = "interrupted" if was_stopped_early else "failed"
+
+        # The step. While a run starts, the file still belongs to an earlier start.
+        is_starting = alive and not events
         done = [] if is_starting else [*metrics.of("step")[-1:], *events]
         step = max((int(event.get("step") or 0) for event in done), default=0)
         total = int(metrics.last("start").get("max_train_steps") or 0)
+
+        # Why it ended: a process that was killed has not said so.
         message = str(end.get("message") or metrics.problem)
         if not (message or end or alive):
             message = processes.why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
-        return JobState(state, step, total, phase_of(events), message)
+        return JobState(
+            state=state,
+            step=step,
+            max_train_steps=total,
+            phase=phase_of(events),
+            message=message,
+        )
 
     def was_cut_off(self, job: Job) -> bool:
-        """Whether it neither ended itself nor was stopped by anybody: it was killed, or its machine
-        went down."""
+        """Whether the run was killed, or its machine went down.
+
+        It neither ended itself, nor was it stopped by anybody.
+        """
         if job.is_alive or job.stop_asked or job.pid in self._asked:
             return False
         self._reap()
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
-        return (
-            ends[-1] == "interrupted"
-            if ends
-            else processes.was_killed(self._exits.get(job.pid), job.log_tail())
-        )
+        if ends:
+            return ends[-1] == "interrupted"
+        return processes.was_killed(self._exits.get(job.pid), job.log_tail())
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
-        """Events since the first that is not older than its process, as the clock may be put back
-        later."""
-        events, since = self.metrics(job).since_start(), job.began or job.created - 1
+        """Events since the first that is not older than the run's process.
+
+        Later ones may be older: the clock may be put back.
+        """
+        events = self.metrics(job).since_start()
+        since = job.began or job.created - 1
         return list(dropwhile(lambda event: (event.get("time") or 0) < since, events))
 
     def _launch(self, run_dir: Path, folder: str) -> Job:
+        """Start the trainer on the settings in `run_dir`, and record its process.
+
+        Raises UserError while another run is going on.
+        """
         with self._make_room(), self._lock:
             if running := self.current():
                 raise UserError(f"the run {running.name} is going on; one run at a time")
+            # Start it. An earlier process may have had the same number.
             command = processes.TRAIN if self.script is None else [str(self.script)]
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
             began = time.time()
@@ -364,80 +437,106 @@ class Jobs:
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
             self._asked.pop(child.pid, None)
+            # Record it.
             try:
-                created, birth = psutil.Process(child.pid).create_time(), birth_of(child.pid)
-                job = Job(run_dir, child.pid, created, birth=birth, folder=folder, began=began)
+                job = Job(
+                    run_dir=run_dir,
+                    pid=child.pid,
+                    created=psutil.Process(child.pid).create_time(),
+                    birth=birth_of(child.pid),
+                    folder=folder,
+                    began=began,
+                )
                 job.save()
-            except BaseException:  # an unrecorded process could not be stopped
+            except BaseException:
+                # An unrecorded process could not be stopped.
                 child.kill()
                 raise
             return job
 
     def _reap(self) -> None:
+        """Note how processes of this server have ended."""
         for pid, child in list(self._children.items()):
-            if (code := child.poll()) is not None:
+            code = child.poll()
+            if code is not None:
                 self._exits[pid] = code
                 self._children.pop(pid, None)
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Those that it was started with. Raises UserError for a file that holds none."""
+    """The settings that the run was started with. Raises UserError for a file that holds none."""
     try:
         settings = json.loads(small_text(job.run_dir / processes.CONFIG_NAME))
     except (OSError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise UserError(
-            f"the settings of the run {job.name} cannot be read, so it cannot be resumed; start a new one"
+            f"the settings of the run {job.name} cannot be read, so it cannot be resumed; "
+            "start a new one"
         )
     return settings
 
 
-KILLED_MOST = 3  # A run that is killed this many times without a new checkpoint counts as failed
+KILLED_MOST = 3
+"""A run that is killed this many times without a new checkpoint counts as failed."""
+KILLED = f"it was killed {KILLED_MOST} times, perhaps for want of memory"
+"""What is said of it."""
 TURN_SEC = 1.0
+"""Seconds between two looks at the queue."""
 UNREADABLE = "its file in the queue cannot be read; add it once more"
+"""What is said of a queued run whose settings are gone."""
 
 
 class QueueTurns:
-    """`take` does the next thing: record the end of a run, resume an interrupted one, or start the
-    next."""
+    """Trains the runs of the queue, one after the other: `take` does the next thing.
+
+    That is to record the end of a run, to resume an interrupted one, or to start the next.
+    """
 
     def __init__(self, jobs: Jobs) -> None:
-        self.jobs, self.queue = jobs, queue.RunQueue(jobs.runs_dir)
+        self.jobs = jobs
+        self.queue = queue.RunQueue(jobs.runs_dir)
 
     def take(self) -> None:
-        """Does nothing while any run is in progress, or while another process holds the turn."""
+        """Do the next thing, if there is one.
+
+        Does nothing while any run is in progress, or while another process holds the turn.
+        """
         with self.queue.turn() as is_mine:
-            if (
-                not is_mine
-                or self.jobs.current()
-                or not (run := self.current() or self.queue.claim())
-            ):
+            # Whose turn is it?
+            if not is_mine or self.jobs.current():
+                return
+            run = self.current() or self.queue.claim()
+            if not run:
                 return
             if not run.settings:
                 self.queue.end(run, "failed", UNREADABLE)
                 return
+
+            # A run that has not begun, or whose folder still has an earlier process's record.
             job = Job.load(self.jobs.runs_dir / run.name)
             if not run.started or job is None or (job.began or job.created) < run.started - 1:
                 self._start(run)
                 return
+
+            # A run that has ended, or was stopped.
+            state = self.jobs.state(job)
             if not self.jobs.was_cut_off(job):
-                state = self.jobs.state(job)
                 self.queue.end(run, state.state, state.message)
                 return
-            is_killed = self.jobs.state(
-                job
-            ).state != "interrupted" and not processes.is_asked_to_stop(job.run_dir)
-            killed = run.killed + is_killed
-            killed = 0 if self._has_checkpoint_since(run.started, run) else killed
+
+            # A run that was cut off goes on, unless it is killed again and again at one place.
+            was_asked = processes.is_asked_to_stop(job.run_dir)
+            is_killed = state.state != "interrupted" and not was_asked
+            has_progress = self._has_checkpoint_since(run.started, run)
+            killed = 0 if has_progress else run.killed + is_killed
             if killed >= KILLED_MOST:
-                self.queue.end(
-                    run, "failed", f"it was killed {KILLED_MOST} times, perhaps for want of memory"
-                )
+                self.queue.end(run, "failed", KILLED)
             else:
                 self._start(replace(run, killed=killed))
 
     def current(self) -> queue.QueuedRun | None:
+        """The run whose turn it is; None between two."""
         return next(iter(self.queue.started()), None)
 
     @property
@@ -445,35 +544,39 @@ class QueueTurns:
         return not (self.queue.started() or self.queue.waiting())
 
     def keep_on(self) -> None:
-        """Call `take` every second while this process lives: a folder of runs that was deleted
-        comes back."""
+        """Call `take` every second while this process lives."""
         while True:
             try:
                 self.take()
-            except Exception:  # such as a full disk: the next turn may succeed
+            except Exception:
+                # Such as a full disk, or a folder that was deleted: the next turn may succeed.
                 logger.exception("The queue's turn failed")
             time.sleep(TURN_SEC)
 
     def _start(self, run: queue.QueuedRun) -> None:
-        """Start it, from the newest checkpoint if it has been started before."""
+        """Start the run, from the newest checkpoint if it has been started before."""
         run_dir = self.jobs.runs_dir / run.name
         try:
             queue.check_free(run_dir)
-        except UserError:  # an unrecorded process trains there
+        except UserError:
+            # An unrecorded process trains there.
             return
-        since = 0.0 if run.is_new else run.queued  # the clock may be put back
-        # before, another run wrote it
+        # Does it go on? A checkpoint from before it was queued is another run's. That of a new
+        # folder is its own, whatever a clock says that was put back.
+        since = 0.0 if run.is_new else run.queued
         goes_on = bool(run.started) and self._has_checkpoint_since(since, run)
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
+        # Start it. What fails here fails for good, but for another run that was faster.
         self.queue.note(replace(run, started=time.time()))
         try:
             queue.refuse_links(run_dir, "--output_dir")
             self.jobs.start(run.name, settings, run.folder)
-        # UserError is a ValueError; so is the error of an impossible path
+        # UserError is a ValueError; so is the error of an impossible path.
         except (OSError, ValueError) as error:
-            if not self.jobs.current():  # else another run was faster, and this one starts later
+            if not self.jobs.current():
                 self.queue.end(run, "failed", one_line(error))
 
     def _has_checkpoint_since(self, when: float, run: queue.QueuedRun) -> bool:
+        """Whether the run's newest checkpoint is from after that time (s)."""
         newest = run_folder.RunDir(self.jobs.runs_dir / run.name).latest_checkpoint()
         return newest is not None and newest.stat().st_mtime >= when

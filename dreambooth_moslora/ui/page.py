@@ -1,5 +1,7 @@
-"""The whole page: a heading, the tabs, and how it is served. The Inspect tab, for PNGs and
-adapters, is here."""
+"""The whole page: a heading, the tabs, and how it is served.
+
+The Inspect tab, for PNGs and adapters, is here.
+"""
 
 import threading
 from collections.abc import Collection, Iterator
@@ -22,8 +24,12 @@ MAX_SESSIONS = 256
 the next click."""
 MOST_WAITING = 64
 """Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
-CACHE_CHECK_SEC, CACHE_AGE_SEC = 3600, 24 * 3600
+CACHE_CHECK_SEC = 3600
+"""How often gradio looks for old files to delete."""
+CACHE_AGE_SEC = 24 * 3600
+"""The age at which it deletes them."""
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
+"""What Inspect shows before anything is dropped."""
 
 
 def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
@@ -37,6 +43,7 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
             gr.HTML("<h1>dreambooth_moslora</h1>")
             chooser = base_chooser(ctx)
         about = gr.HTML(base_line(ctx), elem_id="about_base")
+        # The tabs. A public page only draws.
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = build_generate_tab(ctx, page, templates)
@@ -45,8 +52,10 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
                     trained = screen.build_train_tab(ctx, page, tabs, generate)
                 with gr.Tab("Inspect", id="inspect"):
                     build_inspect_tab(ctx, tabs, generate)
+        # What depends on the base changes with it, in every tab.
         if chooser is not None:
             connect_bases(ctx, page, chooser, about, generate.of_base | trained)
+    # The queue of pictures, and the thread that trains the queued runs.
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
         guard.fetch_nothing(page)
@@ -57,7 +66,7 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
 
 
 def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
-    """None where there is no choice."""
+    """The list of bases; None where there is no choice."""
     if len(ctx.bases) == 1:
         return None
     look = {"show_label": False, "container": False, "min_width": 280, "elem_id": "base"}
@@ -66,23 +75,24 @@ def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
 
 def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     """One sentence: what the base is and needs, after a mistake, if there was one."""
-    told = html.faint(f"base: {ctx.base}" + (f", {ctx.chosen.about}" if ctx.chosen.about else ""))
+    about = f", {ctx.chosen.about}" if ctx.chosen.about else ""
+    told = html.faint(f"base: {ctx.base}{about}")
     return html.notice(mistake, "bad") + told if mistake else told
 
 
 def connect_bases(
     ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict
 ) -> None:
-    """The chosen base is that of every page. `widgets` (`first_values`) show other values for
-    another base."""
+    """Load the base that is chosen; it becomes that of every page.
+
+    - `chooser` is the list of bases, and `about` the line below it.
+    - `widgets`, by name, show other values for another base (`first_value`).
+    """
     outputs = [chooser, about, *widgets.values()]
 
     def shown() -> list:
-        return [
-            gr.Dropdown(value=ctx.base),
-            base_line(ctx),
-            *(first_value(ctx, name) for name in widgets),
-        ]
+        values = [first_value(ctx, name) for name in widgets]
+        return [gr.Dropdown(value=ctx.base), base_line(ctx), *values]
 
     @chooser.input(
         inputs=chooser,
@@ -97,15 +107,18 @@ def connect_bases(
             if title not in ctx.bases:
                 raise UserError(f"there is no base {title!s:.60} here")
             base = ctx.bases[title]
+            # The line counts the seconds while it loads.
             for seconds in ctx.choose(base):
                 line = f"Loading {title}: {base.about} … {generate_values.format_seconds(seconds)}"
                 yield [gr.skip(), html.faint(line), *unchanged]
         except Exception as error:
+            # The base of before is still there, and chosen again.
             mistake = f"{title!s:.60} is not loaded: {state.as_user_error(error)}"
             yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
         else:
             yield shown()
 
+    # Another browser may have chosen since the page was built.
     page.load(shown, None, outputs, **state.AT_ONCE)
 
 
@@ -118,12 +131,11 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
         return ctx.guidance_scale
     if name == "template":
         return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
-    if name in ("negative_prompt", "scheduler"):
-        return gr.update(
-            visible=ctx.facts.has_negative
-            if name == "negative_prompt"
-            else ctx.facts.style == "ddpm"
-        )
+    if name == "negative_prompt":
+        return gr.update(visible=ctx.facts.has_negative)
+    if name == "scheduler":
+        return gr.update(visible=ctx.facts.style == "ddpm")
+    # Any other is a field of the Train tab.
     row = train_form.rows(train_form.TrainForm)[name]
     is_of_family = not row.of_family or getattr(ctx.facts, row.of_family)
     is_shown = is_of_family and not (row.of_files and is_toy(ctx.base_name))
@@ -136,8 +148,12 @@ def launch_options(
     any_host: bool = False,
     public: bool = False,
 ) -> dict[str, Any]:
-    """The common options for `launch()`. The page answers to the loopback's names and those of the
-    `allowed` origins, or to every name (`any_host`). A `public` page takes no files."""
+    """The common options for `launch()`.
+
+    - The page answers to the loopback's names and to those of the `allowed` origins.
+    - With `any_host` it answers to every name.
+    - A `public` page takes no files.
+    """
     hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
         "theme": html.THEME,
@@ -157,6 +173,7 @@ def launch_options(
 
 
 def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    """A file is dropped, and what it says of itself is shown."""
     with gr.Row(elem_id="inspect", equal_height=False):
         with gr.Column(min_width=280, scale=2):
             file = gr.File(
@@ -172,6 +189,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
             facts = gr.HTML(HINT, elem_id="inspect_facts", label="Facts")
     fields = list(generate.fields.values())
 
+    # A picture tells its recipe, an adapter its header.
     @gr.on(
         [file.upload, file.clear],
         inputs=file,
@@ -187,6 +205,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
         found = recipe_facts(generate_values.recipe_of(file)) if is_picture else adapter_facts(file)
         return html.facts_table(found), gr.Button(visible=is_picture)
 
+    # A picture's recipe goes into the Generate tab.
     @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **state.TELLING)
     @state.as_gradio_error
     def use_recipe(file: str | None) -> list:
@@ -196,25 +215,28 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
-    params, origin = recipe.params, recipe.provenance
+    """(Name, value) of each part of a recipe; a value is empty if the recipe does not say it."""
+    params = recipe.params
+    origin = recipe.provenance
     hashes = dict(origin.adapter_sha256)
+    adapters = []
+    for name, scale in params.adapters:
+        line = f"{name}, scale {scale:g}"
+        if name in hashes:
+            line += f"\nsha256 {hashes[name]}"
+        adapters.append(("Adapter", line))
     size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
-    adapters = [
-        (
-            "Adapter",
-            f"{name}, scale {scale:g}" + (f"\nsha256 {hashes[name]}" if name in hashes else ""),
-        )
-        for name, scale in params.adapters
-    ]
+    guidance = "" if params.guidance_scale is None else f"{params.guidance_scale:g}"
+    scheduler = SCHEDULERS[params.scheduler].title if params.scheduler else ""
     return [
         ("Prompt", params.prompt),
         ("Negative prompt", params.negative_prompt),
         *adapters,
         ("Seed", str(params.seed)),
         ("Steps", str(params.steps)),
-        ("Guidance", "" if params.guidance_scale is None else f"{params.guidance_scale:g}"),
+        ("Guidance", guidance),
         ("Size", size),
-        ("Scheduler", SCHEDULERS[params.scheduler].title if params.scheduler else ""),
+        ("Scheduler", scheduler),
         ("Base", origin.base),
         ("Made with", ", ".join(f"{name} {version}" for name, version in origin.versions)),
     ]

@@ -1,6 +1,6 @@
-"""Photos that were dropped on the page become clean copies: upright, without metadata, of at most
-4096 px a side.
+"""Photos that were dropped on the page become clean copies.
 
+A copy is upright, has no metadata, and at most 4096 px a side.
 The copies are photo_01.png …, and their masks photo_01.mask.png …
 """
 
@@ -17,30 +17,45 @@ from dreambooth_moslora.photos import photo_file as images
 from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
 from dreambooth_moslora.photos.photo_file import grey_mask
 
+# What the page's field for photos takes.
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]
 MAX_PHOTOS = 50
+"""Most photos of one subject."""
 MAX_SIDE_PX = 4096
+"""Longer side of a copy; a larger photo is made smaller."""
 
 
 def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[str]:
-    """Copy photos and their masks into an empty `folder`; returns remarks. With `keep` they come
-    after those that are there. The folder is replaced atomically. Raises UserError when no file is
-    usable."""
+    """Copy photos and their masks into `folder`, which is replaced atomically.
+
+    With `keep` they come after the photos that are there. Returns remarks. Raises UserError for too
+    many photos, and when no file is usable.
+    """
+    # Tell masks from photos, by their names.
     given = list(map(Path, files))
-    named_masks = [file for file in given if (sidecar_of(file) or ("", ""))[1] == MASK_SUFFIX]
+    named_masks = []
+    for file in given:
+        sidecar = sidecar_of(file)
+        if sidecar is not None and sidecar[1] == MASK_SUFFIX:
+            named_masks.append(file)
     masks = {stem: file for (stem, _), file in sidecars_of(named_masks).items()}
     photos = [file for file in given if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
     kept = len(kept_photos(folder)) if keep else 0
-    if (count := kept + len(photos)) > MAX_PHOTOS:
+    count = kept + len(photos)
+    if count > MAX_PHOTOS:
         raise UserError(
             f"{count} photos are too many; {MAX_PHOTOS} at most, and 3 to 10 good ones are enough"
         )
+    # Fill a folder beside it, and put that in its place when all copies are written.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / folder.name
-        shutil.copytree(folder, new) if kept else new.mkdir()
+        if kept:
+            shutil.copytree(folder, new)
+        else:
+            new.mkdir()
         remarks = copy_all(photos, masks, new, kept)
         is_empty = len(kept_photos(new)) == kept
         if not (kept and is_empty):
@@ -61,14 +76,19 @@ def remove_photos(folder: Path, gone: Collection[Path]) -> None:
     for photo in gone:
         for file in folder.glob(f"{photo.stem}.*"):
             file.unlink()
+    # The numbers have no gaps, as the form counts photos by them.
     for number, photo in enumerate(kept_photos(folder), 1):
         for file in folder.glob(f"{photo.stem}.*"):
             file.rename(folder / f"photo_{number:02d}{file.name.removeprefix(photo.stem)}")
 
 
 def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: int = 0) -> list[str]:
-    """Write clean copies after the `taken` photos of the folder, beside them their masks in plain
-    grey (by the photo's stem); returns the remarks."""
+    """Write clean copies and their masks; returns the remarks.
+
+    - `photos` become the copies, in this order.
+    - `masks` (stem of the photo -> file) are written in plain grey.
+    - `folder` has `taken` photos already, after which these are numbered.
+    """
     remarks = []
     for photo in photos:
         try:
@@ -78,7 +98,9 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
             continue
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
-        remarks += [f"photo {taken}: rotated by EXIF, turned upright"] if was_turned else []
+        if was_turned:
+            remarks.append(f"photo {taken}: rotated by EXIF, turned upright")
+        # A bad mask does not cost the photo.
         if mask := masks.get(photo.stem):
             try:
                 grey = grey_mask(images.open_image(mask, MAX_SIDE_PX))
@@ -86,17 +108,21 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
             except images.UnreadableImageError as error:
                 remarks.append(f"{mask.name}: {error}")
     stems = {photo.stem for photo in photos}
-    lone = [mask for stem, mask in masks.items() if stem not in stems]
-    return remarks + [f"{mask.name}: a mask of no photo that is here" for mask in lone]
+    for stem, mask in masks.items():
+        if stem not in stems:
+            remarks.append(f"{mask.name}: a mask of no photo that is here")
+    return remarks
 
 
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     """The upright pixels without metadata, and whether EXIF had turned them. Raises
     UnreadableImageError."""
     opened = images.open_image(file, MAX_SIDE_PX)
-    clean, alpha = images.to_rgb(opened), images.alpha_of(opened)
+    clean = images.to_rgb(opened)
+    alpha = images.alpha_of(opened)
     if alpha is not None:
         clean.putalpha(alpha)
+    # A new picture takes over the pixels and nothing else.
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
     return bare, images.is_rotated(opened)

@@ -1,7 +1,7 @@
-"""State shared by all tabs: the pipeline (which loads while the page is already up), adapters,
-runs, and stops.
+"""State shared by all tabs: the pipeline, adapters, runs, and stops.
 
-Adapters are looked up by name: a path that a request names is never opened.
+The pipeline loads while the page is already up. Adapters are looked up by name: a path that a
+request names is never opened.
 """
 
 import errno
@@ -36,6 +36,7 @@ from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.toys import guidance_of
 from dreambooth_moslora.ui import jobs
+from dreambooth_moslora.ui.html import notice
 from dreambooth_moslora.ui.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,69 +52,83 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 """
 
 MAX_WAITING = 1000
+"""Pages whose stop is remembered while their work waits."""
 LOOK_SEC = 0.5
+"""How often the page tells how long a base has been loading."""
 MAX_SENTENCE = 300
+"""Characters of a message on the page."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the system when nothing more can be written."""
 
 logger = logging.getLogger(__name__)
 
 PROJECT = assets_folder().parent
+"""Where the project lies; files below it are shown by their path from there."""
 
 
 def check_suffix(file: Path) -> None:
     """Raises UserError for anything but a safetensors file."""
     if file.suffix != ".safetensors":
         raise UserError(
-            f"{file.name} is not a .safetensors file; other formats can carry code and are not opened"
+            f"{file.name} is not a .safetensors file; "
+            "other formats can carry code and are not opened"
         )
 
 
 @dataclass(frozen=True)
 class AdapterCatalog:
-    """Finds adapters among the uploads, in `adapters_dir` (safetensors files), and in `runs_dir`
-    (finished runs and their checkpoints), which a public page has not."""
+    """Finds adapters among the uploads, in a folder of files, and in the runs."""
 
     adapters_dir: Path
+    """Its safetensors files."""
     runs_dir: Path | None
+    """Finished runs and their checkpoints; a public page has none."""
     workspace: Workspace
+    """The uploads."""
 
     def files(self) -> dict[str, Path]:
         """Name -> file; a checkpoint is `run@step`."""
         uploads = dict(self.workspace.uploads)
-        files, places = sorted(self.adapters_dir.glob("*.safetensors")), [self.adapters_dir]
+        files = sorted(self.adapters_dir.glob("*.safetensors"))
+        places = [self.adapters_dir]
         if self.runs_dir is not None:
             files += run_folder.run_files(list(self.runs_dir.glob("*/")))
             places.append(self.runs_dir)
         return uploads | run_folder.files_by_name(files, places, taken=uploads)
 
     def path(self, name: str) -> Path:
-        """Raises UserError for an unlisted name: names are looked up, never joined to a folder."""
+        """The file of that name, which is looked up and never joined to a folder.
+
+        Raises UserError for an unlisted name.
+        """
         files = self.files()
         if name not in files:
-            raise UserError(
-                f"there is no adapter {name!s:.60}; choose one of: {', '.join(files) or 'none is there'}"
-            )
+            known = ", ".join(files) or "none is there"
+            raise UserError(f"there is no adapter {name!s:.60}; choose one of: {known}")
         return files[name]
 
     def public_paths(self) -> dict[str, str]:
-        """Name -> the path for a program, such as `runs/dog/checkpoint-500`: no folder of this
-        machine is shown."""
+        """Name -> the path for a program, such as `runs/dog/checkpoint-500`.
+
+        No folder of this machine is shown.
+        """
         paths = {}
         for name, file in self.files().items():
             is_run = self.runs_dir is not None and file.is_relative_to(self.runs_dir)
             wanted = file.parent if is_run else file
             if wanted.is_relative_to(PROJECT):
                 paths[name] = wanted.relative_to(PROJECT).as_posix()
+            elif is_run:
+                paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}"
             else:
-                paths[name] = (
-                    f"runs/{wanted.relative_to(self.runs_dir).as_posix()}" if is_run else file.name
-                )
+                paths[name] = file.name
         return paths
 
     def add_upload(self, uploaded: str | Path) -> str:
         """Keep an uploaded file while the page is up; returns its name. Raises UserError."""
         source = Path(uploaded)
         check_suffix(source)
+        # Each upload has a folder of its own, so that no other file lies beside it.
         taken = {run_folder.NONE, *self.files()}
         name = free_name(run_folder.clean_name(source.stem), taken.__contains__, " ")
         folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=self.workspace.folder))
@@ -124,14 +139,17 @@ class AdapterCatalog:
 
 
 _ONE_AT_A_TIME = threading.Lock()
+"""Held by the thread that imports the libraries."""
 TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
 """The logger whose warning repeats the end of a prompt that is too long."""
 
 
 def import_libraries() -> None:
-    """Import torch, diffusers and transformers in the first thread that needs them, while the
-    others wait. They import each other in circles, and two threads would find half-made modules:
-    call it before any import of one."""
+    """Import torch, diffusers and transformers in the first thread that needs them.
+
+    The others wait: these libraries import each other in circles, and two threads would find
+    half-made modules. Call it before any import of one.
+    """
     with _ONE_AT_A_TIME:
         logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
 
@@ -143,26 +161,31 @@ def _tells_no_prompt(record: logging.LogRecord) -> bool:
 @cache
 def facts_shown(base_name: str) -> Facts:
     """The family of the page's base; SDXL's where it is not known."""
-    with suppress(UserError):  # which loading it tells
+    # What is wrong with a base is told when it is loaded.
+    with suppress(UserError):
         return Base.find(base_name).facts or SDXL
     return SDXL
 
 
 @dataclass(frozen=True)
 class PageBase:
-    """One base: `title` is shown to everyone, `name` is what the trainer gets and may be a path.
-    `about` is a sentence without its first word and full stop. `load` may raise UserError.
-    `public_name` is what its pictures say, if not the title. `is_remote`: a service draws with it.
-    """
+    """One base that the page offers."""
 
     title: str
+    """Shown to everyone."""
     name: str
+    """What the trainer gets; it may be a path."""
     resolution_px: int
     load: Callable[[], "SubjectPipeline"]
+    """May raise UserError."""
     about: str = ""
+    """A sentence without its first word and full stop."""
     templates: tuple[str, ...] = ()
+    """Prompts with `{}` for the subject."""
     public_name: str = ""
+    """What its pictures say, if not the title."""
     is_remote: bool = False
+    """Whether a service draws with it."""
 
     @property
     def is_small(self) -> bool:
@@ -171,8 +194,13 @@ class PageBase:
 
 
 class AppContext:
-    """State of the server, which offers these bases and loads the first from the start. `base` is
-    shown to everyone; the trainer gets `base_name`. A `public` page only draws."""
+    """State of the server, which offers these bases and loads the first from the start.
+
+    - `adapters_dir` has adapters to offer.
+    - `runs_dir` has the runs.
+    - `workspace` keeps what comes from the browser.
+    - A `public` page only draws.
+    """
 
     def __init__(
         self,
@@ -184,10 +212,12 @@ class AppContext:
     ) -> None:
         self._take(page_bases[0])
         self.bases = {one.title: one for one in page_bases}
-        self.runs_dir, self.workspace, self.public = runs_dir, workspace, public
+        self.runs_dir = runs_dir
+        self.workspace = workspace
+        self.public = public
         self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir, workspace)
-        self._stops: dict[str, threading.Event] = {}  # by session, as a page is called
-        # the stop of these works, by session, too
+        # By a page's session: the stop of what runs now, and that of the works that wait, by name.
+        self._stops: dict[str, threading.Event] = {}
         self._announced: OrderedDict[str, tuple[threading.Event, set[str]]] = OrderedDict()
         self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
@@ -196,26 +226,31 @@ class AppContext:
         self._pipeline: Future[SubjectPipeline] | None = self._loading(self.chosen)
 
     def _take(self, base: PageBase) -> None:
-        self.chosen, self.base, self.base_name, self.resolution_px = (
-            base,
-            base.title,
-            base.name,
-            base.resolution_px,
-        )
-        self.public_name, self.facts = base.public_name or base.title, facts_shown(base.name)
+        """Make it the base of every page. `base` is shown, and the trainer gets `base_name`."""
+        self.chosen = base
+        self.base = base.title
+        self.base_name = base.name
+        self.resolution_px = base.resolution_px
+        self.public_name = base.public_name or base.title
+        self.facts = facts_shown(base.name)
         self.guidance_scale = guidance_of(base.name, self.facts)
 
     def choose(self, base: PageBase) -> Iterator[float]:
-        """Load another base in place of the present one, which stays if that fails; yields the
-        seconds so far. It waits for no picture: call it in their queue. Raises UserError."""
+        """Load another base in place of the present one, which stays if that fails.
+
+        Yields the seconds so far. It waits for no picture: call it in their queue. Raises UserError
+        for a base that cannot be loaded.
+        """
         if base is self.chosen:
             return
-        # two large ones do not fit; whoever needs the present one loads it again
+        # Two large ones do not fit. Whoever needs the present one loads it again.
         if not self.turns.is_small:
             self.unload()
-        began, loading = time.monotonic(), self._loading(base)
+        began = time.monotonic()
+        loading = self._loading(base)
         while wait([loading], timeout=LOOK_SEC).not_done:
             yield time.monotonic() - began
+        # Raises the error of loading, if there was one.
         loading.result()
         with self._load_lock:
             self._take(base)
@@ -224,14 +259,17 @@ class AppContext:
         processes.give_freed_memory_back()
 
     def loaded(self) -> "SubjectPipeline | None":
+        """The pipeline; None while it loads, and where that has failed."""
         loading = self._pipeline
-        return (
-            loading.result() if loading and loading.done() and loading.exception() is None else None
-        )
+        if loading and loading.done() and loading.exception() is None:
+            return loading.result()
+        return None
 
     def unload(self) -> None:
-        """Free the pipeline's memory, after its loading has ended; the next who needs it loads it
-        again."""
+        """Free the pipeline's memory, after its loading has ended.
+
+        The next who needs it loads it again.
+        """
         with self._load_lock:
             if self._pipeline is not None:
                 wait([self._pipeline])
@@ -240,8 +278,10 @@ class AppContext:
         processes.give_freed_memory_back()
 
     def pipeline(self) -> "SubjectPipeline":
-        """The pipeline, after waiting for it; a failed load is tried again. Raises UserError when
-        that fails."""
+        """The pipeline, after waiting for it; a failed load is tried again.
+
+        Raises UserError when that fails.
+        """
         with self._load_lock:
             loading = self._pipeline
             if loading is None or (loading.done() and loading.exception() is not None):
@@ -249,6 +289,7 @@ class AppContext:
         return loading.result()
 
     def _loading(self, base: PageBase) -> "Future[SubjectPipeline]":
+        """The pipeline of a base, which a thread begins to load; its errors are all UserErrors."""
         future: Future[SubjectPipeline] = Future()
 
         def fulfil() -> None:
@@ -260,43 +301,55 @@ class AppContext:
                 future.set_exception(error)
             except Exception:
                 logger.exception("The base could not be loaded")
-                future.set_exception(
-                    UserError("the base could not be loaded; the server's log says why")
-                )
+                told = UserError("the base could not be loaded; the server's log says why")
+                future.set_exception(told)
 
         threading.Thread(target=fulfil, name="load-base", daemon=True).start()
         return future
 
     def load_adapters(self, params: GenerationParams) -> GenerationParams:
-        """Apply tags and load every adapter into the model. Raises UserError for an unknown or
-        unsuitable one."""
+        """Apply tags and load every adapter into the model.
+
+        Raises UserError for an unknown or unsuitable one.
+        """
         params = params.apply_tags()
         for name, _ in params.adapters:
             self.pipeline().load_adapter(self.catalog.path(name), name)
         return params
 
     def announce(self, request: gr.Request, work: str) -> None:
-        """This page's `work` joins the queue: it can be stopped until it has `ended`, even before
-        its turn."""
-        page, new = request.session_hash, (threading.Event(), set())
+        """This page's `work` joins the queue.
+
+        It can be stopped until it has `ended`, even before its turn.
+        """
+        page = request.session_hash
+        new = (threading.Event(), set())
         known = self._announced.pop(page, new)
+        # What comes after a stop is not stopped by it.
         stop, works = new if known[0].is_set() else known
         self._announced[page] = stop, works | {work}
+        # Pages that were closed never end theirs: the oldest go.
         while len(self._announced) > MAX_WAITING:
             self._announced.popitem(last=False)
 
     def ended(self, request: gr.Request, work: str) -> bool:
-        """This page's `work` is done or has failed; returns whether other work of the page is left."""
-        stop, works = self._announced.pop(request.session_hash, (threading.Event(), set()))
-        if left := works - {work}:
-            self._announced[request.session_hash] = stop, left
+        """This page's `work` is done or has failed.
+
+        Returns whether other work of the page is left.
+        """
+        page = request.session_hash
+        stop, works = self._announced.pop(page, (threading.Event(), set()))
+        left = works - {work}
+        if left:
+            self._announced[page] = stop, left
         return bool(left)
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work; what is announced after a stop gets a new one."""
         page = request.session_hash
-        stop = self._stops[page] = self._announced.get(page, (threading.Event(),))[0]
+        stop, _ = self._announced.get(page, (threading.Event(), set()))
+        self._stops[page] = stop
         try:
             yield stop.is_set
         finally:
@@ -304,27 +357,40 @@ class AppContext:
                 del self._stops[page]
 
     def stop(self, request: gr.Request) -> None:
-        """Stop all of this page's own work, running or waiting. Another page's cannot be stopped."""
+        """Stop all of this page's own work, running or waiting.
+
+        Another page's cannot be stopped.
+        """
         page = request.session_hash
-        for stop in (self._stops.get(page), self._announced.get(page, (None,))[0]):
+        running = self._stops.get(page)
+        waiting, _ = self._announced.get(page, (None, set()))
+        for stop in (running, waiting):
             if stop:
                 stop.set()
 
 
-BUSY = "this machine is training a run; pictures can be drawn again when the run has ended or is stopped"
+BUSY = (
+    "this machine is training a run; "
+    "pictures can be drawn again when the run has ended or is stopped"
+)
+"""What is told to whoever asks for pictures meanwhile."""
 
 
 class GpuTurns:
-    """Keeps the pipeline out of a run's way: most machines cannot hold SDXL twice, but a small base
-    fits. On a GPU it moves to the host while a run trains; without one it leaves memory (13 GiB in
-    fp32)."""
+    """Keeps the pipeline out of a run's way.
+
+    Most machines cannot hold SDXL twice, but a small base fits. On a GPU the pipeline moves to the
+    host while a run trains; without one it leaves memory (13 GiB in fp32).
+    """
 
     def __init__(self, ctx: AppContext) -> None:
         self._ctx = ctx
-        self._lock = threading.Lock()  # not an RLock: another thread may close the generator
+        # Not an RLock: another thread may close the generator.
+        self._lock = threading.Lock()
 
     @property
     def is_small(self) -> bool:
+        """Whether the present base needs no turns."""
         return self._ctx.chosen.is_small
 
     def check_memory(self, base: PageBase) -> None:
@@ -334,12 +400,15 @@ class GpuTurns:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Wraps all pictures of a request. Raises UserError while a run trains that leaves no room
-        for the base."""
+        """Wraps all pictures of a request.
+
+        Raises UserError while a run trains that leaves no room for the base.
+        """
         if self.is_small:
             yield
             return
-        self._ctx.pipeline()  # not under the lock: loading takes long
+        # Not under the lock: loading takes long.
+        self._ctx.pipeline()
         with self._alone():
             yield
 
@@ -353,26 +422,28 @@ class GpuTurns:
 
     @contextmanager
     def captioning(self) -> Iterator[None]:
-        """Wraps captions, whose model takes the GPU in the pipeline's place. Raises UserError while
-        a run trains."""
-        with self._alone() if self._ctx.chosen.is_remote else self.drawing():
-            if (
-                not self.is_small
-                and (pipeline := self._ctx.loaded()) is not None
-                and pipeline.has_gpu
-            ):
+        """Wraps captions, whose model takes the GPU in the pipeline's place.
+
+        Raises UserError while a run trains.
+        """
+        # A service draws elsewhere, but captions are written here.
+        turn = self._alone() if self._ctx.chosen.is_remote else self.drawing()
+        with turn:
+            pipeline = None if self.is_small else self._ctx.loaded()
+            if pipeline is not None and pipeline.has_gpu:
                 pipeline.rest()
             yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Wraps a run's start: waits for the current pictures. With a GPU, a loading pipeline is
-        left alone, in RAM."""
+        """Wraps a run's start: waits for the current pictures, then makes room."""
         with self._lock:
             pipeline = None if self.is_small else self._ctx.loaded()
             if pipeline is not None and pipeline.has_gpu:
                 pipeline.rest()
+            # With a GPU, a loading pipeline is left alone, in RAM.
             elif not self.is_small and (pipeline is not None or not has_gpu()):
+                # A name that still held it would keep its memory.
                 del pipeline
                 self._ctx.unload()
             yield
@@ -380,6 +451,7 @@ class GpuTurns:
 
 @contextmanager
 def _told_on_the_page() -> Iterator[None]:
+    """Raises gr.Error, which gradio shows on the page, for any error inside."""
     try:
         yield
     except gr.Error:
@@ -402,9 +474,17 @@ def as_gradio_error(handler: Callable) -> Callable:
     return guarded
 
 
+def mistake_card(error: Exception) -> str:
+    """The message of a handler's error as HTML, for a handler that shows it among its values."""
+    return notice(sentence(as_user_error(error)), "bad")
+
+
 def as_user_error(error: Exception) -> UserError:
-    """A UserError unchanged; a message for a full disk; for any other error, which is a bug, a
-    reference to the log."""
+    """What the user is told of an error.
+
+    A UserError is told unchanged, and a full disk by name. Any other error is a bug: it goes to the
+    log, and the message refers to that.
+    """
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -414,7 +494,7 @@ def as_user_error(error: Exception) -> UserError:
 
 
 def sentence(error: Exception | str) -> str:
-    """The text of an error or a remark, capitalised. It may quote half a surrogate pair, which is
-    replaced."""
+    """The text of an error or a remark, capitalised, in one line."""
+    # It may quote half a surrogate pair, which the server cannot send.
     text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
     return text[:1].upper() + text[1:]

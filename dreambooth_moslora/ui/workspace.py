@@ -20,9 +20,11 @@ from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui.photo_copies import kept_photos
 
 PREFIX = "moslora-app-"
+"""How the folders of all servers begin."""
 FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
 """A server's folder. Any user of the machine may have made other names among temporary files."""
 HISTORY_LENGTH = 48
+"""Pictures that are kept; those before them are deleted."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,12 @@ class Picture:
 
 @dataclass
 class Workspace:
-    """`root` holds the files, `recipes` what was read from files that are not kept."""
+    """The files of the page, all below `root`, and what is remembered of others.
+
+    - `history` has the finished pictures, the newest first.
+    - `uploads` are uploaded adapters, by name.
+    - `recipes` were read from files that are not kept, by name.
+    """
 
     root: Path
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
@@ -69,17 +76,23 @@ class Workspace:
         self.history.appendleft(picture)
 
     def close(self) -> None:
+        """Delete all that the page kept."""
         shutil.rmtree(self.root, ignore_errors=True)
 
 
 def new_workspace() -> Workspace:
-    """An empty one of this process. Those of servers that were killed go: they hold photos."""
+    """An empty workspace of this process.
+
+    The folders of servers that were killed are deleted, as they hold photos.
+    """
     home = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
     home.mkdir(parents=True, exist_ok=True)
+    # Folders that no server owns any more.
     for folder in home.glob(f"{PREFIX}*"):
         named = FOLDER.fullmatch(folder.name)
         if named and not is_running(int(named["pid"]), named["token"]):
             shutil.rmtree(folder, ignore_errors=True)
+    # This server's own, which names its process.
     pid = os.getpid()
     folder = tempfile.mkdtemp(prefix=f"{PREFIX}{pid}-{own_token(pid)}-", dir=home)
     return Workspace(Path(folder).resolve())
