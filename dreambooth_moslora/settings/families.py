@@ -43,12 +43,16 @@ class Model:
     vae: int = 83_653_863
 
 
-CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+# Parameters of text encoders that several models have.
+CLIP_L = 123_060_480
+CLIP_G = 694_659_840
+T5_XXL = 4_762_310_656
+QWEN3_4B = 4_022_468_096
+QWEN3_8B = 8_190_735_360
+GEMMA2_2B = 2_614_341_888
 CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
 """Of CLIP-L and CLIP-G, by the pipelines' names: the layers that `--train_text_encoder` adapts, and
 their in + out."""
-QWEN3_4B, QWEN3_8B, GEMMA2_2B = 4_022_468_096, 8_190_735_360, 2_614_341_888
-"""Parameters of text encoders that several models have."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ JOINT = tuple(
 )
 """Attention's layers of pictures and texts side by side, as diffusers' scripts for SD 3 and FLUX.1
 name them."""
+# The layers of the feed-forward blocks beside it, which diffusers' script for FLUX.1 adapts too.
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+# What SDXL and Stable Diffusion 1.5 share.
 UNET = {
     "model": "UNet2DConditionModel",
     "denoiser": "unet",
@@ -138,90 +144,340 @@ UNET = {
     "text_options": (),
 }
 
-# fmt: off
+# One row for each family. The base's own files say which of them it is.
 FAMILIES = (
-    Facts("sdxl", "SDXL", "StableDiffusionXLPipeline", encoders=("text_encoder", "text_encoder_2"),
-        adapted_encoders=("text_encoder", "text_encoder_2"), guidance=5.0, needs_sizes=True, has_new_tokens=True,
-        modelspec="stable-diffusion-xl-v1-base", kohya_version="sdxl_base_v1-0", article="an",
-        hub_tag="stable-diffusion-xl", licence="OpenRAIL++",
-        models=(Model("stabilityai/stable-diffusion-xl-base-1.0", 2_567_463_684, 2_183_987_200, 560, 1_451_520,
-            CLIP_L + CLIP_G),), **UNET),
-    Facts("sd1", "Stable Diffusion 1.5", "StableDiffusionPipeline", adapted_encoders=("text_encoder",), guidance=7.5,
-        resolution_px=512, modelspec="stable-diffusion-v1", kohya_version="sd_v1", hub_tag="stable-diffusion",
-        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight", licence="OpenRAIL",
-        models=(Model("stable-diffusion-v1-5/stable-diffusion-v1-5", 859_520_964, 242_196_480, 128, 199_296, CLIP_L),),
-        recipes=(6,), **UNET),
-    Facts("sd3", "Stable Diffusion 3.5", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+    Facts(
+        name="sdxl",
+        title="SDXL",
+        pipeline="StableDiffusionXLPipeline",
+        encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder", "text_encoder_2"),
+        guidance=5.0,
+        needs_sizes=True,
+        has_new_tokens=True,
+        modelspec="stable-diffusion-xl-v1-base",
+        kohya_version="sdxl_base_v1-0",
+        article="an",
+        hub_tag="stable-diffusion-xl",
+        licence="OpenRAIL++",
+        models=(
+            Model(
+                hub_id="stabilityai/stable-diffusion-xl-base-1.0",
+                parameters=2_567_463_684,
+                in_blocks=2_183_987_200,
+                adapted_layers=560,
+                adapted_widths=1_451_520,
+                encoders=CLIP_L + CLIP_G,
+            ),
+        ),
+        **UNET,
+    ),
+    Facts(
+        name="sd1",
+        title="Stable Diffusion 1.5",
+        pipeline="StableDiffusionPipeline",
+        adapted_encoders=("text_encoder",),
+        guidance=7.5,
+        resolution_px=512,
+        modelspec="stable-diffusion-v1",
+        kohya_version="sd_v1",
+        hub_tag="stable-diffusion",
+        file_mark="cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        licence="OpenRAIL",
+        models=(
+            Model(
+                hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+                parameters=859_520_964,
+                in_blocks=242_196_480,
+                adapted_layers=128,
+                adapted_widths=199_296,
+                encoders=CLIP_L,
+            ),
+        ),
+        recipes=(6,),
+        **UNET,
+    ),
+    Facts(
+        name="sd3",
+        title="Stable Diffusion 3.5",
+        pipeline="StableDiffusion3Pipeline",
+        model="SD3Transformer2DModel",
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-        adapted_encoders=("text_encoder", "text_encoder_2"), targets=JOINT, weighting_scheme="logit_normal",
-        precondition_outputs=True, file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias", guidance=7.0,
-        licence="Stability Community", memory=Memory(7.313, 0.618, 0.170, 2.243e9, 333), recipes=(24, 12, 8),
+        adapted_encoders=("text_encoder", "text_encoder_2"),
+        targets=JOINT,
+        weighting_scheme="logit_normal",
+        precondition_outputs=True,
+        file_mark="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+        guidance=7.0,
+        licence="Stability Community",
+        memory=Memory(
+            full_gib=7.313,
+            recomputed_gib=0.618,
+            drawing_gib=0.170,
+            parameters=2.243e9,
+            text_tokens=333,
+        ),
+        recipes=(24, 12, 8),
         models=(
-            Model("stabilityai/stable-diffusion-3.5-medium", 2_243_171_520, 2_222_456_832, 191, 586_752,
-                CLIP_L + CLIP_G + T5_XXL),
-            Model("stabilityai/stable-diffusion-3.5-large", 8_056_627_520, 8_014_315_520, 303, 1_473_792,
-                CLIP_L + CLIP_G + T5_XXL),
-        )),
-    Facts("flux", "FLUX.1", "FluxPipeline", "FluxTransformer2DModel", encoders=("text_encoder", "text_encoder_2"),
-        adapted_encoders=("text_encoder",), targets=(*JOINT, *FEED_FORWARD), guidance=3.5, has_negative=False,
-        file_mark="vector_in.in_layer.weight", has_level_shift=True, licence="FLUX.1 dev Non-Commercial",
-        memory=Memory(26.373, 2.163, 0.457, 11.901e9), recipes=(24, 12),
-        models=(Model("black-forest-labs/FLUX.1-dev", 11_901_408_320, 11_834_228_736, 342, 2_801_664,
-            CLIP_L + T5_XXL),)),
-    Facts("flux2", "FLUX.2 klein", "Flux2KleinPipeline", "Flux2Transformer2DModel",
-        targets=("to_k", "to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
-        has_level_shift=True, text_options=("max_sequence_length", "text_encoder_out_layers"),
-        file_mark="single_stream_modulation.lin.weight", licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
-        memory=Memory(16.204, 1.690, 0.574, 3.876e9), recipes=(12, 8),
+            Model(
+                hub_id="stabilityai/stable-diffusion-3.5-medium",
+                parameters=2_243_171_520,
+                in_blocks=2_222_456_832,
+                adapted_layers=191,
+                adapted_widths=586_752,
+                encoders=CLIP_L + CLIP_G + T5_XXL,
+            ),
+            Model(
+                hub_id="stabilityai/stable-diffusion-3.5-large",
+                parameters=8_056_627_520,
+                in_blocks=8_014_315_520,
+                adapted_layers=303,
+                adapted_widths=1_473_792,
+                encoders=CLIP_L + CLIP_G + T5_XXL,
+            ),
+        ),
+    ),
+    Facts(
+        name="flux",
+        title="FLUX.1",
+        pipeline="FluxPipeline",
+        model="FluxTransformer2DModel",
+        encoders=("text_encoder", "text_encoder_2"),
+        adapted_encoders=("text_encoder",),
+        targets=(*JOINT, *FEED_FORWARD),
+        guidance=3.5,
+        has_negative=False,
+        file_mark="vector_in.in_layer.weight",
+        has_level_shift=True,
+        licence="FLUX.1 dev Non-Commercial",
+        memory=Memory(
+            full_gib=26.373,
+            recomputed_gib=2.163,
+            drawing_gib=0.457,
+            parameters=11.901e9,
+        ),
+        recipes=(24, 12),
         models=(
-            Model("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576, 3_680_501_760, 60, 1_044_480, QWEN3_4B),
-            Model("black-forest-labs/FLUX.2-klein-base-9B", 9_078_581_248, 8_724_152_320, 80, 1_736_704, QWEN3_8B),
-        )),
-    Facts("z_image", "Z-Image", "ZImagePipeline", "ZImageTransformer2DModel",
-        file_mark="layers.0.adaLN_modulation.0.weight", guidance=5.0, no_guidance=0.0, licence="Apache-2.0",
-        memory=Memory(29.732, 2.088, 0.471, 6.155e9, 64), recipes=(24, 16, 8),
-        models=(Model("Tongyi-MAI/Z-Image", 6_154_908_736, 6_142_033_920, 136, 1_044_480, QWEN3_4B),)),
-    Facts("qwen_image", "Qwen-Image", "QwenImagePipeline", "QwenImageTransformer2DModel",
-        guidance_name="true_cfg_scale", call=', negative_prompt=" "', file_mark="txt_norm.weight",
-        has_level_shift=True, licence="Apache-2.0", memory=Memory(25.915, 2.028, 0.356, 20.430e9, 64), recipes=(24,),
+            Model(
+                hub_id="black-forest-labs/FLUX.1-dev",
+                parameters=11_901_408_320,
+                in_blocks=11_834_228_736,
+                adapted_layers=342,
+                adapted_widths=2_801_664,
+                encoders=CLIP_L + T5_XXL,
+            ),
+        ),
+    ),
+    Facts(
+        name="flux2",
+        title="FLUX.2 klein",
+        pipeline="Flux2KleinPipeline",
+        model="Flux2Transformer2DModel",
+        targets=(
+            "to_k",
+            "to_q",
+            "to_v",
+            "to_out.0",
+            "to_qkv_mlp_proj",
+            "single_transformer_blocks.*.attn.to_out",
+        ),
+        has_level_shift=True,
+        text_options=("max_sequence_length", "text_encoder_out_layers"),
+        file_mark="single_stream_modulation.lin.weight",
+        licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",
+        memory=Memory(
+            full_gib=16.204,
+            recomputed_gib=1.690,
+            drawing_gib=0.574,
+            parameters=3.876e9,
+        ),
+        recipes=(12, 8),
+        models=(
+            Model(
+                hub_id="black-forest-labs/FLUX.2-klein-base-4B",
+                parameters=3_875_544_576,
+                in_blocks=3_680_501_760,
+                adapted_layers=60,
+                adapted_widths=1_044_480,
+                encoders=QWEN3_4B,
+            ),
+            Model(
+                hub_id="black-forest-labs/FLUX.2-klein-base-9B",
+                parameters=9_078_581_248,
+                in_blocks=8_724_152_320,
+                adapted_layers=80,
+                adapted_widths=1_736_704,
+                encoders=QWEN3_8B,
+            ),
+        ),
+    ),
+    Facts(
+        name="z_image",
+        title="Z-Image",
+        pipeline="ZImagePipeline",
+        model="ZImageTransformer2DModel",
+        file_mark="layers.0.adaLN_modulation.0.weight",
+        guidance=5.0,
+        no_guidance=0.0,
+        licence="Apache-2.0",
+        memory=Memory(
+            full_gib=29.732,
+            recomputed_gib=2.088,
+            drawing_gib=0.471,
+            parameters=6.155e9,
+            text_tokens=64,
+        ),
+        recipes=(24, 16, 8),
+        models=(
+            Model(
+                hub_id="Tongyi-MAI/Z-Image",
+                parameters=6_154_908_736,
+                in_blocks=6_142_033_920,
+                adapted_layers=136,
+                adapted_widths=1_044_480,
+                encoders=QWEN3_4B,
+            ),
+        ),
+    ),
+    Facts(
+        name="qwen_image",
+        title="Qwen-Image",
+        pipeline="QwenImagePipeline",
+        model="QwenImageTransformer2DModel",
+        guidance_name="true_cfg_scale",
+        call=', negative_prompt=" "',
+        file_mark="txt_norm.weight",
+        has_level_shift=True,
+        licence="Apache-2.0",
+        memory=Memory(
+            full_gib=25.915,
+            recomputed_gib=2.028,
+            drawing_gib=0.356,
+            parameters=20.430e9,
+            text_tokens=64,
+        ),
+        recipes=(24,),
         models=tuple(
-            Model(name, 20_430_401_088, 20_384_317_440, 240, 1_474_560, 8_292_166_656, 126_892_531)
+            Model(
+                hub_id=name,
+                parameters=20_430_401_088,
+                in_blocks=20_384_317_440,
+                adapted_layers=240,
+                adapted_widths=1_474_560,
+                encoders=8_292_166_656,
+                vae=126_892_531,
+            )
             for name in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
-        )),
-    Facts("krea2", "Krea 2", "Krea2Pipeline", "Krea2Transformer2DModel", file_mark="txtfusion.projector.weight",
-        has_level_shift=True, guidance=4.5, no_guidance=0.0, licence="Krea 2 Community",
-        memory=Memory(29.449, 2.956, 0.603, 12.820e9, 64), recipes=(24,),
-        models=(Model("krea/Krea-2-Raw", 12_820_073_036, 12_155_092_992, 128, 1_200_128, 4_437_815_808,
-            126_892_531),)),
-    Facts("lumina2", "Lumina 2", "Lumina2Pipeline", "Lumina2Transformer2DModel",
-        text_options=("max_sequence_length", "system_prompt"), file_mark="layers.0.adaLN_modulation.1.weight",
-        licence="Apache-2.0", recipes=(12,),
+        ),
+    ),
+    Facts(
+        name="krea2",
+        title="Krea 2",
+        pipeline="Krea2Pipeline",
+        model="Krea2Transformer2DModel",
+        file_mark="txtfusion.projector.weight",
+        has_level_shift=True,
+        guidance=4.5,
+        no_guidance=0.0,
+        licence="Krea 2 Community",
+        memory=Memory(
+            full_gib=29.449,
+            recomputed_gib=2.956,
+            drawing_gib=0.603,
+            parameters=12.820e9,
+            text_tokens=64,
+        ),
+        recipes=(24,),
+        models=(
+            Model(
+                hub_id="krea/Krea-2-Raw",
+                parameters=12_820_073_036,
+                in_blocks=12_155_092_992,
+                adapted_layers=128,
+                adapted_widths=1_200_128,
+                encoders=4_437_815_808,
+                vae=126_892_531,
+            ),
+        ),
+    ),
+    Facts(
+        name="lumina2",
+        title="Lumina 2",
+        pipeline="Lumina2Pipeline",
+        model="Lumina2Transformer2DModel",
+        text_options=("max_sequence_length", "system_prompt"),
+        file_mark="layers.0.adaLN_modulation.1.weight",
+        licence="Apache-2.0",
+        recipes=(12,),
         not_in_comfyui="it has q, k and v of Lumina 2 in one matrix, and maps none of these names",
-        memory=Memory(18.880, 2.626, 0.307, 2.610e9, 64),  # drawing is Z-Image's by width
-        models=(Model("Alpha-VLLM/Lumina-Image-2.0", 2_609_769_152, 2_599_944_192, 120, 460_800, GEMMA2_2B),)),
-    Facts("sana", "Sana", "SanaPipeline", "SanaTransformer2DModel", targets=("to_q", "to_k", "to_v"),
-        text_options=("max_sequence_length", "complex_human_instruction"), call=", complex_human_instruction=None",
-        file_mark="blocks.0.cross_attn.q_linear.weight", guidance=4.5, multiple_px=32, licence="NSCL",
+        memory=Memory(
+            full_gib=18.880,
+            recomputed_gib=2.626,
+            drawing_gib=0.307,  # Z-Image's by width
+            parameters=2.610e9,
+            text_tokens=64,
+        ),
+        models=(
+            Model(
+                hub_id="Alpha-VLLM/Lumina-Image-2.0",
+                parameters=2_609_769_152,
+                in_blocks=2_599_944_192,
+                adapted_layers=120,
+                adapted_widths=460_800,
+                encoders=GEMMA2_2B,
+            ),
+        ),
+    ),
+    Facts(
+        name="sana",
+        title="Sana",
+        pipeline="SanaPipeline",
+        model="SanaTransformer2DModel",
+        targets=("to_q", "to_k", "to_v"),
+        text_options=("max_sequence_length", "complex_human_instruction"),
+        call=", complex_human_instruction=None",
+        file_mark="blocks.0.cross_attn.q_linear.weight",
+        guidance=4.5,
+        multiple_px=32,
+        licence="NSCL",
         not_in_comfyui="it has no Sana",
-        memory=Memory(3.245, 0.254, 0.062, 1.604e9, 0), recipes=(8,),
+        memory=Memory(
+            full_gib=3.245,
+            recomputed_gib=0.254,
+            drawing_gib=0.062,
+            parameters=1.604e9,
+            text_tokens=0,
+        ),
+        recipes=(8,),
         models=tuple(
-            Model(f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers", 1_604_462_752, 802_816_000, 120, 537_600,
-                GEMMA2_2B, 312_250_275)
+            Model(
+                hub_id=f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers",
+                parameters=1_604_462_752,
+                in_blocks=802_816_000,
+                adapted_layers=120,
+                adapted_widths=537_600,
+                encoders=GEMMA2_2B,
+                vae=312_250_275,
+            )
             for kind in ("", "BF16_")
-        )),
+        ),
+    ),
 )
-# fmt: on
 OF_UNETS = (
     "do_edm_style_training",
     "snr_gamma",
     "debiased_estimation_loss",
     "timestep_bias_strategy",
+    "noise_offset",
+    "cache_cross_attention",
+    "recompute_feed_forward",
 )
-OF_UNETS += ("noise_offset", "cache_cross_attention", "recompute_feed_forward")
 """Settings that only UNets obey."""
 OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""
+# Settings that some pipeline's `encode_prompt` takes.
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))
+# The same facts by another key: a hub id in lower case, a pipeline's class.
 BY_HUB_ID = {model.hub_id.lower(): (facts, model) for facts in FAMILIES for model in facts.models}
 BY_PIPELINE = {facts.pipeline: facts for facts in FAMILIES}
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
@@ -231,9 +487,8 @@ DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FAMILIES))
 def text_options_of(settings: object) -> dict[str, Any]:
     """Those of `TEXT_OPTIONS` that a run's settings, or a command's arguments, give; "" is the
     base's own."""
-    return {
-        name: value for name in TEXT_OPTIONS if (value := getattr(settings, name)) not in (None, ())
-    }
+    values = {name: getattr(settings, name) for name in TEXT_OPTIONS}
+    return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def facts_of(pipeline: str) -> Facts:
@@ -256,10 +511,15 @@ UNDONE = re.compile(r"(?<![a-z])de[-_ ]?(turbo|distill)")
 def distilled(index: Mapping[str, Any], name: str, facts: Facts) -> str:
     """Why a base is not one to train, by its index and name; "" if it is. An adapter undoes what
     few-step models have learnt, or learns a subject that is anybody's."""
-    # of a path the base's own folder tells, and in the hub's cache the model's
+    # Of a path, the base's own folder tells, and in the hub's cache the model's.
     parts = Path(name.lower()).parts
-    named = " ".join([*parts[-1:], *(part for part in parts if part.startswith("models--"))])
-    words = [] if UNDONE.search(named) else [word for word in FEW_STEPS if word in named]
+    cached = [part for part in parts if part.startswith("models--")]
+    named = " ".join([*parts[-1:], *cached])
+
+    # A name that says "de-distilled" has one of these words too, and is a base.
+    words = []
+    if not UNDONE.search(named):
+        words = [word for word in FEW_STEPS if word in named]
     if not (words or index.get("is_distilled")):
         return ""
     said = "it is" if index.get("is_distilled") else f"“{words[0]}” says that it is"
@@ -273,8 +533,6 @@ def facts_of_model(model: str, config: Mapping[str, Any]) -> Facts:
     found = [facts for facts in FAMILIES if facts.model == model]
     if not found:
         raise UserError(f"{model} is not a model of a family that can be trained here.")
-    return (
-        found[0]
-        if len(found) == 1 or config.get("addition_embed_type") == "text_time"
-        else found[1]
-    )
+    # SDXL and Stable Diffusion 1.5 have UNets of one class.
+    is_first = len(found) == 1 or config.get("addition_embed_type") == "text_time"
+    return found[0] if is_first else found[1]

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
-SCHEDULE_FREE = "AdamWScheduleFree"
+SCHEDULE_FREE = "AdamWScheduleFree"  # The one that needs no schedule of the learning rate.
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
+    """One optimizer: where it is, its arguments, and what its state costs."""
+
     home: str  # `module:name`, imported when a run begins
     options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
     package: str | None = None  # what pip installs for it
@@ -29,27 +31,42 @@ def of_adam(config: Config) -> dict[str, Any]:
     return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
 
 
+# Its arguments, each the setting `--prodigy_NAME`.
 OF_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-# fmt: off
+# By the name that `--optimizer` takes.
 OPTIMIZERS = {
-    "AdamW": OptimizerKind("torch.optim:AdamW",
+    "AdamW": OptimizerKind(
+        home="torch.optim:AdamW",
         # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on
         # a CPU
-        lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
-        in_8_bit="bitsandbytes.optim:AdamW8bit"),
+        options=lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
+        in_8_bit="bitsandbytes.optim:AdamW8bit",
+    ),
     # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
-    "Prodigy": OptimizerKind("prodigyopt:Prodigy",
-        lambda run: of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}, package="prodigyopt",
-        one_rate=True, learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
-        bytes_each=24),  # two states more than Adam
+    "Prodigy": OptimizerKind(
+        home="prodigyopt:Prodigy",
+        options=lambda run: (
+            of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}
+        ),
+        package="prodigyopt",
+        one_rate=True,
+        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
+        bytes_each=24,  # two states more than Adam
+    ),
     # Defazio et al. 2024, arXiv 2405.15682
-    SCHEDULE_FREE: OptimizerKind("schedulefree:AdamWScheduleFree", of_adam, package="schedulefree", averages=True,
-        learns=("k", "weight_sum", "lr_max")),
+    SCHEDULE_FREE: OptimizerKind(
+        home="schedulefree:AdamWScheduleFree",
+        options=of_adam,
+        package="schedulefree",
+        averages=True,
+        learns=("k", "weight_sum", "lr_max"),
+    ),
     # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
-    "Adafactor": OptimizerKind("transformers.optimization:Adafactor",
-        lambda run: {"scale_parameter": False, "relative_step": False}),
+    "Adafactor": OptimizerKind(
+        home="transformers.optimization:Adafactor",
+        options=lambda run: {"scale_parameter": False, "relative_step": False},
+    ),
 }
-# fmt: on
 BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
 
 

@@ -13,44 +13,42 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.table import TrainConfig
 
+# What the templates are made of: places for both, more places for objects, outfits for animals.
 PLACES = (
-    *(
-        "in the jungle",
-        "in the snow",
-        "on the beach",
-        "on a cobblestone street",
-        "on top of pink fabric",
-    ),
-    *(
-        "on top of a wooden floor",
-        "with a city in the background",
-        "with a mountain in the background",
-    ),
-    *("with a blue house in the background", "on top of a purple rug in a forest"),
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with a blue house in the background",
+    "on top of a purple rug in a forest",
 )
 OBJECT_PLACES = (
-    *("with a wheat field in the background", "with a tree and autumn leaves in the background"),
-    *(
-        "with the Eiffel Tower in the background",
-        "floating on top of water",
-        "floating in an ocean of milk",
-    ),
-    *("on top of green grass with sunflowers around it", "on top of a mirror"),
-    *(
-        "on top of the sidewalk in a crowded street",
-        "on top of a dirt road",
-        "on top of a white rug",
-    ),
+    "with a wheat field in the background",
+    "with a tree and autumn leaves in the background",
+    "with the Eiffel Tower in the background",
+    "floating on top of water",
+    "floating in an ocean of milk",
+    "on top of green grass with sunflowers around it",
+    "on top of a mirror",
+    "on top of the sidewalk in a crowded street",
+    "on top of a dirt road",
+    "on top of a white rug",
 )
 OUTFITS = (
-    *(
-        "wearing a red hat",
-        "wearing a santa hat",
-        "wearing a rainbow scarf",
-        "wearing a black top hat and a monocle",
-    ),
-    *("in a chef outfit", "in a firefighter outfit", "in a police outfit", "wearing pink glasses"),
-    *("wearing a yellow shirt", "in a purple wizard outfit"),
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a rainbow scarf",
+    "wearing a black top hat and a monocle",
+    "in a chef outfit",
+    "in a firefighter outfit",
+    "in a police outfit",
+    "wearing pink glasses",
+    "wearing a yellow shirt",
+    "in a purple wizard outfit",
 )
 LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
 DREAMBOOTH_OBJECT_TEMPLATES = (
@@ -61,6 +59,7 @@ DREAMBOOTH_LIVE_TEMPLATES = (
     *(f"a {{}} {p}" for p in PLACES + OUTFITS),
     *(f"a {look} {{}}" for look in LOOKS),
 )
+# What a prompt has around the subject: how it opens, the article, and the context behind it.
 OPENING = re.compile(
     r"^(?:(?:an?|the|this)\s+)?(?:photo|picture|photograph|image|painting|drawing)s?\s+of\s+", re.I
 )
@@ -68,6 +67,7 @@ ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(
     r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I
 )
+# The words of a run's samples.
 USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
 CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
@@ -91,16 +91,22 @@ def subject_of(config: TrainConfig) -> Subject:
     lacks."""
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
-    if token := (config.token or "").strip():
+    token = (config.token or "").strip()
+    if token:
+        # The class is what the instance prompt says after the token.
         place = word_pattern(token).search(config.instance_prompt)
-        found = Subject(token, noun_of(config.instance_prompt[place.end() :]) if place else "")
+        class_word = noun_of(config.instance_prompt[place.end() :]) if place else ""
     elif kind and words[-len(kind) :] == kind:
-        found = Subject(" ".join(words[: -len(kind)]), " ".join(kind))
+        # The class prompt tells where the token ends.
+        token = " ".join(words[: -len(kind)])
+        class_word = " ".join(kind)
     else:
-        found = Subject(" ".join(words[:1]), " ".join(words[1:]))
-    return Subject(
-        found.token, config.class_word if config.class_word is not None else found.class_word
-    )
+        # Nothing tells: the first word is the token.
+        token = " ".join(words[:1])
+        class_word = " ".join(words[1:])
+    if config.class_word is not None:
+        class_word = config.class_word
+    return Subject(token=token, class_word=class_word)
 
 
 def noun_of(prompt: str) -> str:
@@ -130,33 +136,37 @@ def learnt_words(config: TrainConfig) -> tuple[str, ...]:
         return ()
     subjects = config.each_subject
     words = tuple(map(learnt_word, subjects))
+
+    # No word may be part of another one: replacing one would break the other.
     for one, other in permutations(words, 2):
         if word_pattern(one).search(other):
             raise UserError(
-                f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word of its own."
+                f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word "
+                "of its own."
             )
+
+    # A class prompt with the word would teach it the class.
     for word, subject in product(words, subjects):
         for prompt in (subject.class_prompt or "", *subject.prior_prompts):
             if word_pattern(word).search(prompt):
                 raise UserError(
-                    f"--token_abstraction {word}: it is in a prompt of the class too, {prompt!r:.60}."
+                    f"--token_abstraction {word}: it is in a prompt of the class too, "
+                    f"{prompt!r:.60}."
                 )
     return words
 
 
 def learnt_word(config: TrainConfig) -> str:
     """The word of a run's one subject. Raises UserError unless the instance prompt has it."""
-    usual = (
-        USUAL_WORD
-        if word_pattern(USUAL_WORD).search(config.instance_prompt)
-        else subject_of(config).token
-    )
+    has_usual = word_pattern(USUAL_WORD).search(config.instance_prompt)
+    usual = USUAL_WORD if has_usual else subject_of(config).token
     word = (config.token_abstraction or usual).strip()
     if "," in word:
         raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
     if not word or not word_pattern(word).search(config.instance_prompt):
         raise UserError(
-            f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to be learnt."
+            f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to "
+            "be learnt."
         )
     return word
 
@@ -186,24 +196,18 @@ def joined(*parts: str) -> str:
 
 
 def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
-    return tuple(
-        dict.fromkeys(one.validation_prompt or one.instance_prompt for one in config.each_subject)
-    )
+    prompts = (one.validation_prompt or one.instance_prompt for one in config.each_subject)
+    return tuple(dict.fromkeys(prompts))
 
 
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for each subject, which show what the adapter can do beyond the photos; then
     pairs of subjects."""
-    templates = (
-        toys.CONTEXT_TEMPLATES
-        if toys.is_toy(config.pretrained_model_name_or_path)
-        else CONTEXT_TEMPLATES
-    )
+    is_toy = toys.is_toy(config.pretrained_model_name_or_path)
+    templates = toys.CONTEXT_TEMPLATES if is_toy else CONTEXT_TEMPLATES
     names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
-    return (
-        *(template.format(name) for name in names for template in templates),
-        *together_prompts(config),
-    )
+    alone = [template.format(name) for name in names for template in templates]
+    return (*alone, *together_prompts(config))
 
 
 def together_prompts(config: TrainConfig) -> tuple[str, ...]:

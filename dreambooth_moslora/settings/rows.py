@@ -20,11 +20,13 @@ from typing import Any, NewType
 
 from dreambooth_moslora.errors import UserError
 
+# The projections of attention, as diffusers' scripts name them.
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
 """
+# `to_k=8` or `to_k:8`; the number of a layer; a height and a width.
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
 NUMBER = re.compile(r"[0-9]{1,3}")
 SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
@@ -67,12 +69,13 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
         value = float(match["value"]) if match else math.nan
     except ValueError:
         value = math.nan
+
+    # Nothing compares with NaN, so that a text without a number is refused here too.
     is_rank = flag == "rank_pattern"
-    if (
-        match is None
-        or not 0 < value <= 1e6
-        or (is_rank and not (value.is_integer() and value <= 4096))
-    ):
+    is_valid = 0 < value <= 1e6
+    if is_rank and not (value.is_integer() and value <= 4096):
+        is_valid = False
+    if not is_valid:
         kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
         raise UserError(
             f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8."
@@ -85,7 +88,8 @@ def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     UserError."""
     matches = [SIZE.fullmatch(pair) for pair in text.split(";")] if text else []
     sizes = tuple((int(match[1]), int(match[2])) for match in matches if match)
-    if len(sizes) < len(matches) or any(side % 8 for size in sizes for side in size):
+    is_whole = all(height % 8 == 0 and width % 8 == 0 for height, width in sizes)
+    if len(sizes) < len(matches) or not is_whole:
         expected = 'heights and widths in px, multiples of 8, such as "1024,1024;768,1360"'
         raise UserError(f"--aspect_ratio_buckets {text}: expected {expected}.")
     return sizes
@@ -154,26 +158,30 @@ def grouped(group: str) -> Callable[..., Any]:
     """What makes a row of the group of the help: a dataclass field with the facts of a `Row`."""
 
     def option(default: Any, help: str, **facts: Any) -> Any:
+        # The tables of several subjects say it instead, and so do a folder and a word.
         if facts.get("per_subject"):
             facts = {"yields_to": ("subjects", WORDS)} | facts
-        return field(default=default, metadata=vars(Row(help, group, **facts)))
+        row = Row(help=help, group=group, **facts)
+        return field(default=default, metadata=vars(row))
 
     return option
 
 
 def where(words: str, applies: Callable[[Any], object]) -> Idle:
+    """No effect for runs to which it applies; `words` go on "--flag has no effect"."""
     return ((words, applies),)
 
 
 def unless(**needed: Any) -> Idle:
     """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
-    flags = " ".join(
-        f"--{name}" if value is True else f"--{name} {value}" for name, value in needed.items()
-    )
-    return where(
-        f"without {flags}",
-        lambda run: any(getattr(run, name) != value for name, value in needed.items()),
-    )
+    flags = []
+    for name, value in needed.items():
+        flags.append(f"--{name}" if value is True else f"--{name} {value}")
+
+    def lacks_one(run: Any) -> bool:
+        return any(getattr(run, name) != value for name, value in needed.items())
+
+    return where(f"without {' '.join(flags)}", lacks_one)
 
 
 def one_side(text: str) -> str:
@@ -191,6 +199,13 @@ def optimizer_name(text: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that the user probably meant."""
     known = list(known)
+
+    # The beginning of a name, if it is long enough to mean one.
+    if len(name) > 3:
+        longer = sorted((one for one in known if one.startswith(name)), key=len)
+        if longer:
+            return longer[0]
+
+    # Else a name with a typing error.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    containing = sorted((k for k in known if len(name) > 3 and k.startswith(name)), key=len)
-    return containing[0] if containing else close[0] if close else None
+    return close[0] if close else None

@@ -16,7 +16,10 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, subjects, toys
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
 REMARKS: dict[str, Callable[[Config], object]] = {
-    f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or constant_with_warmup": (
+    (
+        f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or "
+        "constant_with_warmup"
+    ): (
         lambda run: (
             run.optimizer == optimizer_kinds.SCHEDULE_FREE
             and not run.lr_scheduler.startswith("constant")
@@ -25,9 +28,10 @@ REMARKS: dict[str, Callable[[Config], object]] = {
     "Prodigy needs --learning_rate near 1.0": lambda run: (
         run.optimizer == "Prodigy" and run.learning_rate <= 0.1
     ),
-    "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little memory and is used": (
-        lambda run: run.enable_xformers_memory_efficient_attention
-    ),
+    (
+        "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little "
+        "memory and is used"
+    ): (lambda run: run.enable_xformers_memory_efficient_attention),
     "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
         lambda run: (
             run.masks == "auto"
@@ -40,6 +44,7 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 """Sentence -> whether it is said of a run."""
 
 
+# The reasons of EXCLUDED.
 EDM_WEIGHS = "EDM weighs noise levels itself"
 TEXT_CHANGES = "the text of a prompt changes from step to step"
 ONE_PASS = "a text's gradient comes from one pass"
@@ -65,18 +70,20 @@ EXCLUDED: dict[str, dict[str, str]] = {
 def remarks(config: Config) -> list[str]:
     """A line for each setting that the others make ineffective, and for settings that go badly
     together."""
-    found = [
-        f"--{item.name} has no effect {words.format_map(vars(config))}"
-        for item in fields(config)
-        for words, applies in item.metadata["idle"]
-        if given_flag(config, item.name) and applies(config)
-    ]
+    found = []
+    for item in fields(config):
+        if not given_flag(config, item.name):
+            continue
+        for words, applies in item.metadata["idle"]:
+            if applies(config):
+                found.append(f"--{item.name} has no effect {words.format_map(vars(config))}")
     return found + [line for line, applies in REMARKS.items() if applies(config)]
 
 
 def given_flag(config: Config, name: str) -> str:
     """The flag that gives a setting the value that it has; empty for its default."""
-    value, row = getattr(config, name), config.__dataclass_fields__[name]
+    value = getattr(config, name)
+    row = config.__dataclass_fields__[name]
     if value in (row.default, ""):
         return ""
     if value is False:
@@ -85,20 +92,22 @@ def given_flag(config: Config, name: str) -> str:
 
 
 def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
-    return [
-        (flag, why) for other, why in EXCLUDED[name].items() if (flag := given_flag(config, other))
-    ]
+    """The given flags that a setting cannot stand beside, each with the reason."""
+    flags = [(given_flag(config, other), why) for other, why in EXCLUDED[name].items()]
+    return [(flag, why) for flag, why in flags if flag]
 
 
 def weighting_flags(config: Config) -> list[str]:
     """The given flags that weigh errors of noise or velocity, which EDM's errors of latents
     exclude."""
     weighting = [name for name, others in EXCLUDED.items() if "do_edm_style_training" in others]
-    return [flag for name in weighting if (flag := given_flag(config, name))]
+    flags = [given_flag(config, name) for name in weighting]
+    return [flag for flag in flags if flag]
 
 
 def check_together(config: Config) -> None:
     """Raises UserError for the first settings that contradict each other."""
+    # The sides of crops, which the autoencoder makes eight times smaller.
     if config.resolution % 8:
         lower = config.resolution // 8 * 8
         raise UserError(
@@ -108,10 +117,13 @@ def check_together(config: Config) -> None:
         raise UserError(
             f"--bucket_reso_steps {config.bucket_reso_steps}: must be a multiple of 8, such as 64."
         )
-    if config.enable_bucket and (step := config.bucket_reso_steps or 8) > config.resolution:
+    step = config.bucket_reso_steps or 8
+    if config.enable_bucket and step > config.resolution:
         raise UserError(
             f"--bucket_reso_steps {step}: must be at most --resolution {config.resolution}."
         )
+
+    # Where photos come from, and the words of a class that is preserved.
     if config.instance_data_dir and config.dataset_name:
         raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
     if config.subjects:
@@ -120,20 +132,24 @@ def check_together(config: Config) -> None:
         raise UserError(
             '--with_prior_preservation needs --class_prompt, such as "a photo of a dog".'
         )
+
+    # Settings of which a run can have one.
     for name in EXCLUDED:
-        for other, why in excluded_by(name, config) if (flag := given_flag(config, name)) else ():
+        flag = given_flag(config, name)
+        if not flag:
+            continue
+        for other, why in excluded_by(name, config):
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
         raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
+
+    # What the optimizer cannot do.
     kind = optimizer_kinds.optimizer_of(config)
-    if (
-        kind.one_rate
-        and config.mixer != "none"
-        and config.train_mixer
-        and config.mixer_lr_scale != 1.0
-    ):
+    learns_mixer = config.mixer != "none" and config.train_mixer
+    if kind.one_rate and learns_mixer and config.mixer_lr_scale != 1.0:
         raise UserError(
-            f"--optimizer {config.optimizer} takes one learning rate for all: leave --mixer_lr_scale at 1."
+            f"--optimizer {config.optimizer} takes one learning rate for all: leave "
+            "--mixer_lr_scale at 1."
         )
     if kind.averages and (config.use_ema or not config.adam_beta1):
         flag = "--use_ema" if config.use_ema else "--adam_beta1 0"
@@ -142,32 +158,38 @@ def check_together(config: Config) -> None:
         )
     if config.train_text_encoder and config.train_text_encoder_ti:
         raise UserError(
-            "--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; give one."
+            "--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; "
+            "give one."
         )
     if kind.averages and config.train_text_encoder_ti:
         raise UserError(
-            f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new tokens."
+            f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new "
+            "tokens."
         )
+
+    # An adapter to begin with is brought into this run's form, which not every mixer has.
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
     if config.init_adapter and config.mixer == "kronecker":
         raise UserError(
             "--init_adapter: LoKr's A and B are tied, a file's are not; give another --mixer."
         )
+
+    # Names of layers.
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             rows.parse_pattern(name, text)
-    if wrong := next(
-        (layer for layer in config.text_encoder_out_layers if not rows.NUMBER.fullmatch(layer)), ""
-    ):
-        raise UserError(
-            f"--text_encoder_out_layers {wrong}: expected numbers of layers, such as 9 18 27."
-        )
+    for layer in config.text_encoder_out_layers:
+        if not rows.NUMBER.fullmatch(layer):
+            raise UserError(
+                f"--text_encoder_out_layers {layer}: expected numbers of layers, such as 9 18 27."
+            )
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 
 
 def version_of(name: str) -> str | None:
+    """The version of an installed package; None without it."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -178,12 +200,13 @@ def require_packages(config: Config) -> None:
     """Raises UserError for the first flag whose package is missing, as a run would fail late, or
     not log."""
     for item in fields(config):
-        value, facts = getattr(config, item.name), item.metadata
+        value = getattr(config, item.name)
+        facts = item.metadata
         package = facts["packages"].get(value) if facts["packages"] else None
-        if (
-            package
-            and version_of(package) is None
-            and not any(applies(config) for _, applies in facts["idle"])
-        ):
+        if package is None or version_of(package) is not None:
+            continue
+        # A setting without effect needs nothing.
+        is_idle = any(applies(config) for _, applies in facts["idle"])
+        if not is_idle:
             flag = f"--{item.name}" if value is True else f"--{item.name} {value}"
             raise UserError(f"{flag} needs {package}: pip install {package}.")

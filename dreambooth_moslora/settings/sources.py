@@ -62,18 +62,22 @@ def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Nested tables as one table. Raises UserError for a name that is given twice."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        inner = flatten(value, path) if isinstance(value, dict) else {name.replace("-", "_"): value}
-        if twice := flat.keys() & inner.keys():
+        is_table = isinstance(value, dict)
+        inner = flatten(value, path) if is_table else {name.replace("-", "_"): value}
+        twice = flat.keys() & inner.keys()
+        if twice:
             raise UserError(f"--config {path}: {', '.join(sorted(twice))} is given twice.")
         flat |= inner
     return flat
 
 
+# The settings that every recipe tells, and those that it tells if they differ from the default.
 RECIPE = named("publish", "always")
 TOLD_IF_CHANGED = named("publish", "if_changed")
 LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
 MOST_LETTERS = 50_000  # Of a list of layers: every layer of SDXL by name takes less.
+# A name of layers, with a value if it is a pattern. It cannot hold text of the user's.
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
 
 
@@ -89,15 +93,18 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The valid settings that are in RECIPE, converted; and an error line for each of the others."""
-    taken, wrong = {}, []
+    """The valid settings of a recipe, converted, and an error line for each of the others."""
+    taken = {}
+    wrong = []
     for name, value in values.items():
         try:
             if name not in (*RECIPE, *TOLD_IF_CHANGED):
                 raise UserError(f"`{name:.40}` is not a setting of a recipe")
             if name in LAYERS and len(str(value)) > MOST_LETTERS:
                 raise UserError(f"--{name} names too many layers")
-            found = getattr(TrainConfig(class_prompt="a class", **{name: value}), name)
+            # A run with this setting alone checks it; prior preservation also needs a class.
+            config = TrainConfig(class_prompt="a class", **{name: value})
+            found = getattr(config, name)
             if name in LAYERS and not all(LAYER.fullmatch(text) for text in found):
                 raise UserError(f"--{name} names no layers")
             taken[name] = found
@@ -106,34 +113,49 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     return taken, wrong
 
 
+# What kohya writes for a setting that is not given, and for one that is switched off.
 UNSET = ("", "None", "{}", "[]")
 OFF = (*UNSET, "False", "0", "0.0")
 FACT = re.compile(
-    r"ss_(sd_|new_sd_|vae_|new_vae_|session_|training_|output_name|dataset|bucket_info|reg_dataset|tag_freq"
-    r"|v2$|base_model_version|steps$|epoch$|num_(train|reg)_images|num_batches|network_module|cache_latents"
-    r"|lowram|full_fp16|max_token_length|total_batch_size)"
+    r"ss_(sd_|new_sd_|vae_|new_vae_|session_|training_|output_name|dataset|bucket_info"
+    r"|reg_dataset|tag_freq|v2$|base_model_version|steps$|epoch$|num_(train|reg)_images"
+    r"|num_batches|network_module|cache_latents|lowram|full_fp16|max_token_length"
+    r"|total_batch_size)"
 )
 """Keys of kohya's that state facts, not settings."""
 OF_DATASETS = (
-    *("batch_size_per_device", "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso"),
-    *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens"),
+    "batch_size_per_device",
+    "resolution",
+    "enable_bucket",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "flip_aug",
+    "color_aug",
+    "random_crop",
+    "shuffle_caption",
+    "keep_tokens",
 )
 """What a header says in `ss_datasets`, for each data set or subset, if kohya's --dataset_config was
 given."""
-KOHYA = {
-    key: {
-        name: item.metadata["of_kohya"]
-        for name, item in SETTINGS.items()
-        if key in item.metadata["kohya"].split()
-    }
-    for key in " ".join(item.metadata["kohya"] for item in SETTINGS.values()).split()
-}
+
+
+def by_kohya_key() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, item in SETTINGS.items():
+        for key in item.metadata["kohya"].split():
+            found.setdefault(key, {})[name] = item.metadata["of_kohya"]
+    return found
+
+
+KOHYA = by_kohya_key()
 """kohya's key -> settings that it means, and how their values are read. The values are not checked
 yet."""
 
 
 @dataclass(frozen=True)
 class FoundRecipe:
+    """What a header says of a run."""
+
     settings: dict[str, Any]  # valid ones
     without_equivalent: tuple[str, ...] = ()  # kohya's keys
     invalid: tuple[str, ...] = ()  # a line for each wrong value
@@ -142,11 +164,11 @@ class FoundRecipe:
     def remarks(self) -> list[str]:
         lines = []
         if self.without_equivalent:
-            lines.append(
-                f"without an equivalent here: {one_line(', '.join(self.without_equivalent), 600)}"
-            )
+            keys = one_line(", ".join(self.without_equivalent), 600)
+            lines.append(f"without an equivalent here: {keys}")
         if self.invalid:
-            lines.append(f"ignored, as they are invalid: {one_line('; '.join(self.invalid), 600)}")
+            problems = one_line("; ".join(self.invalid), 600)
+            lines.append(f"ignored, as they are invalid: {problems}")
         return lines
 
 
@@ -179,39 +201,58 @@ def recipe_in_file(file: Path) -> FoundRecipe:
 def recipe_in(header: Mapping[str, str]) -> FoundRecipe:
     """This program's recipe, else kohya's settings. Raises UserError for a header without one of
     these."""
+    # Our own recipe comes first; a broken one of ours may stand beside kohya's keys.
     facts = {}
     with suppress(UserError):
         facts = from_json(header.get("moslora", "{}"))
-    ours = facts.get("recipe")
-    values, meaningless = (ours, []) if isinstance(ours, dict) else from_kohya(header)
+    values = facts.get("recipe")
+    meaningless: list[str] = []
+    if not isinstance(values, dict):
+        values, meaningless = from_kohya(header)
     if not values:
         raise UserError("its header holds no recipe, neither ours nor kohya's (ss_*)")
+
+    # One wrong value costs that value; a header with no right one is no recipe.
     settings, wrong = checked_recipe(values)
     if not settings:
         raise UserError(f"none of its settings is valid: {one_line('; '.join(wrong))}")
-    return FoundRecipe(settings, tuple(meaningless), tuple(wrong))
+    return FoundRecipe(
+        settings=settings,
+        without_equivalent=tuple(meaningless),
+        invalid=tuple(wrong),
+    )
 
 
 def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not `given` themselves or replaced by given ones. Raises UserError for
     a wrong value."""
-    gone = set()
+    gone = set(given)
     for name, item in SETTINGS.items():
-        if item.metadata["replaces"] and name in given and checked_setting(name, given[name]):
-            gone |= set(item.metadata["replaces"])
-    return {name: value for name, value in settings.items() if name not in gone | given.keys()}
+        replaced = item.metadata["replaces"]
+        if replaced and name in given and checked_setting(name, given[name]):
+            gone |= set(replaced)
+    return {name: value for name, value in settings.items() if name not in gone}
 
 
 def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys
     without one."""
+    # What the data sets agree on counts as if the header itself said it.
     of_datasets = told_by_datasets(header.get("ss_datasets", "[]"))
-    header = {key: text for key, (text, *others) in of_datasets.items() if not others} | header
-    values, meaningless = (
-        {},
-        [f"several values of {key}" for key, texts in of_datasets.items() if len(texts) > 1],
-    )
-    for key in sorted(key for key in header if key.startswith("ss_") and not FACT.match(key)):
+    agreed = {}
+    meaningless = []
+    for key, texts in of_datasets.items():
+        if len(texts) == 1:
+            agreed[key] = texts[0]
+        else:
+            meaningless.append(f"several values of {key}")
+    header = agreed | header
+
+    # A key without an equivalent is named only if it switches something on.
+    values = {}
+    for key in sorted(header):
+        if not key.startswith("ss_") or FACT.match(key):
+            continue
         text = header[key].strip()
         if key in KOHYA and text not in UNSET:
             found = {name: read(text) for name, read in KOHYA[key].items()}

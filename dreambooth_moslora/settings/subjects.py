@@ -1,9 +1,15 @@
 """Several subjects in one run: their tables, from TOML, JSON or a folder of folders.
 
-    [[subjects]]                               --subjects photos
-    instance_data_dir = "photos/duck"          photos/sks duck/      "a photo of a sks duck", class
-                                                                     "a photo of a duck"
-    instance_prompt = "a photo of sks duck"    photos/sks duck.txt   or two lines: its prompt, its class prompt
+In a --config file:
+
+    [[subjects]]
+    instance_data_dir = "photos/duck"
+    instance_prompt = "a photo of sks duck"
+
+With --subjects photos:
+
+    photos/sks duck/       "a photo of a sks duck", class "a photo of a duck"
+    photos/sks duck.txt    or two lines: its prompt, its class prompt
 
 A table overrides the run's other settings. A run without tables has one subject, described by its
 settings.
@@ -30,14 +36,13 @@ def to_tables(value: Any) -> tuple[Any, ...] | None:
     """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
     if isinstance(value, (str, Path)):
         path = Path(find_asset(str(value)))
-        return (
-            to_tables(tables_in(path)) if path.suffix.lower() == ".json" else tables_of_folder(path)
-        )
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(one, Mapping) or is_dataclass(one) for one in value
-    ):
+        if path.suffix.lower() == ".json":
+            return to_tables(tables_in(path))
+        return tables_of_folder(path)
+    if not isinstance(value, (list, tuple)):
         return None
-    return tuple(value)
+    are_tables = all(isinstance(one, Mapping) or is_dataclass(one) for one in value)
+    return tuple(value) if are_tables else None
 
 
 def tables_in(path: Path) -> list[dict[str, Any]]:
@@ -50,19 +55,19 @@ def tables_in(path: Path) -> list[dict[str, Any]]:
 
 
 def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
+    """A table for each folder in it. Raises UserError where there is none."""
     if not folder.is_dir():
-        raise UserError(
-            f"--subjects {folder}: {'not a folder' if folder.exists() else 'no such folder or file'}."
-        )
+        found = "not a folder" if folder.exists() else "no such folder or file"
+        raise UserError(f"--subjects {folder}: {found}.")
     try:
-        folders = sorted(
-            path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        folders = sorted(path for path in shown if path.is_dir())
     except OSError as error:
         raise UserError(f"--subjects {folder}: {error.strerror}.") from error
     if not folders:
         raise UserError(
-            f"--subjects {folder}: there is no folder in it; each subject has one, such as `sks dog`."
+            f"--subjects {folder}: there is no folder in it; each subject has one, such as "
+            "`sks dog`."
         )
     return tuple({"instance_data_dir": str(path)} | prompts_of(path) for path in folders)
 
@@ -72,22 +77,24 @@ def prompts_of(folder: Path) -> dict[str, str]:
     Raises UserError."""
     file = folder.with_name(f"{folder.name}.txt")
     if file.is_file():
+        # The user's own words, as he wrote them.
         try:
             lines = [line.strip() for line in small_text(file).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--subjects: {file} is not a text file.") from error
         if len(lines) not in (1, 2):
             raise UserError(
-                f"--subjects: {file} needs one line, the prompt of the subject, or two, then its class."
+                f"--subjects: {file} needs one line, the prompt of the subject, or two, then "
+                "its class."
             )
     else:
-        token, *kind = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
-        noun = " ".join(kind)
-        lines = (
-            [f"a photo of a {token} {noun}", f"a photo of a {noun}"]
-            if kind
-            else [f"a photo of {token}"]
-        )
+        # `sks duck`: the first word is the token, the others say what it is.
+        words = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+        token = words[0]
+        noun = " ".join(words[1:])
+        lines = [f"a photo of {token}"]
+        if noun:
+            lines = [f"a photo of a {token} {noun}", f"a photo of a {noun}"]
     return dict(zip(("instance_prompt", "class_prompt"), lines))
 
 
@@ -99,12 +106,15 @@ def stream_of(name: str, number: int) -> str:
 
 def check_subjects(config: Config) -> None:
     """Raises UserError for incomplete tables, and for two subjects that cannot be told apart."""
+    # A run with tables says nothing of one subject beside them.
     defaults = {item.name: item.default for item in fields(config)}
     for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
         if getattr(config, name) != defaults[name]:
             raise UserError(
                 f"--subjects and --{name}: each subject names its own; give one of the two."
             )
+
+    # Each table makes a run of its own, which checks it.
     found = []
     for number, table in enumerate(config.subjects, 1):
         for name in ("instance_data_dir", "instance_prompt"):
@@ -114,19 +124,21 @@ def check_subjects(config: Config) -> None:
             found.append(replace(config, subjects=(), **table.to_dict()))
         except UserError as error:
             raise UserError(f"subject {number} ({table.instance_data_dir}): {error}") from error
+
+    # Subjects of the same photos or words cannot be told apart.
     for name in ("instance_data_dir", "instance_prompt"):
         values = [getattr(one, name) for one in found]
-        value, count = Counter(
-            map(os.path.normpath, values) if name.endswith("_dir") else values
-        ).most_common(1)[0]
+        if name == "instance_data_dir":
+            values = [os.path.normpath(value) for value in values]
+        value, count = Counter(values).most_common(1)[0]
         if count > 1:
             raise UserError(
                 f"--subjects: {count} of them have the {name} {value!r}; each needs its own."
             )
+
+    # A folder of class images has those of one class.
     classes: dict[str, str | None] = {}
     for one in found:
-        if (
-            one.class_data_dir
-            and classes.setdefault(one.class_data_dir, one.class_prompt) != one.class_prompt
-        ):
-            raise UserError(f"--class_data_dir {one.class_data_dir}: two classes cannot share it.")
+        folder = one.class_data_dir
+        if folder and classes.setdefault(folder, one.class_prompt) != one.class_prompt:
+            raise UserError(f"--class_data_dir {folder}: two classes cannot share it.")

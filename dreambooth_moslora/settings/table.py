@@ -25,7 +25,9 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 from dreambooth_moslora.values import is_number
 
 KRONECKER = "kronecker"
+"""The mixer whose product with A and B is a Kronecker product: LoKr."""
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
+"""How the r x r matrix between A and B starts; `none` is a plain LoRA."""
 # Files whose content decides a result.
 BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")
 PLANS: dict[str, dict[str, object]] = {
@@ -40,10 +42,14 @@ PLANS: dict[str, dict[str, object]] = {
 """The words of `--memory`, from the fastest to the leanest."""
 OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
 """What a word of `--memory` decides beside the precision."""
-NO_ADAM = rows.where("with --optimizer {optimizer}",
-    lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run))  # fmt: skip
+# When the settings of one optimizer have no effect.
+NO_ADAM = rows.where(
+    "with --optimizer {optimizer}",
+    lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run),
+)
 NO_PRODIGY = rows.unless(optimizer="Prodigy")
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
+# What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -56,6 +62,7 @@ TRACKERS = (
     "swanlab",
 )
 
+# What makes a row of each group. The help and `docs/settings.md` have the groups in this order.
 of_base = rows.grouped("base model")
 of_photos = rows.grouped("photos")
 of_prior = rows.grouped("prior preservation")
@@ -74,403 +81,1191 @@ class TrainConfig:
     reason. None means "not set" where it is allowed. Lengths ending in `_steps` count optimizer
     steps; sizes are px."""
 
-    # fmt: off
-    pretrained_model_name_or_path: str = of_base("toy",
-        'base model: a diffusers folder, a hub id, a .safetensors file, or an embedded one, "toy" or "toy-zimage"',
-        required=True, path=expanduser)
-    pretrained_vae_model_name_or_path: str | None = of_base(None, "another VAE than the base's own: folder or hub id",
-        path=expanduser)
-    revision: str | None = of_base(None, "branch, tag or commit of the base on the hub")
-    variant: str | None = of_base(None, 'which files of the base to load, for example "fp16"')
-    cache_dir: str | None = of_base(None,
-        "where downloads, and encodings with --caching disk, are kept (default: the hub's cache, and "
-        "~/.cache/dreambooth_moslora)",
-        path=expanduser, per_process=True)
+    # The base model: what is adapted, and where its files are found.
+    pretrained_model_name_or_path: str = of_base(
+        default="toy",
+        help=(
+            "base model: a diffusers folder, a hub id, a .safetensors file, or an embedded one, "
+            '"toy" or "toy-zimage"'
+        ),
+        required=True,
+        path=expanduser,
+    )
+    pretrained_vae_model_name_or_path: str | None = of_base(
+        default=None,
+        help="another VAE than the base's own: folder or hub id",
+        path=expanduser,
+    )
+    revision: str | None = of_base(
+        default=None,
+        help="branch, tag or commit of the base on the hub",
+    )
+    variant: str | None = of_base(
+        default=None,
+        help='which files of the base to load, for example "fp16"',
+    )
+    cache_dir: str | None = of_base(
+        default=None,
+        help=(
+            "where downloads, and encodings with --caching disk, are kept (default: the hub's "
+            "cache, and ~/.cache/dreambooth_moslora)"
+        ),
+        path=expanduser,
+        per_process=True,
+    )
 
-    instance_data_dir: str | None = of_photos(None, "folder with the photos of the subject",
-        path=find_asset, per_subject=True)
-    dataset_name: str | None = of_photos(None, "instead of a folder: a data set, on the hub or local",
-        yields_to=("subjects", rows.WORDS))
-    dataset_config_name: str | None = of_photos(None, "configuration of --dataset_name")
-    image_column: str = of_photos("image", "column of --dataset_name that holds the images")
-    caption_column: str | None = of_photos(None, "column of --dataset_name that holds the captions")
-    leave_out: tuple[rows.Prompt, ...] = of_photos((), "file names of photos to leave out",
-        yields_to=(rows.WORDS,))
-    instance_prompt: str = of_photos("a photo of sks object",
-        'the subject in words, with its rare token: "a photo of sks dog"',
-        required=True, per_subject=True, check=True)
-    subjects: tuple[rows.Subject, ...] = of_photos((),
-        "several subjects in one run: a folder with a folder of each (`sks dog`), a .json list, or in TOML tables",
-        yields_to=("instance_data_dir", "dataset_name", rows.WORDS))
-    token: str | None = of_photos(None, "the rare word in the instance prompt (default: found in it)", per_subject=True)
-    class_word: str | None = of_photos(None, "the kind of thing it is (default: found in the prompts)",
-        per_subject=True)
-    caption_prefix: str | None = of_photos(None, "words before each photo's own captions; the instance prompt stays",
-        per_subject=True, yields_to=(rows.WORDS,))
-    caption_suffix: str | None = of_photos(None, "words after each photo's own captions",
-        per_subject=True, yields_to=(rows.WORDS,))
-    captions: str = of_photos("given",
-        "given: those beside the photos; auto: photos without one get one made before training, in the run folder "
-        "(no gain was shown on three sample subjects)", choices=("given", "auto"), publish="if_changed")
-    caption_model: str | None = of_photos(None,
-        "vision-language model that makes captions: hub id or folder (default: Qwen/Qwen3-VL-2B-Instruct; the toy's "
-        "own CLIP)", idle=rows.unless(captions="auto"))
-    shuffle_caption: bool = of_photos(False, "show the tags of a caption, between commas, in changing orders",
-        publish="always", kohya="ss_shuffle_caption", elsewhere="shuffle_tags")
-    keep_tokens: int = of_photos(0, "tags at a caption's start that --shuffle_caption leaves in place",
-        low=0, publish="always", idle=rows.unless(shuffle_caption=True), kohya="ss_keep_tokens",
-        elsewhere="keep_tokens_separator")
-    caption_dropout: float = of_photos(0.0,
-        "share of exposures with an empty caption, of photos and not of class images",
-        low=0, high=1, publish="always", kohya="ss_caption_dropout_rate",
-        elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts")
-    instance_prompt_share: float | None = of_photos(None,
-        "share of exposures with the instance prompt, of photos whose captions lack it (default: 1/4; 0 with "
-        "--caption_column, whose captions are used as they are)", low=0, high=1, publish="if_changed")
-    repeats: int = of_photos(1, "how often an epoch shows each photo", low=1, high=10**6, publish="always", check=True)
-    resolution: int = of_photos(1024,
-        "side of the square crops, px, a multiple of 8; without it a smaller base takes its own",
-        low=8, publish="always", kohya="ss_resolution", of_kohya=rows.one_side, check=True)
-    enable_bucket: bool = of_photos(False,
-        "crop each photo to a rectangle of its own shape and of the square's area, instead of to the square",
-        publish="always", kohya="ss_enable_bucket", also="use_aspect_ratio_buckets", check=True)
-    bucket_reso_steps: int | None = of_photos(None,
-        "sides of such rectangles are multiples of this, px (default: 64; 8 up to a resolution of 256)",
-        low=8, publish="always",
-        idle=rows.unless(enable_bucket=True)
-        + rows.where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets),
-        kohya="ss_bucket_reso_steps", check=True)
-    aspect_ratio_buckets: str | None = of_photos(None,
-        "the sizes of such rectangles, height and width in px, instead of --resolution: 1024,1024;768,1360",
-        publish="if_changed", check=True)
-    center_crop: bool = of_photos(False, "crop the middle of each photo instead of a random place",
-        publish="always", check=True)
-    random_flip: bool = of_photos(False, "mirror photos at random", publish="always", kohya="ss_flip_aug", check=True)
-    crops_per_photo: int = of_photos(1, "different crops taken of each photo",
-        low=1, high=1000, publish="always", check=True,
-        idle=rows.where("with --caching off, which always takes new crops", lambda run: run.caching == "off"))
-    crop_zoom: float = of_photos(1.0,
-        "enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
-        low=1, high=4, publish="always", check=True)
-    image_interpolation_mode: str = of_photos("lanczos", "filter of the resizing",
-        choices=("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"),
-        publish="always", check=True)
-    alpha: str = of_photos("mask", "transparent photos go on white; mask: the opaque part is the subject",
-        choices=("mask", "white"), publish="always", check=True)
-    unmasked_weight: float = of_photos(0.2,
-        "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for transparent parts",
-        low=0, high=1, publish="always")
-    masks: str = of_photos("given",
-        "given: those beside the photos; auto: photos without one get a mask made before training, in the run folder",
-        choices=("given", "auto"), publish="always")
-    mask_model: str | None = of_photos(None,
-        "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; the toy's own net)",
-        idle=rows.unless(masks="auto"), check=True)
-    mask_prompt: str | None = of_photos(None, "what CLIPSeg looks for in the photos (default: the class word)",
-        per_subject=True, idle=rows.unless(masks="auto"), check=True)
-
-    with_prior_preservation: bool = of_prior(False, "preserve what the base knows of the class", publish="always")
-    prior: str = of_prior("class_images",
-        "class_images: train on pictures of the class; adapter_off: on the frozen base's own answer, no pictures",
-        choices=("class_images", "adapter_off"), publish="always", idle=rows.unless(with_prior_preservation=True))
-    class_prompt: str | None = of_prior(None, 'the class in words: "a photo of a dog"',
-        per_subject=True, idle=rows.unless(with_prior_preservation=True))
-    prior_prompts: tuple[rows.Prompt, ...] = of_prior((),
-        "other prompts that adapter_off preserves too: about half of the images draw one of them",
-        idle=rows.unless(with_prior_preservation=True, prior="adapter_off"))
-    class_data_dir: str | None = of_prior(None, "folder with class images (default: in the run folder)",
-        path=expanduser, per_subject=True,
-        idle=rows.unless(with_prior_preservation=True)
-        + rows.where("with --prior adapter_off, which needs no images",
-            lambda run: run.with_prior_preservation and run.prior == "adapter_off"))
-    num_class_images: int = of_prior(100, "class images wanted; missing ones are generated",
-        low=1, publish="always", idle=rows.unless(with_prior_preservation=True, prior="class_images"))
-    prior_loss_weight: float = of_prior(1.0, "weight of the prior loss",
-        low=0, publish="always", idle=rows.unless(with_prior_preservation=True),
-        kohya="ss_prior_loss_weight", elsewhere="prior_loss_weights")
-    prior_every: int = of_prior(1, "N: of N micro-batches one alone has the prior, at N times its weight",
-        low=1, high=1000, publish="if_changed", idle=rows.unless(with_prior_preservation=True))
-    sample_batch_size: int = of_prior(4, "images generated at once",
-        low=1, high=4096, publish="if_changed",
-        idle=rows.unless(with_prior_preservation=True, prior="class_images"))
-    prior_generation_precision: str | None = of_prior(None, "precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"), publish="if_changed",
-        idle=rows.unless(with_prior_preservation=True, prior="class_images"))
-
-    rank: int = of_adapter(4, "rank r of the adapter",
-        low=1, high=4096, publish="always", kohya="ss_network_dim", elsewhere="network_dim lora_rank lora_r")
-    lora_alpha: float | None = of_adapter(None,
-        "the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
-        above=0, publish="always", kohya="ss_network_alpha", elsewhere="network_alpha")
-    rank_pattern: tuple[str, ...] = of_adapter((),
-        "other ranks of some layers (not of text encoders), as NAME=N: to_k=8, down_blocks.2.*=16; the first match "
-        "counts",
-        publish="always")
-    alpha_pattern: tuple[str, ...] = of_adapter((), "other alphas of some layers, in the same form",
-        publish="always")
-    use_rslora: bool = of_adapter(False, "scale by alpha / sqrt(rank)", publish="always", resume="same")
-    lora_dropout: float = of_adapter(0.0, "dropout in front of the adapter",
-        low=0, high=0.99, publish="always", resume="same", kohya="ss_network_dropout", elsewhere="network_dropout")
-    use_dora: bool = of_adapter(False, "learn the weights' magnitudes too (DoRA)", publish="always", resume="same")
-    mixer: str = of_adapter("orthogonal", "start of the r x r mixer; kronecker is LoKr, none is plain LoRA",
-        choices=MIXERS, publish="always", resume="same")
-    mixer_factor: int = of_adapter(8,
-        "rows and columns of LoKr's W1: a divisor of --rank, which is that of the published LoRA",
-        low=2, high=64, publish="if_changed", resume="same", idle=rows.unless(mixer=KRONECKER))
-    train_mixer: bool = of_adapter(True, "learn the mixer", publish="always", resume="same")
-    mixer_lr_scale: float = of_adapter(1.0, "the mixer's learning rate, as a multiple of the others'",
-        low=0, publish="always",
-        idle=rows.where("with --mixer none", lambda run: run.mixer == "none")
-        + rows.where("with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer))
-    target_modules: tuple[str, ...] = of_adapter(rows.ATTENTION,
-        "layers of the UNet or transformer that get an adapter, by the end of their path (to_q, conv1), with * "
-        "(down_blocks.2.*), or a block whose attention is meant (up_blocks.0.attentions.1, mid_block, blora_content, "
-        "blora_style)",
-        publish="always", also="lora_layers")
-    lora_blocks: tuple[str, ...] = of_adapter((),
-        "only these blocks of a transformer get an adapter: their numbers in transformer_blocks, such as 0,1,5")
-    train_text_encoder: bool = of_adapter(False,
-        "put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1", publish="always")
-    train_text_encoder_ti: bool = of_adapter(False,
-        "learn new tokens in both text encoders beside the adapter (pivotal tuning), at --text_encoder_lr; on the "
-        "embedded base likeness did not rise", publish="if_changed")
-    train_text_encoder_ti_frac: float = of_adapter(0.5,
-        "fraction of the steps in which the tokens are learnt; afterwards they are fixed",
-        above=0, high=1, publish="if_changed", idle=rows.unless(train_text_encoder_ti=True))
-    token_abstraction: str | None = of_adapter(None,
-        "the word of the prompts that the tokens stand for (default: TOK, or the instance prompt's rare word)",
-        per_subject=True, idle=rows.unless(train_text_encoder_ti=True))
-    num_new_tokens_per_abstraction: int = of_adapter(2, "how many tokens the word stands for",
-        low=1, high=32, publish="if_changed",
-        idle=rows.unless(train_text_encoder_ti=True)
-        + rows.where("with --initializer_concept, whose words say how many", lambda run: run.initializer_concept))
-    initializer_concept: str | None = of_adapter(None,
-        "words whose tokens the new ones start from; they set their number (default: random start)",
-        per_subject=True, idle=rows.unless(train_text_encoder_ti=True))
-    init_adapter: str | None = of_adapter(None,
-        "begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
-        path=find_asset, elsewhere="network_weights init_lora")
-
-    seed: int | None = of_training(None, "seed of everything random",
-        low=0, high=2**63 - 1, publish="always", kohya="ss_seed", elsewhere="seeds", check=True)
-    train_batch_size: int = of_training(4, "photos in one forward pass on each device",
-        low=1, high=4096, publish="always", kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device")
-    gradient_accumulation_steps: int = of_training(1, "forward passes in one step",
-        low=1, publish="always", kohya="ss_gradient_accumulation_steps")
-    num_train_epochs: int = of_training(1, "times through all photos, when --max_train_steps is not given",
-        low=1, replaces=("max_train_steps", "exposures_per_photo"), publish="always",
-        idle=rows.where("with --max_train_steps or --exposures_per_photo",
-            lambda run: run.max_train_steps or run.exposures_per_photo), kohya="ss_num_epochs",
-        elsewhere="max_train_epochs")
-    max_train_steps: int | None = of_training(None, "optimizer steps; overrides --num_train_epochs",
-        low=1, yields_to=("exposures_per_photo", "num_train_epochs"), replaces=("exposures_per_photo",),
+    # The photos of the subject: where they are, what is said of them, and how they are cropped.
+    instance_data_dir: str | None = of_photos(
+        default=None,
+        help="folder with the photos of the subject",
+        path=find_asset,
+        per_subject=True,
+    )
+    dataset_name: str | None = of_photos(
+        default=None,
+        help="instead of a folder: a data set, on the hub or local",
+        yields_to=("subjects", rows.WORDS),
+    )
+    dataset_config_name: str | None = of_photos(
+        default=None,
+        help="configuration of --dataset_name",
+    )
+    image_column: str = of_photos(
+        default="image",
+        help="column of --dataset_name that holds the images",
+    )
+    caption_column: str | None = of_photos(
+        default=None,
+        help="column of --dataset_name that holds the captions",
+    )
+    leave_out: tuple[rows.Prompt, ...] = of_photos(
+        default=(),
+        help="file names of photos to leave out",
+        yields_to=(rows.WORDS,),
+    )
+    instance_prompt: str = of_photos(
+        default="a photo of sks object",
+        help='the subject in words, with its rare token: "a photo of sks dog"',
+        required=True,
+        per_subject=True,
+        check=True,
+    )
+    subjects: tuple[rows.Subject, ...] = of_photos(
+        default=(),
+        help=(
+            "several subjects in one run: a folder with a folder of each (`sks dog`), a .json "
+            "list, or in TOML tables"
+        ),
+        yields_to=("instance_data_dir", "dataset_name", rows.WORDS),
+    )
+    token: str | None = of_photos(
+        default=None,
+        help="the rare word in the instance prompt (default: found in it)",
+        per_subject=True,
+    )
+    class_word: str | None = of_photos(
+        default=None,
+        help="the kind of thing it is (default: found in the prompts)",
+        per_subject=True,
+    )
+    caption_prefix: str | None = of_photos(
+        default=None,
+        help="words before each photo's own captions; the instance prompt stays",
+        per_subject=True,
+        yields_to=(rows.WORDS,),
+    )
+    caption_suffix: str | None = of_photos(
+        default=None,
+        help="words after each photo's own captions",
+        per_subject=True,
+        yields_to=(rows.WORDS,),
+    )
+    captions: str = of_photos(
+        default="given",
+        help=(
+            "given: those beside the photos; auto: photos without one get one made before "
+            "training, in the run folder (no gain was shown on three sample subjects)"
+        ),
+        choices=("given", "auto"),
+        publish="if_changed",
+    )
+    caption_model: str | None = of_photos(
+        default=None,
+        help=(
+            "vision-language model that makes captions: hub id or folder (default: "
+            "Qwen/Qwen3-VL-2B-Instruct; the toy's own CLIP)"
+        ),
+        idle=rows.unless(captions="auto"),
+    )
+    shuffle_caption: bool = of_photos(
+        default=False,
+        help="show the tags of a caption, between commas, in changing orders",
         publish="always",
-        kohya="ss_max_train_steps")
-    exposures_per_photo: int | None = of_training(None,
-        "instead of --max_train_steps: how often the run shows each photo",
-        low=1, yields_to=("max_train_steps", "num_train_epochs"), replaces=("max_train_steps",), publish="always")
-    learning_rate: float = of_training(1e-4, "learning rate; 1.0 with Prodigy",
-        low=0, high=100, publish="always", kohya="ss_learning_rate ss_unet_lr", elsewhere="unet_lr")
-    text_encoder_lr: float = of_training(5e-6, "learning rate of the text encoders; 0: the same as --learning_rate",
-        low=0, high=100, publish="always",
-        idle=rows.where("without --train_text_encoder or --train_text_encoder_ti",
-            lambda run: not run.keeps_text_encoders)
-        + rows.where("with --optimizer {optimizer}, which takes one learning rate for all",
-            lambda run: run.keeps_text_encoders and optimizer_kinds.optimizer_of(run).one_rate),
-        kohya="ss_text_encoder_lr", of_kohya=lambda text: text.strip("[]").partition(",")[0])
-    scale_lr: bool = of_training(False, "multiply --learning_rate by processes x accumulation x batch size",
-        publish="always")
-    lr_scheduler: str = of_training("constant", "schedule of the learning rate",
-        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
-        publish="always", kohya="ss_lr_scheduler")
-    lr_warmup_steps: int = of_training(500, "steps of warm-up, where the schedule has one",
-        low=0, publish="always",
-        idle=rows.where("with --lr_scheduler constant",
-            lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps),
-        kohya="ss_lr_warmup_steps")
-    lr_num_cycles: int = of_training(1, "restarts of cosine_with_restarts", low=1, publish="always",
-        idle=rows.unless(lr_scheduler="cosine_with_restarts"))
-    lr_power: float = of_training(1.0, "power of the polynomial schedule", above=0, publish="always",
-        idle=rows.unless(lr_scheduler="polynomial"))
-    snr_gamma: float | None = of_training(None, f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
-        above=0, replaces=("debiased_estimation_loss",), publish="always", kohya="ss_min_snr_gamma",
-        elsewhere="min_snr_gamma")
-    debiased_estimation_loss: bool = of_training(False,
-        f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
-        replaces=("snr_gamma",), publish="if_changed", kohya="ss_debiased_estimation")
-    noise_offset: float = of_training(0.0,
-        "shift the noise of each channel as a whole by draws of this deviation, for very dark or bright pictures; "
-        f"{NO_GAIN}", low=0, high=1, publish="if_changed", kohya="ss_noise_offset")
-    loss_type: str = of_training("l2",
-        f"loss at each position: the square, or one that weighs large differences less; {NO_GAIN}",
-        choices=("l2", "huber", "smooth_l1"), publish="if_changed", kohya="ss_loss_type")
-    huber_c: float = of_training(0.1, "width beyond which a difference is large, for huber and smooth_l1",
-        above=0, high=1, publish="if_changed",
-        idle=rows.where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
-        kohya="ss_huber_c")
-    huber_schedule: str = of_training("snr",
-        "that width by noise level: the same for all, or wider where there is less noise",
-        choices=("constant", "exponential", "snr"), publish="if_changed",
-        idle=rows.where("without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"),
-        kohya="ss_huber_schedule")
-    timestep_bias_strategy: str = of_training("none", "which noise levels are drawn more often: later is the noisiest",
-        choices=("none", "earlier", "later"), publish="always")
-    timestep_bias_multiplier: float = of_training(1.0, "how many times as often they are drawn",
-        above=0, high=1e6, publish="always",
-        idle=rows.where("without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"))
-    timestep_bias_portion: float = of_training(0.25, "fraction of the levels that is drawn more often",
-        above=0, high=1, publish="always")
-    do_edm_style_training: bool = of_training(False, "EDM preconditioning of the loss (arXiv 2206.00364)",
-        replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"), publish="always")
-    weighting_scheme: str | None = of_training(None,
-        "flow models: which noise levels are drawn, or how they are weighed (default: as in diffusers' script)",
-        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"), publish="if_changed")
-    logit_mean: float = of_training(0.0, "mean of logit_normal", low=-10, high=10, publish="if_changed",
-        idle=rows.unless(weighting_scheme="logit_normal"))
-    logit_std: float = of_training(1.0, "standard deviation of logit_normal", above=0, high=10, publish="if_changed",
-        idle=rows.unless(weighting_scheme="logit_normal"))
-    mode_scale: float = of_training(1.29, "scale of mode", low=-1, high=1.75, publish="if_changed",
-        idle=rows.unless(weighting_scheme="mode"))
-    precondition_outputs: bool | None = of_training(None,
-        "flow models: errors are those of the clean latents, which weighs noisy levels more (default: as in "
-        "diffusers' script)", publish="if_changed")
-    shift_timesteps: bool = of_training(False,
-        "flow models: draw noisier levels for larger pictures, by the line in the base's scheduler",
-        publish="if_changed")
-    guidance_scale: float = of_training(3.5, "what a base with embedded guidance (FLUX.1 dev) is told in training",
-        low=0, high=100, publish="if_changed")
-    max_sequence_length: int | None = of_training(None, "most tokens of a prompt, for bases with a long text encoder",
-        low=1, high=2048, publish="if_changed")
-    text_encoder_out_layers: tuple[str, ...] = of_training((),
-        "numbers of the text encoder's layers that FLUX.2 reads (default: its own)", publish="if_changed")
-    system_prompt: str | None = of_training(None, "what Lumina 2's text encoder is told before each prompt (default: "
-        "its own sentence)")
-    complex_human_instruction: str | None = of_training(None,
-        "what Sana's text encoder is told before each prompt (default: nothing)")
-    max_grad_norm: float = of_training(1.0, "gradients are clipped to this norm",
-        above=0, publish="always", kohya="ss_max_grad_norm")
-    use_ema: bool = of_training(False,
-        f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}", publish="if_changed")
-    ema_decay: float = of_training(0.9999, "largest decay of the average per step; it is smaller early on",
-        low=0, below=1, publish="if_changed", idle=rows.unless(use_ema=True), elsewhere="ema_max_decay")
+        kohya="ss_shuffle_caption",
+        elsewhere="shuffle_tags",
+    )
+    keep_tokens: int = of_photos(
+        default=0,
+        help="tags at a caption's start that --shuffle_caption leaves in place",
+        low=0,
+        publish="always",
+        idle=rows.unless(shuffle_caption=True),
+        kohya="ss_keep_tokens",
+        elsewhere="keep_tokens_separator",
+    )
+    caption_dropout: float = of_photos(
+        default=0.0,
+        help="share of exposures with an empty caption, of photos and not of class images",
+        low=0,
+        high=1,
+        publish="always",
+        kohya="ss_caption_dropout_rate",
+        elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
+    )
+    instance_prompt_share: float | None = of_photos(
+        default=None,
+        help=(
+            "share of exposures with the instance prompt, of photos whose captions lack it "
+            "(default: 1/4; 0 with --caption_column, whose captions are used as they are)"
+        ),
+        low=0,
+        high=1,
+        publish="if_changed",
+    )
+    repeats: int = of_photos(
+        default=1,
+        help="how often an epoch shows each photo",
+        low=1,
+        high=10**6,
+        publish="always",
+        check=True,
+    )
+    resolution: int = of_photos(
+        default=1024,
+        help=(
+            "side of the square crops, px, a multiple of 8; without it a smaller base takes its own"
+        ),
+        low=8,
+        publish="always",
+        kohya="ss_resolution",
+        of_kohya=rows.one_side,
+        check=True,
+    )
+    enable_bucket: bool = of_photos(
+        default=False,
+        help=(
+            "crop each photo to a rectangle of its own shape and of the square's area, instead "
+            "of to the square"
+        ),
+        publish="always",
+        kohya="ss_enable_bucket",
+        also="use_aspect_ratio_buckets",
+        check=True,
+    )
+    bucket_reso_steps: int | None = of_photos(
+        default=None,
+        help=(
+            "sides of such rectangles are multiples of this, px (default: 64; 8 up to a "
+            "resolution of 256)"
+        ),
+        low=8,
+        publish="always",
+        idle=(
+            rows.unless(enable_bucket=True)
+            + rows.where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets)
+        ),
+        kohya="ss_bucket_reso_steps",
+        check=True,
+    )
+    aspect_ratio_buckets: str | None = of_photos(
+        default=None,
+        help=(
+            "the sizes of such rectangles, height and width in px, instead of --resolution: "
+            "1024,1024;768,1360"
+        ),
+        publish="if_changed",
+        check=True,
+    )
+    center_crop: bool = of_photos(
+        default=False,
+        help="crop the middle of each photo instead of a random place",
+        publish="always",
+        check=True,
+    )
+    random_flip: bool = of_photos(
+        default=False,
+        help="mirror photos at random",
+        publish="always",
+        kohya="ss_flip_aug",
+        check=True,
+    )
+    crops_per_photo: int = of_photos(
+        default=1,
+        help="different crops taken of each photo",
+        low=1,
+        high=1000,
+        publish="always",
+        check=True,
+        idle=rows.where(
+            "with --caching off, which always takes new crops", lambda run: run.caching == "off"
+        ),
+    )
+    crop_zoom: float = of_photos(
+        default=1.0,
+        help="enlarge each crop by a random factor up to this; 1: crops are as wide as the photo",
+        low=1,
+        high=4,
+        publish="always",
+        check=True,
+    )
+    image_interpolation_mode: str = of_photos(
+        default="lanczos",
+        help="filter of the resizing",
+        choices=("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"),
+        publish="always",
+        check=True,
+    )
+    alpha: str = of_photos(
+        default="mask",
+        help="transparent photos go on white; mask: the opaque part is the subject",
+        choices=("mask", "white"),
+        publish="always",
+        check=True,
+    )
+    unmasked_weight: float = of_photos(
+        default=0.2,
+        help=(
+            "loss weight of the parts that a mask (name.mask.png) leaves out; it is always 0 for "
+            "transparent parts"
+        ),
+        low=0,
+        high=1,
+        publish="always",
+    )
+    masks: str = of_photos(
+        default="given",
+        help=(
+            "given: those beside the photos; auto: photos without one get a mask made before "
+            "training, in the run folder"
+        ),
+        choices=("given", "auto"),
+        publish="always",
+    )
+    mask_model: str | None = of_photos(
+        default=None,
+        help=(
+            "CLIPSeg that makes masks: hub id or folder (default: CIDAS/clipseg-rd64-refined; "
+            "the toy's own net)"
+        ),
+        idle=rows.unless(masks="auto"),
+        check=True,
+    )
+    mask_prompt: str | None = of_photos(
+        default=None,
+        help="what CLIPSeg looks for in the photos (default: the class word)",
+        per_subject=True,
+        idle=rows.unless(masks="auto"),
+        check=True,
+    )
 
-    optimizer: str = of_optimizer("AdamW",
-        "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without momentum",
-        choices=optimizer_kinds.OPTIMIZERS, publish="always",
-        packages={name: kind.package for name, kind in optimizer_kinds.OPTIMIZERS.items() if kind.package},
-        spellings={name.lower(): name for name in optimizer_kinds.OPTIMIZERS}
-            | {"schedulefree": optimizer_kinds.SCHEDULE_FREE},
-        kohya="ss_optimizer", of_kohya=rows.optimizer_name)
-    use_8bit_adam: bool = of_optimizer(False, "AdamW with 8-bit states (bitsandbytes)",
-        publish="always", packages={True: "bitsandbytes"}, kohya="ss_optimizer",
+    # Prior preservation: what keeps the base's idea of the class beside the subject.
+    with_prior_preservation: bool = of_prior(
+        default=False,
+        help="preserve what the base knows of the class",
+        publish="always",
+    )
+    prior: str = of_prior(
+        default="class_images",
+        help=(
+            "class_images: train on pictures of the class; adapter_off: on the frozen base's own "
+            "answer, no pictures"
+        ),
+        choices=("class_images", "adapter_off"),
+        publish="always",
+        idle=rows.unless(with_prior_preservation=True),
+    )
+    class_prompt: str | None = of_prior(
+        default=None,
+        help='the class in words: "a photo of a dog"',
+        per_subject=True,
+        idle=rows.unless(with_prior_preservation=True),
+    )
+    prior_prompts: tuple[rows.Prompt, ...] = of_prior(
+        default=(),
+        help=(
+            "other prompts that adapter_off preserves too: about half of the images draw one of "
+            "them"
+        ),
+        idle=rows.unless(with_prior_preservation=True, prior="adapter_off"),
+    )
+    class_data_dir: str | None = of_prior(
+        default=None,
+        help="folder with class images (default: in the run folder)",
+        path=expanduser,
+        per_subject=True,
+        idle=(
+            rows.unless(with_prior_preservation=True)
+            + rows.where(
+                "with --prior adapter_off, which needs no images",
+                lambda run: run.with_prior_preservation and run.prior == "adapter_off",
+            )
+        ),
+    )
+    num_class_images: int = of_prior(
+        default=100,
+        help="class images wanted; missing ones are generated",
+        low=1,
+        publish="always",
+        idle=rows.unless(with_prior_preservation=True, prior="class_images"),
+    )
+    prior_loss_weight: float = of_prior(
+        default=1.0,
+        help="weight of the prior loss",
+        low=0,
+        publish="always",
+        idle=rows.unless(with_prior_preservation=True),
+        kohya="ss_prior_loss_weight",
+        elsewhere="prior_loss_weights",
+    )
+    prior_every: int = of_prior(
+        default=1,
+        help="N: of N micro-batches one alone has the prior, at N times its weight",
+        low=1,
+        high=1000,
+        publish="if_changed",
+        idle=rows.unless(with_prior_preservation=True),
+    )
+    sample_batch_size: int = of_prior(
+        default=4,
+        help="images generated at once",
+        low=1,
+        high=4096,
+        publish="if_changed",
+        idle=rows.unless(with_prior_preservation=True, prior="class_images"),
+    )
+    prior_generation_precision: str | None = of_prior(
+        default=None,
+        help="precision of that generation",
+        choices=("no", "fp32", "fp16", "bf16"),
+        publish="if_changed",
+        idle=rows.unless(with_prior_preservation=True, prior="class_images"),
+    )
+
+    # The adapter: its size, its mixer, and the layers that get it.
+    rank: int = of_adapter(
+        default=4,
+        help="rank r of the adapter",
+        low=1,
+        high=4096,
+        publish="always",
+        kohya="ss_network_dim",
+        elsewhere="network_dim lora_rank lora_r",
+    )
+    lora_alpha: float | None = of_adapter(
+        default=None,
+        help="the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
+        above=0,
+        publish="always",
+        kohya="ss_network_alpha",
+        elsewhere="network_alpha",
+    )
+    rank_pattern: tuple[str, ...] = of_adapter(
+        default=(),
+        help=(
+            "other ranks of some layers (not of text encoders), as NAME=N: to_k=8, "
+            "down_blocks.2.*=16; the first match counts"
+        ),
+        publish="always",
+    )
+    alpha_pattern: tuple[str, ...] = of_adapter(
+        default=(),
+        help="other alphas of some layers, in the same form",
+        publish="always",
+    )
+    use_rslora: bool = of_adapter(
+        default=False,
+        help="scale by alpha / sqrt(rank)",
+        publish="always",
+        resume="same",
+    )
+    lora_dropout: float = of_adapter(
+        default=0.0,
+        help="dropout in front of the adapter",
+        low=0,
+        high=0.99,
+        publish="always",
+        resume="same",
+        kohya="ss_network_dropout",
+        elsewhere="network_dropout",
+    )
+    use_dora: bool = of_adapter(
+        default=False,
+        help="learn the weights' magnitudes too (DoRA)",
+        publish="always",
+        resume="same",
+    )
+    mixer: str = of_adapter(
+        default="orthogonal",
+        help="start of the r x r mixer; kronecker is LoKr, none is plain LoRA",
+        choices=MIXERS,
+        publish="always",
+        resume="same",
+    )
+    mixer_factor: int = of_adapter(
+        default=8,
+        help=(
+            "rows and columns of LoKr's W1: a divisor of --rank, which is that of the published "
+            "LoRA"
+        ),
+        low=2,
+        high=64,
+        publish="if_changed",
+        resume="same",
+        idle=rows.unless(mixer=KRONECKER),
+    )
+    train_mixer: bool = of_adapter(
+        default=True,
+        help="learn the mixer",
+        publish="always",
+        resume="same",
+    )
+    mixer_lr_scale: float = of_adapter(
+        default=1.0,
+        help="the mixer's learning rate, as a multiple of the others'",
+        low=0,
+        publish="always",
+        idle=(
+            rows.where("with --mixer none", lambda run: run.mixer == "none")
+            + rows.where(
+                "with --no_train_mixer", lambda run: run.mixer != "none" and not run.train_mixer
+            )
+        ),
+    )
+    target_modules: tuple[str, ...] = of_adapter(
+        default=rows.ATTENTION,
+        help=(
+            "layers of the UNet or transformer that get an adapter, by the end of their path "
+            "(to_q, conv1), with * (down_blocks.2.*), or a block whose attention is meant "
+            "(up_blocks.0.attentions.1, mid_block, blora_content, blora_style)"
+        ),
+        publish="always",
+        also="lora_layers",
+    )
+    lora_blocks: tuple[str, ...] = of_adapter(
+        default=(),
+        help=(
+            "only these blocks of a transformer get an adapter: their numbers in "
+            "transformer_blocks, such as 0,1,5"
+        ),
+    )
+    train_text_encoder: bool = of_adapter(
+        default=False,
+        help="put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1",
+        publish="always",
+    )
+    train_text_encoder_ti: bool = of_adapter(
+        default=False,
+        help=(
+            "learn new tokens in both text encoders beside the adapter (pivotal tuning), at "
+            "--text_encoder_lr; on the embedded base likeness did not rise"
+        ),
+        publish="if_changed",
+    )
+    train_text_encoder_ti_frac: float = of_adapter(
+        default=0.5,
+        help="fraction of the steps in which the tokens are learnt; afterwards they are fixed",
+        above=0,
+        high=1,
+        publish="if_changed",
+        idle=rows.unless(train_text_encoder_ti=True),
+    )
+    token_abstraction: str | None = of_adapter(
+        default=None,
+        help=(
+            "the word of the prompts that the tokens stand for (default: TOK, or the instance "
+            "prompt's rare word)"
+        ),
+        per_subject=True,
+        idle=rows.unless(train_text_encoder_ti=True),
+    )
+    num_new_tokens_per_abstraction: int = of_adapter(
+        default=2,
+        help="how many tokens the word stands for",
+        low=1,
+        high=32,
+        publish="if_changed",
+        idle=(
+            rows.unless(train_text_encoder_ti=True)
+            + rows.where(
+                "with --initializer_concept, whose words say how many",
+                lambda run: run.initializer_concept,
+            )
+        ),
+    )
+    initializer_concept: str | None = of_adapter(
+        default=None,
+        help=(
+            "words whose tokens the new ones start from; they set their number (default: random "
+            "start)"
+        ),
+        per_subject=True,
+        idle=rows.unless(train_text_encoder_ti=True),
+    )
+    init_adapter: str | None = of_adapter(
+        default=None,
+        help="begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
+        path=find_asset,
+        elsewhere="network_weights init_lora",
+    )
+
+    # The training: steps, rates, and the loss.
+    seed: int | None = of_training(
+        default=None,
+        help="seed of everything random",
+        low=0,
+        high=2**63 - 1,
+        publish="always",
+        kohya="ss_seed",
+        elsewhere="seeds",
+        check=True,
+    )
+    train_batch_size: int = of_training(
+        default=4,
+        help="photos in one forward pass on each device",
+        low=1,
+        high=4096,
+        publish="always",
+        kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device",
+    )
+    gradient_accumulation_steps: int = of_training(
+        default=1,
+        help="forward passes in one step",
+        low=1,
+        publish="always",
+        kohya="ss_gradient_accumulation_steps",
+    )
+    num_train_epochs: int = of_training(
+        default=1,
+        help="times through all photos, when --max_train_steps is not given",
+        low=1,
+        replaces=("max_train_steps", "exposures_per_photo"),
+        publish="always",
+        idle=rows.where(
+            "with --max_train_steps or --exposures_per_photo",
+            lambda run: run.max_train_steps or run.exposures_per_photo,
+        ),
+        kohya="ss_num_epochs",
+        elsewhere="max_train_epochs",
+    )
+    max_train_steps: int | None = of_training(
+        default=None,
+        help="optimizer steps; overrides --num_train_epochs",
+        low=1,
+        yields_to=("exposures_per_photo", "num_train_epochs"),
+        replaces=("exposures_per_photo",),
+        publish="always",
+        kohya="ss_max_train_steps",
+    )
+    exposures_per_photo: int | None = of_training(
+        default=None,
+        help="instead of --max_train_steps: how often the run shows each photo",
+        low=1,
+        yields_to=("max_train_steps", "num_train_epochs"),
+        replaces=("max_train_steps",),
+        publish="always",
+    )
+    learning_rate: float = of_training(
+        default=1e-4,
+        help="learning rate; 1.0 with Prodigy",
+        low=0,
+        high=100,
+        publish="always",
+        kohya="ss_learning_rate ss_unet_lr",
+        elsewhere="unet_lr",
+    )
+    text_encoder_lr: float = of_training(
+        default=5e-6,
+        help="learning rate of the text encoders; 0: the same as --learning_rate",
+        low=0,
+        high=100,
+        publish="always",
+        idle=(
+            rows.where(
+                "without --train_text_encoder or --train_text_encoder_ti",
+                lambda run: not run.keeps_text_encoders,
+            )
+            + rows.where(
+                "with --optimizer {optimizer}, which takes one learning rate for all",
+                lambda run: run.keeps_text_encoders and optimizer_kinds.optimizer_of(run).one_rate,
+            )
+        ),
+        kohya="ss_text_encoder_lr",
+        of_kohya=lambda text: text.strip("[]").partition(",")[0],
+    )
+    scale_lr: bool = of_training(
+        default=False,
+        help="multiply --learning_rate by processes x accumulation x batch size",
+        publish="always",
+    )
+    lr_scheduler: str = of_training(
+        default="constant",
+        help="schedule of the learning rate",
+        choices=(
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+        ),
+        publish="always",
+        kohya="ss_lr_scheduler",
+    )
+    lr_warmup_steps: int = of_training(
+        default=500,
+        help="steps of warm-up, where the schedule has one",
+        low=0,
+        publish="always",
+        idle=rows.where(
+            "with --lr_scheduler constant",
+            lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps,
+        ),
+        kohya="ss_lr_warmup_steps",
+    )
+    lr_num_cycles: int = of_training(
+        default=1,
+        help="restarts of cosine_with_restarts",
+        low=1,
+        publish="always",
+        idle=rows.unless(lr_scheduler="cosine_with_restarts"),
+    )
+    lr_power: float = of_training(
+        default=1.0,
+        help="power of the polynomial schedule",
+        above=0,
+        publish="always",
+        idle=rows.unless(lr_scheduler="polynomial"),
+    )
+    snr_gamma: float | None = of_training(
+        default=None,
+        help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
+        above=0,
+        replaces=("debiased_estimation_loss",),
+        publish="always",
+        kohya="ss_min_snr_gamma",
+        elsewhere="min_snr_gamma",
+    )
+    debiased_estimation_loss: bool = of_training(
+        default=False,
+        help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
+        replaces=("snr_gamma",),
+        publish="if_changed",
+        kohya="ss_debiased_estimation",
+    )
+    noise_offset: float = of_training(
+        default=0.0,
+        help=(
+            "shift the noise of each channel as a whole by draws of this deviation, for very "
+            f"dark or bright pictures; {NO_GAIN}"
+        ),
+        low=0,
+        high=1,
+        publish="if_changed",
+        kohya="ss_noise_offset",
+    )
+    loss_type: str = of_training(
+        default="l2",
+        help=(
+            "loss at each position: the square, or one that weighs large differences less; "
+            f"{NO_GAIN}"
+        ),
+        choices=("l2", "huber", "smooth_l1"),
+        publish="if_changed",
+        kohya="ss_loss_type",
+    )
+    huber_c: float = of_training(
+        default=0.1,
+        help="width beyond which a difference is large, for huber and smooth_l1",
+        above=0,
+        high=1,
+        publish="if_changed",
+        idle=rows.where(
+            "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
+        ),
+        kohya="ss_huber_c",
+    )
+    huber_schedule: str = of_training(
+        default="snr",
+        help="that width by noise level: the same for all, or wider where there is less noise",
+        choices=("constant", "exponential", "snr"),
+        publish="if_changed",
+        idle=rows.where(
+            "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
+        ),
+        kohya="ss_huber_schedule",
+    )
+    timestep_bias_strategy: str = of_training(
+        default="none",
+        help="which noise levels are drawn more often: later is the noisiest",
+        choices=("none", "earlier", "later"),
+        publish="always",
+    )
+    timestep_bias_multiplier: float = of_training(
+        default=1.0,
+        help="how many times as often they are drawn",
+        above=0,
+        high=1e6,
+        publish="always",
+        idle=rows.where(
+            "without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"
+        ),
+    )
+    timestep_bias_portion: float = of_training(
+        default=0.25,
+        help="fraction of the levels that is drawn more often",
+        above=0,
+        high=1,
+        publish="always",
+    )
+    do_edm_style_training: bool = of_training(
+        default=False,
+        help="EDM preconditioning of the loss (arXiv 2206.00364)",
+        replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"),
+        publish="always",
+    )
+    weighting_scheme: str | None = of_training(
+        default=None,
+        help=(
+            "flow models: which noise levels are drawn, or how they are weighed (default: as in "
+            "diffusers' script)"
+        ),
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
+        publish="if_changed",
+    )
+    logit_mean: float = of_training(
+        default=0.0,
+        help="mean of logit_normal",
+        low=-10,
+        high=10,
+        publish="if_changed",
+        idle=rows.unless(weighting_scheme="logit_normal"),
+    )
+    logit_std: float = of_training(
+        default=1.0,
+        help="standard deviation of logit_normal",
+        above=0,
+        high=10,
+        publish="if_changed",
+        idle=rows.unless(weighting_scheme="logit_normal"),
+    )
+    mode_scale: float = of_training(
+        default=1.29,
+        help="scale of mode",
+        low=-1,
+        high=1.75,
+        publish="if_changed",
+        idle=rows.unless(weighting_scheme="mode"),
+    )
+    precondition_outputs: bool | None = of_training(
+        default=None,
+        help=(
+            "flow models: errors are those of the clean latents, which weighs noisy levels more "
+            "(default: as in diffusers' script)"
+        ),
+        publish="if_changed",
+    )
+    shift_timesteps: bool = of_training(
+        default=False,
+        help=(
+            "flow models: draw noisier levels for larger pictures, by the line in the base's "
+            "scheduler"
+        ),
+        publish="if_changed",
+    )
+    guidance_scale: float = of_training(
+        default=3.5,
+        help="what a base with embedded guidance (FLUX.1 dev) is told in training",
+        low=0,
+        high=100,
+        publish="if_changed",
+    )
+    max_sequence_length: int | None = of_training(
+        default=None,
+        help="most tokens of a prompt, for bases with a long text encoder",
+        low=1,
+        high=2048,
+        publish="if_changed",
+    )
+    text_encoder_out_layers: tuple[str, ...] = of_training(
+        default=(),
+        help="numbers of the text encoder's layers that FLUX.2 reads (default: its own)",
+        publish="if_changed",
+    )
+    system_prompt: str | None = of_training(
+        default=None,
+        help="what Lumina 2's text encoder is told before each prompt (default: its own sentence)",
+    )
+    complex_human_instruction: str | None = of_training(
+        default=None,
+        help="what Sana's text encoder is told before each prompt (default: nothing)",
+    )
+    max_grad_norm: float = of_training(
+        default=1.0,
+        help="gradients are clipped to this norm",
+        above=0,
+        publish="always",
+        kohya="ss_max_grad_norm",
+    )
+    use_ema: bool = of_training(
+        default=False,
+        help=f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}",
+        publish="if_changed",
+    )
+    ema_decay: float = of_training(
+        default=0.9999,
+        help="largest decay of the average per step; it is smaller early on",
+        low=0,
+        below=1,
+        publish="if_changed",
+        idle=rows.unless(use_ema=True),
+        elsewhere="ema_max_decay",
+    )
+
+    # The optimizer. A row is idle with the kinds that do not read it.
+    optimizer: str = of_optimizer(
+        default="AdamW",
+        help=(
+            "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without "
+            "momentum"
+        ),
+        choices=optimizer_kinds.OPTIMIZERS,
+        publish="always",
+        packages={
+            name: kind.package for name, kind in optimizer_kinds.OPTIMIZERS.items() if kind.package
+        },
+        spellings=(
+            {name.lower(): name for name in optimizer_kinds.OPTIMIZERS}
+            | {"schedulefree": optimizer_kinds.SCHEDULE_FREE}
+        ),
+        kohya="ss_optimizer",
+        of_kohya=rows.optimizer_name,
+    )
+    use_8bit_adam: bool = of_optimizer(
+        default=False,
+        help="AdamW with 8-bit states (bitsandbytes)",
+        publish="always",
+        packages={True: "bitsandbytes"},
+        kohya="ss_optimizer",
         of_kohya=lambda text: bool(re.search(r"(?i)\badamw8bit(\(|$)", text)) or None,
-        idle=rows.where("with --optimizer {optimizer}",
-            lambda run: not optimizer_kinds.OPTIMIZERS[run.optimizer].in_8_bit))
-    adam_beta1: float = of_optimizer(0.9, "beta1 of Adam and Prodigy", low=0, below=1, publish="always",
-        idle=NO_ADAM)
-    adam_beta2: float = of_optimizer(0.999, "beta2 of Adam and Prodigy", low=0, below=1, publish="always",
-        idle=NO_ADAM)
-    adam_epsilon: float = of_optimizer(1e-8, "epsilon of Adam and Prodigy", above=0, publish="always",
-        idle=NO_ADAM)
-    adam_weight_decay: float = of_optimizer(1e-4, "weight decay of the adapter on the UNet or transformer",
-        low=0, publish="always")
-    adam_weight_decay_text_encoder: float = of_optimizer(1e-3, "weight decay of the text encoders' adapters",
-        low=0, publish="always")
-    prodigy_beta3: float | None = of_optimizer(None, "Prodigy: coefficient of its step size",
-        low=0, high=1, publish="always", idle=NO_PRODIGY)
-    prodigy_decouple: bool = of_optimizer(True, "Prodigy: AdamW-style weight decay", publish="always",
-        idle=NO_PRODIGY)
-    prodigy_use_bias_correction: bool = of_optimizer(True, "Prodigy: bias correction", publish="always",
-        idle=NO_PRODIGY)
-    prodigy_safeguard_warmup: bool = of_optimizer(True, "Prodigy: no lr in the denominator of D, for warm-ups",
-        publish="always", idle=NO_PRODIGY)
+        idle=rows.where(
+            "with --optimizer {optimizer}",
+            lambda run: not optimizer_kinds.OPTIMIZERS[run.optimizer].in_8_bit,
+        ),
+    )
+    adam_beta1: float = of_optimizer(
+        default=0.9,
+        help="beta1 of Adam and Prodigy",
+        low=0,
+        below=1,
+        publish="always",
+        idle=NO_ADAM,
+    )
+    adam_beta2: float = of_optimizer(
+        default=0.999,
+        help="beta2 of Adam and Prodigy",
+        low=0,
+        below=1,
+        publish="always",
+        idle=NO_ADAM,
+    )
+    adam_epsilon: float = of_optimizer(
+        default=1e-8,
+        help="epsilon of Adam and Prodigy",
+        above=0,
+        publish="always",
+        idle=NO_ADAM,
+    )
+    adam_weight_decay: float = of_optimizer(
+        default=1e-4,
+        help="weight decay of the adapter on the UNet or transformer",
+        low=0,
+        publish="always",
+    )
+    adam_weight_decay_text_encoder: float = of_optimizer(
+        default=1e-3,
+        help="weight decay of the text encoders' adapters",
+        low=0,
+        publish="always",
+    )
+    prodigy_beta3: float | None = of_optimizer(
+        default=None,
+        help="Prodigy: coefficient of its step size",
+        low=0,
+        high=1,
+        publish="always",
+        idle=NO_PRODIGY,
+    )
+    prodigy_decouple: bool = of_optimizer(
+        default=True,
+        help="Prodigy: AdamW-style weight decay",
+        publish="always",
+        idle=NO_PRODIGY,
+    )
+    prodigy_use_bias_correction: bool = of_optimizer(
+        default=True,
+        help="Prodigy: bias correction",
+        publish="always",
+        idle=NO_PRODIGY,
+    )
+    prodigy_safeguard_warmup: bool = of_optimizer(
+        default=True,
+        help="Prodigy: no lr in the denominator of D, for warm-ups",
+        publish="always",
+        idle=NO_PRODIGY,
+    )
 
-    memory: str | None = of_memory(None,
-        "how memory is saved, in one word: a plan, from the fastest to the leanest, or auto, the first that fits the "
-        "GPU",
-        choices=("auto", *PLANS), replaces=("mixed_precision", *OF_PLANS))
-    mixed_precision: str | None = of_memory(None,
-        "precision of the frozen base (default: what `accelerate config` says)",
-        choices=("no", "fp16", "bf16"), publish="always", kohya="ss_mixed_precision")
-    base_quantization: str = of_memory("none", "keep the frozen UNet or transformer in 4 or 8 bit",
-        choices=("none", "nf4", "int8"), publish="always", packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"},
-        yields_to=("memory",))
-    gradient_checkpointing: bool = of_memory(False, "less memory, slower steps: recompute activations",
-        publish="always", kohya="ss_gradient_checkpointing", yields_to=("memory",))
-    recompute_feed_forward: bool = of_memory(False,
-        "recompute the activations of the UNet's feed-forward blocks alone: two fifths less, for an eighth more work",
-        publish="if_changed", yields_to=("memory",),
-        idle=rows.where("with --gradient_checkpointing, which recomputes all", lambda run: run.gradient_checkpointing))
-    cache_cross_attention: bool = of_memory(False,
-        "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is computed once",
-        publish="if_changed", yields_to=("memory",))
-    images_at_once: int | None = of_memory(None,
-        "most images that pass through the UNet together, of one or of several micro-batches; gradients are the same "
-        "but for rounding (default: a micro-batch with its prior)", low=1, publish="if_changed", yields_to=("memory",))
-    caching: str = of_memory("memory", "keep encoded photos in memory, on disk for later runs, or encode each step",
-        choices=("memory", "disk", "off"), publish="if_changed")
-    cache_latents: bool = of_memory(False, "accepted: photos are always encoded once, unless --caching off")
-    offload: bool = of_memory(False, "accepted: encoders and VAE always leave the GPU when they are not used")
-    dataloader_num_workers: int = of_memory(0, "processes that read photos when nothing is cached",
-        low=0, high=1024, idle=rows.where("while photos are cached", lambda run: run.caching != "off"),
-        elsewhere="max_data_loader_n_workers")
-    allow_tf32: bool = of_memory(False, "faster, less exact fp32 products on Nvidia GPUs", publish="if_changed")
-    compile: str = of_memory("auto",
-        "compile the transformer blocks (torch.compile): auto on a GPU where the run is long enough",
-        choices=("auto", "on", "off"), publish="if_changed")
-    deterministic: bool = of_memory(False,
-        "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of algorithms",
-        publish="if_changed")
-    enable_xformers_memory_efficient_attention: bool = of_memory(False, "accepted: PyTorch's own attention is used")
-    local_rank: int = of_memory(-1, "set by the launcher of several processes", per_process=True)
+    # Memory and speed. Most of these change a result only by rounding.
+    memory: str | None = of_memory(
+        default=None,
+        help=(
+            "how memory is saved, in one word: a plan, from the fastest to the leanest, or auto, "
+            "the first that fits the GPU"
+        ),
+        choices=("auto", *PLANS),
+        replaces=("mixed_precision", *OF_PLANS),
+    )
+    mixed_precision: str | None = of_memory(
+        default=None,
+        help="precision of the frozen base (default: what `accelerate config` says)",
+        choices=("no", "fp16", "bf16"),
+        publish="always",
+        kohya="ss_mixed_precision",
+    )
+    base_quantization: str = of_memory(
+        default="none",
+        help="keep the frozen UNet or transformer in 4 or 8 bit",
+        choices=("none", "nf4", "int8"),
+        publish="always",
+        packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"},
+        yields_to=("memory",),
+    )
+    gradient_checkpointing: bool = of_memory(
+        default=False,
+        help="less memory, slower steps: recompute activations",
+        publish="always",
+        kohya="ss_gradient_checkpointing",
+        yields_to=("memory",),
+    )
+    recompute_feed_forward: bool = of_memory(
+        default=False,
+        help=(
+            "recompute the activations of the UNet's feed-forward blocks alone: two fifths less, "
+            "for an eighth more work"
+        ),
+        publish="if_changed",
+        yields_to=("memory",),
+        idle=rows.where(
+            "with --gradient_checkpointing, which recomputes all",
+            lambda run: run.gradient_checkpointing,
+        ),
+    )
+    cache_cross_attention: bool = of_memory(
+        default=False,
+        help=(
+            "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is "
+            "computed once"
+        ),
+        publish="if_changed",
+        yields_to=("memory",),
+    )
+    images_at_once: int | None = of_memory(
+        default=None,
+        help=(
+            "most images that pass through the UNet together, of one or of several "
+            "micro-batches; gradients are the same but for rounding (default: a micro-batch with "
+            "its prior)"
+        ),
+        low=1,
+        publish="if_changed",
+        yields_to=("memory",),
+    )
+    caching: str = of_memory(
+        default="memory",
+        help="keep encoded photos in memory, on disk for later runs, or encode each step",
+        choices=("memory", "disk", "off"),
+        publish="if_changed",
+    )
+    cache_latents: bool = of_memory(
+        default=False,
+        help="accepted: photos are always encoded once, unless --caching off",
+    )
+    offload: bool = of_memory(
+        default=False,
+        help="accepted: encoders and VAE always leave the GPU when they are not used",
+    )
+    dataloader_num_workers: int = of_memory(
+        default=0,
+        help="processes that read photos when nothing is cached",
+        low=0,
+        high=1024,
+        idle=rows.where("while photos are cached", lambda run: run.caching != "off"),
+        elsewhere="max_data_loader_n_workers",
+    )
+    allow_tf32: bool = of_memory(
+        default=False,
+        help="faster, less exact fp32 products on Nvidia GPUs",
+        publish="if_changed",
+    )
+    compile: str = of_memory(
+        default="auto",
+        help=(
+            "compile the transformer blocks (torch.compile): auto on a GPU where the run is long "
+            "enough"
+        ),
+        choices=("auto", "on", "off"),
+        publish="if_changed",
+    )
+    deterministic: bool = of_memory(
+        default=False,
+        help=(
+            "the same bytes each time on a GPU too, as on a CPU: slower attention, no search of "
+            "algorithms"
+        ),
+        publish="if_changed",
+    )
+    enable_xformers_memory_efficient_attention: bool = of_memory(
+        default=False,
+        help="accepted: PyTorch's own attention is used",
+    )
+    local_rank: int = of_memory(
+        default=-1,
+        help="set by the launcher of several processes",
+        per_process=True,
+    )
 
-    validation_prompt: str | None = of_samples(None, "prompt of the sample images (default: the instance prompt)",
-        per_subject=True, elsewhere="sample_prompts")
-    num_validation_images: int | None = of_samples(None,
-        "sample images each time (default: 4; none on a CPU with a base as large as SDXL)", low=0, high=1000)
-    validation_epochs: int = of_samples(50, "epochs between samples", low=1)
-    validation_steps: int | None = of_samples(None, "steps between samples; overrides --validation_epochs",
-        low=1, elsewhere="sample_every_n_steps")
-    evaluate_steps: int | None = of_samples(None, "steps between scores of fidelity; 0: never (default: never)", low=0)
-    find_scale: bool = of_samples(False,
-        "at the end, score the adapter at several scales; the best goes into its header and card")
-    early_stopping: int | None = of_samples(None,
-        "stop when the score has not risen for this many evaluations (default: only warn)", low=1)
+    # Samples and scores during the run, by which a person judges it.
+    validation_prompt: str | None = of_samples(
+        default=None,
+        help="prompt of the sample images (default: the instance prompt)",
+        per_subject=True,
+        elsewhere="sample_prompts",
+    )
+    num_validation_images: int | None = of_samples(
+        default=None,
+        help="sample images each time (default: 4; none on a CPU with a base as large as SDXL)",
+        low=0,
+        high=1000,
+    )
+    validation_epochs: int = of_samples(
+        default=50,
+        help="epochs between samples",
+        low=1,
+    )
+    validation_steps: int | None = of_samples(
+        default=None,
+        help="steps between samples; overrides --validation_epochs",
+        low=1,
+        elsewhere="sample_every_n_steps",
+    )
+    evaluate_steps: int | None = of_samples(
+        default=None,
+        help="steps between scores of fidelity; 0: never (default: never)",
+        low=0,
+    )
+    find_scale: bool = of_samples(
+        default=False,
+        help=(
+            "at the end, score the adapter at several scales; the best goes into its header and "
+            "card"
+        ),
+    )
+    early_stopping: int | None = of_samples(
+        default=None,
+        help="stop when the score has not risen for this many evaluations (default: only warn)",
+        low=1,
+    )
 
-    output_dir: str = of_run("lora-dreambooth-model", "the run folder", path=expanduser, yields_to=(rows.WORDS,))
-    output_kohya_format: bool = of_run(False, "accepted: a UNet's file for ComfyUI and A1111 is always written")
-    upcast_before_saving: bool = of_run(False, "accepted: adapters are kept in fp32 all along")
-    checkpointing_steps: int = of_run(500, "steps between checkpoints",
-        low=1, elsewhere="save_every_n_epochs save_every_n_steps")
-    checkpoints_total_limit: int | None = of_run(None, "numbered checkpoints to keep", low=1)
-    resume_from_checkpoint: str | None = of_run(None, 'a checkpoint folder, or "latest"', path=expanduser)
-    logging_dir: str = of_run("logs", "folder of the trackers' logs inside the run folder", path=expanduser)
-    report_to: str = of_run("tensorboard", "tracker for numbers and samples",
-        choices=(*TRACKERS, "all", "none"), packages={name: name for name in TRACKERS if name != "tensorboard"})
-    dry_run: bool = of_run(False, "print the plan and its cost, and exit")
+    # The run folder: what is written there, and how often.
+    output_dir: str = of_run(
+        default="lora-dreambooth-model",
+        help="the run folder",
+        path=expanduser,
+        yields_to=(rows.WORDS,),
+    )
+    output_kohya_format: bool = of_run(
+        default=False,
+        help="accepted: a UNet's file for ComfyUI and A1111 is always written",
+    )
+    upcast_before_saving: bool = of_run(
+        default=False,
+        help="accepted: adapters are kept in fp32 all along",
+    )
+    checkpointing_steps: int = of_run(
+        default=500,
+        help="steps between checkpoints",
+        low=1,
+        elsewhere="save_every_n_epochs save_every_n_steps",
+    )
+    checkpoints_total_limit: int | None = of_run(
+        default=None,
+        help="numbered checkpoints to keep",
+        low=1,
+    )
+    resume_from_checkpoint: str | None = of_run(
+        default=None,
+        help='a checkpoint folder, or "latest"',
+        path=expanduser,
+    )
+    logging_dir: str = of_run(
+        default="logs",
+        help="folder of the trackers' logs inside the run folder",
+        path=expanduser,
+    )
+    report_to: str = of_run(
+        default="tensorboard",
+        help="tracker for numbers and samples",
+        choices=(*TRACKERS, "all", "none"),
+        packages={name: name for name in TRACKERS if name != "tensorboard"},
+    )
+    dry_run: bool = of_run(
+        default=False,
+        help="print the plan and its cost, and exit",
+    )
 
-    push_to_hub: bool = of_hub(False, "upload the adapter and its card when done; never the photos")
-    hub_token: str | None = of_hub(None, "token for the upload (default: that of `hf auth login`)", secret=True)
-    hub_model_id: str | None = of_hub(None, "repository to upload to (default: the run folder's name)",
-        yields_to=(rows.WORDS,))
-    # fmt: on
+    # The upload, which happens only when it is asked for.
+    push_to_hub: bool = of_hub(
+        default=False,
+        help="upload the adapter and its card when done; never the photos",
+    )
+    hub_token: str | None = of_hub(
+        default=None,
+        help="token for the upload (default: that of `hf auth login`)",
+        secret=True,
+    )
+    hub_model_id: str | None = of_hub(
+        default=None,
+        help="repository to upload to (default: the run folder's name)",
+        yields_to=(rows.WORDS,),
+    )
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
-        if areas := [
-            height * width for height, width in rows.parse_sizes(self.aspect_ratio_buckets)
-        ]:
+        # Given sizes of crops say the resolution too: that of the square of the largest one's area.
+        sizes = rows.parse_sizes(self.aspect_ratio_buckets)
+        if sizes:
+            largest = max(height * width for height, width in sizes)
+            side = round(math.sqrt(largest) / 32) * 32
             object.__setattr__(self, "enable_bucket", True)
-            object.__setattr__(self, "resolution", max(32, round(math.sqrt(max(areas)) / 32) * 32))
+            object.__setattr__(self, "resolution", max(32, side))
         rules.check_together(self)
 
     @cached_property
     def each_subject(self) -> tuple["TrainConfig", ...]:
         """The run's 1 to n subjects, each as the settings of a run with this subject alone."""
-        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects) or (
-            self,
-        )
+        if not self.subjects:
+            return (self,)
+        return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects)
 
     @property
     def draws_class_images(self) -> bool:
@@ -494,7 +1289,8 @@ class TrainConfig:
     def images_a_pass(self) -> int:
         """The most images that pass through the denoiser together: whole micro-batches, or a part
         of one, which has photos alone or prior images alone."""
-        whole, wanted = self.images_a_micro_batch, self.images_at_once or self.images_a_micro_batch
+        whole = self.images_a_micro_batch
+        wanted = self.images_at_once or whole
         if wanted < whole:
             return min(wanted, self.train_batch_size)
         return min(wanted // whole, self.gradient_accumulation_steps) * whole
@@ -530,8 +1326,10 @@ class TrainConfig:
             for name, item in SETTINGS.items()
             if not item.metadata["secret"]
         }
+        # JSON has lists and tables in place of tuples and subjects.
         lists = {name: list(value) for name, value in shown.items() if isinstance(value, tuple)}
-        return shown | lists | {"subjects": [subject.to_dict() for subject in self.subjects]}
+        subject_tables = [subject.to_dict() for subject in self.subjects]
+        return shown | lists | {"subjects": subject_tables}
 
 
 FieldType = tuple[Any, bool]
@@ -540,21 +1338,27 @@ allowed)."""
 
 
 def field_types(owner: type) -> dict[str, FieldType]:
+    """The type of each setting, by its annotation."""
     types = {}
     for name, hint in get_type_hints(owner).items():
+        # `int | None` may be None; `int` may not.
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kind = next(k for k in kinds if k is not type(None))
+        # A tuple is told apart by what it holds: `tuple[Prompt, ...]` is not split at commas.
         if kind not in (bool, int, float, str):
-            kind = next(
-                (item for item in (rows.Prompt, rows.Subject) if item in get_args(kind)), tuple
-            )
+            items = get_args(kind)
+            kind = tuple
+            for special in (rows.Prompt, rows.Subject):
+                if special in items:
+                    kind = special
         types[name] = kind, type(None) in kinds
     return types
 
 
 SETTINGS: dict[str, Field] = {item.name: item for item in fields(TrainConfig)}  # Name -> row.
-FIELD_TYPES = field_types(TrainConfig)
+FIELD_TYPES = field_types(TrainConfig)  # Name -> type.
 GROUPS = tuple(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values()))
+"""The groups of the help, in their order."""
 
 
 def named(fact: str, value: Any = True) -> tuple[str, ...]:
@@ -601,25 +1405,33 @@ def subject_table(values: Any) -> Any:
 def checked_setting(name: str, value: Any) -> Any:
     """The value of any source, converted to the setting's type and within its limits. Raises
     UserError."""
-    item, (base, is_optional) = SETTINGS[name], FIELD_TYPES[name]
+    item = SETTINGS[name]
     facts = item.metadata
+    base, is_optional = FIELD_TYPES[name]
     if value is None and is_optional:
         return None
+
+    # The type first, whatever the source: a flag is text, JSON and TOML have numbers.
     found = as_type(base, value)
     if found is None:
         raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
     found = facts["spellings"].get(str(found).lower(), found)
+
+    # Then the limits, unless it is the default, which needs no check.
     if found != item.default:
         if facts["choices"] and found not in facts["choices"]:
             raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
         if is_number(found):
             check_number(name, found, **{bound: facts[bound] for bound in BOUNDS})
+
+    # Last, what it stands for: the tables of subjects, or a path.
     if base is rows.Subject:
         return tuple(map(subject_table, found))
     return facts["path"](found) if found and facts["path"] else found
 
 
 MOST = 10**9  # Upper bound of integers without a bound of their own: larger ones are typing errors.
+# The words for a switch in a file or in another program's header, in lower case.
 BOOLEANS = {
     "true": True,
     "1": True,
@@ -630,6 +1442,7 @@ BOOLEANS = {
     "no": False,
     "off": False,
 }
+# Type -> how a message names it.
 EXPECTED = {
     bool: "true or false",
     int: "a whole number",
@@ -647,13 +1460,9 @@ def as_type(base: Any, value: Any) -> Any:
     if base is rows.Subject:
         return subjects.to_tables(value)
     if base is bool:
-        return (
-            value
-            if isinstance(value, bool)
-            else BOOLEANS.get(value.lower())
-            if isinstance(value, str)
-            else None
-        )
+        if isinstance(value, bool):
+            return value
+        return BOOLEANS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
         return str(value) if isinstance(value, (str, Path)) else None
     if base in (int, float):
@@ -664,6 +1473,7 @@ def as_type(base: Any, value: Any) -> Any:
         if base is float or number is None:
             return number
         return whole(value, number)
+    # What is left are lists of texts; one text is a list of one.
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or any(as_type(str, text) is None for text in texts):
         return None
@@ -712,36 +1522,33 @@ def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             plain = name.replace("-", "_")
             close = OTHER_NAMES.get(plain) or rows.nearest(plain, SETTINGS)
-            raise UserError(
-                f"unknown setting `{name}`"
-                + (f": did you mean `{close}`?" if close else "; see --help.")
-            )
+            advice = f": did you mean `{close}`?" if close else "; see --help."
+            raise UserError(f"unknown setting `{name}`{advice}")
     return dict(values)
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:
     """Rank and alpha of one layer. Patterns are not for text encoders; without an alpha, it equals
     the layer's rank."""
-    is_text = component.startswith("text_encoder")
-    rank = (
-        rows.pattern_value(() if is_text else config.rank_pattern, "rank_pattern", path)
-        or config.rank
-    )
-    alpha = (
-        rows.pattern_value(() if is_text else config.alpha_pattern, "alpha_pattern", path)
-        or config.lora_alpha
-    )
-    return int(rank), float(alpha or rank)
+    rank = alpha = None
+    if not component.startswith("text_encoder"):
+        rank = rows.pattern_value(config.rank_pattern, "rank_pattern", path)
+        alpha = rows.pattern_value(config.alpha_pattern, "alpha_pattern", path)
+    rank = rank or config.rank
+    alpha = alpha or config.lora_alpha or rank
+    return int(rank), float(alpha)
 
 
 def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
-    """The learnt numbers of A, B and M of one layer; `width` is the sum of its inputs and outputs."""
+    """How many numbers of A, B and M one layer learns; `width` sums its inputs and outputs."""
     if config.mixer == KRONECKER:
         side = config.mixer_factor
         matrices = rank // side * (width // side)
     else:
-        side, matrices = rank, rank * width
-    return matrices + (side**2 if config.mixer != "none" and config.train_mixer else 0)
+        side = rank
+        matrices = rank * width
+    has_mixer = config.mixer != "none" and config.train_mixer
+    return matrices + (side**2 if has_mixer else 0)
 
 
 def check_rank(mixer: str, rank: int, factor: int) -> None:
@@ -763,7 +1570,8 @@ def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
             "choose another mixer, leave it out of --target_modules, or give another --mixer_factor"
         )
         raise UserError(
-            f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} blocks: {cure}"
+            f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} "
+            f"blocks: {cure}"
         )
 
 
@@ -775,4 +1583,7 @@ def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, i
     if not wide:
         return None
     first = f"{wide[0]} has rank {ranks[wide[0]]} and {narrowest[wide[0]]} inputs or outputs"
-    return f"A rank above the number of a layer's inputs or outputs adds nothing: {first} ({len(wide)} such layers)."
+    return (
+        f"A rank above the number of a layer's inputs or outputs adds nothing: {first} "
+        f"({len(wide)} such layers)."
+    )

@@ -15,35 +15,41 @@ from dreambooth_moslora.settings.families import Facts
 ASSETS = assets_folder()
 TOYS = {"toy": ASSETS / "toy-sdxl", "toy-zimage": ASSETS / "toy-zimage"}
 """Their names and folders."""
-ABOUT = "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows only its own toys"
-RESOLUTION_PX = 128
+# For the lists of bases; the name of the family goes in.
+ABOUT = (
+    "a 128 px practice model of {}'s architecture: it trains in minutes without a GPU, and knows "
+    "only its own toys"
+)
+RESOLUTION_PX = 128  # Side of their pictures.
 # Above the value that uses the prompt alone: with the family's, their colours saturate.
 GUIDANCE = 1.5
 CLIP_FOLDER = TOYS["toy"]
 """The CLIP that scores pictures and reads the surroundings in photos: the optional parts of that
 pipeline."""
-DINO_FOLDER, SEGMENTER_FOLDER = ASSETS / "toy-dino", ASSETS / "toy-segmenter"
+DINO_FOLDER = ASSETS / "toy-dino"
+SEGMENTER_FOLDER = ASSETS / "toy-segmenter"
 """What scores likeness, and what finds the toy in a photo."""
 
 PLACES = (
-    *(
-        "on grass",
-        "in the snow",
-        "on the beach",
-        "on a wooden floor",
-        "on a purple rug",
-        "in the desert",
-    ),
-    *(
-        "on a checkered floor",
-        "in a pink room",
-        "on water",
-        "in a forest",
-        "on a city street",
-        "on the moon",
-    ),
-    *("in a kitchen", "on a stage with red curtains", "on autumn leaves", "on lava"),
+    "on grass",
+    "in the snow",
+    "on the beach",
+    "on a wooden floor",
+    "on a purple rug",
+    "in the desert",
+    "on a checkered floor",
+    "in a pink room",
+    "on water",
+    "in a forest",
+    "on a city street",
+    "on the moon",
+    "in a kitchen",
+    "on a stage with red curtains",
+    "on autumn leaves",
+    "on lava",
 )
+"""The places of the toy world, in the words of its prompts."""
+# Prompts for evaluation, one in each place, and those of a run's samples.
 TEMPLATES = tuple(f"a photo of a {{}} {place}" for place in PLACES)
 CONTEXT_TEMPLATES = tuple(
     f"a photo of a {{}} {place}"
@@ -62,7 +68,8 @@ UNRELATED = (
 
 def is_toy(base: str | Path) -> bool:
     """Whether it is the name of an embedded base, or of such a folder."""
-    return str(base) in TOYS or Path(base).name in {folder.name for folder in TOYS.values()}
+    folders = {folder.name for folder in TOYS.values()}
+    return str(base) in TOYS or Path(base).name in folders
 
 
 def guidance_of(base: str | Path, facts: Facts) -> float:
