@@ -35,13 +35,14 @@ def check_layers(
     targets = list(targets)
     check_targets(targets, layers, facts)
     for name in targets:
-        for layer in (layer for layer in layers if rows.is_target(layer, name)):
+        for layer in layers:
+            if not rows.is_target(layer, name):
+                continue
+            # The published file could not name it.
             if layer.startswith(UNREADABLE):
-                instead = (
-                    "name the blocks: down_blocks.* mid_block.* up_blocks.*"
-                    if "*" in name
-                    else "leave it out"
-                )
+                instead = "leave it out"
+                if "*" in name:
+                    instead = "name the blocks: down_blocks.* mid_block.* up_blocks.*"
                 raise UserError(
                     f"--target_modules {name}: {layer} has no name in kohya's files; {instead}."
                 )
@@ -71,12 +72,14 @@ def check_targets(
 def hint_for(name: str, layers: Iterable[str]) -> str:
     """Names what was probably meant: a layer's last name, or for a path that of a layer or of a
     block; else ""."""
-    known = set(layers) if "." in name else {last_name(layer) for layer in layers}
     if "." in name:
+        # A path may mean a layer, or any block around one.
+        known = set(layers)
         for layer in layers:
-            known |= {
-                ".".join(layer.split(".")[:depth]) for depth in range(1, layer.count(".") + 1)
-            }
+            parts = layer.split(".")
+            known |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
+    else:
+        known = {last_name(layer) for layer in layers}
     close = rows.nearest(rows.full_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
 
@@ -104,8 +107,9 @@ def check_folders(config: table.TrainConfig) -> None:
     nothing."""
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
+
+    # A run would fill the root or the home folder with files, and mix its own with a repository's.
     place = Path(config.output_dir).resolve()
-    # a run would fill it with files
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(
             f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own."
@@ -113,8 +117,11 @@ def check_folders(config: table.TrainConfig) -> None:
     if ".git" in place.parts or place.is_relative_to(PACKAGE):
         owner = "git's" if ".git" in place.parts else "this program's own"
         raise UserError(
-            f"--output_dir {config.output_dir} is among {owner} files: name a folder such as runs/dog."
+            f"--output_dir {config.output_dir} is among {owner} files: name a folder such as "
+            "runs/dog."
         )
+
+    # What lies there already, and what else the run reads and writes.
     run_dir = run_folder.RunDir(config.output_dir)
     run_folder.check_name(run_dir.name)
     for subject in config.each_subject:
@@ -132,6 +139,8 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
         raise UserError(
             "--class_data_dir is the folder of --instance_data_dir: the class is not the subject."
         )
+
+    # Folders inside the run's own may be its class images, or folders that no run touches.
     home = run_dir.path.resolve()
     for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
         value = getattr(config, name)
@@ -140,44 +149,46 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
             continue
         if folder == home:
             raise UserError(
-                f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one of its own."
+                f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one "
+                "of its own."
             )
         first = folder.relative_to(home).parts[0]
-        own = {
+        own = [
             run_dir.samples_dir,
             run_dir.best_dir,
             run_dir.last_dir,
             run_dir.masks_dir,
             run_dir.evaluation_dir,
-        }
-        own |= {run_dir.class_images_dir} if name != "class_data_dir" else set()
-        if (
-            first in {path.name for path in own}
-            or run_folder.checkpoint_step(Path(first)) is not None
-        ):
+        ]
+        if name != "class_data_dir":
+            own.append(run_dir.class_images_dir)
+        is_checkpoint = run_folder.checkpoint_step(Path(first)) is not None
+        if is_checkpoint or first in {path.name for path in own}:
             raise UserError(
-                f"--{name} {value}: the run writes to {first} in its folder; keep the photos elsewhere."
+                f"--{name} {value}: the run writes to {first} in its folder; keep the photos "
+                "elsewhere."
             )
 
 
 def check_places(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError when a place that the run writes to is a file or cannot be written."""
     is_kept = config.caching == "disk" or config.dataset_name is not None
-    cache = config.cache_dir or (str(default_cache_dir()) if is_kept else None)
+    cache = config.cache_dir
+    if is_kept and not cache:
+        cache = str(default_cache_dir())
     places = {
         "output_dir": config.output_dir,
         "class_data_dir": config.class_data_dir,
         "cache_dir": cache,
     }
+    written = {"output_dir", "cache_dir"} if is_kept else {"output_dir"}
     for name, value in places.items():
-        if value:
-            require_folder(name, value, Path(value))
-            if (
-                not Path(value).exists()
-                or name == "output_dir"
-                or (name == "cache_dir" and is_kept)
-            ):
-                require_writable(name, value)
+        if not value:
+            continue
+        require_folder(name, value, Path(value))
+        # A folder that is there may be read alone: class images, a cache of the base.
+        if name in written or not Path(value).exists():
+            require_writable(name, value)
     if config.report_to in ("tensorboard", "all"):
         require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
 
@@ -217,16 +228,19 @@ def check_strangers(run_dir: run_folder.RunDir) -> None:
     run."""
     if not run_dir.path.is_dir():
         return
+    # The card first: it says which pictures are the run's.
     card = run_dir.read_card()
     if card is not None and not run_folder.is_card(card):
         raise UserError(
-            f"{run_dir.card_path} is not a run's and would be overwritten: name another --output_dir."
+            f"{run_dir.card_path} is not a run's and would be overwritten: name another "
+            "--output_dir."
         )
     known = run_folder.pictures_named(card or "")
     for path in sorted(run_dir.path.glob("image_*.png")):
         if path.name not in known:
             raise UserError(
-                f"{path} is not a run's and would be taken for its picture: name another --output_dir."
+                f"{path} is not a run's and would be taken for its picture: name another "
+                "--output_dir."
             )
 
 
@@ -241,31 +255,33 @@ def preflight(config: table.TrainConfig, base: Base, *, is_later: bool = False) 
 
 def check_settings(config: table.TrainConfig, base: Base) -> None:
     """The checks of `preflight` that concern no memory. Raises UserError."""
+    # What the settings alone tell, before the base is looked at.
     if config.instance_data_dir:
         require_folder_of_photos(Path(config.instance_data_dir))
     machine.check_bf16(config)
     prompts.learnt_words(config)
-    ranks = [
-        config.rank,
-        *(int(rows.parse_pattern("rank_pattern", text)[1]) for text in config.rank_pattern),
-    ]
+    ranks = [config.rank]
+    for text in config.rank_pattern:
+        ranks.append(int(rows.parse_pattern("rank_pattern", text)[1]))
     for rank in ranks:
         table.check_rank(config.mixer, rank, config.mixer_factor)
     if config.push_to_hub:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
+
+    # The base, and the layers that get an adapter. They are not known before its files are here.
     base.check()
     shapes = base.denoiser_shapes
-    layers = {
-        name.removesuffix(".weight"): len(shape) for name, shape in shapes.items() if len(shape) > 1
-    }
+    weights = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    layers = {name.removesuffix(".weight"): len(shape) for name, shape in weights.items()}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
-    for name in layers if config.mixer == table.KRONECKER else ():
-        if rows.is_adapted(name, config.target_modules):
-            table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
+    if config.mixer == table.KRONECKER:
+        for name in layers:
+            if rows.is_adapted(name, config.target_modules):
+                table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
     rules.require_packages(config)
 
 
@@ -278,10 +294,15 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
     check_family(config, facts)
     if facts.style == "ddpm":
         return {}
+
+    # A model that is known is no distilled one, so its index need not be asked for.
     index = None if base.known else base.index
-    if reason := families.distilled(index or {}, base.name, facts):
+    reason = families.distilled(index or {}, base.name, facts)
+    if reason:
         raise UserError(f"--pretrained_model_name_or_path {base.name}: {reason}.")
     check_sides(config, facts)
+
+    # The family's own choices.
     found: dict[str, Any] = {
         "target_modules": targets_of(config, base),
         "lora_blocks": (),  # the layers above name them
@@ -296,26 +317,27 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
 def own_bucket_step(config: table.TrainConfig, base: Base) -> dict[str, int]:
     """The setting of a small base's family for crops in the photos' shapes, unless given. Raises
     UserError."""
-    is_open = (
-        config.enable_bucket and not config.bucket_reso_steps and config.resolution <= SMALL_BASE_PX
-    )
-    return {"bucket_reso_steps": base.facts.multiple_px} if is_open and base.facts else {}
+    is_open = config.enable_bucket and not config.bucket_reso_steps
+    is_small = config.resolution <= SMALL_BASE_PX
+    if not (is_open and is_small and base.facts):
+        return {}
+    return {"bucket_reso_steps": base.facts.multiple_px}
 
 
 def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
     """Raises UserError for crops whose sides the family's patches do not divide."""
-    sides = {"resolution": config.resolution, "bucket_reso_steps": config.bucket_reso_steps or 0}
-    if sizes := rows.parse_sizes(config.aspect_ratio_buckets):
-        sides = {
-            "aspect_ratio_buckets": next(
-                (x for size in sizes for x in size if x % facts.multiple_px), 0
-            )
-        }
-    for name, px in sides.items():
+    # Given sizes take the place of both settings.
+    sizes = rows.parse_sizes(config.aspect_ratio_buckets)
+    sides = [("aspect_ratio_buckets", side) for size in sizes for side in size]
+    if not sizes:
+        sides.append(("resolution", config.resolution))
+        sides.append(("bucket_reso_steps", config.bucket_reso_steps or 0))
+    for name, px in sides:
         if px % facts.multiple_px:
             near = max(1, px // facts.multiple_px) * facts.multiple_px
             raise UserError(
-                f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, such as {near}."
+                f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, "
+                f"such as {near}."
             )
 
 
@@ -326,13 +348,18 @@ def targets_of(config: table.TrainConfig, base: Base) -> tuple[str, ...]:
     names = base.facts.targets if is_usual else config.target_modules
     if not config.lora_blocks:
         return names
-    named = tuple(
-        f"transformer_blocks.{block}.{name}" for block in config.lora_blocks for name in names
-    )
-    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes] if is_usual else []
-    return (
-        tuple(name for name in named if any(rows.is_target(path, name) for path in paths)) or named
-    )
+
+    # Each name in each block.
+    named = []
+    for block in config.lora_blocks:
+        named += [f"transformer_blocks.{block}.{name}" for name in names]
+    if not is_usual:
+        return tuple(named)
+
+    # Of the family's own names, those that the base has; without its files, all.
+    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes]
+    there = [name for name in named if any(rows.is_target(path, name) for path in paths)]
+    return tuple(there or named)
 
 
 def check_family(config: table.TrainConfig, facts: families.Facts) -> None:

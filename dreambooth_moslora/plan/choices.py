@@ -1,7 +1,9 @@
 """Chooses the settings of a run when only photos and a word are given, the same on the command line
 and the page.
 
-    given settings --choose_…--> chosen settings and lines about them      a given setting always wins
+    given settings --choose_…--> chosen settings and lines about them
+
+A given setting always wins.
 
 The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the
 family's.
@@ -28,19 +30,17 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
-TOKEN = "sks"
+TOKEN = "sks"  # The rare word, if none is given.
 OBLONG = 1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
 USUAL_EXPOSURES = 200  # Exposures of each photo if a file that replaces the recipe sets no steps.
 PHOTOS_OF_A_RECIPE = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (
-    *(
-        "pretrained_model_name_or_path",
-        "instance_data_dir",
-        "output_dir",
-        "instance_prompt",
-        "class_prompt",
-    ),
+    "pretrained_model_name_or_path",
+    "instance_data_dir",
+    "output_dir",
+    "instance_prompt",
+    "class_prompt",
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
@@ -99,36 +99,46 @@ def on_a_gpu(photos: str, word: str) -> str:
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:
-    """`free_gib` is the GPU's, None without one. Returns the exposures of each photo in the recipe."""
-    base, memory = choices.base, choices.given.get("memory")
+    """Choose the settings of the base's recipe, but those that were given or are not a recipe's.
+
+    choices: gets the settings and what is said of them
+    free_gib: of the GPU; None without one
+
+    Returns the exposures of each photo in the recipe.
+    """
+    base = choices.base
     name, recipe = recipe_settings(base, free_gib)
+
+    # Its steps are for five photos; what is kept of them is how often each photo is shown.
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
     exposures = recipe["max_train_steps"] * photos_a_step // PHOTOS_OF_A_RECIPE
-    left_out = {*OWN, *(OF_PLANS if memory is not None else ())}
+
+    # What of the recipe is another run's, or chosen by other settings.
+    left_out = set(OWN)
+    if choices.given.get("memory") is not None:
+        left_out.update(OF_PLANS)
     if not base.is_toy and free_gib is None and not machine.has_gpu():
         left_out.update(OF_SAMPLES)
-    recipe = {key: value for key, value in recipe.items() if key not in left_out}
     if choices.given.get("do_edm_style_training"):
-        recipe.pop("snr_gamma", None)
-    if base.facts and not base.is_toy:
-        recipe = {
-            key: value
-            for key, value in recipe.items()
-            if not (base.is_flow and key in families.OF_UNETS)
-        }
-        if not base.is_flow or not base.facts.recipes:
-            recipe["resolution"] = base.resolution_px
+        left_out.add("snr_gamma")
+    if base.facts and not base.is_toy and base.is_flow:
+        left_out.update(families.OF_UNETS)
     if choices.given.get("with_prior_preservation") is False:
-        recipe = {key: value for key, value in recipe.items() if "prior" not in key}
+        left_out.update(key for key in recipe if "prior" in key)
+    recipe = {key: value for key, value in recipe.items() if key not in left_out}
+
+    # A recipe that several families share does not say the size of their pictures.
+    if base.facts and not base.is_toy and not (base.is_flow and base.facts.recipes):
+        recipe["resolution"] = base.resolution_px
+
+    # What the person is told of it.
     is_by_card = free_gib is not None and name.endswith("gb.toml")
     with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
     choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
-        lacks = (
-            "this GPU has no bf16, and the model overflows in fp16"
-            if machine.has_gpu()
-            else "this CPU has no bf16"
-        )
+        lacks = "this CPU has no bf16"
+        if machine.has_gpu():
+            lacks = "this GPU has no bf16, and the model overflows in fp16"
         choices.say(f"precision: fp32, as {lacks}", "mixed_precision")
     return exposures
 
@@ -138,7 +148,8 @@ def choose_resolution(choices: Choices) -> None:
     if "resolution" in choices.all:
         return
     with suppress(UserError):  # of a base that cannot be used, which is refused later
-        if (own := choices.base.resolution_px) != TrainConfig.resolution:
+        own = choices.base.resolution_px
+        if own != TrainConfig.resolution:
             choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
@@ -151,18 +162,26 @@ def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, 
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
         return name, sources.load_settings(folder / name)
-    facts, name = base.facts, "sdxl.toml"
-    if is_on_gpu := machine.has_gpu():
+    facts = base.facts
+
+    # The precision.
+    is_on_gpu = machine.has_gpu()
+    precision = "no"
+    if is_on_gpu:
         precision = machine.half_precision_of(facts)
-    else:
-        precision = "bf16" if machine.has_fast_bf16() else "no"
+    elif machine.has_fast_bf16():
+        precision = "bf16"
+
+    # The file: SDXL's, or the family's for a card of this size.
+    name = "sdxl.toml"
     if facts and facts.recipes:
         most = 12 if free_gib is None else free_gib / 0.9
-        most /= 2 if is_on_gpu and precision == "no" else 1  # they are for bf16
+        if is_on_gpu and precision == "no":  # they are for bf16
+            most /= 2
         fitting = [gb for gb in facts.recipes if gb <= most]
         name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
     recipe = sources.load_settings(folder / name)
-    if base.name != STOCK_SDXL:
+    if base.name != STOCK_SDXL:  # the only one that is known to have fp16 files
         recipe["variant"] = None
     return name, recipe | {"mixed_precision": precision}
 
@@ -170,16 +189,22 @@ def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, 
 def choose_words(choices: Choices, word: str) -> None:
     """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
     token = choices.given.get("token") or TOKEN
-    prompt, of_class = f"a photo of a {token} {word}", f"a photo of a {word}"
+    prompt = f"a photo of a {token} {word}"
+    of_class = f"a photo of a {word}"
     if "instance_prompt" not in choices.given:
         # the whole: a prompt's words from "with" on count as its context
         choices.add("", class_word=word)
     choices.add(f"words: “{prompt}”", "instance_prompt", "token", instance_prompt=prompt)
     if choices.given.get("with_prior_preservation") is not False:
-        wanted = {"with_prior_preservation": True, "class_prompt": of_class, "prior": "adapter_off"}
         said = choices.given.get("class_prompt", of_class)
-        line = f"the class: “{said}” stays as the base draws it"
-        choices.add(line, "no_with_prior_preservation", "class_prompt", **wanted)
+        choices.add(
+            f"the class: “{said}” stays as the base draws it",
+            "no_with_prior_preservation",
+            "class_prompt",
+            with_prior_preservation=True,
+            class_prompt=of_class,
+            prior="adapter_off",
+        )
 
 
 def choose_subjects(choices: Choices) -> None:
@@ -187,7 +212,8 @@ def choose_subjects(choices: Choices) -> None:
     tables = checked_setting("subjects", choices.given["subjects"])
     choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
     if choices.given.get("with_prior_preservation") is not False:
-        line = f"the classes: {in_words(table.class_prompt for table in tables)} stay as the base draws them"
+        classes = in_words(table.class_prompt for table in tables)
+        line = f"the classes: {classes} stay as the base draws them"
         choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
         choices.add("", prior="adapter_off")
 
@@ -205,21 +231,28 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
     is_given = choices.given.keys() & {"max_train_steps", "num_train_epochs", "exposures_per_photo"}
     if not is_given:
         choices.settings["exposures_per_photo"] = exposures
-    counts, masked = counts_of(photos), sum(photo.mask_path is not None for photo in photos)
+
+    # The photos are named first, whatever was chosen before.
+    counts = counts_of(photos)
+    masked = sum(photo.mask_path is not None for photo in photos)
     shown = " + ".join(map(str, counts))
-    choices.said.insert(
-        0, (f"photos: {shown}, {masked} with a mask (name.mask.png beside each)", ())
-    )
+    line = f"photos: {shown}, {masked} with a mask (name.mask.png beside each)"
+    choices.said.insert(0, (line, ()))
+
+    # Masks for those without one.
     bare = len(photos) - masked
     if bare and choices.base.is_toy:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     # SDXL's segmenter is a download, which needs the user's consent
     elif bare and "masks" not in choices.given:
         choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+
+    # The crops, then the steps, which the other choices do not change any more.
     choose_shapes(choices, photos)
     if not is_given:
         line = f"steps: {steps_of(choices, photos)}, which show each photo {exposures} times"
-        line += ", and those of a subject with fewer oftener" if len(set(counts)) > 1 else ""
+        if len(set(counts)) > 1:
+            line += ", and those of a subject with fewer oftener"
         choices.say(line, "exposures_per_photo", "max_train_steps")
 
 
@@ -231,6 +264,7 @@ def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
 
 
 def steps_of(choices: Choices, photos: list["Photo"]) -> int:
+    """The steps of the run, as far as it is chosen."""
     from dreambooth_moslora.photos.photo_file import counts_of
     from dreambooth_moslora.plan.plan import plan_steps
 
@@ -245,11 +279,16 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
     Given steps of 0 refuse them."""
     given = choices.given.get("evaluate_steps")
     is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
-    if encoders_are_here(choices.base.name) if is_open else is_wanted:
+    is_scored = encoders_are_here(choices.base.name) if is_open else is_wanted
+    if is_scored:
+        # Four times in the run, unless the steps were given.
         every = given or max(1, steps_of(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
+
+        # What is said follows what the run will do, with the given settings too.
         settings = choices.settings | wanted | dict(choices.given)
-        every, parts = settings["evaluate_steps"], []
+        every = settings["evaluate_steps"]
+        parts = []
         if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
             parts.append("beside pictures")
         parts.append("the best in best/")
@@ -274,6 +313,7 @@ def encoders_are_here(base: str) -> bool:
     be in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    return toys.is_toy(base) or all(
-        isinstance(try_to_load_from_cache(n, "model.safetensors"), str) for n in (CLIP, DINO)
-    )
+    if toys.is_toy(base):
+        return True
+    found = [try_to_load_from_cache(encoder, "model.safetensors") for encoder in (CLIP, DINO)]
+    return all(isinstance(path, str) for path in found)

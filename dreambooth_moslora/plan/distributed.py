@@ -27,12 +27,17 @@ from dreambooth_moslora.settings.table import TrainConfig
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
+# What accelerate may be set to, and adapters do not need.
 SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
 ONE_PROCESS = (
     "this is the only process: on CPUs without MPI, accelerate starts several by "
     "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
 )
-ONE_GPU = "one of %d GPUs is used: `accelerate launch --multi_gpu train_dreambooth.py …` takes all, for fewer steps"
+ONE_GPU = (
+    "one of %d GPUs is used: `accelerate launch --multi_gpu train_dreambooth.py …` takes all, "
+    "for fewer steps"
+)
+# The precisions of accelerate that a run can have.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Item = TypeVar("Item")
@@ -98,7 +103,9 @@ def agreed(
     accelerator: Processes,
     find: Callable[[], Result],
     words: Callable[[Result], str],
-    remedy: str = "the photos, --class_data_dir and --output_dir must be on a disk that all machines share.",
+    remedy: str = (
+        "the photos, --class_data_dir and --output_dir must be on a disk that all machines share."
+    ),
 ) -> Result:
     """What each process finds, in `words` as the main process does. Raises UserError on all where
     one finds something else, naming the lines that differ and the `remedy`; an error of `find` is
@@ -107,10 +114,11 @@ def agreed(
         return find()
     found, error = attempt(find)
     told = exchange(accelerator, [] if error else [words(found)], error)
-    other = next((number for number, said in enumerate(told) if said != told[0]), None)
-    if other is not None:
-        theirs, ours = lines_without(told[0], told[other]), lines_without(told[other], told[0])
-        raise UserError(f"process {other} has {theirs}, and the main process {ours}: {remedy}")
+    for number, said in enumerate(told):
+        if said != told[0]:
+            theirs = lines_without(told[0], said)
+            ours = lines_without(said, told[0])
+            raise UserError(f"process {number} has {theirs}, and the main process {ours}: {remedy}")
     return found
 
 
@@ -120,6 +128,7 @@ def lines_without(others: str, own: str) -> str:
 
 
 def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """The result of `work`, or its error."""
     try:
         return work(), None
     except Exception as error:
@@ -129,19 +138,29 @@ def attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None
 def exchange(accelerator: Processes, own: list[Result], error: Exception | None) -> list[Result]:
     """The results of all processes, in their order. One's `error` is raised on all; an error is
     more than a stop."""
+    # Each tells its results, and how it ended: whether by a stop, and in which words.
     is_stop = isinstance(error, StopRequestedError)
-    told = [(own, None if error is None else (is_stop, str(error) or type(error).__name__))]
+    ending = None
+    if error is not None:
+        ending = (is_stop, str(error) or type(error).__name__)
+    told = [(own, ending)]
     if accelerator.num_processes > 1:
         with others_present():
             told = utils.gather_object(told)
+
     endings = [(process, ended) for process, (_, ended) in enumerate(told) if ended is not None]
     if not endings:
         return [result for results, _ in told for result in results]
+
+    # All end by the first error, or by a stop if there is no error. The process whose own it is
+    # raises it with its traceback.
     process, (all_stop, text) = min(endings, key=lambda found: found[1][0])
     if error is not None and is_stop == all_stop:
         raise error
+    if all_stop:
+        raise StopRequestedError()
     other = f"process {process}" if process else "the main process"
-    raise StopRequestedError() if all_stop else UserError(f"{other} ended: {text}")
+    raise UserError(f"{other} ended: {text}")
 
 
 @contextmanager
@@ -154,20 +173,26 @@ def others_present() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"another process of this run has gone ({one_line(error, 100)}): its own last line says why. "
-            "start again, with --resume_from_checkpoint latest if it had a checkpoint."
+            f"another process of this run has gone ({one_line(error, 100)}): its own last "
+            "line says why. start again, with --resume_from_checkpoint latest if it had a "
+            "checkpoint."
         ) from error
 
 
 def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Accelerator:
     """Device, processes and precision: by `--mixed_precision`, else `accelerate launch`. Raises
     UserError."""
+    # What cannot work, before anything is made.
     check_bf16(config)
     refuse_sharding()
+
+    # The process: which of its libraries speak, and how exactly it computes.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     compute_exactly(config.deterministic)
+
+    # accelerate reads the precision from its own settings where the run's do not say it.
     run_dir.path.mkdir(parents=True, exist_ok=True)
     clean_stale(run_dir.path)
     folders = utils.ProjectConfiguration(str(run_dir.path), str(run_dir.path / config.logging_dir))
@@ -185,16 +210,21 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
     except ValueError as error:
         raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
     if accelerator.mixed_precision not in DTYPES:
-        asks = f"`accelerate config` or the environment asks for the precision {accelerator.mixed_precision}"
+        asks = (
+            "`accelerate config` or the environment asks for the precision "
+            f"{accelerator.mixed_precision}"
+        )
         raise UserError(f"{asks}: give --mixed_precision no, fp16 or bf16.")
     check_world_size(accelerator.num_processes)
+
+    # Remarks for a person who asked for several processes, or has several GPUs.
     is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
-    # several were asked for
     if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         logger.warning(ONE_PROCESS)
     if is_alone and accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
         logger.warning(ONE_GPU, torch.cuda.device_count())
-    # a GPU run should return this memory, which it no longer needs
+
+    # A run on a GPU should return this memory, which it no longer needs.
     if accelerator.device.type == "cpu":
         processes.keep_freed_memory()
     return accelerator
@@ -246,7 +276,10 @@ def refusal(mixed_precision: str | None, said: str) -> str:
     settings."""
     if mixed_precision is not None and "precision" in said:
         return f"--mixed_precision {mixed_precision}: {said}"
-    return f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in the environment."
+    return (
+        f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in "
+        "the environment."
+    )
 
 
 def chosen_seed(seed: int | None, accelerator: Accelerator) -> int:

@@ -10,7 +10,8 @@ Speed on a GPU, which changes only rounding. On a CPU all are off; `--compile on
 first.
 
 blocks compiled    `torch.compile` of the UNet's transformer blocks, each kind once (`--compile`)
-cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on AMD's but gfx9
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on
+                   AMD's but gfx9
 
 `--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
 `settings.table.PLANS`. It only adds to the given flags; on a GPU it also chooses half precision,
@@ -45,6 +46,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.launch import process_count
 from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, table
 
+# Bytes of a parameter or an activation, by precision.
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their
@@ -52,7 +54,9 @@ precision."""
 AVERAGE_BYTES = 4  # Further bytes per parameter of the adapter with `--use_ema`.
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
-STEP_GIB, STEP_GIB_A_RANK, RECOMPUTED_GIB = 5.24, 0.00102, 0.51
+STEP_GIB = 5.24
+STEP_GIB_A_RANK = 0.00102
+RECOMPUTED_GIB = 0.51
 """GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with
 recomputation."""
 SCORES_GIB = (12.2, 1.75)
@@ -63,15 +67,17 @@ TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
 """GiB of a prompt's pass through SDXL's text encoders where they, or new tokens, are trained;
 counted like a step."""
-TOKENS = 77
-PEFT_STEP, PEFT_RECOMPUTED = 1.4, 1.1
+TOKENS = 77  # Of a prompt in a CLIP text encoder.
+PEFT_STEP = 1.4
+PEFT_RECOMPUTED = 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
 TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
 # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
 DRAWING_GIB = 0.15
-PNG_BYTES_A_PIXEL = 1.6
+PNG_BYTES_A_PIXEL = 1.6  # Of a picture of a run on the disk.
 # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
 SMALL_GIB = 2.0
+# The model that the constants above were counted on.
 SDXL = families.facts_of("StableDiffusionXLPipeline")
 STOCK = SDXL.models[0]
 STOCK_SDXL = STOCK.hub_id
@@ -140,6 +146,8 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     """
     if base.shapes and all(base.shapes.values()):
         return size_of_shapes(base.facts, base.shapes, target_modules)
+
+    # Which model it is, or is nearest to.
     facts, model = base.known or (base.facts, None)
     if base.file:
         count = sum(map(math.prod, base.tensors.values()))
@@ -147,26 +155,26 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
         model = None if facts == SDXL else nearest
     if facts in (None, SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
-    is_assumed, model = model is None, model or max(facts.models, key=lambda one: one.parameters)
-    counts = {
-        "unet": model.parameters,
-        "projections": model.in_blocks,
-        "text_projections": 0,
-        "text_outputs": 0,
-    }
-    adapter = {"adapted_widths": model.adapted_widths, "adapted_layers": model.adapted_layers}
+    is_assumed = model is None
+    model = model or max(facts.models, key=lambda one: one.parameters)
+
+    # Its counts. Cross-attention's are known of SDXL alone, without the files.
     clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
-    adapter |= {
-        "text_layers": sum(count for count, _ in clip),
-        "text_widths": sum(width for _, width in clip),
-    }
-    others = {
-        "text_encoders": model.encoders,
-        "vae": model.vae,
-        "family": facts,
-        "hub_id": model.hub_id,
-    }
-    return BaseSize(**counts, **adapter, **others, is_assumed=is_assumed)
+    return BaseSize(
+        unet=model.parameters,
+        projections=model.in_blocks,
+        text_projections=0,
+        text_outputs=0,
+        text_encoders=model.encoders,
+        vae=model.vae,
+        adapted_widths=model.adapted_widths,
+        adapted_layers=model.adapted_layers,
+        family=facts,
+        hub_id=model.hub_id,
+        is_assumed=is_assumed,
+        text_layers=sum(count for count, _ in clip),
+        text_widths=sum(width for _, width in clip),
+    )
 
 
 def size_of_shapes(
@@ -175,79 +183,98 @@ def size_of_shapes(
     target_modules: tuple[str, ...],
 ) -> BaseSize:
     """The same by the shapes of each part's weights; a part may be missing."""
-    denoiser = facts.denoiser
-    weights = {
-        name: shape
-        for name, shape in shapes[denoiser].items()
-        if name.endswith(".weight") and len(shape) > 1
-    }
-    layers = {name.removesuffix(".weight"): shape for name, shape in weights.items()}
-    adapted = {
-        path: shape for path, shape in layers.items() if rows.is_adapted(path, target_modules)
-    }
     count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
     texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
-    widths = tuple((path, shape[0] + math.prod(shape[1:])) for path, shape in adapted.items())
-    total = sum(width for _, width in widths)
-    blocks = BLOCKS.match if facts.style == "flow" else re.compile("transformer_blocks").search
-    quantized = (shape for name, shape in weights.items() if blocks(name) and len(shape) == 2)
-    # as `base.load` chooses them
-    projections = sum(math.prod(shape) for shape in quantized if shape[0] % 32 == 0)
-    of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
-    hosted = sum(map(math.prod, of_text)), sum(shape[0] for shape in of_text)
-    encoders = [
-        weight for part in facts.adapted_encoders for weight in shapes.get(part, {}).items()
-    ]
-    clip = [
-        sum(shape)
-        for name, shape in encoders
-        if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS)
-    ]
-    known = (
-        count[denoiser],
-        projections,
-        *hosted,
-        texts,
-        count.get("vae", 0),
-        total,
-        len(widths),
-        True,
-        widths,
-        facts,
+
+    # The denoiser's layers, and those that get an adapter.
+    layers = {}
+    for name, shape in shapes[facts.denoiser].items():
+        if name.endswith(".weight") and len(shape) > 1:
+            layers[name.removesuffix(".weight")] = shape
+    widths = tuple(
+        (path, shape[0] + math.prod(shape[1:]))
+        for path, shape in layers.items()
+        if rows.is_adapted(path, target_modules)
     )
-    return BaseSize(*known, text_layers=len(clip), text_widths=sum(clip))
+
+    # Those that quantisation replaces, as `base.load` chooses them.
+    is_flow = facts.style == "flow"
+    in_block = BLOCKS.match if is_flow else re.compile("transformer_blocks").search
+    projections = 0
+    for path, shape in layers.items():
+        if in_block(f"{path}.weight") and len(shape) == 2 and shape[0] % 32 == 0:
+            projections += math.prod(shape)
+
+    # Those that `--cache_cross_attention` keeps off the GPU.
+    of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
+
+    # The layers of the text encoders that `--train_text_encoder` adapts.
+    clip_widths = []
+    for part in facts.adapted_encoders:
+        for name, shape in shapes.get(part, {}).items():
+            if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS):
+                clip_widths.append(sum(shape))
+
+    return BaseSize(
+        unet=count[facts.denoiser],
+        projections=projections,
+        text_projections=sum(map(math.prod, of_text)),
+        text_outputs=sum(shape[0] for shape in of_text),
+        text_encoders=texts,
+        vae=count.get("vae", 0),
+        adapted_widths=sum(width for _, width in widths),
+        adapted_layers=len(widths),
+        is_measured=True,
+        widths=widths,
+        family=facts,
+        text_layers=len(clip_widths),
+        text_widths=sum(clip_widths),
+    )
 
 
 def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
-    number, kind = BYTES[precision_of(config)], optimizer_kinds.optimizer_of(config)
+    number = BYTES[precision_of(config)]
+    kind = optimizer_kinds.optimizer_of(config)
     adapter = adapter_parameters(config, size)
+
+    # The frozen weights of each part.
     quantized = QUANTIZED_BYTES.get(config.base_quantization, number)
     unet = ((size.unet - size.projections) * number + size.projections * quantized) / machine.GIB
-    texts, vae = size.text_encoders * number / machine.GIB, size.vae * 4 / machine.GIB
+    texts = size.text_encoders * number / machine.GIB
+    vae = size.vae * 4 / machine.GIB
+
+    # The adapter with its gradients and the optimizer's states, and what the host holds.
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
     bytes_each = optimizer_kinds.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
+
+    # Before the first step, photos and texts are encoded.
+    preparing = preparing_gib(config, size=size, unet=unet, texts=texts, vae=vae)
+
+    # A step, on top of the weights. Without a cache it encodes its photos too.
     step = step_gib(config, size, adapter) + trained_texts_gib(config, size)
-    step += vae if config.caching == "off" else 0.0  # which encodes the photos of each
+    if config.caching == "off":
+        step += vae
+
+    # A sample between two steps: the UNet and the decoder work one after the other.
     tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
     decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
-    drawing = (
-        vae
-        + max(decoder, drawing_gib(config, size, images=2))
-        + products_gib(config, size, images=2)
-    )
+    denoising = drawing_gib(config, size, images=2)
+    drawing = vae + max(decoder, denoising) + products_gib(config, size, images=2)
+    if not (config.sample_count or config.is_scored):
+        drawing = 0
+
+    # A checkpoint has the states, and no gradients.
     in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * (config.use_ema or kind.averages)
     checkpoint = adapter * in_checkpoint / machine.GIB
     return Estimate(
         adapter_parameters=adapter,
-        encoding_gib=CONTEXT_GIB + preparing_gib(config, size, unet, texts, vae),
+        encoding_gib=CONTEXT_GIB + preparing,
         training_gib=CONTEXT_GIB + weights + step,
-        sampling_gib=CONTEXT_GIB
-        + weights
-        + (drawing if config.sample_count or config.is_scored else 0),
+        sampling_gib=CONTEXT_GIB + weights + drawing,
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
@@ -257,33 +284,41 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
 def preparing_gib(
     config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
-    """The most before the first step: photos are encoded, then texts. `unet`, `texts`, `vae`: their
-    weights, GiB."""
-    side = (
-        config.resolution
-        if size.family.style == "flow"
-        else min(config.resolution, machine.TILES_PX[-1])
-    )
+    """The most before the first step: photos are encoded, then texts. GiB.
+
+    config: of the run
+    size: of its base
+    unet, texts, vae: weights of the denoiser, the text encoders and the autoencoder, GiB
+    """
+    is_flow = size.family.style == "flow"
+    side = config.resolution if is_flow else min(config.resolution, machine.TILES_PX[-1])
     encoder = side**2 * machine.ENCODER_BYTES_A_PIXEL / machine.GIB
-    if config.draws_class_images:  # the whole pipeline draws before
+
+    # Class images are drawn first, by the whole pipeline.
+    if config.draws_class_images:
         drawing = drawing_gib(config, size, images=2 * config.sample_batch_size)
         return unet + texts + vae + max(encoder, drawing)
-    # the denoiser is loaded later
-    if size.family.style == "flow" and not config.keeps_text_encoders:
-        return vae + encoder  # encoders that do not fit encode on the CPU
-    is_there = config.base_quantization == "int8"  # it is quantised on the GPU
-    return max(vae + encoder, texts + TEXTS_GIB) + (unet if is_there else 0.0)
+
+    # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
+    if is_flow and not config.keeps_text_encoders:
+        return vae + encoder
+
+    # int8 quantises on the GPU, so that the denoiser is there.
+    denoiser = unet if config.base_quantization == "int8" else 0.0
+    return max(vae + encoder, texts + TEXTS_GIB) + denoiser
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
     """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
     layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
+
+    # Of layers that are only counted, each has the mean width.
     if not layers:
-        layers = [
-            (config.rank, size.adapted_widths / max(1, size.adapted_layers))
-        ] * size.adapted_layers
+        mean_width = size.adapted_widths / max(1, size.adapted_layers)
+        layers = [(config.rank, mean_width)] * size.adapted_layers
     if config.train_text_encoder:
-        layers += [(config.rank, size.text_widths / max(1, size.text_layers))] * size.text_layers
+        mean_width = size.text_widths / max(1, size.text_layers)
+        layers += [(config.rank, mean_width)] * size.text_layers
     return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
 
 
@@ -311,7 +346,8 @@ def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
     """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the
     family was counted on; a narrower model needs less, about as its width. A transformer's grows
     with all tokens, those of the text too."""
-    if memory := size.family.memory:
+    memory = size.family.memory
+    if memory:
         tokens = (config.resolution / 16) ** 2 + memory.text_tokens
         width = math.sqrt(size.unet / memory.parameters)
         return tokens / (4096 + memory.text_tokens) * width * BYTES[precision_of(config)] / 2
@@ -323,29 +359,29 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
     images = config.images_a_pass
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
-    scale, products = scale_of(config, size) * images, products_gib(config, size, images)
+    scale = scale_of(config, size) * images
+    products = products_gib(config, size, images)
     memory = size.family.memory
     kept_scores = SCORES_GIB if machine.is_on_apple() and not memory else (0.0, 0.0)
+
+    # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
         recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB + kept_scores[1]
         return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
+
+    # A transformer was counted as a whole.
     if memory:
         return memory.full_gib * scale * (PEFT_STEP if is_pefts else 1)
-    # on average
-    rank = (
-        adapter * config.rank / max(1, adapter_parameters(replace(config, rank_pattern=()), size))
-    )
-    image = (STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560) * (
-        PEFT_STEP if is_pefts else 1
-    )
+
+    # The UNet's grows with the rank, of which patterns change the average.
+    plain = adapter_parameters(replace(config, rank_pattern=()), size)
+    rank = adapter * config.rank / max(1, plain)
+    image = STEP_GIB + STEP_GIB_A_RANK * rank * size.adapted_layers / 560
+    image *= PEFT_STEP if is_pefts else 1
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
+    text = TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet)
     casts = adapter * 2 / machine.GIB
-    return (
-        image * scale
-        + TEXT_GIB * images * math.sqrt(size.unet / BaseSize().unet)
-        + casts
-        + products
-    )
+    return image * scale + text + casts + products
 
 
 def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
@@ -362,8 +398,18 @@ def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
 def disk_gib(
     config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
 ) -> float:
+    """The disk space of a run, GiB.
+
+    config: of the run
+    adapter: its parameters, a count
+    checkpoint_gib: of one checkpoint
+    total_steps: optimizer steps
+    """
+    # Checkpoints, with one at the end if its step is no multiple.
     checkpoints, rest = divmod(total_steps, config.checkpointing_steps)
     checkpoints = min(checkpoints, config.checkpoints_total_limit or checkpoints) + (rest > 0)
+
+    # Pictures: samples, and the class images that have no folder of the user's.
     subjects = config.each_subject
     times = 2 + total_steps // (config.validation_steps or max(1, total_steps))
     samples = len(subjects) * config.sample_count * times
@@ -371,11 +417,11 @@ def disk_gib(
         one.class_prompt for one in subjects if one.draws_class_images and not one.class_data_dir
     }
     pixels = (samples + len(classes) * config.num_class_images) * config.resolution**2
-    published = 2 if config.evaluate_steps else 1  # that of the best step is kept beside the last
-    return (
-        checkpoints * checkpoint_gib
-        + (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
-    )
+
+    # Published files, that of the best step beside the last.
+    published = 2 if config.evaluate_steps else 1
+    files = (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
+    return checkpoints * checkpoint_gib + files
 
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
@@ -408,63 +454,80 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit, and the recipe for such a card."""
-    # the same word would keep it again
+    # A resumed run's plan is kept by the same word, so that another word must be named.
     is_kept = config.memory == "auto" and kept_plan(config) is not None
+    start = without_plan(config) if is_kept else config
     for changes in ({}, {"sample_batch_size": 1}):
-        tried = replace(
-            without_plan(config) if is_kept else config,
-            memory="auto",
-            images_at_once=None,
-            **changes,
-        )
+        # What `--memory auto` would choose with these changes.
+        tried = replace(start, memory="auto", images_at_once=None, **changes)
         tried = replace(tried, **half_settings(tried, size.family, free_gib))
         word = plan_name(tried, size, free_gib) if is_kept else "auto"
         tried = replace(tried, **fitting_settings(tried, size, free_gib))
         cost = estimate(tried, size, 1).peak_gib
-        if cost <= free_gib:
-            flags = "".join(f" --{name} {value}" for name, value in changes.items())
-            # a tenth is the desktop's
-            fitting = (card for card in size.family.recipes if card * 0.9 <= free_gib)
-            card = next(fitting, None)
-            recipe = (
-                f", or start from assets/configs/{size.family.name}_{card}gb.toml" if card else ""
-            )
-            is_given = config.memory == "auto" and config.images_at_once and not is_kept
-            said = (
-                f"leave out --images_at_once{flags and f' and give{flags}'}"
-                if is_given
-                else f"give --memory {word}{flags}"
-            )
-            return f"{said} (then {cost:.1f} GiB){recipe}."
+        if cost > free_gib:
+            continue
+
+        # It fits: say the flags, or the one to leave out.
+        flags = "".join(f" --{name} {value}" for name, value in changes.items())
+        said = f"give --memory {word}{flags}"
+        if config.memory == "auto" and config.images_at_once and not is_kept:
+            said = "leave out --images_at_once"
+            if flags:
+                said += f" and give{flags}"
+        recipe = recipe_for(size.family, free_gib)
+        return f"{said} (then {cost:.1f} GiB){recipe}."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
+
+
+def recipe_for(facts: families.Facts, free_gib: float) -> str:
+    """The end of a sentence, with the recipe for such a card; "" without one."""
+    for card in facts.recipes:
+        if card * 0.9 <= free_gib:  # a tenth is the desktop's
+            return f", or start from assets/configs/{facts.name}_{card}gb.toml"
+    return ""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What is on. `images` of 1024 px are those that a process still has to pass through the UNet."""
+    """What is on.
+
+    compiled: whether the blocks are
+    searches: whether cuDNN searches algorithms
+    images: of 1024 px, that a process still has to pass through the UNet
+    """
 
     compiled: bool
     searches: bool
     images: float
 
     def sentence(self) -> str:
-        length = f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from {WORTH_IMAGES} on"
-        parts = [f"transformer blocks {'' if self.compiled else 'not '}compiled ({length})"]
-        parts += ["cuDNN searches algorithms"] * self.searches
-        return ", ".join(parts)
+        """The same in words, for a dry run and the log."""
+        length = (
+            f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from "
+            f"{WORTH_IMAGES} on"
+        )
+        compiled = "compiled" if self.compiled else "not compiled"
+        said = f"transformer blocks {compiled} ({length})"
+        if self.searches:
+            said += ", cuDNN searches algorithms"
+        return said
 
 
 def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or
     8 bit."""
     images = images_of(config, steps)
-    is_cuda = device_type == "cuda"
-    pays = is_cuda and images >= WORTH_IMAGES
+    pays = device_type == "cuda" and images >= WORTH_IMAGES
     by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
-    searches = (
-        pays and machine.searches_fast() and not config.enable_bucket and not config.deterministic
+
+    # A search is lost when sizes change, and may choose another algorithm the next time.
+    is_fixed = not config.enable_bucket and not config.deterministic
+    searches = pays and machine.searches_fast() and is_fixed
+    return Speed(
+        compiled=config.compile == "on" or by_itself,
+        searches=searches,
+        images=images,
     )
-    return Speed(config.compile == "on" or by_itself, searches, images)
 
 
 def speed_here(config: table.TrainConfig, steps: int) -> Speed:
@@ -475,6 +538,7 @@ def speed_here(config: table.TrainConfig, steps: int) -> Speed:
 
 
 def images_of(config: table.TrainConfig, steps: int) -> float:
+    """Images of 1024 px that so many steps pass through the denoiser."""
     images = steps * config.gradient_accumulation_steps * config.mean_images_a_micro_batch
     return images * (config.resolution / 1024) ** 2
 
@@ -488,7 +552,8 @@ def memory_settings(
     if config.memory is None:
         return {}
     free = least_free_gib() if free_gib is None else free_gib
-    if (kept := kept_plan(config)) is not None:
+    kept = kept_plan(config)
+    if kept is not None:
         return kept
     size = size_of_base(base, config.target_modules)
     precision = half_settings(config, size.family, free)
@@ -510,29 +575,25 @@ def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
 
 
 def without_plan(config: table.TrainConfig) -> table.TrainConfig:
-    plain = {
-        name: table.SETTINGS[name].default for name in table.OF_PLANS if name != "images_at_once"
-    }
-    return replace(config, **plain)
+    """The same settings, with the defaults in place of what a plan sets."""
+    names = [name for name in table.OF_PLANS if name != "images_at_once"]
+    return replace(config, **{name: table.SETTINGS[name].default for name in names})
 
 
 def still_open(config: table.TrainConfig) -> set[str]:
     """The settings that a word of `--memory` decides, but for those that were given."""
-    return {
-        name
-        for name in table.SETTINGS["memory"].metadata["replaces"]
-        if not rules.given_flag(config, name)
-    }
+    decided = table.SETTINGS["memory"].metadata["replaces"]
+    return {name for name in decided if not rules.given_flag(config, name)}
 
 
 def half_settings(
     config: table.TrainConfig, facts: families.Facts, free_gib: float | None
 ) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_open = (
-        free_gib is not None and config.mixed_precision is None and precision_of(config) == "no"
-    )
-    return {"mixed_precision": machine.half_precision_of(facts)} if is_open else {}
+    is_given = config.mixed_precision is not None or precision_of(config) != "no"
+    if free_gib is None or is_given:
+        return {}
+    return {"mixed_precision": machine.half_precision_of(facts)}
 
 
 def fitting_settings(
@@ -540,14 +601,19 @@ def fitting_settings(
 ) -> dict[str, Any]:
     """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
     largest that fits."""
-    passes, plan = passes_of(config), plan_settings(config, plan_name(config, size, free_gib))
-    for images in passes if free_gib is not None else ():
-        if estimate(replace(config, **plan, **images), size, 1).peak_gib <= USABLE * free_gib:
+    passes = passes_of(config)
+    plan = plan_settings(config, plan_name(config, size, free_gib))
+    if free_gib is None:
+        return plan
+    for images in passes:
+        tried = replace(config, **plan, **images)
+        if estimate(tried, size, 1).peak_gib <= USABLE * free_gib:
             return plan | images
-    return plan | (passes[-1] if free_gib is not None else {})
+    return plan | passes[-1]
 
 
 def plan_name(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+    """The plan of `--memory`; for `auto`, the first whose smallest pass fits."""
     smallest = replace(config, **passes_of(config)[-1])
     return config.memory if config.memory != "auto" else fitting(smallest, size, free_gib)
 
@@ -558,24 +624,21 @@ def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
     micro-batch sets nothing."""
     if config.images_at_once is not None or rules.excluded_by("images_at_once", config):
         return [{}]
-    found, images = [], config.gradient_accumulation_steps * config.images_a_micro_batch
+    found = []
+    images = config.gradient_accumulation_steps * config.images_a_micro_batch
     while images not in found:
         found.append(images)
         images = math.ceil(images / 2)
-    return [
-        {"images_at_once": images} if images != config.images_a_micro_batch else {}
-        for images in found
-    ]
+    usual = config.images_a_micro_batch
+    return [{} if images == usual else {"images_at_once": images} for images in found]
 
 
 def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; int8 stays."""
-    is_quantized = config.base_quantization != "none"
-    return {
-        key: value
-        for key, value in table.PLANS[name].items()
-        if not (is_quantized and key == "base_quantization")
-    }
+    plan = dict(table.PLANS[name])
+    if config.base_quantization != "none":
+        plan.pop("base_quantization", None)
+    return plan
 
 
 def fitting(
@@ -589,25 +652,28 @@ def fitting(
     if free_gib is None:
         return "full"
     needs = costs(config, size, names)
-    return next(
-        (name for name, cost in needs.items() if cost <= USABLE * free_gib), list(needs)[-1]
-    )
+    for name, cost in needs.items():
+        if cost <= USABLE * free_gib:
+            return name
+    return list(needs)[-1]
 
 
 def costs(
     config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)
 ) -> dict[str, float]:
-    """Plan -> peak memory in GiB, for the plans that are possible with these settings and packages."""
-    return {
-        name: estimate(replace(config, **plan_settings(config, name)), size, 1).peak_gib
-        for name in names
-        if is_possible(name, config, size.family)
-    }
+    """Plan -> peak memory in GiB, for those that these settings and packages allow."""
+    found = {}
+    for name in names:
+        if is_possible(name, config, size.family):
+            tried = replace(config, **plan_settings(config, name))
+            found[name] = estimate(tried, size, 1).peak_gib
+    return found
 
 
 def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
     """Whether a run can take this plan, with its settings, its family and the packages here."""
     plan = table.PLANS[name]
+    # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes.
     if machine.is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in plan):
         return False
     if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
@@ -649,11 +715,13 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     if config.memory is None:
         return []
     free = free_gib_of_gpu()
-    needs = ", ".join(
-        f"{name} {cost:.1f} GiB" for name, cost in costs(without_plan(config), size).items()
-    )
+    plans = costs(without_plan(config), size)
+    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in plans.items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
-    passes = f"{config.images_a_pass} of a step's {config.images_a_micro_batch * config.gradient_accumulation_steps}"
+    passes = (
+        f"{config.images_a_pass} of a step's "
+        f"{config.images_a_micro_batch * config.gradient_accumulation_steps}"
+    )
     return [
         f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"
     ]
@@ -689,16 +757,14 @@ def by_all(check: Callable[[], Result]) -> Result:
 
 
 def in_lines(settings: Mapping[str, Any]) -> str:
-    """A line for each setting that the processes must share; one that is not given has its default."""
+    """A line for each setting that the processes must share, given or not."""
     apart = {*table.named("secret"), *table.named("per_process")}
-    shared = {
-        name: settings.get(name, item.default)
-        for name, item in table.SETTINGS.items()
-        if name not in apart
-    }
-    return "\n".join(
-        f"--{name} {table.checked_setting(name, value)!r}" for name, value in shared.items()
-    )
+    lines = []
+    for name, item in table.SETTINGS.items():
+        if name not in apart:
+            value = table.checked_setting(name, settings.get(name, item.default))
+            lines.append(f"--{name} {value!r}")
+    return "\n".join(lines)
 
 
 def least_free_gib(*, is_later: bool = False) -> float | None:

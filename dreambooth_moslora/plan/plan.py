@@ -4,7 +4,7 @@ trainer follows it.
 settings --memory--> settings --checks--> base --photos--> steps --estimate--> cost
 
 samples per epoch = photos × repeats, or the number of class images if larger
-steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉        as diffusers' script counts
+steps per epoch = ⌈⌈samples / (batch × processes)⌉ / accumulation⌉, as diffusers' script counts
 exposures of a photo = steps × accumulation × batch × processes / photos
 
 Several subjects are shown equally often. Each counts as if it had as many photos as the largest
@@ -26,6 +26,8 @@ FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subj
 
 @dataclass(frozen=True)
 class StepPlan:
+    """How many steps a run has, and what they show."""
+
     photo_counts: tuple[int, ...]  # of each subject
     repeats: int
     photos_a_step: int
@@ -42,40 +44,61 @@ class StepPlan:
         return self.exposures_a_subject / max(self.photo_counts)
 
     def sentence(self) -> str:
+        """The plan in words, for a dry run and the log."""
         counts = " + ".join(map(str, self.photo_counts)) + " photos"
         seen = f"each photo is seen about {self.exposures_a_photo:.0f} times"
         if len(self.photo_counts) > 1:
             counts = f"{len(self.photo_counts)} subjects, {counts}"
             seen = f"each subject is seen about {self.exposures_a_subject:.0f} times"
+        epochs = self.total_steps / self.steps_an_epoch
         return (
-            f"{counts} × {self.repeats} repeats, {self.photos_a_step} a step: {self.steps_an_epoch} steps an epoch; "
-            f"{self.total_steps} steps = {self.total_steps / self.steps_an_epoch:.1f} epochs; {seen}"
+            f"{counts} × {self.repeats} repeats, {self.photos_a_step} a step: "
+            f"{self.steps_an_epoch} steps an epoch; "
+            f"{self.total_steps} steps = {epochs:.1f} epochs; {seen}"
         )
 
 
 def plan_steps(
     config: TrainConfig, photos: int | Sequence[int], process_count: int = 1
 ) -> StepPlan:
-    """`photos` is their number, or one for each subject. Raises ZeroDivisionError for none (see
-    `photo_report`)."""
+    """The steps of a run.
+
+    config: its settings
+    photos: how many there are, or how many of each subject
+    process_count: processes that share each step
+
+    Raises ZeroDivisionError without photos (see `photo_report`).
+    """
+    # Each subject counts as if it had as many photos as the largest.
     counts = (photos,) if isinstance(photos, int) else tuple(photos)
     photo_count = len(counts) * max(counts)
     samples = photo_count * config.repeats
     if config.draws_class_images:
         samples = max(samples, config.num_class_images)
+
+    # Steps of an epoch, as diffusers' script counts them.
     batches = math.ceil(samples / (config.train_batch_size * process_count))
     steps_an_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     photos_a_step = config.train_batch_size * config.gradient_accumulation_steps * process_count
+
+    # The steps of the run: given, by epochs, or by exposures.
     total = config.max_train_steps or config.num_train_epochs * steps_an_epoch
     if config.exposures_per_photo:
         total = math.ceil(config.exposures_per_photo * photo_count / photos_a_step)
-    return StepPlan(counts, config.repeats, photos_a_step, steps_an_epoch, total)
+    return StepPlan(
+        photo_counts=counts,
+        repeats=config.repeats,
+        photos_a_step=photos_a_step,
+        steps_an_epoch=steps_an_epoch,
+        total_steps=total,
+    )
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """Split `total` in proportion to the photos of each size (h, w), each at least one if possible."""
+    """Split `total` in proportion to the photos of each size (h, w), each at least 1 if possible."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
+    # One by one, to the size that lacks most of its exact share.
     for _ in range(total - sum(found.values())):
         found[max(exact, key=lambda size: exact[size] - found[size])] += 1
     return found
@@ -83,6 +106,8 @@ def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, 
 
 @dataclass(frozen=True)
 class Plan:
+    """What a run will do, and what it costs. The trainer follows it."""
+
     config: TrainConfig  # after its `--memory`
     base: Base
     photo_report: folder.PhotoReport
@@ -101,19 +126,40 @@ def make_plan(
     free_gib: float | None = None,
     is_later: bool = False,
 ) -> Plan:
-    """The plan of a run whose folders `check_folders` allows, in all its processes. `report`:
-    photos read before. `is_later`: another process trains, on a GPU with `free_gib`. Raises
-    UserError for what training would refuse."""
+    """The plan of a run whose folders `check_folders` allows, in all its processes.
+
+    config: the settings, as they were given
+    report: of photos that were read before
+    free_gib: of the GPU on which another process will train
+    is_later: whether another process trains, so that this one's memory is not asked
+
+    Raises UserError for what training would refuse.
+    """
+    # All processes must begin with the same settings: they make the same plan.
     memory.check_same(config)
+
+    # What the base's family says, then what `--memory` chooses by the GPU with the least memory.
     base = memory.by_all(lambda: Base.of(config))
     config = replace(config, **checks.family_settings(config, base))
     config = replace(config, **memory.memory_settings(config, base, free_gib))
     memory.check_same(config)
+
+    # The checks, before photos are read: they answer at once.
     size = memory.by_all(lambda: checks.preflight(config, base, is_later=is_later))
-    if report is None:  # the main process reads first, as it then writes the images of a data set
+
+    # The photos, and with them the steps.
+    if report is None:
+        # The main process reads first, as it then writes the images of a data set.
         first = memory.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
         report = memory.by_all(lambda: first or folder.photo_report(config))
-    else:  # masks may have been chosen after the photos were read
+    else:
+        # Masks may have been chosen after the photos were read.
         report = replace(report, photos=folder.with_made(config, report.photos))
     steps = plan_steps(config, photo_file.counts_of(report.photos), process_count())
-    return Plan(config, base, report, steps, memory.estimate(config, size, steps.total_steps))
+    return Plan(
+        config=config,
+        base=base,
+        photo_report=report,
+        steps=steps,
+        cost=memory.estimate(config, size, steps.total_steps),
+    )
