@@ -5,9 +5,11 @@ A model describes the surroundings of the subject, but not the subject: for phot
 embedded base reads place and light by its own CLIP. torch is imported only to load a model. What
 the user wrote is never changed. The made captions lie
 
-beside the photos    `dog.txt`, as a user would write it (the command `caption`). `.made_captions.json` lists
-                     the made ones; a caption that was edited since counts as the user's
-in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it again
+beside the photos    `dog.txt`, as a user would write it (the command `caption`).
+                     `.made_captions.json` lists the made ones; a caption that was edited since
+                     counts as the user's
+in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it
+                     again
 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """
@@ -31,14 +33,20 @@ from dreambooth_moslora.photos import folder, masks, photo_file
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings import prompts, table, toys
 
+# The chat model by default
 QWEN = "Qwen/Qwen3-VL-2B-Instruct"
+# What it is asked, and the beginning of its answer, which it continues
 QUESTION = (
-    "Write the end of a caption: in at most twenty words, where the {word} is, what is around it, the light and the "
-    "side from which it is seen. Say nothing about how the {word} itself looks."
+    "Write the end of a caption: in at most twenty words, where the {word} is, what is around "
+    "it, the light and the side from which it is seen. Say nothing about how the {word} itself "
+    "looks."
 )
 START = "A photo of a {word}"
-# Photo's longer side; of an answer (SDXL reads 77 tokens)
-SEEN_PX, MOST_TOKENS, MOST_WORDS = 768, 60, 30
+# The photo's longer side as the model sees it: more pixels cost time and change few words
+SEEN_PX = 768
+# Bounds of an answer: SDXL reads 77 tokens
+MOST_TOKENS = 60
+MOST_WORDS = 30
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,20 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     own = toys.CLIP_FOLDER.name
     default = own if toys.is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
+
+    # The word is what the model must not describe.
     word = prompts.class_word_of(config) or ("toy" if name == own else "")
     if not word:
         raise UserError(
-            'captions: no word says what the photos show; name it behind the rare word, as in "sks dog".'
+            "captions: no word says what the photos show; "
+            'name it behind the rare word, as in "sks dog".'
         )
 
-    reader = cache(
-        lambda: chat_reader(name, word, device) if name != own else toy_reader(word, device)
-    )
+    # A vision-language model has gigabytes. Loading waits until a photo needs a caption.
+    @cache
+    def reader() -> Callable[[Image.Image], str]:
+        return toy_reader(word, device) if name == own else chat_reader(name, word, device)
+
     return Captioner(public_name(name), word, lambda image: reader()(image))
 
 
@@ -81,20 +94,31 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
-    kind = torch.device(device).type
-    # before Ampere cuDNN has no convolution in bf16
-    half = "bf16" if kind == "cpu" else half_precision()
-    dtype = (
-        torch.float32 if kind == "cpu" else {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
-    )
+
+    # Half precision on a GPU; before Ampere cuDNN has no convolution in bf16.
+    if torch.device(device).type == "cpu":
+        dtype = torch.float32
+    else:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half_precision()]
+
+    # Without a chat template a model continues the question in place of answering it.
     processor = masks.loaded(AutoProcessor, name, **about)
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"--caption_model {name} has no chat template: name a model that follows instructions"
         )
-    about |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    model, found = masks.loaded(AutoModelForImageTextToText, name, **about)
-    if lacking := sorted(found["missing_keys"]):
+    model, info = masks.loaded(
+        AutoModelForImageTextToText,
+        name,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **about,
+    )
+
+    # transformers fills missing weights with random ones, and only warns.
+    lacking = sorted(info["missing_keys"])
+    if lacking:
         raise UserError(f"--caption_model {name}: its files lack {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
 
@@ -106,15 +130,19 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
             return_dict=True,
             return_tensors="pt",
         ).to(model.device, dtype)
-        found = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
-        return surroundings_in(
-            processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        )
+        tokens = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
+
+        # The model returns the question too; the answer lies behind it.
+        asked = inputs["input_ids"].shape[1]
+        answer = processor.decode(tokens[0, asked:], skip_special_tokens=True)
+        return surroundings_in(answer)
 
     return read
 
 
 def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
+    """The question about a shrunk copy of the picture, and the beginning of the answer, as chat
+    templates take them."""
     small = image.copy()
     small.thumbnail((SEEN_PX, SEEN_PX))
     asked = [
@@ -151,12 +179,17 @@ def make_beside(
     for photo in photos:
         target = photo.path.with_suffix(folder.CAPTION_SUFFIX)
         is_old = was_made(photo, target)
+
+        # Only a made caption that nobody edited may be replaced.
         reason = photo_file.why_not_beside(photo, target, photos, replaces=is_old)
         if is_old and not anew:
             reason = "it has a made caption, which is kept (--overwrite_made replaces it)"
         elif not is_old and photo.is_captioned:
             reason = "it has a caption, which is kept"
         made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
+
+        # It is listed as made before it is written: a stop between the two would otherwise leave
+        # a made caption that counts as the user's.
         if made.caption is not None:
             keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
             try:
@@ -164,9 +197,8 @@ def make_beside(
             except OSError as error:
                 if error.errno != errno.ENAMETOOLONG:
                     raise
-                made = MadeCaption(
-                    photo, None, "its name is too long for a caption beside it: rename it"
-                )
+                remark = "its name is too long for a caption beside it: rename it"
+                made = MadeCaption(photo, None, remark)
         yield made
 
 
@@ -183,17 +215,18 @@ def was_made(photo: photo_file.Photo, target: Path) -> bool:
 def make_for_run(
     photo: photo_file.Photo, captioner: Captioner, prompt: str, path: Path
 ) -> MadeCaption:
-    """A caption that `keep` writes into the file `path`. One there of the same photo, model and
-    words is taken."""
+    """A caption for `keep` to write into the file `path`. If that file has one of the same photo,
+    model and words, it is taken."""
     old = folder.kept_captions(path).get(photo.kept_name)
-    is_same = old and old["made_from"] == photo.key(
-        model=captioner.name, word=captioner.word, prompt=prompt
-    )
-    return MadeCaption(photo, old["caption"]) if is_same else make(photo, captioner, prompt)
+    key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
+    if old and old["made_from"] == key:
+        return MadeCaption(photo, old["caption"])
+    return make(photo, captioner, prompt)
 
 
 def keep(path: Path, made: MadeCaption, prompt: str) -> None:
-    """Add a new caption to those in the file; the `prompt` where there is none."""
+    """Add a new caption to those in the file. Where the model said nothing, the `prompt` is kept,
+    so that it is not asked again."""
     if made.key:
         entry = {"caption": made.caption or prompt, "made_from": made.key}
         known = folder.kept_captions(path) | {made.photo.kept_name: entry}
@@ -202,8 +235,10 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
 
 
 def make(photo: photo_file.Photo, captioner: Captioner, prompt: str) -> MadeCaption:
+    """The prompt with the surroundings that the captioner sees in the photo. Nothing is written."""
     found = captioner.surroundings(photo_file.open_rgb(photo))
     key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if not found:
-        return MadeCaption(photo, None, "the model says nothing, so no caption is written", key)
+        remark = "the model says nothing, so no caption is written"
+        return MadeCaption(photo, caption=None, remark=remark, key=key)
     return MadeCaption(photo, prompts.joined(prompt, found), key=key)

@@ -20,13 +20,22 @@ from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import subjects, table
 
+# The picture of training's crops: colour of the frames, side of each cell, most crops of a photo
 FRAME_COLOUR = (232, 64, 44)
 SHOWN_PX = 384
 MAX_CROPS = 5
-MIN_SHARPNESS, MAX_LIKENESS = 0.85, 0.92
-LOOK_PX, MIN_LOOK_PX = 512, 128
-TILE_PX = THUMBNAIL_PX = 16
-EDGE_PERCENTILE, SHARPEST_PERCENTILE = 80, 90
+# A photo below this sharpness is blurred; two photos above this likeness are the same
+MIN_SHARPNESS = 0.85
+MAX_LIKENESS = 0.92
+# Shorter side at which sharpness is measured: training's resolution within these bounds
+LOOK_PX = 512
+MIN_LOOK_PX = 128
+# Sides of the tiles of the sharpness, and of the thumbnails of the likeness
+TILE_PX = 16
+THUMBNAIL_PX = 16
+# Tiles with steeper steps than this share of all tiles are edges; of these, this one decides
+EDGE_PERCENTILE = 80
+SHARPEST_PERCENTILE = 90
 
 
 def plans_of(
@@ -34,7 +43,8 @@ def plans_of(
 ) -> Iterator[photo_file.CropPlan]:
     """The crops of photo `number` of its subject, with the random draws of training; without a seed
     those of seed 0."""
-    rule, stream = photo_file.crop_rule(config), subjects.stream_of("instance", photo.subject)
+    rule = photo_file.crop_rule(config)
+    stream = subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
             yield rule.plan(photo.size_px, rng(config.seed or 0, stream, "crop", slot, crop))
@@ -47,20 +57,25 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
     for number, photo in enumerate(photos):
         shown = masked(photo_file.open_rgb(photo), photo_file.open_mask(photo))
         plans = list(islice(plans_of(photo, number, config), MAX_CROPS))
-        crops = [
-            photo_file.apply_crop(shown, plan, config.image_interpolation_mode) for plan in plans
-        ]
-        crops = [ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white") for crop in crops]
-        title = "; ".join([photo.path.name, *photo.reasons])
+
+        # The crops as training cuts them
+        crops = []
+        for plan in plans:
+            crop = photo_file.apply_crop(shown, plan, config.image_interpolation_mode)
+            crops.append(ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white"))
+
+        # The whole photo, with a frame where each of them lies
         scale = SHOWN_PX / max(shown.size)
-        framed = shown.resize(
-            (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
-        )
+        size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
+        framed = shown.resize(size)
         for plan in plans:
             left, top, right, bottom = plan.box(*framed.size)
             frame = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(framed).rectangle(frame, outline=FRAME_COLOUR, width=3)
         framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")
+
+        # The font of the sheet may lack other letters than ASCII's.
+        title = "; ".join([photo.path.name, *photo.reasons])
         rows.append(Row(title.encode("ascii", "replace").decode(), [framed, *crops]))
     return rows
 
@@ -73,37 +88,43 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-# such a copy of a photo is the duplicate
-LESSER = BLURRED, DARK, OVEREXPOSED = "blurred", "too dark", "overexposed"
-# of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
+# Faults, as a reason begins. Of two equal photos the one with a fault is the duplicate
+BLURRED = "blurred"
+DARK = "too dark"
+OVEREXPOSED = "overexposed"
+LESSER = (BLURRED, DARK, OVEREXPOSED)
+# Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
 BRIGHTEST = 64
-# where more is pure white, the light has burnt it out, or the subject is small
-WHITE, MOST_WHITE = 250, 0.75
+# Where a larger share is pure white, the light has burnt it out, or the subject is small
+WHITE = 250
+MOST_WHITE = 0.75
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
     """The report with what is wrong with a photo as its reasons. Of equal photos the worse ones are
     duplicates."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
-    photos, thumbnails = [], []
+    photos = []
+    thumbnails = []
+
+    # Faults of single photos. A cut-out's white surroundings are no fault of its light.
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
         opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
         reasons = exposure(image, opaque)
-        if (sharp := sharpness(image, look_px)) < MIN_SHARPNESS:
-            reasons.append(
-                f"{BLURRED}: sharpness {sharp:.2f}, sharp photos have {MIN_SHARPNESS} and more"
-            )
+        sharp = sharpness(image, look_px)
+        if sharp < MIN_SHARPNESS:
+            usual = f"sharp photos have {MIN_SHARPNESS} and more"
+            reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, {usual}")
         thumbnails.append(thumbnail(image, opaque))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
-    best_first = sorted(
-        range(len(photos)), key=lambda number: quality(photos[number]), reverse=True
-    )
-    for place, number in enumerate(best_first):
-        nearest = max(
-            best_first[:place], key=lambda n: thumbnails[n] @ thumbnails[number], default=number
-        )
-        if nearest != number and thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
+
+    # Near-duplicates: each photo is compared with the better ones, so that the best is kept.
+    best_first = sorted(range(len(photos)), key=lambda n: quality(photos[n]), reverse=True)
+    for place, number in enumerate(best_first[1:], start=1):
+        better = best_first[:place]
+        nearest = max(better, key=lambda n: thumbnails[n] @ thumbnails[number])
+        if thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
             reasons = (*photos[number].reasons, f"near-duplicate of {photos[nearest].path.name}")
             photos[number] = replace(photos[number], reasons=reasons)
     return replace(report, photos=photos)
@@ -111,20 +132,25 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
     """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
-    return not any(reason.startswith(LESSER) for reason in photo.reasons), photo.size_px[
-        0
-    ] * photo.size_px[1]
+    is_good = not any(reason.startswith(LESSER) for reason in photo.reasons)
+    height, width = photo.size_px
+    return is_good, height * width
 
 
 def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
-    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque` (L)."""
+    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque`
+    (L)."""
+    # Shrinking averages the noise away.
     pixels = shrunk(image, THUMBNAIL_PX * 16)
     if opaque is not None:
         share = shrunk(opaque, THUMBNAIL_PX * 16)
         pixels = pixels[share >= share.max()]
-    if (brightest := np.percentile(pixels.max(-1), 95)) < BRIGHTEST:
+
+    brightest = np.percentile(pixels.max(-1), 95)
+    if brightest < BRIGHTEST:
         return [f"{DARK}: nothing in it is brighter than {brightest / 255:.0%}"]
-    if (white := (pixels.min(-1) >= WHITE).mean()) > MOST_WHITE:
+    white = (pixels.min(-1) >= WHITE).mean()
+    if white > MOST_WHITE:
         return [f"{OVEREXPOSED}: {white:.0%} of it is pure white"]
     return []
 
@@ -139,10 +165,17 @@ def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
     grey = np.asarray(image.convert("L"), dtype=np.float32)
     if min(grey.shape) < TILE_PX + 2:
         return MIN_SHARPNESS  # too few pixels to tell
+
+    # Laplacian L and gradient ∇ by the four neighbours of each pixel
     inner = grey[1:-1, 1:-1]
-    up, down, left, right = grey[:-2, 1:-1], grey[2:, 1:-1], grey[1:-1, :-2], grey[1:-1, 2:]
+    up = grey[:-2, 1:-1]
+    down = grey[2:, 1:-1]
+    left = grey[1:-1, :-2]
+    right = grey[1:-1, 2:]
     second = tile_energy((4 * inner - up - down - left - right) ** 2)
     first = tile_energy(((right - left) ** 2 + (down - up) ** 2) / 4)
+
+    # Only tiles with edges tell: a plain wall is not blurred.
     edges = first >= np.percentile(first, EDGE_PERCENTILE)
     return float(np.percentile((second / (first + 1))[edges], SHARPEST_PERCENTILE))
 
@@ -158,17 +191,20 @@ def thumbnail(image: Image.Image, opaque: Image.Image | None = None) -> np.ndarr
     """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat
     colour. The white behind parts that are not `opaque` (L) counts as the mean of the others."""
     values = shrunk(image, THUMBNAIL_PX).astype(np.float32)
-    share = (
-        np.float32(1)
-        if opaque is None
-        else shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
-    )
+    share = np.float32(1)
+    if opaque is not None:
+        share = shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
+
+    # Take the white away that lies behind, then the mean of what is opaque.
     values -= 255 * (1 - share)
     values -= share * values.mean() / max(share.mean(), 1e-6)
+
+    # The product of two such vectors is their correlation.
     values = values.ravel()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else values * 0
 
 
 def shrunk(image: Image.Image, side_px: int) -> np.ndarray:
+    """The picture at `side_px` squared, each pixel the mean of those that it covers."""
     return np.asarray(image.resize((side_px, side_px), Image.Resampling.BOX, reducing_gap=3.0))

@@ -8,7 +8,8 @@ torch is imported only to load a model.
 The user's own masks are never changed. The made ones lie
 
 beside the photos    `name.mask.png`, as a user would write it (`check --make_masks`)
-in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records photo, model and word
+in a run folder      `masks/dog.jpg.mask.png` (`--masks auto`); its header records the photo,
+                     the model and the word
 """
 
 import os
@@ -29,13 +30,21 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.settings import prompts, table, toys
 
+# The text chunk of a kept mask that says from which photo, model and word it was made
 KEY = "made-from"
-CLIPSEG, OWN = "CIDAS/clipseg-rd64-refined", toys.SEGMENTER_FOLDER.name
-LEAST_PEAK = 0.2  # If no pixel's probability is above this, the subject was not found
-SMALLEST_SHARE, LARGEST_SHARE = 0.005, 0.9  # Of the photo; a mask outside is probably wrong
+# The models by default: of photographs, and of the embedded base
+CLIPSEG = "CIDAS/clipseg-rd64-refined"
+OWN = toys.SEGMENTER_FOLDER.name
+# If no pixel's probability is above this, the subject was not found
+LEAST_PEAK = 0.2
+# Shares of the photo; a mask outside is probably wrong
+SMALLEST_SHARE = 0.005
+LARGEST_SHARE = 0.9
+# More pieces than this are mentioned. They are counted at this size, in px, as outlines do not
+# matter; pieces below this fraction of the mask are specks
 MOST_PIECES = 3
 LOOK_PX = 64
-SPECK = 0.02  # Pieces below this fraction of the mask are not counted
+SPECK = 0.02
 
 
 def segmenter_name(config: table.TrainConfig) -> str:
@@ -74,12 +83,16 @@ class Segmenter:
 
 
 def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
-    """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError without a word."""
-    name, word = segmenter_name(config), sought_word(config)
+    """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError when no word says
+    what to look for."""
+    name = segmenter_name(config)
+    word = sought_word(config)
 
-    finder = cache(
-        lambda: clipseg_finder(name, word, device) if name != OWN else toy_finder(device)
-    )
+    # Loading takes seconds and memory. It waits for the first mask, which may never be needed.
+    @cache
+    def finder() -> Callable[[Image.Image], Any]:
+        return toy_finder(device) if name == OWN else clipseg_finder(name, word, device)
+
     return Segmenter(public_name(name), word, lambda image: finder()(image))
 
 
@@ -106,9 +119,17 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
 
     about = {"flag": "--mask_model", "what": "CLIPSeg"}
     processor = loaded(CLIPSegProcessor, name, **about)
-    about |= {"dtype": torch.float32, "output_loading_info": True}
-    model, found = loaded(CLIPSegForImageSegmentation, name, **about)
-    if lacking := sorted(found["missing_keys"]):
+    model, info = loaded(
+        CLIPSegForImageSegmentation,
+        name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **about,
+    )
+
+    # transformers fills weights that another model lacks with random ones, and only warns.
+    lacking = sorted(info["missing_keys"])
+    if lacking:
         raise UserError(f"--mask_model {name} is not a CLIPSeg: it has no {lacking[0]}")
     model = model.requires_grad_(False).eval().to(device)
 
@@ -117,22 +138,33 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
             text=[word], images=[image], padding=True, truncation=True, return_tensors="pt"
         )
         logits = model(**inputs.to(device)).logits
-        found = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
-        return interpolate(found, size=(image.height, image.width), mode="bilinear")[0, 0].cpu()
+
+        # CLIPSeg answers at its own square size; the photo's shape comes back here.
+        chances = logits.view(1, 1, *logits.shape[-2:]).sigmoid()
+        size = (image.height, image.width)
+        return interpolate(chances, size=size, mode="bilinear")[0, 0].cpu()
 
     return find
 
 
 def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any:
-    """`kind.from_pretrained(name)`, without code of the repository. Raises UserError about the
-    `flag` on failure."""
+    """`kind.from_pretrained(name)`, without running code of the repository.
+
+    kind: a class of transformers
+    name: a folder or an id of the hub
+    flag: the setting that named it, for the error
+    what: what it should be, for the error
+    options: further arguments of `from_pretrained`
+
+    Raises UserError when it cannot be loaded.
+    """
     from huggingface_hub.errors import HFValidationError
 
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, HFValidationError) as error:
-        what = "is not here and cannot be fetched: connect to the hub once, or name a folder"
-        raise UserError(f"{flag} {name} {what}") from error
+        missing = "is not here and cannot be fetched: connect to the hub once, or name a folder"
+        raise UserError(f"{flag} {name} {missing}") from error
     except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
         raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error
@@ -146,15 +178,16 @@ class MadeMask:
 
 
 def make_beside(photos: Iterable[photo_file.Photo], segmenter: Segmenter) -> Iterator[MadeMask]:
-    """Write `name.mask.png` beside each photo without a mask, one after the other. Raises OSError."""
+    """Write `name.mask.png` beside each photo without a mask, one after the other. Raises
+    OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_name(f"{photo.path.stem}.mask.png")
-        reason = (
-            "it has a mask, which is kept"
-            if photo.mask_path
-            else photo_file.why_not_beside(photo, target, photos)
-        )
+
+        # What the user drew is never written over.
+        reason = photo_file.why_not_beside(photo, target, photos)
+        if photo.mask_path:
+            reason = "it has a mask, which is kept"
         yield MadeMask(photo, None, reason) if reason else make(photo, target, segmenter)
 
 
@@ -164,6 +197,8 @@ def make_kept(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> Ma
     key = photo.key(model=segmenter.name, word=segmenter.word)
     target = photo_file.kept_path(photo, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
+
+    # A resumed run finds its masks here; a changed photo or word gives another key.
     try:
         if target.is_file() and photo_file.open_image(target).info.get(KEY) == key:
             return MadeMask(photo, target)
@@ -173,14 +208,19 @@ def make_kept(photo: photo_file.Photo, segmenter: Segmenter, folder: Path) -> Ma
 
 
 def make(photo: photo_file.Photo, target: Path, segmenter: Segmenter, key: str = "") -> MadeMask:
+    """Find the subject and write the mask to `target`, with the `key` if there is one."""
     mask = segmenter.mask(photo_file.open_rgb(photo))
+
+    # A mask without a white pixel would train on nothing, so the photo is used without one.
     if mask.getextrema()[1] == 0:
         target.unlink(missing_ok=True)  # it was made for another word
         sought = f"“{segmenter.word}”" if segmenter.word else "the subject"
         return MadeMask(photo, None, f"empty: {sought} was not found, so no mask is written")
-    facts, png = PngInfo(), BytesIO()
+
+    facts = PngInfo()
     if key:
         facts.add_text(KEY, key)
+    png = BytesIO()
     mask.convert("1").save(png, format="PNG", pnginfo=facts, optimize=True)
     atomic_write(target, png.getvalue())
     return MadeMask(photo, target, quality_warning(mask))
@@ -194,16 +234,20 @@ def quality_warning(mask: Image.Image) -> str:
     if share > LARGEST_SHARE:
         return f"nearly the whole picture: {share:.0%} of the photo"
     pieces = pieces_of(mask)
-    return f"in {pieces} pieces: look whether all are the subject" if pieces > MOST_PIECES else ""
+    if pieces > MOST_PIECES:
+        return f"in {pieces} pieces: look whether all are the subject"
+    return ""
 
 
 def pieces_of(mask: Image.Image) -> int:
     """How many connected pieces a mask has, without specks."""
-    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX).point(
-        lambda value: 255 * (value > 127)
-    )
+    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX)
+    small = small.point(lambda value: 255 * (value > 127))
     white = np.asarray(small) > 0
-    whole, count = white.sum(), 0
+    whole = white.sum()
+    count = 0
+
+    # Paint one piece black after the other; the pixels that vanish are the piece's size.
     while white.any():
         row, column = np.argwhere(white)[0]
         ImageDraw.floodfill(small, (int(column), int(row)), 0)

@@ -32,23 +32,13 @@ from dreambooth_moslora.settings import rows, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
+# Suffixes of files that claim to be photos; any file of FORMATS is read, whatever its name
 IMAGE_SUFFIXES = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".apng",
-        ".webp",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".avif",
-    }
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"}
+    | {".heic", ".heif", ".hif", ".avif"}
     | {".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jp2"}
 )
+# An alpha channel whose least value is this or more shows nothing through
 OPAQUE_FROM = 250
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,7 +53,6 @@ TURNS = {
 # Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
 TILE_PX = 1024
 
-
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 """Errors of the machine, not of the picture, which may be readable next time."""
 
@@ -74,6 +63,7 @@ class UnreadableImageError(Exception):
 
 @cache
 def register_heif() -> None:
+    """Teach Pillow to read HEIF, the format of iPhones."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -90,16 +80,19 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
             if min(image.size) < 1:
                 raise UnreadableImageError("broken: it has no pixels")
             scale = max(image.size) / longest_px if longest_px else 1
+
+            # A JPEG decodes several times faster when its decoder halves the sides itself.
             if scale > 1:
                 image.draft(None, tuple(max(1, int(side / scale)) for side in image.size))
             image.load()
             return shrunk(image, longest_px) if scale > 1 else image
+
+    # Each reason in words for the person who chose the folder
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImageError(
-            f"enormous: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
-        ) from None
+        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise UnreadableImageError(f"enormous: more than {most:.0f} megapixels") from None
     except PermissionError:
         raise UnreadableImageError("cannot be read: permission denied") from None
     except Image.UnidentifiedImageError:
@@ -125,6 +118,7 @@ def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 is upright."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the picture itself is fine
@@ -144,12 +138,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """The pixels turned upright. EXIF is dropped: encoding it again fails on damaged entries."""
-    if (turn := TURNS.get(orientation(image))) is None:
+    turn = TURNS.get(orientation(image))
+    if turn is None:
         return image
     turned = image.transpose(turn)
-    turned.info = {
-        key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info
-    }
+    kept = ("icc_profile", "transparency")
+    turned.info = {key: image.info[key] for key in kept if key in image.info}
     return turned
 
 
@@ -158,11 +152,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = upright(image)
     if alpha_of(image, is_upright=True) is None:
         return to_srgb(image)
+
+    # The colours are converted without the alpha channel, which profiles do not know.
     rgba = image.convert("RGBA")
+    colours = to_srgb(rgba.convert("RGB"), image.info.get("icc_profile"))
     white = Image.new("RGB", rgba.size, "white")
-    white.paste(
-        to_srgb(rgba.convert("RGB"), image.info.get("icc_profile")), mask=rgba.getchannel("A")
-    )
+    white.paste(colours, mask=rgba.getchannel("A"))
     return white
 
 
@@ -181,24 +176,31 @@ def alpha_of(image: Image.Image, *, is_upright: bool = False) -> Image.Image | N
 def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     """Any mode without transparency -> RGB, by the embedded profile if that fits."""
     profile = profile or image.info.get("icc_profile")
+
+    # Modes that a profile of the file does not describe
     if image.mode == "LAB":
-        return by_profile(image, ImageCms.createProfile("LAB")) or image.convert("L").convert("RGB")
+        converted = by_profile(image, ImageCms.createProfile("LAB"))
+        return converted or image.convert("L").convert("RGB")
     if is_deep(image):
         return deep_grey(image).convert("RGB")
+
+    # Palettes and the rest become RGB first: profiles are written for these three modes.
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
-    return (by_profile(image, profile) if profile else None) or image.convert("RGB")
+    converted = by_profile(image, profile) if profile else None
+    return converted or image.convert("RGB")
 
 
 def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
     """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
-        source = ImageCms.ImageCmsProfile(
-            BytesIO(profile) if isinstance(profile, bytes) else profile
-        )
-        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        file = BytesIO(profile) if isinstance(profile, bytes) else profile
         transform = ImageCms.buildTransform(
-            source, ImageCms.createProfile("sRGB"), image.mode, "RGB", intent
+            inputProfile=ImageCms.ImageCmsProfile(file),
+            outputProfile=ImageCms.createProfile("sRGB"),
+            inMode=image.mode,
+            outMode="RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         )
         return ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -206,15 +208,22 @@ def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) ->
 
 
 def is_deep(image: Image.Image) -> bool:
+    """Whether its pixels have 16 or 32 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def deep_grey(image: Image.Image) -> Image.Image:
     """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0
     to 1."""
+    # The file does not say which value is white. The largest value tells.
     top = max(values.max(initial=0.0) for _, values in tiles(image))
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and top > 255)
-    white = 65535.0 if deep else 255.0 if image.mode == "I" or top > 1 else 1.0
+    if image.mode.startswith("I;16") or (image.mode == "I" and top > 255):
+        white = 65535.0
+    elif image.mode == "I" or top > 1:
+        white = 255.0
+    else:
+        white = 1.0
+
     grey = Image.new("L", image.size)
     for corner, values in tiles(image):
         shown = (values / max(white, top) * 255).clip(0, 255).round().astype(np.uint8)
@@ -232,6 +241,8 @@ def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 
 @dataclass(frozen=True)
 class Photo:
+    """A usable photo of a folder, with what lies beside it."""
+
     path: Path
     size_px: tuple[int, int]  # (h, w) upright
     captions: tuple[str, ...]  # each exposure uses one
@@ -254,16 +265,19 @@ class Photo:
         return self.mask_path not in (None, self.path)
 
     def key(self, **made_by: str) -> str:
-        """Of what is made for it: changes with the photo's content, and with the model and words
-        that make it."""
+        """A key of what is made for the photo. It changes with the photo's content, and with the
+        model and words that make it."""
         return content_key(photo=file_digest(self.path), **made_by)
 
 
 def counts_of(photos: Iterable[Photo]) -> list[int]:
-    return [count for _, count in sorted(Counter(photo.subject for photo in photos).items())]
+    """How many photos each subject has, in the order of the subjects."""
+    counts = Counter(photo.subject for photo in photos)
+    return [counts[subject] for subject in sorted(counts)]
 
 
 def quoted(photo: Photo) -> str:
+    """The photo's captions in quotation marks."""
     return " or ".join(f"“{caption}”" for caption in photo.captions)
 
 
@@ -279,7 +293,8 @@ def open_again(path: Path) -> Image.Image:
 
 
 def open_rgb(photo: Photo) -> Image.Image:
-    """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any more."""
+    """The photo's pixels: RGB, upright, on white. Raises UserError when it cannot be read any
+    more."""
     return to_rgb(open_again(photo.path))
 
 
@@ -298,22 +313,31 @@ def why_not_beside(
 def find_mask(
     path: Path, photo: Image.Image, beside: Path | None, *, alpha_is_mask: bool
 ) -> tuple[Path | None, list[str]]:
-    """(mask file of the photo at `path`, remarks): the file `beside`, or the photo if
-    `alpha_is_mask` and has alpha."""
+    """The file that holds the photo's mask, or None, and remarks for the user.
+
+    path: of the photo
+    photo: as opened
+    beside: the file that has a mask's name, if there is one
+    alpha_is_mask: whether the opaque part of a transparent photo is its mask
+    """
     reasons = []
+
+    # What the user drew comes first.
     if beside and beside.is_file():
-        if (problem := mask_problem(beside, upright_size(photo))) is None:
+        problem = mask_problem(beside, upright_size(photo))
+        if problem is None:
             return beside, reasons
         reasons.append(f"mask not used: {problem}")
+
+    # Then a photo that was cut out
     transparent = alpha_of(photo)
     if transparent is None:
         return None, reasons
     if transparent.getextrema()[1] == 0:
         return None, [*reasons, "entirely transparent: it is a white square"]
-    reasons.append(
-        "transparent: on white" + (", its opaque part is the mask" if alpha_is_mask else "")
-    )
-    return path if alpha_is_mask else None, reasons
+    if alpha_is_mask:
+        return path, [*reasons, "transparent: on white, its opaque part is the mask"]
+    return None, [*reasons, "transparent: on white"]
 
 
 def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
@@ -322,22 +346,28 @@ def mask_problem(path: Path, photo_px: tuple[int, int]) -> str | None:
         mask = grey_mask(open_image(path))
     except UnreadableImageError as error:
         return str(error)
+
+    # Its size may be another one, but its shape must be the photo's, within 2 % for rounding.
     height, width = photo_px
     if abs(mask.width / mask.height - width / height) > 0.02 * width / height:
-        return (
-            f"its shape {mask.width} x {mask.height} is not that of the photo, {width} x {height}"
-        )
+        shape = f"its shape {mask.width} x {mask.height}"
+        return f"{shape} is not that of the photo, {width} x {height}"
     return "it is black everywhere" if mask.getextrema()[1] == 0 else None
 
 
 def grey_mask(image: Image.Image) -> Image.Image:
     """The mask as L, white on the subject: the brightness, or else the opacity, with a maximum of
     255."""
-    if (alpha := alpha_of(image)) is None:
+    alpha = alpha_of(image)
+    if alpha is None:
         grey = to_rgb(image).convert("L")
     else:
-        seen = ImageChops.multiply(upright(image).convert("LA").getchannel("L"), alpha)
+        # A picture that is black where it is opaque was drawn with its transparency alone.
+        brightness = upright(image).convert("LA").getchannel("L")
+        seen = ImageChops.multiply(brightness, alpha)
         grey = alpha if seen.getextrema()[1] == 0 else seen
+
+    # Some programs write 0 and 1 in place of 0 and 255.
     brightest = max(grey.getextrema()[1], 1)
     return grey.point([min(255, round(255 * value / brightest)) for value in range(256)])
 
@@ -360,7 +390,8 @@ def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
     and fits."""
     found = []
     for photo in photos:
-        photo, path = without_kept_mask(photo, folder), kept_path(photo, folder)
+        path = kept_path(photo, folder)
+        photo = without_kept_mask(photo, folder)
         if photo.mask_path is None and path.is_file() and not mask_problem(path, photo.size_px):
             photo = replace(photo, mask_path=path)
         found.append(photo)
@@ -372,12 +403,15 @@ def without_kept_mask(photo: Photo, folder: Path) -> Photo:
     return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
 
 
+# `--image_interpolation_mode` -> Pillow's filter
 FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
 FILTERS |= {"nearest_exact": Image.Resampling.NEAREST}
 
 
 @dataclass(frozen=True)
 class CropPlan:
+    """One crop of a photo, as numbers."""
+
     original_size: tuple[int, int]  # (h, w) px of the upright photo
     resized: tuple[int, int]  # after scaling
     crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
@@ -393,16 +427,26 @@ class CropPlan:
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at
         (width, height)."""
-        (crop_height, crop_width), (whole_height, whole_width) = self.target_size, self.resized
+        crop_height, crop_width = self.target_size
+        whole_height, whole_width = self.resized
         top, left = self.crop_top_left
-        left = whole_width - crop_width - left if self.flip else left
-        across, down = width / whole_width, height / whole_height
-        return left * across, top * down, (left + crop_width) * across, (top + crop_height) * down
+
+        # The plan counts from the left of the mirrored photo.
+        if self.flip:
+            left = whole_width - crop_width - left
+
+        # From px of the resized photo to px of the shown one
+        across = width / whole_width
+        down = height / whole_height
+        right = left + crop_width
+        bottom = top + crop_height
+        return left * across, top * down, right * across, bottom * down
 
 
 def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
-    (height, width), (least_height, least_width) = size_px, target
+    height, width = size_px
+    least_height, least_width = target
     if least_height * width >= least_width * height:
         return least_height, max(least_width, width * least_height // height)
     return max(least_height, height * least_width // width), least_width
@@ -411,16 +455,23 @@ def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int
 def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
     """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to
     `size_px`'s."""
+    # All rectangles with sides from half the resolution to twice, as wide as the area allows
     shapes: set[tuple[int, int]] = set()
-    for side in range(
-        step_px * math.ceil(resolution_px / 2 / step_px), 2 * resolution_px + 1, step_px
-    ):
-        if other := min(resolution_px**2 // side, 2 * resolution_px) // step_px * step_px:
+    shortest = step_px * math.ceil(resolution_px / 2 / step_px)
+    longest = 2 * resolution_px
+    for side in range(shortest, longest + 1, step_px):
+        other = min(resolution_px**2 // side, longest) // step_px * step_px
+        if other:
             shapes |= {(side, other), (other, side)}
+
+    # The nearest shape; of equally near ones the largest
     ratio = size_px[0] / size_px[1]
-    return min(
-        sorted(shapes), key=lambda s: (round(abs(math.log(s[0] / s[1] / ratio)), 6), -s[0] * s[1])
-    )
+
+    def distance(shape: tuple[int, int]) -> tuple[float, int]:
+        height, width = shape
+        return round(abs(math.log(height / width / ratio)), 6), -height * width
+
+    return min(sorted(shapes), key=distance)
 
 
 def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -431,6 +482,8 @@ def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -
 
 @dataclass(frozen=True)
 class CropRule:
+    """How training cuts photos."""
+
     resolution_px: int  # side of the square
     center_crop: bool = False
     random_flip: bool = False
@@ -443,11 +496,10 @@ class CropRule:
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
-        if self.sizes:  # as diffusers' scripts choose: of two equally near ones the later
-            return min(
-                reversed(self.sizes),
-                key=lambda size: abs(size_px[0] * size[1] - size_px[1] * size[0]),
-            )
+        # As diffusers' scripts choose: of two equally near sizes the later
+        if self.sizes:
+            height, width = size_px
+            return min(reversed(self.sizes), key=lambda s: abs(height * s[1] - width * s[0]))
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
@@ -457,39 +509,53 @@ class CropRule:
     ) -> CropPlan:
         """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
         Draws four numbers."""
-        flip, down, right, closer = rng.random(), rng.random(), rng.random(), rng.random()
-        target = target or self.target(size_px)
+        # Always all four, so that a setting does not move the draws of the others
+        flip = rng.random()
+        down = rng.random()
+        right = rng.random()
+        closer = rng.random()
+
+        # The zoom, bounded by the photo's own pixels: enlarging would only blur
+        target_height, target_width = target = target or self.target(size_px)
         side = min(target)
-        own = min(size_px[0] * side // target[0], size_px[1] * side // target[1])
-        shorter = max(side, min(round(side * (1 + (self.zoom - 1) * closer)), own))
-        height, width = resized_size(
-            size_px, (target[0] * shorter // side, target[1] * shorter // side)
-        )
+        own = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
+        zoomed = round(side * (1 + (self.zoom - 1) * closer))
+        shorter = max(side, min(zoomed, own))
+
+        # The smallest resized photo that covers the zoomed target
+        covered = (target_height * shorter // side, target_width * shorter // side)
+        height, width = resized_size(size_px, covered)
+
+        # The place of the crop in it
         if self.center_crop:
-            top, left = (height - target[0]) // 2, (width - target[1]) // 2
+            top = (height - target_height) // 2
+            left = (width - target_width) // 2
         else:
-            top, left = int(down * (height - target[0] + 1)), int(right * (width - target[1] + 1))
+            top = int(down * (height - target_height + 1))
+            left = int(right * (width - target_width + 1))
         return CropPlan(
-            size_px, (height, width), (top, left), target, self.random_flip and flip < 0.5
+            original_size=size_px,
+            resized=(height, width),
+            crop_top_left=(top, left),
+            target_size=target,
+            flip=self.random_flip and flip < 0.5,
         )
 
 
 def crop_rule(config: table.TrainConfig) -> CropRule:
     """The rule that these settings describe."""
-    crops = None if config.caching == "off" else config.crops_per_photo
     step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
-    drawing = (
-        config.center_crop,
-        config.random_flip,
-        config.image_interpolation_mode,
-        crops,
-        config.crop_zoom,
+    return CropRule(
+        resolution_px=config.resolution,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        interpolation=config.image_interpolation_mode,
+        # Without a cache each exposure is encoded anew, so it may as well be a new crop.
+        crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
+        zoom=config.crop_zoom,
+        bucket_step_px=step_px if config.enable_bucket else None,
+        sizes=rows.parse_sizes(config.aspect_ratio_buckets),
     )
-    buckets = (
-        step_px if config.enable_bucket else None,
-        rows.parse_sizes(config.aspect_ratio_buckets),
-    )
-    return CropRule(config.resolution, *drawing, *buckets)
 
 
 def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:

@@ -1,8 +1,10 @@
 """What the embedded base's own networks read in a photo: which pixels are its toy, and where the
 toy stands.
 
-    load_net(folder).logits(pixels)                     # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
-    SurroundingsReader(folder).read(image, "duck")      # ("on the beach", "sunset")
+    # (N,3,H,W) in [-1, 1] -> (N,H,W), above 0 at toys
+    load_net(folder).logits(pixels)
+    # ("on the beach", "sunset")
+    SurroundingsReader(folder).read(image, "duck")
 
 The segmenter is a small U-Net (Ronneberger et al., 2015), trained on renders by
 `toybox.learning.train_segmenter`. The base's own CLIP reads the surroundings, zero shot (`python -m
@@ -26,14 +28,21 @@ from transformers import (
 
 from dreambooth_moslora.settings.toys import PLACES
 
+# The segmenter's weights in its folder
 FILE = "model.safetensors"
-SIZE_PX = 128  # Shorter side of its training pictures
-PATCH = 2  # The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
+# Shorter side of its training pictures
+SIZE_PX = 128
+# The pixels of 2 x 2 patches become channels: a quarter of the work for the same outline
+PATCH = 2
+# Channels of each level; each has half the sides of the one before
 WIDTHS = (24, 32, 40, 48)
+# Sides must be multiples of this
 STRIDE = PATCH * 2 ** (len(WIDTHS) - 1)
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> torch.nn.Sequential:
+    """Convolution, normalization and SiLU. (N, inputs, h, w) -> (N, outputs, h / stride,
+    w / stride)."""
     convolution = torch.nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
     return torch.nn.Sequential(convolution, torch.nn.GroupNorm(8, outputs), torch.nn.SiLU())
 
@@ -54,9 +63,13 @@ class ToySegmenter(torch.nn.Module):
         self.head = torch.nn.Conv2d(WIDTHS[0], PATCH**2, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N,3,H,W) in [-1, 1] -> logits (N,H,W)."""
+        # Down: features of each size, from fine to coarse
         levels = [self.stem(pixel_unshuffle(pixels, PATCH))]
         for down in self.down:
             levels.append(down(levels[-1]))
+
+        # Up: each level gets the fine outline from the features on the way down.
         x = levels.pop()
         for narrow, up in zip(self.narrow, self.up):
             x = interpolate(narrow(x), scale_factor=2, mode="bilinear")
@@ -65,7 +78,8 @@ class ToySegmenter(torch.nn.Module):
 
     @torch.no_grad()
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about 128 px."""
+        """(N,3,H,W) of any size -> (N,H,W); computed with the shorter side scaled to about
+        128 px."""
         sides = pixels.shape[-2:]
         scale = SIZE_PX / min(sides)
         seen = [max(STRIDE, round(side * scale / STRIDE) * STRIDE) for side in sides]
@@ -74,11 +88,14 @@ class ToySegmenter(torch.nn.Module):
 
 
 def load_net(folder: Path) -> ToySegmenter:
+    """The segmenter of a folder, in fp32, whatever its file has."""
     net = ToySegmenter().eval().requires_grad_(False)
-    net.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / FILE).items()})
+    weights = load_file(folder / FILE)
+    net.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return net
 
 
+# The toy world's lights, as captions say them
 LIGHT_PHRASES = {
     "day": "",
     "sunset": "at sunset",
@@ -88,6 +105,7 @@ LIGHT_PHRASES = {
     "rain": "in the rain",
     "snowfall": "in falling snow",
 }
+# Places with a lamp: they have day and night, but no weather
 INDOORS = (
     "on a wooden floor",
     "on a purple rug",
@@ -115,18 +133,19 @@ class SurroundingsReader:
     """Both towers of the CLIP inside a diffusers folder, fp32."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        options = {"dtype": torch.float32}
         self.vision = CLIPVisionModelWithProjection.from_pretrained(
-            folder / "image_encoder", **options
+            folder / "image_encoder", dtype=torch.float32
         )
         self.text = CLIPTextModelWithProjection.from_pretrained(
-            folder / "text_encoder_2", **options
+            folder / "text_encoder_2", dtype=torch.float32
         )
         self.processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
         self.device = device
         for tower in (self.vision, self.text):
             tower.requires_grad_(False).eval().to(device)
+
+        # A folder's photos all show the same kind: its captions are encoded once.
         self.vectors = cache(self._vectors)
 
     def _vectors(self, kind: str) -> torch.Tensor:
