@@ -1,12 +1,13 @@
-"""A run folder and its copy behind a URL that fsspec knows (`s3://`, `gs://`, …). One machine at a
-time writes it.
+"""A run folder and its copy in a bucket.
+
+The bucket is a URL that fsspec knows (`s3://`, `gs://`, …). One machine at a time writes the copy.
 
 URL/NAME/…               the files of a run folder, under their names
-URL/NAME/manifest.json   the SHA-256 of the files that belong together, and their writer; written last
+URL/NAME/manifest.json   the SHA-256 of the files that belong together, and their writer
 
-A file that the manifest does not name, or names with another digest, is ignored: so a half upload
-has no effect. A machine that begins writes its name into the manifest. One that finds another's
-name there has been replaced, and stops writing.
+The manifest is written last. A file that it does not name, or names with another digest, is
+ignored: so a half upload has no effect. A machine that begins writes its name into the manifest.
+One that finds another's name there has been replaced, and stops writing.
 """
 
 import json
@@ -29,30 +30,37 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster.records import FLEET_NAME
 
 T = TypeVar("T")
-TRIES, FIRST_WAIT_SEC = 6, 0.5  # The waits double, so an outage of about 15 seconds is survived
+TRIES = 6
+FIRST_WAIT_SEC = 0.5
+"""The waits between the tries double, so an outage of about 15 seconds is survived."""
 ONE_TRY = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
 """Options by which a store's library tries once: with its own 25 tries for each of ours, giving up
 takes minutes."""
 AT_ONCE = 8
-# URL scheme -> the package's extra, and the library that it installs
+"""Transfers at the same time."""
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
+"""URL scheme, which is also the name of the package's extra -> the library that it installs."""
 HOPELESS = (
-    *(
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "DefaultCredentialsError",
-    ),
-    *("ProfileNotFound", "ParamValidationError"),
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "DefaultCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
 )
 """Errors of the stores' libraries that a retry does not change."""
-ONE_PROCESS = "memory"  # The scheme of a store that no other process sees
+ONE_PROCESS = "memory"
+"""The scheme of a store that no other process sees."""
 DENIED = "access denied ({}); look at the credentials, and at what they may do there"
+"""What a person reads when the store refuses; {} is the store's own line."""
 
 
 class Bucket:
-    """A folder behind `url`; names are relative to it, with slashes. Each method retries failed
-    calls. Raises UserError for a URL without a bucket, a missing library, and errors that last."""
+    """A folder behind `url`; names are relative to it, with slashes.
+
+    Each method retries failed calls. Raises UserError for a URL without a bucket, a missing
+    library, and errors that last.
+    """
 
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
@@ -66,14 +74,14 @@ class Bucket:
         try:
             self.files, root = url_to_fs(self.url, **ONE_TRY.get(scheme, {}))
         except ImportError as error:
-            library = EXTRAS.get(scheme)
-            how = (
-                f"it is the extra `{scheme}`: pip install {library}" if library else one_line(error)
-            )
+            how = one_line(error)
+            if library := EXTRAS.get(scheme):
+                how = f"it is the extra `{scheme}`: pip install {library}"
             raise UserError(f"{url}: a library for {scheme}:// is missing; {how}.") from error
         except Exception as error:  # file systems raise errors of their own types
             raise UserError(f"{url}: {one_line(error)}.") from error
         self.root = root.rstrip("/")
+        # s3fs has retries of its own, beside those of the library below it
         if scheme in ONE_TRY:
             self.files.retries = 1
 
@@ -87,9 +95,10 @@ class Bucket:
         return self.tried(name, self.files.exists)
 
     def write(self, name: str, content: bytes) -> None:
-        # of a temporary file, Windows lets nobody open it again
+        # a folder, as Windows lets nobody open a temporary file again
         with tempfile.TemporaryDirectory() as folder:
-            (file := Path(folder) / "content").write_bytes(content)
+            file = Path(folder) / "content"
+            file.write_bytes(content)
             self.upload(file, name)
 
     def upload(self, source: Path, name: str) -> None:
@@ -109,10 +118,18 @@ class Bucket:
     def tried(
         self, name: str, action: Callable[[str], T], source: Path | None = None, **absent: T
     ) -> T:
-        """Call `action` with the full path; `absent` for no file. Raises FileNotFoundError without
-        `source`."""
+        """Call `action` with the full path, again after an error that may pass.
+
+        name: relative to the bucket's folder
+        action: its only argument is the full path
+        source: the local file that is sent, if one is
+        absent: what to return when the bucket has no such file
+
+        Raises FileNotFoundError when `source` is gone, and UserError for all other errors.
+        """
         for wait in range(TRIES):
             try:
+                # other machines write there, so no listing may be remembered
                 self.files.invalidate_cache()
                 return action(f"{self.root}/{name}")
             except PermissionError as error:
@@ -142,7 +159,11 @@ def at_once(function: Callable[..., T], items: Iterable) -> list[T]:
 
 
 MANIFEST = "manifest.json"
-KEY_BYTES, NAME_BYTES = 1024, 255  # Most bytes of a key in S3, and of a file name
+"""Its name in each run folder of the bucket."""
+KEY_BYTES = 1024
+"""Most bytes of a key in S3."""
+NAME_BYTES = 255
+"""Most bytes of a file name."""
 GROWING = {FLEET_NAME, processes.CONFIG_NAME, processes.LOG_NAME, "metrics.jsonl", "train.log"}
 """Files that change all the time: they are taken even when they are newer than the manifest."""
 
@@ -161,27 +182,26 @@ class Manifest:
 
 def read_manifest(bucket: Bucket) -> Manifest:
     """The manifest of a run folder; an empty one when it is missing or damaged, as others may write
-    to the bucket."""
+    to the bucket. Raises UserError when the bucket cannot be read."""
     content = bucket.read(MANIFEST) or b"{}"  # outside of the block, which suppresses a UserError
     with suppress(UserError):
         manifest = from_json(content, Manifest)
-        files = manifest.files
-        clash = any(
-            str(folder) in files for name in files for folder in PurePosixPath(name).parents
-        )
-        if all(map(is_plain, files)) and not clash:
+        # its names become local paths: none may leave the folder or be a file and a folder
+        folders = {str(folder) for name in manifest.files for folder in PurePosixPath(name).parents}
+        if all(map(is_plain, manifest.files)) and not folders & manifest.files.keys():
             return manifest
     return Manifest()
 
 
 def is_plain(name: str) -> bool:
     """Whether it names a file within the folder, as files and bucket keys can."""
-    path, sizes = PurePosixPath(name), [len(os.fsencode(part)) for part in (name, *name.split("/"))]
+    path = PurePosixPath(name)
     is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     # Windows divides names at more characters
     is_one_spelling = str(path) == name and path.parts == Path(name).parts
-    is_possible = sizes[0] <= KEY_BYTES and max(sizes[1:]) <= NAME_BYTES and "\0" not in name
-    return is_within and is_one_spelling and is_possible
+    longest = max(len(os.fsencode(part)) for part in name.split("/"))
+    is_short = len(os.fsencode(name)) <= KEY_BYTES and longest <= NAME_BYTES
+    return is_within and is_one_spelling and is_short and "\0" not in name
 
 
 class Digests:
@@ -195,7 +215,8 @@ class Digests:
         stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
         known = self._known.get(path)
         if known is None or known[0] != stamp:
-            known = self._known[path] = (stamp, file_digest(path))
+            known = (stamp, file_digest(path))
+            self._known[path] = known
         return known[1]
 
 
@@ -204,8 +225,10 @@ class Mirror:
     a time."""
 
     def __init__(self, bucket: Bucket, folder: Path):
-        self.bucket, self.folder, self.writer = bucket, folder, uuid.uuid4().hex
-        self.good: Mapping[str, str] | None = None
+        self.bucket = bucket
+        self.folder = folder
+        self.writer = uuid.uuid4().hex
+        self.good: Mapping[str, str] | None = None  # what `pull` found to match the manifest
         self.digests = Digests()
 
     def pull(self) -> None:
@@ -217,14 +240,15 @@ class Mirror:
             target = self.folder / name
             return self.bucket.download(name, target) and file_digest(target) == files[name]
 
+        # fetch all, and note which arrived as the manifest says
         found = dict(zip(files, at_once(is_good, files)))
         self.good = {name: digest for name, digest in files.items() if found[name]}
+
+        # a checkpoint with a bad file cannot be resumed: remove all of it
+        last = run_folder.RunDir(self.folder).last_dir
         for name in files.keys() - self.good.keys():
             top = self.folder / PurePosixPath(name).parts[0]
-            if (
-                run_folder.checkpoint_step(top) is not None
-                or top == run_folder.RunDir(self.folder).last_dir
-            ):
+            if top == last or run_folder.checkpoint_step(top) is not None:
                 shutil.rmtree(top, ignore_errors=True)
             elif name not in GROWING:
                 (self.folder / name).unlink(missing_ok=True)
@@ -235,32 +259,45 @@ class Mirror:
         self.write_manifest(read_manifest(self.bucket).files if self.good is None else self.good)
 
     def push(self) -> None:
-        """Make the bucket equal to the folder. Raises SupersededError, and UserError for the
-        bucket's errors. What is there is read anew, as a bucket may lose its files: without a
-        manifest all are sent again."""
+        """Make the bucket equal to the folder.
+
+        What is there is read anew, as a bucket may lose its files: without a manifest all are sent
+        again. Raises SupersededError, and UserError for the bucket's errors.
+        """
         manifest = read_manifest(self.bucket)
         if manifest.writer not in ("", self.writer):  # empty: it is missing or damaged
             raise SupersededError(f"{self.bucket.url}: another machine has taken it over.")
+
+        # send what differs; the record last, as it says "done" only once the adapter has arrived
+        digests = self.digests_here()
+        changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]
+        at_once(self.send, [name for name in changed if name != FLEET_NAME])
+        if FLEET_NAME in changed:
+            self.send(FLEET_NAME)
+
+        # name only what has not changed while it was sent
+        files = {}
+        for name, digest in digests.items():
+            if name in GROWING or self.digest(name) == digest:
+                files[name] = digest
+        self.write_manifest(files)
+
+        # remove last: until now the old manifest may have named these
+        gone = [name for name in manifest.files if name not in digests]
+        at_once(self.bucket.remove, gone)
+
+    def digests_here(self) -> dict[str, str]:
+        """Name -> digest of the folder's files, without locks and temporary files."""
         digests = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
             is_lock = name.parts[-1] in (queue.LOCK_NAME, queue.OWNER_NAME)
-            is_kept = not is_lock and not any(part.startswith(".") for part in name.parts)
-            # no lock, no temporary file
-            if is_kept and (digest := self.digest(name.as_posix())) is not None:
+            if is_lock or any(part.startswith(".") for part in name.parts):
+                continue
+            digest = self.digest(name.as_posix())
+            if digest is not None:
                 digests[name.as_posix()] = digest
-        changed = [name for name, digest in digests.items() if digest != manifest.files.get(name)]
-        at_once(self.send, [name for name in changed if name != FLEET_NAME])
-        if FLEET_NAME in changed:  # the record says "done" only after the adapter has arrived
-            self.send(FLEET_NAME)
-        files = {
-            name: digest
-            for name, digest in digests.items()
-            if name in GROWING or self.digest(name) == digest
-        }
-        gone = [name for name in manifest.files if name not in digests]
-        self.write_manifest(files)
-        at_once(self.bucket.remove, gone)
+        return digests
 
     def send(self, name: str) -> None:
         # a checkpoint was removed meanwhile; the next push notes it
@@ -268,6 +305,7 @@ class Mirror:
             self.bucket.upload(self.folder / name, name)
 
     def digest(self, name: str) -> str | None:
+        """None for what is no regular file, or is gone."""
         path = self.folder / name
         try:
             return self.digests.of(path) if stat.S_ISREG(path.lstat().st_mode) else None
@@ -275,6 +313,5 @@ class Mirror:
             return None
 
     def write_manifest(self, files: Mapping[str, str]) -> None:
-        self.bucket.write(
-            MANIFEST, json.dumps(asdict(Manifest(self.writer, files)), indent=1).encode()
-        )
+        manifest = Manifest(self.writer, files)
+        self.bucket.write(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())

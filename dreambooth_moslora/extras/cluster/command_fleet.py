@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
 
 OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
+"""Flags of the fleet; all others are settings of each training."""
 EPILOG = """examples:
   fleet photos/pets --out runs/pets --config assets/configs/sdxl.toml
       a folder of folders with photos, each with its subject.json {"token", "class_word"}
   fleet pets.csv --out /shared/pets --config assets/configs/sdxl.toml --ray_address auto
-      a list with the columns folder, token, class, and any setting, on the cluster that this machine belongs to
+      a list with the columns folder, token, class, and any setting, on the cluster that this \
+machine belongs to
   fleet status runs/pets"""
 
 
@@ -34,9 +36,15 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
     parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
-    about = "a run folder for each subject: a folder shared by all machines, or a URL such as s3://BUCKET/PATH"
+    about = (
+        "a run folder for each subject: "
+        "a folder shared by all machines, or a URL such as s3://BUCKET/PATH"
+    )
     parser.add_argument("--out", metavar="DIR", help=about)
-    per_gpu = "subjects that one process trains at once on one base (default: a process each, as many as fit a GPU)"
+    per_gpu = (
+        "subjects that one process trains at once on one base "
+        "(default: a process each, as many as fit a GPU)"
+    )
     add_cluster_flags(parser, per_gpu=per_gpu)
     notes = {"pretrained_model_name_or_path": f" ({command_train.NEEDED})"}
     command_train.add_training_flags(parser, hidden=REFUSED, notes=notes)
@@ -50,13 +58,8 @@ def add_cluster_flags(
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
     parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
-    parser.add_argument(
-        "--cpus",
-        metavar="N",
-        type=int,
-        default=1,
-        help="cores and threads of a training (default: 1)",
-    )
+    about = "cores and threads of a training (default: 1)"
+    parser.add_argument("--cpus", metavar="N", type=int, default=1, help=about)
 
 
 def check_shares(args: argparse.Namespace) -> None:
@@ -67,14 +70,19 @@ def check_shares(args: argparse.Namespace) -> None:
 
 
 def run_fleet(args: argparse.Namespace) -> int:
+    """Train all subjects that are not done, or show how they stand. Returns the exit code of
+    `close`."""
     if args.words[0] == "status" and len(args.words) == 2:
         return show_status(args.words[1])
     if len(args.words) > 1:
         raise UserError(
-            f"`{args.words[1]}` belongs to no flag: give one folder or list of subjects, or `status DIR`."
+            f"`{args.words[1]}` belongs to no flag: "
+            "give one folder or list of subjects, or `status DIR`."
         )
     check_places(args.words[0], args.out)
     check_shares(args)
+
+    # the settings that all subjects share
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
     shared, _ = command_train.settings_of(flags, without_words=True)
@@ -90,20 +98,24 @@ def run_fleet(args: argparse.Namespace) -> int:
     with opened(args.out) as (out, url):
         if url and (args.per_gpu or 1) > 1:
             raise UserError(
-                f"--per_gpu {args.per_gpu}: subjects that share a process need an --out that is a folder."
+                f"--per_gpu {args.per_gpu}: "
+                "subjects that share a process need an --out that is a folder."
             )
+
+        # who is there, and who is not done yet
         subjects = read_subjects(Path(args.words[0]), shared, out)
         remote = fleet_behind(url, out)
         if remote:
             remote.fetch_all([subject.name for subject in subjects])
         todo = missing(out, subjects)
-        line = f"{len(subjects)} subjects: {len(subjects) - len(todo)} are done, {len(todo)} are to be trained"
+        done = len(subjects) - len(todo)
+        line = f"{len(subjects)} subjects: {done} are done, {len(todo)} are to be trained"
         print(line, file=sys.stderr)
         if is_dry:
-            lines = [
-                subject.name + (f": {subject.error}" if subject.error else "")
-                for subject, _ in todo
-            ]
+            lines = []
+            for subject, _ in todo:
+                reason = f": {subject.error}" if subject.error else ""
+                lines.append(subject.name + reason)
             print(spelled_out("\n".join(lines)))
             return 0
         return train_all(subjects, todo, out, args, remote)
@@ -160,12 +172,16 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
     130 stopped."""
     from dreambooth_moslora.extras.cluster.records import rows_of, write_index
 
-    index, is_sent = write_index(out, rows_of(out)), True
+    # the trainings have ended: that the page was not sent must not hide how
+    index = write_index(out, rows_of(out))
+    is_sent = True
     try:
         print(remote.publish() if remote else index)
     except UserError as error:
         print(f"{index.name} was not sent, `fleet status` sends it: {error}", file=sys.stderr)
         is_sent = False
+
+    # what is left to do
     if progress.failed:
         print(f"{progress.failed} subjects failed; run again to try them again", file=sys.stderr)
     if progress.left > progress.failed:
@@ -175,6 +191,7 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
 
 
 def show_status(place: str) -> int:
+    """Print how each subject stands, and write the page of it. Raises UserError for no fleet."""
     from dreambooth_moslora.extras.cluster.records import rows_of, status_lines, write_index
 
     with opened(place) as (out, url):
@@ -189,11 +206,19 @@ def show_status(place: str) -> int:
 
 
 class FleetProgress:
-    """One line per subject, with the remaining time and the cost."""
+    """One line per subject, with the remaining time and the cost.
+
+    total, left, failed, ended: numbers of subjects
+    hours: of GPUs and of cores, by unit
+    """
 
     def __init__(self, total: int, todo: int, clock: Callable[[], float] = time.monotonic):
-        self.total, self.left, self.failed = total, todo, 0
-        self.clock, self.started, self.ended = clock, clock(), 0
+        self.total = total
+        self.left = todo
+        self.failed = 0
+        self.ended = 0
+        self.clock = clock
+        self.started = clock()
         self.hours: dict[str, float] = defaultdict(float)
 
     def __call__(self, ending: "Ending") -> None:
@@ -205,12 +230,14 @@ class FleetProgress:
         self.left -= record.state == "done"
         self.failed += record.state == "failed"
         self.hours[record.unit] += record.hours
-        end = (
-            f"{record.seconds:.0f} s"
-            if record.state == "done"
-            else f"{record.state}: {record.message}"
-        )
+
+        # how it ended; a failure should catch the eye
+        end = f"{record.state}: {record.message}"
+        if record.state == "done":
+            end = f"{record.seconds:.0f} s"
         end = end.replace("failed: ", "FAILED: ").removesuffix(": ").removesuffix(".")
+
+        # minutes left, if those to come take as long as those that have ended
         rest = (self.clock() - self.started) / self.ended * (self.left - self.failed) / 60
         spent = ", ".join(f"{hours:.2f} {unit}-hours" for unit, hours in self.hours.items())
         done = f"{self.total - self.left}/{self.total}"

@@ -1,8 +1,9 @@
-"""Reads the subjects of a fleet, from a folder of subject folders or a list, into the settings of
-one run each.
+"""Reads the subjects of a fleet into the settings of one run each.
 
-SUBJECTS/NAME/*.jpg           a folder; `subject.json` {"token", "class_word"} in each says what it shows
-[[subjects]] folder = "…"     a TOML list; a CSV file has a column per name, a JSONL file a line per subject
+SUBJECTS/NAME/*.jpg           a folder of folders; `subject.json` {"token", "class_word"} in each
+                              says what it shows
+[[subjects]] folder = "…"     a TOML list; a CSV file has a column per name, a JSONL file a line
+                              per subject
 
 A list's names are `folder`, `token`, `class`, `name` (of the run folder; by default the folder's
 name), and any training setting. A subject's own settings override the shared ones. A subject that
@@ -33,19 +34,27 @@ from dreambooth_moslora.extras.cluster import records
 from dreambooth_moslora.settings import sources, table
 
 TOKEN = "sks"
+"""The rare word of a subject that names none."""
 OWN = ("folder", "token", "class", "class_word", "name")
+"""Names of a list that are no settings of a training."""
 GIVEN = "a fleet sets it for each run; leave it out"
 REFUSED = {
-    **dict.fromkeys(
-        ("instance_data_dir", "dataset_name", "subjects", "output_dir", "resume_from_checkpoint"),
-        GIVEN,
+    "instance_data_dir": GIVEN,
+    "dataset_name": GIVEN,
+    "subjects": GIVEN,
+    "output_dir": GIVEN,
+    "resume_from_checkpoint": GIVEN,
+    "hub_token": (
+        "it would be written to every run's folder; log in on the machines (`hf auth login`)"
     ),
-    "hub_token": "it would be written to every run's folder; log in on the machines (`hf auth login`)",
 }
 """Settings that a subject must not have, and why."""
 FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
-PLACES = ("instance_data_dir", "output_dir")  # Settings that say where a run is, not what it is
+"""Names in the fleet's folder that no subject can have."""
+PLACES = ("instance_data_dir", "output_dir")
+"""Settings that say where a run is, not what it is."""
 CAPTIONS = (".txt", ".jsonl")
+"""Files beside the photos that hold words, so that their content counts, not their size."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +71,19 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     """The subjects in the order of the list, or by name. `shared`: settings of all; run folders are
     made in `out`. Raises UserError for a list that cannot be read or is empty, and for two subjects
     of one name."""
+    # what no two runs can share
     refuse({name: value for name, value in shared.items() if value})
     if shared.get("hub_model_id"):
         raise UserError(
             "--hub_model_id: the subjects would overwrite each other; name it in each one's row."
         )
+
     source = Path(find_asset(str(source)))
     subjects = [subject_of_row(row, shared, out) for row in rows_of(source)]
     if not subjects:
         raise UserError(f"{source}: it contains no subject.")
+
+    # a name is that of a run folder
     counts = Counter(subject.name for subject in subjects)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
@@ -86,10 +99,10 @@ def refuse(settings: Mapping[str, Any]) -> None:
 def rows_of(source: Path) -> list[dict[str, Any]]:
     """The rows of a list, or one for each folder. Raises UserError."""
     if source.is_dir():
-        folders = sorted(
-            path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
-        return [{"folder": str(path)} for path in folders]
+        folders = [path for path in sorted(source.iterdir()) if path.is_dir()]
+        return [{"folder": str(path)} for path in folders if not path.name.startswith(".")]
+
+    # a list, in one of three formats
     kind = source.suffix.lower()
     if kind not in (".toml", ".csv", ".jsonl"):
         raise UserError(
@@ -134,6 +147,8 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
     """A mistake in the row becomes the subject's `error`. Raises UserError without a folder or a
     usable name."""
     row = {name.replace("-", "_"): value for name, value in row.items()}
+
+    # without a folder or a name there is no place for the error
     folder = row.get("folder")
     if not isinstance(folder, str) or not folder:
         raise UserError(f"a subject has no folder: {row!r:.80}.")
@@ -146,11 +161,11 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder!r:.80} cannot be a folder: {one_line(error)}.") from error
     check_name(name)
-    if name.startswith(".") or name.lower() in FILES_OF_A_FLEET:
-        why = (
-            "it begins with a dot" if name.startswith(".") else "the fleet has a file of that name"
-        )
-        raise UserError(f"{name!r} cannot be the name of a subject: {why}.")
+    refused = f"{name!r} cannot be the name of a subject"
+    if name.startswith("."):
+        raise UserError(f"{refused}: it begins with a dot.")
+    if name.lower() in FILES_OF_A_FLEET:
+        raise UserError(f"{refused}: the fleet has a file of that name.")
     try:
         return Subject(name, settings_of(row, photos, shared, out / name))
     except UserError as error:
@@ -160,26 +175,39 @@ def subject_of_row(row: Mapping[str, Any], shared: Mapping[str, Any], out: Path)
 def settings_of(
     row: Mapping[str, Any], photos: Path, shared: Mapping[str, Any], run_dir: Path
 ) -> dict[str, Any]:
-    """The settings of one run. Raises UserError for settings that no run can have."""
+    """The settings of one run.
+
+    row: of the list, which overrides `shared`
+    photos: the folder of its photos, which may have a `subject.json`
+    shared: settings of all runs
+    run_dir: where the run writes
+
+    Raises UserError for settings that no run can have.
+    """
     own = {name: value for name, value in row.items() if name not in OWN}
     refuse(own)
     table.check_each(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
+
+    # the words: of the row, else of the folder's file
     facts = read_json(photos / SUBJECT_FILE) if (photos / SUBJECT_FILE).is_file() else {}
     word = row.get("class") or row.get("class_word") or facts.get("class_word")
     token = row.get("token") or facts.get("token") or shared.get("token") or TOKEN
     for kind, words in (("token", token), ("class", word)):
-        if word and not (
-            isinstance(words, str) and words.isprintable() and len(words) <= MAX_WORD_CHARACTERS
-        ):
+        is_word = isinstance(words, str) and words.isprintable()
+        if word and not (is_word and len(words) <= MAX_WORD_CHARACTERS):
             raise UserError(
-                f"the {kind} {words!r:.40} is no word: give at most {MAX_WORD_CHARACTERS} letters on a line."
+                f"the {kind} {words!r:.40} is no word: "
+                f"give at most {MAX_WORD_CHARACTERS} letters on a line."
             )
+
+    # the row's own settings come last, so that they count
     settings = {**shared, **(prompts_of(token, word) if word else {}), **own}
     if not settings.get("instance_prompt"):
         raise UserError(
-            f"{photos} does not say what it shows: give its class, a subject.json, or --instance_prompt."
+            f"{photos} does not say what it shows: "
+            "give its class, a subject.json, or --instance_prompt."
         )
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
     table.TrainConfig.from_dict(settings)
@@ -187,6 +215,7 @@ def settings_of(
 
 
 def prompts_of(token: str, word: str) -> dict[str, str]:
+    """The settings that name a subject by its rare word and its class."""
     return {
         "instance_prompt": f"a photo of a {token} {word}",
         "class_prompt": f"a photo of a {word}",
@@ -196,22 +225,24 @@ def prompts_of(token: str, word: str) -> dict[str, str]:
 def mark_of(settings: Mapping[str, Any]) -> str:
     """A digest of the settings, of the photos' names and sizes, of captions, and of the files that
     the training begins with, wherever they lie: another means another run."""
+    # photos by their size, as reading all of them is slow; words by their content
     files: list[tuple[str, Any]] = []
     for path in sorted(Path(settings["instance_data_dir"]).iterdir()):
         if path.is_file():
-            files.append(
-                (path.name, file_digest(path) if path.suffix in CAPTIONS else path.stat().st_size)
-            )
+            is_caption = path.suffix in CAPTIONS
+            files.append((path.name, file_digest(path) if is_caption else path.stat().st_size))
+
+    # what the training begins with, such as another adapter
     for name in table.BEGUN_WITH:
         path = user_path(settings.get(name) or "")
         if name == "init_adapter" and settings.get(name) and path.is_dir():
             path = find_weights(path)
         if path.is_file():
             files.append((name, digest_of(path, path.stat().st_mtime_ns)))
+
     values = table.TrainConfig.from_dict(settings).to_dict()
-    return content_key(
-        settings={name: values[name] for name in values if name not in PLACES}, files=files
-    )
+    placeless = {name: values[name] for name in values if name not in PLACES}
+    return content_key(settings=placeless, files=files)
 
 
 @lru_cache(maxsize=64)

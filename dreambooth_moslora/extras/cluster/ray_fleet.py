@@ -1,5 +1,6 @@
-"""Ray, as far as this program uses it: join or start a cluster, and run tasks on it in a bounded
-window.
+"""Ray, as far as this program uses it.
+
+Join or start a cluster, and run tasks on it in a bounded window.
 
 A task is a module-level function and its arguments. If it raises, or its machine is lost too often,
 the caller gets a `Lost` for it; other tasks go on.
@@ -17,9 +18,11 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.rules import version_of
 
 GIB = 2**30
+"""Bytes."""
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
-# Ray's minimum, which suffices: tasks exchange only names and numbers
+"""How a person gets Ray."""
 OBJECT_STORE_BYTES = 100 * 2**20
+"""Ray's minimum, which suffices: tasks exchange only names and numbers."""
 EMBEDDED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # on Linux too: one machine alone, listening on the loopback
@@ -31,15 +34,18 @@ EMBEDDED = {
     # tasks keep the priority of this process: the machine is here for them
     "RAY_worker_niceness": "0",
 }
-# Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to make it grow
+"""Environment of a Ray that this program starts on this machine alone."""
 WINDOW = 64
+"""Tasks queued in Ray beside the running ones: enough to keep a cluster busy and to let it grow."""
 WAIT_SEC = 0.5
+"""Seconds between two looks at a stop."""
 LOST_BY = {
     "WorkerCrashedError": "its worker was killed",
     "NodeDiedError": "its machine was lost",
     "OutOfMemoryError": "its machine ran out of memory",
     "LocalRayletDiedError": "its machine was lost",
 }
+"""Ray's error -> what it means for a training."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Task:
+    """`key` tells the caller which one has ended; `arguments` are those of the function."""
+
     key: Any
     arguments: tuple
     resources: Resources = Resources()
@@ -60,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Lost:
-    """A task without a result. `reason` is the function's error, or what happened to its machine."""
+    """A task without a result. `reason`: the function's error, or what happened to its machine."""
 
     reason: str
 
@@ -70,13 +78,15 @@ def connected(address: str | None) -> Iterator[None]:
     """Connect to Ray for the length of the block. Without an address, start it on this machine
     alone. Raises UserError when Ray is not installed, does not start here, or no cluster answers.
     """
-    os.environ.update(
-        {name: value for name, value in EMBEDDED.items() if address is None or "USAGE" in name}
-    )
+    # before the import, at which Ray reads its environment; a cluster has settings of its own
+    for name, value in EMBEDDED.items():
+        if address is None or "USAGE" in name:
+            os.environ[name] = value
     if version_of("ray") is None:
         raise UserError(f"fleets need Ray: {INSTALL}.")
     import ray
 
+    # workers import the same program as this process
     if address is None:
         os.environ.update(import_environment())
         options = {
@@ -109,23 +119,37 @@ def run_tasks(
     should_stop: Callable[[], bool] = bool,
     on_retry: Callable[[Task, str], None] = lambda task, reason: None,
 ) -> Iterator[tuple[Task, Any]]:
-    """Yield (task, result or `Lost`) as tasks end. At most `window` are submitted at once; one
-    whose machine is lost again up to `retries` times. After `should_stop` none is started; running
-    ones are waited for."""
+    """Yield (task, result or `Lost`) as tasks end.
+
+    function: called on the cluster with a task's arguments
+    tasks: taken one by one, as there is room
+    retries: how often a task is submitted again whose machine was lost
+    window: most tasks that are submitted at once; by default a little more than the cluster holds
+    should_stop: once it says so, none is started; running ones are waited for
+    on_retry: called with a task that is submitted again, and the reason
+    """
     import ray
 
+    # this function retries by itself, so that `on_retry` hears of it
     remote = ray.remote(max_retries=0, max_calls=0)(function)
-    source, running, lost = iter(tasks), {}, Counter()
+    source = iter(tasks)
+    running: dict[Any, Task] = {}
+    lost: Counter = Counter()
     while True:
+        # fill the window, which grows with the cluster
         most = window or WINDOW + int(ray.cluster_resources().get("CPU", 0))
-        while (
-            len(running) < most and not should_stop() and (task := next(source, None)) is not None
-        ):
+        while len(running) < most and not should_stop():
+            task = next(source, None)
+            if task is None:
+                break
             running[submit(remote, task)] = task
         if not running:
             return
+
+        # wait for one, then take all that have ended
         ray.wait(list(running), timeout=WAIT_SEC)
-        for reference in ray.wait(list(running), num_returns=len(running), timeout=0)[0]:
+        ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        for reference in ready:
             task = running.pop(reference)
             result, is_machines = result_of(reference)
             if is_machines and lost[task.key] < retries and not should_stop():

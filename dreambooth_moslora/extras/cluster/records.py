@@ -33,14 +33,28 @@ from dreambooth_moslora.training.explain import (
     with_report,
 )
 
-FLEET_NAME, INDEX_NAME, STOP_NAME = "fleet.json", "index.html", "fleet.stop"
+FLEET_NAME = "fleet.json"
+"""Of a fleet the names of its subjects, of a run its `Record`."""
+INDEX_NAME = "index.html"
+"""The page of a fleet."""
+STOP_NAME = "fleet.stop"
+"""While it exists, the fleet is to stop."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """`state` of STATES; `mark` of settings and photos (`subjects.mark_of`); `starts`: trainings;
-    `seconds`: their time; `hours`: times the held `unit`s (GPUs or cores). That of a lost machine
-    is not counted. `since`: the clock before the first training of the mark."""
+    """How a subject's training stands, and what it has cost. A lost machine's time is not counted.
+
+    state: one of STATES
+    mark: a digest of settings and photos (`fleet_subjects.mark_of`)
+    message: why it failed or was stopped
+    seconds: the time of all its trainings
+    hours: that time, times the `unit`s that were held
+    unit: GPU or CPU
+    starts: number of trainings
+    machine: host name of the last one
+    since: the clock before the first training of the mark, in seconds
+    """
 
     state: str
     mark: str = ""
@@ -80,6 +94,7 @@ def is_finished(run_dir: Path, mark: str) -> bool:
 
 
 def stop_path(out: Path) -> Path:
+    """The file whose existence stops the fleet in `out`."""
     return out / STOP_NAME
 
 
@@ -121,32 +136,40 @@ class Row:
 def rows_of(out: Path) -> list[Row]:
     """All subjects: failures, then alarms, then those least like their photos. Raises UserError for
     no fleet."""
+    # each sort keeps the order of the one before among equals: the last counts most
     rows = sorted((row_of(out / name) for name in read_names(out)), key=lambda row: row.name)
     rows.sort(key=lambda row: 2.0 if row.likeness is None else row.likeness)
     return sorted(rows, key=lambda row: (STATES.index(row.record.state), -len(row.alarms)))
 
 
 def row_of(run_dir: Path) -> Row:
+    """What the files of a run say; the record alone when the others are missing or damaged."""
     record = read_record(run_dir)
     if record is None or record.state not in STATES:
         record = Record("waiting")
     try:
         run = run_folder.RunDir(run_dir)
-        config, events = (
-            known_config(read_json(run_dir / processes.CONFIG_NAME)),
-            run.read_metrics(),
-        )
+        config = known_config(read_json(run_dir / processes.CONFIG_NAME))
+        events = run.read_metrics()
         found = figures_from(events, config)
-        found = with_report(found, run) if events else found
-        totals = [
-            None,
-            *(event.get("max_train_steps") for event in events if event.get("type") == "start"),
-        ]
+        if events:
+            found = with_report(found, run)
+
+        # of a run that was resumed, the last start counts
+        total_steps = None
+        for event in events:
+            if event.get("type") == "start":
+                total_steps = event.get("max_train_steps")
+
         advice = advice_after(found) if record.state == "done" else []
-        alarms = [line for line in advice if not line.startswith(NOT_SCORED)]
-        likeness = found.scores.get("dino")
         return Row(
-            run_dir.name, record, config.instance_prompt, found.step, totals[-1], likeness, alarms
+            name=run_dir.name,
+            record=record,
+            words=config.instance_prompt,
+            step=found.step,
+            total_steps=total_steps,
+            likeness=found.scores.get("dino"),
+            alarms=[line for line in advice if not line.startswith(NOT_SCORED)],
         )
     except (OSError, UserError):
         return Row(run_dir.name, record)
@@ -159,29 +182,30 @@ def status_lines(rows: Sequence[Row]) -> list[str]:
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines = [f"{len(rows)} subjects: {said}", f"cost so far: {cost_of(rows)}"]
     for row in rows:
-        if row.record.state not in ("waiting", "done") or row.alarms:
-            far = (
-                f", step {row.step}" + (f" of {row.total_steps}" if row.total_steps else "")
-                if row.step
-                else ""
-            )
-            more = row.record.message or "; ".join(row.alarms)
-            lines.append(f"{row.name}: {row.record.state}{far}" + (f": {more}" if more else ""))
+        if row.record.state in ("waiting", "done") and not row.alarms:
+            continue
+        line = f"{row.name}: {row.record.state}"
+        if row.step:
+            line += f", step {row.step}"
+            line += f" of {row.total_steps}" if row.total_steps else ""
+        if more := row.record.message or "; ".join(row.alarms):
+            line += f": {more}"
+        lines.append(line)
     return lines
 
 
 def cost_of(rows: Sequence[Row]) -> str:
-    hours = {
-        unit: sum(row.record.hours for row in rows if row.record.unit == unit)
-        for unit in ("GPU", "CPU")
-    }
-    return (
-        ", ".join(f"{spent:.2f} {unit}-hours" for unit, spent in hours.items() if spent)
-        or "nothing"
-    )
+    """Hours of GPUs and of cores, in words."""
+    spent = []
+    for unit in ("GPU", "CPU"):
+        hours = sum(row.record.hours for row in rows if row.record.unit == unit)
+        if hours:
+            spent.append(f"{hours:.2f} {unit}-hours")
+    return ", ".join(spent) or "nothing"
 
 
 SHEET_PX = 320
+"""Longest side of a contact sheet in the page."""
 MOST_SHEETS = 500
 """Contact sheets in the page. The most urgent subjects come first, so those without a sheet matter
 least."""
@@ -193,24 +217,23 @@ PATH = re.compile(
 
 def write_index(out: Path, rows: Sequence[Row]) -> Path:
     """Write the page of `rows`, in their order (that of `rows_of`). Returns the file."""
+    # what the template shows of each subject
     shown = []
     for number, row in enumerate(rows):
-        sheet, looks = (
-            run_folder.RunDir(out / row.name).contact_sheet_path,
-            [row.record.message, *row.alarms],
-        )
+        sheet = run_folder.RunDir(out / row.name).contact_sheet_path
+        moods = {"failed": "bad", "done": "bad" if row.alarms else "good"}
+        looks = [row.record.message, *row.alarms]
         shown.append(
             {
                 "row": row,
                 "name": spelled_out(row.name),
-                "mood": {"failed": "bad", "done": "bad" if row.alarms else "good"}.get(
-                    row.record.state, "faint"
-                ),
+                "mood": moods.get(row.record.state, "faint"),
                 "looks": [without_paths(spelled_out(text), out) for text in looks if text],
                 "sheet": sheet_address(sheet) if number < MOST_SHEETS else "",
                 "link": f"{quote(row.name)}/{quote(sheet.name)}",
             }
         )
+
     about = f"{status_lines(rows)[0]}; cost: {cost_of(rows)}"
     page = render("fleet.html", title=f"Fleet of {len(rows)} subjects", about=about, rows=shown)
     atomic_write(out / INDEX_NAME, page)
@@ -218,7 +241,7 @@ def write_index(out: Path, rows: Sequence[Row]) -> Path:
 
 
 def sheet_address(path: Path) -> str:
-    """A small contact sheet as the address of a picture; empty when there is none that can be read."""
+    """A small contact sheet as the address of a picture; empty when none can be read."""
     try:
         with Image.open(path) as sheet:
             return jpeg_url(sheet, SHEET_PX)

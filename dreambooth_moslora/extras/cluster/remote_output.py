@@ -1,8 +1,7 @@
-"""A fleet whose `--out` is a URL: each worker trains in a local folder, which is mirrored in the
-bucket.
+"""A fleet whose `--out` is a URL.
 
-The rest of the fleet's code works on folders, so the driver keeps a local copy of the few files it
-needs (`VIEWED`).
+Each worker trains in a local folder, which is mirrored in the bucket. The rest of the fleet's code
+works on folders, so the driver keeps a local copy of the few files it needs (`VIEWED`).
 """
 
 import os
@@ -31,9 +30,15 @@ from dreambooth_moslora.extras.cluster.bucket import (
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, checked, run_fleet
 
 VIEWED = (records.FLEET_NAME, processes.CONFIG_NAME, "metrics.jsonl", "contact_sheet.png")
-POLL_SEC, LOOK_SEC, LEAST_OFTEN_SEC = 0.5, 5.0, 60.0
-"""Seconds between looks for a new checkpoint, checks for a stop, and pushes at the least."""
+"""The files of a run folder that the driver reads."""
+POLL_SEC = 0.5
+"""Seconds between two looks for a new checkpoint."""
+LOOK_SEC = 5.0
+"""Seconds between two looks for a stop of the fleet, and after an error."""
+LEAST_OFTEN_SEC = 60.0
+"""Seconds between two pushes, at most, while there is no new checkpoint."""
 NOT_THERE = "the files of {name} are not in the bucket any more"
+"""Why a subject that a worker calls done has failed."""
 UNSENT = ".unsent"
 """Marks a folder that may have files which the bucket lacks, by the writer in its manifest, or
 those that may be."""
@@ -61,6 +66,7 @@ def mirrored(job: worker.Job) -> Iterator[worker.Job]:
     """The same job in a local folder, which starts as a copy of the bucket and is copied back.
     Raises UserError when the bucket cannot be read or does not take the last files; the folder then
     stays for a retry."""
+    # a local folder that equals the bucket, or goes on where a lost worker ended
     home = scratch_home(job.url)
     folder = home / Path(job.run_dir).name
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,18 +74,20 @@ def mirrored(job: worker.Job) -> Iterator[worker.Job]:
     mirror = Mirror(Bucket(job.url), folder)
     with worker.held(folder):  # wait until the training of a lost worker has ended
         begin(mirror, job.mark)
+
+    # train, while a thread sends each checkpoint
+    fleet = Bucket(job.url.rpartition("/")[0])
     done = threading.Event()
-    keeper = threading.Thread(
-        target=keep, args=(mirror, Bucket(job.url.rpartition("/")[0]), done), daemon=True
-    )
+    keeper = threading.Thread(target=keep, args=(mirror, fleet, done), daemon=True)
     keeper.start()
     try:
-        yield replace(
-            job, run_dir=str(folder), settings={**job.settings, "output_dir": str(folder)}
-        )
+        settings = {**job.settings, "output_dir": str(folder)}
+        yield replace(job, run_dir=str(folder), settings=settings)
     finally:
         done.set()
         keeper.join()
+
+    # send the last files; without them the run is not done
     try:
         mirror.push()
     except SupersededError:
@@ -104,16 +112,20 @@ def scratch_home(url: str) -> Path:
 def begin(mirror: Mirror, mark: str) -> None:
     """Fetch the bucket's files; keep a killed worker's own unless another machine has written
     since."""
+    # the files here may be newer than the bucket's, if they are of this run
     unsent = mirror.folder / UNSENT
     record = records.read_record(mirror.folder)
     is_ours = record is not None and record.mark == mark and unsent.is_file()
     if not is_ours or read_manifest(mirror.bucket).writer not in ("", *unsent.read_text().split()):
+        # they are not: take the bucket's instead
         for path in mirror.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != worker.HOLD_NAME:
                 path.unlink()
         mirror.pull()
+
+    # note every writer that may be in the manifest, before it is
     before = unsent.read_text() if unsent.is_file() else ""
     atomic_write(unsent, f"{before} {mirror.writer}")  # a claim may be taken without an answer
     mirror.claim()
@@ -128,6 +140,7 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
     while not done.wait(POLL_SEC):
         now = time.monotonic()
         try:
+            # push for a new checkpoint, and now and then for the metrics
             found = run_folder.RunDir(mirror.folder).checkpoints()
             checkpoints = tuple((path.name, path.stat().st_mtime_ns) for path in found)
             if checkpoints != sent or now - sent_at > LEAST_OFTEN_SEC:
@@ -136,6 +149,8 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
                 except SupersededError:
                     stop_here(mirror)
                 sent, sent_at = checkpoints, now
+
+            # a stop of the fleet is a file beside the run folders
             if now - looked_at > LOOK_SEC:
                 looked_at = now
                 if fleet.exists(records.STOP_NAME):
@@ -214,7 +229,15 @@ class RemoteFleet:
         on_end: Callable[[Ending], None],
         should_stop: Callable[[], bool] = bool,
     ) -> None:
-        """Like `run.run_fleet`, with workers, a stop, and failures that go to the bucket."""
+        """Like `fleet.run_fleet`, with workers, a stop, and failures that go to the bucket.
+
+        todo: subjects and their marks
+        view: the folder of this driver
+        machines: of the cluster
+        on_end: called with an `Ending` for each subject
+        should_stop: once it says so, running trainings end at a checkpoint and none begins
+        """
+        is_told = False  # whether the bucket knows of the stop
 
         def note(ending: Ending) -> None:
             if ending.record.state == "failed":
@@ -223,22 +246,31 @@ class RemoteFleet:
             on_end(ending)
 
         def stop() -> bool:
+            nonlocal is_told
             stopped = view / records.STOP_NAME
             if should_stop() and not stopped.exists():
                 stopped.touch()
-                for subject, _ in todo:  # on this machine they need not hear of it from the bucket
+                # workers of this machine need not hear of it from the bucket
+                for subject, _ in todo:
                     with suppress(UserError, OSError):
-                        (
-                            scratch_home(f"{self.bucket.url}/{subject.name}") / records.STOP_NAME
-                        ).touch()
+                        home = scratch_home(f"{self.bucket.url}/{subject.name}")
+                        (home / records.STOP_NAME).touch()
             if stopped.exists() and not is_told:
                 with suppress(UserError):  # tried again at the next call
                     self.bucket.write(records.STOP_NAME, b"\n")
-                    is_told.append(True)
+                    is_told = True
             return stopped.exists()
 
-        is_told: list[bool] = []
-        run_fleet(todo, view, machines, note, stop, train_in_bucket, self.check, self.bucket.url)
+        run_fleet(
+            todo,
+            view,
+            machines,
+            on_end=note,
+            should_stop=stop,
+            train=train_in_bucket,
+            check=self.check,
+            url=self.bucket.url,
+        )
 
     def note_failure(self, name: str, record: records.Record) -> None:
         """Write the record into the bucket, where one that knows of no training replaces none."""

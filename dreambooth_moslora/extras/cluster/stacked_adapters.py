@@ -1,5 +1,6 @@
-"""Several adapters on one frozen base: a batch has equally many rows for each adapter with its own
-A, M, B.
+"""Several adapters on one frozen base.
+
+A batch has equally many rows for each adapter, which has its own A, M and B.
 
     y = W0·x + diag(U1·A1, …, UN·AN)·x        U = s·B·M
 
@@ -22,37 +23,48 @@ from torch.autograd.function import once_differentiable
 
 from dreambooth_moslora.method import fast_linear, moslora
 
-NAME = "default"  # Of the adapters on each model
+NAME = "default"
+"""Name of the adapter on each model."""
 
 
 def twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules that shares all tensors, so that it takes almost no memory."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = [
-        tensor.quant_state
-        for tensor in model.parameters()
-        if getattr(tensor, "quant_state", None) is not None
-    ]
-    return copy.deepcopy(model, {**shared, **{id(state): state for state in packed}})
+    # `deepcopy` takes what is in its memo for already copied
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for tensor in model.parameters():
+        packed = getattr(tensor, "quant_state", None)
+        if packed is not None:
+            memo[id(packed)] = packed
+    return copy.deepcopy(model, memo)
 
 
 class _StackedLinear(torch.autograd.Function):
-    """x (N·m,…,in), frozen W0 (out,in) and b (out) or None, A (N,r,in), Uᵀ (N,r,out) -> y
-    (N·m,…,out). All are of one dtype. `packed` is bitsandbytes' description of a W0 in 4 bit, None
-    for a dense one."""
+    """y = W0·x + b + U·A·x, for the rows of N adapters, one adapter's after the other's.
+
+    x: (N·m, …, in)
+    weight, bias: frozen W0 (out, in), and b (out) or None
+    packed: bitsandbytes' description of a W0 in 4 bit; None for a dense one
+    down: A (N, r, in)
+    up: Uᵀ (N, r, out)
+
+    Returns y (N·m, …, out). All are of one dtype.
+    """
 
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor
     ) -> Tensor:
+        # A·x: (N, m, r), a share of the rows for each adapter
         rows = x.reshape(len(down), -1, x.shape[-1])
         inner = rows.bmm(down.mT)
-        result = (
-            F.linear(rows, weight, bias)
-            if packed is None
-            else fast_linear.linear_4bit(rows, weight, bias, packed)
-        )
-        result.baddbmm_(inner, up)
+
+        # W0·x + b for all, to which U·(A·x) is added in place
+        if packed is None:
+            base_output = F.linear(rows, weight, bias)
+        else:
+            base_output = fast_linear.linear_4bit(rows, weight, bias, packed)
+        result = base_output.baddbmm_(inner, up)
+
         ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
@@ -70,13 +82,9 @@ class _StackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.packed is not None:
                 weight = fast_linear.dense_weight(weight, ctx.packed).to(grad.dtype)
-            grad_x = (
-                grad.flatten(0, 1)
-                .mm(weight)
-                .view(*inner.shape[:2], -1)
-                .baddbmm_(grad_inner, down)
-                .view(x.shape)
-            )
+            # through W0 in one product for all, then through each adapter
+            through_base = grad.flatten(0, 1).mm(weight).view(*inner.shape[:2], -1)
+            grad_x = through_base.baddbmm_(grad_inner, down).view(x.shape)
         return grad_x, None, None, None, grad_down, grad_up
 
 
@@ -85,11 +93,11 @@ class StackedLayer:
     ValueError when the frozen weights are not the same tensor, and for dropout, DoRA and biases."""
 
     def __init__(self, layers: tuple[LoraLayer, ...]):
-        self.layers, self.base = layers, layers[0].base_layer
+        self.layers = layers
+        self.base = layers[0].base_layer
         self._copies: tuple[Tensor, Tensor] | None = None
-        if any(
-            layer.base_layer.weight.data_ptr() != self.base.weight.data_ptr() for layer in layers
-        ):
+        addresses = {layer.base_layer.weight.data_ptr() for layer in layers}
+        if len(addresses) > 1:
             raise ValueError("stacked adapters need models that share their frozen weights")
         if not all(map(is_plain, layers)):
             raise ValueError("stacked adapters have no dropout, no DoRA and no bias")
@@ -108,14 +116,20 @@ class StackedLayer:
         self.layers[0].__dict__.pop("forward", None)
 
     def output(self, x: Tensor) -> Tensor:
-        """y (N·m,…,out) for x (N·m,…,in), rows in the adapters' order; the base's if they are off."""
+        """y (N·m, …, out) for x (N·m, …, in), rows in the adapters' order; the base's if they are
+        off."""
         if self.layers[0].disable_adapters:
             return self.base(x)
+
+        # all adapters in one product
         if self._copies is not None:
             packed = getattr(self.base.weight, "quant_state", None)
             x = x.to(fast_linear.compute_dtype(self.base))
             return _StackedLinear.apply(x, self.base.weight, self.base.bias, packed, *self._copies)
-        result, branches = self.base(x), []
+
+        # one adapter after the other
+        result = self.base(x)
+        branches = []
         for layer, rows in zip(self.layers, x.chunk(len(self.layers)), strict=True):
             down, up = layer.lora_A[NAME], layer.lora_B[NAME]
             branches.append(up(down(rows.to(down.weight.dtype))) * layer.scaling[NAME])
@@ -139,6 +153,8 @@ class StackedAdapters:
         if any(found.keys() != layers[0].keys() for found in layers):
             raise ValueError("stacked adapters are on the same layers")
         stacked = [StackedLayer(tuple(found[path] for found in layers)) for path in layers[0]]
+
+        # projections compute in one product; the others one adapter after the other
         self.fast = [
             unit for unit in stacked if fast_linear.slow_reason(unit.layers[0], NAME) is None
         ]

@@ -1,16 +1,16 @@
-"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: several runs at once on one base in
-one process.
+"""`python -m dreambooth_moslora together RUN_DIR… --at_once N`: several runs at once on one base.
 
-A fleet's worker starts it for a group. Each run folder has its `job_config.json` and its fleet's
-record, which this process updates: running, then how the run ended. At each step, a micro-batch of
-each run goes through the UNet together.
+They share one process. A fleet's worker starts it for a group. Each run folder has its
+`job_config.json` and its fleet's record, which this process updates: running, then how the run
+ended. At each step, a micro-batch of each run goes through the UNet together.
 
 Everything else is as if the run were alone: seed, noise, photos, loss, optimizer, events,
 checkpoints, pictures and publication. So a run can be resumed alone or with others. Only rounding
 differs: a matrix product with more rows sums in another order.
 
-waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended; the next takes
-the place
+waiting -> begun (alone: base, class images, encoding) -> steps, together -> ended
+
+When one has ended, the next takes its place.
 """
 
 import argparse
@@ -61,16 +61,16 @@ def together_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_together(args: argparse.Namespace) -> int:
     """Returns 130 when a run was stopped. Each run's record says how it ended."""
-    folders, costs = [Path(folder) for folder in args.run_dirs], Costs(args.share)
+    folders = [Path(folder) for folder in args.run_dirs]
+    costs = Costs(args.share)
 
     def note(member: "Member", result: loop.TrainResult | Exception) -> None:
         costs.ended(Path(member.plan.config.output_dir), result)
 
     with terminal.StopRequest() as stop:
         train_together(members(folders, stop, costs), args.at_once, note)
-    states = [
-        record.state for folder in folders if (record := records.read_record(folder)) is not None
-    ]
+    found = [records.read_record(folder) for folder in folders]
+    states = [record.state for record in found if record is not None]
     return terminal.INTERRUPTED if "interrupted" in states else 0
 
 
@@ -82,6 +82,7 @@ def members(
         if stop():
             records.ended(folder, "interrupted", "stopped before it began")
             continue
+        # planning is a part of the run: it counts as its time, and is in its log
         costs.began(folder)
         try:
             config = table.TrainConfig.from_dict(read_json(folder / processes.CONFIG_NAME))
@@ -93,7 +94,12 @@ def members(
             costs.ended(folder, error)
         else:
             evaluator = command_train.make_evaluator if config.is_scored else lambda plan: None
-            yield Member(plan, None, stop, evaluator, partial(logged_to, config))
+            yield Member(
+                plan=plan,
+                should_stop=stop,
+                make_evaluator=evaluator,
+                within=partial(logged_to, config),
+            )
 
 
 @contextmanager
@@ -124,13 +130,18 @@ def line_for(error: Exception) -> str:
 
 
 class Costs:
-    """The records of the current runs, each with its share of the time."""
+    """The records of the current runs, each with its share of the time.
+
+    share: GPUs or cores that the process holds
+    """
 
     def __init__(self, share: float):
-        self.share, self._since = share, time.monotonic()
+        self.share = share
+        self._since = time.monotonic()  # until when the time is divided
         self._seconds: dict[Path, float] = {}
 
     def began(self, folder: Path) -> None:
+        """Write the start of a run into its record."""
         self._divide()
         self._seconds[folder] = 0.0
         record = records.read_record(folder) or records.Record("running")
@@ -144,22 +155,27 @@ class Costs:
         records.write_record(folder, begun)
 
     def ended(self, folder: Path, result: loop.TrainResult | Exception) -> None:
+        """Write the end of a run into its record, and add what it has cost."""
         self._divide()
+        message = ""
         if isinstance(result, Exception):
-            state, message = "failed", line_for(result)
+            state = "failed"
+            message = line_for(result)
         else:
-            state, message = "interrupted" if result.interrupted else "done", ""
-        spent, record = (
-            self._seconds.pop(folder),
-            records.read_record(folder) or records.Record(state),
+            state = "interrupted" if result.interrupted else "done"
+        spent_sec = self._seconds.pop(folder)
+        record = records.read_record(folder) or records.Record(state)
+        record = replace(
+            record,
+            state=state,
+            message=message,
+            seconds=record.seconds + spent_sec,
+            hours=record.hours + spent_sec / 3600 * self.share,
         )
-        costs = {
-            "seconds": record.seconds + spent,
-            "hours": record.hours + spent / 3600 * self.share,
-        }
-        records.write_record(folder, replace(record, state=state, message=message, **costs))
+        records.write_record(folder, record)
 
     def _divide(self) -> None:
+        """Give each run that is under way its part of the time since the last call."""
         now = time.monotonic()
         for folder in self._seconds:
             self._seconds[folder] += (now - self._since) / len(self._seconds)
@@ -177,6 +193,7 @@ class SharedBase:
     ) -> DiffusionPipeline:
         """The pipeline of one run. Its adapter and the components it removes do not affect other
         runs."""
+        # load it for the first run
         if self._pipeline is None:
             pipeline = frozen_base.load_base(config, base, dtype, device)
             denoiser = denoiser_of(pipeline).to(device)
@@ -184,14 +201,13 @@ class SharedBase:
             if device.type != "cpu":
                 lay_together(denoiser, adapters.target_paths(config, facts.denoiser, denoiser))
             self._pipeline = pipeline
+
+        # each run has its own denoiser to put an adapter on, which shares the base's tensors
         own = copy.copy(self._pipeline)
-        name, scheduler = (
-            families.facts_of(type(own).__name__).denoiser,
-            copy.deepcopy(self._pipeline.scheduler),
-        )
-        own.register_modules(
-            **{name: stacked_adapters.twin(denoiser_of(self._pipeline))}, scheduler=scheduler
-        )
+        name = families.facts_of(type(own).__name__).denoiser
+        denoiser = stacked_adapters.twin(denoiser_of(self._pipeline))
+        scheduler = copy.deepcopy(self._pipeline.scheduler)
+        own.register_modules(**{name: denoiser}, scheduler=scheduler)
         return own
 
     def rest(self) -> None:
@@ -203,9 +219,13 @@ class SharedBase:
 
 @dataclass(frozen=True)
 class Member:
-    """A run to train: its plan, its callbacks, and a function that makes its evaluator when it
-    begins. Whatever the run does alone happens inside the context manager `within`, which may
-    redirect its log."""
+    """A run to train.
+
+    plan: of the run
+    on_event, should_stop: callbacks, as `loop.train` takes them
+    make_evaluator: called with the plan when the run begins; None as evaluator scores nothing
+    within: makes the context in which the run does whatever it does alone; it may redirect the log
+    """
 
     plan: Plan
     on_event: Callable[[events.Event], None] | None = None
@@ -230,7 +250,9 @@ def train_together(
 ) -> None:
     """Train all `members`, at most `most` at once; when one ends, the next begins. They must have
     the same `shared_settings`. `on_end` is called with each member and its result or error."""
-    base, waiting, under_way = SharedBase(), iter(members), []
+    base = SharedBase()
+    waiting = iter(members)
+    under_way: list[Course] = []
 
     def going(member: Member, action: Callable[..., T], *arguments: object) -> T | None:
         """What `action` returns, done within the member; None when the run has ended by it."""
@@ -244,12 +266,19 @@ def train_together(
 
     try:
         while True:
-            while len(under_way) < most and (member := next(waiting, None)) is not None:
-                if (course := going(member, begun, member, base)) is not None:
+            # fill the free places
+            while len(under_way) < most:
+                member = next(waiting, None)
+                if member is None:
+                    break
+                course = going(member, begun, member, base)
+                if course is not None:
                     under_way.append(course)
                 base.rest()
             if not under_way:
                 return
+
+            # one step of all; those that end by it leave
             outcomes = losses_of([course.run for course in under_way])
             for course, outcome in zip(under_way, outcomes, strict=True):
                 course.run = going(course.member, loop.advanced, course.steps, outcome)
@@ -265,7 +294,11 @@ def begun(member: Member, base: SharedBase) -> Course:
     # a compiled graph would depend on the number of runs
     plan = replace(member.plan, config=replace(member.plan.config, compile="off"))
     steps = loop.training(
-        plan, member.on_event, member.should_stop, member.make_evaluator(plan), base
+        plan,
+        on_event=member.on_event,
+        should_stop=member.should_stop,
+        evaluator=member.make_evaluator(plan),
+        load=base,
     )
     return Course(member, steps, next(steps))
 
@@ -273,40 +306,46 @@ def begun(member: Member, base: SharedBase) -> Course:
 def losses_of(runs: Sequence[loop.Training]) -> list[Callable[[], StepLosses]]:
     """For each run, a function that returns its losses or raises; an error in the common pass ends
     all."""
+    # draw for each run; one alone computes as it would without the others
     found: dict[int, StepLosses | Exception] = {}
-    ready, drawn = [], []
+    ready: list[loop.Training] = []
+    drawn: list[list[MicroBatch]] = []
     for run in runs if len(runs) > 1 else ():
         try:
             drawn.append(draw(run))
             ready.append(run)
         except Exception as error:
             found[id(run)] = error
+
+    # the common pass of those that have drawn
     if len(ready) > 1:
         try:
-            found |= zip(
-                map(id, ready), accumulate_together([run.train_step for run in ready], drawn)
-            )
+            losses = accumulate_together([run.train_step for run in ready], drawn)
+            found |= zip(map(id, ready), losses)
         except Exception as error:
             found |= dict.fromkeys(map(id, ready), error)
     else:
         stacked.cache_clear()  # so that ended runs leave memory
-    return [
-        partial(told, found[id(run)]) if id(run) in found else run.accumulate_gradients
-        for run in runs
-    ]
+
+    # what each has to say, told within the run
+    outcomes = []
+    for run in runs:
+        is_known = id(run) in found
+        outcomes.append(partial(told, found[id(run)]) if is_known else run.accumulate_gradients)
+    return outcomes
 
 
 def draw(run: loop.Training) -> list[MicroBatch]:
+    """The micro-batches of its next step."""
     run.started = time.monotonic()
     step = run.train_step
     step.begin()
-    return [
-        step.micro_batch(step.number_of(turn))
-        for turn in range(step.config.gradient_accumulation_steps)
-    ]
+    turns = range(step.config.gradient_accumulation_steps)
+    return [step.micro_batch(step.number_of(turn)) for turn in turns]
 
 
 def told(found: StepLosses | Exception) -> StepLosses:
+    """Returns losses, and raises an error."""
     if isinstance(found, Exception):
         raise found
     return found
@@ -322,30 +361,39 @@ def accumulate_together(
     steps: Sequence[TrainStep], drawn: Sequence[Sequence[MicroBatch]]
 ) -> list[StepLosses]:
     """Accumulate each run's gradients of its next step, from equally many micro-batches `drawn`."""
-    first, turns, found = steps[0], list(zip(*drawn, strict=True)), []
+    first = steps[0]  # its denoiser computes for all
+    turns = list(zip(*drawn, strict=True))  # a turn has a micro-batch of each run
+    found = []
     with stacked(*(step.inputs.denoiser for step in steps)).for_one_step() as copies:
         for micros in turns:
+            # what the base alone answers, where it is the prior
             answers = [None] * len(steps)
             if first.base_is_prior:
-                answers = predicted_together(
-                    first.base_prediction, [s.prior_rows(m) for s, m in zip(steps, micros)]
-                )
+                prior_rows = [step.prior_rows(micro) for step, micro in zip(steps, micros)]
+                answers = predicted_together(first.base_prediction, prior_rows)
+
+            # predict for all in one pass, and compare for each
             of_each = predicted_together(first.predict, [micro.rows for micro in micros])
-            parts = [
-                step.loss_of(*own)
-                for step, *own in zip(steps, micros, of_each, answers, strict=True)
-            ]
-            sum(
-                scaled(step, part.total / len(turns)) for step, part in zip(steps, parts)
-            ).backward()
+            parts = []
+            for step, micro, prediction, answer in zip(
+                steps, micros, of_each, answers, strict=True
+            ):
+                parts.append(step.loss_of(micro, prediction, answer))
+
+            # differentiate the sum: each adapter is in one summand only
+            scaled_losses = []
+            for step, part in zip(steps, parts):
+                scaled_losses.append(scaled(step, part.total / len(turns)))
+            sum(scaled_losses).backward()
             copies.collect()
             found.append([numbers_of(part) for part in parts])
-    return [
-        step.mean_of(list(numbers))
-        for step, numbers in zip(steps, zip(*found, strict=True), strict=True)
-    ]
+
+    # of each run, the mean over its turns
+    of_runs = zip(*found, strict=True)
+    return [step.mean_of(list(own)) for step, own in zip(steps, of_runs, strict=True)]
 
 
 def scaled(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:
+    """The loss times the scale by which fp16's gradients do not vanish."""
     scaler: torch.amp.GradScaler | None = step.accelerator.scaler
     return loss if scaler is None else scaler.scale(loss)

@@ -1,8 +1,8 @@
-"""Trains one subject, or several in one process, on one machine: starts a command, and waits for
-its end.
+"""Trains one subject, or several in one process, on one machine.
 
-The training resumes from its newest checkpoint, so a lost machine costs only the steps since then.
-Nothing here imports torch: a worker is small and starts at once.
+A worker starts a command, and waits for its end. The training resumes from its newest checkpoint,
+so a lost machine costs only the steps since then. Nothing here imports torch: a worker is small and
+starts at once.
 
 The process of several is `python -m dreambooth_moslora together`. It writes each subject's record
 as the subject begins and ends. This module writes the records of subjects that the process did not
@@ -37,23 +37,39 @@ from dreambooth_moslora.extras.cluster.records import (
     write_record,
 )
 
-DONE, MISTAKE, INTERRUPTED, ERROR = 0, 2, 130, "error: "
+DONE = 0
+MISTAKE = 2
+INTERRUPTED = 130
+"""Exit codes of the training command."""
+ERROR = "error: "
+"""How the command's line for the user begins."""
 POLL_SEC = 0.2
+"""Seconds between two looks at the process."""
 HOLD_NAME = queue.HOLD_NAME
-"""The worker's lock, which its training inherits, held until that ends, even if the worker dies
-first."""
-# How long a training whose worker is gone may take for its last step and checkpoint
+"""The worker's lock. Its training inherits it, so it is held until the training ends, even if the
+worker dies first."""
 HELD_SEC = 120.0
-KILLED_MOST = 3  # How many times one machine starts a training that was killed
+"""How long a training whose worker is gone may take for its last step and checkpoint."""
+KILLED_MOST = 3
+"""How many times one machine starts a training that was killed."""
 ENDED = ("done", "failed", "interrupted")
+"""States after which a subject is not started again by the same worker."""
 GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
+"""Arguments of Python by which a command ends with its worker."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs: the run's `settings`, `mark`, share of a machine, and `folder`, where
-    relative paths begin. `url` is the run folder's in a bucket (`remote_output`); of `run_dir` only
-    the name is used then."""
+    """What a worker needs to train one subject.
+
+    run_dir: the run folder; with `url`, only its name is used
+    settings: of the run
+    mark: a digest of settings and photos (`fleet_subjects.mark_of`)
+    cpus: cores and threads
+    gpus: share of a GPU; 0 to train on the CPU
+    folder: where relative paths begin; empty for the worker's own folder
+    url: of the run folder in a bucket (`remote_output`); empty without one
+    """
 
     run_dir: str
     settings: Mapping[str, Any]
@@ -121,29 +137,38 @@ def held(run_dir: Path) -> BinaryIO:
 
 def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     """Returns the exit status; it is negative for a signal. The time is added to the record."""
+    # note that it has begun; what earlier starts have cost is kept
     before = read_record(run_dir)
     is_known = goes_on(before, job)
     begun = before if is_known else Record("running", job.mark, since=time.time())
-    begun = replace(begun, state="running", message="", unit=job.unit, starts=begun.starts + 1)
-    begun = replace(begun, machine=socket.gethostname())
+    begun = replace(
+        begun,
+        state="running",
+        message="",
+        unit=job.unit,
+        starts=begun.starts + 1,
+        machine=socket.gethostname(),
+    )
     write_record(run_dir, begun)
-    processes.write_settings(
-        run_dir, {**job.settings, **(resumed(run_dir, before) if is_known else {})}
-    )
+
+    # train, and wait for the end
+    resume = resumed(run_dir, before) if is_known else {}
+    processes.write_settings(run_dir, {**job.settings, **resume})
     started = time.monotonic()
-    process = start_guarded(
-        job, ("train", "--config", str(run_dir / processes.CONFIG_NAME)), (hold.fileno(),)
-    )
+    words = ("train", "--config", str(run_dir / processes.CONFIG_NAME))
+    process = start_guarded(job, words, (hold.fileno(),))
     code = watch(process, stop_path(run_dir.parent), [run_dir])
+
+    # add what it has cost
     seconds = time.monotonic() - started
     hours = seconds / 3600 * (job.gpus or job.cpus)
-    write_record(
-        run_dir, replace(begun, seconds=begun.seconds + seconds, hours=begun.hours + hours)
-    )
+    spent = {"seconds": begun.seconds + seconds, "hours": begun.hours + hours}
+    write_record(run_dir, replace(begun, **spent))
     return code
 
 
 def goes_on(before: Record | None, job: Job) -> bool:
+    """Whether this training was started before."""
     return before is not None and before.mark == job.mark and before.starts > 0
 
 
@@ -161,7 +186,8 @@ def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subpr
     process; its log is in the run folder. It has as many threads as cores: on CPUs the result's
     bytes depend on the number of threads."""
     folder = job.folder if os.path.isdir(job.folder) else None
-    threads, command = {"OMP_NUM_THREADS": str(job.cpus)}, (*GUARDED, str(os.getpid()), *words)
+    threads = {"OMP_NUM_THREADS": str(job.cpus)}
+    command = (*GUARDED, str(os.getpid()), *words)
     return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
@@ -180,24 +206,25 @@ def watch(process: subprocess.Popen, stop: Path, run_dirs: Sequence[Path]) -> in
             time.sleep(POLL_SEC)
         return process.returncode
     except BaseException:
+        # Ray cancels a task by an exception in it
         processes.ask_to_stop(run_dirs[0])
         raise
 
 
 def judged(run_dir: Path, code: int) -> Record:
+    """The record of a training that has ended with the exit status `code`."""
     was_asked = stop_path(run_dir.parent).exists()
     if code == DONE:
         return ended(run_dir, "done")
     if code == INTERRUPTED or (was_asked and code in processes.STOPPED_EARLY):
         return ended(run_dir, "interrupted")
+
+    # a person's mistake is told by the command itself; anything else is guessed from its end
     log = processes.log_tail(run_dir)
     errors = [line.removeprefix(ERROR) for line in log.splitlines() if line.startswith(ERROR)]
-    is_told = code == MISTAKE and errors
-    return ended(
-        run_dir,
-        "failed",
-        errors[-1] if is_told else processes.why_it_ended(code, log, was_asked=was_asked),
-    )
+    if code == MISTAKE and errors:
+        return ended(run_dir, "failed", errors[-1])
+    return ended(run_dir, "failed", processes.why_it_ended(code, log, was_asked=was_asked))
 
 
 @dataclass(frozen=True)
@@ -215,7 +242,9 @@ def train_work(work: Job | Group) -> Record | list[Record]:
     if isinstance(work, Job):
         return train_subject(work)
     with ExitStack() as stack:
-        jobs, holds = [], []
+        # hold the folder of each subject that is still to be trained
+        jobs: list[Job] = []
+        holds: list[int] = []
         for job in work.jobs:
             run_dir = Path(job.run_dir)
             if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
@@ -226,14 +255,13 @@ def train_work(work: Job | Group) -> Record | list[Record]:
             except UserError as error:
                 ended(run_dir, "failed", str(error))
             else:
-                before = read_record(run_dir)  # what it has cost so far is kept
-                known = (
-                    before
-                    if goes_on(before, job)
-                    else Record("waiting", job.mark, since=time.time())
-                )
+                known = read_record(run_dir)  # what it has cost so far is kept
+                if not goes_on(known, job):
+                    known = Record("waiting", job.mark, since=time.time())
                 write_record(run_dir, replace(known, state="waiting", message="", unit=job.unit))
                 jobs.append(job)
+
+        # the folders are held until the process has ended
         train_to_their_ends(jobs, work.at_once, tuple(holds))
     return [read_record(Path(job.run_dir)) or Record("failed", job.mark) for job in work.jobs]
 
@@ -249,41 +277,37 @@ def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -
             for job in left:
                 ended(Path(job.run_dir), "interrupted", "stopped before it began")
             return
+        # keep those that the process did not live to end
         code = train_group_once(left, at_once, holds)
-        records = [read_record(Path(job.run_dir)) for job in left]
-        left = [
-            job for job, found in zip(left, records) if found is None or found.state not in ENDED
-        ]
+        records = [(job, read_record(Path(job.run_dir))) for job in left]
+        left = [job for job, found in records if found is None or found.state not in ENDED]
         if code >= 0 or stop_path(first.parent).exists():
             break
+
+    # write how they ended in its place
     was_asked = stop_path(first.parent).exists()
     for job in left:
         reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
-        ended(
-            Path(job.run_dir),
-            "interrupted" if was_asked else "failed",
-            "" if was_asked and code >= 0 else reason,
-        )
+        if was_asked and code >= 0:
+            reason = ""
+        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", reason)
 
 
 def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
     """Returns the exit status; it is negative for a signal."""
+    # the settings of each are in its run folder
     run_dirs = [Path(job.run_dir) for job in jobs]
     for job, run_dir in zip(jobs, run_dirs, strict=True):
         before = read_record(run_dir)
-        processes.write_settings(
-            run_dir, {**job.settings, **(resumed(run_dir, before) if before.starts else {})}
-        )
+        resume = resumed(run_dir, before) if before.starts else {}
+        processes.write_settings(run_dir, {**job.settings, **resume})
+
+    # one process for all, which has the machine's share of one
     share = jobs[0].gpus or jobs[0].cpus
-    words = (
-        "together",
-        "--at_once",
-        str(at_once),
-        "--share",
-        str(share),
-        *(job.run_dir for job in jobs),
-    )
-    return watch(start_guarded(jobs[0], words, holds), stop_path(run_dirs[0].parent), run_dirs)
+    words = ["together", "--at_once", str(at_once), "--share", str(share)]
+    words += [job.run_dir for job in jobs]
+    process = start_guarded(jobs[0], words, holds)
+    return watch(process, stop_path(run_dirs[0].parent), run_dirs)
 
 
 if __name__ == "__main__":
