@@ -1,7 +1,10 @@
 """The base model of a run: found once, from its name, and handed on.
 
-    Base.find("toy")    Base.find("models/sdxl")    Base.find("model.safetensors")    Base.find("owner/model")
-    Base.of(config)     what a run's settings name
+    Base.find("toy")                  the embedded base
+    Base.find("models/sdxl")          a diffusers folder
+    Base.find("model.safetensors")    a single file
+    Base.find("owner/model")          an id of the hub
+    Base.of(config)                   what a run's settings name
 
 Each fact is read from the base's files when it is first asked for, and kept. Nothing here loads the
 model or imports torch: `base.load` does.
@@ -30,8 +33,11 @@ SETTINGS = {
 """What decides which base a run has, and the setting that says it."""
 LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
 HUB_ANSWERS = {401: LOGIN, 403: LOGIN, 404: "has no such model"}
+"""HTTP status -> what follows "the hub" in a message."""
 HUB_SEC = 5
+"""How long the hub's answer is waited for."""
 Shapes = dict[str, list[int]]
+"""Tensor's name -> its shape."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +67,26 @@ class Base:
         if isinstance(name, Base):
             return name
         path = path_of(name)
-        source = "hub" if path is None else ("file" if path.is_file() else "folder")
-        return cls(str(name), source, path, **places)
+        source = "hub"
+        if path is not None:
+            source = "file" if path.is_file() else "folder"
+        return cls(name=str(name), source=source, path=path, **places)
 
     @classmethod
     def of(cls, settings: TrainConfig | Mapping[str, Any]) -> "Base":
         """The base that a run's settings name. Raises UserError as `find` does."""
         given = settings if isinstance(settings, Mapping) else vars(settings)
-        places = {
-            field: given.get(setting) for field, setting in SETTINGS.items() if field != "name"
-        }
+        places = {field: given.get(setting) for field, setting in SETTINGS.items()}
+        del places["name"]
         return cls.find(given[SETTINGS["name"]], **places)
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> "Base":
         """The same to draw with after the run, which may have been moved away from its cache, by
         whichever of the base's files are here. Raises UserError as `find` does."""
-        cache_dir = (
-            config.cache_dir if config.cache_dir and Path(config.cache_dir).is_dir() else None
-        )
+        cache_dir = config.cache_dir
+        if not cache_dir or not Path(cache_dir).is_dir():
+            cache_dir = None
         name = config.pretrained_model_name_or_path
         return cls.find(name, revision=config.revision, cache_dir=cache_dir)
 
@@ -114,9 +121,11 @@ class Base:
         hub's denoiser is fetched."""
         if self.source != "hub":
             return self.path if self.source == "folder" else None
-        configs = [
-            self._cached / part / "config.json" for part in families.DENOISERS if self._cached
-        ]
+
+        # The cache may hold an index alone. A denoiser's configuration says that there is more.
+        if self._cached is None:
+            return None
+        configs = [self._cached / part / "config.json" for part in families.DENOISERS]
         return self._cached if any(config.is_file() for config in configs) else None
 
     @cached_property
@@ -135,6 +144,7 @@ class Base:
     @cached_property
     def _told(self) -> dict | str | None:
         """`index`, or why the hub does not give it."""
+        # What is on this machine comes first: the hub is asked only where nothing is.
         home = self._cached if self.source == "hub" else self.configs
         if home is not None:
             return files.read_json(home / files.INDEX)
@@ -152,8 +162,9 @@ class Base:
         if not isinstance(self._told, str):
             return None
         return (
-            f"the base {self.name} is not on this machine, and the hub {self._told}: give the folder "
-            f"of a base, or fetch it with `hf download {self.name}` where there is a connection."
+            f"the base {self.name} is not on this machine, and the hub {self._told}: "
+            "give the folder of a base, "
+            f"or fetch it with `hf download {self.name}` where there is a connection."
         )
 
     @cached_property
@@ -165,14 +176,18 @@ class Base:
     def facts(self) -> families.Facts | None:
         """Its family; None for a hub id that is not known and cannot be asked for. Raises UserError
         for a family that cannot be trained."""
+        # A published model needs no question to the hub.
         if self.known and not self._cached:
             return self.known[0]
         if self.index is not None:
             return files.facts_in(self.index)
+
+        # A single file without configurations beside it tells its family by its tensors' names.
         return files.facts_by_names(self.tensors) if self.file else None
 
     @property
     def is_flow(self) -> bool:
+        """Whether it is trained by flow matching."""
         return self.facts is not None and self.facts.style == "flow"
 
     @cached_property
@@ -203,8 +218,11 @@ class Base:
         if self.is_toy:
             return toys.RESOLUTION_PX
         with suppress(UserError):
-            own = files.unet_side(self.configs) if self.configs else None
-            if side := own or (self.facts and self.facts.resolution_px):
+            # The UNet's own configuration knows it better than the family.
+            side = files.unet_side(self.configs) if self.configs else None
+            if not side and self.facts:
+                side = self.facts.resolution_px
+            if side:
                 return side
         return TrainConfig.resolution
 
@@ -222,9 +240,13 @@ class Base:
     @property
     def weights_gib(self) -> float:
         """Of the files that would be loaded, GiB. Raises OSError for a link whose file is gone."""
-        parts = [part for part in self.folder.iterdir() if part.is_dir()] if self.folder else []
-        weights = [file for part in parts for file in files.weight_files(part)]
-        weights += [self.file] if self.file else []
+        weights = []
+        if self.folder:
+            for part in self.folder.iterdir():
+                if part.is_dir():
+                    weights += files.weight_files(part)
+        if self.file:
+            weights.append(self.file)
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
@@ -232,12 +254,18 @@ class Base:
         a VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
         if self.vae:
             files.check_vae(self.vae)
-        facts = self.facts
+        facts = self.facts  # raises for a family that cannot be trained
         if self.source != "folder":
             return
         folder, index = self.folder, self.index
-        models = [facts.denoiser, *([] if self.vae else ["vae"]), *facts.encoders]
+
+        # What the family needs: models, with another VAE not the base's own, and their tokenizers.
+        models = [facts.denoiser, *facts.encoders]
+        if not self.vae:
+            models.insert(1, "vae")
         tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
+
+        # Each of them is in the index, and has a configuration.
         for part in (*models, *tokenizers, "scheduler"):
             if not isinstance(index.get(part), list) or None in index[part]:
                 title = f"{facts.article} {facts.title}"
@@ -247,11 +275,15 @@ class Base:
             if not any((folder / part).glob("*.json")):
                 missing = f"{folder / part} is missing or has no configuration"
                 raise UserError(f"{folder} is not a whole base model: {missing}.")
+
+        # An index does not tell whether the UNet is conditioned on sizes, as SDXL's is.
         if facts.needs_sizes:
             unet = files.read_json(folder / "unet" / "config.json")
             if unet.get("addition_embed_type") != "text_time":
                 lack = "its UNet has no size conditioning (text_time)"
                 raise UserError(f"{folder} is not an SDXL base model: {lack}.")
+
+        # The weights are there, and are of such a part.
         for part in models:
             marks = files.MARKS.get(part) if facts.denoiser == "unet" else None
             files.check_component(folder / part, self.variant, self.shapes[part], marks)
@@ -259,11 +291,14 @@ class Base:
 
 def path_of(name: str | Path) -> Path | None:
     """The folder or file of that name; None for an id of the hub. Raises UserError for neither."""
+    # An embedded base, by its short name.
     if toy := toys.TOYS.get(str(name)):
         if not (toy / files.INDEX).is_file():
             lack = f"{toy} has no {files.INDEX}"
             raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
         return toy
+
+    # A folder or a file that is here, each of which must be a model's.
     path = user_path(name)
     if path.is_dir():
         if not (path / files.INDEX).is_file():
@@ -274,6 +309,8 @@ def path_of(name: str | Path) -> Path | None:
             raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
         files.shapes_in(path)  # which refuses a damaged one
         return path
+
+    # Anything else is on the hub, if it could be a name there.
     if not files.is_hub_id(str(name)):
         instead = "give a diffusers folder, a .safetensors file or a hub id"
         raise UserError(f"the base {name} does not exist: {instead}.")

@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
     """The pixels as they are, which become black where they are not finite, with a warning."""
     if not pixels.isfinite().all():
-        logger.warning(
-            "A picture has values that are not finite (NaN) and is black there: use %s.", LIKE_FP32
-        )
+        message = "A picture has values that are not finite (NaN) and is black there: use %s."
+        logger.warning(message, LIKE_FP32)
     return pixels
 
 
@@ -42,7 +41,12 @@ def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     found = []
     for one in latents.split(1):
         decode = partial(decoded, vae, one)
-        found.append(finite_or_fp32(vae, decode) if one.isfinite().all() else decode())
+
+        # NaN in the latents is the denoiser's: another precision of the VAE would not help.
+        if one.isfinite().all():
+            found.append(finite_or_fp32(vae, decode))
+        else:
+            found.append(decode())
     return torch.cat(found)
 
 
@@ -58,12 +62,16 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w) in fp32, as the VAE computes them."""
+    # Undo what the denoiser's latents are scaled by.
     latents = latents.float() / vae.config.scaling_factor
     if statistics := latent_statistics(vae, latents.device):
-        latents = latents * statistics[1] + statistics[0]
-    height, width = (side * scale_of(vae) for side in latents.shape[-2:])
+        mean, deviation = statistics
+        latents = latents * deviation + mean
+
+    size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
     device = machine.device_of(vae)
-    with tiled_where_short(vae, (height, width), device):
+    with tiled_where_short(vae, size_px, device):
         return vae.decode(latents.to(device, vae.dtype)).sample.float()
 
 
@@ -71,12 +79,13 @@ def latent_statistics(
     vae: AutoencoderKL, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
-    found = [getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std")]
-    return (
-        None
-        if None in found
-        else tuple(torch.tensor(one, device=device).view(1, -1, 1, 1) for one in found)
-    )
+    mean = getattr(vae.config, "latents_mean", None)
+    deviation = getattr(vae.config, "latents_std", None)
+    if mean is None or deviation is None:
+        return None
+    mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+    deviation = torch.tensor(deviation, device=device).view(1, -1, 1, 1)
+    return mean, deviation
 
 
 def scale_of(vae: AutoencoderKL) -> int:
@@ -91,20 +100,28 @@ def tiled_where_short(
     device: torch.device,
     bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL,
 ) -> Iterator[None]:
-    """In this block the VAE works in tiles, if it can, where memory is short for (height, width)
-    px."""
+    """In this block the VAE works in tiles, if it can, where memory is short for a whole picture.
+
+    vae: whose settings are restored afterwards
+    size_px: height and width
+    device: where the VAE computes
+    bytes_a_pixel: peak of the work beside the weights
+    """
+    # How many pixels fit into the free memory. On a CPU all of them do.
     free = machine.free_gib(device)
     pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
     if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
         yield
         return
+
+    # The largest tile that fits, and the smallest where none does.
+    fitting = [side for side in machine.TILES_PX if side**2 <= pixels]
+    tile = fitting[0] if fitting else machine.TILES_PX[-1]
+
     before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
-    tile = next((side for side in machine.TILES_PX if side**2 <= pixels), machine.TILES_PX[-1])
-    vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = (
-        True,
-        tile,
-        tile // scale_of(vae),
-    )
+    vae.use_tiling = True
+    vae.tile_sample_min_size = tile
+    vae.tile_latent_min_size = tile // scale_of(vae)
     try:
         yield
     finally:
@@ -119,6 +136,8 @@ def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Probe:
+    """How a VAE does in one dtype."""
+
     dtype: str
     finite: bool  # no NaN and no infinity
     error: float  # mean |difference| from the fp32 picture, of 255 levels
@@ -129,7 +148,10 @@ def load_vae_alone(base: Base | str | Path) -> AutoencoderKL:
     OSError and ValueError for one without a VAE that can be read."""
     base = Base.find(base)
     if base.file:
-        local = {} if base.configs is None else {"config": str(base.configs), "subfolder": "vae"}
+        # The configuration is that beside the file; without one diffusers takes the hub's.
+        local = {}
+        if base.configs is not None:
+            local = {"config": str(base.configs), "subfolder": "vae"}
         return AutoencoderKL.from_single_file(str(base.file), **local).eval()
     return AutoencoderKL.from_pretrained(base.place, subfolder="vae").eval()
 
@@ -142,19 +164,33 @@ def probe_vae(
     size_px: int,
     device: torch.device,
 ) -> list[Probe]:
-    """Encode and decode in each dtype, against fp32, which it stays in: photos, else hard edges,
-    which overflow."""
+    """Encode and decode in each dtype, and compare with fp32.
+
+    vae: it is in fp32 afterwards
+    dtypes: one `Probe` for each
+    photos: made square; without any, a chessboard, whose hard edges overflow
+    size_px: side of the pictures
+    device: where the VAE computes
+    """
+    # A chessboard of 16 x 16 fields, in place of photos.
     rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
     squares = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8)).convert("RGB")
     images = [image.resize((size_px, size_px)) for image in photos] or [squares]
+
+    # Pixels (B, 3, H, W) in [-1, 1].
     stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
-    exact, probes = round_trip(vae, pixels, torch.float32, device), []
+
+    exact = round_trip(vae, pixels, torch.float32, device)
+    probes = []
     for dtype in dtypes:
         ours = round_trip(vae, pixels, dtype, device)
         finite = bool(ours.isfinite().all())
-        error = float((ours - exact).clamp(-2, 2).abs().mean() * 127.5) if finite else float("nan")
-        probes.append(Probe(str(dtype).removeprefix("torch."), finite, error))
+        error = float("nan")
+        if finite:
+            error = float((ours - exact).clamp(-2, 2).abs().mean() * 127.5)
+        name = str(dtype).removeprefix("torch.")
+        probes.append(Probe(dtype=name, finite=finite, error=error))
     vae.to(torch.float32)
     return probes
 
@@ -162,8 +198,10 @@ def probe_vae(
 def round_trip(
     vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
+    """Pixels (B, 3, H, W), encoded and decoded one picture after the other: fp32, on the CPU."""
     vae.to(device, dtype)
-    decoded = [
-        vae.decode(vae.encode(p[None].to(device, dtype)).latent_dist.mode()).sample for p in pixels
-    ]
-    return torch.cat(decoded).float().cpu()
+    found = []
+    for picture in pixels:
+        latents = vae.encode(picture[None].to(device, dtype)).latent_dist.mode()
+        found.append(vae.decode(latents).sample)
+    return torch.cat(found).float().cpu()

@@ -12,12 +12,19 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
-USUAL_VAE_LEVELS = 4  # each but the last halves the side
-SMALL_BASE_PX = 256  # A base of at most this resolution needs no care with GPU memory
+"""How a file begins whose content git-lfs has not fetched."""
+USUAL_VAE_LEVELS = 4
+"""Resolutions inside a VAE. Each but the last halves the side."""
+SMALL_BASE_PX = 256
+"""A base of at most this resolution needs no care with GPU memory."""
 HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+"""owner/model, as the hub allows them."""
 SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
-DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's tensors in a whole checkpoint
+"""Of checkpoints that hold a whole model, or its denoiser."""
+DENOISER_PREFIX = "model.diffusion_model."
+"""How the names of the denoiser's tensors begin in a whole checkpoint."""
 INDEX = "model_index.json"
+"""diffusers' file that names the parts of a base."""
 TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
 MARKS = {"unet": {"conv_in.weight"}, "vae": {"encoder.conv_in.weight"}}
 MARKS |= dict.fromkeys(("text_encoder", "text_encoder_2"), TEXT_MARKS)
@@ -27,9 +34,14 @@ MARKS |= dict.fromkeys(("text_encoder", "text_encoder_2"), TEXT_MARKS)
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The weight files of a base's component that are loaded: the variant's, if there are any."""
     for suffix in (".safetensors", ".bin"):
-        if files := sorted(folder.glob(f"*{suffix}")):
-            chosen = [file for file in files if variant and f".{variant}" in file.name]
-            return chosen or [file for file in files if "." not in file.stem] or files
+        files = sorted(folder.glob(f"*{suffix}"))
+        if not files:
+            continue
+
+        # The variant's, else the plain ones, else whatever is there.
+        chosen = [file for file in files if variant and f".{variant}" in file.name]
+        plain = [file for file in files if "." not in file.stem]
+        return chosen or plain or files
     return []
 
 
@@ -41,7 +53,8 @@ def variants_in(folder: Path) -> list[str]:
 
 
 def tensor_shapes(folder: Path, variant: str | None = None) -> dict[str, list[int]]:
-    """Name -> shape for a component's folder; empty for another format, or none. Raises UserError."""
+    """Tensor's name -> shape for a component's folder; {} for another format than safetensors, and
+    for no files. Raises UserError for a damaged file."""
     shapes: dict[str, list[int]] = {}
     for file in weight_files(folder, variant):
         shapes |= shapes_in(file)
@@ -54,7 +67,8 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
-                f"{path} is a git-lfs pointer, the weights are not here: fetch them with `git lfs pull`."
+                f"{path} is a git-lfs pointer, the weights are not here: "
+                "fetch them with `git lfs pull`."
             )
     if path.suffix != ".safetensors":
         return {}
@@ -77,9 +91,14 @@ def unet_side(folder: Path) -> int | None:
     """The side in px by the configuration of the UNet, and of the VAE, which may be another's; None
     where it does not say it."""
     try:
+        # The UNet's side is in latents.
         latent = int(read_json(folder / "unet" / "config.json")["sample_size"])
+
+        # The VAE says how many px are in one of them.
         vae = folder / "vae" / "config.json"
-        levels = len(read_json(vae)["block_out_channels"]) if vae.is_file() else USUAL_VAE_LEVELS
+        levels = USUAL_VAE_LEVELS
+        if vae.is_file():
+            levels = len(read_json(vae)["block_out_channels"])
         return latent * 2 ** (levels - 1) if latent > 0 else None
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
@@ -96,9 +115,11 @@ def facts_in(index: dict) -> families.Facts:
     """The family of a base by its `model_index.json`. Raises UserError for one that cannot be
     trained."""
     name = str(index.get("_class_name", ""))
-    return families.facts_of(
-        "StableDiffusionXLPipeline" if name.startswith("StableDiffusionXL") or not name else name
-    )
+
+    # SDXL has pipelines for other tasks, such as inpainting, whose parts are the same.
+    if not name or name.startswith("StableDiffusionXL"):
+        name = "StableDiffusionXLPipeline"
+    return families.facts_of(name)
 
 
 def check_vae(name: str) -> None:
@@ -115,8 +136,13 @@ def check_vae(name: str) -> None:
 def check_component(
     folder: Path, variant: str | None, shapes: Mapping[str, list[int]], marks: set[str] | None
 ) -> None:
-    """Raises UserError for a folder without weights, and for another model's weights: their
-    `shapes`, by tensor's name, have none of `marks`."""
+    """Raises UserError for a folder without weights, and for another model's weights.
+
+    folder: of one part of a base
+    variant: whose files are loaded; None for the plain ones
+    shapes: of the part's tensors, by name; {} where they are not known
+    marks: names of tensors, of which each such part has one; None for no such check
+    """
     if not weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")

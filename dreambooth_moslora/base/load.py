@@ -1,12 +1,14 @@
 """The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for
 the denoiser.
 
-name --load_pipeline--> the pipeline of its family (`families`)
-pixels (B, 3, H, W) in [-1, 1] --encode_image--> latents (B, C, h, w), normalised as the denoiser expects them
-prompts (N) --encode_text--> N texts, each by the names of the pipeline's own arguments
+    name          --load_pipeline-->  the pipeline of its family (`families`)
+    pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects them
+    prompts (N)   --encode_text-->    N texts, each by the names of the pipeline's own arguments
 
-Quantised to 4-bit NormalFloat (QLoRA, Dettmers et al. 2023) or to 8-bit weights of bitsandbytes are
-only the linear layers of the repeated blocks: they hold nine tenths of SDXL's UNet.
+Pixels are (B, 3, H, W) in [-1, 1].
+
+Only the linear layers of the repeated blocks are quantised, to 4-bit NormalFloat (QLoRA, Dettmers
+et al. 2023) or to 8-bit weights of bitsandbytes: they hold nine tenths of SDXL's UNet.
 
 `TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt,
 and keeps weights and products on the host. In SDXL's UNet in half precision the weights take 0.63
@@ -39,16 +41,18 @@ from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
-# Outputs that the 4-bit kernels for CPUs compute at a time; divides every width of SDXL
 OUTPUTS_A_BLOCK = 32
-CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"  # bitsandbytes warns at every call in bf16
-MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}  # PEFT chooses its layers by them
+"""Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
+CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
+"""How a warning begins that bitsandbytes gives at every call in bf16."""
+MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
+"""Kind of quantisation -> the model's attribute by which PEFT chooses its layers."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-# Damaged or missing parts
 UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
-# How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)
+"""Errors of the loaders for damaged and missing parts."""
 ZERO_SNR_RESCALE = 0.7
+"""How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)."""
 
 
 def quantize(
@@ -57,20 +61,34 @@ def quantize(
     compute_dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> int:
-    """Replace the layers in place, quantised one by one on `device` (default: its own); returns how
-    many. In 4 bit each then moves back, which frees the device for the encoders. Raises UserError
-    without bitsandbytes."""
+    """Quantise the linear layers of the repeated blocks, in place.
+
+    denoiser: in the CPU's memory, or on a device
+    kind: nf4 or int8; with none nothing is done
+    compute_dtype: of products with 4-bit weights
+    device: where a layer is quantised; by default where it is. In 4 bit each then moves back, which
+        frees the device for the encoders
+
+    Returns how many layers were replaced. Raises UserError without bitsandbytes.
+    """
     if kind == "none":
         return 0
     if kind == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
+
+    # One layer after the other, so that the dense weights need not fit onto the device together.
     count = 0
     for name, dense in layers_of_blocks(denoiser):
         if ".lora_" in name:  # the adapter's own, of a base that has one already
             continue
         if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
+            layer = quantized(
+                dense,
+                kind=kind,
+                compute_dtype=compute_dtype,
+                device=device or dense.weight.device,
+            )
             parent, _, child = name.rpartition(".")
-            layer = quantized(dense, kind, compute_dtype, device or dense.weight.device)
             setattr(denoiser.get_submodule(parent), child, layer)
             count += 1
     setattr(denoiser, MARKS[kind], True)
@@ -78,31 +96,35 @@ def quantize(
 
 
 def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    kinds, modules = pipelines.block_classes(denoiser), list(denoiser.named_modules())
+    """(name, module) of everything inside the repeated blocks."""
+    kinds = pipelines.block_classes(denoiser)
+    modules = list(denoiser.named_modules())
     blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
-    return [
-        (name, module)
-        for name, module in modules
-        if name.startswith(blocks or "transformer_blocks")
-    ]
+
+    # A model that lists no blocks is taken to have diffusers' usual ones.
+    inside = blocks or "transformer_blocks"
+    return [(name, module) for name, module in modules if name.startswith(inside)]
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
+    """A filter of bitsandbytes' log."""
     return not str(record.msg).startswith(CAST_TO_FP16)
 
 
 def quantized(
     dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    """One layer (out, in), on `device`. Raises UserError when bitsandbytes is not installed."""
+    """One layer (out, in), quantised on `device`. Raises UserError when bitsandbytes is not
+    installed."""
     try:
         from bitsandbytes import nn as bnb
     except ImportError as error:
         raise UserError(
             "--base_quantization needs bitsandbytes: pip install bitsandbytes."
         ) from error
+    # The layer is made on meta, as its own random weights are not needed.
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
-    if kind == "nf4":  # on meta, as the layer's own random weights are not needed
+    if kind == "nf4":
         layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
         layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
     else:
@@ -111,29 +133,39 @@ def quantized(
             dense.weight.data, requires_grad=False, has_fp16_weights=False
         )
     layer.bias = dense.bias
+
+    # bitsandbytes quantises as a weight moves to the device. A weight in 8 bit stays there.
     home = dense.weight.device if kind == "nf4" else device
     return layer.to(device).to(home)
 
 
 class TextProjection(nn.Linear):
-    """A frozen projection (out,in) of the text: `host_weight` has the numbers, `weight` (NaN)
-    shape, dtype and device. `of_attention` (B,T,…): this layer's product beside those of its
-    `siblings`, the attention's text projections."""
+    """A frozen projection (out,in) of the text, whose weight is not on the device.
+
+    host_weight: its numbers
+    weight: NaN of the same shape and dtype, on the device, for those who read only these
+    text, product: the last text (B,T,in) and this layer's product with it (B,T,out)
+    of_attention: that product beside those of its siblings, (B,T,…)
+    siblings: how many text projections the attention has
+    """
 
     siblings = 1
 
     def __init__(self, dense: nn.Linear, products: "TextProducts"):
+        # `nn.Linear` itself would make a weight.
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = (
-            dense.in_features,
-            dense.out_features,
-            dense.bias,
-        )
+        self.in_features = dense.in_features
+        self.out_features = dense.out_features
+        self.bias = dense.bias
+
         self.host_weight = dense.weight.detach()
         if products.device.type != "meta":
             self.host_weight = self.host_weight.cpu()
+
+        # One NaN, expanded: it takes no memory, and a use of it shows.
         nothing = torch.full((), torch.nan, dtype=dense.weight.dtype, device=products.device)
         self.register_buffer("weight", nothing.expand(dense.weight.shape), persistent=False)
+
         self.products = products
         self.text: Tensor | None = None
         self.product: Tensor | None = None
@@ -153,15 +185,17 @@ class TextProducts:
     def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
         self.attentions: dict[str, list[TextProjection]] = {}
-        self._kept: dict[str, Tensor] = {}
-        paths = [
-            path
-            for path, layer in unet.named_modules()
-            if is_text_projection(path) and type(layer) is nn.Linear
-        ]
-        for path in paths:
+        self._kept: dict[str, Tensor] = {}  # prompt -> products (T, all outputs)
+
+        # Find them all before the first is replaced.
+        dense = {}
+        for path, layer in unet.named_modules():
+            if is_text_projection(path) and type(layer) is nn.Linear:
+                dense[path] = layer
+
+        for path, linear in dense.items():
             parent, _, name = path.rpartition(".")
-            layer = TextProjection(unet.get_submodule(path), self)
+            layer = TextProjection(linear, self)
             setattr(unet.get_submodule(parent), name, layer)
             self.attentions.setdefault(parent, []).append(layer)
         self.layers = [layer for layers in self.attentions.values() for layer in layers]
@@ -176,10 +210,13 @@ class TextProducts:
 
     @torch.no_grad()
     def show(self, text: Tensor, prompts: Sequence[str]) -> None:
-        """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B `prompts`."""
+        """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B prompts."""
+        # Products are computed once a prompt.
         for prompt, row in zip(prompts, text, strict=True):
             if prompt not in self._kept:
                 self.keep(prompt, self._computed(row).cpu())
+
+        # From pinned memory the copies to a GPU run beside its other work.
         rows = [self._kept[prompt] for prompt in prompts]
         shown = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=self.device)
         for place, row in enumerate(rows):
@@ -191,21 +228,25 @@ class TextProducts:
         self._lend(text, self._computed(text))
 
     def _lend(self, text: Tensor, products: Tensor) -> None:
-        attentions = [
-            (layers, [layer.out_features for layer in layers])
-            for layers in self.attentions.values()
-        ]
-        parts = products.split([sum(widths) for _, widths in attentions], -1)
-        for (layers, widths), part in zip(attentions, parts, strict=True):
-            for layer, own in zip(layers, part.split(widths, -1), strict=True):
-                layer.text, layer.product, layer.of_attention = text, own, part
+        """Give each layer its columns of `products` (B,T, all outputs)."""
+        attentions = list(self.attentions.values())
+        widths = [[layer.out_features for layer in layers] for layers in attentions]
+        parts = products.split([sum(own) for own in widths], -1)
+        for layers, own, part in zip(attentions, widths, parts, strict=True):
+            for layer, product in zip(layers, part.split(own, -1), strict=True):
+                layer.text = text
+                layer.product = product
+                layer.of_attention = part
 
     @torch.no_grad()
     def _computed(self, text: Tensor) -> Tensor:
         """(…,T,in) -> (…,T, all outputs)."""
         found = []
         for layer in self.layers:
-            found.append(F.linear(text, layer.host_weight.to(text.device, text.dtype), layer.bias))
+            weight = layer.host_weight.to(text.device, text.dtype)
+            found.append(F.linear(text, weight, layer.bias))
+
+            # Weights that are mapped from a file need not stay in the memory between two texts.
             page_out(layer.host_weight)
         return torch.cat(found, -1)
 
@@ -225,19 +266,24 @@ def load_pipeline(
 
     Raises UserError when the base is missing, of no known family, or cannot be fetched.
     """
-    base, vae_dtype = Base.find(base), vae_dtype or dtype
+    # Refuse what no loader could load, by the files alone.
+    base = Base.find(base)
     base.check()
+    vae_dtype = vae_dtype or dtype
+
     try:
+        # What the pipeline is given, in place of what it would load or make by itself.
         facts = base.facts or facts_of("StableDiffusionXLPipeline")
         kind = getattr(diffusers, facts.pipeline)
-        parts = {"vae": load_vae(base.vae, kind, vae_dtype, base.cache_dir)} if base.vae else {}
-        parts |= (
-            {"add_watermarker": False}
-            if "add_watermarker" in signature(kind.__init__).parameters
-            else {}
-        )
-        parts |= {} if has_denoiser else {facts.denoiser: None}
-        options = base.version | parts
+        options = dict(base.version)
+        if base.vae:
+            options["vae"] = load_vae(base.vae, kind, vae_dtype, base.cache_dir)
+        if "add_watermarker" in signature(kind.__init__).parameters:
+            options["add_watermarker"] = False
+        if not has_denoiser:
+            options[facts.denoiser] = None
+
+        # A single file of a UNet holds all parts; that of a transformer holds this one alone.
         if base.file and facts.style == "ddpm":
             pipeline = load_single_file(base.file, kind, options | {"dtype": dtype})
         else:
@@ -252,13 +298,16 @@ def load_pipeline(
         raise UserError(
             f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
         ) from error
-    check_is_whole(pipeline, base.name, has_denoiser)
-    # SDXL's own spacing (`leading`) would never use the last noise level
+    check_is_whole(pipeline, base.name, needs_denoiser=has_denoiser)
+
+    # SDXL's own spacing (`leading`) would never use the last noise level.
     if has_zero_terminal_snr(pipeline):
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(
             scheduler.config, timestep_spacing="trailing"
         )
+
+    # The loader of single files knows one dtype for all parts.
     if pipeline.vae.dtype != vae_dtype:
         pipeline.vae.to(vae_dtype)
     for part in pipeline.components.values():
@@ -271,12 +320,13 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
     """Give a pipeline that was loaded without it the base's denoiser, frozen. Raises UserError."""
     facts = facts_of(type(pipeline).__name__)
     name = facts.denoiser
-    others = dict.fromkeys(part for part in pipeline.components if part != name)
-    options = base.version | {"variant": base.variant, "dtype": dtype}
     try:
         if base.file:
             model = denoiser_from_file(base.file, facts, dtype)
         else:
+            # Every other part is None, and so it is not loaded again.
+            others = dict.fromkeys(part for part in pipeline.components if part != name)
+            options = base.version | {"variant": base.variant, "dtype": dtype}
             whole = type(pipeline).from_pretrained(base.place, **options, **others)
             model = getattr(whole, name)
     except UNLOADABLE as error:
@@ -293,7 +343,15 @@ def load_vae(
     dtype: torch.dtype,
     cache_dir: str | Path | None,
 ) -> nn.Module:
-    """The autoencoder of a folder or hub id. Raises UserError when it cannot be loaded."""
+    """Load another autoencoder.
+
+    name: a folder or a hub id
+    pipeline: the class of pipeline that it is for, which says the autoencoder's own class
+    dtype: of its weights
+    cache_dir: of the hub
+
+    Raises UserError when it cannot be loaded.
+    """
     try:
         kind = pipeline._get_signature_types()["vae"][0]
         return kind.from_pretrained(name, dtype=dtype, cache_dir=cache_dir)
@@ -302,14 +360,19 @@ def load_vae(
 
 
 def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> DiffusionPipeline:
-    """The pipeline of a transformer's file, unless `options` say that it comes later. Encoders and
-    VAE come from a diffusers folder of the same stem beside it, else from the hub. Raises UserError
-    where they are neither."""
-    parts = (
-        {}
-        if facts.denoiser in options
-        else {facts.denoiser: denoiser_from_file(path, facts, dtype)}
-    )
+    """The pipeline around a transformer's file. Encoders and VAE come from a diffusers folder of
+    the same stem beside it, else from the hub.
+
+    path: of the file
+    facts: of its family
+    dtype: of the transformer
+    options: of the pipeline's loader. Where they name the denoiser, it comes later
+
+    Raises UserError where the other parts are neither here nor fetched.
+    """
+    parts = {}
+    if facts.denoiser not in options:
+        parts[facts.denoiser] = denoiser_from_file(path, facts, dtype)
     home = files.configs_beside(path) or facts.models[0].hub_id
     try:
         return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
@@ -318,27 +381,31 @@ def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> 
 
 
 def alone(path: Path, facts: Facts) -> str:
+    """What a person can do about a transformer's file without the other parts."""
     model = facts.models[0].hub_id
     return (
-        f"{path} holds {facts.denoiser_name} alone, and the other parts and configs are not here: go online once, "
-        f"which fetches those of {model}, or put a diffusers folder of that model into {path.with_suffix('')}."
+        f"{path} holds {facts.denoiser_name} alone, and the other parts and configs are not here: "
+        f"go online once, which fetches those of {model}, "
+        f"or put a diffusers folder of that model into {path.with_suffix('')}."
     )
 
 
 def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
     """The model that denoises, of a file, in `dtype`. Raises UserError."""
-    home, kind = files.configs_beside(path), getattr(diffusers, facts.model)
-    options = {
-        "config": str(home or facts.models[0].hub_id),
-        "subfolder": facts.denoiser,
-        "dtype": dtype,
-    }
+    home = files.configs_beside(path)
+    kind = getattr(diffusers, facts.model)
     try:
-        # diffusers drops scales, and splits and renames the weights: the scales come first
+        # diffusers drops scales, and splits and renames the weights: the scales come first.
         stored = load_single_file_checkpoint(str(path))
         weights = scaled_fp8.unscaled(stored, dtype, prefix=files.DENOISER_PREFIX)
-        return kind.from_single_file(weights, **options)
+        return kind.from_single_file(
+            weights,
+            config=str(home or facts.models[0].hub_id),
+            subfolder=facts.denoiser,
+            dtype=dtype,
+        )
     except UNREADABLE as error:
+        # Without configurations beside the file, it may be the hub that did not answer.
         if isinstance(error, OSError) and home is None:
             raise UserError(alone(path, facts)) from error
         raise UserError(
@@ -348,31 +415,32 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
-    UserError."""
+    UserError for configs that cannot be fetched, and for another file."""
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
         pipeline = kind.from_single_file(str(path), **options, **local)
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{path} holds weights alone, and the configs that belong to them could not be fetched from the hub: go "
-            "online once, or put the .json and tokenizer files of a diffusers folder of that model into "
-            f"{path.with_suffix('')}."
+            f"{path} holds weights alone, and the configs that belong to them "
+            "could not be fetched from the hub: go online once, "
+            "or put the .json and tokenizer files of a diffusers folder of that model "
+            f"into {path.with_suffix('')}."
         ) from error
     except UNREADABLE as error:
         facts = facts_of(kind.__name__)
         what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
         raise UserError(f"{path} is not {what}: {one_line(error, 300)}") from error
+    # A velocity model of SDXL says so by empty tensors of these names, which diffusers ignores.
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:  # diffusers ignores these empty tensors
+        with safe_open(path, framework="pt") as file:
             marks = {"v_pred", "ztsnr"} & set(file.keys())
         if "v_pred" in marks:
-            changes = {
-                "prediction_type": "v_prediction",
-                "rescale_betas_zero_snr": "ztsnr" in marks,
-            }
-            pipeline.scheduler = type(pipeline.scheduler).from_config(
-                pipeline.scheduler.config, **changes
+            scheduler = pipeline.scheduler
+            pipeline.scheduler = type(scheduler).from_config(
+                scheduler.config,
+                prediction_type="v_prediction",
+                rescale_betas_zero_snr="ztsnr" in marks,
             )
     return pipeline
 
@@ -380,10 +448,8 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
 def has_zero_terminal_snr(pipeline: DiffusionPipeline) -> bool:
     """Whether the last noise level of a velocity base is pure noise."""
     config = pipeline.scheduler.config
-    return (
-        bool(config.get("rescale_betas_zero_snr"))
-        and config.get("prediction_type") == "v_prediction"
-    )
+    is_velocity = config.get("prediction_type") == "v_prediction"
+    return is_velocity and bool(config.get("rescale_betas_zero_snr"))
 
 
 def check_is_whole(
@@ -393,22 +459,38 @@ def check_is_whole(
     needs_encoders: bool = True,
 ) -> None:
     """Raises UserError for a part that is missing, and for a weight that the loader left without
-    memory."""
+    memory.
+
+    pipeline: as it was loaded
+    name: of the base, for the message
+    needs_denoiser: False where it is loaded later
+    needs_encoders: False where they were used and let go
+    """
     facts = facts_of(type(pipeline).__name__)
-    needed = (facts.denoiser,) * needs_denoiser + facts.encoders * needs_encoders
+    needed = []
+    if needs_denoiser:
+        needed.append(facts.denoiser)
+    if needs_encoders:
+        needed += facts.encoders
+
+    # Parts: diffusers loads a pipeline whose index has null for one.
     lacking = [part for part in needed if getattr(pipeline, part) is None]
     if facts.needs_sizes and (lacking or pipeline.unet.config.addition_embed_type != "text_time"):
         raise UserError(
-            f"{name} is not an SDXL base model (two text encoders and size conditioning are needed)."
+            f"{name} is not an SDXL base model "
+            "(two text encoders and size conditioning are needed)."
         )
     if lacking:
         raise UserError(f"the base model {name} is not whole: it has no {lacking[0]}.")
+
+    # Weights: what the files lack stays on meta.
     for part, model in pipeline.components.items():
-        weights = model.named_parameters() if isinstance(model, nn.Module) else ()
-        if missing := next((weight for weight, value in weights if value.is_meta), None):
-            raise UserError(
-                f"the base model {name} is not whole: the files of its {part} have no {missing}."
-            )
+        if not isinstance(model, nn.Module):
+            continue
+        for weight, value in model.named_parameters():
+            if value.is_meta:
+                lack = f"the files of its {part} have no {weight}"
+                raise UserError(f"the base model {name} is not whole: {lack}.")
 
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
@@ -416,12 +498,9 @@ def default_resolution(pipeline: DiffusionPipeline) -> int:
     if toys.is_toy(name_of(pipeline)):
         return toys.RESOLUTION_PX
     facts = facts_of(type(pipeline).__name__)
-    is_flow = facts.style == "flow"
-    return (
-        facts.resolution_px
-        if is_flow
-        else pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    )
+    if facts.style == "flow":
+        return facts.resolution_px
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
@@ -441,11 +520,12 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
 
 
 SDXL_FAMILY = pipelines.SDXL(facts_of("StableDiffusionXLPipeline"))
+"""Whose latents those of most UNets are."""
 
 
 def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[pipelines.Text]:
-    """The text of each prompt. Gradients reach the encoders if enabled; use `torch.no_grad()` for
-    frozen ones."""
+    """The text of each prompt. Gradients reach the encoders if they are enabled: use
+    `torch.no_grad()` for frozen ones."""
     return pipelines.family_of(pipeline).texts(pipeline, prompts)
 
 
@@ -455,28 +535,35 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: pipelines.Family = SDXL
     the VAE's posterior. A VAE that gives NaN is converted to fp32 for good. Raises UserError when
     even fp32 gives NaN."""
     with decode.tiled_where_short(
-        vae, pixels.shape[-2:], vae.device, machine.ENCODER_BYTES_A_PIXEL
+        vae,
+        size_px=pixels.shape[-2:],
+        device=vae.device,
+        bytes_a_pixel=machine.ENCODER_BYTES_A_PIXEL,
     ):
         latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():
         raise UserError(
-            "the VAE gives NaN for a photo even in float32: its weights are broken; use another VAE."
+            "the VAE gives NaN for a photo even in float32: "
+            "its weights are broken; use another VAE."
         )
     return latents
 
 
 SHAPE = ("in_channels", "block_out_channels", "cross_attention_dim", "transformer_layers_per_block")
+"""Entries of a UNet's configuration by which an adapter fits it."""
 
 
 def architecture(denoiser: nn.Module) -> dict[str, object]:
     """The shape of a denoiser, JSON-able: SHAPE of a UNet, every whole number of a transformer's
     configuration."""
     config = dict(denoiser.config)
-    keys = (
-        SHAPE
-        if "block_out_channels" in config
-        else [key for key, value in config.items() if type(value) is int]
-    )
-    return {
-        key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys
-    }
+    if "block_out_channels" in config:
+        found = {key: config[key] for key in SHAPE}
+    else:
+        found = {key: value for key, value in config.items() if type(value) is int}
+
+    # JSON has no tuples: what is read back must equal what was written.
+    for key, value in found.items():
+        if isinstance(value, tuple):
+            found[key] = list(value)
+    return found

@@ -20,11 +20,13 @@ from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
-# Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture
+"""Bytes in a GiB."""
 DECODER_BYTES_A_PIXEL = 4300
-ENCODER_BYTES_A_PIXEL = 2600  # The same of its encoder
-# Sides of the tiles if the whole picture does not fit; the largest that does is taken
+"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
+ENCODER_BYTES_A_PIXEL = 2600
+"""The same of its encoder."""
 TILES_PX = (512, 256)
+"""Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
 
 
 def best_device() -> Any:
@@ -39,11 +41,9 @@ def best_device() -> Any:
 
 def is_on_apple() -> bool:
     """Whether a run here is on Apple's GPU. PyTorch is not asked on other systems."""
-    return (
-        sys.platform == "darwin"
-        and not asks_accelerate("ACCELERATE_USE_CPU")
-        and best_device().type == "mps"
-    )
+    if sys.platform != "darwin" or asks_accelerate("ACCELERATE_USE_CPU"):
+        return False
+    return best_device().type == "mps"
 
 
 def apple_gib() -> tuple[float, float]:
@@ -54,9 +54,8 @@ def apple_gib() -> tuple[float, float]:
 
 
 def free_gib(device: Any, *, is_later: bool = False) -> float | None:
-    """GiB that this process can still use on a GPU, its allocator's own blocks too; None for other
-    devices. `is_later`: the whole GPU's memory, for a run that waits until the others have ended.
-    """
+    """GiB that this process can still use on a GPU; None for other devices. With `is_later` it is
+    the whole GPU's memory, for a run that waits until the others have ended."""
     if device.type == "mps":
         most, used = apple_gib()
         return most if is_later else most - used
@@ -64,15 +63,16 @@ def free_gib(device: Any, *, is_later: bool = False) -> float | None:
         return None
     import torch
 
+    # The driver counts as used what the allocator keeps, though it has room for this process.
     free, whole = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (whole if is_later else free + kept) / GIB
 
 
 def device_of(model: Any) -> Any:
-    """Where a model computes: that of models which take turns on a GPU, though they lie in the
-    CPU's memory."""
-    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or model.device
+    """Where a model computes. Models that take turns on a GPU lie in the CPU's memory meanwhile."""
+    hook = getattr(model, "_hf_hook", None)
+    return getattr(hook, "execution_device", None) or model.device
 
 
 def free_unused_blocks(device: Any) -> None:
@@ -93,9 +93,9 @@ def searches_fast() -> bool:
     does: on Radeon cards MIOpen's search takes minutes."""
     import torch
 
-    return not torch.version.hip or torch.cuda.get_device_properties().gcnArchName.startswith(
-        "gfx9"
-    )
+    if not torch.version.hip:
+        return True
+    return torch.cuda.get_device_properties().gcnArchName.startswith("gfx9")
 
 
 def gpu_count() -> int:
@@ -108,42 +108,51 @@ def gpu_count() -> int:
 WHEELS = (
     "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
 )
-CUDA, ROCM = "cu128", "rocm6.4"
-"""Last parts of the addresses of PyTorch's builds for Nvidia and for AMD; pytorch.org names those
-for other drivers."""
+"""What installs another build of PyTorch; the build's name follows."""
+CUDA = "cu128"
+"""PyTorch's build for Nvidia; pytorch.org names those for other drivers."""
+ROCM = "rocm6.4"
+"""The same for AMD."""
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables by which a user hides GPUs from programs."""
 
 
 def unused_gpu() -> str | None:
     """Where a GPU's driver is installed and PyTorch sees no GPU, one line that says why, with the
     remedy. None where it sees one, where there is no driver, and where the environment asks for the
     CPU. PyPI's PyTorch is built for Nvidia on Linux, and for the CPU on Windows."""
+    # Nobody wonders about a GPU that was hidden on purpose.
     is_hidden = any(os.environ.get(name) in ("", "-1") for name in HIDING)
     if has_gpu() or is_hidden or asks_accelerate("ACCELERATE_USE_CPU"):
         return None
     import torch
 
+    # With a build for this GPU the driver or the rights are at fault, else the build is.
+    not_built = f"PyTorch {torch.__version__} is not built for it"
     if has_nvidia_driver():
         if torch.version.cuda:
-            return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: install a newer driver, as `nvidia-smi` says."
-        return f"there is an Nvidia GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{CUDA}"
+            remedy = "install a newer driver, as `nvidia-smi` says"
+            return f"PyTorch for CUDA {torch.version.cuda} sees no GPU: {remedy}."
+        return f"there is an Nvidia GPU, and {not_built}: {WHEELS}{CUDA}"
     if os.path.exists("/dev/kfd") or shutil.which("rocminfo"):
         if torch.version.hip:
             group = "sudo usermod -aG render,video $USER"
-            return f"PyTorch for ROCm sees no GPU: it knows another, or you may not use it ({group}, then log in anew)."
-        return f"there is an AMD GPU, and PyTorch {torch.__version__} is not built for it: {WHEELS}{ROCM}"
+            reasons = f"it knows another, or you may not use it ({group}, then log in anew)"
+            return f"PyTorch for ROCm sees no GPU: {reasons}."
+        return f"there is an AMD GPU, and {not_built}: {WHEELS}{ROCM}"
     return None
 
 
 def has_nvidia_driver() -> bool:
     """Whether `nvidia-smi` lists a GPU. The program alone may be there without one."""
     command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
     try:
-        return command is not None and "GPU " in subprocess.check_output(
-            [command, "-L"], text=True, timeout=30
-        )
+        listed = subprocess.check_output([command, "-L"], text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return False
+    return "GPU " in listed
 
 
 def what_compile_lacks() -> str | None:
@@ -181,11 +190,13 @@ def half_precision_of(facts: Facts | None) -> str:
     """`half_precision` for this family: "no" where it would be fp16, in which transformers
     overflow."""
     half = half_precision()
-    return "no" if half == "fp16" and facts is not None and facts.style == "flow" else half
+    is_transformer = facts is not None and facts.style == "flow"
+    return "no" if half == "fp16" and is_transformer else half
 
 
 def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
-    """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it."""
+    """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it.
+    `instead` is what the message advises."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     asked = {
         "mixed_precision": precision,
@@ -199,6 +210,7 @@ def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         major, minor = torch.cuda.get_device_capability()
         raise UserError(
-            f"--{flags[0]} bf16: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no "
-            f"bf16, which begins at 8.0: give --{flags[0]} {instead}."
+            f"--{flags[0]} bf16: {torch.cuda.get_device_name()} "
+            f"(compute capability {major}.{minor}) has no bf16, which begins at 8.0: "
+            f"give --{flags[0]} {instead}."
         )

@@ -1,14 +1,15 @@
 """What differs between families of models: how they encode a prompt and a picture, and how their
 denoiser is called.
 
-    texts(pipe, prompts)                       -> one `Text` a prompt
-    arguments(texts)                           -> these as a batch: arguments of the pipeline's call and of `predict`
-    latents(vae, pixels)                       -> (B, C, h, w), normalised as the denoiser expects them
-    predict(denoiser, z, t, crops, **words)    -> (B, C, h, w): noise or velocity, or n - x of a flow
+    texts(pipe, prompts)                       one `Text` a prompt
+    arguments(texts)                           these as a batch: arguments of the pipeline's call
+                                               and of `predict`
+    latents(vae, pixels)                       (B, C, h, w), normalised as the denoiser expects
+    predict(denoiser, z, t, crops, **words)    (B, C, h, w): noise or velocity, or n - x of a flow
 
 A prompt's encoding is a dict by the names of the pipeline's own arguments. It is cached, batched,
 given to the denoiser and to the pipeline alike, so nothing else needs to know what is in it.
-`tests/base/test_families.py` compares each family with its own pipeline.
+`tests/base/test_pipelines.py` compares each family with its own pipeline.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,37 +28,46 @@ Text = dict[str, torch.Tensor]
 """One prompt, by the names of the pipeline's arguments: prompt_embeds (T, D), pooled_prompt_embeds
 (P), …"""
 UNGUIDED = {"do_classifier_free_guidance": False}
+"""For an `encode_prompt` that would encode an empty prompt too."""
 
 
 class Family:
-    """What most flow families share. `told_guidance` is what a model with embedded guidance is told
-    in training; `options` are further arguments of the pipeline's `encode_prompt`, such as
-    `max_sequence_length`."""
+    """What most flow families share.
+
+    facts: of the family
+    told_guidance: what a model with embedded guidance is told in training
+    options: further arguments of the pipeline's `encode_prompt`, such as `max_sequence_length`
+    """
 
     names: tuple[str, ...] = ("prompt_embeds",)
     """The results of `encode_prompt`, in their order; "" is not used."""
     encoding: Mapping[str, Any] = {}
     """Arguments that this pipeline's `encode_prompt` wants besides."""
     layout: str = ""
-    """How its texts are kept. Another word for another way: what older caches hold is then encoded
-    anew."""
+    """How its texts are kept. Another way needs another word: what older caches hold is then
+    encoded anew."""
 
     def __init__(
         self, facts: Facts, told_guidance: float = 1.0, options: dict[str, Any] | None = None
     ):
-        self.facts, self.told_guidance, self.options = facts, told_guidance, options or {}
+        self.facts = facts
+        self.told_guidance = told_guidance
+        self.options = options or {}
 
     def texts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
         """Each prompt by itself, so that no encoding depends on the length of the others."""
         return [self.text(pipe, prompt) for prompt in prompts]
 
     def text(self, pipe: DiffusionPipeline, prompt: str) -> Text:
+        """One prompt, encoded by its pipeline."""
         found = pipe.encode_prompt(
             prompt, device=self.device(pipe), **self.encoding, **self.options
         )
-        return {
-            name: value[0] for name, value in zip(self.names, found) if name and value is not None
-        }
+        text = {}
+        for name, value in zip(self.names, found):
+            if name and value is not None:
+                text[name] = value[0]
+        return text
 
     def negative(self, pipe: DiffusionPipeline, prompt: str) -> Text:
         """What pictures are drawn against. Where it is encoded by other rules, an empty prompt is,
@@ -65,9 +75,11 @@ class Family:
         return self.texts(pipe, [prompt])[0]
 
     def device(self, pipe: DiffusionPipeline) -> torch.device:
+        """Where the text encoders compute."""
         return device_of(getattr(pipe, self.facts.encoders[-1]))
 
     def arguments(self, texts: Sequence[Text]) -> dict[str, Any]:
+        """A batch of texts, by the names of the pipeline's arguments."""
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
     def with_negative(self, words: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
@@ -89,19 +101,23 @@ class Family:
         crops: torch.Tensor | None,
         **words: Any,
     ) -> torch.Tensor:
-        """`z` (B, C, h, w), `t` (B,) as in the scheduler, `crops` (B, 6): original size, corner and
-        size in pixels."""
+        """What the denoiser answers, (B, C, h, w).
+
+        denoiser: the pipeline's UNet or transformer
+        z: noisy latents (B, C, h, w)
+        t: (B,), as in the scheduler
+        crops: (B, 6), original size, corner and size in pixels; None for a family without them
+        words: of `arguments`
+        """
         raise NotImplementedError
 
     def guidance(
         self, denoiser: torch.nn.Module, count: int, device: torch.device
     ) -> torch.Tensor | None:
-        """What a model with embedded guidance is told, (count,)."""
-        return (
-            torch.full((count,), self.told_guidance, device=device)
-            if denoiser.config.guidance_embeds
-            else None
-        )
+        """What a model with embedded guidance is told, (count,); None for another model."""
+        if not denoiser.config.guidance_embeds:
+            return None
+        return torch.full((count,), self.told_guidance, device=device)
 
 
 class UNetFamily(Family):
@@ -111,7 +127,8 @@ class UNetFamily(Family):
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
         if statistics := latent_statistics(vae, z.device):
-            z = (z - statistics[0]) / statistics[1]
+            mean, deviation = statistics
+            z = (z - mean) / deviation
         return z * vae.config.scaling_factor
 
 
@@ -125,10 +142,8 @@ class SDXL(UNetFamily):
         )
         if pipe.config.force_zeros_for_empty_prompt:
             said = torch.tensor([bool(prompt) for prompt in prompts], device=device)
-            embeds, pooled = (
-                torch.where(said[:, None, None], embeds, 0),
-                torch.where(said[:, None], pooled, 0),
-            )
+            embeds = torch.where(said[:, None, None], embeds, 0)
+            pooled = torch.where(said[:, None], pooled, 0)
         return [{"prompt_embeds": e, "pooled_prompt_embeds": p} for e, p in zip(embeds, pooled)]
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
@@ -137,6 +152,8 @@ class SDXL(UNetFamily):
 
 
 class SD1(UNetFamily):
+    """SD 1.5 and 2.1: no sizes and no pooled text."""
+
     encoding = {"num_images_per_prompt": 1} | UNGUIDED
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
@@ -144,6 +161,8 @@ class SD1(UNetFamily):
 
 
 class SD3(Family):
+    """One prompt for all three encoders."""
+
     names = ("prompt_embeds", "", "pooled_prompt_embeds")
     encoding = {"prompt_2": None, "prompt_3": None} | UNGUIDED
 
@@ -152,15 +171,23 @@ class SD3(Family):
 
 
 class Flux(Family):
+    """Latents are packed into tokens of 2 x 2. Tokens of a text have no place: theirs is zero."""
+
     names = ("prompt_embeds", "pooled_prompt_embeds")
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, pooled_prompt_embeds):
-        options = {"txt_ids": torch.zeros(prompt_embeds.shape[1], 3, device=z.device)}
-        options |= {"img_ids": grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device)}
-        options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
-        return unpacked(
-            denoiser(packed(z), prompt_embeds, pooled_prompt_embeds, t / 1000, **options)[0], z
-        )
+        height, width = z.shape[-2:]
+        found = denoiser(
+            packed(z),
+            prompt_embeds,
+            pooled_prompt_embeds,
+            t / 1000,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=z.device),
+            img_ids=grid(height // 2, width // 2, axes=3, device=z.device),
+            guidance=self.guidance(denoiser, len(z), z.device),
+            return_dict=False,
+        )[0]
+        return unpacked(found, z)
 
 
 class Flux2(Family):
@@ -168,39 +195,41 @@ class Flux2(Family):
     norm. A text is three layers of its encoder side by side."""
 
     def text(self, pipe, prompt):
-        layers, most = (
-            self.options.get("text_encoder_out_layers"),
-            pipe.text_encoder.config.num_hidden_layers,
-        )
+        layers = self.options.get("text_encoder_out_layers")
+        most = pipe.text_encoder.config.num_hidden_layers
         if layers and (len(layers) != 3 or max(layers) > most):
-            raise UserError(
-                f"--text_encoder_out_layers: give three numbers of layers up to {most}, such as 9 18 27."
-            )
+            wanted = f"three numbers of layers up to {most}, such as 9 18 27"
+            raise UserError(f"--text_encoder_out_layers: give {wanted}.")
         return super().text(pipe, prompt)
 
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+
+        # Each patch of 2 x 2 becomes four channels: (B, 4C, h/2, w/2).
         b, c, h, w = z.shape
-        z = (
-            z.view(b, c, h // 2, 2, w // 2, 2)
-            .permute(0, 1, 3, 5, 2, 4)
-            .reshape(b, 4 * c, h // 2, w // 2)
-        )
-        mean, variance = (
-            v.float().view(1, -1, 1, 1) for v in (vae.bn.running_mean, vae.bn.running_var)
-        )
+        patches = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        z = patches.reshape(b, 4 * c, h // 2, w // 2)
+
+        mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
+        variance = vae.bn.running_var.float().view(1, -1, 1, 1)
         return (z - mean) * (variance + vae.config.batch_norm_eps).rsqrt()
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
+        # A token of the text has its number as its place, on an axis of its own.
         words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
         words[:, 3] = torch.arange(len(words), device=z.device)
-        places = grid(*z.shape[-2:], 4, z.device)
-        options = {
-            "img_ids": places.expand(len(z), -1, -1),
-            "txt_ids": words.expand(len(z), -1, -1),
-        }
-        options |= {"guidance": self.guidance(denoiser, len(z), z.device), "return_dict": False}
-        found = denoiser(z.flatten(2).mT, prompt_embeds, t / 1000, **options)[0]
+
+        height, width = z.shape[-2:]
+        places = grid(height, width, axes=4, device=z.device)
+        found = denoiser(
+            z.flatten(2).mT,
+            prompt_embeds,
+            t / 1000,
+            img_ids=places.expand(len(z), -1, -1),
+            txt_ids=words.expand(len(z), -1, -1),
+            guidance=self.guidance(denoiser, len(z), z.device),
+            return_dict=False,
+        )[0]
         return found[:, : len(places)].mT.reshape(z.shape)
 
 
@@ -213,9 +242,9 @@ class ZImage(Family):
         return {"prompt_embeds": [text["prompt_embeds"] for text in texts]}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
-        found = denoiser(list(z[:, :, None]), (1000 - t) / 1000, prompt_embeds, return_dict=False)[
-            0
-        ]
+        # A list of pictures, each with an axis for frames.
+        pictures = list(z[:, :, None])
+        found = denoiser(pictures, (1000 - t) / 1000, prompt_embeds, return_dict=False)[0]
         return -torch.stack(found)[:, :, 0]
 
 
@@ -238,13 +267,10 @@ class QwenImage(Family):
         return super().with_negative(filled(words), filled(empty))
 
     def latents(self, vae, pixels):
-        z = (
-            vae.encode(pixels[:, :, None].to(vae.device, vae.dtype))
-            .latent_dist.mode()[:, :, 0]
-            .float()
-        )
-        mean, std = latent_statistics(vae, z.device)
-        return (z - mean) / std
+        frames = pixels[:, :, None].to(vae.device, vae.dtype)
+        z = vae.encode(frames).latent_dist.mode()[:, :, 0].float()
+        mean, deviation = latent_statistics(vae, z.device)
+        return (z - mean) / deviation
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
         shape = (1, z.shape[-2] // 2, z.shape[-1] // 2)
@@ -260,62 +286,71 @@ class QwenImage(Family):
 
 
 class Krea2(QwenImage):
-    """Its pipeline fills each text up to 512 tokens, in the midst of it. All tokens of a text have
-    one place and none reads what is masked, so a text without these is the same to the denoiser, at
-    less work."""
+    """Its pipeline fills each text up to 512 tokens, in the middle of the text. All tokens of a
+    text have one place and none reads what is masked. So a text without padding is the same to the
+    denoiser, at less work."""
 
-    names, layout = ("prompt_embeds", "prompt_embeds_mask"), "without padding"
+    names = ("prompt_embeds", "prompt_embeds_mask")
+    layout = "without padding"
 
     def text(self, pipe, prompt):
         found = super().text(pipe, prompt)
         return {"prompt_embeds": found["prompt_embeds"][found["prompt_embeds_mask"]]}
 
     def with_negative(self, words, empty):
-        """Of one length: the pipeline gives both the places of the first."""
+        """Both of one length: the pipeline gives them the places of the first."""
         longest = max(one["prompt_embeds"].shape[1] for one in (words, empty))
         return super().with_negative(filled(words, longest), filled(empty, longest))
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
+        height, width = z.shape[-2:]
         words = torch.zeros(prompt_embeds.shape[1], 3, device=z.device)
-        places = torch.cat([words, grid(z.shape[-2] // 2, z.shape[-1] // 2, 3, z.device)])
-        options = {"encoder_attention_mask": prompt_embeds_mask, "return_dict": False}
-        return unpacked(denoiser(packed(z), prompt_embeds, t / 1000, places, **options)[0], z)
+        picture = grid(height // 2, width // 2, axes=3, device=z.device)
+        found = denoiser(
+            packed(z),
+            prompt_embeds,
+            t / 1000,
+            torch.cat([words, picture]),
+            encoder_attention_mask=prompt_embeds_mask,
+            return_dict=False,
+        )[0]
+        return unpacked(found, z)
 
 
 class Lumina2(Family):
     """Time runs backwards, and the answer is negated. Its encoder is not instructed before a
     negative prompt."""
 
-    names, encoding = ("prompt_embeds", "prompt_attention_mask"), UNGUIDED
+    names = ("prompt_embeds", "prompt_attention_mask")
+    encoding = UNGUIDED
 
     def text(self, pipe, prompt):
         return super().text(pipe, prompt) if prompt else self.negative(pipe, "")
 
     def negative(self, pipe, prompt):
+        # The results are those of the prompt, and then those of the negative one.
         found = pipe.encode_prompt(
             "", negative_prompt=prompt, device=self.device(pipe), **self.options
         )[2:]
         return {name: value[0] for name, value in zip(self.names, found)}
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
-        return -denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)[
-            0
-        ]
+        found = denoiser(z, 1 - t / 1000, prompt_embeds, prompt_attention_mask, return_dict=False)
+        return -found[0]
 
 
 class Sana(Lumina2):
+    """Encodes as Lumina 2 does. Its VAE gives one latent, not a distribution."""
+
     def with_negative(self, words, empty):
         """At the size that is asked for: by itself the pipeline draws at a usual size and scales
         the picture."""
-        return super().with_negative(words, empty) | {
-            "negative_prompt": None,
-            "use_resolution_binning": False,
-        }
+        found = super().with_negative(words, empty)
+        return found | {"negative_prompt": None, "use_resolution_binning": False}
 
     def latents(self, vae, pixels):
-        return (
-            vae.encode(pixels.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
-        )
+        z = vae.encode(pixels.to(vae.device, vae.dtype)).latent.float()
+        return z * vae.config.scaling_factor
 
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
@@ -338,9 +373,8 @@ def filled(words: dict[str, Any], length: int = 0) -> dict[str, Any]:
 def packed(z: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, h/2·w/2, 4C): each patch of 2 x 2 becomes a token."""
     b, c, h, w = z.shape
-    return (
-        z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-    )
+    patches = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, h * w // 4, 4 * c)
 
 
 def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -352,10 +386,8 @@ def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def grid(h: int, w: int, axes: int, device: torch.device) -> torch.Tensor:
     """(h·w, axes): row and column of each token in axes 1 and 2."""
     places = torch.zeros(h, w, axes, device=device)
-    places[..., 1], places[..., 2] = (
-        torch.arange(h, device=device)[:, None],
-        torch.arange(w, device=device),
-    )
+    places[..., 1] = torch.arange(h, device=device)[:, None]
+    places[..., 2] = torch.arange(w, device=device)
     return places.view(h * w, axes)
 
 
@@ -365,29 +397,28 @@ METHODS: dict[str, type[Family]] = {
     "sd3": SD3,
     "flux": Flux,
     "flux2": Flux2,
-}
-METHODS |= {
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "krea2": Krea2,
     "lumina2": Lumina2,
     "sana": Sana,
 }
-"""By the name of the facts."""
+"""The facts' name -> the family's class."""
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "complex_human_instruction": lambda text: [text],  # its lines
 }
+"""Setting -> what turns its value into the argument, where the two differ."""
 
 
 def encoding_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `encode_prompt` that settings of `TEXT_OPTIONS` mean. An empty one is the
     base's own."""
-    return {
-        name: AS_ARGUMENT.get(name, lambda value: value)(value)
-        for name, value in settings.items()
-        if value
-    }
+    options = {}
+    for name, value in settings.items():
+        if value:
+            options[name] = AS_ARGUMENT[name](value) if name in AS_ARGUMENT else value
+    return options
 
 
 def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
@@ -399,21 +430,20 @@ def family_of(pipe: DiffusionPipeline, **about: Any) -> Family:
 
 def in_dtype(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
     """The text on the device; masks keep their type."""
-    return {
-        name: one.to(device, dtype if one.is_floating_point() else one.dtype)
-        for name, one in text.items()
-    }
+    found = {}
+    for name, one in text.items():
+        found[name] = one.to(device, dtype if one.is_floating_point() else one.dtype)
+    return found
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The pipeline's UNet or transformer."""
     return getattr(pipe, facts_of(type(pipe).__name__).denoiser)
 
 
 def block_classes(denoiser: torch.nn.Module) -> tuple[str, ...]:
     """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all
     weights."""
-    return tuple(
-        getattr(denoiser, "_repeated_blocks", None)
-        or getattr(denoiser, "_no_split_modules", None)
-        or ()
-    )
+    repeated = getattr(denoiser, "_repeated_blocks", None)
+    whole = getattr(denoiser, "_no_split_modules", None)
+    return tuple(repeated or whole or ())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""The dtypes of scaled weights."""
 SCALES = ("scale_weight", "weight_scale")
+"""Last parts of the names of the scales."""
 NOT_NEEDED = ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
 """Layers here compute in the run's precision: their inputs are not scaled, and no mark is asked."""
 

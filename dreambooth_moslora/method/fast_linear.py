@@ -17,7 +17,8 @@ own forward.
 Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node
 together:
 
-    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)        W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
+    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)
+    W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
 
 The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is
 one buffer, and the layers' own weights become views of it, so that the base takes no more memory
@@ -58,12 +59,14 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+
+        # The branch's inner product A·x (n,r), which the backward pass needs again.
         inner = rows.mm(down.t())
-        result = (
-            F.linear(rows, weight, bias)
-            if packed is None
-            else linear_4bit(rows, weight, bias, packed)
-        )
+
+        # The base's output W0·x + b.
+        result = frozen_product(rows, weight, bias, packed)
+
+        # The branch U·(A·x) is added in place: there is no second tensor of full width.
         result.addmm_(inner, up)
         ctx.packed = packed
         ctx.save_for_backward(x, inner, weight, down, up)
@@ -75,14 +78,27 @@ class _AdaptedLinear(torch.autograd.Function):
         x, inner, weight, down, up = ctx.saved_tensors
         needs_x, _, _, _, needs_down, needs_up = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
+
         # First compute what reads `grad`: W0 will evict it from the cache.
         grad_inner = grad.mm(up.t())
         grad_up = inner.t().mm(grad) if needs_up else None
-        if ctx.packed is not None and needs_x:
-            weight = dense_weight(weight, ctx.packed).to(grad.dtype)
-        grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape) if needs_x else None
+
+        # dx = W0ᵀ·g + Aᵀ·(Uᵀ·g). A weight in 4 bit is unpacked here, and not kept.
+        grad_x = None
+        if needs_x:
+            if ctx.packed is not None:
+                weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+            grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape)
+
         grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
         return grad_x, None, None, None, grad_down, grad_up
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
+    """W0·x + b of x (n,in) -> (n,out). `packed` holds the shape and scales of a weight in 4 bit."""
+    if packed is None:
+        return F.linear(x, weight, bias)
+    return linear_4bit(x, weight, bias, packed)
 
 
 def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
@@ -92,6 +108,7 @@ def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tenso
 
 
 def dense_weight(weight: Tensor, packed) -> Tensor:
+    """The weight in 4 bit as a matrix (out,in)."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight, packed)
@@ -105,27 +122,44 @@ class ShortWay:
     place in it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x (…,in) -> y (…,out), as PEFT's forward computes it."""
         name, base = self._only_adapter(), self.base_layer
+
+        # PEFT's own forward, where the node would compute something else: the caller chooses an
+        # adapter for each sample, there are no or several adapters, or x has another dtype.
         if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
+
+        # In a step, with other projections of the same input: one node computes all of them.
         copies = self.working.get(name)
         if copies is not None and isinstance(copies[0], Joint):
             joint, place = copies
             return joint.output(place, x)
-        if copies is None:  # gradients reach the fp32 masters
+
+        # Outside of a step, such as in a preview: copies are made for this call alone. Autograd
+        # sees them, so gradients reach the fp32 masters.
+        if copies is None:
             if slow_reason(self, name):
                 return super().forward(x)
-            dtype, scale, up = compute_dtype(base), self.scaling[name], self.lora_B[name].weight
-            copies = (
-                self.lora_A[name].weight.to(dtype),
-                (up if scale == 1 else up * scale).to(dtype).t(),
-            )
+            copies = self._own_copies(name)
+        down, up = copies
+
+        # A projection of the text, whose frozen product W0·x is there: only the branch is left.
         if isinstance(base, TextProjection):
-            return _JointBeside.apply(x, base(x), *(one[None] for one in copies))[0]
+            return _JointBeside.apply(x, base(x), down[None], up[None])[0]
+
+        # The usual case: one node for W0·x and the branch.
         packed = getattr(base.weight, "quant_state", None)
-        return _AdaptedLinear.apply(
-            x.to(compute_dtype(base)), base.weight, base.bias, packed, *copies
-        )
+        x = x.to(compute_dtype(base))
+        return _AdaptedLinear.apply(x, base.weight, base.bias, packed, down, up)
+
+    def _own_copies(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r,in) and Uᵀ (r,out) in the base's dtype, made from the masters."""
+        dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        if scale != 1:
+            up = up * scale
+        return down.to(dtype), up.to(dtype).t()
 
     def _only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
@@ -142,8 +176,12 @@ class FastLinear(ShortWay, LoraLinear):
 @cache
 def fast_class(kind: type) -> type | None:
     """The fused class for PEFT's layer class `kind`; None when there is none."""
-    if kind is LoraLinear or issubclass(kind, ShortWay):
-        return FastLinear if kind is LoraLinear else kind
+    if kind is LoraLinear:
+        return FastLinear
+    if issubclass(kind, ShortWay):
+        return kind
+
+    # Its class is known by name: it can be imported only where bitsandbytes is installed.
     is_4bit = (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit")
     return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
 
@@ -166,17 +204,16 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
     """Why this adapted layer keeps PEFT's forward, in a few words; None when it can be fused."""
     if fast_class(type(layer)) is None:
         return f"not a linear layer ({type(layer).__module__}.{type(layer).__name__})"
+
+    # The base layer: the node reads its weight by itself, so it must be a kind that is known.
     base = layer.base_layer
-    packed = getattr(getattr(base, "weight", None), "quant_state", None)
-    is_4bit = (
-        type(base).__name__ == "Linear4bit" and packed is not None and base.compute_type_is_set
-    )
-    # that is for inference
-    is_for_training = is_4bit and not getattr(packed, "packing_format_for_cpu", False)
-    if type(base) not in (nn.Linear, TextProjection) and not is_for_training:
+    is_known = type(base) in (nn.Linear, TextProjection) or is_trainable_4bit(base)
+    if not is_known:
         return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"
+
+    # The adapter: the node computes s·B·M·A·x and nothing else.
     if adapter_name in layer.lora_variant:
         return "the adapter is a variant of LoRA (DoRA or another)"
     if type(layer.lora_dropout[adapter_name]) is not nn.Identity:
@@ -185,25 +222,37 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
         return "the adapter has a bias"
     if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
         return "A and B of its LoKr are tied"
+
+    # The node has no gradient for W0.
     if base.weight.requires_grad:
         return "the base weight is trained too"
     return None
 
 
+def is_trainable_4bit(base: nn.Module) -> bool:
+    """Whether it is a layer of bitsandbytes in 4 bit, ready to compute, and not packed in the
+    format for CPUs, which is for inference."""
+    if type(base).__name__ != "Linear4bit":
+        return False
+    packed = getattr(base.weight, "quant_state", None)
+    if packed is None or not base.compute_type_is_set:
+        return False
+    return not getattr(packed, "packing_format_for_cpu", False)
+
+
 def enable_fast_path(model: nn.Module, adapter_name: str = "default") -> int:
-    """Fuse every injected projection whose result stays the same (`slow_reason`); returns how many
-    were."""
-    switched = [
-        m
-        for m in moslora.adapter_layers(model, adapter_name).values()
-        if slow_reason(m, adapter_name) is None
-    ]
-    for layer in switched:
-        layer.__class__ = fast_class(type(layer))
-    return len(switched)
+    """Fuse every injected projection whose result stays the same (`slow_reason`). Returns how many
+    were fused."""
+    count = 0
+    for layer in moslora.adapter_layers(model, adapter_name).values():
+        if slow_reason(layer, adapter_name) is None:
+            layer.__class__ = fast_class(type(layer))
+            count += 1
+    return count
 
 
 def disable_fast_path(model: nn.Module) -> None:
+    """Give every fused projection its class of PEFT back."""
     for layer in model.modules():
         if isinstance(layer, ShortWay):
             layer.__class__ = type(layer).__bases__[1]
@@ -218,7 +267,11 @@ class _JointLinear(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
     ) -> tuple[Tensor, ...]:
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
+
+        # A·x of all k layers in one product: (n, k·r).
         inner = rows.mm(down.flatten(0, 1).t())
+
+        # W·x of all, to which each layer's own U·(A·x) is added in its columns.
         result = add_blocks(F.linear(rows, weight, bias), inner, up)
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1).chunk(count, -1)
@@ -228,21 +281,20 @@ class _JointLinear(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, down, up = ctx.saved_tensors
         count, needs_x = len(up), ctx.needs_input_grad[0]
+
+        # The k outputs' gradients side by side, (n, k·out), as the layers' outputs lay.
         grad = torch.cat(grads, -1).view(len(inner), -1)
+
+        # What reads `grad` comes first, as in `_AdaptedLinear`.
         grad_inner = add_blocks(None, grad, up.mT)
         grad_up = parts(inner, count).mT.bmm(parts(grad, count))
-        grad_x = (
-            grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape)
-            if needs_x
-            else None
-        )
-        return (
-            grad_x,
-            None,
-            None,
-            grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape),
-            grad_up,
-        )
+
+        grad_x = None
+        if needs_x:
+            grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape)
+
+        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape)
+        return grad_x, None, None, grad_down, grad_up
 
 
 class _JointBeside(torch.autograd.Function):
@@ -254,9 +306,9 @@ class _JointBeside(torch.autograd.Function):
         rows, count = x.reshape(-1, x.shape[-1]), len(up)
         inner = rows.mm(down.flatten(0, 1).t())
         ctx.save_for_backward(rows, inner, up)
-        result = torch.baddbmm(
-            parts(products.reshape(len(rows), -1), count), parts(inner, count), up
-        )
+        # W·x is kept for the next call, so the sum is a new tensor here.
+        wide = products.reshape(len(rows), -1)
+        result = torch.baddbmm(parts(wide, count), parts(inner, count), up)
         return result.view(count, *x.shape[:-1], -1).unbind()
 
     @staticmethod
@@ -265,7 +317,8 @@ class _JointBeside(torch.autograd.Function):
         rows, inner, up = ctx.saved_tensors
         grad = torch.stack(grads).view(len(up), len(rows), -1)
         grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
-        return None, None, grad_down, parts(inner, len(up)).mT.bmm(grad)
+        grad_up = parts(inner, len(up)).mT.bmm(grad)
+        return None, None, grad_down, grad_up
 
 
 def parts(wide: Tensor, count: int) -> Tensor:
@@ -277,10 +330,13 @@ def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
     """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of
     `blocks` (k,v,w)."""
     count = len(blocks)
-    # the compiler fuses it, and cannot trace in-place changes of such a view
+
+    # The compiler fuses a plain sum, and cannot trace in-place changes of such a view.
     if torch.compiler.is_compiling():
         product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
         return product if wide is None else wide + product
+
+    # With beta 0 the kernel does not read what is in the new tensor.
     beta = 0 if wide is None else 1
     if wide is None:
         wide = torch.empty(len(x), count * blocks.shape[-1], dtype=x.dtype, device=x.device)
@@ -300,6 +356,7 @@ class Alone:
         self.layers[0].working = {adapter_name: (down, up)}
 
     def take_back(self) -> None:
+        """Compute with the masters again."""
         for layer in self.layers:
             del layer.working
 
@@ -309,7 +366,10 @@ class Joint(Alone):
     results wait."""
 
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        self.down, self.up, self._input, self._waiting = down, up, None, []
+        self.down, self.up = down, up
+        # The input of the last call with its gradient mode, and the results not yet asked for.
+        self._input: tuple[Tensor, bool] | None = None
+        self._waiting: list[Tensor | None] = []
         for place, layer in enumerate(self.layers):
             layer.working = {adapter_name: (self, place)}
 
@@ -319,23 +379,26 @@ class Joint(Alone):
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """y (…,out) of the layer at `place` for x (…,in)."""
-        # The same tensor object: changing it in place in between raises an error in autograd, which
-        # has saved it.
-        known, with_gradients = self._input, torch.is_grad_enabled()
-        if (
-            known is None
-            or known[0] is not x
-            or known[1] != with_gradients
-            or self._waiting[place] is None
-        ):
-            found = self.outputs(x)
-            self._input, self._waiting = (x, with_gradients), list(found)
-        result, self._waiting[place] = self._waiting[place], None
+        # A result waits only for the same tensor object: changing it in place in between raises an
+        # error in autograd, which has saved it.
+        with_gradients = torch.is_grad_enabled()
+        known = self._input
+        is_known = known is not None and known[0] is x and known[1] == with_gradients
+
+        # The first of the layers to be called computes for all; so does one called a second time.
+        if not is_known or self._waiting[place] is None:
+            self._waiting = list(self.outputs(x))
+            self._input = (x, with_gradients)
+
+        # Each result is handed out once and not kept. After the last, the input is let go too.
+        result = self._waiting[place]
+        self._waiting[place] = None
         if all(other is None for other in self._waiting):
             self._input = None
         return result
 
     def are_shared(self) -> bool:
+        """Whether the layers can still be computed together."""
         return True
 
 
@@ -359,9 +422,8 @@ class JointWeights(Joint):
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        return _JointLinear.apply(
-            x.to(self.weight.dtype), self.weight, self.bias, self.down, self.up
-        )
+        x = x.to(self.weight.dtype)
+        return _JointLinear.apply(x, self.weight, self.bias, self.down, self.up)
 
     def are_shared(self) -> bool:
         """Whether the layers still use the buffer; not after one was moved, cast or given other
@@ -376,11 +438,15 @@ def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
     already."""
     weights = [linear.weight.detach() for linear in linears]
     first, step = weights[0], weights[0].nbytes
+
+    # They lie together already if they are of one storage, each where the one before it ends.
     has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
-    ends = [weight.data_ptr() - number * step for number, weight in enumerate(weights)]
     storages = {weight.untyped_storage().data_ptr() for weight in weights}
-    if has_storage and len(storages) == 1 and set(ends) == {first.data_ptr()}:
+    starts = {weight.data_ptr() - number * step for number, weight in enumerate(weights)}
+    if has_storage and len(storages) == 1 and starts == {first.data_ptr()}:
         return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
+
+    # Else copy them into one buffer. The layers keep views of it, and the old weights are freed.
     whole = torch.cat(weights)
     for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
         linear.weight = nn.Parameter(view, requires_grad=False)
@@ -394,7 +460,8 @@ def are_matrices(layers: Iterable[nn.Module]) -> bool:
 
 
 def lay_together(model: nn.Module, adapted: Container[str]) -> None:
-    """Stack the `adapted` projections (paths) that models with shared weights will compute jointly."""
+    """Stack the projections that models with shared weights will compute jointly; `adapted` are the
+    paths of those with an adapter."""
     for path, module in model.named_modules():
         names = {layer: name for name, layer in module.named_children()}
         for group in projections_of_one_input(module):
@@ -407,15 +474,15 @@ def lay_together(model: nn.Module, adapted: Container[str]) -> None:
 def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
     """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; []
     elsewhere."""
-    if not all(
-        isinstance(getattr(attention, name, None), nn.Module) for name in ("to_q", "to_k", "to_v")
-    ):
+    names = ("to_q", "to_k", "to_v")
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
         return []
-    own = (
-        ("to_k", "to_v")
-        if getattr(attention, "is_cross_attention", False)
-        else ("to_q", "to_k", "to_v")
-    )
+
+    # In cross-attention q is of the picture, and k and v are of the text.
+    is_cross = getattr(attention, "is_cross_attention", False)
+    own = ("to_k", "to_v") if is_cross else names
+
+    # A transformer's joint attention has projections of the text beside those of the picture.
     groups = []
     for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
         layers = [getattr(attention, name, None) for name in names]
@@ -424,9 +491,14 @@ def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
 
 
 class WorkingCopies:
-    """The copies of every `ShortWay` in `models`. `joint`: whether projections of one input are
-    computed together; None: not on a CPU, where it gains nothing and stacking would copy weights
-    that are mapped from a file, and not on Apple's GPU, where nobody has tried it."""
+    """The copies of every `ShortWay` in the given models, for one step after the other.
+
+    models: with adapters, on which `enable_fast_path` was called
+    adapter_name: the adapter that is trained
+    joint: whether projections of one input are computed together. None: not on a CPU, where it
+        gains nothing and stacking would copy weights that are mapped from a file, and not on
+        Apple's GPU, where nobody has tried it
+    """
 
     def __init__(
         self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None
@@ -437,22 +509,38 @@ class WorkingCopies:
         self.alone = {layer: Alone(layer) for layer in self.layers}
         self.before: StepCopies | None = None
         self.joints: list[Joint] = []
-        for group in (group for module in modules for group in projections_of_one_input(module)):
-            layers = [layer for layer in group if self._is_fast(layer)]
-            if len({kind_of(layer, adapter_name) for layer in layers}) > 1:
-                layers = layers[1:]  # of grouped queries, keys and values are narrower
-            if len(layers) < 2 or len({kind_of(layer, adapter_name) for layer in layers}) > 1:
-                continue
-            bases = [layer.base_layer for layer in layers]
-            if not (bases[0].weight.device.type not in ("cpu", "mps") if joint is None else joint):
-                continue
-            if are_matrices(bases):
-                self.joints.append(JointWeights(*layers))
-            elif (
-                all(isinstance(base, TextProjection) for base in bases)
-                and len(bases) == bases[0].siblings
-            ):
-                self.joints.append(JointProducts(*layers))
+        for module in modules:
+            for group in projections_of_one_input(module):
+                found = self._joint_of(group, joint)
+                if found is not None:
+                    self.joints.append(found)
+
+    def _joint_of(self, group: Sequence[nn.Module], joint: bool | None) -> Joint | None:
+        """One node for the projections of `group`; None where they cannot share one."""
+        layers = [layer for layer in group if self._is_fast(layer)]
+
+        # Of grouped queries, keys and values are narrower than q: these two can share one.
+        if not self._are_alike(layers):
+            layers = layers[1:]
+        if len(layers) < 2 or not self._are_alike(layers):
+            return None
+
+        bases = [layer.base_layer for layer in layers]
+        if joint is None:
+            joint = bases[0].weight.device.type not in ("cpu", "mps")
+        if not joint:
+            return None
+
+        # Dense weights are stacked; texts' products are already there for the whole attention.
+        if are_matrices(bases):
+            return JointWeights(*layers)
+        are_of_text = all(isinstance(base, TextProjection) for base in bases)
+        if are_of_text and len(bases) == bases[0].siblings:
+            return JointProducts(*layers)
+        return None
+
+    def _are_alike(self, layers: Sequence[ShortWay]) -> bool:
+        return len({kind_of(layer, self.adapter_name) for layer in layers}) <= 1
 
     def _is_fast(self, layer: nn.Module) -> bool:
         return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
@@ -461,15 +549,19 @@ class WorkingCopies:
     def for_one_step(self) -> Iterator["StepCopies"]:
         """Lend the copies for the block, in which the adapter is constant; `collect` after each
         backward pass."""
+        # What changed since the last step: weights that moved, hooks, an adapter with dropout.
         self.joints = [joint for joint in self.joints if joint.are_shared()]
         together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
         joined = {layer for joint in together for layer in joint.layers}
-        alone = [
-            unit
-            for layer, unit in self.alone.items()
-            if layer not in joined and self._is_fast(layer)
-        ]
-        step = StepCopies([*together, *alone], self.adapter_name)
+
+        # All others compute alone, or through PEFT where the node would compute something else.
+        units: list[Alone] = list(together)
+        for layer, unit in self.alone.items():
+            if layer not in joined and self._is_fast(layer):
+                units.append(unit)
+
+        # The same units as before take the copies of the step before, at their addresses.
+        step = StepCopies(units, self.adapter_name)
         if self.before is None or self.before.groups != step.groups:
             self.before = step
         with self.before.lent() as step:
@@ -481,21 +573,20 @@ class StepCopies:
     their place."""
 
     def __init__(self, units: Iterable[Alone], adapter_name: str):
-        self.groups = defaultdict(list)
+        self.groups: dict[tuple, list[Alone]] = defaultdict(list)
         for unit in units:
-            self.groups[len(unit.layers), kind_of(unit.layers[0], adapter_name)].append(unit)
+            kind = kind_of(unit.layers[0], adapter_name)
+            self.groups[len(unit.layers), kind].append(unit)
         self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
 
     @property
     def leaves(self) -> list[Tensor]:
         """The copies that get gradients."""
-        return [
-            leaf
-            for batch in self.batches
-            for pair in batch.copies
-            for leaf in pair
-            if leaf.requires_grad
-        ]
+        found = []
+        for batch in self.batches:
+            for pair in batch.copies:
+                found += [leaf for leaf in pair if leaf.requires_grad]
+        return found
 
     @contextmanager
     def lent(self) -> Iterator["StepCopies"]:
@@ -512,26 +603,18 @@ class StepCopies:
             batch.hand_over()
 
     def collect(self) -> None:
+        """Add the gradients of a backward pass to the sums of the step."""
         for batch in self.batches:
             batch.collect()
 
 
 def kind_of(layer: ShortWay, name: str) -> tuple:
     """Equal for layers that one batch can hold: shape, scale, dtype, device, and what learns."""
-    lora_b, base = layer.lora_B[name], layer.base_layer
-    learns_mixer, down = (
-        isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad,
-        layer.lora_A[name].weight,
-    )
-    sizes = down.shape, base.out_features, layer.scaling[name]
-    return (
-        sizes,
-        compute_dtype(base),
-        base.weight.device,
-        type(lora_b),
-        learns_mixer,
-        down.requires_grad,
-    )
+    base, down, lora_b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name]
+    sizes = (down.shape, base.out_features, layer.scaling[name])
+    place = (compute_dtype(base), base.weight.device)
+    learns_mixer = isinstance(lora_b, mixer.MixerLinear) and lora_b.mixer.requires_grad
+    return (sizes, place, type(lora_b), learns_mixer, down.requires_grad)
 
 
 class Batch:
@@ -547,15 +630,21 @@ class Batch:
 
     def lend(self) -> None:
         """Copy A and U as they are now, and let the layers compute with them."""
-        parts = [layer.lora_B[self.adapter_name] for layer in self.layers]
+        # The masters, found anew each time: they may have been replaced since the last step.
+        lora_bs = [layer.lora_B[self.adapter_name] for layer in self.layers]
         self.downs = [layer.lora_A[self.adapter_name].weight for layer in self.layers]
-        self.is_mixed = isinstance(parts[0], mixer.MixerLinear)
-        self.ups = [part.up if self.is_mixed else part.weight for part in parts]
-        self.mixers = [part.mixer for part in parts] if self.is_mixed else []
-        self.learns_down, self.learns_up = self.downs[0].requires_grad, self.ups[0].requires_grad
+        self.is_mixed = isinstance(lora_bs[0], mixer.MixerLinear)
+        self.ups = [one.up if self.is_mixed else one.weight for one in lora_bs]
+        self.mixers = [one.mixer for one in lora_bs] if self.is_mixed else []
+        self.learns_down = self.downs[0].requires_grad
+        self.learns_up = self.ups[0].requires_grad
+
+        # The sums over the step's micro-batches: dA (nk,r,in) and dUᵀ (nk,r,out).
         self.down_sum: Tensor | None = None
         self.up_sum: Tensor | None = None
-        self.reached: set[int] = set()  # an unused layer's gradient is None: the optimizer skips it
+        # An unused layer's gradient stays None, so that the optimizer skips the layer.
+        self.reached: set[int] = set()
+
         self._fill()
         for unit, (down, up) in zip(self.units, self.copies, strict=True):
             unit.lend(self.adapter_name, down, up)
@@ -564,46 +653,66 @@ class Batch:
     def _fill(self) -> None:
         """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They
         stay where they are."""
-        dtype = compute_dtype(self.layers[0].base_layer)
+        # Uᵀ = s·Mᵀ·Bᵀ in fp32, all layers in one batch, and only then in the base's dtype.
         up = torch.stack(self.ups).mT
         if self.is_mixed:
             up = torch.stack(self.mixers).mT.bmm(up)
         if self.scale != 1:
             up = up * self.scale
+        dtype = compute_dtype(self.layers[0].base_layer)
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
+
+        # Layers of one unit stay together.
         if self.count > 1:
-            down, up = (copies.unflatten(0, (-1, self.count)) for copies in (down, up))
+            down = down.unflatten(0, (-1, self.count))
+            up = up.unflatten(0, (-1, self.count))
+
+        # From the second step on: write the values into the leaves that are there. They stay the
+        # same tensors, at the same addresses.
         if self.copies:
             self.whole[0].copy_(down)
             self.whole[1].copy_(up)
-            for leaf in (leaf for pair in self.copies for leaf in pair):
-                leaf.grad = None
+            for down_leaf, up_leaf in self.copies:
+                down_leaf.grad = up_leaf.grad = None
             return
-        self.whole = down, up
-        downs = [copy.detach().requires_grad_(self.learns_down) for copy in down]
-        self.copies = list(zip(downs, [copy.detach().requires_grad_() for copy in up], strict=True))
+
+        # In the first step: each unit's leaves are views of the batch.
+        self.whole = (down, up)
+        for one_down, one_up in zip(down, up, strict=True):
+            down_leaf = one_down.detach().requires_grad_(self.learns_down)
+            self.copies.append((down_leaf, one_up.detach().requires_grad_()))
 
     @torch.no_grad()
     def collect(self) -> None:
         """Add the copies' gradients to the sums, in the dtype of A and B."""
-        reached = {i for i, (_, up) in enumerate(self.copies) if up.grad is not None}
+        # Which layers this backward pass came through.
+        reached = [unit for unit, (_, up) in enumerate(self.copies) if up.grad is not None]
         if not reached:
             return
-        self.reached |= {i * self.count + k for i in reached for k in range(self.count)}
-        dtype, one = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
+        for unit in reached:
+            first = unit * self.count
+            self.reached.update(range(first, first + self.count))
+
+        # Sum in fp32: sums over many micro-batches would lose their small parts in half precision.
+        dtype, shape = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
         downs, ups = zip(*self.copies, strict=True)
-        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(one))
+        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(shape))
         if self.learns_down:
-            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(one))
+            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(shape))
 
     @torch.no_grad()
     def hand_over(self) -> None:
+        """Turn the step's sums of dA and dU into the gradients of the masters A, M and B."""
         if self.up_sum is None:
             return
-        grad = self.up_sum.mT  # dU (n,out,r)
+        grad = self.up_sum.mT  # dU (nk,out,r)
+
+        # dA is A's own gradient.
         if self.down_sum is not None:
             self._give(self.downs, self.down_sum)
         self.down_sum = self.up_sum = None
+
+        # U = s·B·M, so dM = s·Bᵀ·dU and dB = s·dU·Mᵀ.
         if self.scale != 1:
             grad = grad * self.scale
         if self.is_mixed and self.mixers[0].requires_grad:
@@ -615,7 +724,7 @@ class Batch:
         self._give(self.ups, grad.contiguous())
 
     def _give(self, parameters: list[nn.Parameter], gradients: Tensor) -> None:
-        """Add to existing gradients: a layer that was also called through PEFT's forward has one."""
+        """Add to existing gradients: a layer that PEFT's forward was called for has one."""
         for i in self.reached:
             weight, grad = parameters[i], gradients[i]
             weight.grad = grad if weight.grad is None else weight.grad + grad
@@ -626,6 +735,7 @@ class Batch:
 
 
 def added(total: Tensor | None, more: Tensor) -> Tensor:
+    """`more`, added to the total in place where there is one."""
     return more if total is None else total.add_(more)
 
 

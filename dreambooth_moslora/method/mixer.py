@@ -1,12 +1,19 @@
 """Mixture-of-Subspaces LoRA (MoSLoRA), Wu, Wang, Zhao, Wong, arXiv 2406.11909: the method on one
 page.
 
-    y = W0·x + s·B·M·A·x        W0 (out, in) frozen,  A (r, in),  M (r, r) the mixer,  B (out, r),  s = alpha/r
+    y = W0·x + s·B·M·A·x        s = alpha/r
+
+    W0 (out, in)    the layer's own weight, frozen
+    A  (r, in)      down to the rank, as in LoRA
+    M  (r, r)       the mixer
+    B  (out, r)     up again, as in LoRA
 
 For a convolution, W0 and A are kernels (out, in, h, w) and (r, in, h, w); B and M mix the channels
 of each pixel. A starts gaussian and B at zero, so the adapter starts as a no-op with any mixer. B·M
 is the B of a plain LoRA: every adapter folds exactly into a plain LoRA, `LowRank`, and with M = I
-it is one. LoKr (Yeh et al., arXiv 2309.14859) is a MoSLoRA whose A and B are tied: with W₁ (f, f),
+it is one.
+
+LoKr (Yeh et al., arXiv 2309.14859) is a MoSLoRA whose A and B are tied: with W₁ (f, f),
 A₂ (r/f, in/f) and B₂ (out/f, r/f),
 
     W₁ ⊗ (B₂·A₂) = (I ⊗ B₂) · (W₁ ⊗ I) · (I ⊗ A₂)
@@ -29,9 +36,13 @@ from dreambooth_moslora.settings.table import KRONECKER
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The matrices of a plain LoRA on one layer, without its scale: `down` (r, in) and `up` (out,
-    r), or kernels (r, in, h, w) and (out, r, 1, 1). `bias` (out,) is added by `up`; `magnitude`
-    (out,) is DoRA's."""
+    """The matrices of a plain LoRA on one layer, without its scale.
+
+    down: (r, in), or a kernel (r, in, h, w)
+    up: (out, r), or a kernel (out, r, 1, 1)
+    bias: (out,), which `up` adds
+    magnitude: (out,), of DoRA
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -44,16 +55,19 @@ class LowRank:
 
     @property
     def delta(self) -> torch.Tensor:
-        """ΔW = up·down (out, in) or (out, in, h, w), computed in fp64 and returned in fp32."""
+        """ΔW = up·down, computed in fp64 and returned in fp32: (out, in) or (out, in, h, w)."""
         change = self.up.double().flatten(1) @ self.down.double().flatten(1)
         return change.view(len(self.up), *self.down.shape[1:]).float()
 
 
 Tensors = dict[str, torch.Tensor]
-Components = dict[str, torch.nn.Module]  # by diffusers' names, such as `unet`
-# component -> module path, as other programs know it -> the layer
+"""A file's tensors, by name."""
+Components = dict[str, torch.nn.Module]
+"""The models of a pipeline, by diffusers' names, such as `unet`."""
 Folded = dict[str, dict[str, LowRank]]
-PLACEHOLDER_SHAPE = (1, 1)  # of `lora_B.weight` in the state dict of an adapter with a mixer
+"""Component -> module path, as other programs know it -> the layer."""
+PLACEHOLDER_SHAPE = (1, 1)
+"""The shape of `lora_B.weight` in the state dict of an adapter with a mixer."""
 
 
 def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
@@ -61,27 +75,50 @@ def nominal_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], object]] = {
-    "orthogonal": lambda mixer, generator: torch.nn.init.orthogonal_(mixer, generator=generator),
-    "kaiming": lambda mixer, generator: torch.nn.init.kaiming_uniform_(
-        mixer, a=math.sqrt(5), generator=generator
-    ),
-    "identity": lambda mixer, _: torch.nn.init.eye_(mixer),
-    # [[I, I], [I, I]]
-    "butterfly": lambda mixer, _: mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2)),
-    # of W₁ (f, f)
-    KRONECKER: lambda mixer, generator: torch.nn.init.orthogonal_(mixer, generator=generator),
+def orthogonal(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    torch.nn.init.orthogonal_(mixer, generator=generator)
+
+
+def kaiming(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    """As PEFT starts A by itself."""
+    torch.nn.init.kaiming_uniform_(mixer, a=math.sqrt(5), generator=generator)
+
+
+def identity(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    torch.nn.init.eye_(mixer)
+
+
+def butterfly(mixer: torch.Tensor, generator: torch.Generator) -> None:
+    """[[I, I], [I, I]]: each subspace is mixed with one of the other half."""
+    mixer.copy_(torch.eye(len(mixer) // 2).repeat(2, 2))
+
+
+STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
+    "orthogonal": orthogonal,
+    "kaiming": kaiming,
+    "identity": identity,
+    "butterfly": butterfly,
+    KRONECKER: orthogonal,  # W₁ (f, f)
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers
 them."""
 
 
 def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
-    """M₀ (r, r) in fp32 on the CPU, by seed and path alone. Raises ValueError for an unknown kind."""
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    """M₀ (r, r) in fp32 on the CPU.
+
+    kind: one of `STARTS`; raises ValueError for another
+    rank: r, or f of W₁
+    seed, path: of the run and of the layer. They alone decide the draw, so each layer has its own,
+        whatever other layers are adapted
+    """
     if kind not in STARTS:
         raise ValueError(f"there is no mixer {kind!r}")
+
+    # A seed of torch is below 2⁶³: hence the shift by one bit.
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
     mixer = torch.empty(rank, rank, dtype=torch.float32, device="cpu")
     STARTS[kind](mixer, generator)
     return mixer
@@ -89,8 +126,14 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MixedLowRank:
-    """One layer: A `down` (r, in, …), M `mixer` (r, r) (None: I), B `up` (out, r), s, DoRA's
-    `magnitude` (out,)."""
+    """The matrices of MoSLoRA on one layer.
+
+    down: A (r, in), or a kernel (r, in, h, w)
+    mixer: M (r, r); None for the identity
+    up: B (out, r)
+    scale: s
+    magnitude: (out,), of DoRA
+    """
 
     down: torch.Tensor
     mixer: torch.Tensor | None
@@ -106,29 +149,41 @@ class MixedLowRank:
 
     @torch.no_grad()
     def fold(self) -> LowRank:
-        """The equal plain LoRA, down = A, up = s·B·M; fp32, computed in fp64 on the CPU, as Apple
-        GPUs lack that."""
+        """The equal plain LoRA in fp32: down = A, up = s·B·M. It is computed in fp64, on the CPU,
+        as Apple's GPUs lack fp64."""
         up = self.up.cpu().double()
         if self.mixer is not None:
             up = up @ self.mixer.cpu().double()
-        up = (self.scale * up).float().view(*up.shape, *(1,) * (self.down.ndim - 2))
+        up = (self.scale * up).float()
+
+        # For a convolution, `up` is a kernel of 1 x 1.
+        up = up.view(*up.shape, *(1,) * (self.down.ndim - 2))
+
+        # Copies: the live matrices learn on.
         down = self.down.float().cpu().clone(memory_format=torch.contiguous_format)
         magnitude = None if self.magnitude is None else self.magnitude.float().cpu().clone()
-        return LowRank(down, up.contiguous(), magnitude=magnitude)
+        return LowRank(down=down, up=up.contiguous(), magnitude=magnitude)
 
 
 def untied(down: torch.Tensor, mixer: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A₂ (r/f, in/f), W₁ (f, f), B₂ (out/f, r/f) -> A (r, in), M (r, r), B (out, r), so that B·M·A
-    = W₁ ⊗ (B₂·A₂)."""
-    eye = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
+    """A, M and B of a LoKr, so that B·M·A = W₁ ⊗ (B₂·A₂).
+
+    down: A₂ (r/f, in/f)
+    mixer: W₁ (f, f)
+    up: B₂ (out/f, r/f)
+
+    Returns A (r, in), M (r, r) and B (out, r).
+    """
+    outer = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
     inner = torch.eye(len(down), dtype=down.dtype, device=down.device)
-    return torch.kron(eye, down), torch.kron(mixer, inner), torch.kron(eye, up)
+    return torch.kron(outer, down), torch.kron(mixer, inner), torch.kron(outer, up)
 
 
 class ReadOnlyWeight(torch.Tensor):
-    """A matrix computed at each reading. Assigning to `data`, as PEFT may, would change nothing:
-    UserError."""
+    """A matrix that is computed at each reading. Assigning to its `data`, as PEFT may, would change
+    nothing: it raises UserError."""
 
+    # Results of operations with it are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
@@ -138,21 +193,26 @@ class ReadOnlyWeight(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         raise UserError(
-            "the weight is computed here and cannot be set; fold the adapter into a plain LoRA first"
+            "the weight is computed here and cannot be set; "
+            "fold the adapter into a plain LoRA first"
         )
 
 
 class Computed(torch.nn.Module):
-    """A matrix, the `product` of parameters; its state dict's `weight` of one zero fits no plain
-    LoRA."""
+    """A matrix that is the `product` of parameters.
+
+    Its state dict has the parameters, and a `weight` of one zero, which fits no plain LoRA: a
+    reader that does not know of mixers fails instead of computing without M.
+    """
 
     def product(self) -> torch.Tensor:
+        """The matrix, by the parameters as they are now."""
         raise NotImplementedError
 
     @property
     def weight(self) -> torch.Tensor:
-        """The product, which PEFT merges as a plain LoRA's. A fake or distributed tensor keeps its
-        class."""
+        """The product, which PEFT merges as it does a plain LoRA's weight. A fake or distributed
+        tensor keeps its class."""
         product = self.product()
         return product.as_subclass(ReadOnlyWeight) if type(product) is torch.Tensor else product
 
@@ -160,9 +220,8 @@ class Computed(torch.nn.Module):
         self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = (
-            next(self.parameters()).detach().new_zeros(PLACEHOLDER_SHAPE)
-        )
+        parameter = next(self.parameters()).detach()
+        destination[f"{prefix}weight"] = parameter.new_zeros(PLACEHOLDER_SHAPE)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
@@ -176,8 +235,12 @@ class Computed(torch.nn.Module):
 
 
 class MixerLinear(Computed):
-    """B·M as LoRA's B: parameters `up` (out, r) and `mixer` (r, r), a buffer if frozen, as PEFT
-    trains parameters."""
+    """B·M in place of LoRA's B.
+
+    up: B (out, r), a parameter
+    mixer: M (r, r), a parameter
+    train_mixer: without it M is a buffer, as PEFT trains every parameter
+    """
 
     def __init__(self, up: torch.Tensor, mixer: torch.Tensor, train_mixer: bool = True):
         super().__init__()
@@ -189,8 +252,8 @@ class MixerLinear(Computed):
 
     @property
     def mixing(self) -> torch.Tensor:
-        """M in the dtype of B: PEFT's `low_cpu_mem_usage` casts all to the base's, and back the
-        parameters alone."""
+        """M in the dtype of B. PEFT's `low_cpu_mem_usage` casts both to the base's dtype, and then
+        only parameters back."""
         return self.mixer.to(self.up.dtype)
 
     def product(self) -> torch.Tensor:
@@ -222,12 +285,12 @@ class KroneckerDown(Computed):
         self.tied, self.factor = torch.nn.Parameter(tied), factor
 
     def product(self) -> torch.Tensor:
-        return torch.kron(
-            torch.eye(self.factor, dtype=self.tied.dtype, device=self.tied.device), self.tied
-        )
+        """A, in the shape of a plain LoRA's: (r, in)."""
+        eye = torch.eye(self.factor, dtype=self.tied.dtype, device=self.tied.device)
+        return torch.kron(eye, self.tied)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, in) -> (…, r)."""
+        """(…, in) -> (…, r): A₂ of each of the f parts of x, without building A."""
         return F.linear(x.unflatten(-1, (self.factor, -1)), self.tied).flatten(-2)
 
 
@@ -235,8 +298,10 @@ class KroneckerUp(MixerLinear):
     """B·M = W₁ ⊗ B₂ (out, r): `up` B₂ (out/f, r/f) and `mixer` W₁ (f, f)."""
 
     def product(self) -> torch.Tensor:
+        """B·M, in the shape of a plain LoRA's B: (out, r)."""
         return torch.kron(self.mixing, self.up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, r) -> (…, out)."""
-        return F.linear(self.mixing @ x.unflatten(-1, (len(self.mixer), -1)), self.up).flatten(-2)
+        """(…, r) -> (…, out): W₁ mixes the f parts of x, B₂ takes each of them up."""
+        mixed = self.mixing @ x.unflatten(-1, (len(self.mixer), -1))
+        return F.linear(mixed, self.up).flatten(-2)

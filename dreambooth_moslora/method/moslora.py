@@ -59,20 +59,22 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The `base_modules` whose weight has at least 2 dimensions: projections, convolutions and
     embeddings."""
     modules = base_modules(model).items()
-    return {
-        path: module
-        for path, module in modules
-        if getattr(getattr(module, "weight", None), "ndim", 0) > 1
-    }
+    found = {}
+    for path, module in modules:
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "ndim", 0) > 1:
+            found[path] = module
+    return found
 
 
 def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """PEFT's `rank_pattern` or `alpha_pattern`, one regular expression a value: PEFT tries all on
-    every module."""
+    """PEFT's `rank_pattern` or `alpha_pattern` for the paths with another value than the common
+    one. It has one regular expression a value, as PEFT tries each on every module."""
     paths: dict[float, list[str]] = {}
     for path, value in values.items():
-        paths.setdefault(value, []).append(re.escape(path))
-    return {f"^(?:{'|'.join(names)})": value for value, names in paths.items() if value != common}
+        if value != common:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^(?:{'|'.join(names)})": value for value, names in paths.items()}
 
 
 def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -91,18 +93,22 @@ def weight_size(module: nn.Module | None) -> tuple[int, ...]:
     return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
 
 
-create, combine = LoraModel._create_and_replace, LoraModel.add_weighted_adapter
+# PEFT's own methods, which the patch calls.
+create = LoraModel._create_and_replace
+combine = LoraModel.add_weighted_adapter
 
 
 @cache
 def patch_peft() -> None:
     """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it
-    combines them. Its registration of layer classes is ignored for a second adapter, and it would
-    write to a computed `lora_B.weight`."""
-    LoraModel._create_and_replace, LoraModel.add_weighted_adapter = create_and_mix, combine_folded
+    combines them. PEFT ignores its own registration of layer classes for a second adapter, and it
+    would write to a computed `lora_B.weight`."""
+    LoraModel._create_and_replace = create_and_mix
+    LoraModel.add_weighted_adapter = combine_folded
 
 
 def has_mixer(config: LoraConfig) -> bool:
+    """Whether its layers have an M; also for a plain LoraConfig of PEFT."""
     return getattr(config, "mixer", "none") != "none"
 
 
@@ -112,61 +118,79 @@ def create_and_mix(
 ):
     """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies
     by lora_B."""
+    # PEFT makes its layer with A and B, as for a plain LoRA.
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
         return
+
+    # Refuse the layers whose B is no matrix that is multiplied by: M would have no place there.
     layer = getattr(parent, target_name)
     base = layer.get_base_layer()
-    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in (
-        nn.Linear,
-        nn.Conv2d,
-    )
-    if (
-        not is_plain
-        or isinstance(layer, (MultiheadAttention, ParamWrapper))
-        or is_odd_convolution(base)
-    ):
+    matrices = (nn.Linear, nn.Conv2d)
+    is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in matrices
+    is_special = isinstance(layer, (MultiheadAttention, ParamWrapper))
+    if not is_plain or is_special or is_odd_convolution(base):
         raise cannot_carry(current_key, base)
     if adapter_name in layer.lora_magnitude_vector:
         check_dora(current_key, base)
+
+    # A LoKr replaces A too.
     if lora_config.mixer == KRONECKER:
         tie(layer, adapter_name, lora_config, current_key)
         return
+
+    # Draw M₀, and put B·M in the place of B. B learns if PEFT's B would, and M with it.
     plain = layer.lora_B[adapter_name].weight
     start = mixer.initial_mixer(
-        lora_config.mixer, plain.shape[1], lora_config.mixer_seed, current_key
-    ).to(plain.device)
+        kind=lora_config.mixer,
+        rank=plain.shape[1],
+        seed=lora_config.mixer_seed,
+        path=current_key,
+    )
     mixer_class = mixer.MixerConv2d if plain.ndim == 4 else mixer.MixerLinear
-    mixed = mixer_class(plain.detach().flatten(1).float(), start, lora_config.train_mixer)
+    mixed = mixer_class(
+        up=plain.detach().flatten(1).float(),
+        mixer=start.to(plain.device),
+        train_mixer=lora_config.train_mixer,
+    )
     layer.lora_B[adapter_name] = mixed.requires_grad_(plain.requires_grad)
     layer.lora_A[adapter_name].float()
 
 
 def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
-    """A and B of a LoKr in place of the layer's own, which give their values; B is zero."""
-    factor, lora_a, lora_b = (
-        config.mixer_factor,
-        layer.lora_A[adapter_name],
-        layer.lora_B[adapter_name],
+    """Put A and B of a LoKr in place of the layer's own. Their first values are corners of the
+    layer's own A and B, of which B is zero."""
+    factor = config.mixer_factor
+    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    down, up = lora_a.weight.detach().float(), lora_b.weight.detach().float()
+    rank, inputs = down.shape
+    outputs = len(up)
+
+    # W₁ (f, f), A₂ (r/f, in/f) and B₂ (out/f, r/f).
+    start = mixer.initial_mixer(kind=KRONECKER, rank=factor, seed=config.mixer_seed, path=path).to(
+        down.device
     )
-    start = mixer.initial_mixer(KRONECKER, factor, config.mixer_seed, path).to(lora_a.weight.device)
-    down, up = (one.weight.detach().float() for one in (lora_a, lora_b))
-    (rank, inputs), outputs = down.shape, len(up)
-    down = down[: rank // factor, : inputs // factor].clone()
-    mixed = mixer.KroneckerUp(
-        up[: outputs // factor, : rank // factor].clone(), start, config.train_mixer
+    tied_down = mixer.KroneckerDown(
+        tied=down[: rank // factor, : inputs // factor].clone(), factor=factor
     )
+    tied_up = mixer.KroneckerUp(
+        up=up[: outputs // factor, : rank // factor].clone(),
+        mixer=start,
+        train_mixer=config.train_mixer,
+    )
+
     learns = lora_b.weight.requires_grad
-    layer.lora_A[adapter_name] = mixer.KroneckerDown(down, factor).requires_grad_(learns)
-    layer.lora_B[adapter_name] = mixed.requires_grad_(learns)
+    layer.lora_A[adapter_name] = tied_down.requires_grad_(learns)
+    layer.lora_B[adapter_name] = tied_up.requires_grad_(learns)
 
 
 @wraps(combine)
 def combine_folded(self, *arguments, **options):
+    """Combine adapters as plain LoRAs: for its length PEFT sees their configs without a mixer."""
     live = dict(self.peft_config)
-    self.peft_config.update(
-        {name: config.without_mixer() for name, config in live.items() if has_mixer(config)}
-    )
+    for name, config in live.items():
+        if has_mixer(config):
+            self.peft_config[name] = config.without_mixer()
     try:
         combine(self, *arguments, **options)
     finally:
@@ -183,39 +207,40 @@ def check_settings(config: LoraConfig) -> None:
         check_rank(config.mixer, rank, config.mixer_factor)
     if not has_mixer(config):
         return
-    # PEFT would compute variants of LoRA from B·A, without the mixer.
-    variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {
-        "use_dora"
-    }
-    for name in sorted(variants | {"lora_bias"}):
+
+    # PEFT would compute variants of LoRA from B·A, without the mixer. DoRA alone reads
+    # `lora_B.weight`, which has it.
+    excluded = {"lora_bias"}
+    for one in fields(config):
+        if one.metadata.get("is_lora_variant") and one.name != "use_dora":
+            excluded.add(one.name)
+    for name in sorted(excluded):
         if getattr(config, name):
             raise UserError(
                 f'{name} cannot be combined with a mixer; leave it out or use mixer="none"'
             )
+
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise UserError(
-            f"init_lora_weights={config.init_lora_weights!r} computes B·A from the base weights, which a mixer would "
-            'change; use "gaussian" or mixer="none"'
+            f"init_lora_weights={config.init_lora_weights!r} computes B·A from the base weights, "
+            'which a mixer would change; use "gaussian" or mixer="none"'
         )
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
     """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an
     unsuitable module."""
-    modules = base_modules(model)
-    targets = {
-        p: module
-        for p, module in modules.items()
-        if LoraModel._check_target_module_exists(config, p)
-    }
+    targets = {}
+    for path, module in base_modules(model).items():
+        if LoraModel._check_target_module_exists(config, path):
+            targets[path] = module
     if not targets:
         name = type(without_wrapper(model)).__name__
         raise UserError(f"target_modules={config.target_modules!r} matches no module of {name}")
+    # What no LoRA can adapt. Quantised weights are buffers in some libraries.
     for path, module in targets.items():
-        if all(
-            part.ndim < 2
-            for part in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        ):
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if all(part.ndim < 2 for part in own):
             raise UserError(
                 f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out"
             )
@@ -223,6 +248,8 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
             check_dora(path, module)
     if not has_mixer(config):
         return
+
+    # What a mixer cannot be put into.
     for path, module in targets.items():
         if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
             raise cannot_carry(path, module)
@@ -247,25 +274,27 @@ def is_odd_convolution(module: nn.Module) -> bool:
 
 
 def cannot_carry(path: str, module: nn.Module) -> UserError:
-    kind = (
-        "grouped, dilated or circular Conv2d"
-        if isinstance(module, nn.Conv2d)
-        else type(module).__name__
-    )
+    """The error that names a layer into which no mixer can be put."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Conv2d):
+        kind = "grouped, dilated or circular Conv2d"
     return UserError(
         f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules"
     )
 
 
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # the paper's targets in SDXL
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The paper's targets in SDXL."""
 SAVED_TYPE = "MOSLORA"
+"""The `peft_type` in an adapter's config as PEFT saves it."""
 START = LoraConfig.__dataclass_fields__["init_lora_weights"]
+"""PEFT's field, whose help text is kept with another default."""
 
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer, other fields as PEFT's. Raises UserError for what a mixer
-    excludes."""
+    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. Raises UserError for what a
+    mixer excludes."""
 
     init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
     mixer: str = field(
@@ -314,8 +343,12 @@ def exact_config(
     alpha: float,
     **settings: object,
 ) -> MoSLoraConfig:
-    """A config for exactly these layers (module paths), each with its rank and alpha; the last two
-    are the usual."""
+    """A config for exactly the given layers, each with its rank and alpha.
+
+    ranks, alphas: by module path
+    rank, alpha: the usual ones, which most layers have
+    settings: other fields of the config
+    """
     return MoSLoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -330,20 +363,28 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises
     UserError when no module matches, the name is taken, or a target cannot carry a mixer; the model
     is unchanged then."""
+    # Refuse first: PEFT would fail in the middle of its work.
     if adapter_name in getattr(model, "peft_config", {}):
         raise UserError(
-            f"The model already has an adapter named {adapter_name!r}; delete it or choose another name"
+            f"The model already has an adapter named {adapter_name!r}; "
+            "delete it or choose another name"
         )
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
         check_targets(model, config)
+
+    # A model that PEFT has wrapped adds and activates adapters by itself.
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)
         return model
+
+    # In another model PEFT replaces the layers in place. It warns of any second adapter.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name)
     cast_adapter_dtype(model, adapter_name)
+
+    # A mark of diffusers and transformers: their own methods for adapters ask for it.
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
     for layer in adapter_layers(model, adapter_name).values():
@@ -352,14 +393,13 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Module path -> PEFT layer, for each projection with this adapter, in the model's order.
-    Raises UserError."""
+    """Module path -> PEFT layer, for each layer with this adapter, in the model's order. Raises
+    UserError where there is none."""
     base = without_wrapper(model)
-    layers = {
-        p: m
-        for p, m in base.named_modules()
-        if isinstance(m, LoraLayer) and adapter_name in m.lora_A
-    }
+    layers = {}
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            layers[path] = module
     if not layers:
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise UserError(
@@ -375,9 +415,11 @@ def adapter_parameters(
     found = []
     for path, layer in adapter_layers(model, adapter_name).items():
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            if adapter_name in (modules := getattr(layer, part)):
-                own = modules[adapter_name].named_parameters()
-                found += [(f"{path}.{part}.{n}", p) for n, p in own]
+            modules = getattr(layer, part)
+            if adapter_name not in modules:
+                continue
+            for name, parameter in modules[adapter_name].named_parameters():
+                found.append((f"{path}.{part}.{name}", parameter))
     return found
 
 
@@ -386,11 +428,8 @@ def mixer_parameters(
 ) -> list[tuple[str, nn.Parameter]]:
     """The learnt mixers among `adapter_parameters`. Weight decay would pull M to 0, not to its
     start: exempt them."""
-    return [
-        (name, p)
-        for name, p in adapter_parameters(model, adapter_name)
-        if name.endswith(".lora_B.mixer")
-    ]
+    named = adapter_parameters(model, adapter_name)
+    return [(name, parameter) for name, parameter in named if name.endswith(".lora_B.mixer")]
 
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
@@ -400,6 +439,7 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> 
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """PEFT's layers, of any adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
@@ -423,24 +463,28 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
-    """The live A, M, B and magnitude of one layer, not copied, and the s of training, not that of
-    `set_scale`."""
-    matrices, magnitudes = stored_matrices(layer, adapter_name), layer.lora_magnitude_vector
+    """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
+    which `set_scale` does not change."""
+    down, mix, up = stored_matrices(layer, adapter_name)
     if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
-        matrices = mixer.untied(*matrices)
+        down, mix, up = mixer.untied(down=down, mixer=mix, up=up)
+
     scale = mixer.nominal_scale(
         layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
     )
+    magnitudes = layer.lora_magnitude_vector
     magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
-    return mixer.MixedLowRank(*matrices, scale, magnitude)
+    return mixer.MixedLowRank(down=down, mixer=mix, up=up, scale=scale, magnitude=magnitude)
 
 
 def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A, M (None without a mixer) and B of one layer as they are learnt; of a LoKr A₂, W₁ and B₂."""
+    """A, M (None without a mixer) and B of one layer as they are learnt; A₂, W₁ and B₂ of a
+    LoKr."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
-    is_mixed = isinstance(lora_b, mixer.MixerLinear)
-    return (down, lora_b.mixer, lora_b.up) if is_mixed else (down, None, lora_b.weight.flatten(1))
+    if isinstance(lora_b, mixer.MixerLinear):
+        return down, lora_b.mixer, lora_b.up
+    return down, None, lora_b.weight.flatten(1)
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:
