@@ -415,7 +415,13 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
-    UserError for configs that cannot be fetched, and for another file."""
+    UserError for configs that cannot be fetched, for scaled fp8, and for another file."""
+    # diffusers drops the scales, and would train wrong weights.
+    if any(name.rpartition(".")[2] in scaled_fp8.SCALES for name in files.shapes_in(path)):
+        raise UserError(
+            f"{path} is a checkpoint in scaled fp8, which is read of transformers alone: "
+            "take the file in fp16."
+        )
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:

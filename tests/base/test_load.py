@@ -724,3 +724,13 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
         save_file(tensors, tmp_path / "one.safetensors")
         assert Base.find(tmp_path / "one.safetensors").facts is facts
         assert infer_diffusers_model_type(tensors) == word or (prefix and name in ("flux", "sana"))
+
+
+@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
+def test_a_unet_in_scaled_fp8_is_refused(spelling, tmp_path):
+    """diffusers reads it without its scales."""
+    layer = "model.diffusion_model.input_blocks.0.0"
+    tensors = {f"{layer}.weight": torch.ones(4, 4), f"{layer}.{spelling}": torch.ones(1)}
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    with pytest.raises(UserError, match="scaled fp8, which is read of transformers alone"):
+        load.load_pipeline(tmp_path / "scaled.safetensors")
