@@ -20,7 +20,7 @@ from torch import Tensor
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_file
-from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Key, Module
+from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Module
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.method.mixer import (
     Folded,
@@ -123,7 +123,7 @@ def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
 
 @dataclass(frozen=True)
 class Pair:
-    key: Key  # of the down matrix
+    module: Module
     matrices: LowRank
     alpha: float | None
     is_product: bool  # ΔW = up·down, flattened
@@ -197,8 +197,9 @@ def describe_pairs(
         lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name),
     )
     pairs = with_settings(name, find_pairs(name, tensors), settings)
-    tools = {key.tool for key in map(key_names.parse, tensors) if key}
-    others = [tool for tool in dict.fromkeys(row.tool for row in ENDINGS) if tool in tools - PAIRED]
+    keys = [key for key in map(key_names.parse, tensors) if key]
+    tools = dict.fromkeys(row.tool for row in ENDINGS if row.tool in {key.tool for key in keys})
+    others = [tool for tool in tools if tool not in PAIRED]
     if not pairs and not others:
         raise UserError(
             f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}"
@@ -207,7 +208,7 @@ def describe_pairs(
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
     by_columns = "DoRA by columns, which is not read here"
     others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
-    kinds = ", ".join(others + sorted({pair.key.tool for pair in pairs}))
+    kinds = ", ".join(others + sorted({key.tool for key in keys if pairs and key.part == "down"}))
     kind = "published by dreambooth_moslora, " * (HEADER in header) + kinds
     return {"kind": kind, **(geometry(pairs) if pairs else {}), "use_dora": use_dora}
 
@@ -215,16 +216,8 @@ def describe_pairs(
 def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
     """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without
     its partner."""
-    modules: dict[Module, dict[str, Tensor]] = {}
-    downs: dict[Module, Key] = {}
-    for text, tensor in tensors.items():
-        if key := key_names.parse(text):
-            modules.setdefault(key.module, {})[key.part] = tensor
-            if key.part == "down":
-                downs[key.module] = key
-
     pairs = []
-    for module, parts in modules.items():
+    for module, parts in key_names.grouped(tensors)[0].items():
         down, up, alpha = (parts.get(part) for part in ("down", "up", "alpha"))
         if "mixer" in parts or (down is None and up is None):
             continue
@@ -243,8 +236,8 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         if alpha is not None and alpha.numel() != 1:
             raise UserError(f"{name} is broken: {module.name}.alpha is not one number")
         is_product = all(n == 1 for n in up.shape[2:]) and "mid" not in parts
-        found = None if alpha is None else float(alpha)
-        pairs.append(Pair(downs[module], LowRank(down, up), found, is_product))
+        number = None if alpha is None else float(alpha)
+        pairs.append(Pair(module, LowRank(down, up), number, is_product))
     return pairs
 
 
@@ -253,7 +246,7 @@ def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> 
     result = []
     is_of_one_model = "lora_alpha" in settings
     for pair in pairs:
-        component, path = pair.key.module.component or DENOISERS[0], pair.key.module.path
+        component, path = pair.module.component or DENOISERS[0], pair.module.path
         prefix = "" if is_of_one_model else f"{component}."
         own = {
             key.removeprefix(prefix): value
@@ -275,7 +268,7 @@ def geometry(pairs: list[Pair]) -> dict[str, object]:
     with_alpha = [p for p in pairs if p.alpha is not None]
     alphas = {p.alpha for p in with_alpha}
     scales = {nominal_scale(p.alpha, p.matrices.rank, p.use_rslora) for p in with_alpha}
-    modules = Counter(p.key.module.component or "other" for p in pairs)
+    modules = Counter(p.module.component or "other" for p in pairs)
     facts: dict[str, object] = {
         "modules": dict(modules),
         "ranks": by_rank(p.matrices.rank for p in pairs),

@@ -1,9 +1,9 @@
-"""How the tools that people have spell the keys of a LoRA: a table of what a key begins with, and
-one of its end.
+"""How the tools that people have spell the keys of a LoRA: what a key begins with, and its end.
 
-    prefix         path                                        ending
-    unet.          mid_block.attentions.0.….attn1.to_q         .lora_A.weight          diffusers, with PEFT's ends
-    lora_unet_     mid_block_attentions_0_…_attn1_to_q         .lora_down.weight       kohya
+    prefix         path                                    ending
+    unet.          mid_block.attentions.0.….attn1.to_q     .lora_A.weight      diffusers and PEFT
+    lora_unet_     mid_block_attentions_0_…_attn1_to_q     .lora_down.weight   kohya
+    lora_unet_     double_blocks_0_img_attn_qkv            .lokr_w1            in an original layout
 
 Any prefix may go with any ending. Another tool costs a row here and a row of the test's table.
 Which layer of a base a path means is in `named_layers`.
@@ -13,8 +13,8 @@ A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
     lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
                           [.dora_scale (out, 1)]
 
-ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank, and
-`up` of the others is multiplied by r/alpha: diffusers loses the alphas of attention projections
+ΔW = alpha/r · up·down. If the ranks differ, every module has the alpha of the most common rank,
+and `up` of the others is multiplied by r/alpha: diffusers loses the alphas of attention projections
 when a file has several. DoRA's W' = dora_scale · (W + ΔW) / ‖W + ΔW‖, with the norm of each row of
 W, as in PEFT and LyCORIS. diffusers drops `dora_scale`, so kohya files with DoRA are evaluated by
 this definition. Header keys: github.com/Stability-AI/ModelSpec, and `ss_*` of kohya's sd-scripts,
@@ -45,7 +45,7 @@ DIFFUSERS, KOHYA = "diffusers", "kohya"
 PEFT_PREFIX = "base_model.model."
 PREFIXES = (
     *(Prefix(f"{component}.", DIFFUSERS, (component,)) for component in COMPONENTS),
-    Prefix("lora_unet_", KOHYA, ("unet",)),
+    Prefix("lora_unet_", KOHYA, DENOISERS),
     Prefix("lora_te_", KOHYA, ("text_encoder",)),  # of the one encoder of SD 1.5 and FLUX.1
     Prefix("lora_te1_", KOHYA, ("text_encoder",)),
     Prefix("lora_te2_", KOHYA, ("text_encoder_2",)),
@@ -56,7 +56,6 @@ PREFIXES = (
     Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
 )
 KOHYA_PREFIXES = {row.components[0]: row.text for row in PREFIXES if row.tool == KOHYA}
-KOHYA_ALONE = "lora_te_"
 
 
 class Ending(NamedTuple):
@@ -72,12 +71,10 @@ DIFFUSERS_KEYS, ENCODER_KEYS = "diffusers keys", "diffusers text encoder keys"
 LOHA, LOKR = "LyCORIS LoHa", "LyCORIS LoKr"
 UNFOLDED = "MoSLoRA in PEFT's form, unfolded"
 ENDINGS = (
-    *(
-        Ending(f".hada_{part}", f"hada_{part}", LOHA)
-        for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
-    ),
-    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w1", "w1_a", "w1_b")),
-    *(Ending(f".lokr_{part}", f"lokr_{part}", LOKR) for part in ("w2", "w2_a", "w2_b", "t2")),
+    *(Ending(f".{part}", part, LOHA) for part in ("hada_w1_a", "hada_w1_b", "hada_t1")),
+    *(Ending(f".{part}", part, LOHA) for part in ("hada_w2_a", "hada_w2_b", "hada_t2")),
+    *(Ending(f".{part}", part, LOKR) for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b")),
+    *(Ending(f".{part}", part, LOKR) for part in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")),
     Ending(".lora_mid.weight", "mid", "LyCORIS LoCon"),
     Ending(".lora_AB.weight", "between", "MoSLoRA reference code"),
     Ending(".lora_B.mixer", "mixer", UNFOLDED),
@@ -104,8 +101,8 @@ BY_TEXT = {row.text: row for row in ENDINGS}
 ENDED = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in BY_TEXT)})")
 PAIRED = {row.tool for row in ENDINGS if row.part == "down"}
 """Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
-OF_LYCORIS = {LOHA, LOKR}
-LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in OF_LYCORIS}
+LYCORIS_PARTS = {row.part for row in ENDINGS if row.tool in (LOHA, LOKR)}
+READ_PARTS = {row.part for row in ENDINGS if row.tool in PAIRED} | LYCORIS_PARTS
 
 
 class Module(NamedTuple):
@@ -130,6 +127,9 @@ class Key(NamedTuple):
     tool: str
 
 
+Modules = dict[Module, Tensors]  # and the parts of each
+
+
 def parse(key: str) -> Key | None:
     """Whose layer and which part of it the key names; None for a key of no known spelling."""
     match = ENDED.fullmatch(key.replace(".processor.", "."))
@@ -149,9 +149,40 @@ OLD_NAMES = {"to_out": "to_out.0"}
 OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
+def grouped(tensors: Tensors) -> tuple[Modules, list[str]]:
+    """A file's tensors by module and part, and the keys of no known spelling."""
+    modules, unknown = {}, []
+    for text, tensor in tensors.items():
+        if key := parse(text):
+            modules.setdefault(key.module, {})[key.part] = tensor
+        else:
+            unknown.append(text)
+    return modules, unknown
+
+
+WORDS = (  # of original layouts, each one segment of a path
+    *("joint_blocks", "x_block", "context_block"),  # SD 3
+    *("double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp"),  # FLUX
+    *("img_mod", "txt_mod", "img_in", "txt_in", "time_in", "vector_in", "guidance_in"),
+    *("in_layer", "out_layer", "single_stream_modulation"),
+    *("double_stream_modulation_img", "double_stream_modulation_txt"),
+    *("layerwise_blocks", "refiner_blocks"),  # Krea 2
+    *("noise_refiner", "context_refiner", "feed_forward", "cap_embedder"),  # Lumina 2, Z-Image
+    *("adaLN_modulation", "final_layer", "x_embedder", "t_embedder", "y_embedder"),
+    "context_embedder",
+)
+SEPARATED = re.compile(rf"(?<![^_])({'|'.join(WORDS)})(?![^_])|_")
+
+
+def dotted(module: Module) -> str:
+    """The path, `joint_blocks_0_x_block_attn_qkv` as `joint_blocks.0.x_block.attn.qkv`."""
+    if not module.prefix.text.endswith("_"):
+        return module.path
+    return SEPARATED.sub(lambda match: match[1] or ".", module.path)
+
+
 def spell(tool: str, name: str, part: str) -> str:
-    """The key of a part of the layer `name` (as the file names it) with the tool's ending, the
-    first of ENDINGS."""
+    """The key of a part of the layer that a file calls `name`, with the tool's first ending."""
     return name + next(row.text for row in ENDINGS if (row.tool, row.part) == (tool, part))
 
 
@@ -166,8 +197,7 @@ def kohya_name(component: str, path: str, components: Collection[str] = COMPONEN
     """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these
     components."""
     is_alone = component == "text_encoder" and "text_encoder_2" not in components
-    prefix = KOHYA_ALONE if is_alone else KOHYA_PREFIXES[component]
-    return prefix + path.replace(".", "_")
+    return ("lora_te_" if is_alone else KOHYA_PREFIXES[component]) + path.replace(".", "_")
 
 
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5

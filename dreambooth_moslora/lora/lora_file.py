@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dreambooth_moslora.base.load import architecture
@@ -41,7 +40,7 @@ from dreambooth_moslora.lora.lora_settings import (
     scales_of_settings,
 )
 from dreambooth_moslora.lora.metadata import BUNDLE, check_start_file, most_common
-from dreambooth_moslora.lora.named_layers import Parts, as_lora
+from dreambooth_moslora.lora.named_layers import Parts, as_lora, no_layer, no_part
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.families import DENOISERS, facts_of
@@ -61,7 +60,12 @@ def projections(parts: Parts, file_name: str) -> Folded:
     for (component, path), own in parts.items():
         name = f"{component}.{path}"
         for field, tensor in own.items():
-            check_numbers(f"{name}.{field}", tensor, file_name)
+            if tensor.dtype not in DTYPES:
+                said = f"is in {tensor.dtype}, which is not a dtype of weights"
+                raise broken(file_name, f"{f'{name}.{field}'!r:.100} {said}")
+            if not tensor.float().isfinite().all():
+                said = "has values that are NaN, infinite or beyond single precision"
+                raise broken(file_name, f"{f'{name}.{field}'!r:.100} {said}")
         down, up = own.get("down"), own.get("up")
         if (
             down is None
@@ -80,33 +84,13 @@ def projections(parts: Parts, file_name: str) -> Folded:
     return result
 
 
-def check_numbers(name: str, tensor: Tensor, file_name: str) -> None:
-    """Raises UserError for a tensor that is no weight."""
-    if tensor.dtype not in DTYPES:
-        raise broken(
-            file_name, f"{name!r:.100} is in {tensor.dtype}, which is not a dtype of weights"
-        )
-    if not tensor.float().isfinite().all():
-        raise broken(
-            file_name, f"{name!r:.100} has values that are NaN, infinite or beyond single precision"
-        )
-
-
 def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
     """The layers in what diffusers' `lora_state_dict` gives. Raises UserError for a key of none."""
-    tensors, parts = found if isinstance(found, dict) else found[0], {}
-    for text, tensor in tensors.items():
-        key = key_names.parse(text)
-        if (
-            key is None
-            or key.module.prefix.text != f"{key.module.component}."
-            or key.tool not in key_names.PAIRED
-        ):
-            raise UserError(
-                f"{file_name} is not a LoRA of a diffusion model: {text!r:.100} does not belong to one"
-            )
-        parts.setdefault((key.module.component, key.module.path), {})[key.part] = tensor
-    return parts
+    modules, unknown = key_names.grouped(found if isinstance(found, dict) else found[0])
+    strange = [module for module in modules if module.prefix.text != f"{module.component}."]
+    if unknown or strange:
+        raise no_layer(file_name, strange[0]) if strange else no_part(file_name, unknown[0])
+    return {(module.component, module.path): parts for module, parts in modules.items()}
 
 
 # PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
@@ -196,23 +180,18 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     """The file's content. Raises UserError when it is missing, is not a safetensors file, or holds
     no known LoRA."""
     file = run_folder.find_weights(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header, keys = dict(opened.metadata() or {}), set(opened.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{file.name} is not a whole safetensors file: {one_line(error)}"
-        ) from error
-    is_raw = raw_file.RAW_KEY in keys
-    tools = {key.tool for key in map(key_names.parse, keys) if key}
-    if not is_raw and not beside(file, keys) and key_names.UNFOLDED in tools:
+    tensors, header = raw_file.read_tensors(file)
+    is_raw, own = raw_file.RAW_KEY in tensors, beside(file, tensors)
+    tools = {key.tool for key in map(key_names.parse, tensors) if key}
+    if not is_raw and not own and key_names.UNFOLDED in tools:
         raise UserError(
             f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: save it by "
             "lora.published_file.publish, which folds them"
         )
-    layers, alphas, settings = (
-        (fold_raw(file), {}, {}) if is_raw else _read_published(file, pipeline)
-    )
+    if is_raw:
+        layers, alphas, settings = fold_raw(file), {}, {}
+    else:
+        layers, alphas, settings = _read_published(file, tensors, header, own, pipeline)
     parts = {}
     for component, of_component in layers.items():
         paths = {path: _base_path(component, path, pipeline) for path in of_component}
@@ -242,12 +221,17 @@ def fold_raw(file: Path) -> Folded:
 
 
 def _read_published(
-    file: Path, pipeline: DiffusionPipeline
+    file: Path, tensors: Tensors, header: dict[str, str], own: dict, pipeline: DiffusionPipeline
 ) -> tuple[Folded, dict[str, dict], dict]:
-    """Matrices, alphas by component and path, and PEFT's settings. Raises UserError."""
+    """Matrices, alphas by component and path, and PEFT's settings. `own`: those beside the file.
+    Raises UserError."""
     try:
-        tensors = _tensors_of(file)
-        own = beside(file, tensors)
+        # New tokens are read elsewhere, and eight-bit floats have no arithmetic.
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLE)}
+        tensors = {
+            k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
+            for k, t in tensors.items()
+        }
         tensors = scaled(tensors, own, file.name)
         parts = as_lora(tensors, pipeline, file.name)
         if not parts:
@@ -261,11 +245,7 @@ def _read_published(
         for (component, path), of_layer in parts.items():
             if "alpha" in of_layer:
                 alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
-        settings = (
-            {}
-            if own.get("peft_type") in OF_LYCORIS
-            else own or in_header(run_folder.header_of(file), file.name)
-        )
+        settings = {} if own.get("peft_type") in OF_LYCORIS else own or in_header(header, file.name)
         if own or "lora_alpha" in settings:  # of one model, whatever its name
             settings = {
                 f"{component}.{name}": value
@@ -279,20 +259,6 @@ def _read_published(
         raise UserError(
             f"{file.name} is not a LoRA file that diffusers can read: {one_line(error)}"
         ) from error
-
-
-def _tensors_of(file: Path) -> Tensors:
-    """The file's tensors, fp8 as fp32, without new tokens."""
-    with safe_open(file, framework="pt") as opened:
-        tensors = {
-            key: opened.get_tensor(key)
-            for key in sorted(opened.keys())
-            if not key.startswith(BUNDLE)
-        }
-    return {
-        k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
-        for k, t in tensors.items()
-    }
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:

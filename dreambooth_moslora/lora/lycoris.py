@@ -23,7 +23,11 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
     """up (out, r) with the scale, and down (r, n), in fp32, of the parts of a layer (out, in, …).
     Raises ValueError."""
     outputs, inputs = size[0], prod(size[1:])
-    matrices = {name: tensor.double() for name, tensor in parts.items() if name != "alpha"}
+    matrices = {
+        name: tensor.double()
+        for name, tensor in parts.items()
+        if name not in ("alpha", "dora_scale")
+    }
     if not all(tensor.is_floating_point() for name, tensor in parts.items() if name != "alpha"):
         raise ValueError("whole numbers")
     fold = hadamard if matrices.keys() >= LOHA else kronecker

@@ -1,27 +1,32 @@
 """Which layers of a base the names in a file mean, and the LoRA that the file has for each.
 
+A name is of a layer in diffusers' layout, or of one in the original layout, in which the base's
+authors and ComfyUI keep its weights. diffusers converts files of such weights, so it is asked what
+becomes of each: it is handed numbered rows in place of weights (`in_original_file`). One original
+layer may be several of diffusers' (q, k and v in one), each of which has some rows of its ΔW. The
+original blocks of a UNet are those that diffusers' LoRA loader renames (`renamed`).
+
 LoHa and LoKr become a LoRA with its scale in `up`; an alpha beside plain matrices stays apart.
-Names of the original blocks of a UNet are those that diffusers renames: it is handed pairs with a
-number each.
 """
 
-from collections.abc import Iterable
+import re
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names, lycoris, raw_file
-from dreambooth_moslora.lora.key_names import KOHYA_KEYS, LYCORIS_PARTS, OF_LYCORIS, PAIRED, Module
+from dreambooth_moslora.lora.key_names import KOHYA_KEYS, LYCORIS_PARTS, READ_PARTS, Module, Modules
 from dreambooth_moslora.method.mixer import Tensors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MOST_NUMBERS = 2**29  # of LoHa and LoKr as a LoRA: 2 GiB in fp32
-# component and module path -> a LowRank's fields, and an alpha
 Parts = dict[tuple[str, str], Tensors]
+"""Component and module path -> the fields of a LowRank, and an alpha."""
 
 
 class Layer(NamedTuple):
@@ -32,38 +37,30 @@ class Layer(NamedTuple):
     size: tuple[int, ...]  # (out, in) or (out, in, h, w)
 
 
+Share = tuple[Layer, torch.Tensor | None]
+"""A layer of the base, and which rows of a file's ΔW it has, by number; None for all."""
+Shares = dict[Module, list[Share]]
+
+
 def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> Parts | None:
     """The file's layers as LoRA; None for names that diffusers may know. Raises UserError."""
-    modules: dict[Module, Tensors] = {}
-    unknown = []
-    for text, tensor in tensors.items():
-        key = key_names.parse(text)
-        if key is None or key.tool not in PAIRED | OF_LYCORIS:
-            unknown.append(text)
-        else:
-            modules.setdefault(key.module, {})[key.part] = tensor
-    layers = layers_named(modules, pipeline)
-    unknown += [module.name for module in modules if module not in layers]
-    if unknown:
+    modules, unknown = key_names.grouped(tensors)
+    shares = shares_of(modules, pipeline)
+    strange = [module for module in modules if module not in shares]
+    strange += [module for module, parts in modules.items() if parts.keys() - READ_PARTS]
+    if unknown or strange:
         # diffusers drops DoRA's magnitudes, and knows LoHa and LoKr of few families.
-        if any(parts.keys() & {"dora_scale", *LYCORIS_PARTS} for parts in modules.values()):
-            raise UserError(
-                f"{file_name} does not fit this base: {unknown[0]!r:.100} is no layer of it"
-            )
-        return None
+        if not any(parts.keys() & {"dora_scale", *LYCORIS_PARTS} for parts in modules.values()):
+            return None
+        raise no_layer(file_name, strange[0]) if strange else no_part(file_name, unknown[0])
 
     found: Parts = {}
     numbers = 0
     for module, parts in modules.items():
-        # SDXL's text encoders share their names, and have other widths.
-        rows = rows_of(parts)
-        layer = next(
-            (layer for layer in layers[module] if layer.size[:1] == (rows,)), layers[module][0]
-        )
         if "dora_scale" in parts:
             parts["magnitude"] = as_magnitude(parts.pop("dora_scale"), module, file_name)
         if parts.keys() & LYCORIS_PARTS:
-            parts = folded(parts, layer, file_name)
+            parts = folded(parts, shares[module], file_name)
             numbers += parts["up"].numel() + parts["down"].numel()
         if numbers > MOST_NUMBERS:
             raise UserError(
@@ -71,8 +68,39 @@ def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
                 "LoHa or LoKr has so high a rank: use it in the program that trained it, or train "
                 "it with a lower dim"
             )
-        found[layer.component, layer.path] = parts
+        for layer, rows in shares[module]:
+            if (layer.component, layer.path) in found:
+                raise UserError(f"{file_name} is broken: it has {layer.path:.100} under two names")
+            found[layer.component, layer.path] = parts if rows is None else cut(parts, rows)
     return found
+
+
+def no_layer(file_name: str, module: Module) -> UserError:
+    return UserError(
+        f"{file_name} does not fit this base: it has names that are no layers of it, in the layout "
+        f"of diffusers or of its original files, such as {module.name!r:.100}, as "
+        f"{module.prefix.tool} spells it"
+    )
+
+
+def no_part(file_name: str, key: str) -> UserError:
+    said = f"{key!r:.100} does not belong to one"
+    return UserError(f"{file_name} is not a LoRA of a diffusion model: {said}")
+
+
+def cut(parts: Tensors, rows: torch.Tensor) -> Tensors:
+    """The LoRA of these rows of ΔW."""
+    own = {part: tensor[rows] if part in BY_ROWS else tensor for part, tensor in parts.items()}
+    # Where q, k and v were trained apart, each has columns of `up` to itself, beside zeros.
+    used = own["up"].flatten(1).any(0)
+    if used.any():
+        own |= {"up": own["up"][:, used], "down": own["down"][used]}
+        if "alpha" in own:  # alpha/r stays
+            own["alpha"] = own["alpha"].double() * int(used.sum()) / len(used)
+    return own
+
+
+BY_ROWS = ("up", "bias", "magnitude")
 
 
 def rows_of(parts: Tensors) -> int:
@@ -81,82 +109,131 @@ def rows_of(parts: Tensors) -> int:
     return prod(len(parts[name]) for name in names if name in parts)
 
 
-def folded(parts: Tensors, layer: Layer, file_name: str) -> Tensors:
-    """LoHa or LoKr as a LoRA. Raises UserError for one that does not fit the layer."""
+def folded(parts: Tensors, shares: list[Share], file_name: str) -> Tensors:
+    """LoHa or LoKr as a LoRA. Raises UserError for one that does not fit its layers."""
     own = {"magnitude": parts.pop("magnitude")} if "magnitude" in parts else {}
+    component, path, size = shares[0][0]
+    size = (sum(layer.size[0] for layer, _ in shares), *size[1:])
     try:
-        up, down = lycoris.lora_of(parts, layer.size)
+        up, down = lycoris.lora_of(parts, size)
     except ValueError as error:
         raise UserError(
-            f"{file_name} is broken, or was made for another base: {layer.component}."
-            f"{layer.path:.100} is {'×'.join(map(str, layer.size))} (out×in) here"
+            f"{file_name} is broken, or was made for another base: {component}.{path:.100} is "
+            f"{'×'.join(map(str, size))} (out×in) here"
         ) from error
-    inputs, ones = layer.size[1:], (1,) * (len(layer.size) - 2)
-    return own | {"down": down.view(len(down), *inputs), "up": up.view(*up.shape, *ones)}
+    own["down"] = down.view(len(down), *size[1:])
+    own["up"] = up.view(*up.shape, *(1,) * (len(size) - 2))
+    return own
 
 
 def as_magnitude(dora_scale: torch.Tensor, module: Module, file_name: str) -> torch.Tensor:
-    """PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1). Raises UserError
-    for columns'."""
+    """PEFT's magnitudes: (out, 1) -> (out,), and (out, 1, 1, 1) -> (1, out, 1, 1).
+
+    Raises UserError for those of columns."""
     if not key_names.is_by_rows(dora_scale):
         raise UserError(
             f"{file_name} holds DoRA by the columns of W ({module.name:.100}.dora_scale "
-            f"{tuple(dora_scale.shape)}), and only DoRA by its rows (out, 1) is read here: use it in the program that "
-            "trained it, or train it by rows (LyCORIS: wd_on_output=True)"
+            f"{tuple(dora_scale.shape)}), and only DoRA by its rows (out, 1) is read here: use it "
+            "in the program that trained it, or train it by rows (LyCORIS: wd_on_output=True)"
         )
     return dora_scale[:, 0] if dora_scale.ndim == 2 else dora_scale.transpose(0, 1)
 
 
-def layers_named(
-    modules: Iterable[Module], pipeline: "DiffusionPipeline"
-) -> dict[Module, list[Layer]]:
-    """The layers that a name may mean: SDXL's two text encoders share theirs. Without the names of
-    no layer."""
+def shares_of(modules: Modules, pipeline: "DiffusionPipeline") -> Shares:
+    """The layers that have a part of each module of a file, without modules that are none."""
     from dreambooth_moslora.method import moslora
 
     known: dict[str, dict[str, Layer]] = {}
     for component in raw_file.COMPONENTS:
-        model, of_component = getattr(pipeline, component, None), known.setdefault(component, {})
+        model, known[component] = getattr(pipeline, component, None), {}
         for own_path, module in ({} if model is None else moslora.matrix_layers(model)).items():
             path = key_names.published_path(component, own_path)
             layer = Layer(component, path, moslora.weight_size(module))
-            bare = path.removeprefix("text_model.")
-            of_component |= dict.fromkeys((path, bare, path.replace(".", "_")), layer)
+            spellings = path, path.removeprefix("text_model."), path.replace(".", "_")
+            known[component] |= dict.fromkeys(spellings, layer)
 
     found = {}
-    for module in modules:
+    for module, parts in modules.items():
         places = [known[component].get(module.path) for component in module.prefix.components]
         if layers := [layer for layer in places if layer is not None]:
-            found[module] = layers
-    others = [
-        module for module in modules if module not in found and module.name.startswith("lora_")
-    ]
-    for module, (component, path) in (
-        renamed(others, pipeline) if hasattr(pipeline, "unet") else {}
-    ).items():
-        if path in known[component]:
-            found[module] = [known[component][path]]
+            # SDXL's text encoders share their names, and have other widths.
+            fitting = [layer for layer in layers if layer.size[:1] == (rows_of(parts),)]
+            found[module] = [((fitting or layers)[0], None)]
+    others = {module: parts for module, parts in modules.items() if module not in found}
+    if not hasattr(pipeline, "unet"):
+        return found | in_original_file(others, pipeline.transformer, known["transformer"])
+    labels = renamed([module for module in others if module.name.startswith("lora_")], pipeline)
+    for module, (prefix, path) in labels.items():
+        if path in known[prefix.components[0]]:
+            found[module] = [(known[prefix.components[0]][path], None)]
     return found
 
 
-def renamed(
-    modules: Iterable[Module], pipeline: "DiffusionPipeline"
-) -> dict[Module, tuple[str, str]]:
-    """kohya's names, also of original blocks -> component and path, as diffusers renames pairs with
-    a number each."""
+ROWS = 2**16  # more than any layer has
+ABSENT = torch.full((7 * 3072, 1), -1)
+"""Where the file has nothing of a weight. FLUX.1's converter cuts some to fixed sizes."""
+
+
+class OriginalFile(dict[str, torch.Tensor]):
+    """The weights of a file in the original layout. A converter finds each that it asks for."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return ABSENT
+
+    def pop(self, name: str, default: torch.Tensor = ABSENT) -> torch.Tensor:
+        return super().pop(name, default)
+
+
+def in_original_file(modules: Modules, model: nn.Module, known: dict[str, Layer]) -> Shares:
+    """The layers that have rows of these modules, which may be layers of the original file."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as CLASSES
+
+    converter = CLASSES.get(type(model).__name__, {}).get("checkpoint_mapping_fn")
+    if converter is None or not 0 < len(modules) <= raw_file.MOST_LAYERS:
+        return {}
+
+    # Each weight's rows are numbers: of the module, and of the row in it.
+    depth = max(raw_file.deepest(model.config.get(name)) for name in raw_file.DEPTHS)
+    file = OriginalFile({f"{blocks}.{n}.": ABSENT for blocks in COUNTED for n in range(depth)})
+    for number, (module, parts) in enumerate(modules.items()):
+        path = key_names.dotted(module)
+        # A converter counts up to the largest number of a block.
+        is_within = all(int(n) < max(depth, 10) for n in re.findall(r"\d+", path))
+        if is_within and rows_of(parts) < ROWS:
+            file[f"{path}.weight"] = number * ROWS + torch.arange(rows_of(parts))[:, None]
+    try:
+        converted = converter(file)
+    except Exception:  # converters raise any error on weights of something else
+        return {}
+
+    # They come back where the layers of diffusers are.
+    found: Shares = {}
     numbered = list(modules)
+    for name, rows in converted.items():
+        layer = known.get(name.removesuffix(".weight"))
+        if layer and name.endswith(".weight") and rows.min() >= 0:
+            module = numbered[int(rows[0]) // ROWS]
+            found.setdefault(module, []).append((layer, rows.flatten() % ROWS))
+    return {
+        module: shares
+        for module, shares in found.items()
+        if all(len(rows) == layer.size[0] for layer, rows in shares)
+        and sum(len(rows) for _, rows in shares) == rows_of(modules[module])
+    }
+
+
+COUNTED = ("joint_blocks", "double_blocks", "single_blocks")
+"""Blocks of which a converter expects all: those of SD 3 and FLUX.1."""
+
+
+def renamed(modules: list[Module], pipeline: "DiffusionPipeline") -> dict[Module, Module]:
+    """kohya's names in a UNet's file -> diffusers', as it renames pairs with a number each."""
     pairs = {
         key_names.spell(KOHYA_KEYS, module.name, part): torch.full((1, 1), float(number))
-        for number, module in enumerate(numbered)
+        for number, module in enumerate(modules)
         for part in ("down", "up")
     }
-    found = {}
-    for text, number in (
-        pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)[0] if pairs else {}
-    ).items():
-        module = key_names.parse(text).module
-        found[numbered[int(number)]] = (
-            module.component,
-            key_names.published_path(module.component, module.path),
-        )
-    return found
+    if not pairs:
+        return {}
+    names, _ = pipeline.lora_state_dict(pairs, unet_config=pipeline.unet.config)
+    return {modules[int(number)]: key_names.parse(text).module for text, number in names.items()}

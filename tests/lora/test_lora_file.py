@@ -836,7 +836,7 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
         subject,
         tmp_path,
         {"lycoris_nowhere.lokr_w1": torch.ones(4, 4)},
-        "'lycoris_nowhere' is no layer of it",
+        "such as 'lycoris_nowhere', as LyCORIS",
     )
     refused(subject, tmp_path, pair | {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4).int()}, misfit)
 
