@@ -1,2 +1,1 @@
-"""Trains an adapter on photos: inputs, objective, step, loop, checkpoints, and the results of a
-run."""
+"""Trains an adapter on photos: inputs, objective, step, loop, checkpoints, results of a run."""

@@ -49,25 +49,40 @@ def add_adapters(
     *,
     start: lora_file.AdapterWeights | None = None,
 ) -> None:
-    """Add an adapter to each of the modules: from `checkpoint`, else fresh, from the file `start`
-    if given. Raises UserError for a checkpoint of other layers."""
+    """Add an adapter to each of the modules, in place.
+
+    config: the run's settings
+    components: the modules, by diffusers' names
+    checkpoint: whose adapter is read; None for a fresh one
+    start: what a fresh adapter begins with, if a file gives it
+
+    Raises UserError for a checkpoint of other layers.
+    """
     if checkpoint is None:
         fresh_adapters(config, components, start)
     else:
         raw_file.load_raw(checkpoint / RAW_NAME, components)
-        for name, module in components.items():
-            differing = set(moslora.adapter_layers(module)) ^ set(
-                target_paths(config, name, module)
-            )
-            if differing:
-                raise UserError(
-                    f"--target_modules: {checkpoint.name} was trained on other layers, first {min(differing)}: "
-                    "resume with the same, or start a new run."
-                )
+        check_same_layers(config, components, checkpoint)
+
+    # What a training step computes without: divisions by 1, and the layers' way through PEFT.
     for module in components.values():
         recompute(config, module)
         drop_divisions(module)
         fast_linear.enable_fast_path(module)
+
+
+def check_same_layers(
+    config: TrainConfig, components: dict[str, torch.nn.Module], checkpoint: Path
+) -> None:
+    """Raises UserError for a checkpoint whose adapter is on other layers than the settings name."""
+    for name, module in components.items():
+        asked = set(target_paths(config, name, module))
+        differing = asked ^ set(moslora.adapter_layers(module))
+        if differing:
+            raise UserError(
+                f"--target_modules: {checkpoint.name} was trained on other layers, "
+                f"first {min(differing)}: resume with the same, or start a new run."
+            )
 
 
 class PlainAttention(AttnProcessor2_0):
@@ -81,12 +96,19 @@ class PlainAttention(AttnProcessor2_0):
         encoder_hidden_states: torch.Tensor | None = None,
         **others,
     ):
-        if any(value is not None for value in others.values()):  # a mask
+        """`hidden_states` (B, n, D) -> (B, n, D); `encoder_hidden_states` are (B, m, E), or None in
+        self-attention."""
+        # A mask, for example, is diffusers' own business.
+        if any(value is not None for value in others.values()):
             return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        # (B, n, heads · d) -> (B, heads, n, d), and back.
         parts = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
         found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        # The projection, and its dropout.
         return attn.to_out[1](attn.to_out[0](found))
 
 
@@ -95,10 +117,12 @@ class PlainResnet(ResnetBlock2D):
     kernels less."""
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) and the time embedding (B, T) -> (B, C', h, w)."""
         inner = self.conv1(self.nonlinearity(self.norm1(x)))
         inner = inner + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
         inner = self.conv2(self.dropout(self.nonlinearity(self.norm2(inner))))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + inner
+        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return skip + inner
 
 
 def drop_divisions(denoiser: torch.nn.Module) -> None:
@@ -112,9 +136,10 @@ def drop_divisions(denoiser: torch.nn.Module) -> None:
 
 
 def is_plain_attention(module: torch.nn.Module) -> bool:
-    if type(getattr(module, "processor", None)) is not AttnProcessor2_0 or not isinstance(
-        module, Attention
-    ):
+    """Whether `PlainAttention` computes what this module would, but for a division by 1."""
+    if not isinstance(module, Attention):
+        return False
+    if type(getattr(module, "processor", None)) is not AttnProcessor2_0:
         return False
     extras = (
         module.group_norm,
@@ -128,6 +153,7 @@ def is_plain_attention(module: torch.nn.Module) -> bool:
 
 
 def is_plain_resnet(module: torch.nn.Module) -> bool:
+    """Whether `PlainResnet` computes what this module would, but for a division by 1."""
     if type(module) is not ResnetBlock2D or module.time_emb_proj is None or module.skip_time_act:
         return False
     resamples = module.upsample is not None or module.downsample is not None
@@ -148,12 +174,16 @@ class RecomputedFeedForward(FeedForward):
 
 
 def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
-    """In place, what these settings say: all blocks, or the feed-forward ones alone. Those keep two
-    fifths of what the UNet keeps for the backward pass."""
-    if config.gradient_checkpointing:  # diffusers and transformers name the method differently
+    """Let blocks be computed again in the backward pass, in place, as the settings say: all, or the
+    feed-forward ones alone."""
+    # diffusers and transformers name the method differently.
+    if config.gradient_checkpointing:
         turn_on = getattr(module, "enable_gradient_checkpointing", None)
         turn_on = turn_on or module.gradient_checkpointing_enable
         turn_on()
+
+    # Feed-forward blocks keep two fifths of what the UNet keeps for the backward pass. A step that
+    # ran out of memory may change the settings, so they are turned on as well as off.
     is_apart = config.recompute_feed_forward and not config.gradient_checkpointing
     for part in module.modules():
         if type(part) in (FeedForward, RecomputedFeedForward):
@@ -168,31 +198,59 @@ def fresh_adapters(
     """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
-        paths, layers = target_paths(config, name, module), moslora.matrix_layers(module)
-        if line := ranks_in_vain(
-            config, name, moslora.narrowest_sides({path: layers[path] for path in paths})
-        ):
+        paths = target_paths(config, name, module)
+
+        # A rank above a layer's narrower side gives nothing more.
+        layers = moslora.matrix_layers(module)
+        narrowest = moslora.narrowest_sides({path: layers[path] for path in paths})
+        if line := ranks_in_vain(config, name, narrowest):
             logger.warning("%s", line)
+
+        # A pattern may give a layer its own.
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for path in paths:
+            ranks[path], alphas[path] = rank_and_alpha(config, name, path)
+
+        # PEFT draws A from the global generator.
         torch.manual_seed(seed_of(config.seed, "adapter", name))
-        sizes = {path: rank_and_alpha(config, name, path) for path in paths}
-        ranks, alphas = ({path: both[place] for path, both in sizes.items()} for place in (0, 1))
-        same = ("lora_dropout", "use_dora", "use_rslora", "mixer", "train_mixer", "mixer_factor")
-        settings = {name: getattr(config, name) for name in same} | {"mixer_seed": config.seed}
-        moslora.inject(
-            module, moslora.exact_config(ranks, alphas, config.rank, usual_alpha, **settings)
+        adapter_config = moslora.exact_config(
+            ranks,
+            alphas,
+            config.rank,
+            usual_alpha,
+            lora_dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+            mixer=config.mixer,
+            train_mixer=config.train_mixer,
+            mixer_factor=config.mixer_factor,
+            mixer_seed=config.seed,
         )
+        moslora.inject(module, adapter_config)
+
+    # What the file gives takes the place of what was drawn.
     if start is not None:
         logger.warning("%s", lora_file.begin_with(start, components).sentence())
 
 
 def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
+    """The layers of a component that get an adapter, by their paths in it."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in moslora.matrix_layers(module) if is_adapted(path, targets)]
 
 
 class LearntTokens:
-    """The new tokens of a run's subjects, fixed from step `pivot` on. `cached` encodes the prompts
-    without them."""
+    """The new tokens of a run's subjects, fixed from step `pivot` on.
+
+    config: the run's settings
+    pipeline: the base, whose text encoders get the tokens in place
+    cached: encodes the prompts without them
+    total_steps: optimizer steps of the whole run
+    checkpoint: whose tokens are read; None for fresh ones
+
+    Raises UserError for an initializer that has no words, and for a damaged file.
+    """
 
     def __init__(
         self,
@@ -202,23 +260,29 @@ class LearntTokens:
         total_steps: int,
         checkpoint: Path | None,
     ):
-        self.pipeline, self.cached = pipeline, cached
+        self.pipeline = pipeline
+        self.cached = cached
         self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
-        kept = (
-            [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)]
-            if checkpoint
-            else []
-        )
-        started = kept or fresh_tokens(config, pipeline)
+
+        # Where they begin.
+        started = []
+        if checkpoint:
+            started = [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)]
+        if not started:
+            started = fresh_tokens(config, pipeline)
+
+        # Their rows are learnt in fp32, and stand in for those of the tables.
         device = pipeline.text_encoder.device
-        learnt = [
-            {part: torch.nn.Parameter(rows.float().to(device)) for part, rows in one.rows.items()}
-            for one in started
-        ]
-        self.tokens = tuple(
-            new_tokens.NewTokens(one.word, rows) for one, rows in zip(started, learnt)
-        )
+        learnt = []
+        for one in started:
+            rows = {}
+            for part, values in one.rows.items():
+                rows[part] = torch.nn.Parameter(values.float().to(device))
+            learnt.append(new_tokens.NewTokens(one.word, rows))
+        self.tokens = tuple(learnt)
         self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
+
+        # After the pivot a prompt has one encoding, which is kept.
         self.is_averaged = False
         self._encoded = PromptCache(
             lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), ""
@@ -226,6 +290,7 @@ class LearntTokens:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
+        """Rows (n, D) of each subject and text encoder."""
         return [rows for tokens in self.tokens for rows in tokens.rows.values()]
 
     @contextmanager
@@ -235,7 +300,11 @@ class LearntTokens:
         for rows in self.parameters:
             if rows.grad is None:
                 rows.grad = torch.zeros_like(rows)
-        kept = [rows.detach().clone() for rows in self.parameters] if step >= self.pivot else []
+
+        # An optimizer moves rows without gradients too, by momentum and decay.
+        kept = []
+        if step >= self.pivot:
+            kept = [rows.detach().clone() for rows in self.parameters]
         yield
         for rows, before in zip(self.parameters, kept):
             rows.data.copy_(before)
@@ -253,41 +322,46 @@ class LearntTokens:
     def texts(self, prompts: list[str], step: int) -> list[pipelines.Text]:
         """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients
         before the pivot."""
-        mine = [prompt for prompt in dict.fromkeys(prompts) if self.attached.is_in(prompt)]
-        others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in mine]
-        is_at_rest = step >= self.pivot and not self.is_averaged
-        encode = (
-            self._encoded if is_at_rest else lambda texts: load.encode_text(self.pipeline, texts)
-        )
+        different = list(dict.fromkeys(prompts))
+        mine = [prompt for prompt in different if self.attached.is_in(prompt)]
+        others = [prompt for prompt in different if prompt not in mine]
+
+        # Those with a new word, encoded with its rows; the others as the base encodes them.
         found = {}
-        for group, ask in ((mine, encode), (others, self.cached)):
-            found |= dict(zip(group, ask(group) if group else [], strict=True))
+        if mine:
+            is_at_rest = step >= self.pivot and not self.is_averaged
+            texts = self._encoded(mine) if is_at_rest else load.encode_text(self.pipeline, mine)
+            found |= dict(zip(mine, texts, strict=True))
+        if others:
+            found |= dict(zip(others, self.cached(others), strict=True))
+
         device = self.parameters[0].device
-        return [
-            {name: tensor.to(device) for name, tensor in found[prompt].items()}
-            for prompt in prompts
-        ]
+        answers = []
+        for prompt in prompts:
+            answers.append({name: tensor.to(device) for name, tensor in found[prompt].items()})
+        return answers
 
 
 def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[new_tokens.NewTokens]:
-    """Rows (n, D) of the concept's words, or random as the table, for each subject. Raises
-    UserError for no words."""
+    """The first rows (n, D) of each subject's new tokens: those of the concept's words, or random
+    ones that vary as the table does. Raises UserError for a concept without words."""
     found = []
-    for number, (word, subject) in enumerate(
-        zip(learnt_words(config), config.each_subject, strict=True)
-    ):
-        concept, rows = subject.initializer_concept, {}
+    words = zip(learnt_words(config), config.each_subject, strict=True)
+    for number, (word, subject) in enumerate(words):
+        concept = subject.initializer_concept
+        rows = {}
         for part in new_tokens.KEYS:
             table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
             if concept:
-                ids = getattr(pipeline, new_tokens.TOKENIZERS[part])(
-                    concept, add_special_tokens=False
-                ).input_ids
+                tokenizer = getattr(pipeline, new_tokens.TOKENIZERS[part])
+                ids = tokenizer(concept, add_special_tokens=False).input_ids
                 rows[part] = table[ids].clone()
             else:
                 draws = generator(subject.seed, stream_of("new tokens", number), part)
-                shape = subject.num_new_tokens_per_abstraction, table.shape[1]
+                shape = (subject.num_new_tokens_per_abstraction, table.shape[1])
                 rows[part] = torch.randn(shape, generator=draws) * table.std()
+
+        # Both encoders need as many rows, as one word is written for both.
         if len({len(each) for each in rows.values()}) != 1 or not len(rows["text_encoder"]):
             raise UserError(
                 f"--initializer_concept {concept}: the tokenizers make no such words of it."

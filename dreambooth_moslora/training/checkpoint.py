@@ -32,9 +32,14 @@ from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.reporter import RunContext
 
-OPTIMIZER, SCALER, POSITION = "optimizer.pt", "scaler.pt", "position.json"
-# The weights that training continues from, if the checkpoint's adapter is their average
+logger = logging.getLogger(__name__)
+
+# The files of a checkpoint, beside the raw adapter and the new tokens.
+OPTIMIZER = "optimizer.pt"
+SCALER = "scaler.pt"
+POSITION = "position.json"
 WEIGHTS = "weights.pt"
+"""The weights that training continues from, if the checkpoint's adapter is their average."""
 
 
 def save_checkpoint(
@@ -47,18 +52,31 @@ def save_checkpoint(
     weights: list[torch.Tensor] | None = None,
     tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> None:
-    """Write the folder `path` completely, or leave its old content. `weights` are those of WEIGHTS,
-    if any."""
+    """Write a checkpoint completely, or leave the old content of its folder.
+
+    path: the folder
+    position: where the run is; its digest is computed here
+    components: the modules that hold the adapter
+    facts: of the adapter, for its file's header
+    optimizer, scaler: whose states are written
+    weights: those behind an average, if the components hold one
+    tokens: the new tokens of each subject that learns some
+    """
     with atomic_directory(path) as folder:
+        # What is learnt.
         for number, of_one in enumerate(tokens):
             new_tokens.write_tokens(folder / run_folder.tokens_name(number=number), of_one)
         facts = replace(facts, tokens=new_tokens.notes_of(tokens))
         raw_file.save_raw(components, folder / run_folder.RAW_NAME, facts)
+
+        # What the next step needs of the steps before.
         save_states(optimizer.state_dict(), folder / OPTIMIZER)
         if scaler is not None:
             save_states(scaler.state_dict(), folder / SCALER)
         if weights is not None:
             save_states({"weights": [weight.cpu() for weight in weights]}, folder / WEIGHTS)
+
+        # Last the position, with a digest of all the others.
         position = replace(position, digest=digest_of(folder, position))
         atomic_write(folder / POSITION, json.dumps(asdict(position)))
 
@@ -66,22 +84,23 @@ def save_checkpoint(
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
-    parts = [path for name in names if (path := checkpoint / name).is_file()]
-    files = {
-        path.name: file_digest(path) for path in [*parts, *run_folder.tokens_files(checkpoint)]
-    }
+    parts = [checkpoint / name for name in names]
+    parts = [path for path in parts if path.is_file()]
+    parts += run_folder.tokens_files(checkpoint)
+    files = {path.name: file_digest(path) for path in parts}
     return content_key(**asdict(replace(position, digest="")), files=files)
 
 
 def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
-    """Of the photos' and the VAE's identity, and of the words that are no photo's caption."""
+    """The digest of the photos' and the VAE's identity, and of the words that are no photo's
+    caption."""
     names = ("class_prompt", "prior_prompts", "system_prompt", "complex_human_instruction")
     words = [[getattr(subject, name) for name in names] for subject in config.each_subject]
     return content_key(words=words, vae=vae, photos=photos)
 
 
 def read_position(checkpoint: Path) -> Position:
-    """Raises UserError when it is no position."""
+    """The checkpoint's position. Raises UserError for a file that holds none."""
     try:
         return read_json(checkpoint / POSITION, Position)
     except UserError as error:
@@ -104,7 +123,8 @@ def check_whole(checkpoint: Path) -> Position:
 
 
 def save_states(states: dict, path: Path) -> None:
-    """Write through memory: on a full disk `torch.save` raises a RuntimeError that does not say so."""
+    """Write through memory: on a full disk `torch.save` raises a RuntimeError that does not say
+    so."""
     buffer = BytesIO()
     torch.save(states, buffer)
     atomic_write(path, buffer.getvalue())
@@ -135,14 +155,25 @@ def restore_optimizer(
     schedule: LambdaLR,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Restore the optimizer's moments, with the current settings, and the rates of `step`."""
+    """Restore the optimizer's moments, with the current settings, and the rates of `step`.
+
+    checkpoint: the folder to read
+    step: the steps that are done
+    optimizer, schedule, scaler: changed in place
+
+    Raises UserError for a damaged file.
+    """
     states = load_states(checkpoint, OPTIMIZER)
     optimizer.load_state_dict(with_own_settings(states, optimizer))
+
+    # The rate is computed anew, so that a resumed run may have another.
     schedule.last_epoch = step
     for group, lr, factor in zip(
         optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
         group["lr"] = lr * factor(step)
+
+    # A run without fp16 wrote no scaler.
     if scaler is not None and (checkpoint / SCALER).is_file():
         scaler.load_state_dict(load_states(checkpoint, SCALER))
 
@@ -152,14 +183,16 @@ def restore_weights(checkpoint: Path, parameters: list[torch.nn.Parameter]) -> N
     put(load_states(checkpoint, WEIGHTS)["weights"], parameters)
 
 
-logger = logging.getLogger(__name__)
-
-
 def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | None:
-    """`latest` (undamaged; None and a warning without), a path, or a name in the run. Raises
-    UserError."""
+    """The checkpoint that `wanted` names: a path, a name in the run, or `latest`.
+
+    `latest` is the newest that is not damaged; without one it is None, with a warning. Raises
+    UserError for a name or path that is no checkpoint.
+    """
     if not wanted:
         return None
+
+    # A name: it may lie in another run's folder.
     if wanted != "latest":
         for path in (Path(wanted), run_dir.path / wanted):
             if run_folder.is_checkpoint(path):
@@ -167,6 +200,8 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
         raise UserError(
             f"--resume_from_checkpoint {wanted}: no complete checkpoint there; try `latest`."
         )
+
+    # `latest`: the newest whose files are whole.
     for checkpoint in reversed(run_dir.checkpoints()):
         try:
             check_whole(checkpoint)
@@ -174,12 +209,12 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
             logger.warning("--resume_from_checkpoint latest skips %s: %s", checkpoint.name, error)
         else:
             return checkpoint
+
+    # None: the run starts anew, and the warning names the folders that look like one.
     incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
-    there = (
-        f"{run_dir.path} ({incomplete}: not complete, or another program's)"
-        if incomplete
-        else run_dir.path
-    )
+    there = str(run_dir.path)
+    if incomplete:
+        there += f" ({incomplete}: not complete, or another program's)"
     logger.warning(
         "--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.", there
     )
@@ -202,9 +237,11 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged
     adapter file."""
     facts, modules = trained_modules(checkpoint)
-    if position.optimizer != optimizer_kind(config):
+    asked_optimizer = optimizer_kind(config)
+    if position.optimizer != asked_optimizer:
         raise UserError(
-            f"{checkpoint.name} was written with {position.optimizer}; you ask for {optimizer_kind(config)}: "
+            f"{checkpoint.name} was written with {position.optimizer}; "
+            f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
         )
     for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
@@ -218,13 +255,12 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
 def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
     """Raises UserError when `base` has other weights than the checkpoint's, where both are held
     alike."""
-    (held_there, _, there), (held, _, here) = (
-        name.rpartition(" ") for name in (position.base, base)
-    )
+    held_there, _, there = position.base.rpartition(" ")
+    held, _, here = base.rpartition(" ")
     if checkpoint is not None and held_there == held and there != here:
         raise UserError(
-            f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with other weights: "
-            "resume with that one, or start a new run."
+            f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with "
+            "other weights: resume with that one, or start a new run."
         )
 
 
@@ -235,60 +271,70 @@ def settings_of_both(
     facts: metadata.AdapterMetadata,
     modules: set[str],
 ) -> Iterator[tuple[str, object, object]]:
-    """(name, the checkpoint's, the command line's) of what a run must share. Raises UserError for a
-    missing file."""
+    """What a resumed run must share with its checkpoint.
+
+    config: what the run asks for
+    checkpoint: its folder
+    seed: of the checkpoint
+    facts: in the header of the checkpoint's adapter
+    modules: the modules that are adapted there, `component.path`
+
+    Yields (name, the checkpoint's value, the command line's). Raises UserError for a missing file.
+    """
     if config.seed is not None:
         yield "seed", seed, config.seed
-    yield (
-        "train_text_encoder",
-        any(m.startswith("text_encoder") for m in modules),
-        config.train_text_encoder,
-    )
+
+    # What is trained beside the denoiser.
+    has_text = any(module.startswith("text_encoder") for module in modules)
+    yield "train_text_encoder", has_text, config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
+
+    # New tokens. With a concept their number is not asked: it is that of the concept's words.
     if facts.tokens:
         words = [note["word"] for note in facts.tokens]
         yield "token_abstraction", " ".join(words), " ".join(prompts.learnt_words(config))
     for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
         if not subject.initializer_concept:
-            yield (
-                "num_new_tokens_per_abstraction",
-                note["count"],
-                config.num_new_tokens_per_abstraction,
-            )
-        if not (checkpoint / run_folder.tokens_name(number=number)).is_file():
-            raise damaged(checkpoint, run_folder.tokens_name(number=number), "it is missing")
+            asked_count = config.num_new_tokens_per_abstraction
+            yield "num_new_tokens_per_abstraction", note["count"], asked_count
+        name = run_folder.tokens_name(number=number)
+        if not (checkpoint / name).is_file():
+            raise damaged(checkpoint, name, "it is missing")
+
+    # Rank and alpha of each module, which a pattern may give.
+    rank_name = "rank_pattern" if config.rank_pattern else "rank"
+    alpha_name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
     for module in sorted(modules):
         rank, alpha = table.rank_and_alpha(config, *module.split(".", 1))
-        yield (
-            "rank_pattern" if config.rank_pattern else "rank",
-            facts.ranks.get(module, facts.rank),
-            rank,
-        )
-        yield (
-            "alpha_pattern" if config.alpha_pattern else "lora_alpha",
-            facts.alphas.get(module, facts.alpha),
-            alpha,
-        )
+        yield rank_name, facts.ranks.get(module, facts.rank), rank
+        yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
+
+    # A schedule-free optimizer keeps its own average.
     if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
-    unlike = {"train_mixer"} if config.mixer == "none" else set()
-    unlike |= {"mixer_factor"} if config.mixer != table.KRONECKER else set()
-    for name in (name for name in table.named("resume", "same") if name not in unlike):
-        yield name, getattr(facts, name), getattr(config, name)
-    asked, adapted = (
-        config.target_modules,
-        [m.partition(".")[2] for m in modules if not m.startswith("text_encoder")],
-    )
+
+    # The settings of the table that have to be the same, but for those of another kind of mixer.
+    ignored = set()
+    if config.mixer == "none":
+        ignored.add("train_mixer")
+    if config.mixer != table.KRONECKER:
+        ignored.add("mixer_factor")
+    for name in table.named("resume", "same"):
+        if name not in ignored:
+            yield name, getattr(facts, name), getattr(config, name)
+
+    # The layers of the denoiser: each that is asked for is there, and no other.
+    asked = config.target_modules
+    denoisers = [module for module in modules if not module.startswith("text_encoder")]
+    adapted = [module.partition(".")[2] for module in denoisers]
     is_met = all(any(rows.is_target(module, target) for module in adapted) for target in asked)
     if not is_met or not all(rows.is_adapted(module, asked) for module in adapted):
-        yield (
-            "target_modules",
-            " ".join(sorted({last_name(module) for module in adapted})),
-            " ".join(asked),
-        )
+        there = sorted({last_name(module) for module in adapted})
+        yield "target_modules", " ".join(there), " ".join(asked)
 
 
 def shown(value: object) -> str:
+    """A setting as a message writes it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -313,16 +359,19 @@ def has_previous_run(run_dir: run_folder.RunDir) -> bool:
 
 
 def published_as(run_dir: run_folder.RunDir) -> list[Path]:
-    """Files that have the folder's name in theirs; it may have been another when they were written."""
+    """Files with the folder's name in theirs. The folder may have had another name when they were
+    written."""
     suffixes = run_folder.KOHYA_SUFFIX, run_folder.TOKENS_SUFFIX
     return sorted(path for suffix in suffixes for path in run_dir.path.glob(f"*{suffix}"))
 
 
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
-    """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned run."""
-    later = [
-        path for path in reversed(run_dir.named_checkpoints()) if run_folder.step_of(path) > step
-    ]
+    """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned
+    run."""
+    later = []
+    for path in reversed(run_dir.named_checkpoints()):
+        if run_folder.step_of(path) > step:
+            later.append(path)
     scored = run_dir.read_scores()
     if scored and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
@@ -334,12 +383,15 @@ def present(*paths: Path) -> list[Path]:
 
 
 def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
-    """Into the next `earlier_run_1`, if there are any paths, and say so."""
+    """Move these into the next `earlier_run_1` of the run folder, and say so. Nothing happens
+    without any paths."""
     if not paths:
         return
-    home = run_dir.path / free_name(
-        "earlier_run", lambda name: (run_dir.path / name).exists(), is_numbered=True
-    )
+
+    def is_taken(name: str) -> bool:
+        return (run_dir.path / name).exists()
+
+    home = run_dir.path / free_name("earlier_run", is_taken, is_numbered=True)
     home.mkdir()
     for path in paths:
         place = home / path.relative_to(run_dir.path)
@@ -364,42 +416,53 @@ def claim_run_folder(
     config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None
 ) -> None:
     """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved
-    away."""
+    away.
+
+    config: the run's settings, which are written there
+    context: its folder, processes and reporter
+    step: the steps that are done
+    checkpoint: what it goes on from, if anything; it may be of another folder
+    """
     run_dir, report = context.run_dir, context.report
+
+    # A folder without an earlier run was claimed at the start.
     if report.waiting is None or not context.accelerator.is_main_process:
         return
+
+    # A run goes on in its own folder: what came after the checkpoint is of an abandoned run. Files
+    # under an earlier name would not be replaced.
     is_own = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
     if is_own:
         archive_checkpoints_after(run_dir, step)
-        # a resumed run would not replace the others
         own = {run_dir.kohya_path, *run_dir.tokens_paths}
         renamed = [path for path in published_as(run_dir) if path not in own]
         move(renamed, run_dir, "held files with an earlier name of the folder")
     elif has_previous_run(run_dir):
-        # class images stay, since the new run can use them, and the log, which continues
-        pictures = [
-            run_dir.path / name
-            for name in sorted(run_folder.pictures_named(run_dir.read_card() or ""))
-        ]
-        adapter = [run_dir.adapter_path, *published_as(run_dir)]
-        weights = [*run_dir.named_checkpoints(), run_dir.best_dir, *adapter]
-        facts = [
-            run_dir.metrics_path,
-            run_dir.config_path,
-            run_dir.card_path,
-            run_dir.loss_plot_path,
-        ]
-        sheets = [*pictures, run_dir.samples_dir, run_dir.contact_sheet_path]
-        # of the run, and of single files
-        evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))
-        move(
-            present(*weights, *facts, *sheets, *evaluations, *report.earlier_curves),
-            run_dir,
-            "held an earlier run",
-        )
+        earlier = present(*files_of_run(run_dir), *report.earlier_curves)
+        move(earlier, run_dir, "held an earlier run")
+
+    # From here on the folder is this run's. Events that are left are of one that failed here.
     write_settings(config, run_dir)
-    report.begin_at(step if is_own else 0)  # else the log is of a run that failed here
+    report.begin_at(step if is_own else 0)
+
+
+def files_of_run(run_dir: run_folder.RunDir) -> list[Path]:
+    """Where a run may have left its results. Class images are not among them, since a new run can
+    use them, nor is `train.log`, which continues."""
+    weights = [*run_dir.named_checkpoints(), run_dir.best_dir]
+    adapter = [run_dir.adapter_path, *published_as(run_dir)]
+    facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
+
+    # The card names its pictures; samples and the sheet have their places.
+    named = sorted(run_folder.pictures_named(run_dir.read_card() or ""))
+    pictures = [run_dir.path / name for name in named]
+    pictures += [run_dir.samples_dir, run_dir.contact_sheet_path]
+
+    # Evaluations of the run, and of single files.
+    evaluations = sorted(run_dir.path.glob(f"*{run_dir.evaluation_dir.name}"))
+    return [*weights, *adapter, *facts, *pictures, *evaluations]
 
 
 def write_settings(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
+    """Write `train_config.json`, whole or not at all."""
     atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))

@@ -5,6 +5,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from dreambooth_moslora.base.machine import GIB
@@ -22,34 +23,41 @@ from dreambooth_moslora.settings.sources import DEFAULTS
 
 
 def advice(plan: Plan) -> list[str]:
-    lines, seen, needed = (
-        rules.remarks(plan.config),
-        plan.steps.exposures_a_photo,
-        plan.cost.disk_gib,
-    )
+    """What is allowed, but probably not meant, in a sentence each."""
+    config, steps = plan.config, plan.steps
+    lines = rules.remarks(config)
+
+    # The number of steps.
+    seen = steps.exposures_a_photo
     if seen < FEW_EXPOSURES:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
-    warm_up, steps = plan.config.lr_warmup_steps, plan.steps.total_steps
-    if plan.config.lr_scheduler != "constant" and warm_up >= steps:
+    warm_up = config.lr_warmup_steps
+    if config.lr_scheduler != "constant" and warm_up >= steps.total_steps:
         lines.append(
-            f"the learning rate rises for {warm_up} steps, and the run has {steps}: set --lr_warmup_steps"
+            f"the learning rate rises for {warm_up} steps, and the run has {steps.total_steps}: "
+            "set --lr_warmup_steps"
         )
+
+    # A flag that the base does not know.
     facts = plan.base.facts
-    if (
-        facts is not None
-        and facts.has_negative
-        and (flag := rules.given_flag(plan.config, "guidance_scale"))
-    ):
+    flag = rules.given_flag(config, "guidance_scale")
+    if flag and facts is not None and facts.has_negative:
         lines.append(
             f"{flag} has no effect with {facts.title}, which is told no guidance in training"
         )
-    if (free := free_disk_gib(plan.config)) < needed:
+
+    # The disk, and who can load the files.
+    needed, free = plan.cost.disk_gib, free_disk_gib(config)
+    if free < needed:
         lines.append(
-            f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free"
+            f"the disk has too little room: the run writes {needed:.2f} GiB, "
+            f"{free:.1f} GiB are free"
         )
-    is_unet = facts is None or facts.denoiser == "unet"
-    return lines + [dora_note(has_kohya_file=is_unet)] * plan.config.use_dora
+    if config.use_dora:
+        is_unet = facts is None or facts.denoiser == "unet"
+        lines.append(dora_note(has_kohya_file=is_unet))
+    return lines
 
 
 def free_disk_gib(config: table.TrainConfig) -> float:
@@ -60,6 +68,7 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
     """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would
     refuse."""
+    # Whatever a run would refuse before it loads the base.
     check_folders(config)
     queue.check_free(Path(config.output_dir))
     plan = make_plan(config, report)
@@ -67,7 +76,10 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         from dreambooth_moslora.training.checkpoint import resume_point
 
         resume_point(plan.config, run_folder.RunDir(config.output_dir))
-    config, report = plan.config, examine(plan.photo_report, config.resolution)
+
+    # The sections, each with the settings as the plan has completed them.
+    report = examine(plan.photo_report, config.resolution)
+    config = plan.config
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
@@ -76,37 +88,51 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         "settings that are not the defaults (--help_all shows those)": changed_lines(config),
         "remarks": advice(plan),
     }
-    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items() if lines)
+    blocks = []
+    for title, lines in sections.items():
+        if lines:
+            blocks.append("\n  ".join([title, *lines]))
+    return "\n\n".join(blocks)
 
 
 def changed_lines(config: table.TrainConfig) -> list[str]:
-    """Those of the run that this one tells of. What `train` requires has no default, but several
-    subjects their own."""
-    values, required = config.to_dict() | {"dry_run": False}, {*table.named("required")}
-    required -= {*table.named("per_subject")} if config.subjects else set()
-    shown = {
-        name: value for name, value in values.items() if value != DEFAULTS[name] or name in required
-    }
-    return [f"{name} = {as_toml(value)}" for name, value in shown.items()]
+    """The settings of the run that this one tells of, as TOML, without its defaults."""
+    values = config.to_dict() | {"dry_run": False}
+
+    # What `train` requires has no default, unless several subjects have their own.
+    required = {*table.named("required")}
+    if config.subjects:
+        required -= {*table.named("per_subject")}
+    lines = []
+    for name, value in values.items():
+        if value != DEFAULTS[name] or name in required:
+            lines.append(f"{name} = {as_toml(value)}")
+    return lines
 
 
 def as_toml(value: object) -> str:
+    """A setting's value, as a configuration file has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {as_toml(one)}" for name, one in value.items()) + "}"
-    return "[" + ", ".join(map(as_toml, value)) + "]" if isinstance(value, list) else repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    return repr(value)
 
 
 def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """A line for each photo; with `--enable_bucket` the sizes of the crops, and of class images."""
     lines = []
     for photo in report.photos:
-        about = f"{photo.path.name}  {photo.size_px[1]} x {photo.size_px[0]}  {photo_file.quoted(photo)}"
+        height, width = photo.size_px
+        about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+
+    # What buckets make of their shapes.
     if config.enable_bucket:
         rule = photo_file.crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
@@ -114,12 +140,14 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
         if config.draws_class_images:
             drawn = Counter(shares(counts, config.num_class_images))
             lines.append(
-                f"class images, where none are given, in the same proportion: {sizes_in_words(drawn)}"
+                "class images, where none are given, in the same proportion: "
+                f"{sizes_in_words(drawn)}"
             )
     return lines
 
 
 def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
+    """Sizes (h, w) in px with their counts, the most frequent first."""
     return ", ".join(
         f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()
     )
@@ -128,44 +156,62 @@ def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
 def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """The instance prompt's share, and what would be made. Raises UserError when no word says what
     to look for."""
-    subjects, made = config.each_subject, "makes them before training"
-    lines = list(filter(None, [folder.bare_prompt_line(config, report.photos)]))
-    bare = sum(not photo.is_captioned for photo in report.photos)
-    if config.captions == "auto" and bare:
+    subjects = config.each_subject
+    made = "makes them before training"
+    lines = []
+    if share := folder.bare_prompt_line(config, report.photos):
+        lines.append(share)
+
+    # Captions.
+    without = sum(not photo.is_captioned for photo in report.photos)
+    if config.captions == "auto" and without:
         captioner = captions.load_captioner(subjects[0])
-        lines.append(f"captions: {bare} photos have none of their own; {captioner.name} {made}")
+        lines.append(f"captions: {without} photos have none of their own; {captioner.name} {made}")
+
+    # Masks. Some models are told what to look for, each subject by its own word.
     bare = [photo for photo in report.photos if photo.mask_path is None]
     if config.masks == "auto" and bare:
         words = dict.fromkeys(masks.sought_word(subjects[photo.subject]) for photo in bare)
-        sought = f", looking for {', '.join(f'“{word}”' for word in words)}" if any(words) else ""
+        sought = ""
+        if any(words):
+            sought = f", looking for {quoted(words)}"
         name = public_name(masks.segmenter_name(config))
         lines.append(f"masks: {len(bare)} photos have none; {name} {made}{sought}")
     return lines
 
 
+def quoted(words: Iterable[str | None]) -> str:
+    """The words in quotes, as a list."""
+    return ", ".join(f"“{word}”" for word in words)
+
+
 def step_lines(plan: Plan) -> list[str]:
+    """How long the run is, what stands beside the photos, and how often each is seen."""
     config, steps = plan.config, plan.steps
     lines = [steps.sentence()]
     if config.crops_per_photo > 1:
         lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
     subjects = config.each_subject
+
+    # The prior. Subjects of one class share its prompt.
     if config.with_prior_preservation:
-        source = (
-            f"{config.num_class_images} class images"
-            if config.prior == "class_images"
-            else "the base's answer"
-        )
-        prompts = ", ".join(
-            f"“{prompt}”" for prompt in dict.fromkeys(one.class_prompt for one in subjects)
-        )
+        source = "the base's answer"
+        if config.prior == "class_images":
+            source = f"{config.num_class_images} class images"
+        prompts = quoted(dict.fromkeys(subject.class_prompt for subject in subjects))
         if config.prior == "adapter_off" and config.prior_prompts:
-            prompts += f" or, for about half of them, to one of --prior_prompts ({len(config.prior_prompts)})"
+            count = len(config.prior_prompts)
+            prompts += f" or, for about half of them, to one of --prior_prompts ({count})"
         lines.append(f"as many prior examples beside {beside(config)}, from {source} to {prompts}")
+
+    # The words of each subject.
     for one, count in zip(subjects, steps.photo_counts):
         subject = subject_of(one)
         words = f"token “{subject.token}”, class “{subject.class_word}”"
-        seen = f", {count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
-        lines.append(f"“{one.instance_prompt}”: {words}{seen}" if config.subjects else words)
+        if config.subjects:
+            seen = f"{count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
+            words = f"“{one.instance_prompt}”: {words}, {seen}"
+        lines.append(words)
     return lines
 
 
@@ -174,23 +220,38 @@ def beside(config: table.TrainConfig) -> str:
     in a step."""
     if config.prior_every == 1:
         return "them"
-    found = (config.mean_images_a_micro_batch, config.images_a_micro_batch)
-    mean, whole = (images * config.gradient_accumulation_steps for images in found)
+    mean = config.mean_images_a_micro_batch * config.gradient_accumulation_steps
+    whole = config.images_a_micro_batch * config.gradient_accumulation_steps
     share = f"one of {config.prior_every} micro-batches, at {config.prior_every} times the weight"
     return f"{share} ({mean:g} images a step instead of {whole})"
 
 
 def cost_lines(plan: Plan) -> list[str]:
+    """The adapter's size, and the memory and disk that the run needs."""
     cost, size = plan.cost, plan.cost.size
-    memory = f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
-    memory += f"samples {cost.sampling_gib:.2f} GiB"
+
+    # The adapter.
+    layers = size.adapted_layers
+    if plan.config.train_text_encoder:
+        layers += size.text_layers
+    parameters = f"{cost.adapter_parameters:,} parameters on {layers} layers"
+
+    # Memory. A flow model's text encoders are as large as its denoiser.
+    memory = (
+        f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
+        f"samples {cost.sampling_gib:.2f} GiB"
+    )
     if size.family.style == "flow":
         encoders = size.text_encoders * BYTES[precision_of(plan.config)] / GIB
-        memory += f"; text encoders {encoders:.2f} GiB, gone before training, on the CPU where the GPU lacks that"
-    layers = size.adapted_layers + size.text_layers * plan.config.train_text_encoder
+        memory += (
+            f"; text encoders {encoders:.2f} GiB, gone before training, "
+            "on the CPU where the GPU lacks that"
+        )
+
+    # Disk.
     disk = f"{cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint"
     return [
-        f"adapter: {cost.adapter_parameters:,} parameters on {layers} layers; base: {base_in_words(size)}",
+        f"adapter: {parameters}; base: {base_in_words(size)}",
         f"memory: {memory}",
         f"disk: {disk}; free: {free_disk_gib(plan.config):.1f} GiB",
     ]
@@ -201,13 +262,15 @@ def base_in_words(size: BaseSize) -> str:
     if size.is_measured:
         return "counted in its files"
     facts = size.family
-    of, layers = (
-        f"{facts.title}'s",
-        "attention alone" if facts.style == "ddpm" else "its usual layers",
-    )
+    layers = "attention alone" if facts.style == "ddpm" else "its usual layers"
+
+    # The published model of its family, or the nearest that is known.
+    of = f"{facts.title}'s"
     why = "as its files are not here"
     if size.is_assumed:
-        of = f"that of {size.hub_id}" if size.hub_id else of
         why = "as its size is not known without its .safetensors files"
-        why += "" if size.hub_id else ", nor its family, which the hub does not tell"
+        if size.hub_id:
+            of = f"that of {size.hub_id}"
+        else:
+            why += ", nor its family, which the hub does not tell"
     return f"taken to be {of}, with the adapter on {layers}, {why}"

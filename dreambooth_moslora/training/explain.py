@@ -1,7 +1,8 @@
 """What a run's figures mean: the best step, the best scale, and which flag to try next.
 
     figures_of(run folder) -> Figures --RULES--> sentences, the most important first
-                                      --leads--> what comes before them: how to go on, what cannot be learnt
+                                      --leads--> what comes before them: how to go on,
+                                                 what cannot be learnt
 
 Thresholds come from the twelve trainings of `assets/studies/recipe` (six subjects with prior
 preservation, which learn well, and six without, whose class became the subject), and from runs of
@@ -31,20 +32,26 @@ from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.values import is_finite_number
 
-STALLED_AFTER = 3  # Evaluations without a better score, after which early stopping is suggested
+STALLED_AFTER = 3
+"""Evaluations without a better score, after which early stopping is suggested."""
 
 
 @dataclass(frozen=True)
 class BestStep:
+    """The step with the best score, and how many evaluations came `since`."""
+
     step: int
     score: float
-    since: int  # evaluations after it
+    since: int
 
     def advice(self, early_stopping: int | None) -> str | None:
         """One line when the score has not risen for a while; None otherwise."""
         if self.since < (early_stopping or STALLED_AFTER):
             return None
-        line = f"the score has not risen for {self.since} evaluations; best was {self.score:.3f} at step {self.step}"
+        line = (
+            f"the score has not risen for {self.since} evaluations; "
+            f"best was {self.score:.3f} at step {self.step}"
+        )
         if early_stopping:
             return f"{line}: stopping early, as --early_stopping {early_stopping} asks"
         return f"{line} (kept in best/); --early_stopping {STALLED_AFTER} would stop here"
@@ -53,29 +60,37 @@ class BestStep:
 def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:
     """The best of (step, score) pairs; the earliest wins a tie. Raises ValueError when empty."""
     step, score = max(evaluations, key=lambda pair: (pair[1], -pair[0]))
-    return BestStep(step, score, sum(later > step for later, _ in evaluations))
+    since = sum(later > step for later, _ in evaluations)
+    return BestStep(step=step, score=score, since=since)
 
 
-# 1 is that of training; smaller hardly show the subject, larger burn
 SCALES = (0.4, 0.6, 0.8, 1.0, 1.2)
-# Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins
+"""Those that are tried. Training uses 1; smaller ones hardly show the subject, larger ones burn."""
 EQUAL = 0.99
-USABLE = 0.95  # Scales of at least this fraction of the best score are usable
+"""Scores of at least this fraction of the best count as equal; the scale nearest to 1 wins."""
+USABLE = 0.95
+"""Scales of at least this fraction of the best score are usable."""
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
+    """The best scale of an adapter.
+
+    best: the scale
+    low, high: the ends of the usable scales
+    scores: scale -> score, which decided
+    """
+
     best: float
-    low: float  # usable from here
-    high: float  # to here
-    scores: dict[float, float]  # scale -> score, which decided
+    low: float
+    high: float
+    scores: dict[float, float]
 
     def sentence(self) -> str:
-        around = (
-            f"usable from {self.low:g} to {self.high:g}"
-            if self.low < self.high
-            else "no other comes near it"
-        )
+        """The choice and its scores, in one line."""
+        around = "no other comes near it"
+        if self.low < self.high:
+            around = f"usable from {self.low:g} to {self.high:g}"
         tried = ", ".join(f"{scale:g}: {score:.3f}" for scale, score in self.scores.items())
         return f"the adapter's best scale is {self.best:g}, {around} (scores {tried})"
 
@@ -85,43 +100,73 @@ def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     highest = max(scores.values())
     if highest <= 0:
         return None
-    best = min((s for s in scores if scores[s] >= EQUAL * highest), key=lambda s: abs(s - 1))
-    usable, scales = [best], sorted(scores)
+    equal = [scale for scale in scores if scores[scale] >= EQUAL * highest]
+    best = min(equal, key=lambda scale: abs(scale - 1))
+
+    # Usable is what lies without a gap beside it: first up, then down.
+    usable = [best]
+    scales = sorted(scores)
     place = scales.index(best)
-    for side in (scales[place + 1 :], scales[:place][::-1]):  # up, and down
+    for side in (scales[place + 1 :], scales[:place][::-1]):
         for scale in side:
             if scores[scale] < USABLE * highest:
                 break
             usable.append(scale)
-    return ScaleChoice(best, min(usable), max(usable), dict(sorted(scores.items())))
+    return ScaleChoice(
+        best=best,
+        low=min(usable),
+        high=max(usable),
+        scores=dict(sorted(scores.items())),
+    )
 
 
-# A rise over the base below which distances from class to subject are not measured
 LEAST_LIKENESS = 0.1
-NO_SCORES = ("step", "time", "photos")  # Fields of an evaluation that are not scores
+"""A rise over the base below which distances from class to subject are not measured."""
+NO_SCORES = ("step", "time", "photos")
+"""Fields of an evaluation that are not scores."""
 
 
 @dataclass(frozen=True)
 class Figures:
+    """What a run has measured.
+
+    config: its settings
+    state, message: how it ended, as its last event says
+    step: the last that was taken; `skipped` counts those that fp16 repeated
+    photos: how many; `largest` counts those of the largest of several subjects
+    nearness: the mean cosine of photos to the nearest other
+    without_bare_prompt: photos whose captions lack the instance prompt
+    scores: the latest
+    copy_alarm: whether pictures repeat photos
+    likeness, score: (step, value) of each evaluation
+    processes: that trained together
+    time: of the last event, in seconds
+    planned: its optimizer steps
+    saved: the step of the newest checkpoint; 0 without one
+    is_training: whether another process trains it now
+    is_practice: whether the embedded base learns from photographs
+    folder: the run's
+    """
+
     config: table.TrainConfig
     state: str = ""
     message: str = ""
     step: int = 0
     skipped: int = 0
     photos: int | None = None
-    largest: int | None = None  # photos of the largest of several subjects
+    largest: int | None = None
     nearness: float | None = None
-    without_bare_prompt: int = 0  # photos whose captions lack the instance prompt
-    scores: Mapping[str, float] = field(default_factory=dict)  # the latest
+    without_bare_prompt: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
     copy_alarm: bool = False
-    likeness: Sequence[tuple[int, float]] = ()  # (step, value) of each evaluation
-    score: Sequence[tuple[int, float]] = ()  # likewise
+    likeness: Sequence[tuple[int, float]] = ()
+    score: Sequence[tuple[int, float]] = ()
     processes: int = 1
-    time: float = 0.0  # of the last event
-    planned: int | None = None  # steps
-    saved: int = 0  # step of the newest checkpoint; 0: there is none
-    is_training: bool = False  # now, in another process
-    is_practice: bool = False  # the embedded base learns from photographs
+    time: float = 0.0
+    planned: int | None = None
+    saved: int = 0
+    is_training: bool = False
+    is_practice: bool = False
     folder: Path = Path()
 
     @property
@@ -135,7 +180,8 @@ class Figures:
     def moved(self, name: str) -> float | None:
         """How far `pres` (the class) or `dino_bare` moved: 0 as the base draws the class, 1 at the
         subject."""
-        here, start, end = (self.scores.get(each) for each in (name, "pres_base", "dino"))
+        here = self.scores.get(name)
+        start, end = self.scores.get("pres_base"), self.scores.get("dino")
         if here is None or start is None or end is None or end - start < LEAST_LIKENESS:
             return None
         return (here - start) / (end - start)
@@ -144,21 +190,31 @@ class Figures:
 def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
-    """Figures from the lines of `metrics.jsonl`; `photos`: what is known of them, if in none."""
-    kinds = ("start", "step", "evaluation", "checkpoint", "end")
-    starts, steps, scored, saved, ends = (
-        [event for event in records if event.get("type") == kind] for kind in kinds
-    )
-    start, last, end = ([{}, *some][-1] for some in (starts, scored, ends))
+    """Figures from the lines of `metrics.jsonl`, read with care: a line may lack any field.
+    `photos` is what is known of the photos, for a run whose evaluations do not tell it."""
+
+    def of_kind(kind: str) -> list[Mapping[str, Any]]:
+        return [event for event in records if event.get("type") == kind]
+
+    def last_of(kind: str) -> Mapping[str, Any]:
+        return [{}, *of_kind(kind)][-1]
+
+    # A resumed run has several starts and ends; the last ones count.
+    start, end = last_of("start"), last_of("end")
+    steps = of_kind("step")
+    taken = [event.get("step") or 0 for event in steps if not event.get("skipped")]
+    saved = [event.get("step") or 0 for event in of_kind("checkpoint")]
+
+    # The latest scores, and what that evaluation says of the photos.
+    scored = of_kind("evaluation")
+    last = last_of("evaluation")
     about = {**photos, **as_table(last.get("photos"))}
-    count, largest = (number(about.get(name)) for name in ("count", "largest"))
+    count, largest = number(about.get("count")), number(about.get("largest"))
     return Figures(
         config=config,
         state=str(end.get("state", "")),
         message=str(end.get("message", "")),
-        step=max(
-            (event.get("step") or 0 for event in steps if not event.get("skipped")), default=0
-        ),
+        step=max(taken, default=0),
         skipped=sum(bool(event.get("skipped")) for event in steps),
         photos=None if count is None else int(count),
         largest=None if largest is None else int(largest),
@@ -171,7 +227,7 @@ def figures_from(
         processes=int(number(start.get("processes")) or 1),
         time=max((number(event.get("time")) or 0.0 for event in records), default=0.0),
         planned=int(number(start.get("max_train_steps")) or 0) or None,
-        saved=max((event.get("step") or 0 for event in saved), default=0),
+        saved=max(saved, default=0),
     )
 
 
@@ -182,10 +238,13 @@ def curve(scored: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, flo
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: known for name, value in values.items() if (known := number(value)) is not None}
+    """Those that are numbers."""
+    found = {name: number(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def number(value: Any) -> float | None:
+    """The value as a number; None for anything else, and for NaN and infinity."""
     return float(value) if is_finite_number(value) else None
 
 
@@ -196,14 +255,19 @@ def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
         if not path.is_file():
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json(run_dir.config_path))
+
+    # The photos, if they are still here. A dataset of the hub is not fetched for it.
     if photos is None and not config.dataset_name:
         with suppress(UserError):
             photos = folder.photo_report(config).photos
     facts = {}
     if photos and not config.dataset_name:
-        bare = sum(photo.bare_prompt is not None for photo in photos)
-        facts = {"count": len(photos), "without_bare_prompt": bare}
-        facts |= {"largest": max(photo_file.counts_of(photos))} if len(config.subjects) > 1 else {}
+        facts["count"] = len(photos)
+        facts["without_bare_prompt"] = sum(photo.bare_prompt is not None for photo in photos)
+        if len(config.subjects) > 1:
+            facts["largest"] = max(photo_file.counts_of(photos))
+
+    # What the run wrote, and what it is now.
     found = replace(
         figures_from(run_dir.read_metrics(), config, facts),
         is_training=is_held(run_dir),
@@ -227,99 +291,128 @@ def is_practice(config: table.TrainConfig) -> bool:
     `train PHOTOS WORD` does without a GPU. False where the folder is gone."""
     if config.subjects or not config.instance_data_dir:
         return False
+    if not is_toy(config.pretrained_model_name_or_path):
+        return False
     photos = Path(find_asset(config.instance_data_dir))
     is_of_its_world = (photos / SUBJECT_FILE).is_file()
-    return is_toy(config.pretrained_model_name_or_path) and photos.is_dir() and not is_of_its_world
+    return photos.is_dir() and not is_of_its_world
 
 
 def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
     """A run's configuration, without settings that are unknown here. Raises UserError for
     impossible values."""
-    return table.TrainConfig.from_dict(
-        {name: value for name, value in values.items() if name in table.FIELD_TYPES}
-    )
+    known = {name: value for name, value in values.items() if name in table.FIELD_TYPES}
+    return table.TrainConfig.from_dict(known)
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
-    """The figures, with the scores of a newer `evaluation/scores.json`, unless it is of another
-    scale than the run's, or of one of its several subjects. Raises UserError if it is damaged."""
+    """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if that is
+    damaged."""
     path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file():
         return found
+
+    # An older one is of an adapter that is gone; another scale, or one of several subjects, is
+    # another question.
     report = read_json(path)
     if (number(report.get("time")) or 0.0) < found.time:
         return found
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
     if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
         return found
-    tables, relative, alarm = (
-        as_table(report.get(name)) for name in ("scores", "relative", "copy_alarm")
-    )
-    values = {name: as_table(interval).get("mean") for name, interval in tables.items()}
-    values |= {**relative, "copied": alarm.get("share"), "score": report.get("score")}
+
+    # Its scores, by the names that an evaluation in training gives them.
+    intervals = as_table(report.get("scores"))
+    alarm = as_table(report.get("copy_alarm"))
+    values = {name: as_table(interval).get("mean") for name, interval in intervals.items()}
+    values |= as_table(report.get("relative"))
+    values |= {"copied": alarm.get("share"), "score": report.get("score")}
     return replace(found, scores=numbers(values), copy_alarm=alarm.get("raised") is True)
 
 
 def as_table(value: Any) -> Mapping[str, Any]:
+    """The value if it is a table, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 MOST_LINES = 3
-NOTHING, NOT_SCORED = "nothing: no figure stands out", "nothing was scored"
-USUAL_EXPOSURES = 200  # Exposures of a photo: the recipes show each of five photos 192 to 400 times
-SKIPPED_SHARE = 0.05  # fp16 skips a few steps while it finds its scale; more is lost training time
-RISE_LEFT = 0.1  # Of the likeness gained, in a run's last third: then more steps would help
-SCORE_LOST = 0.03  # Since the best step. A score from six pictures varies by about as much
+"""Of advice at the end of a run."""
+NOTHING = "nothing: no figure stands out"
+NOT_SCORED = "nothing was scored"
+USUAL_EXPOSURES = 200
+"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
+SKIPPED_SHARE = 0.05
+"""fp16 skips a few steps while it finds its scale; more is lost training time."""
+RISE_LEFT = 0.1
+"""Of the likeness gained, in a run's last third: then more steps would help."""
+SCORE_LOST = 0.03
+"""Since the best step. A score from six pictures varies by about as much."""
 CLASS_MOVED = 1 / 3
 """Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior
 preservation."""
-# Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation
 DRIFTED = 1.5
-# CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others
+"""Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation."""
 PROMPT_KEPT = 0.75
-# Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures
+"""CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others."""
 BARE_SHOWN = 1 / 2
-BARE_SHARES = (0.25, 0.5)  # Shares of the instance prompt to try, one after the other
-LEAK = 0.05  # A leak above this is mentioned with a lost prompt
+"""Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures."""
+BARE_SHARES = (0.25, 0.5)
+"""Shares of the instance prompt to try, one after the other."""
+LEAK = 0.05
+"""A leak above this is mentioned with a lost prompt."""
 LEAK_ALONE = 0.25
 """A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
-# Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base
 CONFUSED = 0.25
+"""Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base."""
 FEW_PHOTOS = 3
-# Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames
+"""Fewer show a subject from too few sides."""
 ALIKE = 0.9
+"""Mean cosine of photos to the nearest other: 0.65 to 0.75 for the samples', 1 for equal frames."""
 BROKEN = re.compile(
     r"the (?:loss|gradient) is \S+ at step \d+|the adapter is not finite after step \d+"
 )
+"""How a run fails whose numbers are no longer finite."""
 
 
 def about_the_steps(run: Figures) -> Iterator[str]:
     """What failed, and what was too rare."""
-    if run.state == "failed" and (found := BROKEN.search(run.message)):
-        lower = f"--learning_rate {run.config.learning_rate / 3:.1g} (it was {run.config.learning_rate:g})"
+    # Numbers that are no longer finite.
+    found = BROKEN.search(run.message) if run.state == "failed" else None
+    if found:
+        rate = run.config.learning_rate
         other = f", or {LIKE_FP32}" if run.config.mixed_precision == "fp16" else ""
-        yield f"{found[0]}: try {lower}{other}"
+        yield f"{found[0]}: try --learning_rate {rate / 3:.1g} (it was {rate:g}){other}"
     if run.skipped > SKIPPED_SHARE * (run.step + run.skipped) and run.skipped >= 5:
         yield f"fp16 overflowed in {run.skipped} steps, which were done again: try {LIKE_FP32}"
+
+    # Too few steps, or none that anybody looked at.
     if is_short(run):
         seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
         yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
     if run.step and not run.scores and run.state != "failed":
         every = max(1, run.step // 5)
-        yield f"{NOT_SCORED}: the command `evaluate` does it now, --evaluate_steps {every} during the next run"
+        yield (
+            f"{NOT_SCORED}: the command `evaluate` does it now, "
+            f"--evaluate_steps {every} during the next run"
+        )
 
 
 def about_the_prompt(run: Figures) -> Iterator[str]:
     """What came along with the subject: whole photos, or their surroundings."""
-    config, fewer = run.config, f"--max_train_steps {max(1, run.step * 2 // 3)}"
-    came = "the photos' surroundings came along"
+    config = run.config
+    fewer = f"--max_train_steps {max(1, run.step * 2 // 3)}"
+
+    # Whole photos.
     if run.copy_alarm:
         more = f"--crops_per_photo {max(8, 2 * config.crops_per_photo)}"
         copied = f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo"
         yield f"{copied}: try {more}, or fewer steps ({fewer})"
-    kept, leak = run.scores.get("clip_t_of_base", 1.0), run.scores.get("background_leak")
-    # Only photos with masks have a leak.
+
+    # Their surroundings. Only photos with masks have a leak.
+    came = "the photos' surroundings came along"
+    kept = run.scores.get("clip_t_of_base", 1.0)
+    leak = run.scores.get("background_leak")
     remedy = "add masks (name.mask.png beside each photo) and captions that name the surroundings"
     if leak is not None:
         lower = "--unmasked_weight 0" if config.unmasked_weight else fewer
@@ -332,11 +425,13 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
 
 
 def about_the_bare_prompt(run: Figures) -> Iterator[str]:
-    """The remedy is a larger share of the instance prompt where captions lack it, else less that
-    holds the class."""
-    moved, config = run.moved("dino_bare"), run.config
+    """An instance prompt that does not show the subject without a place."""
+    config = run.config
+    moved = run.moved("dino_bare")
     if moved is None or moved >= BARE_SHOWN:
         return
+
+    # A larger share of that prompt where captions lack it, else less that holds the class.
     shares = [share for share in BARE_SHARES if share > config.bare_share]
     if shares and run.without_bare_prompt:
         remedy = f"--instance_prompt_share {shares[0]:g}"
@@ -345,58 +440,87 @@ def about_the_bare_prompt(run: Figures) -> Iterator[str]:
     else:
         remedy = f"--exposures_per_photo {more_exposures(run)}"
     prompts = " and ".join(f"“{one.instance_prompt}”" for one in config.each_subject)
-    text = (
-        f"{prompts} alone shows {max(moved, 0):.0%} of the likeness that prompts with places show"
+    yield (
+        f"{prompts} alone shows {max(moved, 0):.0%} of the likeness "
+        f"that prompts with places show: try {remedy}"
     )
-    yield f"{text}: try {remedy}"
 
 
 def about_the_class(run: Figures) -> Iterator[str]:
     """Other things that became the subject. One remedy is said once."""
-    config, word = run.config, class_word_of(run.config) or "thing"
+    config = run.config
+    word = class_word_of(config) or "thing"
+
+    # More that holds the class, or something that does.
     if config.with_prior_preservation:
         remedy = f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
     else:
         prompt = config.class_prompt or f"a photo of a {word}"
         remedy = f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'
-    moved, spread = run.moved("pres"), run.scores.get("drift_of_spread", 0.0)
+
+    # Things of the subject's class, or other things.
+    moved = run.moved("pres")
+    spread = run.scores.get("drift_of_spread", 0.0)
     if moved is not None and moved > CLASS_MOVED:
-        yield f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): try {remedy}"
+        yield (
+            f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): "
+            f"try {remedy}"
+        )
     elif spread > DRIFTED:
-        if (
-            config.with_prior_preservation
-            and config.prior == "adapter_off"
-            and not config.prior_prompts
-        ):
+        # The base's answers hold other things only if prompts name some.
+        holds_class = config.with_prior_preservation and config.prior == "adapter_off"
+        if holds_class and not config.prior_prompts:
             remedy = "--prior_prompts"
-        yield f"pictures of other things changed, {spread:.1f} times what a new seed changes: try {remedy}"
+        yield (
+            f"pictures of other things changed, {spread:.1f} times what a new seed changes: "
+            f"try {remedy}"
+        )
+
+    # Another subject of the run.
     confusion = run.scores.get("confusion", 0.0)
     if confusion > CONFUSED:
-        text = f"subjects are taken for each other (confusion {confusion:.2f}; 0: told apart as their photos are): try"
         more = max(more_exposures(run), USUAL_EXPOSURES)
-        yield f"{text} --exposures_per_photo {more}, and another rare word for each subject"
+        yield (
+            f"subjects are taken for each other (confusion {confusion:.2f}; "
+            f"0: told apart as their photos are): try --exposures_per_photo {more}, "
+            "and another rare word for each subject"
+        )
 
 
 def about_length_and_photos(run: Figures) -> Iterator[str]:
     """A score that fell since its best step, a likeness that still rose in the last third, and too
     few photos."""
+    # Too long.
     if len(run.score) > 1:
-        (last, score), best = run.score[-1], best_of(run.score)
+        last, score = run.score[-1]
+        best = best_of(run.score)
         if best.score - score > SCORE_LOST:
-            fell = f"the score fell from {best.score:.2f} at step {best.step} to {score:.2f} at step {last}"
-            yield f"{fell}: use best/, or try --max_train_steps {best.step}"
+            yield (
+                f"the score fell from {best.score:.2f} at step {best.step} "
+                f"to {score:.2f} at step {last}: "
+                f"use best/, or try --max_train_steps {best.step}"
+            )
+
+    # Too short. Not for pictures that repeat photos, nor where `about_the_steps` says it.
     start = run.scores.get("dino_base")
     if start is not None and len(run.likeness) > 2 and not run.copy_alarm and not is_short(run):
         last, end = run.likeness[-1]
-        before, earlier = (
-            [pair for pair in run.likeness if pair[0] <= last * 2 / 3] or run.likeness[:1]
-        )[-1]
+        two_thirds = [pair for pair in run.likeness if pair[0] <= last * 2 / 3]
+        before, earlier = two_thirds[-1] if two_thirds else run.likeness[0]
         if end - start > 0 and end - earlier > RISE_LEFT * (end - start):
-            rose = f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, {end:.2f} at step {last})"
-            yield f"{rose}: try --exposures_per_photo {more_exposures(run)}"
+            yield (
+                f"likeness still rose at the end (DINO {earlier:.2f} at step {before}, "
+                f"{end:.2f} at step {last}): "
+                f"try --exposures_per_photo {more_exposures(run)}"
+            )
+
+    # Too few photos, or one photo many times.
     if run.photos is not None and run.photos < FEW_PHOTOS:
-        plural = "s" * (run.photos != 1)
-        yield f"{run.photos} photo{plural}: a subject needs 3 to 10, in several places and from several sides"
+        plural = "" if run.photos == 1 else "s"
+        yield (
+            f"{run.photos} photo{plural}: a subject needs 3 to 10, "
+            "in several places and from several sides"
+        )
     if run.nearness is not None and run.nearness > ALIKE:
         more = f"--crops_per_photo {max(8, 2 * run.config.crops_per_photo)} --crop_zoom 1.3"
         alike = f"the photos are nearly one picture (likeness among them {run.nearness:.2f})"
@@ -410,10 +534,11 @@ def is_short(run: Figures) -> bool:
 
 
 def more_exposures(run: Figures) -> int:
-    """Half as many again, in tens, as the flag counts them: of a photo of the largest subject.
-    After a short run the usual number."""
+    """Half as many exposures again, rounded up to tens; after a short run the usual number."""
     if is_short(run):
         return USUAL_EXPOSURES
+
+    # The flag counts those of a photo of the largest subject.
     shown = run.exposures or USUAL_EXPOSURES
     if run.exposures and run.largest:
         shown *= run.photos / (len(run.config.subjects) * run.largest)
@@ -434,12 +559,16 @@ def leads(run: Figures) -> list[str]:
     """What stands before all figures and advice: what the base cannot learn, and how a run that
     ended early goes on."""
     found = []
+
+    # What no flag can change.
     if run.is_practice:
         word = class_word_of(run.config) or "subject"
         cannot = f"the base is {PRACTICE}, which cannot draw a real {word}"
         found.append(f"{cannot}. {on_a_gpu(run.config.instance_data_dir, word)}")
+
+    # A run that was cut off. A loss that is not finite would come again.
     is_over = run.state == "done" or run.is_training
-    if is_over or BROKEN.search(run.message):  # a loss that is not finite comes again
+    if is_over or BROKEN.search(run.message):
         return found
     if run.saved:
         found.append(f"to go on: {command_of(run)} --resume_from_checkpoint latest")
@@ -455,7 +584,9 @@ def command_of(run: Figures) -> str:
     if run.processes > 1:
         words = ["accelerate", "launch", "--multi_gpu", "train_dreambooth.py"]
     words += ["--config", str(RunDir(run.folder).config_path)]
-    if Path(run.config.output_dir).resolve() != run.folder.resolve():  # the folder was moved
+
+    # The folder may have been moved since.
+    if Path(run.config.output_dir).resolve() != run.folder.resolve():
         words += ["--output_dir", str(run.folder)]
     return shlex.join(words)
 
@@ -468,7 +599,9 @@ def advice_after(run: Figures) -> list[str]:
 def closing_advice(run: Figures) -> list[str]:
     """Up to three lines of advice for the end of a run, the most important first; none for a run
     without scores."""
-    return (advice_after(run)[:MOST_LINES] or [NOTHING]) if run.scores else []
+    if not run.scores:
+        return []
+    return advice_after(run)[:MOST_LINES] or [NOTHING]
 
 
 def meanings(run: Figures) -> list[str]:

@@ -27,14 +27,16 @@ from dreambooth_moslora.settings.table import TrainConfig
 logger = logging.getLogger(__name__)
 
 LoadBase = Callable[[TrainConfig, Base, torch.dtype, torch.device], DiffusionPipeline]
+"""What loads a base, as `load_base` does."""
 
+# What is said of a base whose precision is slow on this machine.
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: "
     "give --mixed_precision %s."
 )
 BF16_ON_A_CPU = (
-    "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: give --mixed_precision no, which "
-    "takes twice the memory."
+    "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: "
+    "give --mixed_precision no, which takes twice the memory."
 )
 
 
@@ -46,12 +48,24 @@ def load_base(
     *,
     has_denoiser: bool = True,
 ) -> DiffusionPipeline:
-    """Load the base, its VAE in fp32 unless that is named or a flow model's. Raises UserError if it
-    cannot be."""
+    """Load the base.
+
+    config: says how it is quantised
+    base: what to load
+    dtype: of its weights
+    device: where it is quantised
+    has_denoiser: whether that is loaded too
+
+    Raises UserError for a base that cannot be loaded.
+    """
+    # SDXL's own VAE overflows in fp16. A flow model's does not, and one that is named may be
+    # made for it.
     vae_dtype = dtype if base.vae or base.is_flow else torch.float32
     pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
         load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
+
+    # Pictures as prompts are never trained.
     if hasattr(pipeline, "image_encoder"):
         pipeline.register_modules(image_encoder=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,8 +79,8 @@ def load_denoiser_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Raises
-    UserError."""
+    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Its
+    arguments are those of `load_base`. Raises UserError as that does."""
     load.load_denoiser(pipeline, base, dtype)
     load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
@@ -74,9 +88,9 @@ def load_denoiser_of(
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
     """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without
     it."""
-    kind = device.type, pipelines.denoiser_of(pipeline).dtype
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
+    kind = (device.type, pipelines.denoiser_of(pipeline).dtype)
     if kind == ("cuda", torch.float32):
         half = machine.half_precision_of(pipelines.family_of(pipeline).facts)
         if half != "no":
@@ -86,12 +100,14 @@ def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) ->
 
 
 Tensors = dict[str, torch.Tensor]
+"""One value of a cache: tensors by name."""
 DIGEST = "sha256"
+"""The header's field with the digest of a file's tensors."""
 
 
 class TensorCache:
-    """With a `folder`, values are kept in one safetensors file per key, shared between runs; with
-    None, in memory."""
+    """Values by key. With a `folder`, each is kept in one safetensors file, shared between runs;
+    with None, in memory. `computed` counts those that were not there."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -99,6 +115,7 @@ class TensorCache:
         self.computed = 0
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The value, from the cache or else computed and kept."""
         found = self._memory.get(key) if self.folder is None else self._read(key)
         if found is None:
             found = compute()
@@ -108,10 +125,12 @@ class TensorCache:
 
     def put(self, key: str, value: Tensors) -> None:
         """Keep a value that another process has computed, unless this one has it already."""
-        if key not in self._memory if self.folder is None else self._read(key) is None:
+        found = self._memory.get(key) if self.folder is None else self._read(key)
+        if found is None:
             self._keep(key, value)
 
     def _path(self, key: str) -> Path:
+        # Two letters of the key name a folder, so that none gets too many files.
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
@@ -121,7 +140,10 @@ class TensorCache:
             tensors = load_tensors(content)
         except (OSError, SafetensorError):
             return None
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+        # A file starts with the length of its header, in 8 bytes, and the header as JSON.
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
         is_whole = tensors and header.get("__metadata__", {}).get(DIGEST) == digest_of(tensors)
         return tensors if is_whole else None
 
@@ -155,12 +177,19 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 class PromptCache:
     """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees
-    their memory."""
+    their memory.
+
+    encode: computes the texts of prompts
+    cache: where they are kept
+    identity: all that decides an encoding, but for the prompt
+    """
 
     def __init__(
         self, encode: Callable[[list[str]], list[pipelines.Text]], cache: TensorCache, identity: str
     ):
-        self.encode, self.cache, self.identity = encode, cache, identity
+        self.encode = encode
+        self.cache = cache
+        self.identity = identity
 
     def __call__(self, prompts: Sequence[str]) -> list[pipelines.Text]:
         return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
@@ -183,8 +212,9 @@ class PromptCache:
         def gone(prompts: list[str]) -> list[pipelines.Text]:
             if self.cache.folder is not None:
                 raise UserError(
-                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read any more, and the text "
-                    "encoders have left memory; resume the run, which encodes it anew."
+                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read "
+                    "any more, and the text encoders have left memory; "
+                    "resume the run, which encodes it anew."
                 )
             raise RuntimeError(
                 f"the text encoders have left memory; {prompts} was not encoded before"

@@ -43,12 +43,13 @@ from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million
 MOST_SKIPPED = 20
+"""Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
 NO_SAMPLES = (
     "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
     "--num_validation_images 4 draws them all the same."
 )
+"""Said once, before training; it names the flag that asks for them."""
 
 
 class StepScorer(Protocol):
@@ -65,17 +66,33 @@ class StepScorer(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
+    """How a run ended.
+
+    run_dir: its folder
+    step: optimizer steps of the adapter there
+    interrupted: whether it was stopped before its end
+    proof: how exactly its files load elsewhere; None for a run that published none
+    """
+
     run_dir: Path
-    step: int  # optimizer steps of the adapter there
+    step: int
     interrupted: bool
-    proof: Proof | None  # how exactly its files load elsewhere
+    proof: Proof | None
 
 
 @dataclass
 class Training:
-    """A run that is set up. `checkpoint` is the newest that it wrote or resumed from,
-    `checkpoint_step` its step. Its step began at `started`, so that `seconds` of the last steps
-    count neither samples nor saving."""
+    """A run that is set up.
+
+    context: its folder, its processes and its reporter
+    max_train_steps: optimizer steps of the whole run
+    evaluator: scores the adapter; None without scores
+    checkpoint: the newest that it wrote or resumed from; `checkpoint_step` is its step
+    best: the best step so far, if any was scored
+    skipped_in_a_row: steps that fp16 skipped since the last good one
+    started: when the present step began, by the monotonic clock
+    seconds: of the last steps, without samples and saving
+    """
 
     config: TrainConfig
     context: reporter.RunContext
@@ -92,8 +109,10 @@ class Training:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def __post_init__(self):
-        self.run_dir, self.accelerator = self.context.run_dir, self.context.accelerator
-        self.report, self.checkpoint_step = self.context.report, self.step
+        self.run_dir = self.context.run_dir
+        self.accelerator = self.context.accelerator
+        self.report = self.context.report
+        self.checkpoint_step = self.step
 
     @property
     def step(self) -> int:
@@ -127,7 +146,8 @@ class Training:
     def go_on_as(self, config: TrainConfig) -> None:
         """Other settings from here on, in what the run computes and in what it says of itself."""
         self.train_step.go_on_as(config)
-        self.config, self.publisher = config, replace(self.publisher, config=config)
+        self.config = config
+        self.publisher = replace(self.publisher, config=config)
         checkpoint.write_settings(config, self.run_dir)
 
     def check_finite(self, losses: StepLosses) -> None:
@@ -137,23 +157,31 @@ class Training:
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
-        on_gpu = self.accelerator.device.type != "cpu"
-        has_bf16 = self.accelerator.mixed_precision == "fp16" and (
-            not on_gpu or half_precision() == "bf16"
-        )
-        other = ", or use --mixed_precision bf16 instead of fp16" if has_bf16 else ""
+        """The error of numbers that are no longer finite. It names bf16 only where the machine has
+        it."""
+        is_on_cpu = self.accelerator.device.type == "cpu"
+        is_fp16 = self.accelerator.mixed_precision == "fp16"
+        other = ""
+        if is_fp16 and (is_on_cpu or half_precision() == "bf16"):
+            other = ", or use --mixed_precision bf16 instead of fp16"
         return UserError(
-            f"{what}: lower --learning_rate{other}; checkpoints up to here are in {self.run_dir.path}"
+            f"{what}: lower --learning_rate{other}; "
+            f"checkpoints up to here are in {self.run_dir.path}"
         )
 
     def update_adapter(self, losses: StepLosses) -> bool:
-        """Take an optimizer step; False when fp16 overflowed: it is repeated. Raises UserError if
-        that stays."""
+        """Take an optimizer step. Returns False when fp16 overflowed, so that the step is repeated.
+
+        Raises UserError when every step overflows, and for a gradient that is not finite otherwise.
+        """
+        # The update raises `step`, unless fp16 skips it.
         attempted = self.step + 1
         grad_norm = self.train_step.update_adapter()
         skipped = not math.isfinite(grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.seconds.append(time.monotonic() - self.started)
+
+        # A skipped step is reported too: its time is spent, and its number comes again.
         done = events.StepDone(
             step=attempted,
             loss=losses.total,
@@ -167,6 +195,8 @@ class Training:
             skipped=skipped,
         )
         self.report(done)
+
+        # Without a scaler nothing is skipped on purpose. With one, its scale has fallen enough.
         if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
             raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
         return not skipped
@@ -180,20 +210,22 @@ class Training:
         """Draw samples, at step 0 telling each denoising step."""
         self.report.phase("sampling", 0, 1)
         sampler = self.sampler
+
+        # Nothing else has moved yet at step 0: each denoising step of this process is a count.
         if self.step == 0:
-            total = (
-                len(distributed.share_of(self.accelerator, self.samples.requests))
-                * sampler.inference_steps
-            )
+            own = distributed.share_of(self.accelerator, self.samples.requests)
+            total = len(own) * sampler.inference_steps
             counts = self.report.counted("sampling", range(1, total + 1), total)
             sampler = replace(sampler, on_step=lambda: next(counts, None))
-        # the loop checks for a stop next
+
+        # A stop ends the drawing alone; the loop asks for it next.
         with suppress(StopRequestedError), self.train_step.averaged():
             self.report(self.samples.draw(self.step, sampler, self.accelerator))
         reporter.free_unused_memory(self.accelerator.device)
 
     @property
     def is_scored_now(self) -> bool:
+        """Whether this step is one of those that `--evaluate_steps` names."""
         every = self.config.evaluate_steps
         return self.evaluator is not None and bool(every) and self.step % every == 0
 
@@ -207,6 +239,8 @@ class Training:
             return
         finally:
             reporter.free_unused_memory(self.accelerator.device)
+
+        # The scores name the best step so far; if it is this one, its adapter is kept.
         found = events.event_of({"type": events.StepEvaluated.kind, "step": self.step, **scores})
         self.report(found)
         self.note_scores(found)
@@ -215,9 +249,12 @@ class Training:
                 self.publisher.keep_best()
 
     def note_scores(self, found: events.StepEvaluated) -> None:
-        self.best = self.publisher.best = explain.BestStep(**found.best)
+        """Keep the scores for the card, and say it when they have stopped rising."""
+        self.best = explain.BestStep(**found.best)
+        self.publisher.best = self.best
         self.publisher.scores = found.scores
-        if self.config.is_scored and (line := self.best.advice(self.config.early_stopping)):
+        line = self.best.advice(self.config.early_stopping) if self.config.is_scored else None
+        if line:
             logger.warning("step %d: %s", found.step, line)
 
     def recall_scores(self) -> None:
@@ -233,7 +270,8 @@ class Training:
     def has_stalled(self) -> bool:
         """Whether the score has not risen for as long as `--early_stopping` allows, the same in all
         processes."""
-        patience, since = self.config.early_stopping, self.best.since if self.best else 0
+        patience = self.config.early_stopping
+        since = self.best.since if self.best else 0
         return bool(patience) and distributed.any_process(self.accelerator, since >= patience)
 
     @property
@@ -245,20 +283,22 @@ class Training:
         raises."""
 
         def write() -> None:
-            step, scaler = self.train_step, self.accelerator.scaler
-            position = replace(self.publisher.position, step=self.step)
-            parts = (
-                position,
-                step.components,
-                self.publisher.facts_now,
-                step.optimizer.optimizer,
-                scaler,
-            )
+            # With an average, the adapter's file holds it, and the weights get their own file.
+            step = self.train_step
             own = optimizer.copies(step.trained) if step.average is not None else None
             with step.averaged():
                 checkpoint.save_checkpoint(
-                    path, *parts, own, step.learnt.tokens if step.learnt else ()
+                    path,
+                    position=replace(self.publisher.position, step=self.step),
+                    components=step.components,
+                    facts=self.publisher.facts_now,
+                    optimizer=step.optimizer.optimizer,
+                    scaler=self.accelerator.scaler,
+                    weights=own,
+                    tokens=step.learnt.tokens if step.learnt else (),
                 )
+
+            # Older ones go only when the new one is whole.
             if path != self.run_dir.last_dir and self.run_dir.last_dir.is_dir():
                 remove_directory(self.run_dir.last_dir)
             self.run_dir.rotate(self.config.checkpoints_total_limit)
@@ -274,42 +314,61 @@ class Training:
             raise self.diverged(f"the adapter is not finite after step {self.step}")
 
     def find_scale(self) -> None:
-        """Find the finished adapter's best scale for its header and card. A stop leaves it unknown."""
+        """Find the finished adapter's best scale for its header and card. A stop leaves it
+        unknown."""
         if self.evaluator is None:
             return
         self.report.phase("evaluating")
         with suppress(StopRequestedError):
-            if found := self.evaluator.find_scale(self.sampler, self.train_step.components):
-                by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
-                self.report(events.ScaleFound(found.best, found.low, found.high, by_scale))
-                usable = (found.low, found.high)
-                self.publisher.facts = replace(
-                    self.publisher.facts, best_scale=found.best, usable_scales=usable
-                )
-                if self.best is not None and self.best.step == self.step:
-                    self.publisher.keep_best()
+            found = self.evaluator.find_scale(self.sampler, self.train_step.components)
+            if found:
+                self.note_scale(found)
         reporter.free_unused_memory(self.accelerator.device)
+
+    def note_scale(self, found: explain.ScaleChoice) -> None:
+        """Report the scale and write it in the headers of the adapter, and of `best/` if that is
+        the same."""
+        by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
+        event = events.ScaleFound(
+            best=found.best, low=found.low, high=found.high, by_scale=by_scale
+        )
+        self.report(event)
+        self.publisher.facts = replace(
+            self.publisher.facts,
+            best_scale=found.best,
+            usable_scales=(found.low, found.high),
+        )
+        if self.best is not None and self.best.step == self.step:
+            self.publisher.keep_best()
 
     def finish(self, interrupted: bool) -> TrainResult:
         """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or
         `last`."""
-        here = (
-            self.run_dir.checkpoint_path(self.step)
-            if self.is_checkpoint_due
-            else self.run_dir.last_dir
-        )
+        # The last checkpoint, unless it was written at this very step.
+        here = self.run_dir.last_dir
+        if self.is_checkpoint_due:
+            here = self.run_dir.checkpoint_path(self.step)
         is_there = self.checkpoint is not None and self.checkpoint.resolve() == here.resolve()
         if not is_there or self.checkpoint_step != self.step:
             self.save_checkpoint(here)
+
+        # The adapter's files. All processes take part: they draw the card's new contexts.
         with self.train_step.averaged():
             if self.config.find_scale and not interrupted:
                 distributed.on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
+
+        # Say it last, so that a run that is told to be done has all its files.
         self.report(events.AdapterExported(list(proof.files), proof.to_dict()))
         self.report(events.RunEnded("interrupted" if interrupted else "done", self.step))
         distributed.on_each(self.accelerator, self.report.raise_failure)
-        return TrainResult(self.run_dir.path, self.step, interrupted, proof)
+        return TrainResult(
+            run_dir=self.run_dir.path,
+            step=self.step,
+            interrupted=interrupted,
+            proof=proof,
+        )
 
 
 def train(
@@ -318,10 +377,16 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     evaluator: StepScorer | None = None,
 ) -> TrainResult:
-    """Run `config`, or a plan made of it, to its end, or until `should_stop` says so. Every event
-    is written to `metrics.jsonl` and passed to `on_event`; `evaluator(sampler, step)` returns
-    scores. Raises UserError for a mistake in the settings or files, and for a loss that is no
-    longer finite."""
+    """Run a training to its end, or until it is asked to stop.
+
+    config: the settings, or a plan made of them
+    on_event: gets every event that is written to `metrics.jsonl`
+    should_stop: whether this process was asked to stop
+    evaluator: scores the adapter at its steps
+
+    Raises UserError for a mistake in the settings or files, and for a loss that is no longer
+    finite.
+    """
     steps = training(config, on_event, should_stop, evaluator)
     try:
         run = next(steps)
@@ -354,23 +419,35 @@ def training(
     load: frozen_base.LoadBase | None = None,
 ) -> Steps:
     """`train` as a generator: the caller computes the gradients. `load` loads the base."""
+    # The plan. Folders are checked here because a plan can be made without them.
     if isinstance(config, TrainConfig):
         checks.check_folders(config)
     plan = config if isinstance(config, Plan) else make_plan(config)
+
+    # What every part of the run shares.
     run_dir = run_folder.RunDir(plan.config.output_dir)
     accelerator = distributed.make_accelerator(plan.config, run_dir)
     report = reporter.Reporter(run_dir, accelerator, on_event)
-    context = reporter.RunContext(run_dir, accelerator, report, should_stop or (lambda: False))
+    context = reporter.RunContext(
+        run_dir=run_dir,
+        accelerator=accelerator,
+        report=report,
+        should_stop=should_stop or (lambda: False),
+    )
+
     with ExitStack() as stack:
+        # Nobody else trains in this folder until the end.
         stack.callback(report.end_trackers)
         distributed.on_main(accelerator, lambda: stack.enter_context(queue.locked(run_dir.path)))
+
+        # However it ends, the log says how.
         try:
             return (yield from fit(set_up(context, plan, evaluator, load)))
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
             report(events.RunEnded("interrupted", report.step, "stopped before the first step"))
-            return TrainResult(run_dir.path, report.step, True, None)
+            return TrainResult(run_dir=run_dir.path, step=report.step, interrupted=True, proof=None)
         except Exception as error:
             with suppress(OSError):  # a full disk, for example, is already the error itself
                 report(events.RunEnded("failed", report.step, str(error)))
@@ -383,60 +460,114 @@ def set_up(
     evaluator: StepScorer | None,
     load: frozen_base.LoadBase | None = None,
 ) -> Training:
-    """Everything before the first step, such as class images. Raises UserError and
-    StopRequestedError."""
-    fresh = (
-        None,
-        checkpoint.Position(0, distributed.chosen_seed(plan.config.seed, context.accelerator)),
-    )
+    """Everything before the first step.
+
+    context: the run's folder, processes and reporter
+    plan: its settings, base and photos
+    evaluator: scores the adapter; None without scores
+    load: loads the base; the usual way without it
+
+    Raises UserError and StopRequestedError.
+    """
+    accelerator, report = context.accelerator, context.report
+
+    # Where to begin: at a checkpoint with its seed, or at step 0 with one that all processes share.
+    seed = distributed.chosen_seed(plan.config.seed, accelerator)
+    fresh = (None, checkpoint.Position(step=0, seed=seed))
     resumed_from, position = distributed.agreed(
-        context.accelerator,
+        accelerator,
         lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
-    config, report, step = replace(plan.config, seed=position.seed), context.report, position.step
+    config = replace(plan.config, seed=position.seed)
+    step = position.step
+    report.step = step
+
+    # How long it is. The steps are planned anew: under MPI the plan did not know the processes.
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
-    # MPI: no WORLD_SIZE
-    steps = plan_steps(config, photo_file.counts_of(photos), context.accelerator.num_processes)
-    report.step = step
+    steps = plan_steps(config, photo_file.counts_of(photos), accelerator.num_processes)
     distributed.on_main(
-        context.accelerator,
-        lambda: checkpoint.report_start(config, context, step, steps.total_steps),
+        accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps)
     )
+
+    # What the photos lack. It is made before the base is loaded, whose memory its models need.
     made_before.make_captions(config, context, photos)
     made_before.make_masks(config, context, photos)
     photos = folder.with_made(config, photos)
     if line := folder.bare_prompt_line(config, photos):
         logger.info("%s", line)
-    if context.accelerator.log_with:
-        distributed.on_main(context.accelerator, lambda: report.start_trackers(config))
+
+    # Whatever can refuse at once does so before the long work begins.
+    if accelerator.log_with:
+        distributed.on_main(accelerator, lambda: report.start_trackers(config))
+
+    # The base, and all that is encoded with parts of it that then leave memory. So every prompt
+    # has to be known here.
     samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
-    prompts = [*samples.prompts, *(evaluator.prompts if evaluator and config.is_scored else ())]
-    sample_count = steps.total_steps * steps.photos_a_step
+    prompts = [*samples.prompts]
+    if evaluator and config.is_scored:
+        prompts += evaluator.prompts
     inputs = prepare(
-        config, plan.base, context, photos, sample_count, prompts, resumed_from is None, load
+        config,
+        plan.base,
+        context,
+        photos,
+        sample_count=steps.total_steps * steps.photos_a_step,
+        prompts=prompts,
+        is_fresh=resumed_from is None,
+        load=load,
     )
     distributed.on_each(
-        context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
+        accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
     )
-    if too_slow_for_samples(config, inputs.pipeline, context.accelerator.device):
-        samples.requests, samples.contexts = [], []
+    if too_slow_for_samples(config, inputs.pipeline, accelerator.device):
+        samples.requests = []
+        samples.contexts = []
         logger.warning(NO_SAMPLES)
+
+    # What trains, draws and publishes the adapter.
     train_step = TrainStep(
-        config, inputs, context.accelerator, steps.total_steps, resumed_from, step
+        config,
+        inputs,
+        accelerator,
+        max_train_steps=steps.total_steps,
+        checkpoint=resumed_from,
+        step=step,
     )
-    settings = config.resolution, context.accelerator.device
-    sampler = Sampler(inputs.pipeline, train_step.texts, *settings, should_stop=context.should_stop)
-    parts = train_step, samples, sampler
+    sampler = Sampler(
+        inputs.pipeline,
+        train_step.texts,
+        config.resolution,
+        accelerator.device,
+        should_stop=context.should_stop,
+    )
     publisher = results.Publisher(
-        config, context.run_dir, inputs, *parts, steps.total_steps, resumed_from
+        config=config,
+        run_dir=context.run_dir,
+        inputs=inputs,
+        train_step=train_step,
+        samples=samples,
+        sampler=sampler,
+        max_train_steps=steps.total_steps,
+        checkpoint=resumed_from,
     )
+
+    # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.
     distributed.on_main(
-        context.accelerator,
-        lambda: checkpoint.claim_run_folder(config, context, step, resumed_from),
+        accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from)
     )
-    return Training(config, context, steps.total_steps, *parts, publisher, evaluator, resumed_from)
+    return Training(
+        config=config,
+        context=context,
+        max_train_steps=steps.total_steps,
+        train_step=train_step,
+        samples=samples,
+        sampler=sampler,
+        publisher=publisher,
+        evaluator=evaluator,
+        checkpoint=resumed_from,
+    )
 
 
 def fit(run: Training) -> Steps:

@@ -57,6 +57,7 @@ from dreambooth_moslora.training import frozen_base, reporter
 
 logger = logging.getLogger(__name__)
 
+# What is made: a `Made` of each `Item`, by a `Model`.
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 Model = TypeVar("Model")
@@ -72,9 +73,17 @@ def make_missing(
     size: Callable[[Item], int] = lambda item: 1,
     done: int = 0,
 ) -> None:
-    """`make` each of the `items`, equal in all processes and shared out; the main process does
-    `keep`. Reported is each item's `size` on top of `done`. Raises StopRequestedError between
-    items, and one's error in all."""
+    """Make what is missing, shared out among the processes.
+
+    phase: what the reporter calls it
+    items: what is missing, equal in all processes
+    make: makes one
+    keep: keeps one; the main process does it
+    size: how much of the phase an item is
+    done: how much of it is done before
+
+    Raises StopRequestedError between items, and an item's error in all processes.
+    """
     accelerator = context.accelerator
 
     def own(share: Sequence[Item]) -> Generator[Made, None, None]:
@@ -105,16 +114,30 @@ def make_for_photos(
     make: Callable[[Photo, Model], Made],
     keep: Callable[[Photo, Made], object],
 ) -> None:
-    """Make what the photos, in the order of their subjects, lack, by each subject's model; one is
-    in memory."""
+    """Make what photos lack, by the model of each one's subject.
+
+    kind: what is made: "caption" or "mask"
+    photos: those that lack it, in the order of their subjects
+    load: loads the model of a subject; one is in memory at a time
+    make: makes it for one photo
+    keep: keeps it; the main process does that
+
+    Raises UserError and StopRequestedError.
+    """
     subjects, device = config.each_subject, context.accelerator.device
     same = agreed(
         context.accelerator, lambda: photos, lambda found: f"{len(found)} photos without a {kind}"
     )
-    model_of = lru_cache(maxsize=1)(lambda subject: load(subjects[subject], device))
-    make_missing(
-        context, f"{kind}s", same, lambda photo: make(photo, model_of(photo.subject)), keep
-    )
+
+    # The photos come by subject, so each model is loaded once.
+    @lru_cache(maxsize=1)
+    def model_of(subject: int) -> Model:
+        return load(subjects[subject], device)
+
+    def make_one(photo: Photo) -> Made:
+        return make(photo, model_of(photo.subject))
+
+    make_missing(context, f"{kind}s", same, make_one, keep)
     model_of.cache_clear()
     reporter.free_unused_memory(device)
 
@@ -134,42 +157,68 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
         keep(path, made, subjects[photo.subject].instance_prompt)
         logger.info("%s", spelled_out(f"{photo.path.name}: {made.caption or made.remark}"))
 
-    make_for_photos(config, context, "caption", bare, load_captioner, make, tell)
+    make_for_photos(
+        config,
+        context,
+        kind="caption",
+        photos=bare,
+        load=load_captioner,
+        make=make,
+        keep=tell,
+    )
 
 
 def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
-    """Make what the run folder lacks of masks for the photos without one. Raises UserError,
+    """Make the masks that the photos and the run folder lack. Raises UserError and
     StopRequestedError."""
     if config.masks != "auto":
         return
     folder = context.run_dir.masks_dir
 
+    # Masks that training made are asked for again: `make_kept` finds those that are here.
+    own = [photo_file.without_kept_mask(photo, folder) for photo in photos]
+    bare = [photo for photo in own if photo.mask_path is None]
+    if not bare:
+        return
+
     def tell(photo: Photo, mask: masks.MadeMask) -> None:
         if mask.remark:
             logger.warning("%s", spelled_out(f"the mask of {photo.path.name}: {mask.remark}"))
 
-    own = [photo_file.without_kept_mask(photo, folder) for photo in photos]
-    if bare := [photo for photo in own if photo.mask_path is None]:
-        make_for_photos(
-            config,
-            context,
-            "mask",
-            bare,
-            masks.load_segmenter,
-            partial(masks.make_kept, folder=folder),
-            tell,
-        )
+    make_for_photos(
+        config,
+        context,
+        kind="mask",
+        photos=bare,
+        load=masks.load_segmenter,
+        make=partial(masks.make_kept, folder=folder),
+        keep=tell,
+    )
 
 
-MANIFEST, DIGEST = "manifest.json", "sha256"
-LOCK_NAME, LOOK_SEC = ".class_images.lock", 0.5  # Of a folder that several runs may share
+MANIFEST = "manifest.json"
+"""How each class image of a folder was made."""
+DIGEST = "sha256"
+"""The manifest's field with the digest of an image's file."""
+LOCK_NAME = ".class_images.lock"
+"""Of a folder that several runs may share."""
+LOOK_SEC = 0.5
+"""Between two looks at a lock that another run holds."""
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
+"""The names of generated images."""
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one prompt, base and size (h, w) in `folder`; `model` names the base
-    without its path. `text_options` are arguments of `encode_prompt` that the run sets."""
+    """The generated class images of one prompt, base and size.
+
+    folder: where they lie, beside the user's own
+    prompt: the class prompt
+    model: the name of the base, without its path
+    seed: of the run
+    size_px: (h, w)
+    text_options: arguments of `encode_prompt` that the run sets
+    """
 
     folder: Path
     prompt: str
@@ -185,10 +234,12 @@ class ClassImages:
         return height if height == width else f"{width}x{height}"
 
     def name(self, index: int) -> str:
+        """The file's name; images of other facts have other names."""
         tag = seed_of(*self.facts().values()) % 16**8
         return f"class_{tag:08x}_{index:05d}.png"
 
     def image_seed(self, index: int) -> int:
+        """The seed that this run draws the image with."""
         return seed_of(self.seed, "class_image", index) % 2**32
 
     def manifest(self) -> dict[str, dict]:
@@ -201,9 +252,11 @@ class ClassImages:
     def stale(self, paths: list[Path]) -> set[Path]:
         """The generated images of another or unknown prompt, model or size."""
         known, wanted = self.manifest(), self.facts().items()
-        return {
-            path for path in self.generated(paths) if not wanted <= known.get(path.name, {}).items()
-        }
+        found = set()
+        for path in self.generated(paths):
+            if not wanted <= known.get(path.name, {}).items():
+                found.add(path)
+        return found
 
     def generated(self, paths: list[Path]) -> set[Path]:
         """The images that were generated. Their names tell, even without the manifest."""
@@ -213,25 +266,33 @@ class ClassImages:
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
         """The batches of the first `count` images in which one is missing, whole: last bits depend
         on neighbours."""
-        known, found = self.manifest(), []
+        known = self.manifest()
+        found = []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
             missing = tuple(index for index in indices if not self._is_as_made(index, known))
-            if not missing:
-                continue
-            seeds = []
-            for index in indices:  # another run may have drawn the image
-                seed = known.get(self.name(index), {}).get("seed")
-                is_one = type(seed) is int and 0 <= seed < 2**32
-                seeds.append(seed if is_one else self.image_seed(index))
-            found.append(ClassBatch(self, tuple(indices), tuple(seeds), missing))
+            if missing:
+                batch = ClassBatch(
+                    images=self,
+                    indices=tuple(indices),
+                    seeds=tuple(self._seed_of(index, known) for index in indices),
+                    missing=missing,
+                )
+                found.append(batch)
+
+        # A file that is there all the same was changed. One of them is named.
         paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
-        if damaged := [path for path in paths if os.path.lexists(path)]:
-            said = "has changed since it was made: it is drawn again, like every other changed class image."
-            logger.warning("%s", spelled_out(f"{damaged[0]} {said}"))
+        changed = [path for path in paths if os.path.lexists(path)]
+        if changed:
+            text = (
+                f"{changed[0]} has changed since it was made: it is drawn again, "
+                "like every other changed class image."
+            )
+            logger.warning("%s", spelled_out(text))
         return found
 
     def facts(self) -> dict[str, object]:
+        """What shapes an image, but for its seed, as the manifest writes it."""
         encoding = {name: str(value) for name, value in self.text_options.items()}
         return {
             "prompt": self.prompt,
@@ -240,18 +301,23 @@ class ClassImages:
             **encoding,
         }
 
+    def _seed_of(self, index: int, known: dict[str, dict]) -> int:
+        """The seed in the manifest, as another run may have drawn the image, else this run's."""
+        seed = known.get(self.name(index), {}).get("seed")
+        is_seed = type(seed) is int and 0 <= seed < 2**32
+        return seed if is_seed else self.image_seed(index)
+
     def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
         """Whether the file exists, opens, has the right size, and matches its manifest entry."""
-        path, made = self.folder / self.name(index), known.get(self.name(index), {})
+        path = self.folder / self.name(index)
+        made = known.get(self.name(index), {})
         try:
             fits = open_image(path).size == self.size_px[::-1]
         except UnreadableImageError:
             return False
-        return (
-            fits
-            and self.facts().items() <= made.items()
-            and made.get(DIGEST) in (None, file_digest(path))
-        )
+        if not fits or not self.facts().items() <= made.items():
+            return False
+        return made.get(DIGEST) in (None, file_digest(path))
 
     def write(self, index: int, seed: int, content: bytes) -> None:
         """Write the manifest's entry, then the image. An edited picture in its place goes to the
@@ -259,31 +325,43 @@ class ClassImages:
         path = self.folder / self.name(index)
         facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
         entries = {**self.manifest(), path.name: facts}
+
+        # Another picture in its place may be the user's work.
         with suppress(UnreadableImageError):
             open_image(path)
-            if (found := file_digest(path)) != facts[DIGEST]:  # the user may have edited it
+            found = file_digest(path)
+            if found != facts[DIGEST]:
                 kept = self.folder / "changed"
                 kept.mkdir(exist_ok=True)
                 rename(path, kept / f"{path.stem}_{found[:8]}.png")
+
+        # The entry first: an image without one would count as another model's.
         atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
         atomic_write(path, content)
 
 
 @dataclass(frozen=True)
 class ClassBatch:
+    """Class images that are generated together.
+
+    images: the set they belong to
+    indices: their numbers in it
+    seeds: one each
+    missing: the numbers of those that are kept
+    """
+
     images: ClassImages
-    indices: tuple[int, ...]  # generated together
-    seeds: tuple[int, ...]  # of each
-    missing: tuple[int, ...]  # which are kept
+    indices: tuple[int, ...]
+    seeds: tuple[int, ...]
+    missing: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
         """Generate the batch; returns the missing images as PNG files."""
-        pictures = dict(
-            zip(self.indices, generate(self.images.prompt, list(self.seeds)), strict=True)
-        )
+        drawn = generate(self.images.prompt, list(self.seeds))
+        pictures = dict(zip(self.indices, drawn, strict=True))
         return [png_bytes(pictures[index]) for index in self.missing]
 
     def keep(self, files: list[bytes]) -> None:
@@ -293,8 +371,8 @@ class ClassBatch:
             self.images.write(index, seed_of_each[index], content)
 
 
-# Sets of generated images, one per size, each with the wanted number
 Sets = list[tuple[ClassImages, int]]
+"""Sets of generated images, one per size, each with the wanted number."""
 
 
 def class_photos_of_each(
@@ -304,19 +382,30 @@ def class_photos_of_each(
     pipeline: DiffusionPipeline,
     photos: list[Photo],
 ) -> list[list[Photo]]:
-    """Class images of each subject, in the sizes of its photos' crops. Subjects of one class share
-    theirs."""
+    """Class images of each subject, in the sizes of its photos' crops.
+
+    config: the run's settings
+    base: what is drawn with
+    context: the run's folder, processes and reporter
+    pipeline: the base, loaded
+    photos: of all subjects
+
+    Subjects of one class share their class images. Raises UserError and StopRequestedError.
+    """
     found: dict[tuple[str, str | None], list[Photo]] = {}
-    subjects, rule = config.each_subject, photo_file.crop_rule(config)
+    subjects = config.each_subject
+    rule = photo_file.crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
-        if key not in found:
-            sizes = Counter(
-                rule.target(photo.size_px) for photo in photos if keys[photo.subject] == key
-            )
-            folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-            with alone_in(folder, context) if subject.class_data_dir else nullcontext():
-                found[key] = top_up(folder, subject, base, context, pipeline, sizes)
+        if key in found:
+            continue
+        own = [photo for photo in photos if keys[photo.subject] == key]
+        sizes = Counter(rule.target(photo.size_px) for photo in own)
+
+        # Only a folder that is named may be another run's as well.
+        folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
+        with alone_in(folder, context) if subject.class_data_dir else nullcontext():
+            found[key] = top_up(folder, subject, base, context, pipeline, sizes)
     return [found[key] for key in keys]
 
 
@@ -325,7 +414,8 @@ def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
     """Let runs that share the folder draw one after the other, as they write one manifest and the
     same names. A stop ends the wait. In a folder that cannot be written nothing is drawn, and
     nobody waits."""
-    path, held = folder / LOCK_NAME, []
+    path = folder / LOCK_NAME
+    held = []
 
     def wait() -> None:
         is_told = False
@@ -337,10 +427,8 @@ def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
                     held.append(queue.take(path, "--class_data_dir"))
                 except UserError:
                     if not is_told:
-                        logger.warning(
-                            "%s",
-                            spelled_out(f"{folder}: another run draws there, and this one waits"),
-                        )
+                        text = f"{folder}: another run draws there, and this one waits"
+                        logger.warning("%s", spelled_out(text))
                     is_told = True
                     time.sleep(LOOK_SEC)
 
@@ -360,30 +448,45 @@ def top_up(
     pipeline: DiffusionPipeline,
     sizes: Mapping[tuple[int, int], int],
 ) -> list[Photo]:
-    """The user's own class images, then generated ones up to `num_class_images`, in the proportion
-    of `sizes`."""
+    """The user's own class images, then generated ones up to `num_class_images`.
+
+    folder: where both lie
+    config: the settings of the subject
+    base: what is drawn with
+    context: the run's folder, processes and reporter
+    pipeline: the base, loaded
+    sizes: (h, w) -> its share of the images, in any unit
+
+    Raises UserError and StopRequestedError.
+    """
     accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
-    if wanted := sum(count for _, count in sets):
+    wanted = sum(count for _, count in sets)
+    if wanted:
         precision, device = denoiser_of(pipeline).dtype, accelerator.device
         asked = DTYPES.get(config.prior_generation_precision or "", precision)
 
+        # Loaded again for another precision, and only when something is to be drawn.
         @cache
         def drawing() -> DiffusionPipeline:
-            return (
-                pipeline
-                if asked == precision
-                else frozen_base.load_base(config, base, asked, device)
-            ).to(device)
+            if asked == precision:
+                return pipeline.to(device)
+            return frozen_base.load_base(config, base, asked, device).to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
-            settings = {"size_px": batch.images.size_px, "text_options": batch.images.text_options}
-            return batch.files(
-                partial(generate_images, drawing(), should_stop=context.should_stop, **settings)
+            generate = partial(
+                generate_images,
+                drawing(),
+                should_stop=context.should_stop,
+                size_px=batch.images.size_px,
+                text_options=batch.images.text_options,
             )
+            return batch.files(generate)
 
         done = wanted - sum(map(len, lacking))
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
+
+    # Every process looks into the folder, and all have to find the same.
     usable = partial(usable_class_photos, folder, config, sets)
     return agreed(accelerator, usable, lambda found: f"{len(found)} class images")
 
@@ -393,45 +496,61 @@ def planned(
 ) -> tuple[Sets, list[ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The
     folder is made."""
+    # A set of each size.
     base_id = public_name(config.pretrained_model_name_or_path)
     options = encoding_options(text_options_of(config))
-    sets = [
-        ClassImages(folder, config.class_prompt, base_id, config.seed, size, options)
-        for size in sizes
-    ]
+    sets = []
+    for size in sizes:
+        images = ClassImages(
+            folder=folder,
+            prompt=config.class_prompt,
+            model=base_id,
+            seed=config.seed,
+            size_px=size,
+            text_options=options,
+        )
+        sets.append(images)
+
+    # How many are wanted: what the user's own do not make up.
     paths = []
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
         paths = [photo.path for photo in found]
     wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
     counts = shares(sizes, wanted)
+
+    # What is to be drawn of them.
     folder.mkdir(parents=True, exist_ok=True)
     clean_stale(folder)
     counted = [(images, counts[images.size_px]) for images in sets]
-    return counted, [
-        batch
-        for images, count in counted
-        for batch in images.lacking(count, config.sample_batch_size)
-    ]
+    lacking = []
+    for images, count in counted:
+        lacking += images.lacking(count, config.sample_batch_size)
+    return counted, lacking
 
 
 def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[Photo]:
     """`num_class_images` images, the user's own first. Raises UserError for fewer: the prior would
     be weaker."""
-    found = usable_photos(
-        find_photos(folder, config.class_prompt, config.resolution, alpha="white")
-    )
+    report = find_photos(folder, config.class_prompt, config.resolution, alpha="white")
+    found = usable_photos(report)
     paths = [photo.path for photo in found]
+
+    # Of the generated ones those of this run's sets, unless no set knows them as its own.
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))
-    wanted = {folder / images.name(index) for images, count in sets for index in range(count)}
+    wanted = set()
+    for images, count in sets:
+        wanted |= {folder / images.name(index) for index in range(count)}
+    wanted -= stale
+
     generated = sets[0][0].generated(paths)
-    own = [photo for photo in found if photo.path not in generated]
-    usable = [*own, *(photo for photo in found if photo.path in wanted - stale)][
-        : config.num_class_images
-    ]
+    usable = [photo for photo in found if photo.path not in generated]
+    usable += [photo for photo in found if photo.path in wanted]
+    usable = usable[: config.num_class_images]
     if len(usable) < config.num_class_images:
         raise UserError(
-            f"only {len(usable)} of {config.num_class_images} class images in {folder} can be used; "
-            "remove the broken ones, which are then made again, or give another --class_data_dir."
+            f"only {len(usable)} of {config.num_class_images} class images in {folder} "
+            "can be used; remove the broken ones, which are then made again, "
+            "or give another --class_data_dir."
         )
     return usable

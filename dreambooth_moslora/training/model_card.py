@@ -28,16 +28,28 @@ if TYPE_CHECKING:
     from dreambooth_moslora.lora.proof import Proof
 
 STRENGTH = "## Strength"
+"""The title of the section that names the best scale."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
+    """What a card says of a run.
+
+    name: of the run folder, and of the files
+    step: optimizer steps of the adapter; `max_train_steps` are those of the whole run
+    adapter: what its file's header says
+    proof: how exactly its files reload
+    images: (file name, prompt) of the pictures beside the card
+    scores: the latest
+    best: the best step, if its adapter was kept
+    """
+
     name: str
     step: int
     max_train_steps: int
     adapter: AdapterMetadata
     proof: "Proof"
-    images: tuple[tuple[str, str], ...] = ()  # (file name, prompt) of the pictures beside the card
+    images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
 
@@ -46,8 +58,12 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
     """The text of README.md, by the template `card.md`; empty sections are left out."""
     from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
 
-    adapter, prompts = facts.adapter, prompts_of(config)
+    adapter = facts.adapter
+    prompts = prompts_of(config)
+
+    # New tokens: the card names each, and writes a word as its tokens.
     counts = {note["word"]: note["count"] for note in adapter.tokens}
+    names = token_names(note["count"] for note in adapter.tokens)
     text = render(
         "card.md",
         config=config,
@@ -59,9 +75,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         front=front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
         prompt=repr(spelled(prompts[0], spellings_of(counts))),
-        tokens=list(
-            zip(adapter.tokens, token_names(note["count"] for note in adapter.tokens), strict=True)
-        ),
+        tokens=list(zip(adapter.tokens, names, strict=True)),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=dora_table(),
         strength=strength(adapter.best_scale, adapter.usable_scales, family_in(facts)),
@@ -69,15 +83,21 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         scores=score_table(facts),
         signature=f"{run_folder.SIGNATURE} {__version__}.",
     )
+
+    # Sections that are left out leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text) + "\n"
 
 
 def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
-    known = {"base_model": facts.adapter.base_id} if "/" in facts.adapter.base_id else {}
+    """The YAML at the head of the card, which the hub reads."""
+    # The hub links the base, whose id has an owner, and shows the pictures.
+    known = {}
+    if "/" in facts.adapter.base_id:
+        known["base_model"] = facts.adapter.base_id
     if facts.images:
-        known["widget"] = [
-            {"text": prompt, "output": {"url": file}} for file, prompt in facts.images
-        ]
+        known["widget"] = []
+        for file, prompt in facts.images:
+            known["widget"].append({"text": prompt, "output": {"url": file}})
     tag = family_in(facts).hub_tag or family_in(facts).name
     data = ModelCardData(
         library_name="diffusers",
@@ -98,11 +118,14 @@ def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
 
 
 def prompts_of(config: table.TrainConfig) -> list[str]:
+    """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
 def family_in(facts: CardFacts) -> families.Facts:
-    for model in (facts.adapter.structures.get(name) for name in families.DENOISERS):
+    """The base's family, by the denoiser that the adapter names; SDXL where it names none."""
+    for name in families.DENOISERS:
+        model = facts.adapter.structures.get(name)
         if model:
             return families.facts_of_model(model["class"], model["config"])
     return families.FAMILIES[0]
@@ -113,14 +136,16 @@ def call_of(facts: CardFacts) -> str:
     text options."""
     from dreambooth_moslora.base.pipelines import encoding_options  # it loads diffusers
 
-    told = {
-        name: value for name in families.TEXT_OPTIONS if (value := facts.adapter.recipe.get(name))
-    }
+    # The text options that the run set.
+    recipe = facts.adapter.recipe
+    told = {name: recipe[name] for name in families.TEXT_OPTIONS if recipe.get(name)}
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
-    # a transformer does not tell its side
-    if toys.is_toy(facts.adapter.base_id) and family_in(facts).style == "flow":
+
+    # A transformer does not tell its side, and the embedded one's is not the usual one.
+    family = family_in(facts)
+    if toys.is_toy(facts.adapter.base_id) and family.style == "flow":
         given += f", height={toys.RESOLUTION_PX}, width={toys.RESOLUTION_PX}"
-    return f"{family_in(facts).call}{given}).images[0]"
+    return f"{family.call}{given}).images[0]"
 
 
 def strength(
@@ -129,11 +154,11 @@ def strength(
     """The scale to load the adapter at; "" when it was not measured."""
     if best is None:
         return ""
-    around = (
-        f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it"
-        if len(set(usable)) > 1
-        else ""
-    )
+    around = ""
+    if len(set(usable)) > 1:
+        around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it"
+
+    # A UNet's pipelines take it in their call.
     how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
     if family.denoiser != "unet":
         how = f"`pipe.set_adapters(pipe.get_active_adapters(), {best:g})`"
@@ -143,53 +168,73 @@ def strength(
 def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
     """A card with this `strength` instead of an earlier one, or before the training table."""
     kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
-    loaded = next(
-        (facts for facts in families.FAMILIES if f"import {facts.pipeline}\n" in text),
-        families.FAMILIES[0],
-    )
-    return kept.replace("## Training\n", f"{strength(best, usable, loaded)}\n\n## Training\n", 1)
+
+    # The card's own code says which family it is of.
+    family = families.FAMILIES[0]
+    for facts in families.FAMILIES:
+        if f"import {facts.pipeline}\n" in text:
+            family = facts
+            break
+    return kept.replace("## Training\n", f"{strength(best, usable, family)}\n\n## Training\n", 1)
 
 
 def score_table(facts: CardFacts) -> str:
+    """The scores as a section of the card; "" without any."""
     if not facts.scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
-    best, how = "", "DINO × CLIP-T as a share of the base's × share of pictures that copy no photo"
+    best = ""
     if facts.best is not None:
-        found = f"Best step: {facts.best.step}, score {facts.best.score:.3f} ({how})"
-        best = f"\n\n{found}; that adapter is in the run's `best/`, which is not uploaded."
+        best = (
+            f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} "
+            "(DINO × CLIP-T as a share of the base's × share of pictures that copy no photo); "
+            "that adapter is in the run's `best/`, which is not uploaded."
+        )
     return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"
 
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_FILES = [run_folder.PUBLISHED_NAME, "README.md", "image_*.png"]
-PUBLIC_FILES += [f"*{run_folder.KOHYA_SUFFIX}", f"*{run_folder.TOKENS_SUFFIX}"]
+PUBLIC_FILES = [
+    run_folder.PUBLISHED_NAME,
+    "README.md",
+    "image_*.png",
+    f"*{run_folder.KOHYA_SUFFIX}",
+    f"*{run_folder.TOKENS_SUFFIX}",
+]
+"""Patterns of the files that may be uploaded."""
 
 
 def public_files(run_dir: Path) -> list[str]:
     """Names of the files at the top of the run folder that may be uploaded."""
-    return sorted(
-        p.name for p in run_dir.iterdir() if p.is_file() and any(map(p.match, PUBLIC_FILES))
-    )
+    found = []
+    for path in run_dir.iterdir():
+        if path.is_file() and any(map(path.match, PUBLIC_FILES)):
+            found.append(path.name)
+    return sorted(found)
 
 
 def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
     """Upload `public_files`; returns the address, or None and a warning when the hub cannot be
     reached or refuses."""
     api = HfApi(token=token)
-    # patterns that match these alone, brackets or not
+
+    # The hub takes patterns: escaped, each matches its own file alone, brackets or not.
     names = [escape(name) for name in public_files(run_dir)]
-    about = {
-        "folder_path": run_dir,
-        "allow_patterns": names,
-        "commit_message": "Upload the adapter",
-    }
     try:
         url = api.create_repo(repo_id or run_folder.RunDir(run_dir).name, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, **about)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=run_dir,
+            allow_patterns=names,
+            commit_message="Upload the adapter",
+        )
     except Exception as error:  # the client passes on the HTTP library's errors
-        why = f"could not be pushed to the hub ({one_line(error)}); --push_to_hub --resume_from_checkpoint latest"
-        logger.warning("the adapter is in %s but %s tries again", run_dir, why)
+        logger.warning(
+            "the adapter is in %s but could not be pushed to the hub (%s); "
+            "--push_to_hub --resume_from_checkpoint latest tries again",
+            run_dir,
+            one_line(error),
+        )
         return None
     return str(url)

@@ -1,10 +1,11 @@
 """Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
 
-**Average** of the adapter over its steps. If there is one, it is published, scored and sampled instead of the weights,
-from which training continues; a checkpoint holds both.
+**Average** of the adapter over its steps. If there is one, it is published, scored and sampled
+instead of the weights, from which training continues; a checkpoint holds both.
 
-exponential (`--use_ema`)   m = d·m + (1 - d)·w after each step, d = min(decay, (1 + n)/(10 + n)) of diffusers
-schedule-free               x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
+exponential     (`--use_ema`) m = d·m + (1 - d)·w after each step, with diffusers' decay
+                d = min(decay, (1 + n)/(10 + n))
+schedule-free   x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,22 +30,31 @@ def parameter_groups(
     world_size: int = 1,
     tokens: Sequence[torch.nn.Parameter] = (),
 ) -> list[dict]:
-    """Groups of A and B, and of mixers, for the UNet and each text encoder, then of new tokens,
-    without empty ones. Mixers do not decay: that would pull them to zero, not to their start; in
-    LoRA+ they belong to B's group. As in diffusers' script, `scale_lr` scales only the UNet's rate,
-    which text encoders without one use too."""
-    lr_scale = (
-        config.gradient_accumulation_steps * config.train_batch_size * world_size
-        if config.scale_lr
-        else 1
-    )
-    groups = []
-    unet_lr = lr_scale * config.learning_rate
-    text_lr = (
-        unet_lr
-        if optimizer_kinds.optimizer_of(config).one_rate
-        else config.text_encoder_lr or unet_lr
-    )
+    """The parameters in groups, each with its own rate and decay.
+
+    config: the run's settings
+    components: the modules that hold the adapter, by diffusers' names
+    world_size: the number of processes
+    tokens: rows of new tokens
+
+    For each component there is a group of A and B and one of the mixers; the last group is of the
+    tokens. Empty groups are left out.
+    """
+    # As in diffusers' script, `scale_lr` scales the denoiser's rate, and that of text encoders
+    # only where they have none of their own.
+    unet_lr = config.learning_rate
+    if config.scale_lr:
+        unet_lr *= config.gradient_accumulation_steps * config.train_batch_size * world_size
+    text_lr = config.text_encoder_lr or unet_lr
+    if optimizer_kinds.optimizer_of(config).one_rate:
+        text_lr = unet_lr
+
+    groups: list[dict] = []
+
+    def add(name: str, params: list[torch.nn.Parameter], lr: float, decay: float) -> None:
+        if params:
+            groups.append({"name": name, "params": params, "lr": lr, "weight_decay": decay})
+
     for name, module in components.items():
         is_text = name not in families.DENOISERS
         lr = text_lr if is_text else unet_lr
@@ -52,13 +62,12 @@ def parameter_groups(
         mixers = [p for _, p in mixer_parameters(module)]
         mixer_ids = {id(p) for p in mixers}
         others = [p for _, p in adapter_parameters(module) if id(p) not in mixer_ids]
-        mixer_lr = lr * config.mixer_lr_scale
-        groups.append({"name": name, "params": others, "lr": lr, "weight_decay": decay})
-        groups.append(
-            {"name": f"{name}.mixer", "params": mixers, "lr": mixer_lr, "weight_decay": 0.0}
-        )
-    groups.append({"name": "tokens", "params": list(tokens), "lr": text_lr, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+
+        # Mixers do not decay: that would pull them to zero, not to their start.
+        add(name, others, lr=lr, decay=decay)
+        add(f"{name}.mixer", mixers, lr=lr * config.mixer_lr_scale, decay=0.0)
+    add("tokens", list(tokens), lr=text_lr, decay=0.0)
+    return groups
 
 
 def optimizer_kind(config: table.TrainConfig) -> str:
@@ -72,6 +81,8 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
     package is missing."""
     kind = optimizer_kinds.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
+
+    # Its package is imported only for a run that uses it.
     home = kind.in_8_bit if is_8_bit else kind.home
     module, _, name = home.partition(":")
     try:
@@ -80,6 +91,9 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
         package = "bitsandbytes" if is_8_bit else kind.package
         flag = "--use_8bit_adam" if is_8_bit else f"--optimizer {config.optimizer}"
         raise UserError(f"{flag} needs {package}: pip install {package}.") from error
+
+    # Each group has its own rate; some optimizers ask for one all the same. One that averages has
+    # to be told that it trains.
     optimizer = found(groups, lr=groups[0]["lr"], **kind.options(config))
     if kind.averages:
         optimizer.train()
@@ -90,7 +104,7 @@ def make_lr_schedule(
     config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int
 ) -> LRScheduler:
     """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises
-    UserError."""
+    UserError for a rate below that at which the polynomial schedule ends."""
     # polynomial divides by the steps after the warm-up, after the run's last step too
     steps = max(max_train_steps, config.lr_warmup_steps + 1)
     try:
@@ -108,10 +122,10 @@ def make_lr_schedule(
 
 
 def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """A checkpoint's states with the settings of the optimizer's own groups, but for what its steps
-    have learnt.
+    """A checkpoint's states with the settings of the optimizer's own groups.
 
-    Raises ValueError for another number of groups.
+    What the steps have learnt, such as Prodigy's estimate of the rate, is the checkpoint's. Raises
+    ValueError for another number of groups.
     """
     learns = {name for kind in optimizer_kinds.OPTIMIZERS.values() for name in kind.learns}
     groups = optimizer.state_dict()["param_groups"]
@@ -125,22 +139,26 @@ class MovingAverage:
     step n."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.parameters, self.decay = parameters, decay
+        self.parameters = parameters
+        self.decay = decay
         self._mean = copies(parameters)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Take in the weights after step `step`, from 1 on. The first step replaces the mean."""
         before = step - 1
         decay = min(self.decay, (1 + before) / (10 + before)) if before else 0.0
         torch._foreach_lerp_(self._mean, list(self.parameters), 1 - decay)
 
     def values(self) -> list[torch.Tensor]:
+        """The mean of each parameter, in its shape."""
         return self._mean
 
 
 @dataclass(frozen=True)
 class ScheduleFreeAverage:
-    """x of the schedule-free optimizer. In training its parameters are y = (1 - beta1)·z + beta1·x."""
+    """x of the schedule-free optimizer. In training its parameters are
+    y = (1 - beta1)·z + beta1·x."""
 
     parameters: list[torch.nn.Parameter]
     optimizer: Optimizer
@@ -150,7 +168,8 @@ class ScheduleFreeAverage:
 
     @torch.no_grad()
     def values(self) -> list[torch.Tensor]:
-        """x of each parameter, in its shape. One that took no step has no z and is its own average."""
+        """x of each parameter, in its shape. One that took no step has no z and is its own
+        average."""
         beta1 = self.optimizer.param_groups[0]["betas"][0]
         ahead = [self.optimizer.state[p].get("z", p) for p in self.parameters]
         return [y.lerp(z, 1 - 1 / beta1) for y, z in zip(self.parameters, ahead, strict=True)]
@@ -159,6 +178,7 @@ class ScheduleFreeAverage:
 def average_of(
     config: table.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
 ) -> MovingAverage | ScheduleFreeAverage | None:
+    """The average that these settings ask for, if any."""
     if optimizer_kinds.optimizer_of(config).averages:
         return ScheduleFreeAverage(parameters, optimizer)
     return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
@@ -182,10 +202,12 @@ def lent(
 
 
 def copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Copies of the weights, on the same device."""
     return [p.detach().clone() for p in parameters]
 
 
 @torch.no_grad()
 def put(values: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    """Write the values into the parameters, in place."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

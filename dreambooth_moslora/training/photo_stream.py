@@ -33,22 +33,38 @@ from dreambooth_moslora.seeds import place_of, rng
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
 
-Size = tuple[int, int]  # (h, w) in px
-# (slot, crop number, crop size); the slot numbers photos times repeats
+Size = tuple[int, int]
+"""(h, w) in px."""
 View = tuple[int, int, Size]
+"""(slot, crop number, crop size); the slot numbers photos times repeats."""
 
 
 @dataclass(frozen=True)
 class EncodedView:
-    latents: torch.Tensor  # (4, h, w)
-    time_ids: torch.Tensor  # (6,)
-    mask: torch.Tensor | None  # (1, h, w), the loss weights
+    """One crop of a photo, encoded.
+
+    latents: (4, h, w)
+    time_ids: (6,) sizes and crop in px
+    mask: (1, h, w) the loss weights in [0, 1]; None without a mask
+    """
+
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+    mask: torch.Tensor | None
 
 
 @dataclass(eq=False)
 class PhotoEncoder:
-    """Crops and encodes photos. The VAE computes only what the cache does not hold. Without a
-    cache, `readers` threads open and crop photos ahead of time."""
+    """Crops and encodes photos. The VAE computes only what the cache does not hold.
+
+    vae: the encoder; None once it has left memory
+    cache: what it gave; None to encode at each draw
+    rule: how photos are cropped
+    readers: threads that open and crop photos ahead of time, without a cache
+    unmasked_weight: the loss weight around the subject, in [0, 1]
+    family: how its kind of latents is scaled
+    alpha: what transparent places of a photo mean, as in `--alpha`
+    """
 
     vae: torch.nn.Module
     cache: TensorCache | None
@@ -59,50 +75,70 @@ class PhotoEncoder:
     alpha: str = "mask"
 
     def __post_init__(self) -> None:
-        constants = {
-            name: value for name, value in self.vae.config.items() if not name.startswith("_")
-        }
-        how = {"family": self.family.facts.name, "constants": constants}  # their scale is no weight
-        self.vae_identity = content_key(weights=fingerprint(self.vae), **how)
-        self._digest = lru_cache(maxsize=None)(file_digest)
-        self._readers = (
-            ThreadPoolExecutor(self.readers) if self.readers and self.cache is None else None
+        # The scale of the latents is no weight, so the configuration is part of the identity.
+        config = self.vae.config.items()
+        constants = {name: value for name, value in config if not name.startswith("_")}
+        self.vae_identity = content_key(
+            weights=fingerprint(self.vae),
+            family=self.family.facts.name,
+            constants=constants,
         )
+        self._digest = lru_cache(maxsize=None)(file_digest)
+
+        # Crops that are being read, by photo and place.
+        self._readers = None
+        if self.readers and self.cache is None:
+            self._readers = ThreadPoolExecutor(self.readers)
         self._reading: dict[tuple[photo_file.Photo, photo_file.CropPlan], Future] = {}
 
     def encode(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
         transparent."""
-        tensors = (
-            self._compute(photo, plan)
-            if self.cache is None
-            else self.cache.get(*self.entry(photo, plan))
-        )
+        tensors = self._tensors(photo, plan)
+
+        # A mask that is the photo's own transparency has nothing around the subject to weigh.
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
-        weights = around + (1 - around) * tensors["subject"] if "subject" in tensors else None
+        weights = None
+        if "subject" in tensors:
+            weights = around + (1 - around) * tensors["subject"]
         if "opaque" in tensors:
             weights = weights * tensors["opaque"]
         return EncodedView(
-            tensors["latents"], torch.tensor(plan.time_ids, dtype=torch.float32), weights
+            latents=tensors["latents"],
+            time_ids=torch.tensor(plan.time_ids, dtype=torch.float32),
+            mask=weights,
         )
+
+    def _tensors(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
+        if self.cache is None:
+            return self._compute(photo, plan)
+        return self.cache.get(*self.entry(photo, plan))
 
     def entry(
         self, photo: photo_file.Photo, plan: photo_file.CropPlan
     ) -> tuple[str, Callable[[], Tensors]]:
-        """The crop's key in the cache, and the function that encodes it (UserError if photo or
-        cache changed)."""
-        how = {"plan": plan, "interpolation": self.rule.interpolation, "vae": self.vae_identity}
-        how |= {"alpha": self.alpha} if photo.has_mask_file else {}
-        subject = photo.mask_path and self._digest(photo.mask_path)
-        key = content_key(photo=self._digest(photo.path), subject=subject, **how)
+        """The crop's key in the cache, and the function that encodes it. That raises UserError if
+        the photo was changed, or the cache after the VAE had left memory."""
+        # `alpha` matters only beside a mask file; a key without it is found again.
+        others = {"alpha": self.alpha} if photo.has_mask_file else {}
+        key = content_key(
+            photo=self._digest(photo.path),
+            subject=photo.mask_path and self._digest(photo.mask_path),
+            plan=plan,
+            interpolation=self.rule.interpolation,
+            vae=self.vae_identity,
+            **others,
+        )
 
         def compute() -> Tensors:
             if self.vae is None:
                 raise UserError(
-                    f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, and the VAE has left "
-                    "memory; resume the run, which encodes it anew."
+                    f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, "
+                    "and the VAE has left memory; resume the run, which encodes it anew."
                 )
             tensors = self._compute(photo, plan)
+
+            # The key has to be of the bytes that were read.
             for path in filter(None, (photo.path, photo.mask_path)):
                 if file_digest(path) != self._digest(path):
                     raise UserError(f"{path} was changed while it was read; start again.")
@@ -116,13 +152,18 @@ class PhotoEncoder:
         return self._digest(photo.path), mask, photo.captions, photo.bare_prompt
 
     def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
+        """Let a thread read the crop, if there are threads."""
         if self._readers is not None and (photo, plan) not in self._reading:
             self._reading[photo, plan] = self._readers.submit(self.load_crop, photo, plan)
 
     def _compute(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
+        """Latents (4, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
+        them."""
         reading = self._reading.pop((photo, plan), None)
         image, weights = reading.result() if reading else self.load_crop(photo, plan)
         latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
+
+        # A weight of a latent is the mean of its pixels'.
         tensors = {"latents": latents}
         for name, part in weights.items():
             grey = torch.from_numpy(np.array(part, dtype=np.float32))[None, None] / 255
@@ -132,17 +173,20 @@ class PhotoEncoder:
     def load_crop(
         self, photo: photo_file.Photo, plan: photo_file.CropPlan
     ) -> tuple[Image.Image, dict[str, Image.Image]]:
-        """The crop as RGB, and as L that of the mask ("subject") and what is opaque beside a mask
-        file ("opaque")."""
-        image, parts = photo_file.open_again(photo.path), {"subject": photo_file.open_mask(photo)}
+        """The crop as RGB, and as L the mask ("subject") and what is opaque beside a mask file
+        ("opaque")."""
+        image = photo_file.open_again(photo.path)
+        parts = {"subject": photo_file.open_mask(photo)}
         if photo.has_mask_file and self.alpha == "mask":
             parts["opaque"] = photo_file.alpha_of(image)
-        cut = {
-            name: photo_file.apply_crop(part, plan, "bilinear")
-            for name, part in parts.items()
-            if part is not None
-        }
-        return photo_file.apply_crop(photo_file.to_rgb(image), plan, self.rule.interpolation), cut
+
+        # Every part has the photo's size, so one plan cuts them all.
+        cut = {}
+        for name, part in parts.items():
+            if part is not None:
+                cut[name] = photo_file.apply_crop(part, plan, "bilinear")
+        picture = photo_file.to_rgb(image)
+        return photo_file.apply_crop(picture, plan, self.rule.interpolation), cut
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -152,9 +196,18 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 @dataclass(eq=False)
 class PhotoStream:
-    """The samples of one set of photos, by position. Two streams of one run differ by `name`. Crops
-    have one size in each group of `batch_size` positions, or that of a stream `beside` at the
-    place."""
+    """The samples of one set of photos, by position.
+
+    photos: at least one
+    encoder: crops and encodes them
+    seed: of all draws
+    name: by which two streams of one run differ
+    repeats: how often an epoch shows each photo
+    caption_dropout: share of samples with an empty caption
+    batch_size: samples in a row that have crops of one size
+    beside: a stream whose crop sizes this one has, at each position
+    bare_share: share of samples with the bare prompt, of photos that have one
+    """
 
     photos: Sequence[photo_file.Photo]
     encoder: PhotoEncoder
@@ -167,15 +220,14 @@ class PhotoStream:
     bare_share: float = 0.0
 
     def __post_init__(self) -> None:
+        # The slots of each crop size. Beside another stream there are only its sizes.
         of_beside = self.beside.groups if self.beside else {}
         self.groups: dict[Size, list[int]] = {size: [] for size in of_beside}
         for slot in range(len(self)):
             size_px = self.photos[slot // self.repeats].size_px
-            target = (
-                photo_file.nearest_shape(size_px, of_beside)
-                if of_beside
-                else self.encoder.rule.target(size_px)
-            )
+            target = self.encoder.rule.target(size_px)
+            if of_beside:
+                target = photo_file.nearest_shape(size_px, of_beside)
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
@@ -208,10 +260,8 @@ class PhotoStream:
 
     def _sample(self, position: int) -> tuple[photo_file.Photo, photo_file.CropPlan]:
         slot, crop, target = self._view(position)
-        photo, draws = (
-            self.photos[slot // self.repeats],
-            rng(self.seed, self.name, "crop", slot, crop),
-        )
+        photo = self.photos[slot // self.repeats]
+        draws = rng(self.seed, self.name, "crop", slot, crop)
         return photo, self.encoder.rule.plan(photo.size_px, draws, target)
 
     @property
@@ -220,14 +270,21 @@ class PhotoStream:
         return len(self.groups) == 1 or self.batch_size == 1
 
     def _view(self, position: int) -> View:
-        """Where batches need one size, each group has as many of a round's batches as slots: all
-        are shown alike."""
+        """What `position` shows. Where batches need one size, each group of slots has as many of a
+        round's batches as it has slots, so that all are shown equally often."""
         target = None
+
+        # Beside another stream: its size, of one's own slots.
         if self.beside is not None:
             target = self.beside._view(position)[2]
             epoch, slot = self._place_in(target, position)
+
+        # Any samples fit together: the slots are shuffled in each epoch.
         elif self.is_one_size:
             epoch, slot = place_of(position, len(self), self.seed, self.name)
+
+        # A round is as many batches as there are slots, in an order of groups drawn for it. How
+        # many batches of this group came before gives the place among its slots.
         else:
             batch, place = divmod(position, self.batch_size)
             turn, number = divmod(batch, len(self))
@@ -236,9 +293,13 @@ class PhotoStream:
             key = order[number]
             batches_before = turn * len(self.groups[key]) + order[:number].count(key)
             epoch, slot = self._place_in(key, batches_before * self.batch_size + place)
+
+        # Each epoch has the next crop of a photo.
         crops = self.encoder.rule.crops_per_photo
-        target = target or self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
-        return slot, epoch if crops is None else epoch % crops, target
+        crop = epoch if crops is None else epoch % crops
+        if target is None:
+            target = self.encoder.rule.target(self.photos[slot // self.repeats].size_px)
+        return slot, crop, target
 
     def _place_in(self, size: Size, position: int) -> tuple[int, int]:
         """(epoch, slot) among the slots of this size, or among all if there are none."""
@@ -250,8 +311,15 @@ class PhotoStream:
         """The different views among the first `sample_count` samples; none when each epoch crops
         anew."""
         crops = self.encoder.rule.crops_per_photo or 0
-        turns = crops if self.is_one_size else self.batch_size * math.ceil(crops / self.batch_size)
-        bound = len(self) * turns if self.beside is None else sample_count * (crops > 0)
+        if crops == 0:
+            return []
+
+        # After so many positions every view has come; beside another stream nobody can tell.
+        bound = sample_count
+        if self.beside is None:
+            batches = math.ceil(crops / self.batch_size)
+            turns = crops if self.is_one_size else self.batch_size * batches
+            bound = len(self) * turns
         first: dict[View, int] = {}
         for position in range(min(sample_count, bound)):
             first.setdefault(self._view(position), position)
@@ -267,7 +335,12 @@ def batch_order(groups: tuple[tuple[object, int], ...], *names: object) -> tuple
 
 @dataclass(frozen=True)
 class SubjectStreams:
-    """Takes turns between one stream per subject. `run` samples in a row show the same subject."""
+    """Takes turns between one stream per subject.
+
+    streams: one of each subject
+    seed: of the order
+    run: samples in a row that show the same subject
+    """
 
     streams: Sequence[PhotoStream]
     seed: int
@@ -288,13 +361,15 @@ class SubjectStreams:
 
     @property
     def identity(self) -> list[tuple[object, ...]]:
-        """That of all photos, in their order."""
+        """The identity of all photos, in their order."""
         return [self.encoder.identity_of(photo) for photo in self.photos]
 
     def subject_at(self, position: int) -> int:
+        """The number of the subject that is shown there."""
         return self._place(position)[0]
 
     def at(self, position: int) -> tuple[EncodedView, str]:
+        """The view at `position` >= 0, and its caption."""
         number, place = self._place(position)
         return self.streams[number].at(place)
 
@@ -310,7 +385,8 @@ class SubjectStreams:
 
     def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
         """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
-        share = -(-sample_count // (len(self.streams) * self.run)) * self.run
+        rounds = math.ceil(sample_count / (len(self.streams) * self.run))
+        share = rounds * self.run
         return [view for stream in self.streams for view in stream.views_ahead(share)]
 
 
@@ -320,17 +396,26 @@ def instance_streams(
     """The streams of the subjects' photos; with buckets a batch shows one subject."""
     streams = []
     for number, subject in enumerate(config.each_subject):
-        own = [photo for photo in photos if photo.subject == number]
-        shuffled = [
-            replace(photo, captions=folder.shuffled_captions(subject, photo.captions))
-            for photo in own
-        ]
-        varied = (config.repeats, config.caption_dropout, config.train_batch_size)
-        name, share = subjects.stream_of("instance", number), subject.bare_share
-        streams.append(PhotoStream(shuffled, encoder, config.seed, name, *varied, bare_share=share))
-    return SubjectStreams(
-        streams, config.seed, config.train_batch_size if config.enable_bucket else 1
-    )
+        own = []
+        for photo in photos:
+            if photo.subject == number:
+                captions = folder.shuffled_captions(subject, photo.captions)
+                own.append(replace(photo, captions=captions))
+        stream = PhotoStream(
+            photos=own,
+            encoder=encoder,
+            seed=config.seed,
+            name=subjects.stream_of("instance", number),
+            repeats=config.repeats,
+            caption_dropout=config.caption_dropout,
+            batch_size=config.train_batch_size,
+            bare_share=subject.bare_share,
+        )
+        streams.append(stream)
+
+    # With buckets, a batch has one size, and so one subject.
+    run = config.train_batch_size if config.enable_bucket else 1
+    return SubjectStreams(streams, seed=config.seed, run=run)
 
 
 def prior_streams(
@@ -343,29 +428,47 @@ def prior_streams(
     size."""
     streams = []
     for number, (photos, own) in enumerate(zip(class_photos, instance.streams, strict=True)):
-        beside = own if config.enable_bucket else None
-        streams.append(
-            PhotoStream(
-                photos, encoder, config.seed, subjects.stream_of("prior", number), beside=beside
-            )
+        stream = PhotoStream(
+            photos=photos,
+            encoder=encoder,
+            seed=config.seed,
+            name=subjects.stream_of("prior", number),
+            beside=own if config.enable_bucket else None,
         )
-    return SubjectStreams(streams, config.seed, instance.run)
+        streams.append(stream)
+    return SubjectStreams(streams, seed=config.seed, run=instance.run)
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    latents: torch.Tensor  # (B, 4, h, w), on the CPU, as all
-    time_ids: torch.Tensor  # (B, 6)
-    instance_count: int  # of the subject, which come first; the others are prior images
-    mask: torch.Tensor | None  # (B, 1, h, w)
-    prompts: list[str]  # (B)
+    """B samples, on the CPU.
+
+    latents: (B, 4, h, w)
+    time_ids: (B, 6) sizes and crops in px
+    instance_count: how many are of the subject; they come first, then prior images
+    mask: (B, 1, h, w) loss weights in [0, 1]; None without masks
+    prompts: (B)
+    """
+
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+    instance_count: int
+    mask: torch.Tensor | None
+    prompts: list[str]
 
     def with_base_as_prior(self, prompts: list[str]) -> "TrainBatch":
         """The batch twice (2B): the second half has these prompts (B), and the base's prediction as
         its target."""
-        mask = None if self.mask is None else torch.cat([self.mask, torch.ones_like(self.mask)])
-        latents, time_ids = self.latents.repeat(2, 1, 1, 1), self.time_ids.repeat(2, 1)
-        return TrainBatch(latents, time_ids, len(self.prompts), mask, [*self.prompts, *prompts])
+        mask = None
+        if self.mask is not None:
+            mask = torch.cat([self.mask, torch.ones_like(self.mask)])
+        return TrainBatch(
+            latents=self.latents.repeat(2, 1, 1, 1),
+            time_ids=self.time_ids.repeat(2, 1),
+            instance_count=len(self.prompts),
+            mask=mask,
+            prompts=[*self.prompts, *prompts],
+        )
 
 
 def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> TrainBatch:
@@ -374,13 +477,17 @@ def collate(samples: Sequence[tuple[EncodedView, str]], instance_count: int) -> 
     views = [view for view, _ in samples]
     masks = None
     if any(view.mask is not None for view in views):
-        masks = torch.stack(
-            [torch.ones_like(v.latents[:1]) if v.mask is None else v.mask for v in views]
-        )
-    latents, time_ids = (
-        torch.stack([getattr(view, name) for view in views]) for name in ("latents", "time_ids")
+        filled = []
+        for view in views:
+            filled.append(torch.ones_like(view.latents[:1]) if view.mask is None else view.mask)
+        masks = torch.stack(filled)
+    return TrainBatch(
+        latents=torch.stack([view.latents for view in views]),
+        time_ids=torch.stack([view.time_ids for view in views]),
+        instance_count=instance_count,
+        mask=masks,
+        prompts=[caption for _, caption in samples],
     )
-    return TrainBatch(latents, time_ids, instance_count, masks, [caption for _, caption in samples])
 
 
 def move_together(
@@ -390,13 +497,17 @@ def move_together(
     memory)."""
     if device.type == "cpu":
         return tensors
+
+    # All in one buffer: many small transfers would each wait for the device.
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     buffer = torch.cat([tensor.reshape(-1).float() for tensor in given.values()])
-    if is_cuda := device.type == "cuda":
+    is_cuda = device.type == "cuda"
+    if is_cuda:
         buffer = buffer.pin_memory()
-    parts = buffer.to(device, non_blocking=is_cuda).split(
-        [tensor.numel() for tensor in given.values()]
-    )
+    moved = buffer.to(device, non_blocking=is_cuda)
+
+    # Each gets its part, in its own shape and dtype.
+    parts = moved.split([tensor.numel() for tensor in given.values()])
     for part, (name, tensor) in zip(parts, given.items(), strict=True):
         given[name] = part.view(tensor.shape).to(tensor.dtype)
     return tensors | given

@@ -1,7 +1,10 @@
 """Prepares all inputs of the training loop: the base, and encoded photos and prompts.
 
     photos -> base -> class images -> latents and text embeddings -> encoders leave memory
-    photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser      (flow models)
+
+A flow model's encoders have to go before its denoiser comes:
+
+    photos -> encoders -> latents and text embeddings -> encoders leave memory -> denoiser
 
 The processes share the encoding, after which each finds every encoding in its memory or on its
 machine's disk.
@@ -46,17 +49,32 @@ Entries = dict[str, Callable[[], frozen_base.Tensors]]
 
 @dataclass
 class TrainInputs:
+    """What a run trains on.
+
+    pipeline: the base, without the parts that have left memory
+    family: how its kind of pipeline is called
+    schedule: its noise levels
+    photos: of all subjects
+    instance: the photos as they are drawn
+    prior: the class images as they are drawn; None without any
+    prompt_embeds: texts of frozen text encoders
+    dtype: of the frozen base
+    start: what a fresh adapter begins with, if a file gives it
+    text_products: of a UNet that caches cross-attention
+    base: how the denoiser is held, and its fingerprint
+    """
+
     pipeline: DiffusionPipeline
     family: pipelines.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
     instance: photo_stream.SubjectStreams
-    prior: photo_stream.SubjectStreams | None  # None without class images
-    prompt_embeds: frozen_base.PromptCache  # for frozen text encoders
+    prior: photo_stream.SubjectStreams | None
+    prompt_embeds: frozen_base.PromptCache
     dtype: torch.dtype
-    start: lora_file.AdapterWeights | None = None  # of a fresh adapter
-    text_products: TextProducts | None = None  # of a UNet that caches cross-attention
-    base: str = ""  # how the denoiser is held, and its fingerprint
+    start: lora_file.AdapterWeights | None = None
+    text_products: TextProducts | None = None
+    base: str = ""
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -69,11 +87,9 @@ class TrainInputs:
         `has_prior`; the next is read ahead."""
 
         def places(number: int) -> Iterator[tuple[photo_stream.SubjectStreams, int]]:
-            streams = (
-                [self.instance]
-                if self.prior is None or not has_prior(number)
-                else [self.instance, self.prior]
-            )
+            streams = [self.instance]
+            if self.prior is not None and has_prior(number):
+                streams.append(self.prior)
             return product(streams, range(number * size, (number + 1) * size))
 
         samples = [stream.at(position) for stream, position in places(micro_batch)]
@@ -92,26 +108,35 @@ def prepare(
     is_fresh: bool = True,
     load: frozen_base.LoadBase | None = None,
 ) -> TrainInputs:
-    """Load the base, generate class images, and encode what the first `sample_count` samples and
-    later `prompts` need. `is_fresh`: no adapter is resumed. `load` loads the base. Raises UserError
-    and StopRequestedError."""
+    """Load the base, generate class images, and encode photos and prompts.
+
+    config: the run's settings
+    base: what to load
+    context: the run's folder, processes and reporter
+    photos: of all subjects
+    sample_count: how many photos the run draws; their crops are encoded
+    prompts: those of later samples and scores
+    is_fresh: whether no adapter is resumed
+    load: loads the base; the usual way without it
+
+    Raises UserError and StopRequestedError.
+    """
     device = context.accelerator.device
-    context.report.phase("loading")
     dtype = distributed.DTYPES[context.accelerator.mixed_precision]
+
+    # The base. A flow model's denoiser is loaded last: it and its encoders together are too large.
+    context.report.phase("loading")
     needs_both = config.keeps_text_encoders or config.draws_class_images
-    is_late = load is None and not needs_both and base.is_flow  # its encoders have to go before
-    load = (
-        partial(frozen_base.load_base, has_denoiser=False)
-        if is_late
-        else load or frozen_base.load_base
-    )
+    is_late = load is None and not needs_both and base.is_flow
+    if is_late:
+        load = partial(frozen_base.load_base, has_denoiser=False)
+    elif load is None:
+        load = frozen_base.load_base
     pipeline = load(config, base, dtype, device)
+
+    # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    # of the base, without the flag too
-    for flag in rules.weighting_flags(config) if schedule.style == "edm" else ():
-        raise UserError(
-            f"{flag}: this base was made in EDM style, which weighs noise levels itself; leave it out."
-        )
+    check_weightings(config, schedule)
     family = pipelines.family_of(
         pipeline, told_guidance=config.guidance_scale, options=text_options(config)
     )
@@ -119,24 +144,34 @@ def prepare(
     if not is_late:
         start = check_denoiser(config, base, context, pipeline, is_fresh)
     context.stop_if_asked()
+
+    # Class images, drawn by the whole base.
     class_photos = []
     if config.draws_class_images:
         class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
-    options = config.dataloader_num_workers, config.unmasked_weight, family, config.alpha
+
+    # Latents. After them the VAE leaves memory.
     encoder = photo_stream.PhotoEncoder(
-        pipeline.vae.to(device), cache_of(config), crop_rule(config), *options
+        vae=pipeline.vae.to(device),
+        cache=cache_of(config),
+        rule=crop_rule(config),
+        readers=config.dataloader_num_workers,
+        unmasked_weight=config.unmasked_weight,
+        family=family,
+        alpha=config.alpha,
     )
     instance = photo_stream.instance_streams(config, photos, encoder)
-    prior = (
-        photo_stream.prior_streams(config, class_photos, encoder, instance)
-        if class_photos
-        else None
-    )
+    streams = [instance]
+    prior = None
+    if class_photos:
+        prior = photo_stream.prior_streams(config, class_photos, encoder, instance)
+        streams.append(prior)
     prompt_embeds = prompt_cache(config, pipeline, family)
-    streams = [stream for stream in (instance, prior) if stream is not None]
     encode_photos(context, streams, sample_count)
     release_vae(config, pipeline, encoder)
     reporter.free_unused_memory(device)
+
+    # Texts. After them the text encoders leave memory, unless they are trained.
     move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
     if not config.keeps_text_encoders:
@@ -144,6 +179,8 @@ def prepare(
         pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
     reporter.free_unused_memory(device)
     give_freed_memory_back()
+
+    # The denoiser has the memory for itself. Its fingerprint is taken before an adapter is added.
     if is_late:
         frozen_base.load_denoiser_of(config, base, pipeline, dtype, device)
         start = check_denoiser(config, base, context, pipeline, is_fresh)
@@ -151,13 +188,37 @@ def prepare(
     held = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
     denoiser.to(device)
-    shown = photos, instance, prior, prompt_embeds
-    return TrainInputs(pipeline, family, schedule, *shown, dtype, start, products, held)
+    return TrainInputs(
+        pipeline=pipeline,
+        family=family,
+        schedule=schedule,
+        photos=photos,
+        instance=instance,
+        prior=prior,
+        prompt_embeds=prompt_embeds,
+        dtype=dtype,
+        start=start,
+        text_products=products,
+        base=held,
+    )
+
+
+def check_weightings(config: table.TrainConfig, schedule: objective.NoiseSchedule) -> None:
+    """Raises UserError for a weighting of noise levels on a base made in EDM style, which has its
+    own, also without `--do_edm_style_training`."""
+    if schedule.style != "edm":
+        return
+    for flag in rules.weighting_flags(config):
+        raise UserError(
+            f"{flag}: this base was made in EDM style, which weighs noise levels itself; "
+            "leave it out."
+        )
 
 
 def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:
     """How the base is held, and the denoiser's fingerprint: what a checkpoint notes of it."""
-    is_exact = config.base_quantization == "none"  # two devices may round another otherwise
+    # Two devices may round quantised weights differently, so those have no fingerprint.
+    is_exact = config.base_quantization == "none"
     weights = frozen_base.fingerprint(denoiser) if is_exact else ""
     return f"{dtype} {config.base_quantization} {config.variant} {weights}"
 
@@ -172,60 +233,75 @@ def check_denoiser(
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
         frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
-    layers = {
-        path: layer.weight.ndim
-        for path, layer in moslora.matrix_layers(pipelines.denoiser_of(pipeline)).items()
-    }
-    checks.check_layers(
-        config.target_modules, layers, config.use_dora, facts_of(type(pipeline).__name__)
-    )
+    found = moslora.matrix_layers(pipelines.denoiser_of(pipeline))
+    layers = {path: layer.weight.ndim for path, layer in found.items()}
+    facts = facts_of(type(pipeline).__name__)
+    checks.check_layers(config.target_modules, layers, config.use_dora, facts)
     checks.check_patterns(config, layers)
+
+    # A resumed run has its start in the checkpoint.
     if not is_fresh or config.init_adapter is None:
         return None
     return lora_file.read_start(config.init_adapter, pipeline, base.name, config.use_dora)
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:
+    """The settings that change how a prompt is encoded, by the pipeline's names."""
     return pipelines.encoding_options(text_options_of(config))
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
     """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown
     prediction."""
-    # a solver that draws flows, as Sana's: these are its levels
+    # A solver that draws flows, such as Sana's, has the levels of the plain flow scheduler.
     if scheduler.config.get("use_flow_sigmas"):
-        levels, shift = scheduler.config.num_train_timesteps, scheduler.config.flow_shift
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels, shift=shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            shift=scheduler.config.flow_shift,
+        )
+
+    # Flow: the scheduler's sigma is the noise's share s, so the ratio is s / (1 - s).
     if "FlowMatch" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
-        share = fresh.sigmas[: len(fresh.timesteps)].double()  # of the noise
+        share = fresh.sigmas[: len(fresh.timesteps)].double()
         line = shift_line(scheduler.config) if scheduler.config.use_dynamic_shifting else None
         return objective.NoiseSchedule(
-            (share / (1 - share)).float(), fresh.timesteps, "flow", "flow", shift_line=line
+            sigmas=(share / (1 - share)).float(),
+            timesteps=fresh.timesteps,
+            prediction_type="flow",
+            style="flow",
+            shift_line=line,
         )
+
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(
             f"the base predicts `{kind}`: only epsilon and v_prediction bases can be trained."
         )
+
+    # A base made in EDM style tells its sigmas itself.
     if "EDM" in type(scheduler).__name__:
         fresh = type(scheduler).from_config(scheduler.config)
-        sigmas = fresh.sigmas[: len(fresh.timesteps)]
         return objective.NoiseSchedule(
-            sigmas, fresh.timesteps, kind, "edm", scheduler.config.sigma_data
+            sigmas=fresh.sigmas[: len(fresh.timesteps)],
+            timesteps=fresh.timesteps,
+            prediction_type=kind,
+            style="edm",
+            sigma_data=scheduler.config.sigma_data,
         )
+
+    # Any other has the levels of DDPM, whatever solver draws with it. EDM needs a finite sigma
+    # where the base has zero terminal SNR; the bound is diffusers'.
     alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
     if edm_style:
-        # a zero-terminal-SNR base: as diffusers does, EDM needs a finite sigma
         alphas = alphas.clamp(min=2**-24)
     return objective.NoiseSchedule.from_alphas(alphas, kind, "edm" if edm_style else "ddpm")
 
 
 def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     """Slope and intercept through a scheduler's two points, as its pipelines compute the shift."""
-    (least, low), (most, high) = (
-        (config[f"{end}_image_seq_len"], config[f"{end}_shift"]) for end in ("base", "max")
-    )
+    least, most = config["base_image_seq_len"], config["max_image_seq_len"]
+    low, high = config["base_shift"], config["max_shift"]
     slope = (high - low) / (most - least)
     return slope, low - slope * least
 
@@ -233,7 +309,8 @@ def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
 def too_slow_for_samples(
     config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
 ) -> bool:
-    """Whether samples would take minutes each, on a CPU with a large base, and were not asked for."""
+    """Whether samples would take minutes each, on a CPU with a large base, and nobody asked for
+    them."""
     prompts = [subject.validation_prompt for subject in config.each_subject]
     asked = (config.num_validation_images, *prompts, config.validation_steps)
     is_large = default_resolution(pipeline) > SMALL_BASE_PX
@@ -241,13 +318,13 @@ def too_slow_for_samples(
 
 
 def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
+    """Where encodings are kept, by `--caching`: nowhere, in memory or on disk."""
     if config.caching == "off":
         return None
     if config.caching == "memory":
         return frozen_base.TensorCache()
-    return frozen_base.TensorCache(
-        (Path(config.cache_dir) if config.cache_dir else default_cache_dir()) / "encoded"
-    )
+    home = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    return frozen_base.TensorCache(home / "encoded")
 
 
 def prompt_cache(
@@ -256,8 +333,10 @@ def prompt_cache(
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
     anew in training."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
+
+    # All that decides an encoding; `force_zeros_for_empty_prompt` decides that of "".
     identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
-    if pipeline.config.get("force_zeros_for_empty_prompt"):  # it decides the encoding of ""
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
         identity += "+zeros"
     if family.layout:
         identity += f"+{family.layout}"
@@ -286,9 +365,9 @@ def move_encoders(
 def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
     """`device`, or the CPU where a GPU lacks the memory for these models."""
     free_gib = machine.free_gib(device)
-    needed = sum(
-        weight.numel() * weight.element_size() for model in models for weight in model.parameters()
-    )
+    needed = 0
+    for model in models:
+        needed += sum(weight.numel() * weight.element_size() for weight in model.parameters())
     fits = free_gib is None or needed <= memory.USABLE * free_gib * machine.GIB
     return device if fits else torch.device("cpu")
 
@@ -303,9 +382,10 @@ def encode_photos(
         return
 
     def crops() -> Entries:
-        return dict(
-            encoder.entry(*view) for stream in streams for view in stream.views_ahead(sample_count)
-        )
+        found = {}
+        for stream in streams:
+            found |= dict(encoder.entry(*view) for view in stream.views_ahead(sample_count))
+        return found
 
     entries = same_everywhere(context, crops, "crops")
     for _ in context.report.counted("caching", fill(encoder.cache, context, entries), len(entries)):
@@ -321,18 +401,23 @@ def encode_prompts(
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and
     StopRequestedError."""
+    # All that the run will say: "" is for dropped captions and for guidance.
     captions = {*prompts, ""}.union(*(stream.captions for stream in streams))
     for subject in config.each_subject:
-        captions |= {subject.class_prompt, *config.prior_prompts} if subject.class_prompt else set()
+        if subject.class_prompt:
+            captions |= {subject.class_prompt, *config.prior_prompts}
+
+    # Prompts with a word that is learnt are encoded at each step.
     learnt = [word_pattern(word) for word in learnt_words(config)]
-    plain = [
-        caption
-        for caption in sorted(captions)
-        if not any(pattern.search(caption) for pattern in learnt)
-    ]
-    entries = same_everywhere(
-        context, lambda: dict(prompt_embeds.entry(caption) for caption in plain), "prompts"
-    )
+    plain = []
+    for caption in sorted(captions):
+        if not any(pattern.search(caption) for pattern in learnt):
+            plain.append(caption)
+
+    def found() -> Entries:
+        return dict(prompt_embeds.entry(caption) for caption in plain)
+
+    entries = same_everywhere(context, found, "prompts")
     for _ in fill(prompt_embeds.cache, context, entries):
         pass
 
@@ -354,6 +439,8 @@ def fill(
     """Compute what the cache lacks of `entries`, which all processes have alike; yields how many
     are done."""
     accelerator = context.accelerator
+
+    # Each process has its own memory, and each machine its own disk.
     keeps = cache.folder is None or accelerator.is_local_main_process
 
     def values(keys: Sequence[str]) -> Generator[frozen_base.Tensors, None, None]:

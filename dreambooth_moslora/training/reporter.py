@@ -27,26 +27,37 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)  # Events that trackers get
+TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
+"""Events that trackers get."""
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB).
 """
 ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
+"""Events of a run's end, which a resumed run takes back."""
 
 
 @dataclass(eq=False)
 class Reporter:
-    """Call it with each event. `on_event` gets those of the file too, which may be an earlier
-    run's: events wait until `begin_at`. `step` is the latest. Of several processes the main one
-    keeps an error of reporting until all meet, and `raise_failure` then raises it: alone it would
-    leave the others waiting."""
+    """Reports a run's events. Call it with each.
+
+    run_dir: whose `metrics.jsonl` is written
+    accelerator: the processes, and the trackers
+    on_event: gets every event too
+    step: the latest
+    failure: an error of reporting, among several processes
+    earlier_curves: tensorboard's files in the run folder from before it opened
+    waiting: events that are not written yet; None once they are written at once
+
+    The file may be an earlier run's, so events wait until `begin_at`. Of several processes the main
+    one keeps an error until all meet, and `raise_failure` then raises it: alone it would leave the
+    others waiting.
+    """
 
     run_dir: run_folder.RunDir
     accelerator: Accelerator
     on_event: Callable[[events.Event], None] | None
     step: int = 0
     failure: Exception | None = None
-    # of tensorboard, in the run folder before it opened
     earlier_curves: list[Path] = field(default_factory=list)
     waiting: list[events.Event] | None = field(default_factory=list)
 
@@ -54,8 +65,11 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         try:
+            # A skipped step was not taken: its number comes again.
             if not getattr(event, "skipped", False):
                 self.step = getattr(event, "step", self.step)
+
+            # The file, the caller, the trackers.
             if self.waiting is None:
                 self.run_dir.append_metrics(events.record_of(event))
             else:
@@ -70,18 +84,22 @@ class Reporter:
             self.failure = self.failure or error
 
     def start_trackers(self, config: TrainConfig) -> None:
-        """Open them, with settings that cannot hold text of the user's. Raises UserError if one
-        does not open."""
+        """Open the trackers, with settings that cannot hold text of the user's. Raises UserError if
+        one does not open."""
+        # Numbers, switches and choices: no path and no prompt.
         public = {}
         for name, value in config.to_dict().items():
             is_choice = isinstance(value, str) and SETTINGS[name].metadata["choices"]
             if isinstance(value, (bool, int, float)) or is_choice:
                 public[name] = value
+
+        # Curves of an earlier run in this folder are moved away with it; others are not ours.
         home = self.run_dir.path
-        curves = sorted((home / config.logging_dir).rglob("*.tfevents.*"))
-        self.earlier_curves = [
-            path for path in curves if path.resolve().is_relative_to(home.resolve())
-        ]
+        self.earlier_curves = []
+        for path in sorted((home / config.logging_dir).rglob("*.tfevents.*")):
+            if path.resolve().is_relative_to(home.resolve()):
+                self.earlier_curves.append(path)
+
         try:
             self.accelerator.init_trackers("dreambooth_moslora", config=public)
         except Exception as error:  # each tracker raises its own errors
@@ -97,19 +115,12 @@ class Reporter:
         for tracker in list(self.accelerator.trackers):
             try:
                 if not isinstance(event, events.SamplesDrawn):
-                    record = events.record_of(event)
-                    numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-                    tracker.log(
-                        {k: v for k, v in numbers.items() if k not in ("step", "time")},
-                        step=event.step,
-                    )
+                    tracker.log(numbers_in(event), step=event.step)
                 elif tracker.name in PICTURE_OPTIONS:
-                    pictures = np.stack(
-                        [np.asarray(Image.open(self.run_dir.path / name)) for name in event.files]
-                    )
-                    tracker.log_images(
-                        {"samples": pictures}, step=event.step, **PICTURE_OPTIONS[tracker.name]
-                    )
+                    paths = [self.run_dir.path / name for name in event.files]
+                    pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+                    options = PICTURE_OPTIONS[tracker.name]
+                    tracker.log_images({"samples": pictures}, step=event.step, **options)
             except Exception as error:  # each tracker raises its own errors
                 self.accelerator.trackers.remove(tracker)
                 said = one_line(f"{type(error).__name__} {error}")
@@ -124,15 +135,16 @@ class Reporter:
         try:
             self.accelerator.end_training()
         except Exception as error:  # each tracker raises its own errors
-            logger.warning(
-                "--report_to: ending it failed: %s", one_line(f"{type(error).__name__} {error}")
-            )
+            said = one_line(f"{type(error).__name__} {error}")
+            logger.warning("--report_to: ending it failed: %s", said)
 
     def raise_failure(self) -> None:
+        """Raises the error that was kept, if there is one."""
         if self.failure is not None:
             raise self.failure
 
     def phase(self, phase: str, done: int = 0, total: int = 1) -> None:
+        """Report how much of a phase is done."""
         self(events.PhaseProgress(phase, done, total))
 
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
@@ -151,16 +163,29 @@ class Reporter:
         then write."""
         if not self.accelerator.is_main_process:
             return
-        known = self.run_dir.read_metrics() if step else []
-        kept = [e for e in known if e.get("step", 0) <= step and e["type"] not in ENDINGS]
-        atomic_write(self.run_dir.metrics_path, "".join(json.dumps(event) + "\n" for event in kept))
+        kept = []
+        for event in self.run_dir.read_metrics() if step else []:
+            if event.get("step", 0) <= step and event["type"] not in ENDINGS:
+                kept.append(event)
+        lines = [json.dumps(event) + "\n" for event in kept]
+        atomic_write(self.run_dir.metrics_path, "".join(lines))
         self.release()
 
     def release(self) -> None:
         """Write the events that waited; from now on events are written at once."""
-        waiting, self.waiting = self.waiting or [], None
+        waiting = self.waiting or []
+        self.waiting = None
         for event in waiting:
             self.run_dir.append_metrics(events.record_of(event))
+
+
+def numbers_in(event: events.StepDone | events.StepEvaluated) -> dict[str, float]:
+    """The event's numbers by name, but for its step and its time."""
+    found = {}
+    for name, value in events.record_of(event).items():
+        if isinstance(value, (int, float)) and name not in ("step", "time"):
+            found[name] = value
+    return found
 
 
 def free_unused_memory(device: torch.device) -> None:
@@ -170,8 +195,8 @@ def free_unused_memory(device: torch.device) -> None:
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process; on Apple's what
-    it has now."""
+    """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's GPUs tell
+    only what is reserved now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     if device.type == "mps":
@@ -181,10 +206,13 @@ def memory_gib(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class RunContext:
+    """What every part of a run shares. `should_stop` tells whether this process was asked to
+    stop."""
+
     run_dir: run_folder.RunDir
     accelerator: Accelerator
     report: Reporter
-    should_stop: Callable[[], bool]  # whether this process was asked to stop
+    should_stop: Callable[[], bool]
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop, or failed to report (raised). All must call it

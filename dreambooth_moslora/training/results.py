@@ -27,7 +27,7 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
-from dreambooth_moslora.lora.proof import Proof
+from dreambooth_moslora.lora.proof import FileProof, Proof
 from dreambooth_moslora.photos.photo_file import (
     Photo,
     UnreadableImageError,
@@ -55,15 +55,26 @@ logger = logging.getLogger(__name__)
 CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
 """Losses with their colour and label."""
 CARD_IMAGES = 6
+"""Pictures on a card, but for at least two samples."""
 
 Shown = tuple[SampleRequest, Image.Image]
+"""What was asked for, and the picture that was drawn."""
 
 
 @dataclass
 class ValidationSamples:
+    """The samples of a run.
+
+    run_dir: where they are saved
+    requests: drawn at each sampling step
+    contexts: drawn once at the end
+    every_steps: optimizer steps from one drawing to the next
+    latest: the pictures of `latest_step`, in the order of the requests
+    """
+
     run_dir: run_folder.RunDir
-    requests: list[SampleRequest]  # drawn at each sampling step
-    contexts: list[SampleRequest]  # drawn once at the end
+    requests: list[SampleRequest]
+    contexts: list[SampleRequest]
     every_steps: int
     latest: list[Image.Image] = field(default_factory=list)
     latest_step: int = 0
@@ -72,21 +83,28 @@ class ValidationSamples:
     def of(
         cls, config: table.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
     ) -> "ValidationSamples":
+        """Those that the settings ask for."""
+        seeds = []
+        for number in range(config.sample_count):
+            seeds.append(seed_of(config.seed, "sample", number) % 2**32)
         wanted = prompts.validation_prompts(config)
-        seeds = [
-            seed_of(config.seed, "sample", number) % 2**32 for number in range(config.sample_count)
-        ]
         requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
-        contexts = (
-            [SampleRequest(p, seeds[0]) for p in prompts.context_prompts(config)]
-            if requests
-            else []
+
+        # New contexts are drawn for a run that draws samples, once each.
+        contexts = []
+        if requests:
+            for prompt in prompts.context_prompts(config):
+                contexts.append(SampleRequest(prompt, seeds[0]))
+        return cls(
+            run_dir=run_dir,
+            requests=requests,
+            contexts=contexts,
+            every_steps=config.validation_steps or config.validation_epochs * steps_per_epoch,
         )
-        every = config.validation_steps or config.validation_epochs * steps_per_epoch
-        return cls(run_dir, requests, contexts, every)
 
     @property
     def prompts(self) -> list[str]:
+        """Every prompt that may be drawn, sorted."""
         return sorted({request.prompt for request in [*self.requests, *self.contexts]})
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -99,32 +117,38 @@ class ValidationSamples:
         for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
             self.latest.append(picture)
             on_main(accelerator, partial(self.save, self.path(step, number), picture))
-        files = [
-            str(self.path(step, n).relative_to(self.run_dir.path))
-            for n in range(len(self.requests))
-        ]
-        drawn = [request.prompt for request in self.requests]
-        return events.SamplesDrawn(step, files, drawn, [request.seed for request in self.requests])
+        files = []
+        for number in range(len(self.requests)):
+            files.append(str(self.path(step, number).relative_to(self.run_dir.path)))
+        return events.SamplesDrawn(
+            step=step,
+            files=files,
+            prompts=[request.prompt for request in self.requests],
+            seeds=[request.seed for request in self.requests],
+        )
 
     def path(self, step: int, number: int) -> Path:
+        """Of the sample of request `number` at that step."""
         return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
 
     def first(self, requests: Iterable[SampleRequest]) -> list[Shown]:
         """The pictures of step 0 of these requests that exist and can be read; a resumed run may
         have others."""
-        drawn = events.events_of(
-            events.SamplesDrawn, self.run_dir.read_metrics(events.SamplesDrawn.kind)
-        )
-        pairs = (
-            pair
-            for event in drawn
-            if event.step == 0
-            for pair in enumerate(zip(event.prompts, event.seeds))
-        )
-        numbers, found = {SampleRequest(*request): number for number, request in pairs}, []
-        for request in (one for one in requests if one in numbers):
-            with suppress(UnreadableImageError, FileNotFoundError):
-                found.append((request, to_rgb(open_image(self.path(0, numbers[request])))))
+        # Which requests were drawn at step 0, and under which number.
+        records = self.run_dir.read_metrics(events.SamplesDrawn.kind)
+        numbers: dict[SampleRequest, int] = {}
+        for event in events.events_of(events.SamplesDrawn, records):
+            if event.step == 0:
+                for number, (prompt, seed) in enumerate(zip(event.prompts, event.seeds)):
+                    numbers[SampleRequest(prompt, seed)] = number
+
+        # Their pictures, in the order that is asked for.
+        found = []
+        for request in requests:
+            if request in numbers:
+                with suppress(UnreadableImageError, FileNotFoundError):
+                    picture = open_image(self.path(0, numbers[request]))
+                    found.append((request, to_rgb(picture)))
         return found
 
     def save(self, path: Path, picture: Image.Image) -> None:
@@ -142,23 +166,27 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def draw_loss_plot(
     steps: Sequence[events.StepDone], path: Path, evaluations: Sequence[events.StepEvaluated] = ()
 ) -> None:
-    """Write a PNG with the loss and its running mean, and with the scores if there are evaluations."""
+    """Write a PNG with the loss and its running mean, and with the scores if there are
+    evaluations."""
     panels = 2 if evaluations else 1
     figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
+
+    # The losses. Single steps vary so much that only the mean shows where they go.
     for key, (colour, label) in CURVES.items():
-        points = [
-            (event.step, getattr(event, key)) for event in steps if getattr(event, key) is not None
-        ]
-        if points:
-            at, values = map(np.array, zip(*points))
-            axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes[0].plot(
-                at, running_mean(values, max(5, len(values) // 20)), color=colour, label=label
-            )
+        told = [event for event in steps if getattr(event, key) is not None]
+        if not told:
+            continue
+        at = np.array([event.step for event in told])
+        values = np.array([getattr(event, key) for event in told])
+        mean = running_mean(values, max(5, len(values) // 20))
+        axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes[0].plot(at, mean, color=colour, label=label)
     axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(frameon=False)
+
+    # The scores beside them.
     if evaluations:
         draw_fidelity(axes[1], evaluations)
     for panel in axes:
@@ -174,9 +202,8 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
     for key, label in measures.curves().items():
         values = [event.scores.get(key, np.nan) for event in evaluations]
         if np.isfinite(values).any():
-            axes.plot(
-                at, values, "o-", markersize=3, linewidth=2 if key == "score" else 1, label=label
-            )
+            width = 2 if key == "score" else 1
+            axes.plot(at, values, "o-", markersize=3, linewidth=width, label=label)
     best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
     axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")
@@ -185,8 +212,19 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
 
 @dataclass(eq=False)
 class Publisher:
-    """Publishes one run, which goes on from the `checkpoint` if there is one. `scores` are the
-    evaluator's latest."""
+    """Publishes one run.
+
+    config: its settings
+    run_dir: where everything goes
+    inputs: the base, and the photos for the sheet
+    train_step: the adapter, and the steps that are done
+    samples: the pictures at fixed seeds
+    sampler: draws new contexts at the end
+    max_train_steps: optimizer steps of the whole run
+    checkpoint: what the run goes on from, if anything
+    scores: the evaluator's latest
+    best: the best step so far, if any was scored
+    """
 
     config: table.TrainConfig
     run_dir: run_folder.RunDir
@@ -202,24 +240,35 @@ class Publisher:
     def __post_init__(self) -> None:
         self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
-        streams = [
-            stream for stream in (self.inputs.instance, self.inputs.prior) if stream is not None
-        ]
-        shown = [stream.identity for stream in streams]
-        digest = digest_of_shown(self.config, self.inputs.instance.encoder.vae_identity, shown)
-        named = {
-            "optimizer": optimizer_kind(self.config),
-            "base": self.inputs.base,
-            "shown": digest,
-        }
-        self.position = Position(self.train_step.step, self.config.seed, **named)
+
+        # What a checkpoint notes of the run: among it, what the run shows the adapter.
+        instance, prior = self.inputs.instance, self.inputs.prior
+        shown = [instance.identity]
+        if prior is not None:
+            shown.append(prior.identity)
+        self.position = Position(
+            step=self.train_step.step,
+            seed=self.config.seed,
+            optimizer=optimizer_kind(self.config),
+            base=self.inputs.base,
+            shown=digest_of_shown(self.config, instance.encoder.vae_identity, shown),
+        )
+
+        # What the headers of its files say.
         self.facts = facts_of(self.config, self.inputs, self.train_step)
-        if self.checkpoint is not None and (
-            names := changed_names(self.checkpoint, self.facts, digest)
-        ):
-            which = f"{self.checkpoint.name} (step {self.position.step}), which had other settings: {', '.join(names)}"
+        if self.checkpoint is not None:
+            self.tell_what_changed(self.checkpoint)
+
+    def tell_what_changed(self, checkpoint: Path) -> None:
+        """Warn of a checkpoint from a run with other settings, photos or words."""
+        names = changed_names(checkpoint, self.facts, self.position.shown)
+        if names:
             logger.warning(
-                "goes on from %s; for a new run leave --resume_from_checkpoint out.", which
+                "goes on from %s (step %d), which had other settings: %s; "
+                "for a new run leave --resume_from_checkpoint out.",
+                checkpoint.name,
+                self.position.step,
+                ", ".join(names),
             )
 
     @property
@@ -237,27 +286,32 @@ class Publisher:
     def publish(self, finished: bool) -> Proof:
         """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed;
         all processes draw."""
+        # The adapter first: whatever fails after it, the run has its result.
         accelerator = self.train_step.accelerator
         proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
+
+        # New contexts. A stop leaves those that are drawn.
         contexts: list[Shown] = []
+        asked = self.samples.contexts if finished else []
         with suppress(StopRequestedError):
-            asked = self.samples.contexts if finished else []
-            for picture, request in zip(
-                share_out(accelerator, asked, self.sampler), asked, strict=True
-            ):
+            pictures = share_out(accelerator, asked, self.sampler)
+            for picture, request in zip(pictures, asked, strict=True):
                 contexts.append((request, picture))
+
         on_main(accelerator, lambda: self._present(finished, proof, contexts))
         return proof
 
     def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
+        """Write the card, push, and draw the plot and the sheet, which are not pushed."""
         config, run_dir = self.config, self.run_dir
-        best = self.best if run_dir.best_dir.is_dir() else None
-        adapter, step = (
-            replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)),
-            self.train_step.step,
-        )
         facts = CardFacts(
-            run_dir.name, step, self.max_train_steps, adapter, proof, scores=self.scores, best=best
+            name=run_dir.name,
+            step=self.train_step.step,
+            max_train_steps=self.max_train_steps,
+            adapter=replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)),
+            proof=proof,
+            scores=self.scores,
+            best=self.best if run_dir.best_dir.is_dir() else None,
         )
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, drawn, contexts)
@@ -265,6 +319,7 @@ class Publisher:
             if finished and config.push_to_hub:
                 push(run_dir.path, config.hub_model_id, config.hub_token)
         finally:
+            # What stays here is drawn whatever the hub does.
             steps = events.events_of(events.StepDone, run_dir.read_metrics(events.StepDone.kind))
             if steps:
                 draw_loss_plot(steps, run_dir.loss_plot_path, run_dir.read_scores())
@@ -273,14 +328,16 @@ class Publisher:
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
+        """Write the adapter's files, and those of new tokens, each proved to reload."""
         components, name, facts = self.train_step.components, self.run_dir.name, self.facts_now
         if self.learnt is None:
             return published_file.publish(components, folder, name, facts)
-        attached, bare = (
-            self.learnt.attached,
-            [one.instance_prompt for one in self.config.each_subject],
-        )
-        prove = lambda paths: new_tokens.prove_tokens(paths, attached, bare)  # noqa: E731
+        attached = self.learnt.attached
+        bare = [subject.instance_prompt for subject in self.config.each_subject]
+
+        def prove(paths: Sequence[Path]) -> tuple[FileProof, ...]:
+            return new_tokens.prove_tokens(paths, attached, bare)
+
         return published_file.publish(
             components, folder, name, facts, tokens=self.tokens, prove=prove
         )
@@ -289,6 +346,7 @@ class Publisher:
 def facts_of(
     config: table.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
 ) -> metadata.AdapterMetadata:
+    """What the headers of the run's files say: of the adapter, of its base, and how it is made."""
     facts = raw_file.adapter_metadata(
         train_step.components,
         base_id=config.pretrained_model_name_or_path,
@@ -297,24 +355,30 @@ def facts_of(
         class_word=prompts.class_word_of(config),
         resolution_px=config.resolution,
     )
-    bare = (
-        tuple(one.instance_prompt for one in config.each_subject)
-        if len(config.subjects) > 1
-        else ()
-    )
+
+    # Said only where it differs from the usual run: one subject, one process.
+    bare: tuple[str, ...] = ()
+    if len(config.subjects) > 1:
+        bare = tuple(subject.instance_prompt for subject in config.each_subject)
     accelerator = train_step.accelerator
     processes = accelerator.num_processes if accelerator.num_processes > 1 else None
-    if accelerator.mixed_precision != "no":  # perhaps from `accelerate config`
+    facts = replace(facts, subject_prompts=bare, processes=processes)
+
+    # The precision may come from `accelerate config`.
+    if accelerator.mixed_precision != "no":
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-    return metadata.with_recipe(config, replace(facts, subject_prompts=bare, processes=processes))
+    return metadata.with_recipe(config, facts)
 
 
 def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str) -> list[str]:
     """What a resumed run has otherwise than its checkpoint: one from the start would give other
     weights."""
-    before, now = settings_in(trained_modules(checkpoint)[0]), settings_in(facts)
+    there, _ = trained_modules(checkpoint)
+    before, now = settings_in(there), settings_in(facts)
     names = [name for name in before | now if before.get(name) != now.get(name)]
-    return names + ["photos or words"] * (read_position(checkpoint).shown != digest)
+    if read_position(checkpoint).shown != digest:
+        names.append("photos or words")
+    return names
 
 
 def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:
@@ -330,24 +394,39 @@ def write_card(
     drawn: list[Shown],
     contexts: list[Shown],
 ) -> None:
-    """Write README.md and its pictures, old ones first away: at all times a card names every
-    picture."""
-    pictures = [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
-    if len(config.subjects) > 1:
-        first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
-        pairs = prompts.together_prompts(config)
-        pictures = [
-            *reversed(first_of_each.values()),
-            *(shown for shown in contexts if shown[0].prompt in pairs),
-        ]
+    """Write README.md and its pictures. Old pictures go first: at all times a card names every
+    picture.
+
+    config: the run's settings
+    run_dir: where they are written
+    facts: what the card says
+    drawn: the samples at the end
+    contexts: the new contexts
+    """
+    pictures = card_pictures(config, drawn, contexts)
     for stale in run_folder.pictures_named(run_dir.read_card() or ""):
         (run_dir.path / stale).unlink(missing_ok=True)
-    names = [
-        (f"image_{number}.png", request.prompt) for number, (request, _) in enumerate(pictures)
-    ]
+
+    # The card names its pictures before they are there.
+    names = []
+    for number, (request, _) in enumerate(pictures):
+        names.append((f"image_{number}.png", request.prompt))
     atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
     for (name, _), (_, picture) in zip(names, pictures):
         write_png(run_dir.path / name, picture)
+
+
+def card_pictures(
+    config: table.TrainConfig, drawn: list[Shown], contexts: list[Shown]
+) -> list[Shown]:
+    """What the card shows: samples and new contexts; of several subjects the first sample of each
+    prompt, then pairs."""
+    if len(config.subjects) <= 1:
+        return [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
+    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
+    pairs = prompts.together_prompts(config)
+    together = [shown for shown in contexts if shown[0].prompt in pairs]
+    return [*reversed(first_of_each.values()), *together]
 
 
 def sheet_rows(
@@ -361,20 +440,23 @@ def sheet_rows(
     start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
     latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
     rows = []
+
+    # Each subject from top to bottom: what it is, what the base made of it, what the adapter does.
     for number, subject in enumerate(config.each_subject):
         own = [photo for photo in photos if photo.subject == number]
         name = f" of “{subject.instance_prompt}”" if config.subjects else ""
         wanted = prompts.validation_prompts(subject)
         asked = [request for request in samples.requests if request.prompt in wanted]
+        at_end = f"Step {samples.latest_step}: the same prompts, from the same noise"
+        in_context = own_of(contexts, prompts.context_prompts(subject))
         rows += [
             Row(f"The photos{name}", readable(own[:6])),
             row_of(f"Step 0: the {start}, before training", samples.first(asked)),
-            row_of(
-                f"Step {samples.latest_step}: the same prompts, from the same noise",
-                own_of(latest, wanted),
-            ),
-            row_of("New contexts", own_of(contexts, prompts.context_prompts(subject))),
+            row_of(at_end, own_of(latest, wanted)),
+            row_of("New contexts", in_context),
         ]
+
+    # Pairs stand below all, as they are of two subjects.
     pairs = prompts.together_prompts(config)
     return [*rows, row_of("Two subjects in one prompt", own_of(contexts, pairs))]
 
@@ -385,12 +467,16 @@ def own_of(shown: list[Shown], wanted: Sequence[str]) -> list[Shown]:
 
 
 def row_of(title: str, shown: list[Shown]) -> Row:
+    """A row with the prompts as captions."""
     return Row(
-        title, [picture for _, picture in shown], tuple(request.prompt for request, _ in shown)
+        title=title,
+        images=[picture for _, picture in shown],
+        captions=tuple(request.prompt for request, _ in shown),
     )
 
 
 def readable(photos: list[Photo]) -> list[Image.Image]:
+    """The photos that can be read now; the run may have begun long ago."""
     found = []
     for photo in photos:
         try:

@@ -42,10 +42,12 @@ from dreambooth_moslora.training.optimizer import (
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+"""PyTorch's own compiler, which `--compile` uses."""
 GOES_ON = "the run goes on without"
-# Of a picture, in the transformers whose scheduler shifts levels by the number of tokens
 PX_A_TOKEN = 16 * 16
-GRAPHS = 32  # Of one kind of block; with buckets, the second size makes one graph for all sizes
+"""Of a picture, in the transformers whose scheduler shifts levels by the number of tokens."""
+GRAPHS = 32
+"""Of one kind of block. With buckets, the second size makes one graph for all sizes."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,18 @@ class StepLosses:
 
 
 class TrainStep:
-    """The adapter, its optimizer, and the steps done. `trained` are the adapter's `parameters` and
-    new tokens."""
+    """The adapter, its optimizer, and the steps done.
+
+    config: the run's settings
+    inputs: the base, the photos and the texts; the adapter is added to the base in place
+    accelerator: the processes, and the precision
+    max_train_steps: optimizer steps of the whole run
+    checkpoint: a folder to go on from; None for a fresh adapter
+    step: the optimizer steps that are done
+
+    `trained` are the adapter's `parameters` and the new tokens. Raises UserError for a checkpoint
+    of other layers, and for an optimizer whose package is missing.
+    """
 
     def __init__(
         self,
@@ -68,48 +80,80 @@ class TrainStep:
         checkpoint: Path | None = None,
         step: int = 0,
     ):
-        self.config, self.inputs, self.accelerator, self.step = config, inputs, accelerator, step
-        speed = memory.speed_of(config, accelerator.device.type, max_train_steps - step)
+        self.config = config
+        self.inputs = inputs
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.step = step
+        self.schedule = inputs.schedule.to(self.device)
+        self.class_prompts = [subject.class_prompt for subject in config.each_subject]
+
+        # What repays its preparation in the steps that are left.
+        speed = memory.speed_of(config, self.device.type, max_train_steps - step)
         if speed.searches:
             torch.backends.cudnn.benchmark = True
-        self.class_prompts = [subject.class_prompt for subject in config.each_subject]
+
+        # The adapter, in the layers of the base. Its start is freed, as the layers hold copies.
         self.components = adapters.trained_modules(config, inputs.family.facts, inputs.pipeline)
         adapters.add_adapters(config, self.components, checkpoint, start=inputs.start)
-        inputs.start = None  # free its tensors
-        self.compiled = []  # the transformer blocks that are compiled at their first call
+        inputs.start = None
+        self.compiled: list[torch.nn.Module] = []
         if speed.compiled:
-            kinds = pipelines.block_classes(inputs.denoiser)
-            self.compiled = [
-                block for block in inputs.denoiser.modules() if type(block).__name__ in kinds
-            ]
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-            for block in self.compiled:
-                block.compile(backend=BACKEND)
-        if accelerator.is_main_process and speed.compiled:
-            logger.warning("%s", speed.sentence())
-        self.parameters = [
-            p for module in self.components.values() for _, p in moslora.adapter_parameters(module)
-        ]
+            self.compile_blocks()
+            if accelerator.is_main_process:
+                logger.warning("%s", speed.sentence())
+
+        # The steps compute with copies of it in the base's dtype.
+        self.parameters: list[torch.nn.Parameter] = []
+        self.lora_layers: list[torch.nn.Module] = []
+        for module in self.components.values():
+            self.parameters += [weight for _, weight in moslora.adapter_parameters(module)]
+            self.lora_layers += moslora.lora_layers(module)
         self.copies = fast_linear.WorkingCopies(*self.components.values())
-        self.lora_layers = [
-            layer for module in self.components.values() for layer in moslora.lora_layers(module)
-        ]
+
+        # New tokens, which are learnt beside it.
         self.learnt: adapters.LearntTokens | None = None
+        tokens: list[torch.nn.Parameter] = []
         if config.train_text_encoder_ti:
-            frozen = inputs.pipeline, inputs.prompt_embeds
-            self.learnt = adapters.LearntTokens(config, *frozen, max_train_steps, checkpoint)
-        tokens = self.learnt.parameters if self.learnt else []
+            self.learnt = adapters.LearntTokens(
+                config,
+                inputs.pipeline,
+                inputs.prompt_embeds,
+                total_steps=max_train_steps,
+                checkpoint=checkpoint,
+            )
+            tokens = self.learnt.parameters
         self.trained = [*self.parameters, *tokens]
+
+        # What updates them, where the checkpoint left it.
         groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
-        self.average = average_of(config, self.trained, optimizer)
         if checkpoint is not None:
-            restore_optimizer(checkpoint, step, optimizer, self.lr_schedule, accelerator.scaler)
+            restore_optimizer(
+                checkpoint,
+                step=step,
+                optimizer=optimizer,
+                schedule=self.lr_schedule,
+                scaler=accelerator.scaler,
+            )
+
+        # The checkpoint's adapter is the average, if there is one. So the average is copied before
+        # the weights that go on are put back.
+        self.average = average_of(config, self.trained, optimizer)
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
-        self.schedule, self.device = inputs.schedule.to(accelerator.device), accelerator.device
+
+    def compile_blocks(self) -> None:
+        """Compile the denoiser's transformer blocks in place, each at its first call."""
+        kinds = pipelines.block_classes(self.inputs.denoiser)
+        for block in self.inputs.denoiser.modules():
+            if type(block).__name__ in kinds:
+                self.compiled.append(block)
+                block.compile(backend=BACKEND)
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
 
     def accumulate_gradients(self) -> StepLosses:
         """Draw, predict, compare and differentiate this process's micro-batches; again without
@@ -235,7 +279,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def number_of(self, turn: int) -> int:
-        """The number of this process's micro-batch within the run; `turn` counts the accumulation."""
+        """The number of this process's micro-batch within the run; `turn` counts the
+        accumulation."""
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         return (self.step * count + turn) * world + self.accelerator.process_index
 
@@ -262,16 +307,17 @@ class TrainStep:
         the block."""
         # pictures would need graphs of their own
         pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        apart = (
-            self.learnt.averaged() if self.learnt and self.average is not None else nullcontext()
-        )
+        apart = nullcontext()
+        if self.learnt and self.average is not None:
+            apart = self.learnt.averaged()
         with pause, apart, lent(self.average, self.trained):
             yield
 
     def micro_batch(self, number: int) -> MicroBatch:
         """The run's micro-batch of this number: drawn on the CPU with noise and noise levels, then
         moved to the device."""
-        config, batch = self.config, self.batch_at(number)
+        config = self.config
+        batch = self.batch_at(number)
         names = (config.seed, "micro", number)
         torch.manual_seed(seed_of(*names, "dropout"))
 
@@ -295,10 +341,11 @@ class TrainStep:
             for place, text in enumerate(cached):
                 drawn |= {(place, name): tensor for name, tensor in text.items()}
             moved = photo_stream.move_together(drawn, self.device)
-            texts = [
-                {name: moved[place, name] for name in text} for place, text in enumerate(cached)
-            ]
+            texts = []
+            for place, text in enumerate(cached):
+                texts.append({name: moved[place, name] for name in text})
 
+        # The noised latents, and what the denoiser should answer.
         latents, noise, index = moved["latents"], moved["noise"], moved["index"]
         return MicroBatch(
             rows=Rows(
@@ -324,7 +371,11 @@ class TrainStep:
                 multiplier=config.timestep_bias_multiplier,
                 portion=config.timestep_bias_portion,
             )
-        tokens = batch.time_ids[:, 4:].prod(1) / PX_A_TOKEN if config.shift_timesteps else None
+
+        # A larger picture has more tokens, so its levels shift towards noise.
+        tokens = None
+        if config.shift_timesteps:
+            tokens = batch.time_ids[:, 4:].prod(1) / PX_A_TOKEN
         return objective.flow_levels(
             schedule,
             count,
@@ -347,30 +398,34 @@ class TrainStep:
 
     def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
         """Micro-batch number `micro_batch` of the run, with its prior half if it has one."""
-        size, following = self.config.train_batch_size, micro_batch + self.accelerator.num_processes
+        size = self.config.train_batch_size
+        following = micro_batch + self.accelerator.num_processes
         batch = self.inputs.batch_at(micro_batch, size, following, self.has_prior)
         if not self.base_is_prior or not self.has_prior(micro_batch):
             return batch
-        shown = [
-            self.inputs.instance.subject_at(micro_batch * size + place) for place in range(size)
-        ]
-        classes = [self.class_prompts[number] for number in shown]
+
+        # The base's own answer is the prior: the same pictures, with prompts of their class.
+        classes = []
+        for place in range(micro_batch * size, (micro_batch + 1) * size):
+            subject = self.inputs.instance.subject_at(place)
+            classes.append(self.class_prompts[subject])
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def predict(self, rows: Rows) -> torch.Tensor:
         """The denoiser's prediction (B, C, h, w) in fp32. `time_ids` stay fp32: bf16 makes 1365 px
         1368."""
-        inputs, family, to = (
-            self.inputs,
-            self.inputs.family,
-            {"device": self.device, "dtype": self.inputs.dtype},
-        )
-        words = family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
+        inputs, noisy = self.inputs, rows.noisy
+        to = {"device": self.device, "dtype": inputs.dtype}
+        words = inputs.family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
+
+        # What cross-attention computes of a known prompt is found, not computed again.
         if inputs.text_products is not None:
             inputs.text_products.show(words["prompt_embeds"], rows.prompts)
-        z, t = rows.noisy.unet_input.to(**to), rows.noisy.timesteps
-        output = family.predict(inputs.denoiser, z, t, rows.time_ids, **words)
-        return objective.prediction_of(self.schedule, output.float(), rows.noisy)
+
+        output = inputs.family.predict(
+            inputs.denoiser, noisy.unet_input.to(**to), noisy.timesteps, rows.time_ids, **words
+        )
+        return objective.prediction_of(self.schedule, output.float(), noisy)
 
     def prior_rows(self, micro: MicroBatch) -> Rows:
         """The rows of the prior half, with text embeddings of the untrained encoders."""
@@ -381,12 +436,14 @@ class TrainStep:
 
     @torch.no_grad()
     def base_prediction(self, rows: Rows) -> torch.Tensor:
-        """The frozen base's prediction (B/2, 4, h, w) for the prior half; it is that half's target."""
+        """The frozen base's prediction (B/2, 4, h, w) for the prior half, which is that half's
+        target."""
         with moslora.switched_off(self.lora_layers):
             return self.predict(rows)
 
     def texts(self, prompts: list[str]) -> list[pipelines.Text]:
-        """Cached texts; live ones with gradients when the text encoders or new tokens are trained."""
+        """Cached texts, or live ones with gradients when the text encoders or new tokens are
+        trained."""
         if self.learnt:
             return self.learnt.texts(prompts, self.step)
         if self.config.train_text_encoder:
@@ -395,7 +452,7 @@ class TrainStep:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the UNet's A and B in the next step, including Prodigy's own estimate."""
+        """Learning rate of the denoiser's A and B in the next step, with Prodigy's own estimate."""
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
 
@@ -410,12 +467,12 @@ class TrainStep:
         return self.config.with_prior_preservation and self.config.prior == "adapter_off"
 
     def _average_gradients(self) -> None:
+        """Over the processes, in one all-reduce."""
         if self.accelerator.num_processes == 1:
             return
         grads = [p.grad for p in self.trained if p.grad is not None]
-        vector_to_parameters(
-            distributed.mean_over(self.accelerator, parameters_to_vector(grads)), grads
-        )
+        mean = distributed.mean_over(self.accelerator, parameters_to_vector(grads))
+        vector_to_parameters(mean, grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
         """Means over the step's micro-batches, of the prior's over those that have one, and over
@@ -423,12 +480,16 @@ class TrainStep:
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
         total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
+
+        # Micro-batches without a prior counted as 0 of it.
         of_step = count * self.accelerator.num_processes
-        share = (
-            sum(map(self.has_prior, range(self.step * of_step, (self.step + 1) * of_step)))
-            / of_step
+        numbers = range(self.step * of_step, (self.step + 1) * of_step)
+        share = sum(map(self.has_prior, numbers)) / of_step
+        return StepLosses(
+            total=total,
+            instance=instance,
+            prior=prior / share if share else None,
         )
-        return StepLosses(total, instance, prior / share if share else None)
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:

@@ -56,8 +56,8 @@ class Watched(TrainStep):
 
     found: list[TrainStep] = []  # noqa: RUF012
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
         self.shown: list[tuple[int, list[str], str]] = []
         self.found.append(self)
 

@@ -152,8 +152,8 @@ def train_steps(monkeypatch):
     """The TrainStep of each training, as it was left."""
     found, original = [], TrainStep.__init__
 
-    def note(self, *arguments):
-        original(self, *arguments)
+    def note(self, *arguments, **named):
+        original(self, *arguments, **named)
         found.append(self)
 
     monkeypatch.setattr(TrainStep, "__init__", note)

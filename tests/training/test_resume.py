@@ -246,9 +246,12 @@ def test_numbered_checkpoints_are_those_of_diffusers_script_and_the_end_is_calle
 def test_a_later_best_goes_aside(tiny_base, photos, tmp_path, monkeypatch):
     """An earlier one stays. A run in a fresh folder can be watched while it is prepared."""
     seen, prepare, run = [], loop.prepare, RunDir(tmp_path / "run")
-    monkeypatch.setattr(
-        loop, "prepare", lambda *given: seen.extend(run.read_metrics()) or prepare(*given)
-    )
+
+    def prepare_seen(*given, **named):
+        seen.extend(run.read_metrics())
+        return prepare(*given, **named)
+
+    monkeypatch.setattr(loop, "prepare", prepare_seen)
     train(tiny_config(tiny_base, photos, run.path, max_train_steps=3, checkpointing_steps=2))
     assert [event["type"] for event in seen] == ["start"]
     run.best_dir.mkdir()
