@@ -12,6 +12,8 @@ from pathlib import Path
 
 from dreambooth_moslora.disk.process_identity import is_running, own_token
 
+# The name of a temporary: whose it becomes, who made it, and whether it is the new content or the
+# old.
 TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)"
 )
@@ -36,7 +38,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 IS_OPEN = (5, 32)
 """Errors of Windows for a file that another program has open (ERROR_ACCESS_DENIED,
 ERROR_SHARING_VIOLATION)."""
-WAIT_SEC, AGAIN_SEC = 10.0, 0.1
+WAIT_SEC = 10.0  # How long a rename is tried again,
+AGAIN_SEC = 0.1  # and how often.
 
 
 def rename(source: Path, target: Path) -> None:
@@ -74,11 +77,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_directory(path.parent, path.name) as temporary:
         yield temporary
+        # All of it must be on the disk before it has its name.
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         sync_folder(temporary)
+
+        # The old folder steps aside, and comes back if the new one cannot take its place.
         old = temporary_name(path, "old")
         if path.exists():  # `recover` repairs a kill between the two renames
             rename(path, old)
@@ -112,12 +118,8 @@ def recover(folder: Path) -> None:
     """Restore a folder's name after a kill between the two renames of its replacement."""
     for path, match in temporaries(folder):
         target = folder / match["name"]
-        if (
-            match["kind"] == "old"
-            and path.is_dir()
-            and not target.exists()
-            and not is_in_use(match)
-        ):
+        is_old = match["kind"] == "old" and path.is_dir()
+        if is_old and not target.exists() and not is_in_use(match):
             with suppress(OSError):
                 os.replace(path, target)
 
@@ -126,14 +128,18 @@ def clean_stale(folder: Path) -> None:
     """Remove temporaries of processes that no longer run from `folder`."""
     recover(folder)
     for path, match in temporaries(folder):
-        if path.is_dir() and not is_in_use(match):
+        if is_in_use(match):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif not is_in_use(match):
+        else:
             path.unlink(missing_ok=True)
 
 
 def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
-    return [(path, match) for path in folder.iterdir() if (match := TEMPORARY.fullmatch(path.name))]
+    """The temporaries in the folder, each with what its name says."""
+    named = [(path, TEMPORARY.fullmatch(path.name)) for path in folder.iterdir()]
+    return [(path, match) for path, match in named if match]
 
 
 def is_in_use(temporary: re.Match[str]) -> bool:

@@ -28,7 +28,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-MOST_TEXT_BYTES = 32 * 2**20
+MOST_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.
 
 
 def check_size(path: Path, most_bytes: int) -> None:
@@ -55,7 +55,7 @@ def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
 
 
 def read_json(path: Path, model: type[M] = dict, most_bytes: int = MOST_TEXT_BYTES) -> M:
-    """What `from_json` makes of a file. Raises UserError naming the file and its first wrong value."""
+    """What `from_json` makes of a file. Raises UserError with its name and first wrong value."""
     try:
         return from_json(small_text(path, most_bytes), model)
     except (OSError, ValueError) as error:
@@ -93,6 +93,6 @@ def reason_of(error: Exception) -> str:
         return "there is no such file"
     if isinstance(error, UserError):
         return str(error)
-    return (
-        error.strerror if isinstance(error, OSError) and error.strerror else "it is not a text file"
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is not a text file"

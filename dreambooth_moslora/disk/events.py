@@ -26,7 +26,8 @@ MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
     """Append one line. Numbers that JSON cannot hold (NaN, infinity) become null."""
-    line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    text = json.dumps(finite(event), ensure_ascii=False, allow_nan=False, default=str)
+    line = f"{text}\n"
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -39,12 +40,17 @@ def read_events(path: Path, kind: str = "") -> list[dict[str, Any]]:
     """All events so far, or those of one kind: other lines are not parsed. A line that a kill cut
     off is left out. Raises UserError for a file that cannot be read or has more than MOST_BYTES."""
     mark = f'"{kind}"' if kind else ""
-    lines = (line for line in stored_text(path, MOST_BYTES).split("\n") if mark in line)
-    found = [event for line in lines if (event := parse_event(line)) is not None]
-    return [event for event in found if kind in ("", event["type"])]
+    found = []
+    for line in stored_text(path, MOST_BYTES).split("\n"):
+        event = parse_event(line) if mark in line else None
+        # The word may stand in another event's text.
+        if event is not None and kind in ("", event["type"]):
+            found.append(event)
+    return found
 
 
 def finite(value: Any) -> Any:
+    """The same value for JSON: None in place of NaN and infinity, at any depth."""
     if isinstance(value, dict):
         return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,10 +80,12 @@ class Metrics:
     _last_line: bytes = b""
 
     def refresh(self) -> "Metrics":
+        """Read what is new. `problem` says why a file was not read."""
         self.problem = ""
         try:
             check_size(self.path, MOST_BYTES)
             with self.path.open("rb") as file:
+                # The last line tells whether it is still the same file.
                 file.seek(self._offset - len(self._last_line))
                 if file.read(len(self._last_line)) != self._last_line:
                     self._forget()
@@ -88,21 +96,32 @@ class Metrics:
             if not isinstance(error, FileNotFoundError):
                 self.problem = f"{self.path.name}: {error.strerror}"
             return self
+
+        # A line without its end is still being written, and is read the next time.
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines(keepends=True)
         self._offset += len(whole)
-        self._last_line = lines[-1] if lines else self._last_line
-        self.events += [event for line in lines if (event := parse_event(line))]
+        if lines:
+            self._last_line = lines[-1]
+        found = map(parse_event, lines)
+        self.events += [event for event in found if event]
         return self
 
     def _forget(self) -> None:
-        self.events, self._offset, self._last_line = [], 0, b""
+        self.events = []
+        self._offset = 0
+        self._last_line = b""
 
     def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
         return [event for event in self.events if event.get("type") == kind]
 
     def last(self, kind: str) -> dict[str, Any]:
-        return next((event for event in reversed(self.events) if event.get("type") == kind), {})
+        """The last event of a kind; {} without one."""
+        for event in reversed(self.events):
+            if event.get("type") == kind:
+                return event
+        return {}
 
     def since_start(self) -> list[dict[str, Any]]:
         """Events since the last start. In a resumed run, events of the earlier one, even an `end`,
@@ -113,6 +132,8 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
+    """What happened, and when."""
+
     kind: ClassVar[str]  # its `type` on disk
     time: float = field(default_factory=time.time)  # seconds since 1970
 
@@ -158,6 +179,8 @@ class SamplesDrawn(Event):
 
 
 class Best(TypedDict):
+    """The best evaluation so far."""
+
     step: int
     score: float
     since: int  # evaluations
@@ -206,11 +229,13 @@ class RunEnded(Event):
     message: str = ""
 
 
+# The word on disk -> the event.
 KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
 E = TypeVar("E", bound=Event)
 
 
 def record_of(event: Event) -> dict[str, Any]:
+    """The event as one line has it: each score is a value of its own."""
     values = asdict(event)
     moment = values.pop("time")
     return {"type": event.kind, "time": moment} | values.pop("scores", {}) | values
@@ -225,9 +250,11 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     names = {item.name for item in fields(kind)}
     values = {name: value for name, value in record.items() if name in names}
     if kind is StepEvaluated:
+        # What no field has are the scores.
+        others = {name: value for name, value in record.items() if name not in names}
         values = {"best": {}} | values
         values["scores"] = {
-            k: v for k, v in record.items() if isinstance(v, float) and k not in names
+            name: value for name, value in others.items() if isinstance(value, float)
         }
     with suppress(UserError):
         return from_json(json.dumps(values), kind)
@@ -235,4 +262,6 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
 
 
 def events_of(kind: type[E], records: Iterable[Mapping[str, Any]]) -> list[E]:
-    return [event for record in records if isinstance(event := event_of(record), kind)]
+    """The events of one kind among these lines."""
+    found = map(event_of, records)
+    return [event for event in found if isinstance(event, kind)]

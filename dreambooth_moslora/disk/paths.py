@@ -13,15 +13,15 @@ def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where
     neither is known."""
     try:
-        return (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreambooth_moslora"
-        )
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         raise UserError(
             "this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir."
         ) from None
+    return caches / "dreambooth_moslora"
 
 
+# The folder of the program's own modules.
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -31,7 +31,7 @@ def clone_folder() -> Path | None:
 
 
 def assets_folder() -> Path:
-    """The folder of the toy world's models, and of `adapters`, `configs`, `studies` and `subjects`."""
+    """The folder of the toy world's models, `adapters`, `configs`, `studies` and `subjects`."""
     return (clone_folder() or PACKAGE) / "assets"
 
 
@@ -52,10 +52,10 @@ def user_path(path: str | Path) -> Path:
 
 
 def find_asset(path: str) -> str:
-    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own (the
-    README's examples)."""
+    """A path of the user's, `~` resolved; `assets/…` that is not there is the program's own."""
     path = os.path.expanduser(path)
     parts = Path(path).parts
+    # The README's examples say `assets/…`, and shall work from any folder.
     if parts[:1] != ("assets",) or os.path.exists(path):
         return path
     own = assets_folder().joinpath(*parts[1:])
@@ -64,6 +64,7 @@ def find_asset(path: str) -> str:
 
 SUBJECT_FILE = "subject.json"  # Beside photos: their token and class word; of a toy, what it is
 MAX_WORD_CHARACTERS = 60  # Of a token, and of the word for what photos show.
+# `owner/model` of the hub.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -80,9 +81,15 @@ def public_name(name: str | Path) -> str:
 def free_name(
     name: str, is_taken: Callable[[str], bool], separator: str = "_", *, is_numbered: bool = False
 ) -> str:
-    """`name`, or the first of `name_2`, `name_3` … that is not taken; with `is_numbered` it begins
-    at `name_1`."""
+    """A name that is not taken: `name`, else the first of `name_2`, `name_3` and so on.
+
+    name: the wanted one
+    is_taken: whether a name is
+    separator: between the name and the number
+    is_numbered: whether it has a number in any case, from 1
+    """
     if not is_numbered and not is_taken(name):
         return name
     numbers = count(1 if is_numbered else 2)
-    return next(numbered for n in numbers if not is_taken(numbered := f"{name}{separator}{n}"))
+    candidates = (f"{name}{separator}{number}" for number in numbers)
+    return next(candidate for candidate in candidates if not is_taken(candidate))

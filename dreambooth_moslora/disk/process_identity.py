@@ -24,12 +24,9 @@ def birth_of(pid: int) -> str:
     the clock alters, elsewhere the time. "" without a process, and if it is not told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        facts = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # proc(5): the fields follow the program's name, which may hold spaces and brackets.
+        facts = stat.rpartition(")")[2].split()
         return f"{boot} {facts[19]}"
     except (OSError, IndexError):
         import psutil

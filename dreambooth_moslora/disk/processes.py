@@ -27,16 +27,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # From <malloc.h> and <sys/mman.h>.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-MADV_HUGEPAGE, MADV_PAGEOUT = 14, 21
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
+MADV_HUGEPAGE = 14
+MADV_PAGEOUT = 21
 
 KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"  # Environment variable; 0 turns `keep_freed_memory` off.
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process from now on; False without glibc, or if KEEP_MEMORY is 0."""
+    """Keep freed memory in this process from now on. Returns whether it does: not without glibc,
+    nor if KEEP_MEMORY is 0."""
     if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
         return False
+    # Nothing is returned to the kernel, and nothing is mapped apart from the heap.
     try:
         libc = ctypes.CDLL(None)
         kept = bool(libc.mallopt(M_TRIM_THRESHOLD, -1)) and bool(libc.mallopt(M_MMAP_MAX, 0))
@@ -49,7 +54,8 @@ def keep_freed_memory() -> bool:
         page = os.sysconf("SC_PAGE_SIZE")
         size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
         libc.malloc.restype = ctypes.c_void_p
-        if block := libc.malloc(ctypes.c_size_t(size)):
+        block = libc.malloc(ctypes.c_size_t(size))
+        if block:
             start = -(-block // page) * page
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - page), MADV_HUGEPAGE)
             libc.free(ctypes.c_void_p(block))
@@ -70,12 +76,15 @@ def page_out(tensor: "Tensor") -> None:
     since 5.4."""
     if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
         return
-    page, start = os.sysconf("SC_PAGE_SIZE"), tensor.data_ptr()
-    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
+
+    # The whole pages of the tensor: those at its ends may hold others' data.
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = tensor.data_ptr()
+    first = -(-start // page) * page
+    end = (start + tensor.nbytes) // page * page
     if end > first:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT
-        )
+        length = ctypes.c_size_t(end - first)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, MADV_PAGEOUT)
 
 
 def share_heaps() -> bool:
@@ -96,6 +105,7 @@ def peak_memory_gib() -> float | None:
         return psutil.Process().memory_info().peak_wset / 2**30
     import resource
 
+    # macOS counts bytes, Linux KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
@@ -108,7 +118,7 @@ def reset_peak_memory() -> None:
 
 
 def avoid_fragmentation() -> None:
-    """Let PyTorch grow its blocks of GPU memory; before it is imported, and unless the user chose."""
+    """Let PyTorch grow its blocks of GPU memory, unless the user chose. Before it is imported."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -168,29 +178,37 @@ def has_gone_silent(asked: float, run_dirs: Iterable[Path]) -> bool:
     """Whether a process that was `asked` to stop at that time has written no event and no line of
     its log for ANSWER_SEC in any of its runs."""
     files = [run_dir / name for run_dir in run_dirs for name in ("metrics.jsonl", LOG_NAME)]
-    return (
-        time.time() - max([asked, *(file.stat().st_mtime for file in files if file.exists())])
-        > ANSWER_SEC
-    )
+    written = [file.stat().st_mtime for file in files if file.exists()]
+    return time.time() - max([asked, *written]) > ANSWER_SEC
 
 
 def was_killed(code: int | None, log_tail: str) -> bool:
     """Whether a process that recorded no end was killed. Without an exit status, and on Windows,
     where that of a killed one is of no kind of its own, its log decides."""
-    return code < 0 if code is not None and IS_POSIX else "rror" not in _last_words(log_tail)
+    if code is not None and IS_POSIX:
+        return code < 0
+    return "rror" not in _last_words(log_tail)
 
 
 def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
-    """The reason, for a process that recorded no end. `code` is None if an earlier server had
-    started it."""
+    """The reason, for a process that recorded no end.
+
+    code: its exit status; None if an earlier server had started it
+    log_tail: the end of its log
+    was_asked: whether it was asked to stop
+    """
     words = _last_words(log_tail)
     if code in STOPPED_EARLY and was_asked:
         return "It was stopped before training had begun."
+
+    # The system kills a process for want of memory without a word.
     is_memory = not was_asked and code in (None, KILLED)
     cause = ", perhaps for want of memory" if is_memory else ""
     unanswered = ". It had not answered the request to stop." if was_asked else ""
     if code is not None and code < 0:
         return f"The process was killed by {signal.Signals(-code).name}{cause}{unanswered or '.'}"
+
+    # On Windows, and without an exit status, only the log tells.
     if was_killed(code, log_tail) and (code is None or was_asked):
         return f"The process was killed{cause}; its last words: {words or 'none'}{unanswered}"
     return words or "The process ended without a word."
@@ -213,12 +231,15 @@ its path."""
 ANSWER_SEC = 1200.0
 """How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
 in minutes."""
-KILLED, STOPPED_EARLY = -9, (-signal.SIGTERM, signal.SIGTERM)
+KILLED = -9
+STOPPED_EARLY = (-signal.SIGTERM, signal.SIGTERM)
 """Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
-LOG_TAIL_LINES, TAIL_BYTES = 40, 64 * 1024
+LOG_TAIL_LINES = 40  # What `log_tail` gives,
+TAIL_BYTES = 64 * 1024  # of the last bytes that it reads.
 
 
 def write_settings(run_dir: Path, settings: Mapping[str, Any]) -> None:
+    """The settings of the process that `start_logged` will start there, for it to read."""
     (run_dir / CONFIG_NAME).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
@@ -229,9 +250,14 @@ def start_logged(
     folder: str | None = None,
     inherits: Sequence[int] = (),
 ) -> subprocess.Popen:
-    """Start Python with the arguments in `folder` (None: the current one), its output to the log in
-    `run_dir`, apart from this terminal's Ctrl-C and end. `environment` is added; open files in
-    `inherits` are passed on, but not on Windows. Removes a request to stop an earlier process."""
+    """Start Python apart from this terminal's Ctrl-C and end, its output to a log.
+
+    run_dir: gets the log; a request to stop an earlier process is removed from it
+    arguments: of Python
+    environment: variables to add
+    folder: in which it runs; None for the current one
+    inherits: open files that are passed on, but not on Windows
+    """
     (run_dir / STOP_NAME).unlink(missing_ok=True)
     own = {
         "PYTHONUNBUFFERED": "1",

@@ -37,14 +37,22 @@ from dreambooth_moslora.errors import UserError, one_line, spelled_out
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = "run.lock"
+LOCK_NAME = "run.lock"  # The file that a run locks.
 OWNER_NAME = "run.owner"
 """Which process holds the folder. Not in the locked file: Windows lets nobody else read that."""
-OWNER_BYTES = 200
+OWNER_BYTES = 200  # Most of it that is read.
 HOLD_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
-WRITTEN_TO = (LOCK_NAME, OWNER_NAME, "metrics.jsonl", "train.log")
-WRITTEN_TO += (processes.LOG_NAME, processes.CONFIG_NAME, HOLD_NAME, NEW_RECORD_NAME)
+WRITTEN_TO = (
+    LOCK_NAME,
+    OWNER_NAME,
+    "metrics.jsonl",
+    "train.log",
+    processes.LOG_NAME,
+    processes.CONFIG_NAME,
+    HOLD_NAME,
+    NEW_RECORD_NAME,
+)
 """Opened where they are, while others are replaced; the last four by a queue and a fleet."""
 
 
@@ -131,7 +139,8 @@ def remark_no_locks(folder: Path, reason: str) -> None:
 
 def owner_of(folder: Path) -> str:
     """Who holds the folder, in its own words. Of a pipe there, reading would have no end."""
-    path, words = folder / OWNER_NAME, b""
+    path = folder / OWNER_NAME
+    words = b""
     with suppress(OSError):
         if path.is_file():
             with path.open("rb") as file:
@@ -139,13 +148,16 @@ def owner_of(folder: Path) -> str:
     return words.decode(errors="replace").strip() or "another process"
 
 
-QUEUE_NAME = ".queue"
-PLACES = ("up", "down", "first", "last")
-HELD_SEC, POLL_SEC = 30.0, 0.02
+QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.
+PLACES = ("up", "down", "first", "last")  # Where a person can move a waiting run.
+HELD_SEC = 30.0  # How long another process may hold the order,
+POLL_SEC = 0.02  # and how often it is tried again.
 
 
 @dataclass(frozen=True)
 class QueuedRun:
+    """A run in the queue: a file there, until the run has ended."""
+
     name: str
     folder: str = ""  # that paths in the settings are relative to
     argv: tuple[str, ...] = ()  # the words of the command that added it; () of the page
@@ -158,8 +170,10 @@ class QueuedRun:
 
     @classmethod
     def load(cls, path: Path) -> "QueuedRun":
+        """The run of a file; of one that cannot be read, its name alone."""
         with suppress(UserError):
-            if (run := read_json(path, cls)).name == path.stem:
+            run = read_json(path, cls)
+            if run.name == path.stem:
                 return run
         return cls(path.stem)
 
@@ -191,21 +205,24 @@ class RunQueue:
         is in the queue."""
         with self._held():
             order = [found.name for found in self.waiting()]
-            if run.name in [*order, *(found.name for found in self.started())]:
+            taken = order + [found.name for found in self.started()]
+            if run.name in taken:
                 raise UserError(f"the run {run.name} is in the queue already")
             self._set_order([*order, run.name])
             self._write("waiting", run)
             return len(order) + 1
 
     def waiting(self) -> list[QueuedRun]:
+        """The waiting runs in their order: those that it names, then the others by their time."""
         names = []
         with suppress(UserError):
             names = read_json(self.folder / "order.json", list[str])
-        moved = {name: number for number, name in enumerate(names)}
-        return sorted(
-            self._all("waiting"),
-            key=lambda run: (moved.get(run.name, len(moved)), run.queued, run.name),
-        )
+        places = {name: number for number, name in enumerate(names)}
+
+        def place_of(run: QueuedRun) -> tuple[int, float, str]:
+            return places.get(run.name, len(places)), run.queued, run.name
+
+        return sorted(self._all("waiting"), key=place_of)
 
     def started(self) -> list[QueuedRun]:
         """The run whose turn it is, or an empty list."""
@@ -217,16 +234,20 @@ class RunQueue:
             self._set_order(with_place([run.name for run in self.waiting()], name, place))
 
     def remove(self, name: str) -> QueuedRun:
-        """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError."""
+        """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError
+        for a run that does not wait."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name), None)
             if run is None:
                 raise UserError(not_waiting(name))
             self._path("waiting", name).unlink()
+
+        # A run of the command line may have the person's own files in its folder; one of the page
+        # has none.
         run_dir = run_folder.RunDir(self.runs_dir / name)
         if run.is_new and not run_dir.metrics_path.exists():
             if run.argv:
-                with suppress(OSError):  # files of the person's own are in it
+                with suppress(OSError):  # it is not empty
                     run_dir.path.rmdir()
             else:
                 shutil.rmtree(run_dir.path, ignore_errors=True)
@@ -252,13 +273,16 @@ class RunQueue:
         """Move the first waiting run to `started` and return it; None when none waits, or the queue
         is paused."""
         with self._held():
-            run = None if self.is_paused else next(iter(self.waiting()), None)
-            if run is not None:
-                (self.folder / "started").mkdir(exist_ok=True)
-                rename(self._path("waiting", run.name), self._path("started", run.name))
+            waiting = [] if self.is_paused else self.waiting()
+            if not waiting:
+                return None
+            run = waiting[0]
+            (self.folder / "started").mkdir(exist_ok=True)
+            rename(self._path("waiting", run.name), self._path("started", run.name))
             return run
 
     def note(self, run: QueuedRun) -> None:
+        """Record what is new of the run whose turn it is."""
         self._write("started", run)
 
     def end(self, run: QueuedRun, state: str, message: str) -> None:
@@ -268,6 +292,7 @@ class RunQueue:
         self._path("started", run.name).unlink(missing_ok=True)
 
     def ended(self) -> list[dict[str, Any]]:
+        """The runs that have ended, and how, the earliest first."""
         return events.read_events(self.ended_path) if self.ended_path.is_file() else []
 
     def _all(self, kind: str) -> list[QueuedRun]:
@@ -289,7 +314,8 @@ class RunQueue:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Lock the order and the waiting runs for the block, which must be short. Raises UserError."""
+        """Lock the order and the waiting runs for the block, which must be short. Raises UserError
+        when another process holds them for HELD_SEC."""
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + HELD_SEC
         while True:
@@ -312,8 +338,9 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
     invalid place."""
     if name not in names:
         raise UserError(not_waiting(name))
-    rest, now = [one for one in names if one != name], list(names).index(name)
-    if place.isdecimal() and int(place[:9]) > 0:
+    rest = [one for one in names if one != name]
+    now = list(names).index(name)
+    if place.isdecimal() and int(place[:9]) > 0:  # nine digits, as Python refuses very long ones
         index = int(place[:9]) - 1
     elif place in PLACES:
         index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
@@ -325,4 +352,5 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
 
 
 def not_waiting(name: str) -> str:
+    """What is said of a name that is not in the queue."""
     return f"no run called {name!r:.60} waits in the queue"

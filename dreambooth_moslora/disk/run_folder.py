@@ -21,18 +21,20 @@ from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_o
 from dreambooth_moslora.disk.paths import free_name, user_path
 from dreambooth_moslora.errors import UserError, one_line
 
-PUBLISHED_NAME, RAW_NAME = "pytorch_lora_weights.safetensors", "moslora_weights.safetensors"
+# The published LoRA, as diffusers names it, and A, B and M as they are trained.
+PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
+RAW_NAME = "moslora_weights.safetensors"
 # End of the name of the file for other programs, after the run's name.
 KOHYA_SUFFIX = ".kohya.safetensors"
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
-TOKENS_SUFFIX = "_emb.safetensors"
-CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)
-NAME_BYTES = 200
+TOKENS_SUFFIX = "_emb.safetensors"  # End of the name of a file with new tokens.
+CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)  # Without one it is not complete.
+NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunDir:
-    """Names in the output folder `path` of one run. Nothing is created until something is written."""
+    """Names in the output folder `path` of one run. Nothing is made until something is written."""
 
     def __init__(self, path: str | Path):
         self.path = path = Path(path)
@@ -62,10 +64,11 @@ class RunDir:
 
     @property
     def tokens_paths(self) -> list[Path]:
-        """New tokens of both text encoders, a file for each subject; none if the run learnt none."""
+        """New tokens of both text encoders, a file for each subject; [] if the run learnt none."""
         return tokens_files(self.path, self.name)
 
     def read_card(self) -> str | None:
+        """The text of the model card; None without one. Raises UserError."""
         return stored_text(self.card_path) if self.card_path.is_file() else None
 
     def checkpoint_path(self, step: int) -> Path:
@@ -76,24 +79,28 @@ class RunDir:
         return [path for path in self.named_checkpoints() if is_checkpoint(path)]
 
     def named_checkpoints(self) -> list[Path]:
-        """All folders with a checkpoint's name, by step: complete, damaged, or another program's."""
+        """All folders with a checkpoint's name, by step: complete, damaged, or not a run's."""
         if not self.path.is_dir():
             return []
         recover(self.path)
-        named = [
-            p for p in self.path.iterdir() if checkpoint_step(p) is not None or p == self.last_dir
-        ]
+        named = []
+        for path in self.path.iterdir():
+            if checkpoint_step(path) is not None or path == self.last_dir:
+                named.append(path)
         return sorted(named, key=step_of)
 
     def latest_checkpoint(self) -> Path | None:
-        return next(reversed(self.checkpoints()), None)
+        """The complete checkpoint of the most steps; None without one."""
+        found = self.checkpoints()
+        return found[-1] if found else None
 
     def rotate(self, limit: int | None) -> None:
         """Keep the newest `limit` numbered checkpoints; None keeps all."""
-        if limit is not None:
-            numbered = [path for path in self.checkpoints() if path != self.last_dir]
-            for path in numbered[: -max(1, limit)]:
-                remove_directory(path)
+        if limit is None:
+            return
+        numbered = [path for path in self.checkpoints() if path != self.last_dir]
+        for path in numbered[: -max(1, limit)]:
+            remove_directory(path)
 
     def append_metrics(self, event: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -113,7 +120,8 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
         raise UserError(
-            f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most {NAME_BYTES} bytes"
+            f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most "
+            f"{NAME_BYTES} bytes"
         )
 
 
@@ -166,11 +174,11 @@ class Position:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether all files of a checkpoint exist; their content is not checked."""
-    return all(
-        (path / name).is_file() and (path / name).stat().st_size for name in CHECKPOINT_FILES
-    )
+    files = [path / name for name in CHECKPOINT_FILES]
+    return all(file.is_file() and file.stat().st_size for file in files)
 
 
+# A sentence of each model card of this program.
 SIGNATURE = "Made with dreambooth_moslora"
 # The trainer's; other files that a card names are not the run's
 PICTURE = re.compile(r"image_\d+\.png")
@@ -196,6 +204,7 @@ def pictures_named(text: str) -> set[str]:
 
 NONE = "none"  # The choice of no adapter; no file gets this name.
 PEFT_CONFIG = "adapter_config.json"  # beside adapter_model.safetensors, by PEFT
+# What a name to show cannot have.
 UNSAFE = re.compile(r"[^\w .+-]+")
 
 
@@ -209,7 +218,8 @@ def find_weights(path: str | Path) -> Path:
         raise UserError(f"there is no adapter file {path}")
     if path.suffix != ".safetensors":
         raise UserError(
-            f"{path.name} is not a .safetensors file; other formats can carry code and are not opened"
+            f"{path.name} is not a .safetensors file; other formats can carry code and are "
+            "not opened"
         )
     return path
 
@@ -249,26 +259,38 @@ def named_files(
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
-        if not file.name.endswith(TOKENS_SUFFIX):
-            known.add(name := free_name(name_of(file, folders), known.__contains__, " "))
-            found[name] = file
+        if file.name.endswith(TOKENS_SUFFIX):
+            continue
+        name = free_name(name_of(file, folders), known.__contains__, " ")
+        known.add(name)
+        found[name] = file
     return found
 
 
 def run_files(runs: Collection[Path]) -> list[Path]:
     """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run
     first."""
-    dirs = [RunDir(run) for run in runs]
-    places = [place for d in dirs for place in (d.adapter_path, d.best_dir / PUBLISHED_NAME)]
-    newest = {d.path: d.adapter_path.stat().st_mtime for d in dirs if d.adapter_path.is_file()}
-    finished = [file for file in places if file.is_file()]
-    finished.sort(
-        key=lambda file: -max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent))
-    )
+    # Published adapters, the best step's beside the last, by the time of the run's own.
+    finished = []
+    newest = {}
+    for run_dir in map(RunDir, runs):
+        places = (run_dir.adapter_path, run_dir.best_dir / PUBLISHED_NAME)
+        finished += [file for file in places if file.is_file()]
+        if run_dir.adapter_path.is_file():
+            newest[run_dir.path] = run_dir.adapter_path.stat().st_mtime
+
+    def written(file: Path) -> float:
+        return max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent))
+
+    finished.sort(key=lambda file: -written(file))
+
+    # Checkpoints.
     checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
-    checkpoints.sort(
-        key=lambda file: (file.parent.parent.name, -(checkpoint_step(file.parent) or 0))
-    )
+
+    def run_and_step(file: Path) -> tuple[str, int]:
+        return file.parent.parent.name, -(checkpoint_step(file.parent) or 0)
+
+    checkpoints.sort(key=run_and_step)
     return [*finished, *checkpoints]
 
 
@@ -287,14 +309,13 @@ def name_of(file: Path, folders: Collection[Path]) -> str:
         return f"{clean_name(file.parent.parent.name)}@{checkpoint_step(file.parent) or 0}"
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
-    is_best = file.parent.name == BEST_NAME and file.parent.parent not in folders
-    return (
-        f"{clean_name(file.parent.parent.name)}@best" if is_best else clean_name(file.parent.name)
-    )
+    if file.parent.name == BEST_NAME and file.parent.parent not in folders:
+        return f"{clean_name(file.parent.parent.name)}@best"
+    return clean_name(file.parent.name)
 
 
 def clean_name(text: str) -> str:
-    """A name to show, to put in a tag and to use as a file name: letters, digits, space and `.+-_`."""
+    """A name to show, to put in a tag and to use for a file: letters, digits, space and `.+-_`."""
     return UNSAFE.sub("_", text).strip(" ._")[:60].rstrip(" .") or "adapter"
 
 
