@@ -8,6 +8,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+# Name -> the module that has it.
 _HOME = {
     "UserError": "errors",
     "Base": "base.base",
@@ -26,10 +27,13 @@ __all__ = ["__version__", *_HOME]
 
 def wait_briefly() -> None:
     """Let OpenMP's idle threads spin for a moment and then sleep, unless the environment chooses
-    already. If they sleep at once, a small UNet's step takes nearly twice as long on two free
-    cores; if they spin for long while other programs use the cores, ten times as long. libgomp
-    reads both variables when torch is imported; after that, only processes that are started from
-    here obey."""
+    already.
+
+    If they sleep at once, a small UNet's step takes nearly twice as long on two free cores; if they
+    spin for long while other programs use the cores, ten times as long.
+    """
+    # libgomp reads both variables when torch is imported; after that, only processes that are
+    # started from here obey.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 

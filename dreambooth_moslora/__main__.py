@@ -4,7 +4,10 @@ import sys
 
 
 def main() -> int:
-    """Run the command line. A Ctrl-C during its import ends the program like one during a command."""
+    """Run the command line. Returns the exit code.
+
+    A Ctrl-C during the import ends the program like one during a command.
+    """
     try:
         from dreambooth_moslora.cli.main import main as run
 

@@ -11,8 +11,9 @@ CONTROL = re.compile(
 )
 """Control characters, and those that turn the direction of a line."""
 NO_MEMORY = re.compile(
-    r"can't allocate memory|out of memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
-    r"|could not create a (primitive|memory object)$"
+    r"can't allocate memory|out of "
+    r"memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED|could not "
+    r"create a (primitive|memory object)$"
 )
 """Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of
 oneDNN."""
@@ -23,17 +24,17 @@ MOST_LETTERS = 1000
 def spelled_out(text: str) -> str:
     """Undecodable bytes, which file names may have, become `\\udcff`, control characters `\\x1b`
     and `\\u202e`, for any file and terminal. Line feeds and tabs stay."""
-    return CONTROL.sub(
-        lambda found: escape(ord(found[0])), text.encode("utf-8", "backslashreplace").decode()
-    )
+    decodable = text.encode("utf-8", "backslashreplace").decode()
+    return CONTROL.sub(lambda found: escape(ord(found[0])), decodable)
 
 
 def escape(letter: int) -> str:
+    """A character's number as Python writes it in a string."""
     return f"\\x{letter:02x}" if letter < 256 else f"\\u{letter:04x}"
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """Another library's error as one line of at most `most` characters; its type if it has no text."""
+    """Another library's error as one line of at most `most` characters; its type if it is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -47,11 +48,14 @@ def first_problem(error: "ValidationError") -> str:
 
 def shortened(text: str) -> str:
     """A long message without its middle: the beginning says what is wrong, the end what to do."""
+    if len(text) <= MOST_LETTERS:
+        return text
     half = MOST_LETTERS // 2
-    return text if len(text) <= MOST_LETTERS else f"{text[:half]} … {text[-half:]}"
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking, on any device: each library says it in its own words."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_named or bool(NO_MEMORY.search(str(error)))
 

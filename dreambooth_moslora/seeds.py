@@ -38,6 +38,7 @@ def place_of(position: int, length: int, *names: object) -> tuple[int, int]:
     return epoch, permutation(length, *names, epoch)[offset]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # a run asks for one epoch's many times, of each of its subjects
 def permutation(length: int, *names: object) -> tuple[int, ...]:
+    """The numbers from 0 to `length` - 1 in the order of these names."""
     return tuple(rng("order", *names).sample(range(length), length))

@@ -30,4 +30,5 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def no_number(word: str) -> None:
+    """For `json.loads`, which would take NaN and Infinity. Raises ValueError."""
     raise ValueError(f"{word} is not a JSON number")
