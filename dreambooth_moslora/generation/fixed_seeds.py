@@ -21,17 +21,22 @@ from dreambooth_moslora.settings.families import facts_of
 
 logger = logging.getLogger(__name__)
 
+# Denoising steps of a picture
 DEFAULT_INFERENCE_STEPS = 25
 
 
 @dataclass(frozen=True)
 class SampleRequest:
+    """A picture to draw."""
+
     prompt: str
     seed: int
 
 
 @dataclass
 class Sampler:
+    """Draws pictures by a pipeline with its adapters, as they are at the moment."""
+
     pipeline: DiffusionPipeline
     embed: Callable[[list[str]], list[pipelines.Text]]  # the texts of prompts, cached or computed
     resolution_px: int
@@ -50,47 +55,69 @@ class Sampler:
             return
         pipeline = self.pipeline
         facts = facts_of(type(pipeline).__name__)
-        names = (facts.denoiser, *facts.encoders)
-        parts = [part for part in (getattr(pipeline, name) for name in names) if part is not None]
-        modes, home = [part.training for part in parts], pipeline.vae.device
+        parts = [getattr(pipeline, name) for name in (facts.denoiser, *facts.encoders)]
+        parts = [part for part in parts if part is not None]
+
+        # To drawing: adapters may have dropout, and training keeps the VAE off the GPU.
+        modes = [part.training for part in parts]
+        home = pipeline.vae.device
         for part in parts:
-            part.eval()  # adapters may have dropout
+            part.eval()
         pipeline.vae.to(self.device)
         try:
-            waiting = list(requests)
-            while waiting:
-                try:
-                    pictures = self._draw(waiting[:batch_size])
-                except Exception as error:
-                    if batch_size == 1 or not is_out_of_memory(error):
-                        raise
-                    pictures = []
+            yield from self._in_batches(list(requests), batch_size)
 
-                if not pictures:  # out of the block, where the error holds no tensors any more
-                    machine.free_unused_blocks(self.device)
-                    batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
-                    logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
-                yield from pictures
-                del waiting[: len(pictures)]
+        # Back to training, also after an error or a stop
         finally:
             for part, mode in zip(parts, modes):
                 part.train(mode)
             pipeline.vae.to(home)
 
+    def _in_batches(
+        self, waiting: list[SampleRequest], batch_size: int
+    ) -> Generator[Image.Image, None, None]:
+        """The pictures. Batches become smaller when memory runs out."""
+        while waiting:
+            try:
+                pictures = self._draw(waiting[:batch_size])
+            except Exception as error:
+                if batch_size == 1 or not is_out_of_memory(error):
+                    raise
+                pictures = []
+
+            # Out of the block, where the error holds no tensors any more
+            if not pictures:
+                machine.free_unused_blocks(self.device)
+                batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
+                logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
+            yield from pictures
+            del waiting[: len(pictures)]
+
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
+        """One batch of pictures. Raises StopRequestedError."""
         family = pipelines.family_of(self.pipeline)
-        to = {"device": self.device, "dtype": pipelines.denoiser_of(self.pipeline).dtype}
-        words, empty = (
-            family.arguments([pipelines.in_dtype(text, **to) for text in self.embed(prompts)])
-            for prompts in ([r.prompt for r in requests], [""] * len(requests))
+        words = self._words([request.prompt for request in requests])
+        empty = self._words([""] * len(requests))
+        pixels = drawn(
+            self.pipeline,
+            family.with_negative(words, empty),
+            seeds=[request.seed for request in requests],
+            size_px=(self.resolution_px, self.resolution_px),
+            guidance=self.guidance_scale,
+            num_inference_steps=self.inference_steps,
+            callback_on_step_end=stopper(self.should_stop, self.on_step),
         )
-        seeds, size = [r.seed for r in requests], (self.resolution_px, self.resolution_px)
-        stop = stopper(self.should_stop, self.on_step)
-        options = {"num_inference_steps": self.inference_steps, "callback_on_step_end": stop}
-        words = family.with_negative(words, empty)
-        pixels = drawn(self.pipeline, words, seeds, size, self.guidance_scale, **options)
         return decode.pictures_of(decode.finite_or_black(pixels))
+
+    def _words(self, prompts: list[str]) -> dict[str, Any]:
+        """The prompts' texts as arguments of the pipeline, where and as the denoiser computes."""
+        dtype = pipelines.denoiser_of(self.pipeline).dtype
+        texts = [
+            pipelines.in_dtype(text, device=self.device, dtype=dtype)
+            for text in self.embed(prompts)
+        ]
+        return pipelines.family_of(self.pipeline).arguments(texts)
 
 
 def drawn(
@@ -101,24 +128,37 @@ def drawn(
     guidance: float | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Pixels (B, 3, h, w), about in [-1, 1], by the pipeline's call with `words`. `guidance` None
-    is the base's own."""
+    """Pixels (B, 3, h, w), about in [-1, 1].
+
+    pipeline: of any family
+    words: arguments of its call that stand for the prompts
+    seeds: (B,) of the noise, one for each picture
+    size_px: (h, w)
+    guidance: None is the base's own
+    options: further arguments of the call
+    """
     facts = facts_of(type(pipeline).__name__)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options |= {"height": size_px[0], "width": size_px[1], "generator": generators}
-    options[facts.guidance_name] = load.default_guidance(pipeline) if guidance is None else guidance
+    options["height"], options["width"] = size_px
+    if guidance is None:
+        guidance = load.default_guidance(pipeline)
+    options[facts.guidance_name] = guidance
+
+    # On the CPU: a seed means the same noise on every device and in any batch.
+    options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    # A flow's pipeline unpacks its latents and decodes them itself.
     if facts.style == "flow":
         return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
     options["guidance_rescale"] = load.guidance_rescale(pipeline)
-    return decode.decode_pixels(
-        pipeline.vae, pipeline(**words, **options, output_type="latent").images
-    )
+    latents = pipeline(**words, **options, output_type="latent").images
+    return decode.decode_pixels(pipeline.vae, latents)
 
 
 def stopper(
     should_stop: Callable[[], bool], on_step: Callable[[], object] = bool
 ) -> Callable[..., dict]:
-    """A callback for the pipeline, for after each denoising step."""
+    """The pipeline's callback after each denoising step. It raises StopRequestedError on
+    request."""
 
     def ask(_pipeline: object, _step: int, _timestep: object, tensors: dict) -> dict:
         on_step()
@@ -138,14 +178,29 @@ def generate_images(
     should_stop: Callable[[], bool] = bool,
     text_options: dict[str, Any] | None = None,
 ) -> list[Image.Image]:
-    """Class images (h, w) = `size_px` by the base alone; `text_options` are those of
-    `encode_prompt`. Raises UserError for NaN, which would be trained on."""
+    """Class images by the base alone.
+
+    pipeline: the base
+    prompt: of the class
+    seeds: of the noise, one for each picture
+    size_px: (h, w)
+    should_stop: asked after each denoising step; raises StopRequestedError then
+    text_options: those of `encode_prompt`
+
+    Raises UserError for NaN, which would be trained on.
+    """
     words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
-    # a pipeline given a prompt alone may draw without guidance
+
+    # A flow's pipeline given a prompt alone may draw without guidance.
     if facts_of(type(pipeline).__name__).style == "flow":
         family = pipelines.family_of(pipeline, options=text_options)
-        texts = *family.texts(pipeline, [prompt]), family.negative(pipeline, "")
-        words = family.with_negative(*(family.arguments([text] * len(seeds)) for text in texts))
+        (text,) = family.texts(pipeline, [prompt])
+        negative = family.negative(pipeline, "")
+        words = family.with_negative(
+            family.arguments([text] * len(seeds)),
+            family.arguments([negative] * len(seeds)),
+        )
+
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
         remedy = (

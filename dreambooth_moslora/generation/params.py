@@ -25,43 +25,60 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 from dreambooth_moslora.settings.table import TrainConfig
 
+# The text chunk with the recipe, and the version of its format
 PNG_KEY = "dreambooth_moslora"
 FORMAT_VERSION = 1
 MAX_SEED = 2**32 - 1
+# Sides are multiples of this: the VAE halves them three times
 SIZE_STEP_PX = 8
+# Least and largest value of each number
 LIMITS = {
     "seed": (0, MAX_SEED),
     "steps": (1, 200),
     "guidance_scale": (0.0, 50.0),
     "num_images": (1, 64),
+    "height_px": (SIZE_STEP_PX, 4096),
+    "width_px": (SIZE_STEP_PX, 4096),
 }
-LIMITS |= {"height_px": (SIZE_STEP_PX, 4096), "width_px": (SIZE_STEP_PX, 4096)}
 MAX_PROMPT_CHARACTERS = 5000
 MAX_ADAPTERS = 8
+# `<lora:name:0.8>`, as A1111 writes it
 LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
-MAX_STEPS = 100  # Most steps on a machine that draws for many users: more would block the queue
+# Most steps on a machine that draws for many users: more would block the queue
+MAX_STEPS = 100
 # Largest area relative to the base's own: larger pictures take much longer and repeat themselves
 MAX_AREA = 4
 
 
 @dataclass(frozen=True)
 class Scheduler:
+    """A way to remove noise, as this program offers it."""
+
     title: str  # in other programs ("Sampler" in A1111)
     class_name: str  # of diffusers
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-KARRAS = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}
-KARRAS |= {"use_exponential_sigmas": False, "use_beta_sigmas": False}
+# Options of DPM++ on Karras' noise levels; diffusers allows one kind of levels at a time
+KARRAS = {
+    "algorithm_type": "dpmsolver++",
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 SCHEDULERS = {
-    "euler": Scheduler("Euler", "EulerDiscreteScheduler"),
-    "dpmpp_2m_karras": Scheduler("DPM++ 2M Karras", "DPMSolverMultistepScheduler", KARRAS),
-    "dpmpp_2m_sde_karras": Scheduler(
-        "DPM++ 2M SDE Karras",
-        "DPMSolverMultistepScheduler",
-        KARRAS | {"algorithm_type": "sde-dpmsolver++"},
+    "euler": Scheduler(title="Euler", class_name="EulerDiscreteScheduler"),
+    "dpmpp_2m_karras": Scheduler(
+        title="DPM++ 2M Karras",
+        class_name="DPMSolverMultistepScheduler",
+        options=KARRAS,
     ),
-    "unipc": Scheduler("UniPC", "UniPCMultistepScheduler"),
+    "dpmpp_2m_sde_karras": Scheduler(
+        title="DPM++ 2M SDE Karras",
+        class_name="DPMSolverMultistepScheduler",
+        options=KARRAS | {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "unipc": Scheduler(title="UniPC", class_name="UniPCMultistepScheduler"),
 }
 """Schedulers by this program's names. One seed decides all noise of a picture, also that which
 DPM++ 2M SDE adds after each step, so that later steps correct what earlier ones did."""
@@ -79,11 +96,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Everything that decides the pixels, given base and adapters. Sizes are px; None means the
-    base's own, also for guidance and scheduler. Image i has the seed `seed + i`, whatever
-    `num_images` is. `text_options` are settings of training, such as max_sequence_length: without
-    them those of the adapters' runs are taken; an empty one is the base's own. Raises UserError on
-    a value that cannot be generated."""
+    """Everything that decides the pixels, given base and adapters.
+
+    seed: of the first image; image i has `seed + i`, whatever `num_images` is
+    guidance_scale, scheduler: None means the base's own
+    height_px, width_px: px; None means the base's own
+    adapters: pairs of a name and a scale
+    text_options: settings of training, such as max_sequence_length. Without them those of the
+        adapters' runs are taken; an empty one is the base's own
+
+    Raises UserError on a value that cannot be generated.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -98,27 +121,26 @@ class GenerationParams:
     text_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        # Every field is checked, also its type: anyone may have written the PNG.
         for name in ("prompt", "negative_prompt"):
-            if not isinstance(text := getattr(self, name), str):
-                raise UserError(f"{name} must be text, not {type(text).__name__}")
-            if len(text) > MAX_PROMPT_CHARACTERS:
-                raise UserError(
-                    f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are allowed"
-                )
-            check_characters(text, name)
+            _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise UserError("the prompt is empty; write what the picture should show")
+
         for name, (low, high) in LIMITS.items():
             _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
         for name in ("height_px", "width_px"):
-            if (size := getattr(self, name)) is not None and size % SIZE_STEP_PX:
+            size = getattr(self, name)
+            if size is not None and size % SIZE_STEP_PX:
                 raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
-        if self.scheduler is not None and (
-            not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS
-        ):
-            raise UserError(
-                f"scheduler {self.scheduler!r:.60} is unknown; choose one of {', '.join(SCHEDULERS)}"
-            )
+
+        scheduler = self.scheduler
+        is_known = scheduler is None or (isinstance(scheduler, str) and scheduler in SCHEDULERS)
+        if not is_known:
+            known = ", ".join(SCHEDULERS)
+            raise UserError(f"scheduler {scheduler!r:.60} is unknown; choose one of {known}")
+
+        # Lists and dictionaries of JSON become tuples: the class is frozen.
         object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
         object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
 
@@ -130,20 +152,26 @@ class GenerationParams:
         """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen
         elsewhere."""
         prompt, tags = split_lora_tags(self.prompt)
+        if not tags:
+            return self
         adapters = tuple((dict(self.adapters) | dict(tags)).items())
-        return replace(self, prompt=prompt, adapters=adapters) if tags else self
+        return replace(self, prompt=prompt, adapters=adapters)
 
     def to_dict(self) -> dict[str, Any]:
-        """Leaves out `text_options` when there are none, so that other pictures keep their bytes."""
+        """As JSON holds it. It leaves out `text_options` when there are none, so that other
+        pictures keep their bytes."""
         shown = asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
         options = dict(shown.pop("text_options"))
-        return shown | ({"text_options": options} if options else {})
+        if options:
+            shown["text_options"] = options
+        return shown
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
         """Raises UserError for an unknown name or a value of the wrong type: anyone may have
         written the PNG."""
-        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
             raise UserError(f"unknown generation parameter {unknown[0]!r}")
         if "prompt" not in values:
             raise UserError("the recipe has no prompt")
@@ -172,7 +200,7 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class StoredRecipe:
-    """The JSON in a PNG."""
+    """The JSON in a PNG, with values that nobody has checked."""
 
     params: dict[str, Any]
     base: str = ""
@@ -182,6 +210,8 @@ class StoredRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
+    """What a PNG says about itself."""
+
     params: GenerationParams
     provenance: Provenance
 
@@ -195,9 +225,12 @@ def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
     """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1; equal
     names add up. Raises UserError for a tag that is not read."""
     tags = added(map(tag_of, LORA_TAG.findall(prompt)))
-    return (
-        (re.sub(r"\s{2,}", " ", LORA_TAG.sub("", prompt)).strip(), tags) if tags else (prompt, ())
-    )
+    if not tags:
+        return prompt, ()
+
+    # A tag between two words leaves two spaces behind.
+    words = LORA_TAG.sub("", prompt)
+    return re.sub(r"\s{2,}", " ", words).strip(), tags
 
 
 def tag_of(text: str) -> tuple[str, float]:
@@ -227,7 +260,8 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def texts_in(path: Path) -> dict[str, str]:
-    """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged one."""
+    """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged
+    one."""
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
             return {key: value for key, value in image.info.items() if isinstance(value, str)}
@@ -250,8 +284,21 @@ def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
         found = from_json(text[PNG_KEY], StoredRecipe)
     except UserError as error:
         raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
-    pairs = tuple(found.adapter_sha256.items()), tuple(found.versions.items())
-    return Recipe(GenerationParams.from_dict(found.params), Provenance(found.base, *pairs))
+    provenance = Provenance(
+        base=found.base,
+        adapter_sha256=tuple(found.adapter_sha256.items()),
+        versions=tuple(found.versions.items()),
+    )
+    return Recipe(GenerationParams.from_dict(found.params), provenance)
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name} must be text, not {type(text).__name__}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        most = f"at most {MAX_PROMPT_CHARACTERS} are allowed"
+        raise UserError(f"{name} has {len(text)} characters; {most}")
+    check_characters(text, name)
 
 
 def check_characters(text: str, name: str) -> None:
@@ -287,10 +334,10 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
             f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined"
         )
     for name, scale in pairs:
+        # `not … <=` is also true for NaN.
         if not isinstance(name, str) or not name or not abs(scale) <= 10:
-            raise UserError(
-                f"adapter {name!r:.60} with scale {scale} is not usable; scales lie between -10 and 10"
-            )
+            said = f"adapter {name!r:.60} with scale {scale} is not usable"
+            raise UserError(f"{said}; scales lie between -10 and 10")
     if len(dict(pairs)) != len(pairs):
         raise UserError("an adapter is named twice; give each one scale")
     return pairs
@@ -310,6 +357,8 @@ def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
         if len(str(value)) > MAX_PROMPT_CHARACTERS:
             raise UserError(f"{name} is longer than {MAX_PROMPT_CHARACTERS} characters")
         check_characters(str(value), name)
+
+    # The settings' own types, such as a tuple of layers
     config = TrainConfig.from_dict(options)
     return tuple((name, getattr(config, name)) for name in options)
 
@@ -318,17 +367,19 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
     """The text for other programs: prompt with tags, negative prompt, one line of settings."""
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
     hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
+    has_size = params.width_px and params.height_px
+    version = dict(provenance.versions).get(PNG_KEY, "")
+
+    # A1111's names, in its order; what is not known is left out.
     settings = {
         "Steps": params.steps,
         "Sampler": SCHEDULERS[params.scheduler].title if params.scheduler else "",
         "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
         "Seed": params.seed,
-        "Size": f"{params.width_px}x{params.height_px}"
-        if params.width_px and params.height_px
-        else "",
+        "Size": f"{params.width_px}x{params.height_px}" if has_size else "",
         "Model": provenance.base,
         "Lora hashes": f'"{hashes}"' if hashes else "",
-        "Version": f"{PNG_KEY} {dict(provenance.versions).get(PNG_KEY, '')}".strip(),
+        "Version": f"{PNG_KEY} {version}".strip(),
     }
     line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value != "")
     negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
@@ -337,12 +388,12 @@ def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
 
 def check_size(params: GenerationParams, resolution_px: int) -> None:
     """Raises UserError for a picture that is too large. `resolution_px` is the base's own side."""
-    height, width = params.height_px or resolution_px, params.width_px or resolution_px
+    height = params.height_px or resolution_px
+    width = params.width_px or resolution_px
     if height * width > MAX_AREA * resolution_px**2:
         side = int(MAX_AREA**0.5 * resolution_px)
-        raise UserError(
-            f"{width} x {height} px is too large for this base; at most {side} x {side} px are drawn"
-        )
+        most = f"at most {side} x {side} px are drawn"
+        raise UserError(f"{width} x {height} px is too large for this base; {most}")
 
 
 def check_steps(params: GenerationParams) -> None:
@@ -353,7 +404,9 @@ def check_steps(params: GenerationParams) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    index: int
+    """One denoising step is done."""
+
+    index: int  # of the image, from 0
     num_images: int
     step: int  # of `steps`, from 1
     steps: int
@@ -362,7 +415,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Image:
-    index: int
+    """A finished picture."""
+
+    index: int  # from 0
     pixels: PIL.Image.Image
     params: GenerationParams  # of this one image
     provenance: Provenance
@@ -373,30 +428,33 @@ class Image:
         return Path(path)
 
     def png(self) -> bytes:
+        """The PNG's bytes, with the recipe."""
         file = BytesIO()
         self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
         return file.getvalue()
 
 
+# Why a picture is black
 TOO_LARGE = "an adapter's values or its scale are too large for this base"
 CENSORED = "the base's safety checker blackens what it takes for unsafe; try another seed or prompt"
 
 
 def about_black(pictures: Iterable[Image]) -> str:
     """How many are black and why, "" for none: too large values give black pictures, not errors."""
-    black = Counter(
-        CENSORED if one.is_censored else TOO_LARGE
-        for one in pictures
-        if one.pixels.getbbox() is None
-    )
-    which = {
-        why: "1 of them is" if count == 1 else f"{count} of them are"
-        for why, count in black.items()
-    }
-    return "; ".join(f"{these} black: {why}" for why, these in which.items())
+    black: Counter[str] = Counter()
+    for picture in pictures:
+        if picture.pixels.getbbox() is None:
+            black[CENSORED if picture.is_censored else TOO_LARGE] += 1
+
+    said = []
+    for why, count in black.items():
+        these = "1 of them is" if count == 1 else f"{count} of them are"
+        said.append(f"{these} black: {why}")
+    return "; ".join(said)
 
 
 def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
+    """The text chunks of a picture's PNG."""
     text = PngInfo()
     for key, value in params.to_png_text(provenance).items():
         text.add_itxt(key, value)

@@ -1,8 +1,9 @@
 """SubjectPipeline: a base, any number of adapters with their scales, and pictures that are yielded
 one by one.
 
-GenerationParams --generate--> Step, Preview … Image: the same parameters give the same pixels for any
-`num_images`.
+    GenerationParams --generate--> Step, Preview … Image
+
+The same parameters give the same pixels for any `num_images`.
 """
 
 import queue
@@ -40,13 +41,15 @@ from dreambooth_moslora.lora import lora_file, metadata, new_tokens
 from dreambooth_moslora.settings.families import Facts
 
 Item = TypeVar("Item")
+# A file's place, time (ns) and size (bytes): an unchanged one need not be read again
 Stamp = tuple[Path, int, int]
 CPU = torch.device("cpu")
 # Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
 ROOM_BESIDE_WEIGHTS = 1.5
 # In half precision per pixel of the picture, with and without the prompt together
 UNET_BYTES_A_PIXEL = 400
-RESIDENT_ADAPTERS = 8  # Adapters kept in the model; the least recently used one is dropped first
+# Adapters kept in the model; the least recently used one is dropped first
+RESIDENT_ADAPTERS = 8
 Event = Step | Preview | Image
 
 
@@ -54,7 +57,7 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
     """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its
     exception."""
     events: queue.SimpleQueue = queue.SimpleQueue()
-    abandoned = threading.Event()
+    abandoned = threading.Event()  # the consumer has closed the iterator
 
     def body() -> None:
         try:
@@ -77,6 +80,8 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 
 @dataclass(frozen=True)
 class Adapter:
+    """An adapter in the model."""
+
     name: str
     key: str  # the name inside PEFT
     sha256: str
@@ -87,6 +92,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterFile:
+    """An adapter to be loaded."""
+
     file: Path
     name: str
     scale: float
@@ -94,34 +101,39 @@ class AdapterFile:
 
 
 def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
-    """The adapters of the picture, looked up among local files. Raises UserError for a missing one."""
+    """The adapters of the picture, looked up among local files. Raises UserError for a missing
+    one."""
     hashes = dict(recipe.provenance.adapter_sha256)
-    return [
-        AdapterFile(_find(name, hashes.get(name)), name, scale)
-        for name, scale in recipe.params.adapters
-    ]
+    found = []
+    for name, scale in recipe.params.adapters:
+        file = _find(name, hashes.get(name))
+        found.append(AdapterFile(file=file, name=name, scale=scale))
+    return found
 
 
 def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
     """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
-    scales, hashes = (
-        (dict(recipe.params.adapters), dict(recipe.provenance.adapter_sha256))
-        if recipe
-        else ({}, {})
-    )
+    scales = dict(recipe.params.adapters) if recipe else {}
+    hashes = dict(recipe.provenance.adapter_sha256) if recipe else {}
+
+    # A file or a run folder, or else a name in the picture
     place = Path(find_asset(path))
-    is_name = path in scales and not place.exists()
-    file = _find(path, hashes.get(path)) if is_name else find_weights(place)
-    name, digest = (
-        path if is_name else lora_file.adapter_name(file),
-        file_digest(file) if hashes else "",
-    )
+    if path in scales and not place.exists():
+        file = _find(path, hashes.get(path))
+        name = path
+    else:
+        file = find_weights(place)
+        name = lora_file.adapter_name(file)
+
+    # The picture's own adapter is known by its content, under whichever name it lies here.
+    digest = file_digest(file) if hashes else ""
     in_picture = next((known for known in scales if hashes.get(known) == digest), name)
-    differs = hashes.get(in_picture, digest) != digest
-    note = (
-        f"the adapter {name} is another file than the one that made the picture" if differs else ""
-    )
-    return AdapterFile(file, name, scales.get(in_picture, 1.0) if scale is None else scale, note)
+    note = ""
+    if hashes.get(in_picture, digest) != digest:
+        note = f"the adapter {name} is another file than the one that made the picture"
+    if scale is None:
+        scale = scales.get(in_picture, 1.0)
+    return AdapterFile(file=file, name=name, scale=scale, note=note)
 
 
 def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
@@ -131,21 +143,22 @@ def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
         place = item.file.resolve()
         name = free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
         files[name] = place
-        said = (
-            f"{item.file} is called {name} here, as another file is called {item.name}"
-            if name != item.name
-            else ""
-        )
+        said = ""
+        if name != item.name:
+            said = f"{item.file} is called {name} here, as another file is called {item.name}"
         yield replace(item, name=name, note="; ".join(filter(None, (item.note, said))))
 
 
 def _find(name: str, sha256: str | None) -> Path:
     """The file with this content under any name; without a sha256, the file with this name. Raises
     UserError."""
+    # Where adapters lie: the bundled ones, the runs, and the folders in them, such as best/
     runs = Path("runs")
-    own = sorted((assets_folder() / "adapters").glob("*.safetensors"))
-    places = [*own, *sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])]
-    files = [file for file in places if file.is_file()]
+    bundled = sorted((assets_folder() / "adapters").glob("*.safetensors"))
+    trained = sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])
+    files = [file for file in (*bundled, *trained) if file.is_file()]
+
+    # Those of its name first: hashing the others takes time.
     named = [file for file in files if lora_file.adapter_name(file) == name]
     for file in [*named, *files] if sha256 else named:
         if sha256 in (None, file_digest(file)):
@@ -153,21 +166,20 @@ def _find(name: str, sha256: str | None) -> Path:
     known = f" (sha256 {sha256[:12]})" if sha256 else ""
     other = f"; {named[0]} has its name and is another file" if named else ""
     raise UserError(
-        f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/{other}; "
-        "give its file with --adapter"
+        f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/"
+        f"{other}; give its file with --adapter"
     )
 
 
 def weights_gib(model: DiffusionPipeline | torch.nn.Module) -> float:
     """GiB of all weights, in their current dtype."""
     parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
-    weights = [
-        weight
-        for part in parts
-        if isinstance(part, torch.nn.Module)
-        for weight in part.parameters()
-    ]
-    return sum(weight.numel() * weight.element_size() for weight in weights) / machine.GIB
+    total_bytes = 0
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for weight in part.parameters():
+                total_bytes += weight.numel() * weight.element_size()
+    return total_bytes / machine.GIB
 
 
 class Home:
@@ -175,15 +187,17 @@ class Home:
     take turns on it."""
 
     def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
-        self.pipeline, self.device = pipeline, device
+        self.pipeline = pipeline
+        self.device = device
         self.is_resting = pipeline.device != device
 
     @property
     def is_short(self) -> bool:
         """Whether the device has too little free memory for a resting pipeline's models."""
-        if not self.is_resting or (free := machine.free_gib(self.device)) is None:
+        if not self.is_resting:
             return False
-        return free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
+        free = machine.free_gib(self.device)
+        return free is not None and free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
 
     def enter(self) -> None:
         """Move all models to the device, or let them take turns until `leave`."""
@@ -194,6 +208,7 @@ class Home:
             self.is_resting = False
 
     def leave(self) -> None:
+        """Move all models back to the CPU's memory, and free the device's."""
         self.is_resting = True
         self.pipeline.remove_all_hooks()
         self.pipeline.to(CPU, silence_dtype_warnings=True)
@@ -204,6 +219,8 @@ class Home:
         free = machine.free_gib(self.device)
         if free is None:
             return
+
+        # Where models take turns, the denoiser is not on the device yet.
         denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
         room = free - weights_gib(denoiser) if self.is_resting else free
         most = int(max(0.0, room) * machine.GIB / UNET_BYTES_A_PIXEL)
@@ -218,28 +235,35 @@ class Home:
 def check_sides(sides: tuple[int, int], facts: Facts) -> None:
     """Raises UserError for sides, px, that the family's patches do not divide."""
     step = facts.multiple_px
-    if wrong := next((side for side in sides if side % step), 0):
-        near = wrong // step * step
-        raise UserError(
-            f"a side of {wrong} px: {facts.title} draws multiples of {step}, such as {near}"
-        )
+    for side in sides:
+        if side % step:
+            near = side // step * step
+            raise UserError(
+                f"a side of {side} px: {facts.title} draws multiples of {step}, such as {near}"
+            )
 
 
 def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:
     """The name of a base's own scheduler in `SCHEDULERS`; None if it has none there."""
-    kind, config = type(scheduler).__name__.removeprefix("FlowMatch"), scheduler.config
+    kind = type(scheduler).__name__.removeprefix("FlowMatch")
     for name, known in SCHEDULERS.items():
-        if kind == known.class_name and all(
-            config.get(key) == value for key, value in known.options.items()
-        ):
+        if kind != known.class_name:
+            continue
+        if all(scheduler.config.get(key) == value for key, value in known.options.items()):
             return name
     return None
 
 
 class SubjectPipeline:
-    """Base and adapters, for one caller at a time; other threads wait. `home` is the device that
-    draws. A resting pipeline is in the CPU's memory until `generate`; if `home` is short of memory,
-    its models take turns."""
+    """Base and adapters, for one caller at a time; other threads wait.
+
+    pipeline: the base, as diffusers has it
+    base_name: its public name, for the recipes of pictures
+    home: the device that draws; by default where the pipeline is
+
+    A pipeline that is elsewhere rests in the CPU's memory until `generate`. If `home` is short of
+    memory, its models take turns on it.
+    """
 
     def __init__(
         self, pipeline: DiffusionPipeline, base_name: str, home: str | torch.device | None = None
@@ -277,9 +301,13 @@ class SubjectPipeline:
         base = Base.find(base)
         base = replace(base, variant=base.variant or base.variant_here)
         device = torch.device(device or machine.best_device())
+
+        # Flows were trained in bf16, and their activations overflow in fp16.
         half = torch.bfloat16 if base.is_flow else torch.float16
         dtype = dtype or (half if device.type in ("cuda", "mps") else torch.float32)
         subject = cls(load.load_pipeline(base, dtype=dtype), base.public_name, device)
+
+        # Models that take turns are moved with the first picture.
         if not (resting or subject.home.is_short):
             subject.home.enter()
         return subject
@@ -306,18 +334,19 @@ class SubjectPipeline:
         its header names, beside it, or from the file itself, as OneTrainer bundles them. Raises
         UserError when it is no adapter for this base, or its tokens belong to another.
         """
-        name, file = name or lora_file.adapter_name(path), find_weights(path)
+        name = name or lora_file.adapter_name(path)
+        file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
+            # Already loaded, with all files of tokens that its header names
             known = self.adapters.get(name)
-            if (
-                known
-                and known.stamp == stamp
-                and len(known.tokens) >= len(metadata.notes_in(known.header))
-            ):
+            is_same = known is not None and known.stamp == stamp
+            if is_same and len(known.tokens) >= len(metadata.notes_in(known.header)):
                 self._touch(name)
                 return name
+
+            # The new one comes first: if it cannot be loaded, the old one stays.
             adapter = self._install(name, file, stamp)
             self._forget(name, unless=adapter.key)
             self.adapters[name] = adapter
@@ -325,16 +354,27 @@ class SubjectPipeline:
         return name
 
     def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
+        """Read the file and put its weights into the model. Raises UserError."""
         weights = lora_file.read_adapter(file, self.pipeline)
         lora_file.check_fits(weights, self.pipeline, self.base_name)
         tokens = new_tokens.tokens_beside(file, weights.header)
         tokens += new_tokens.tokens_inside(file, self.family.facts.has_new_tokens)
+
+        # Files of equal content share their weights.
         if weights.key not in self._keys():
             self._active = None
             lora_file.install(weights, self.pipeline)
-        return Adapter(name, weights.key, weights.sha256, weights.header, tokens, stamp)
+        return Adapter(
+            name=name,
+            key=weights.key,
+            sha256=weights.sha256,
+            header=weights.header,
+            tokens=tokens,
+            stamp=stamp,
+        )
 
     def unload_adapter(self, name: str) -> None:
+        """Remove the adapter of that name from the model, if it is there."""
         with self._lock:
             self._forget(name)
 
@@ -356,11 +396,15 @@ class SubjectPipeline:
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
         """The finished pictures of `generate`, drawn in the calling thread; fewer than requested
         after a stop."""
-        params, images = self.complete(params), []
+        params = self.complete(params)
+        images = []
+
+        def keep(event: Event) -> None:
+            if isinstance(event, Image):
+                images.append(event)
+
         with self._lock, torch.no_grad():
-            self._generate_all(
-                params, lambda e: images.append(e) if isinstance(e, Image) else None, should_stop
-            )
+            self._generate_all(params, keep, should_stop)
         return images
 
     def complete(self, params: GenerationParams) -> GenerationParams:
@@ -371,18 +415,25 @@ class SubjectPipeline:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise UserError(f"adapter {name!r:.60} is not loaded; loaded are: {known}")
-        side = self.resolution_px
-        guidance = (
-            load.default_guidance(self.pipeline)
-            if params.guidance_scale is None
-            else params.guidance_scale
-        )
-        size_px = {"height_px": params.height_px or side, "width_px": params.width_px or side}
+
+        # The base's scheduler is named only if a PNG can name it.
         scheduler = params.scheduler or scheduler_name(self._own_scheduler)
         if scheduler and "EDM" in type(self._own_scheduler).__name__:
-            said = f"{SCHEDULERS[scheduler].title} does not know the noise levels of this base, which are EDM's"
-            raise UserError(f"{said}: leave the scheduler out, and the base's own is taken")
-        return replace(params, guidance_scale=guidance, scheduler=scheduler, **size_px)
+            title = SCHEDULERS[scheduler].title
+            raise UserError(
+                f"{title} does not know the noise levels of this base, which are EDM's: "
+                "leave the scheduler out, and the base's own is taken"
+            )
+        guidance = params.guidance_scale
+        if guidance is None:
+            guidance = load.default_guidance(self.pipeline)
+        return replace(
+            params,
+            guidance_scale=guidance,
+            scheduler=scheduler,
+            height_px=params.height_px or self.resolution_px,
+            width_px=params.width_px or self.resolution_px,
+        )
 
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active; scales of files of equal content add up. Scale 0
@@ -392,15 +443,22 @@ class SubjectPipeline:
         for adapter, scale in chosen:
             totals[adapter.key] += scale
         active = {key: total for key, total in totals.items() if total}
-        if active != self._active:  # PEFT walks over all modules
+
+        # Only on a change: PEFT walks over all modules.
+        if active != self._active:
             if active:
                 self.pipeline.enable_lora()
                 self.pipeline.set_adapters(list(active), list(active.values()))
             elif self.adapters:
                 self.pipeline.disable_lora()
             self._active = active
+
+        # New tokens of the active adapters alone
         self._detach_tokens()
-        if tokens := [tokens for adapter, _ in chosen for tokens in adapter.tokens]:
+        tokens = []
+        for adapter, _ in chosen:
+            tokens.extend(adapter.tokens)
+        if tokens:
             self._tokens = new_tokens.AttachedTokens(self.pipeline, tokens)
 
     def family_for(
@@ -409,14 +467,19 @@ class SubjectPipeline:
         """The family with the `given` text options, and else with those that the adapters' runs
         set: none where a run has the default. Raises UserError for one that is not the family's, or
         that two runs set differently."""
-        facts, options = self.family.facts, dict(given or {})
-        if wrong := [name for name in options if name not in facts.text_options]:
-            raise UserError(f"--{wrong[0]} is not for {facts.title}; leave it out")
-        told = {
-            name: metadata.text_options_in(self.adapters[name].header)
-            for name, scale in adapters
-            if scale
-        }
+        facts = self.family.facts
+        options = dict(given or {})
+        for name in options:
+            if name not in facts.text_options:
+                raise UserError(f"--{name} is not for {facts.title}; leave it out")
+
+        # What the active adapters were trained with
+        told = {}
+        for name, scale in adapters:
+            if scale:
+                told[name] = metadata.text_options_in(self.adapters[name].header)
+
+        # A text can be encoded in one way only: adapters that need different ones do not fit.
         for option in facts.text_options:
             values = {own[option]: name for name, own in told.items() if option in own}
             if option in options or not values:
@@ -428,24 +491,31 @@ class SubjectPipeline:
         return pipelines.family_of(self.pipeline, options=pipelines.encoding_options(options))
 
     def provenance(self, params: GenerationParams) -> Provenance:
+        """The files and programs that draw pictures of these parameters."""
         hashes = tuple((name, self.adapters[name].sha256) for name, _ in params.adapters)
         versions = (
             ("dreambooth_moslora", __version__),
-            *((lib, version(lib)) for lib in ("diffusers", "torch")),
+            ("diffusers", version("diffusers")),
+            ("torch", version("torch")),
         )
-        return Provenance(self.base_name, hashes, versions)
+        return Provenance(base=self.base_name, adapter_sha256=hashes, versions=versions)
 
     def _generate_all(
         self, params: GenerationParams, emit: Callable[[Event], None], stop: Callable[[], bool]
     ) -> None:
+        """Draw all pictures of complete parameters, until `stop()`. Raises UserError."""
         try:
+            # Models to the device, which tells how much memory is left for the picture
             self.home.enter()
             check_sides((params.height_px, params.width_px), self.family.facts)
             self.home.check_size(params.height_px, params.width_px)
+
+            # Adapters and words, once for all pictures
             for name, _ in params.adapters:
                 self._touch(name)
             self.activate(params.adapters)
             words = self._encode(params)
+
             clock = Clock(params.num_images)
             for index in range(params.num_images):
                 self._generate_one(index, params, words, clock, emit, stop)
@@ -464,36 +534,78 @@ class SubjectPipeline:
             if self.home.is_resting:  # the models took turns
                 self.home.leave()
 
-    def _generate_one(self, index, params, words, clock, emit, stop) -> None:
+    def _generate_one(
+        self,
+        index: int,
+        params: GenerationParams,
+        words: dict[str, torch.Tensor | None],
+        clock: Clock,
+        emit: Callable[[Event], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Draw one picture.
+
+        index: of the picture, from 0
+        params: of all pictures
+        words: what `_encode` gave
+        clock: for the remaining time of all pictures
+        emit: takes the events
+        stop: whether to stop, asked after each step; raises StopRequestedError then
+        """
         if stop():
             raise StopRequestedError
-        own, is_flow = params.for_image(index), self.family.facts.style == "flow"
+        own = params.for_image(index)
+        is_flow = self.family.facts.style == "flow"
+
+        # A flow's sampler is part of the model; its latents are packed and have no preview.
         if not is_flow:
             self.pipeline.scheduler = self._scheduler(own.scheduler)
             words = words | {"guidance_rescale": load.guidance_rescale(self.pipeline)}
-        watcher = Watcher(index, own, clock, None if is_flow else self.colours, emit, stop)
-        size, device = (own.height_px, own.width_px), self.home.device
-        with (
-            nullcontext() if is_flow else decode.tiled_where_short(self.pipeline.vae, size, device)
-        ):
+        words = words | {self.family.facts.guidance_name: own.guidance_scale}
+        watcher = Watcher(
+            index=index,
+            params=own,
+            clock=clock,
+            colours=None if is_flow else self.colours,
+            emit=emit,
+            stop=stop,
+        )
+        decoding = nullcontext()
+        if not is_flow:
+            size = (own.height_px, own.width_px)
+            decoding = decode.tiled_where_short(self.pipeline.vae, size, self.home.device)
+
+        # The noise is drawn on the CPU, so that a seed means the same on every device.
+        with decoding:
             drawn = self.pipeline(
-                **words | {self.family.facts.guidance_name: own.guidance_scale},
+                **words,
                 height=own.height_px,
                 width=own.width_px,
                 num_inference_steps=own.steps,
                 generator=torch.Generator("cpu").manual_seed(own.seed),
                 callback_on_step_end=watcher,
             )
-        is_censored = any(getattr(drawn, "nsfw_content_detected", None) or ())
-        emit(Image(index, drawn.images[0], own, self.provenance(own), is_censored))
+        image = Image(
+            index=index,
+            pixels=drawn.images[0],
+            params=own,
+            provenance=self.provenance(own),
+            is_censored=any(getattr(drawn, "nsfw_content_detected", None) or ()),
+        )
+        emit(image)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        """Text conditioning for all images of a call; the negative half only if guidance uses it."""
+        """Text conditioning for all images of a call; the negative half only if guidance uses
+        it."""
         family = self.family_for(params.adapters, dict(params.text_options))
+
+        # Families other than SDXL's: this program's own encoding, as in training
         if not family.facts.needs_sizes:
             (said,) = family.texts(self.pipeline, [params.prompt])
             against = family.negative(self.pipeline, params.negative_prompt)
             return family.with_negative(family.arguments([said]), family.arguments([against]))
+
+        # SDXL: by its pipeline, in the order in which that returns them
         names = (
             "prompt_embeds",
             "negative_prompt_embeds",
@@ -516,6 +628,7 @@ class SubjectPipeline:
 
     @cached_property
     def colours(self) -> LatentColours:
+        """The map of the previews, fitted with the first picture."""
         return LatentColours(self.pipeline.vae, self.pipeline._execution_device)
 
     def _touch(self, name: str) -> None:
@@ -523,6 +636,7 @@ class SubjectPipeline:
         self.adapters[name] = self.adapters.pop(name)
 
     def _make_room(self) -> None:
+        """Drop adapters, from the least recently used one on."""
         while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
@@ -533,6 +647,8 @@ class SubjectPipeline:
             self._tokens = None
 
     def _forget(self, name: str, unless: str = "") -> None:
+        """Remove an adapter, and its weights from the model unless another one has them or their
+        key is `unless`."""
         gone = self.adapters.pop(name, None)
         if gone and gone.tokens:
             self._detach_tokens()  # those of others come back with the next picture

@@ -21,8 +21,10 @@ from dreambooth_moslora.generation.params import GenerationParams, Step
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_PX = 384  # The longer side of a preview on the page
-FIT_SIDE = 32  # Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers
+# The longer side of a preview on the page
+PREVIEW_PX = 384
+# Side of the latents that the map is fitted on; 1024 pixels determine its 15 numbers
+FIT_SIDE = 32
 
 
 class LatentColours:
@@ -31,10 +33,13 @@ class LatentColours:
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
-        latents, dtype = smooth_latents(vae.config.latent_channels), vae.dtype
+        latents = smooth_latents(vae.config.latent_channels)
         self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
+
+        # As the pipeline decodes: SDXL's own VAE overflows in fp16.
+        dtype = vae.dtype
         try:
-            vae.to(torch.float32)  # as the pipeline decodes: SDXL's own VAE overflows in fp16
+            vae.to(torch.float32)
             pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
             colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
         except RuntimeError as error:  # such as out of memory
@@ -42,6 +47,8 @@ class LatentColours:
             return
         finally:
             vae.to(dtype)
+
+        # One row for each latent pixel: its channels and a 1, and the colour that the VAE gave it
         if colours.isfinite().all():
             self.weight = torch.linalg.lstsq(_with_ones(latents), colours[0].flatten(1).T).solution
         else:
@@ -61,20 +68,19 @@ class PreviewTracker:
     latents are shown as they are."""
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
-        kind, config = type(scheduler).__name__, scheduler.config
-        keeps_clean = config.get("algorithm_type") in (
-            "dpmsolver++",
-            "sde-dpmsolver++",
-        ) or config.get("predict_x0")
-        self.predicted = (
-            scheduler.model_outputs if keeps_clean and hasattr(scheduler, "model_outputs") else None
-        )
-        self.sigmas = (
-            scheduler.sigmas.float().cpu()
-            if kind in ("EulerDiscreteScheduler", "EDMEulerScheduler")
-            else None
-        )
+        self.predicted: list[torch.Tensor] | None = None
+        self.sigmas: torch.Tensor | None = None
         self.previous: torch.Tensor | None = None
+
+        # DPM++ and UniPC: the predictions that the solver keeps for its higher order
+        config = scheduler.config
+        is_dpmpp = config.get("algorithm_type") in ("dpmsolver++", "sde-dpmsolver++")
+        if is_dpmpp or config.get("predict_x0"):
+            self.predicted = getattr(scheduler, "model_outputs", None)
+
+        # Euler: the noise levels, for the line between two steps
+        if type(scheduler).__name__ in ("EulerDiscreteScheduler", "EDMEulerScheduler"):
+            self.sigmas = scheduler.sigmas.float().cpu()
 
     def clean_latents(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """`latents` after step `step` (0-based) -> estimate of x0, same shape."""
@@ -82,19 +88,27 @@ class PreviewTracker:
             return self.predicted[-1].float()
         if self.sigmas is None:
             return latents.float()
-        sigma, sigma_next, x = self.sigmas[step], self.sigmas[step + 1], latents.float()
-        before, self.previous = self.previous, x
+
+        sigma = self.sigmas[step]
+        sigma_next = self.sigmas[step + 1]
+        x = latents.float()
+        before = self.previous
+        self.previous = x
+
+        # One point makes no line: the first step's latents are only scaled to unit variance.
         if before is None or sigma_next == sigma:
             return x / (1 + sigma_next**2).sqrt()
+
+        # Two points on x0 + σ·ε give ε; at σ = 0 the line meets x0.
         return x - sigma_next * (x - before) / (sigma_next - sigma)
 
 
 def smooth_latents(channels: int, seed: int = 0) -> torch.Tensor:
     """(1, channels, 32, 32) of unit variance whose neighbours are similar, as in a real picture's
     latents."""
-    coarse = torch.randn(
-        1, channels, FIT_SIDE // 4, FIT_SIDE // 4, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    side = FIT_SIDE // 4
+    coarse = torch.randn(1, channels, side, side, generator=generator)
     return torch.nn.functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
 
 
@@ -106,6 +120,8 @@ def _with_ones(latents: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Preview:
+    """A look at an unfinished picture, computed when `pixels` is read."""
+
     index: int
     latents: torch.Tensor  # (1, 4, h, w), on the device
     size_px: tuple[int, int]  # (height, width)
@@ -135,7 +151,8 @@ class Clock:
         if self.started is None:
             self.started = now
             return float("nan")
-        return (now - self.started) / (self.done - 1) * (steps * self.num_images - self.done)
+        sec_per_step = (now - self.started) / (self.done - 1)
+        return sec_per_step * (steps * self.num_images - self.done)
 
 
 @dataclass
@@ -156,11 +173,26 @@ class Watcher:
     ) -> dict:
         if self.stop():
             raise StopRequestedError
-        params, steps = self.params, len(pipeline.scheduler.timesteps)
-        self.emit(Step(self.index, self.clock.num_images, step + 1, steps, self.clock.tick(steps)))
+
+        # Some solvers take more steps than were asked for, so the scheduler's are counted.
+        steps = len(pipeline.scheduler.timesteps)
+        done = Step(
+            index=self.index,
+            num_images=self.clock.num_images,
+            step=step + 1,
+            steps=steps,
+            eta_sec=self.clock.tick(steps),
+        )
+        self.emit(done)
+
         if self.colours is None:
             return {}
         self.tracker = self.tracker or PreviewTracker(pipeline.scheduler)
-        latents = self.tracker.clean_latents(step, tensors["latents"])
-        self.emit(Preview(self.index, latents, (params.height_px, params.width_px), self.colours))
+        preview = Preview(
+            index=self.index,
+            latents=self.tracker.clean_latents(step, tensors["latents"]),
+            size_px=(self.params.height_px, self.params.width_px),
+            colours=self.colours,
+        )
+        self.emit(preview)
         return {}
