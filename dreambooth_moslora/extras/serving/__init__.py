@@ -1,1 +1,4 @@
-"""A service that draws pictures over HTTP: requests are checked, batched, and drawn on Ray Serve."""
+"""A service that draws pictures over HTTP.
+
+Requests are checked, batched, and drawn on Ray Serve.
+"""

@@ -1,8 +1,8 @@
-"""Orders, parsed from a client's JSON, and the adapters that they may name: files of folders or of
-a bucket.
+"""Orders, parsed from a client's JSON, and the adapters that they may name.
 
-A name from a client never becomes part of a path. A listing is renewed after a short time, so that
-new files are seen without a restart. A changed file gets a new version.
+Adapters are files of folders or of a bucket. A name from a client never becomes part of a path. A
+listing is renewed after a short time, so that new files are seen without a restart. A changed file
+gets a new version.
 """
 
 import hashlib
@@ -65,8 +65,13 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw within `seconds`. `sha256` maps adapters' names to the digests that the
-    client expects."""
+    """One picture to draw.
+
+    params: what to draw
+    sha256: adapters' names -> the digests that the client expects
+    adapters: the files of those that `params` names, in its order
+    seconds: how long it may wait and take
+    """
 
     params: GenerationParams
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -75,20 +80,23 @@ class Order:
 
     @property
     def batch_key(self) -> tuple:
-        """Orders with the same key can share a batch: same adapters at the same scales, same size."""
+        """Orders with the same key can share a batch: they have the same adapters at the same
+        scales, and the same size."""
+        adapters = tuple(ref.key for ref in self.adapters)
         scales = tuple(scale for _, scale in self.params.adapters)
-        return (
-            tuple(ref.key for ref in self.adapters),
-            scales,
-            self.params.height_px,
-            self.params.width_px,
-        )
+        return (adapters, scales, self.params.height_px, self.params.width_px)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture and its replica's state: loads of adapters so far, and resident memory in
-    bytes."""
+    """A finished picture, and the state of the replica that drew it.
+
+    png: the file's bytes, with the recipe
+    replica: its name
+    adapter_loads: since its start
+    memory_bytes: its resident memory
+    batch_size: orders of this picture's batch
+    """
 
     png: bytes
     replica: str
@@ -101,21 +109,26 @@ def parse_order(body: bytes) -> Order:
     """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for
     one of `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at
     random. Raises UserError."""
+    # what is no field of GenerationParams
     values = parse_object(body)
     expected = values.pop("adapter_sha256", None) or {}
-    if not isinstance(expected, dict) or not all(
-        isinstance(word, str) for word in expected.values()
-    ):
+    is_map = isinstance(expected, dict)
+    if not is_map or not all(isinstance(word, str) for word in expected.values()):
         raise UserError("adapter_sha256 must map names to digests")
     if values.get("seed") is None:
         values["seed"] = draw_seed(-1)
-    name, scale = values.pop("adapter", None), values.pop("scale", None)
+
+    # one adapter may be named without a list
+    name = values.pop("adapter", None)
+    scale = values.pop("scale", None)
     if name is not None:
         if values.get("adapters"):
             raise UserError("give either adapter or adapters")
         values["adapters"] = [[name, 1.0 if scale is None else scale]]
     elif scale is not None:
         raise UserError("scale belongs to an adapter; name it with adapter")
+
+    # null stands for a field's default
     given = {key: value for key, value in values.items() if value is not None}
     params = GenerationParams.from_dict(given).apply_tags()
     if params.num_images != 1:
@@ -126,12 +139,15 @@ def parse_order(body: bytes) -> Order:
 
 logger = logging.getLogger(__name__)
 
-FOLDER_SEC, BUCKET_SEC = 0.5, 10.0
-"""Age in seconds at which a listing is renewed."""
+FOLDER_SEC = 0.5
+"""Age at which the listing of folders is renewed."""
+BUCKET_SEC = 10.0
+"""Age at which the listing of a bucket is renewed."""
 SHARE = 9
 """A listing is kept this many times as long as it took: of many files, renewing it takes a tenth of
 the time."""
-MOST_FETCHED = 64  # Files of a bucket that a replica keeps on its disk
+MOST_FETCHED = 64
+"""Files of a bucket that a replica keeps on its disk."""
 
 
 class Catalogue:
@@ -139,10 +155,15 @@ class Catalogue:
     if needed."""
 
     def __init__(self, old_sec: float) -> None:
-        self._old_sec, self._lock = old_sec, Lock()
-        self._listed, self._found, self._took_sec = float("-inf"), {}, 0.0
+        """`old_sec`: the age at which the listing is made again."""
+        self._old_sec = old_sec
+        self._lock = Lock()
+        self._listed = float("-inf")  # when the listing was made
+        self._found: dict[str, Any] = {}
+        self._took_sec = 0.0
 
     def names(self) -> list[str]:
+        """Of all adapters that can be named now."""
         return list(self._list())
 
     def _list(self) -> dict[str, Any]:
@@ -198,13 +219,14 @@ class Folders(Catalogue):
         return Path(ref.place)
 
     def _ask(self) -> dict[str, Path]:
+        """The files by name, from the disk."""
         files: list[Path] = []
         for folder in self.folders:
-            own = [
-                file for file in sorted(folder.glob("*.safetensors")) if file.name != PUBLISHED_NAME
-            ]
-            files += [*own, *run_files([folder, *folder.glob("*/")])]
-        # of a run, its best step is there twice
+            # single files, then the runs in the folder, which may be a run itself
+            found = sorted(folder.glob("*.safetensors"))
+            files += [file for file in found if file.name != PUBLISHED_NAME]
+            files += run_files([folder, *folder.glob("*/")])
+        # without repeats: a run's best step is there twice
         return files_by_name(dict.fromkeys(files), self.folders)
 
 
@@ -215,14 +237,16 @@ class BucketFolder(Catalogue):
     def __init__(self, url: str) -> None:
         super().__init__(BUCKET_SEC)
         self.bucket = Bucket(url)
-        self._listed, self._found = time.monotonic(), self._ask()
+        self._listed = time.monotonic()
+        self._found = self._ask()
         if not self._found:  # the listing of a mistyped name is empty
             raise UserError(f"{url}: holds no .safetensors file.")
         self._fetched: OrderedDict[str, Path] = OrderedDict()
         self._folder = tempfile.TemporaryDirectory(prefix="served-adapters-")
 
     def find(self, name: str) -> AdapterRef:
-        if (ref := self._list().get(name)) is None:
+        ref = self._list().get(name)
+        if ref is None:
             raise unknown(name)
         return ref
 
@@ -232,8 +256,10 @@ class BucketFolder(Catalogue):
                 self._fetched.move_to_end(ref.key)
             else:
                 self._fetched[ref.key] = self._fetch(ref)
+            # those that were asked for longest ago go
             while len(self._fetched) > MOST_FETCHED:
-                shutil.rmtree(self._fetched.popitem(last=False)[1].parent, ignore_errors=True)
+                _, oldest = self._fetched.popitem(last=False)
+                shutil.rmtree(oldest.parent, ignore_errors=True)
             return self._fetched[ref.key]
 
     def _fetch(self, ref: AdapterRef) -> Path:
@@ -245,7 +271,8 @@ class BucketFolder(Catalogue):
             if ref.place not in found:
                 raise unknown(ref.name)
             beside = [path for path in found if PurePosixPath(path).parent == place.parent]
-            for path in [*(path for path in beside if path.endswith(TOKENS_SUFFIX)), ref.place]:
+            of_tokens = [path for path in beside if path.endswith(TOKENS_SUFFIX)]
+            for path in [*of_tokens, ref.place]:
                 file = folder / PurePosixPath(path).name
                 size = found[path].get("size")  # None: this kind of place does not tell
                 if not self.bucket.download(path, file) or size not in (None, file.stat().st_size):
@@ -260,26 +287,33 @@ class BucketFolder(Catalogue):
 
     def _ask(self) -> dict[str, AdapterRef]:
         """The files that `Folders` would find in such a folder, by the same names."""
-        found, listed, folder = {}, self._paths(), Path("/", self.bucket.root)
+        # single files, then those of runs
+        listed = self._paths()
+        folder = Path("/", self.bucket.root)
         own = [path for path in sorted(listed) if "/" not in path and path.endswith(".safetensors")]
         of_runs = [path for path in sorted(listed) if is_of_run(PurePosixPath(path))]
         paths = {folder / path: path for path in (*own, *of_runs)}
+
+        # what the bucket says of a file changes with its content
+        found = {}
         for name, file in named_files(paths, [folder]).items():
-            told = sorted((str(key), str(value)) for key, value in listed[paths[file]].items())
-            found[name] = AdapterRef(
-                name, paths[file], hashlib.sha256(repr(told).encode()).hexdigest()
-            )
+            place = paths[file]
+            told = sorted((str(key), str(value)) for key, value in listed[place].items())
+            version = hashlib.sha256(repr(told).encode()).hexdigest()
+            found[name] = AdapterRef(name, place, version)
         return found
 
     def _paths(self) -> dict[str, dict]:
         """Files by their path below the bucket's folder. Raises UserError when they cannot be
         listed."""
-        files = self.bucket.tried(
-            "", lambda path: self.bucket.files.find(path, maxdepth=3, detail=True)
-        )
-        return {
-            path.removeprefix(self.bucket.root).lstrip("/"): facts for path, facts in files.items()
-        }
+
+        def list_all(path: str) -> dict[str, dict]:
+            return self.bucket.files.find(path, maxdepth=3, detail=True)
+
+        found = {}
+        for path, facts in self.bucket.tried("", list_all).items():
+            found[path.removeprefix(self.bucket.root).lstrip("/")] = facts
+        return found
 
 
 def unknown(name: str) -> RefusedError:

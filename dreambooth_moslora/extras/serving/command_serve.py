@@ -1,5 +1,7 @@
-"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP, drawn by replicas on Ray
-Serve."""
+"""`python -m dreambooth_moslora serve --adapters DIR`: pictures over HTTP.
+
+They are drawn by replicas on Ray Serve.
+"""
 
 import argparse
 import os
@@ -22,21 +24,18 @@ EPILOG = """example:
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
       -d '{"prompt": "a photo of sks dog", "adapter": "rex", "seed": 1}' -o rex.png"""
 INSTALL = 'pip install "ray[serve]>=2.60,<3"'
+"""How a person gets what is needed."""
 NEEDED = ("ray", "grpc_reflection", "prometheus_client")
 """Modules: `ray[default]` includes Ray Serve's code but not all of its dependencies."""
 FIELDS = ServeSettings.__dataclass_fields__
+"""Most flags have the names of settings."""
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     def number(name: str, about: str) -> None:
         default = FIELDS[name].default
-        parser.add_argument(
-            f"--{name}",
-            metavar="N",
-            type=int,
-            default=default,
-            help=f"{about} (default: {default})",
-        )
+        about = f"{about} (default: {default})"
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=about)
 
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -46,9 +45,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained_model_name_or_path", metavar="BASE", default="toy", help=about
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
+    about = "address to listen on (default: this machine only)"
+    parser.add_argument("--host", default="127.0.0.1", help=about)
     number("port", "port to listen on")
     number("replicas", "processes that hold the base and draw")
     about = (
@@ -59,7 +57,10 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     number("request_timeout", "seconds until a request gets 504")
     number("batch", "requests for the same adapter and size that are drawn in a row")
     number("resident_adapters", "adapters that a replica keeps in the model")
-    about = "threads of a replica on the CPU (default: as `generate`; other numbers change the last bits)"
+    about = (
+        "threads of a replica on the CPU "
+        "(default: as `generate`; other numbers change the last bits)"
+    )
     parser.add_argument("--threads", metavar="N", type=int, help=about)
     parser.add_argument("--per_gpu", metavar="N", type=int, help="replicas on one GPU (default: 1)")
     about = 'the Ray cluster: "auto" or HOST:PORT (default: this machine alone)'
@@ -67,16 +68,22 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    """Serve until the process is ended. Raises UserError for all that can be seen to be wrong
+    before Ray is started."""
     for place in args.adapters:
         if "://" not in place and not os.path.isdir(find_asset(place)):
             raise UserError(f"--adapters {place}: there is no such folder.")
     Base.find(args.pretrained_model_name_or_path)
     settings = settings_of(args)
+
+    # what imports more than the settings need
     from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
     from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 
     count = len(open_catalogue(settings.adapters).names())
-    if args.ray_address is None:  # Ray would only say that its proxy died
+
+    # try the port here, as Ray would only say that its proxy died
+    if args.ray_address is None:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
             socket.create_server((settings.host, settings.port), family=family).close()
@@ -85,29 +92,35 @@ def run_serve(args: argparse.Namespace) -> int:
             raise UserError(f"{where}: cannot be listened on: {one_line(error)}.") from error
     if not all(map(find_spec, NEEDED)):
         raise UserError(f"serve needs Ray Serve: {INSTALL}.")
-    line = f"{count} adapters; loading {settings.pretrained_model_name_or_path}, {settings.replicas} times …"
+
+    # Ray reads its environment when it is imported, which `connected` does
+    base = settings.pretrained_model_name_or_path
+    line = f"{count} adapters; loading {base}, {settings.replicas} times …"
     print(line, file=sys.stderr, flush=True)
     started = time.monotonic()
     os.environ.update(PATIENCE | os.environ)
     with connected(args.ray_address):
+        # a service manager ends it by this signal: leave the blocks, so that Ray ends too
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         from dreambooth_moslora.extras.serving.ray_serve import listening
 
         per_gpu = (settings.per_gpu or 1) if has_gpus() else None
         with listening(replace(settings, per_gpu=per_gpu), alone=args.ray_address is None):
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            line = f"ready after {time.monotonic() - started:.0f} s: http://{host}:{settings.port} (Ctrl-C ends it)"
+            url = f"http://{host}:{settings.port}"
+            line = f"ready after {time.monotonic() - started:.0f} s: {url} (Ctrl-C ends it)"
             print(line, file=sys.stderr, flush=True)
             threading.Event().wait()
     return 0
 
 
 def settings_of(args: argparse.Namespace) -> ServeSettings:
+    """The settings that the flags give. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.threads is None:
         import torch
 
         values["threads"] = torch.get_num_threads()
-    return ServeSettings(
-        **values | {"adapters": tuple(args.adapters), "tokens": tokens_of(args.token)}
-    )
+    values["adapters"] = tuple(args.adapters)
+    values["tokens"] = tokens_of(args.token)
+    return ServeSettings(**values)

@@ -28,8 +28,11 @@ from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
 class Batches:
-    """A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item
-    starves."""
+    """Waiting items, each with a key.
+
+    A batch is the longest waiting item and up to `most` - 1 others with its key, so that no item
+    starves.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -43,9 +46,11 @@ class Batches:
 
     def take(self) -> list:
         """The next batch; empty when nothing waits."""
-        batch, others = [], []
+        batch = []
+        others = []
         for key, item in self._waiting:
-            if key == self._waiting[0][0] and len(batch) < self.most:
+            longest_waiting, _ = self._waiting[0]
+            if key == longest_waiting and len(batch) < self.most:
                 batch.append(item)
             else:
                 others.append((key, item))
@@ -55,6 +60,8 @@ class Batches:
 
 @dataclass
 class Waiting:
+    """An order in the queue: its `answer` to be, and the `deadline` on the monotonic clock."""
+
     order: Order
     answer: asyncio.Future
     deadline: float
@@ -66,9 +73,15 @@ class Waiting:
 
 
 class Drawer:
-    """Draws orders with `pipeline`, one at a time, in batches of at most `batch`. `load` is awaited
-    with each adapter's key before an order is drawn. It must call `load_now`, directly or through a
-    cache that Ray Serve's router knows."""
+    """Draws orders, one at a time.
+
+    pipeline: holds the base, and the adapters that were loaded last
+    catalogue: finds an adapter's file
+    name: of the replica
+    batch: most orders of a batch
+    load: awaited with each adapter's key before an order is drawn. It must call `load_now`,
+        directly or through a cache that Ray Serve's router knows
+    """
 
     def __init__(
         self,
@@ -79,23 +92,30 @@ class Drawer:
         batch: int = 8,
         load: Callable[[str], Awaitable[object]] | None = None,
     ) -> None:
-        self.pipeline, self.catalogue, self.name = pipeline, catalogue, name
+        self.pipeline = pipeline
+        self.catalogue = catalogue
+        self.name = name
         self.batches = Batches(batch)
         self.adapter_loads = 0
         self._load = load or self.load_now
-        self._refs: dict[str, AdapterRef] = {}
-        self._thread = ThreadPoolExecutor(1, "draw")
+        self._refs: dict[str, AdapterRef] = {}  # of the order that is being drawn, by key
+        self._thread = ThreadPoolExecutor(1, "draw")  # one: pictures are drawn one at a time
         self._work: asyncio.Task | None = None
 
     async def draw(self, order: Order) -> Drawn:
         """Raises RefusedError, and UserError for an order that cannot be drawn."""
+        # refuse what can never be drawn
         check_size(order.params, self.pipeline.resolution_px)
-        if (most := self.pipeline.resident_adapters) < len({ref.version for ref in order.adapters}):
+        most = self.pipeline.resident_adapters
+        if most < len({ref.version for ref in order.adapters}):
             raise UserError(
                 f"this service draws with at most {most} adapters at once (--resident_adapters)"
             )
+
+        # queue it, and wake the one task that draws
         answer = asyncio.get_running_loop().create_future()
-        self.batches.put(order.batch_key, Waiting(order, answer, time.monotonic() + order.seconds))
+        waiting = Waiting(order, answer, deadline=time.monotonic() + order.seconds)
+        self.batches.put(order.batch_key, waiting)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._draw_all())
         return await answer
@@ -111,6 +131,7 @@ class Drawer:
                 await self._draw_one(waiting, len(batch))
 
     async def _draw_one(self, waiting: Waiting, batch_size: int) -> None:
+        """Draw one, and answer it with the picture or the error."""
         answer = waiting.answer
         try:
             if waiting.is_left:
@@ -118,11 +139,14 @@ class Drawer:
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
-            png, memory = (
-                await self._in_thread(self._png, waiting),
-                psutil.Process().memory_info().rss,
+            png = await self._in_thread(self._png, waiting)
+            result = Drawn(
+                png=png,
+                replica=self.name,
+                adapter_loads=self.adapter_loads,
+                memory_bytes=psutil.Process().memory_info().rss,
+                batch_size=batch_size,
             )
-            result = Drawn(png, self.name, self.adapter_loads, memory, batch_size)
             if not answer.done():
                 answer.set_result(result)
         except Exception as error:
@@ -146,16 +170,15 @@ class Drawer:
         self.adapter_loads += self.pipeline.adapters[ref.name] is not before
 
     def _png(self, waiting: Waiting) -> bytes:
+        """The picture as a file. Raises RefusedError, and UserError."""
         order = waiting.order
         for ref in order.adapters:
             # may have been evicted meanwhile, by another adapter of this order or of the cache
             self._bring(ref)
             expected = order.sha256.get(ref.name)
             if expected not in (None, self.pipeline.adapters[ref.name].sha256):
-                raise RefusedError(
-                    409,
-                    f"the adapter {ref.name} here is another file than the one that is asked for",
-                )
+                line = f"the adapter {ref.name} here is another file than the one that is asked for"
+                raise RefusedError(409, line)
         images = self.pipeline.draw(order.params, lambda: waiting.is_left)
         if not images:
             raise too_late()

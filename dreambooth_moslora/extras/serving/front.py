@@ -40,8 +40,11 @@ from dreambooth_moslora.extras.serving.catalogue import (
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-OPEN = frozenset({"/healthz"})  # Paths without a token, for load balancers
+"""Names of this machine that no other machine reaches."""
+OPEN = frozenset({"/healthz"})
+"""Paths without a token, for load balancers."""
 MIN_TOKEN_CHARACTERS = 16
+"""Fewer could be guessed."""
 
 
 class Access:
@@ -52,6 +55,7 @@ class Access:
         self._digests = [digest(token) for token in tokens]
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Raises RefusedError for a web page, an unknown host name, and a wrong token."""
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname
         except ValueError:
@@ -60,11 +64,13 @@ class Access:
             raise RefusedError(403, "web pages may not send requests; use a program")
         if not self._digests and host not in LOOPBACK:
             raise RefusedError(421, "unknown host; without a token only this machine is answered")
+
+        # the token is compared with all, so that the time tells nothing
         kind, _, token = headers.get("authorization", "").partition(" ")
         given = digest(token.strip())
-        # of all, so that the time tells nothing
         fits = [hmac.compare_digest(given, known) for known in self._digests]
-        if self._digests and path not in OPEN and not (any(fits) and kind.lower() == "bearer"):
+        is_known = any(fits) and kind.lower() == "bearer"
+        if self._digests and path not in OPEN and not is_known:
             raise RefusedError(
                 401, "a token is needed: send the header `Authorization: Bearer TOKEN`"
             )
@@ -86,15 +92,31 @@ HIGHEST = {
     "max_waiting": 100_000,
     "batch": 1024,
     "resident_adapters": 1024,
+    "threads": 1024,
+    "per_gpu": 64,
+    "request_timeout": 86400,
 }
-HIGHEST |= {"threads": 1024, "per_gpu": 64, "request_timeout": 86400}
+"""The numbers among the settings, which begin at 1, and the highest value of each."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """`threads` of each replica on a CPU; `per_gpu` is the number of replicas on a GPU, None
-    without GPUs. Times are in seconds. Raises UserError for a value out of range, and for a public
-    address without a token."""
+    """The settings of a service.
+
+    adapters: folders, or the URL of one bucket
+    pretrained_model_name_or_path: the base
+    host, port: where it listens
+    replicas: processes that hold the base and draw
+    tokens: each opens the service; without any only this machine is answered
+    max_waiting: requests that may wait or be drawn at once
+    request_timeout: seconds until a request gets 504
+    batch: most orders of equal adapters and size that are drawn in a row
+    resident_adapters: adapters that a replica keeps in the model
+    threads: of each replica on a CPU
+    per_gpu: replicas on a GPU; None without GPUs
+
+    Raises UserError for a value out of range, and for a public address without a token.
+    """
 
     adapters: tuple[str, ...]
     pretrained_model_name_or_path: str = "toy"
@@ -116,15 +138,13 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise UserError(f"--{name} {value}: must be a whole number from 1 to {high}.")
-        for token in self.tokens:  # none that can be guessed, or cannot stand in a header
-            if (
-                len(token) < MIN_TOKEN_CHARACTERS
-                or not token.isascii()
-                or not token.isprintable()
-                or " " in token
-            ):
+        for token in self.tokens:
+            # none that can be guessed, or cannot stand in a header
+            is_long = len(token) >= MIN_TOKEN_CHARACTERS
+            if not is_long or not token.isascii() or not token.isprintable() or " " in token:
                 raise UserError(
-                    f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, without spaces."
+                    f"a token needs at least {MIN_TOKEN_CHARACTERS} letters and digits, "
+                    "without spaces."
                 )
         if self.host not in LOOPBACK and not self.tokens:
             how = f"give --token, or set {TOKEN_VARIABLE}."
@@ -143,13 +163,17 @@ class ServeSettings:
 
 
 def tokens_of(given: Any) -> tuple[str, ...]:
+    """The given tokens, and the one of the environment, if there is one."""
     own = os.environ.get(TOKEN_VARIABLE)
     return (*(given or ()), *([own] if own else ()))
 
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format."""
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
+"""Upper bounds of the buckets for a request's time, in seconds."""
 BATCH = (1, 2, 4, 8, 16, 32)
+"""Upper bounds of the buckets for a batch's size."""
 
 
 class Telemetry:
@@ -180,16 +204,28 @@ class Telemetry:
         return generate_latest(self.registry)
 
 
-HEALTH_SEC, BODY_SEC = 10.0, 10.0  # For a replica to report its health, and for a body to arrive
-MOST_RETRY_SEC, MAX_BODY_BYTES = 60, 64 * 1024
+HEALTH_SEC = 10.0
+"""How long a replica may take to report its health."""
+BODY_SEC = 10.0
+"""How long a body may take to arrive."""
+MOST_RETRY_SEC = 60
+"""Latest time at which a client is told to ask again."""
+MAX_BODY_BYTES = 64 * 1024
 """A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Front:
-    """`draw` sends an order to a replica, `facts` asks about the base. At most `max_inside`
-    requests are in it."""
+    """Answers the requests.
+
+    draw: sends an order to a replica
+    facts: asks a replica about the base
+    catalogue: the adapters that a request may name
+    access: who may ask
+    max_inside: requests that wait or are drawn at once
+    request_timeout_sec: until a request is given up
+    """
 
     draw: Callable[[Order], Awaitable[Drawn]]
     facts: Callable[[], Awaitable[dict]]
@@ -199,9 +235,12 @@ class Front:
     request_timeout_sec: float
 
     def __post_init__(self) -> None:
-        self.telemetry, self.inside, self.seconds = Telemetry(), 0, 1.0
+        self.telemetry = Telemetry()
+        self.inside = 0
+        self.seconds = 1.0  # running mean of a request's time
 
     async def generate(self, request: Request) -> Response:
+        """A PNG. Every answer is counted by its status."""
         status = 500
         try:
             response = await self._generate(request)
@@ -221,16 +260,17 @@ class Front:
         if self.inside >= self.max_inside:
             # until about the next place is free
             next_sec = math.ceil(self.seconds / max(1, self.max_inside))
-            raise RefusedError(
-                503, "the queue is full; ask again later", max(1, min(MOST_RETRY_SEC, next_sec))
-            )
+            retry_sec = max(1, min(MOST_RETRY_SEC, next_sec))
+            raise RefusedError(503, "the queue is full; ask again later", retry_sec)
 
     async def _generate(self, request: Request) -> Response:
+        # read the body before a place is taken: slow senders would hold all places
         self._refuse_if_full()
         started = time.monotonic()
-        # it has no place yet: slow senders would hold all of them
         body = await self._body_of(request)
         self._refuse_if_full()
+
+        # draw within the time limit, which began with the request
         self.inside += 1
         self.telemetry.inside.set(self.inside)
         try:
@@ -242,8 +282,11 @@ class Front:
         finally:
             self.inside -= 1
             self.telemetry.inside.set(self.inside)
-        seconds, telemetry = time.monotonic() - started, self.telemetry
+
+        # note how it went
+        seconds = time.monotonic() - started
         self.seconds += (seconds - self.seconds) / 16
+        telemetry = self.telemetry
         telemetry.pictures.inc()
         telemetry.seconds.observe(seconds)
         telemetry.batch.observe(drawn.batch_size)
@@ -263,16 +306,14 @@ class Front:
             raise RefusedError(408, "the body did not arrive in time; send it at once") from error
 
     async def _order_of(self, body: bytes, started: float) -> Order:
+        """The order in a body, with the adapters' files and the seconds left. Raises UserError."""
         order = parse_order(body)
-        refs = tuple(
-            [
-                await asyncio.to_thread(self.catalogue.find, name)
-                for name, _ in order.params.adapters
-            ]
-        )
-        return replace(
-            order, adapters=refs, seconds=self.request_timeout_sec - (time.monotonic() - started)
-        )
+        refs = []
+        for name, _ in order.params.adapters:
+            # in a thread, as it may read a file or ask a bucket
+            refs.append(await asyncio.to_thread(self.catalogue.find, name))
+        left_sec = self.request_timeout_sec - (time.monotonic() - started)
+        return replace(order, adapters=tuple(refs), seconds=left_sec)
 
     async def adapters(self, request: Request) -> Response:
         return JSONResponse({"adapters": await asyncio.to_thread(self.catalogue.names)})
@@ -292,7 +333,9 @@ class Front:
 
 async def body_of(request: Request) -> bytes:
     """Raises RefusedError (413) as soon as the body or its declared length is too long."""
-    promised, body = request.headers.get("content-length", ""), b""
+    promised = request.headers.get("content-length", "")
+    body = b""
+    # an absurdly long number is not parsed; the count below refuses such a body
     if not (promised.isdecimal() and len(promised) < 20 and int(promised) > MAX_BODY_BYTES):
         async for part in request.stream():
             body += part
@@ -304,6 +347,8 @@ async def body_of(request: Request) -> bytes:
 
 
 def build_front(front: Front) -> Starlette:
+    """The ASGI app, in which every path is guarded by `front.access`."""
+
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable:
         async def checked(request: Request) -> Response:
             # not `request.url`: older starlettes build it from the Host header
@@ -314,10 +359,9 @@ def build_front(front: Front) -> Starlette:
 
     routes = [
         Route("/generate", guarded(front.generate), methods=["POST"]),
-        *(
-            Route(f"/{name}", guarded(getattr(front, name)))
-            for name in ("adapters", "healthz", "metrics")
-        ),
+        Route("/adapters", guarded(front.adapters)),
+        Route("/healthz", guarded(front.healthz)),
+        Route("/metrics", guarded(front.metrics)),
     ]
     handlers = dict.fromkeys((UserError, HTTPException, Exception), told)
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -333,7 +377,13 @@ async def told(request: Request, error: Exception) -> Response:
     if not isinstance(error, UserError):
         logger.error("A request failed", exc_info=error)
         return JSONResponse({"error": "something went wrong; the server's log says what"}, 500)
-    status, retry_sec = getattr(error, "status", 400), getattr(error, "retry_sec", None)
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    headers |= {"Retry-After": str(retry_sec)} if retry_sec is not None else {}
+
+    # a refusal has a status, and may say when to ask again
+    status = getattr(error, "status", 400)
+    retry_sec = getattr(error, "retry_sec", None)
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if retry_sec is not None:
+        headers["Retry-After"] = str(retry_sec)
     return JSONResponse({"error": one_line(error, 500)}, status, headers)

@@ -1,5 +1,6 @@
-"""The service on Ray Serve: one front, and replicas that hold the base. No other module imports Ray
-Serve.
+"""The service on Ray Serve: one front, and replicas that hold the base.
+
+No other module imports Ray Serve.
 
 Ray reads its environment when imported: import this module after
 `extras.cluster.ray_fleet.connected`.
@@ -21,10 +22,13 @@ from dreambooth_moslora.extras.serving.catalogue import Drawn, Order, RefusedErr
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 
 APP_NAME = "dreambooth_moslora"
+"""Ray Serve's name of the service."""
 LOST = (BackPressureError, DeploymentUnavailableError, RayActorError)
+"""Errors after which the client may ask again."""
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 """No access log: it would record prompts and addresses of clients."""
-STOP_SEC = 5.0  # Seconds for pictures in progress when the service ends
+STOP_SEC = 5.0
+"""Seconds for pictures in progress when the service ends."""
 
 
 def keep_on_loopback() -> None:
@@ -48,6 +52,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
         def __init__(self) -> None:
             import torch
 
+            # before Ray Serve opens the replica's ports
             if alone:
                 keep_on_loopback()
             from dreambooth_moslora.extras.serving.drawer import Drawer
@@ -56,12 +61,12 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             torch.set_num_threads(settings.threads)
             pipeline = SubjectPipeline.from_base(settings.pretrained_model_name_or_path)
             pipeline.resident_adapters = settings.resident_adapters
-            catalogue, name = (
-                open_catalogue(settings.adapters),
-                serve.get_replica_context().replica_id.unique_id,
-            )
             self.drawer = Drawer(
-                pipeline, catalogue, name=name, batch=settings.batch, load=self.load
+                pipeline,
+                open_catalogue(settings.adapters),
+                name=serve.get_replica_context().replica_id.unique_id,
+                batch=settings.batch,
+                load=self.load,
             )
 
         @serve.multiplexed(max_num_models_per_replica=settings.resident_adapters)
@@ -86,6 +91,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
 def application(settings: ServeSettings, *, alone: bool = False) -> serve.Application:
     """The front, only one as it counts the requests, and its replicas; `alone`: all on this
     machine."""
+    # a replica takes its share of the requests, and at least a batch while it draws another
     share = {"num_gpus": 1 / settings.per_gpu} if settings.per_gpu else {"num_gpus": 0}
     waiting = max(2 * settings.batch, -(-settings.max_waiting // settings.replicas))
     common = {
@@ -106,12 +112,20 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
         if alone:
             keep_on_loopback()
         handle = serve.get_deployment_handle("Replica", APP_NAME)
-        access, catalogue = Access(settings.tokens), open_catalogue(settings.adapters)
-        limits = (settings.max_waiting, settings.request_timeout)
+        access = Access(settings.tokens)
+        catalogue = open_catalogue(settings.adapters)
         return build_front(
-            Front(partial(drawn_by, handle), handle.facts.remote, catalogue, access, *limits)
+            Front(
+                draw=partial(drawn_by, handle),
+                facts=handle.facts.remote,
+                catalogue=catalogue,
+                access=access,
+                max_inside=settings.max_waiting,
+                request_timeout_sec=settings.request_timeout,
+            )
         )
 
+    # it refuses by itself what is too much, so Ray Serve must let more through
     front = serve.deployment(
         serve.ingress(front_app)(),
         name="Front",
@@ -144,11 +158,10 @@ def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
     """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines
     reach it only through `settings.host`. Raises UserError when it cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    address = {"host": settings.host, "port": settings.port}
     try:
         try:
-            serve.start(
-                http_options={"host": settings.host, "port": settings.port}, logging_config=QUIET
-            )
+            serve.start(http_options=address, logging_config=QUIET)
             serve.run(
                 application(settings, alone=alone),
                 name=APP_NAME,
