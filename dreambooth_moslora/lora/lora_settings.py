@@ -15,34 +15,45 @@ from dreambooth_moslora.method.mixer import Tensors, nominal_scale
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.values import is_number
 
-# In the header, as diffusers' scripts for transformers write it
 PEFT_SETTINGS = "lora_adapter_metadata"
+"""Key of the settings in the header, as diffusers' scripts for transformers write it."""
 LARGEST_ALPHA = 1e6
-PEFT_ALPHA = 8  # PEFT's default when a header has no alpha; also its default rank
-OF_LYCORIS = ("LOHA", "LOKR")  # as PEFT calls them
+"""No training has a larger one: it would be a broken file."""
+PEFT_ALPHA = 8
+"""PEFT's default when a header has no alpha; also its default rank."""
+OF_LYCORIS = ("LOHA", "LOKR")
+"""Types of LyCORIS, as PEFT calls them."""
 MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
+"""An entry of a pattern that names modules. PEFT allows any regular expression there."""
 
 
 @dataclass(frozen=True)
 class Scales:
+    """What decides the scale of each module."""
+
     alphas: dict[str, float]  # module path -> alpha
     use_rslora: bool = False  # s is alpha/√r, not alpha/r
 
     def of(self, path: str, rank: int) -> float:
+        """s of the module with that path."""
         return nominal_scale(self.alphas[path], rank, self.use_rslora)
 
 
 def scales_of_settings(
     component: str, paths: Iterable[str], settings: dict, file_name: str
 ) -> Scales:
-    """The alphas of one component's modules. Raises UserError for settings that are none."""
-    paths, alpha, pattern = (
-        list(paths),
-        settings.get("lora_alpha", PEFT_ALPHA),
-        settings.get("alpha_pattern") or {},
-    )
-    alphas = dict.fromkeys(paths, alpha) | matches(component, paths, pattern, file_name)
-    return Scales(alphas, flag(settings, "use_rslora", file_name))
+    """The alphas of one component's modules. Raises UserError for settings that are broken.
+
+    component: such as `unet`
+    paths: of its modules
+    settings: PEFT's, of this component
+    file_name: for the message
+    """
+    paths = list(paths)
+    pattern = settings.get("alpha_pattern") or {}
+    alphas = dict.fromkeys(paths, settings.get("lora_alpha", PEFT_ALPHA))
+    alphas |= matches(component, paths, pattern, file_name)
+    return Scales(alphas, use_rslora=flag(settings, "use_rslora", file_name))
 
 
 def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
@@ -54,7 +65,7 @@ def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
 
 def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
     """The header's settings, named `component.name`, or `name` of one model; {} without any. Raises
-    UserError."""
+    UserError for broken ones."""
     try:
         return from_json(header.get(PEFT_SETTINGS, "{}"), dict[str, Any] | None) or {}
     except UserError as error:
@@ -63,7 +74,7 @@ def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
 
 def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
     """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises
-    UserError."""
+    UserError for broken ones."""
     config = file.parent / PEFT_CONFIG
     is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
     return read_json(config) if is_pefts else {}
@@ -72,21 +83,30 @@ def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
 def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:
     """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it
     is. Raises UserError for another type."""
-    if (kind := settings.get("peft_type", "LORA")) == "LORA":
+    kind = settings.get("peft_type", "LORA")
+    if kind == "LORA":
         return tensors
     if kind not in OF_LYCORIS:
-        said = f"{file_name} is of PEFT's type {kind!r:.40}, and only LORA, LOHA and LOKR are read here"
-        raise UserError(f"{said}: export DIR --for peft makes a LORA of MOSLORA, and no other")
+        raise UserError(
+            f"{file_name} is of PEFT's type {kind!r:.40}, "
+            "and only LORA, LOHA and LOKR are read here: "
+            "export DIR --for peft makes a LORA of MOSLORA, and no other"
+        )
+
+    # The alpha and the rank of each module: the usual ones, and those of the patterns.
     modules = {key.rpartition(".")[0] for key in tensors}
     paths = {module: module.removeprefix(key_names.PEFT_PREFIX) for module in modules}
-    alphas, ranks = (
-        dict.fromkeys(paths.values(), settings.get(name, PEFT_ALPHA))
-        | matches(DENOISERS[0], paths.values(), settings.get(pattern) or {}, file_name)
-        for name, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern"))
-    )
+    values = []
+    for name, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern")):
+        usual = dict.fromkeys(paths.values(), settings.get(name, PEFT_ALPHA))
+        own = matches(DENOISERS[0], paths.values(), settings.get(pattern) or {}, file_name)
+        values.append(usual | own)
+    alphas, ranks = values
     check_alphas(alphas, file_name)
     if not all(is_number(rank) and rank > 0 for rank in ranks.values()):
         raise broken(file_name, "its settings have a rank that is none")
+
+    # One factor of each module's product gets the scale; the first is there in one of these forms.
     result = dict(tensors)
     for module, path in paths.items():
         for key in (f"{module}.hada_w1_a", f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
@@ -98,28 +118,44 @@ def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Ten
 def matches(
     component: str, paths: Iterable[str], pattern: object, file_name: str
 ) -> dict[str, float]:
-    """Module path -> value of the first entry that is one of its names or the end of one (`^`: a
-    whole name only)."""
+    """The values of a pattern of PEFT.
+
+    component: such as `unet`
+    paths: of its modules
+    pattern: module's name, or the end of one, or after `^` a whole name -> value
+    file_name: for the message
+
+    Returns module's path -> value of the first entry that fits, without the modules that none
+    fits. Raises UserError for entries that name no module.
+    """
     if not isinstance(pattern, dict):
         raise broken(file_name, "its alpha_pattern is no object")
     plain = {str(name).replace(r"\.", "."): value for name, value in pattern.items()}
     for name in plain:
         if not MODULE_NAME.fullmatch(name):
             raise broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
-    order, found = {name: number for number, name in enumerate(plain)}, {}
+
+    # Entries are looked up by every form of a module's name: trying each entry on each module
+    # would take long in a large file.
+    order = {name: number for number, name in enumerate(plain)}
+    found = {}
     for path in paths:
-        ends = set()
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
+        ends = set()
         for name in (bare, key_names.published_path(component, path)):
             parts = name.split(".")
-            ends |= {f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))}
-        if known := ends & order.keys():
+            ends.add(f"^{name}")
+            ends.update(".".join(parts[start:]) for start in range(len(parts)))
+
+        known = ends & order.keys()
+        if known:
             found[path] = plain[min(known, key=order.__getitem__)]
     return found
 
 
 def flag(settings: dict, name: str, file_name: str) -> bool:
+    """A setting that is true or false. Raises UserError for another value."""
     value = settings.get(name, False)
     if not isinstance(value, bool):
         raise broken(file_name, f"its {name} is {value!r:.40}")
@@ -127,4 +163,5 @@ def flag(settings: dict, name: str, file_name: str) -> bool:
 
 
 def broken(file_name: str, what: str) -> UserError:
+    """The error for a file that no program writes so."""
     return UserError(f"{file_name} is broken: {what}")

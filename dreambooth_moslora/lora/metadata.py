@@ -1,10 +1,12 @@
 """The metadata of an adapter, as JSON in its file's header, and which values are valid.
 
 Also here: what other programs compute from DoRA in kohya's form. The file names no norm, and they
-take different ones; as the shapes (out, 1) and (1, in) both broadcast, none of them raises an
+take different ones. As the shapes (out, 1) and (1, in) both broadcast, none of them raises an
 error.
 
-    trained:   W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       dora_scale (out, 1), the norm of each row of W + ΔW
+    W' = dora_scale · (W + ΔW) / ‖W + ΔW‖       what was trained
+
+dora_scale is (out, 1), and the norm is of each row of W + ΔW.
 """
 
 import json
@@ -31,34 +33,40 @@ from dreambooth_moslora.errors import UserError, first_problem
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
 
-DORA_READERS = {  # programs -> what they compute
+DORA_READERS = {
     "this program, LyCORIS": "what was trained",
     "ComfyUI": "nearly that: it divides by the norms of W instead of W + ΔW",
     "AUTOMATIC1111, InvokeAI": "another adapter: they divide by the norms of columns",
     "diffusers, kohya's sd-scripts": "a plain LoRA: they drop the magnitudes",
     "others, such as Fooocus": "not known",
 }
+"""Programs -> what they compute from DoRA in kohya's form."""
 DORA_NOTE = (
     "--use_dora: the kohya file is not the same adapter in all programs ("
     + "; ".join(f"{programs}: {what}" for programs, what in DORA_READERS.items())
     + "); pytorch_lora_weights.safetensors is exact in diffusers"
 )
+"""What a run with DoRA says of a UNet's two files."""
 DORA_OF_TRANSFORMERS = (
-    "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; ComfyUI, where it reads the "
-    "file, drops the magnitudes, which is another adapter"
+    "--use_dora: pytorch_lora_weights.safetensors is exact in diffusers; "
+    "ComfyUI, where it reads the file, drops the magnitudes, which is another adapter"
 )
+"""What it says of a transformer's one file."""
 
 
 def dora_note(*, has_kohya_file: bool) -> str:
+    """What a run with DoRA says of its files."""
     return DORA_NOTE if has_kohya_file else DORA_OF_TRANSFORMERS
 
 
 def dora_table() -> str:
+    """`DORA_READERS` in Markdown, for the model card."""
     rows = [f"| {programs} | {what} |" for programs, what in DORA_READERS.items()]
     return "\n".join(["| DoRA in the kohya file, read by | computes |", "|---|---|", *rows])
 
 
-HEADER = "moslora"  # key of the metadata in a safetensors header
+HEADER = "moslora"
+"""Key of the metadata in a safetensors header."""
 
 
 def plain_name(name: str) -> str:
@@ -76,8 +84,11 @@ def one_or_many(notes: object) -> object:
 
 
 Rank = Annotated[int, Field(gt=0)]
+"""A rank, or another count that begins at 1."""
 FileName = Annotated[str, AfterValidator(plain_name)]
+"""A file beside the adapter."""
 Mixer = Literal[*table.MIXERS]
+"""A kind of mixer."""
 
 
 class TokenNote(TypedDict):
@@ -90,6 +101,7 @@ class TokenNote(TypedDict):
 
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+"""No number is read from text, and none is infinite."""
 TokenNote.__pydantic_config__ = STRICT | {"extra": "forbid"}
 
 
@@ -125,15 +137,15 @@ class AdapterMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     best_scale: float | None = None
     usable_scales: tuple[float, float] | tuple[()] = ()
-    # for `--like` (`settings.sources`)
+    # For `--like` (`settings.sources`).
     recipe: dict[str, Any] = field(default_factory=dict)
-    # `NewTokens.note` of each file
+    # `NewTokens.note` of each file.
     tokens: Annotated[tuple[TokenNote, ...], BeforeValidator(one_or_many)] = ()
-    # of several subjects
+    # Of several subjects.
     subject_prompts: tuple[str, ...] = ()
-    # if the run did not end there
+    # Where the adapter was taken, if the run did not end there.
     step: Rank | None = None
-    # if there were several
+    # How many trained it, if there were several.
     processes: Rank | None = None
 
     @property
@@ -143,18 +155,19 @@ class AdapterMetadata:
 
     @property
     def header(self) -> dict[str, str]:
+        """The metadata as strings of a safetensors header."""
         return {HEADER: self.to_json()}
 
     def to_json(self) -> str:
-        """Leaves out later entries when empty, and a list around one subject's tokens: files keep
-        their bytes."""
+        """The metadata as a file holds it. Entries that later versions added are left out when
+        they are empty, and so is a list around one subject's tokens: files keep their bytes."""
         facts = asdict(self)
         if len(self.tokens) == 1:
             facts["tokens"] = self.tokens[0]
-        later = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
-        later += ("step", "processes", "mixer_factor")
-        told = {name: value for name, value in facts.items() if value or name not in later}
-        return json.dumps(told, sort_keys=True)
+        for name in LATER:
+            if not facts[name]:
+                del facts[name]
+        return json.dumps(facts, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterMetadata":
@@ -163,6 +176,11 @@ class AdapterMetadata:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             raise ValueError(first_problem(error)) from None
+
+
+LATER = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
+LATER += ("step", "processes", "mixer_factor")
+"""Entries that the first files did not have."""
 
 
 def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
@@ -175,7 +193,8 @@ def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
 
 def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
     """Each `NewTokens.note` in the header of an adapter."""
-    return facts.tokens if (facts := metadata_in(header)) else ()
+    facts = metadata_in(header)
+    return facts.tokens if facts else ()
 
 
 def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
@@ -184,23 +203,23 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
     facts = metadata_in(header)
     if facts is None:
         return {}
-    told, _ = sources.checked_recipe(
-        {name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe}
-    )
+    said = {name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe}
+    told, _ = sources.checked_recipe(said)
     return told
 
 
-# OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on
 BUNDLE = "bundle_emb."
+"""OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on."""
 
 
 def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Word -> the names of its tensors (`clip_l`), of the keys of an adapter with bundled new
-    tokens."""
+    """Word -> the names of its tensors, such as `clip_l`, by the keys of an adapter with bundled
+    new tokens."""
     found = defaultdict(list)
-    for key in sorted(key for key in keys if key.startswith(BUNDLE)):
-        word, _, name = key.removeprefix(BUNDLE).rpartition(".")
-        found[word].append(name)
+    for key in sorted(keys):
+        if key.startswith(BUNDLE):
+            word, _, name = key.removeprefix(BUNDLE).rpartition(".")
+            found[word].append(name)
     return found
 
 
@@ -222,16 +241,17 @@ def most_common(values: Iterable[float]) -> float:
 
 def versions() -> dict[str, str]:
     """Name -> version of this package and the libraries that an adapter depends on."""
-    others = {
-        name: rules.version_of(name) for name in ("torch", "diffusers", "transformers", "peft")
-    }
-    return {"dreambooth_moslora": __version__} | {
-        name: found for name, found in others.items() if found
-    }
+    found = {"dreambooth_moslora": __version__}
+    for name in ("torch", "diffusers", "transformers", "peft"):
+        version = rules.version_of(name)
+        if version:
+            found[name] = version
+    return found
 
 
 def with_recipe(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     """The `facts` with what a file tells of the run's settings."""
-    if len(config.subjects) == 1:  # a single table trains the very file that flags train
+    # A single table of subjects trains the very file that flags train.
+    if len(config.subjects) == 1:
         (config,) = config.each_subject
     return replace(facts, recipe=sources.recipe_of(config))

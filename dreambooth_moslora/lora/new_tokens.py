@@ -39,33 +39,47 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # component -> its tensor in the file
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""Component -> its tensor in the file."""
 FILE_KEYS = {*KEYS.values()}
+"""The tensors of a file."""
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-WORD, MOST = "moslora_word", 75
+"""Component -> the tokenizer that belongs to it."""
+WORD = "moslora_word"
+"""Key of the word in the file's header."""
+MOST = 75
+"""Tokens that a prompt has room for."""
 UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
-MISSING = "%s knows %r by new tokens, and their file %s is not beside it: the word means nothing without it"
+MISSING = (
+    "%s knows %r by new tokens, and their file %s is not beside it: "
+    "the word means nothing without it"
+)
+"""Warnings about tokens that are left out."""
 
 
 @dataclass(frozen=True)
 class NewTokens:
+    """The new tokens of one subject."""
+
     word: str  # stands for all of them in prompts
     rows: Mapping[str, Tensor]  # component -> (n, D)
 
     @property
     def count(self) -> int:
+        """How many they are; as many for each component."""
         return len(next(iter(self.rows.values())))
 
     @property
     def content(self) -> bytes:
         """The file's bytes, equal for equal tokens."""
-        tensors = {
-            KEYS[part]: rows.detach().float().cpu().contiguous() for part, rows in self.rows.items()
-        }
+        tensors = {}
+        for part, rows in self.rows.items():
+            tensors[KEYS[part]] = rows.detach().float().cpu().contiguous()
         raw_file.check_finite(tensors, "the new tokens")
         return raw_file.with_sorted_metadata(save(tensors, {"format": "pt", WORD: self.word}))
 
     def note(self, file_name: str) -> dict[str, object]:
+        """What the adapter's header says of them: the word, and which file has them."""
         digest = hashlib.sha256(self.content).hexdigest()
         return {"word": self.word, "count": self.count, "file": file_name, "sha256": digest}
 
@@ -76,12 +90,15 @@ class TableWithRows(nn.Module):
 
     def __init__(self, table: nn.Module, rows: Sequence[Tensor], first: int):
         super().__init__()
-        self.table, self.first = table, first
-        own = [
-            one if isinstance(one, nn.Parameter) else nn.Parameter(one, requires_grad=False)
-            for one in rows
-        ]
-        self.own = nn.ParameterList(own)  # after the table: a model's first weight tells its dtype
+        self.table = table
+        self.first = first
+
+        # Rows that learn are parameters already. All come after the table, as a model's first
+        # weight tells its dtype.
+        self.own = nn.ParameterList()
+        for one in rows:
+            is_parameter = isinstance(one, nn.Parameter)
+            self.own.append(one if is_parameter else nn.Parameter(one, requires_grad=False))
 
     @property
     def weight(self) -> Tensor:
@@ -89,6 +106,8 @@ class TableWithRows(nn.Module):
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (…) -> embeddings (…, D), in the table's dtype."""
+        # Both tables are read at every place, at an id that they have, and one is chosen.
         found = self.table(ids.clamp(max=self.first - 1))
         rows = self.own[0] if len(self.own) == 1 else torch.cat(tuple(self.own))
         own = F.embedding((ids - self.first).clamp(min=0), rows).to(found.dtype)
@@ -103,43 +122,54 @@ class AttachedTokens:
         """Raises UserError for two with the same word, and for rows of another width than the
         base's."""
         words = [tokens.word for tokens in several]
-        if twice := next((word for word in words if words.count(word) > 1), None):
-            raise UserError(
-                f"two adapters have learnt tokens for the word {twice!r:.40}: use one of them at a time"
-            )
-        self.pipeline, self.several = pipeline, tuple(several)
+        for word in words:
+            if words.count(word) > 1:
+                raise UserError(
+                    f"two adapters have learnt tokens for the word {word!r:.40}: "
+                    "use one of them at a time"
+                )
+        self.pipeline = pipeline
+        self.several = tuple(several)
         self.spellings = spellings_of({tokens.word: tokens.count for tokens in several})
         self._tokenizers = {part: getattr(pipeline, name) for part, name in TOKENIZERS.items()}
         self._tables = {part: getattr(pipeline, part).get_input_embeddings() for part in KEYS}
         self.attach()
 
     def attach(self) -> None:
+        """Put tokenizers and tables that know the new tokens into the pipeline."""
         for part, tokens in product(KEYS, self.several):
             if tokens.rows[part].shape[1] != self._tables[part].weight.shape[1]:
                 raise UserError(
                     f"the tokens of {tokens.word!r:.40} were learnt on another base than this one"
                 )
-        names = [
-            name for own in token_names(tokens.count for tokens in self.several) for name in own
-        ]
+
+        names: list[str] = []
+        for of_one in token_names(tokens.count for tokens in self.several):
+            names += of_one
         for part, table in self._tables.items():
+            # A copy of the tokenizer gives the names the next free ids.
             tokenizer = deepcopy(self._tokenizers[part])
             first = len(tokenizer)
             if tokenizer.add_tokens(names) != len(names):
                 raise UserError(
-                    f"the base's own tokenizer has {names[0]} already: new tokens cannot be learnt on it"
+                    f"the base's own tokenizer has {names[0]} already: "
+                    "new tokens cannot be learnt on it"
                 )
             setattr(self.pipeline, TOKENIZERS[part], tokenizer)
-            rows = [tokens.rows[part] for tokens in self.several]
-            rows = [
-                one if isinstance(one, nn.Parameter) else one.to(table.weight.device)
-                for one in rows
-            ]
+
+            # The table has rows for these ids. Rows that learn stay the very tensors they are.
+            rows = []
+            for tokens in self.several:
+                own = tokens.rows[part]
+                is_learnt = isinstance(own, nn.Parameter)
+                rows.append(own if is_learnt else own.to(table.weight.device))
             getattr(self.pipeline, part).set_input_embeddings(TableWithRows(table, rows, first))
-        # diffusers expands textual inversions there
+
+        # diffusers expands textual inversions there.
         self.pipeline.maybe_convert_prompt = self.spelled
 
     def detach(self) -> None:
+        """Give the pipeline its own tokenizers and tables back."""
         vars(self.pipeline).pop("maybe_convert_prompt", None)
         for part, name in TOKENIZERS.items():
             setattr(self.pipeline, name, self._tokenizers[part])
@@ -147,11 +177,12 @@ class AttachedTokens:
 
     def is_in(self, prompt: str) -> bool:
         """Whether the prompt contains one of the words, or the tokens of one."""
-        return spelled(prompt, self.spellings) != prompt or any(
-            spelt in prompt for spelt in self.spellings.values()
-        )
+        if spelled(prompt, self.spellings) != prompt:
+            return True
+        return any(spelt in prompt for spelt in self.spellings.values())
 
     def spelled(self, prompt: str | list[str], tokenizer: object = None) -> str | list[str]:
+        """The prompt, or each of a list, with the tokens in place of their words."""
         if isinstance(prompt, list):
             return [self.spelled(text) for text in prompt]
         return spelled(prompt, self.spellings)
@@ -163,6 +194,7 @@ def notes_of(several: Sequence[NewTokens], name: str = "moslora") -> tuple[dict[
 
 
 def write_tokens(path: Path, tokens: NewTokens) -> None:
+    """Write the file completely or not at all. Raises UserError for NaN and infinity."""
     atomic_write(path, tokens.content)
 
 
@@ -179,45 +211,55 @@ def read_tokens(path: Path) -> NewTokens:
 
 
 def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
-    """clip_l (n, D) and clip_g (n, D2) of the file -> the tokens. Raises UserError."""
-    tables = {
-        key: one
-        for key, one in tensors.items()
-        if one.is_floating_point() and one.ndim == 2 and one.numel()
-    }
-    rows = {part: tables[key] for part, key in KEYS.items() if key in tables}
+    """The tokens of a file. Raises UserError for other tensors, and for too many rows.
+
+    word: stands for them
+    tensors: clip_l (n, D) and clip_g (n, D2)
+    path: of the file, for the message
+    """
+    rows = {}
+    for part, key in KEYS.items():
+        table = tensors.get(key)
+        if table is not None and is_table(table):
+            rows[part] = table
+
+    # One table for each encoder, as many rows in both, and nothing else.
     counts = {len(table) for table in rows.values()}
     if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
-    if (count := counts.pop()) > MOST:
+    count = counts.pop()
+    if count > MOST:
         raise UserError(
             f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}"
         )
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
 
 
+def is_table(tensor: Tensor) -> bool:
+    """Whether it is a matrix of numbers, and not empty."""
+    return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
+
+
 def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
     """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a
     word that has vectors for the encoders' outputs, are logged and left out. Raises UserError for
     broken ones, and for too many."""
+    found = []
     with safe_open(path, framework="pt") as opened:
         words = metadata.bundled(opened.keys())
         if len(words) > MOST:
             raise UserError(
-                f"{path.name} holds new tokens for {len(words)} words, and a prompt has room for {MOST}"
+                f"{path.name} holds new tokens for {len(words)} words, "
+                f"and a prompt has room for {MOST}"
             )
-        known = [
-            word
-            for word, names in words.items()
-            if is_for_sdxl and word.strip() and set(names) == FILE_KEYS
-        ]
-        for word in words.keys() - known:
-            logger.warning(UNREAD, path.name, word, ", ".join(words[word]))
-        found = []
-        for word in known:
-            tensors = {
-                name: opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}") for name in FILE_KEYS
-            }
+        for word, names in words.items():
+            # Only rows of the two tables can be attached here.
+            if not is_for_sdxl or not word.strip() or set(names) != FILE_KEYS:
+                logger.warning(UNREAD, path.name, word, ", ".join(names))
+                continue
+            tensors = {}
+            for name in FILE_KEYS:
+                tensors[name] = opened.get_tensor(f"{metadata.BUNDLE}{word}.{name}")
             raw_file.check_finite(tensors, path.name)
             found.append(tokens_of(word, tensors, path))
     return tuple(found)
@@ -229,6 +271,9 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
     found = []
     for note in metadata.notes_in(header):
         path = adapter.parent / note["file"]
+
+        # Without its file a word is an ordinary one. With another adapter's file it would mean
+        # something else: that is refused.
         if not path.is_file():
             logger.warning(MISSING, adapter.name, note["word"], path.name)
         elif file_digest(path) != note["sha256"]:
@@ -244,31 +289,42 @@ def prove_tokens(
     paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
 ) -> "tuple[FileProof, ...]":
     """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the
-    attached ones."""
+    attached ones.
+
+    paths: the files
+    attached: their tokens, in the same order, in use by a pipeline
+    prompts: one for each, with its word
+    """
     from dreambooth_moslora.base.load import encode_text
     from dreambooth_moslora.lora import proof
 
+    # The prompts as training encodes them, and as a user of the files would.
     live = encode_text(attached.pipeline, list(prompts))
     with stock_loaded(paths, attached) as pipeline:
         stock = encode_text(pipeline, attached.spelled(list(prompts)))
     proofs = []
     for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
-        found, own = (
-            read_tokens(path).rows,
-            {part: rows.detach().float().cpu() for part, rows in tokens.rows.items()},
-        )
-        rows = {
-            KEYS[part]: proof.relative_difference(found[part], one) for part, one in own.items()
-        }
-        pairs = [(stock[number][name], here) for name, here in live[number].items()]
-        outputs = max(
-            proof.relative_difference(there.float().cpu(), here.float().cpu())
-            for there, here in pairs
-        )
+        # The rows, read back.
+        found = read_tokens(path).rows
+        rows = {}
+        for part, own in tokens.rows.items():
+            own = own.detach().float().cpu()
+            rows[KEYS[part]] = proof.relative_difference(found[part], own)
         worst = max(rows, key=rows.__getitem__)
+
+        # The prompt's encoding, by each name that it has.
+        outputs = []
+        for name, here in live[number].items():
+            there = stock[number][name].float().cpu()
+            outputs.append(proof.relative_difference(there, here.float().cpu()))
+
         proofs.append(
             proof.FileProof(
-                path.name, rows[worst], outputs, worst, "diffusers' load_textual_inversion"
+                file=path.name,
+                weights=rows[worst],
+                outputs=max(outputs),
+                worst=worst,
+                loader="diffusers' load_textual_inversion",
             )
         )
     return tuple(proofs)
@@ -282,24 +338,23 @@ def stock_loaded(
     again."""
     from dreambooth_moslora.lora import proof
 
-    pipeline, files = attached.pipeline, [raw_file.read_tensors(path)[0] for path in paths]
+    pipeline = attached.pipeline
+    files = [raw_file.read_tensors(path)[0] for path in paths]
     sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
     attached.detach()
     try:
         with proof.collected_warnings():
-            # As the model card says, but into a copy of the tokenizer, and of the table, as it
-            # grows in place.
+            # As the model card says, but into copies of the tokenizer and of the table: diffusers
+            # makes both longer in place.
             for part, key in KEYS.items():
-                several = [tensors[key] for tensors in files]
-                encoder, tokenizer = (
-                    getattr(pipeline, part),
-                    deepcopy(getattr(pipeline, TOKENIZERS[part])),
-                )
+                encoder = getattr(pipeline, part)
+                tokenizer = deepcopy(getattr(pipeline, TOKENIZERS[part]))
                 setattr(pipeline, TOKENIZERS[part], tokenizer)
                 table = encoder.get_input_embeddings().weight
-                encoder.set_input_embeddings(
-                    nn.Embedding.from_pretrained(table.detach().cpu().clone())
-                )
+                copied = nn.Embedding.from_pretrained(table.detach().cpu().clone())
+                encoder.set_input_embeddings(copied)
+
+                several = [tensors[key] for tensors in files]
                 for rows, names in zip(several, token_names(map(len, several)), strict=True):
                     pipeline.load_textual_inversion(
                         rows, token=names, text_encoder=encoder, tokenizer=tokenizer
@@ -307,6 +362,7 @@ def stock_loaded(
                 encoder.get_input_embeddings().to(table.device)
         yield pipeline
     finally:
+        # diffusers' loader also wrote the longer tables' sizes into the configurations.
         attached.detach()
         for part, size in sizes.items():
             getattr(pipeline, part).config.vocab_size = size

@@ -1,7 +1,10 @@
 """The raw adapter file, for resuming and analysis: A, M and B unchanged, and the metadata to
 restore them.
 
-    <component>.<module path>.lora_A (r, in)   .mixer (r, r)   .lora_B (out, r)   [.magnitude (out,) for DoRA]
+    <component>.<module path>.lora_A       (r, in)
+                             .mixer        (r, r)
+                             .lora_B       (out, r)
+                             .magnitude    (out,), for DoRA alone
 
 A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w)
 for a convolution. The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A
@@ -38,11 +41,16 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How pickled files begin: torch's, which are zip files, and older ones."""
+
+
 def check_finite(tensors: Tensors, owner: str) -> None:
     """Raises UserError for NaN and infinity. `owner` begins the message."""
     for key, tensor in tensors.items():
+        # Eight-bit floats have no isfinite.
         if tensor.is_floating_point() and tensor.element_size() == 1:
-            tensor = tensor.float()  # eight-bit floats have no isfinite
+            tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint"
@@ -57,9 +65,12 @@ def write_file(path: Path, tensors: Tensors, header: dict[str, str]) -> None:
 
 def with_sorted_metadata(content: bytes) -> bytes:
     """The safetensors file with sorted metadata: equal adapters then have equal hashes."""
+    # A file is the header's length in 8 bytes, the header in JSON, and the tensors.
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+
+    # Spaces fill the header, so that the tensors begin at a multiple of 8.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
@@ -71,19 +82,20 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
     path = user_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    # A pickle begins so. A safetensors file may, too: it begins with the header's length in 8
+    # bytes. But there the header's brace follows.
     with path.open("rb") as file:
-        # in a safetensors file: the header's length in 8 bytes, and its opening brace
         start = file.read(9)
-    if (
-        start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        and start[8:] != b"{"
-    ):
+    if start[:2] in PICKLES and start[8:] != b"{":
         raise UserError(
-            f"{path.name} is a pickled file, which can run code when it is opened; use a .safetensors file"
+            f"{path.name} is a pickled file, which can run code when it is opened; "
+            "use a .safetensors file"
         )
+
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path.name} is truncated or not a safetensors file: {one_line(error)}"
@@ -92,21 +104,29 @@ def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
 
 def model_config(model: nn.Module) -> dict[str, object]:
     """{"class", "config"}, JSON-able and without file names, for `empty_model`."""
+    # A config of transformers tells what differs from its defaults; one of diffusers is a dict.
     config = model.config
     values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
-    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in PRIVATE}
-    return {"class": type(model).__name__, "config": json.loads(json.dumps(values, default=str))}
+
+    # Nothing of where the model came from, and nothing that weights have.
+    public = {}
+    for name, value in values.items():
+        if not name.startswith("_") and name not in PRIVATE:
+            public[name] = value
+    return {"class": type(model).__name__, "config": json.loads(json.dumps(public, default=str))}
 
 
 CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
 CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever
 built."""
-# of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32
 MOST_LAYERS = 2000
+"""Of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32."""
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 DEPTHS += ("num_layers", "num_single_layers", "n_layers")
+"""Entries of a configuration that say how deep a model is."""
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a configuration that no file holds."""
 
 
 def empty_model(description: Mapping[str, object]) -> nn.Module:
@@ -117,13 +137,17 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
         raise UserError(
             f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}"
         )
-    blocks = config.get("down_block_types")  # the constructor judges unreadable numbers
-    if (len(blocks) if isinstance(blocks, list) else 1) * prod(
-        deepest(config.get(n)) for n in DEPTHS
-    ) > MOST_LAYERS:
+
+    # Anyone may write a file, and a model of a million layers would fill the memory. The
+    # constructor judges numbers that cannot be read.
+    blocks = config.get("down_block_types")
+    count = len(blocks) if isinstance(blocks, list) else 1
+    if count * prod(deepest(config.get(depth)) for depth in DEPTHS) > MOST_LAYERS:
         raise UserError(
-            f"the {name} that the file describes has more than {MOST_LAYERS} layers, as no known one has"
+            f"the {name} that the file describes has more than {MOST_LAYERS} layers, "
+            "as no known one has"
         )
+
     try:
         return build(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes
@@ -140,22 +164,24 @@ def deepest(depths: object) -> int:
 
 
 def build(name: str, config: dict) -> nn.Module:
-    """Every parameter is a zero with strides of 0."""
+    """A model of that class, in which every parameter is a zero with strides of 0."""
     kind = getattr(import_module(CLASSES[name]), name)
     with torch.device("meta"):
         if CLASSES[name] == "diffusers":
-            names = inspect.signature(kind.__init__).parameters  # of this version
-            model = kind.from_config(
-                {name: value for name, value in config.items() if name in names}
-            )
-        # an attention implementation may name a kernel on the hub, which is code: a file must not
-        # choose it
+            # A file may be of another version, whose models have other entries.
+            known = inspect.signature(kind.__init__).parameters
+            values = {entry: value for entry, value in config.items() if entry in known}
+            model = kind.from_config(values)
         else:
-            model = kind(
-                kind.config_class(
-                    **{k: v for k, v in config.items() if "attn_implementation" not in k}
-                )
-            )
+            # An attention implementation may name a kernel on the hub, which is code: a file must
+            # not choose it.
+            values = {}
+            for entry, value in config.items():
+                if "attn_implementation" not in entry:
+                    values[entry] = value
+            model = kind(kind.config_class(**values))
+
+    # Meta tensors cannot compute. Zeros can, and need no memory.
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             zero = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
@@ -166,6 +192,7 @@ def build(name: str, config: dict) -> nn.Module:
 
 
 COMPONENTS = (*families.DENOISERS, "text_encoder", "text_encoder_2")
+"""The models of a pipeline that an adapter may be on."""
 SHARED_SETTINGS = (
     "use_rslora",
     "use_dora",
@@ -177,34 +204,44 @@ SHARED_SETTINGS = (
 )
 """A file has one value of each for all its components."""
 RAW_KEY = "raw_format"
+"""The tensor that makes stock loaders refuse a raw file."""
 
 
 def adapter_metadata(
     components: Components, adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """A live adapter's metadata. Raises UserError for an unknown component, and for several
-    settings."""
+    """A live adapter's metadata. `said` are further entries. Raises UserError for an unknown
+    component, and for components whose settings differ."""
     check_components(components)
+
+    # The settings that a file has once for all components. PEFT's own config has no mixer, and
+    # then the default says so.
     settings = {}
-    for name in SHARED_SETTINGS:  # PEFT's own config has no mixer
-        configs = [model.peft_config[adapter_name] for model in components.values()]
+    configs = [model.peft_config[adapter_name] for model in components.values()]
+    for name in SHARED_SETTINGS:
         values = {getattr(config, name, getattr(AdapterMetadata, name)) for config in configs}
         if len(values) > 1:
             raise UserError(
                 f"the components of one adapter file need one {name}, but have {sorted(values)}"
             )
         settings[name] = values.pop()
-    settings["mixer_factor"] *= settings["mixer"] == table.KRONECKER
+    if settings["mixer"] != table.KRONECKER:
+        settings["mixer_factor"] = 0
+
+    # Ranks and alphas: the usual one, and the modules that differ from it.
     layers = all_layers(components, adapter_name)
     ranks = {path: layer.r[adapter_name] for path, layer in layers.items()}
     alphas = {path: layer.lora_alpha[adapter_name] for path, layer in layers.items()}
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    other_ranks = {path: own for path, own in ranks.items() if own != rank}
+    other_alphas = {path: own for path, own in alphas.items() if own != alpha}
+
     return AdapterMetadata(
         rank=rank,
         alpha=alpha,
         **settings,
-        ranks={path: r for path, r in ranks.items() if r != rank},
-        alphas={path: a for path, a in alphas.items() if a != alpha},
+        ranks=other_ranks,
+        alphas=other_alphas,
         base_id=public_name(base_id),
         structures={name: model_config(model) for name, model in components.items()},
         versions=versions(),
@@ -224,9 +261,8 @@ def check_storable(components: Components, adapter_name: str) -> None:
     cannot hold."""
     check_components(components)
     for path, layer in all_layers(components, adapter_name).items():
-        if adapter_name in layer.lora_magnitude_vector and isinstance(
-            layer.get_base_layer(), nn.Conv2d
-        ):
+        has_dora = adapter_name in layer.lora_magnitude_vector
+        if has_dora and isinstance(layer.get_base_layer(), nn.Conv2d):
             raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
 
 
@@ -234,11 +270,11 @@ def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLaye
     """`component.path` -> PEFT layer, over all components."""
     from dreambooth_moslora.method import moslora
 
-    return {
-        f"{component}.{path}": layer
-        for component, model in components.items()
-        for path, layer in moslora.adapter_layers(model, adapter_name).items()
-    }
+    found = {}
+    for component, model in components.items():
+        for path, layer in moslora.adapter_layers(model, adapter_name).items():
+            found[f"{component}.{path}"] = layer
+    return found
 
 
 def save_raw(
@@ -247,21 +283,34 @@ def save_raw(
     metadata: AdapterMetadata,
     adapter_name: str = "default",
 ) -> None:
-    """Write the live adapter, with its own ranks, alphas and settings. Raises UserError for NaN or
-    infinity."""
+    """Write the live adapter.
+
+    components: the models that it is on
+    path: of the file
+    metadata: what the adapter itself does not know; ranks, alphas and settings are the live ones
+    adapter_name: which one, if the models have several
+
+    Raises UserError for NaN and infinity, and for what the file cannot hold.
+    """
     from dreambooth_moslora.method import moslora
 
     check_storable(components, adapter_name)
+
+    # What the live adapter is, whatever the metadata said.
     live = adapter_metadata(components, adapter_name)
     taken = ("rank", "alpha", "ranks", "alphas", "structures", "versions", *SHARED_SETTINGS)
     metadata = replace(metadata, **{name: getattr(live, name) for name in taken})
+
+    # The matrices as they are learnt, so that a run goes on from them.
     tensors = {RAW_KEY: torch.tensor([1])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        stored = moslora.stored_matrices(layer, adapter_name)
-        stored += (moslora.matrices_of(layer, adapter_name).magnitude,)
-        for part, tensor in zip(("lora_A", "mixer", "lora_B", "magnitude"), stored, strict=True):
+        down, mix, up = moslora.stored_matrices(layer, adapter_name)
+        magnitude = moslora.matrices_of(layer, adapter_name).magnitude
+        parts = {"lora_A": down, "mixer": mix, "lora_B": up, "magnitude": magnitude}
+        for part, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
+
     check_finite(tensors, "the adapter")
     write_file(Path(path), tensors, metadata.header)
 
@@ -273,14 +322,18 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
     name = Path(path).name
     if RAW_KEY not in tensors:
         raise UserError(
-            f"{name} holds no raw MoSLoRA weights (a published LoRA file loads with load_lora_weights)"
+            f"{name} holds no raw MoSLoRA weights "
+            "(a published LoRA file loads with load_lora_weights)"
         )
     del tensors[RAW_KEY]
+
+    # Without the header the scale is not known, and a wrong one would go unnoticed.
     try:
         metadata = AdapterMetadata.from_json(header[HEADER])
     except (KeyError, ValueError) as error:
         lost = "has lost its header, which holds alpha and the mixer's kind"
         raise UserError(f"{name} {lost} ({one_line(error)})") from None
+
     check_whole(name, tensors, metadata)
     check_finite(tensors, name)
     return tensors, metadata
@@ -291,34 +344,45 @@ def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
     ranks."""
     if not tensors:
         raise UserError(f"{name} is broken: it holds no module")
+    # Names: component, module's path and part.
     for key, tensor in tensors.items():
-        if (
-            key.count(".") < 2
-            or key.split(".", 1)[0] not in COMPONENTS
-            or not tensor.is_floating_point()
-        ):
+        is_known = key.count(".") >= 2 and key.split(".", 1)[0] in COMPONENTS
+        if not is_known or not tensor.is_floating_point():
             raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
+
+    # Shapes: each module's matrices fit one another, and its rank.
     for component, modules in by_module(tensors).items():
         for path, parts in modules.items():
             found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
             rank = metadata.ranks.get(f"{component}.{path}", metadata.rank)
-            inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
-            inputs = inputs if len(inputs) in (1, 3) else (0,)  # (in,) or (in, h, w)
-            own = rank // metadata.factor
-            sizes = {"lora_A": (own, *inputs), "lora_B": (*outputs, own)}
-            if metadata.mixer != "none":
-                sizes["mixer"] = (
-                    metadata.factor if metadata.mixer == table.KRONECKER else rank,
-                ) * 2
-            if metadata.use_dora:
-                sizes["magnitude"] = (outputs[0] * metadata.factor,)
-            is_odd = metadata.mixer == table.KRONECKER and (
-                not metadata.mixer_factor or rank % metadata.factor
-            )
-            if is_odd or found != sizes:
+            if found != whole_shapes(found, rank, metadata):
                 raise UserError(
                     f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank"
                 )
+
+
+def whole_shapes(
+    found: Mapping[str, tuple[int, ...]], rank: int, metadata: AdapterMetadata
+) -> dict[str, tuple[int, ...]] | None:
+    """The shapes that a module's parts must have, by its inputs and outputs as they are `found`.
+    None for a LoKr whose factor does not divide its rank."""
+    is_lokr = metadata.mixer == table.KRONECKER
+    factor = metadata.factor
+    if is_lokr and (not metadata.mixer_factor or rank % factor):
+        return None
+
+    # The inputs are (in,) or (in, h, w). A part that is missing has zeros, which fit nothing.
+    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
+    if len(inputs) not in (1, 3):
+        inputs = (0,)
+
+    shapes = {"lora_A": (rank // factor, *inputs), "lora_B": (*outputs, rank // factor)}
+    if metadata.mixer != "none":
+        side = factor if is_lokr else rank
+        shapes["mixer"] = (side, side)
+    if metadata.use_dora:
+        shapes["magnitude"] = (outputs[0] * factor,)
+    return shapes
 
 
 def load_raw(
@@ -328,25 +392,42 @@ def load_raw(
     component."""
     from dreambooth_moslora.method import moslora
 
+    # Read and compare everything before the first model is changed.
     check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)
-    if missing := sorted(by_component.keys() - components.keys()):
+    missing = sorted(by_component.keys() - components.keys())
+    if missing:
         raise UserError(
             f"{Path(path).name} also adapts {', '.join(missing)}; load the base with it"
         )
     for component, modules in by_component.items():
-        check_fits(Path(path).name, metadata, component, components[component], modules)
+        check_fits(
+            Path(path).name,
+            metadata=metadata,
+            component=component,
+            model=components[component],
+            modules=modules,
+        )
+
+    # An adapter of the file's ranks and alphas, whose values then become the file's.
     settings = {name: getattr(metadata, name) for name in SHARED_SETTINGS}
     for component, modules in by_component.items():
-        ranks = {path: metadata.ranks.get(f"{component}.{path}", metadata.rank) for path in modules}
-        alphas = {
-            path: metadata.alphas.get(f"{component}.{path}", metadata.alpha) for path in modules
-        }
-        config = moslora.exact_config(ranks, alphas, metadata.rank, metadata.alpha, **settings)
-        moslora.inject(components[component], config, adapter_name)
-        for path, layer in moslora.adapter_layers(components[component], adapter_name).items():
-            fill(layer, adapter_name, modules[path])
+        model = components[component]
+        ranks, alphas = {}, {}
+        for module in modules:
+            ranks[module] = metadata.ranks.get(f"{component}.{module}", metadata.rank)
+            alphas[module] = metadata.alphas.get(f"{component}.{module}", metadata.alpha)
+        config = moslora.exact_config(
+            ranks=ranks,
+            alphas=alphas,
+            rank=metadata.rank,
+            alpha=metadata.alpha,
+            **settings,
+        )
+        moslora.inject(model, config, adapter_name)
+        for module, layer in moslora.adapter_layers(model, adapter_name).items():
+            fill(layer, adapter_name, modules[module])
     return metadata
 
 
@@ -361,39 +442,51 @@ def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
 
 
 def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A (r, in, …), M (r, r), B (out, r) and s of one module (`component.path`) of a raw file, a
-    LoKr's untied."""
-    rank, alpha = (
-        metadata.ranks.get(module, metadata.rank),
-        metadata.alphas.get(module, metadata.alpha),
-    )
-    matrices = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
+    """A (r, in, …), M (r, r), B (out, r) and s of one module of a raw file; a LoKr is untied.
+
+    parts: the module's tensors in the file
+    metadata: the file's
+    module: `component.path`
+    """
+    rank = metadata.ranks.get(module, metadata.rank)
+    alpha = metadata.alphas.get(module, metadata.alpha)
+    down, mix, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
     if metadata.mixer == table.KRONECKER:
-        matrices = untied(*matrices)
+        down, mix, up = untied(down=down, mixer=mix, up=up)
     return MixedLowRank(
-        *matrices, nominal_scale(alpha, rank, metadata.use_rslora), parts.get("magnitude")
+        down=down,
+        mixer=mix,
+        up=up,
+        scale=nominal_scale(alpha, rank, metadata.use_rslora),
+        magnitude=parts.get("magnitude"),
     )
 
 
 def check_fits(
     name: str, metadata: AdapterMetadata, component: str, model: nn.Module, modules: dict
 ) -> None:
-    """Raises UserError unless the model has every module of the file, in its size."""
+    """Raises UserError unless the model has every module of the file, in its size.
+
+    name: of the file, for the message
+    metadata: the file's
+    component, model: where the file's modules are to be, such as `unet`
+    modules: module's path -> its tensors
+    """
     from dreambooth_moslora.method import moslora
 
     made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
-        own, here = (
-            (len(parts["lora_B"]), *parts["lora_A"].shape[1:]),
-            moslora.weight_size(known.get(module_path)),
-        )
+        # A LoKr's matrices are smaller by its factor.
+        own = (len(parts["lora_B"]), *parts["lora_A"].shape[1:])
         size = tuple(side * metadata.factor for side in own)
+        here = moslora.weight_size(known.get(module_path))
         if size != here:
+            wanted = "×".join(map(str, size))
             there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
             raise UserError(
-                f"{name} was made for another base{made_for}: it needs {component}.{module_path} of "
-                f"{'×'.join(map(str, size))} (out×in), which {there} here"
+                f"{name} was made for another base{made_for}: "
+                f"it needs {component}.{module_path} of {wanted} (out×in), which {there} here"
             )
 
 
@@ -401,9 +494,10 @@ def check_fits(
 def fill(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
     lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    (lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight).copy_(
-        parts["lora_A"]
-    )
+
+    # The parameters, not the products of them that a mixer's layer has as its weight.
+    down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
+    down.copy_(parts["lora_A"])
     if isinstance(lora_b, mixer.MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])
