@@ -1,4 +1,5 @@
-"""The arms of `train_step`: what each process builds and steps, and which arms it is compared with."""
+"""The arms of `train_step`: what each process builds and steps, and which arms it is compared
+with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ Step = Callable[[], tuple[float, float]]  # -> (loss, gradient norm)
 
 @dataclass(frozen=True)
 class Arm:
-    """`build(size, resolution_px, rank)` returns the step. `against` names the arms to divide by."""
+    """`build(size, resolution_px, rank)` returns the step. `against` names the arms to divide
+    by."""
 
     build: Callable[[str, int, int], Step]
     against: tuple[str, ...] = field(default=())

@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def toy(options: argparse.Namespace) -> list[dict]:
     print(
-        f"{'embedded base':14} {'N':>2} {'s a step':>9} {'cpu s':>7} {'a subject: s':>12} {'cpu s':>7}",
+        f"{'embedded base':14} {'N':>2} {'s a step':>9} {'cpu s':>7} {'a subject: s':>12} "
+        f"{'cpu s':>7}",
         end="",
     )
     print(f" {'subjects an hour':>17} {'peak GiB':>9} {'a subject':>10}")
@@ -90,7 +91,8 @@ def toy(options: argparse.Namespace) -> list[dict]:
             step, cpu, peak = figures["step_sec"], figures["cpu_sec"], figures["peak_gib"]
             each = f"{step:9.3f} {cpu:7.2f} {step / count:12.3f} {cpu / count:7.2f}"
             print(
-                f"{kind:14} {count:2} {each} {figures['an_hour']:17.1f} {peak:9.2f} {peak / count:10.2f}",
+                f"{kind:14} {count:2} {each} {figures['an_hour']:17.1f} {peak:9.2f} "
+                f"{peak / count:10.2f}",
                 flush=True,
             )
     return found
@@ -164,7 +166,8 @@ def sdxl(options: argparse.Namespace) -> list[dict]:
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     print(
-        f"{'SDXL, meta':14} {'N':>2} {'kernels':>8} {'a subject':>10} {'step GiB':>9} {'total GiB':>10}",
+        f"{'SDXL, meta':14} {'N':>2} {'kernels':>8} {'a subject':>10} {'step GiB':>9} "
+        f"{'total GiB':>10}",
         end="",
     )
     print(f" {'a subject':>10}")
@@ -174,7 +177,10 @@ def sdxl(options: argparse.Namespace) -> list[dict]:
         found.append(
             {"count": count, "kernels": kernels, "step_gib": peak / GIB, "total_gib": total}
         )
-        each = f"{kernels:8,} {kernels / count:10,.0f} {peak / GIB:9.2f} {total:10.2f} {total / count:10.2f}"
+        each = (
+            f"{kernels:8,} {kernels / count:10,.0f} {peak / GIB:9.2f} {total:10.2f} "
+            f"{total / count:10.2f}"
+        )
         print(f"{'':14} {count:2} {each}", flush=True)
     return found
 

@@ -1,7 +1,7 @@
 """GPU memory and kernels of a training step of each family's full-size denoiser, counted on the
 meta device.
 
-    python -m benchmarks.family_memory                              # every model and plan; some minutes
+    python -m benchmarks.family_memory        # every model and plan; some minutes
     python -m benchmarks.family_memory --models Z-Image --resolutions 512 1024 --ranks 16 64
 
 It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory`
@@ -246,7 +246,10 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
         total = weights + adapter * 12 / GIB + counted.peak_gib + CONTEXT_GIB
-        line = f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f}"
+        line = (
+            f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} "
+            f"{counted.peak_gib:6.2f}"
+        )
         kernels = f"{counted.kernels:8,} {of_peft.kernels:8,} kernels"
         print(f"{line} {kernels} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
         found.append(abs(told / total - 1))

@@ -1,4 +1,5 @@
-"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it happens."""
+"""One fault: a home, the runs in it, and the file operation of an unbroken run at which it
+happens."""
 
 import random
 from collections.abc import Callable

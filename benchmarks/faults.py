@@ -1,12 +1,12 @@
 """Faults in short real trainings: each run is broken once, resumed, and compared with an unbroken
 one.
 
-python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0] [--kinds
-kill,disk]
+    python -m benchmarks.faults [--faults 1000] [--out runs/faults] [--jobs 2] [--seed 0]
+        [--kinds kill,disk]
 
-It can be stopped with Ctrl-C and started again: faults in `OUT/faults.jsonl` are not repeated. The table has
-for each kind the number of tries, the number of broken runs that ended well at once, and the numbers of runs
-that
+It can be stopped with Ctrl-C and started again: faults in `OUT/faults.jsonl` are not repeated. The
+table has for each kind the number of tries, the number of broken runs that ended well at once, and
+the numbers of runs that
   lost        did not end like the unbroken run when the same command was given again
   wrong       published a file that no unbroken run publishes
   traceback   showed a traceback, crashed, or hung instead of printing one line

@@ -1,7 +1,7 @@
 """Fleets: what is lost with a machine, the engine's cost per subject, and ten thousand subjects.
 
-    python -m benchmarks.fleet --part nodes      24 small trainings on two machines, of which one is killed
-    python -m benchmarks.fleet --part many       10,000 subjects whose trainings are empty
+    python -m benchmarks.fleet --part nodes    24 small trainings on two machines; one is killed
+    python -m benchmarks.fleet --part many     10,000 subjects whose trainings are empty
 
 The machines are Ray nodes of one core each on this computer. `nodes` kills all processes of one of
 them at once (SIGKILL) while it trains, lets another join, and compares the published files' SHA-256
@@ -147,6 +147,7 @@ def lose_a_node(folder: Path, count: int) -> dict:
     equal = sum(
         digest(out / s.name) == digest(alone(folder / "alone", s.settings)) for s in subjects
     )
+    trained_sec = sum(record["seconds"] for record in records)
     return {
         "subjects": count,
         "done": sum(record["state"] == "done" for record in records),
@@ -155,7 +156,7 @@ def lose_a_node(folder: Path, count: int) -> dict:
         "adapters equal to those without Ray (SHA-256)": f"{equal} of {count}",
         "seconds in all": round(seconds, 1),
         "seconds of a training, median": round(median(record["seconds"] for record in records), 1),
-        "two nodes' time that was no training": f"{1 - sum(r['seconds'] for r in records) / (2 * seconds):.0%}",
+        "two nodes' time that was no training": f"{1 - trained_sec / (2 * seconds):.0%}",
     }
 
 

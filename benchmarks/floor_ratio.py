@@ -1,7 +1,7 @@
 """Our step and the floor by turns in one process, on the same weights: their ratio, also where
 others use the machine.
 
-    python -m benchmarks.floor_ratio                          # full-size SDXL, random weights: 9 GB of memory
+    python -m benchmarks.floor_ratio    # full-size SDXL, random weights: 9 GB of memory
     python -m benchmarks.floor_ratio --resolutions 1024 --steps 5 --json ratio.json
     python -m benchmarks.floor_ratio --size small --resolutions 64
 

@@ -75,10 +75,12 @@ def import_sec(module: str) -> float:
 def make_adapters(base: str, scratch: Path) -> list[Path]:
     """Two random adapters of rank 16 on all attention projections, as files of another process."""
     code = (
-        "import sys; from pathlib import Path; from tests.helpers.tiny_adapters import save_diffusers_lora\n"
+        "import sys; from pathlib import Path; "
+        "from tests.helpers.tiny_adapters import save_diffusers_lora\n"
         "from dreambooth_moslora.base.load import load_pipeline\n"
         "unet = load_pipeline(sys.argv[1]).unet\n"
-        "[save_diffusers_lora(unet, Path(sys.argv[2]) / n, seed=i, rank=16, size=0.02) for i, n in enumerate('ab')]"
+        "[save_diffusers_lora(unet, Path(sys.argv[2]) / n, seed=i, rank=16, size=0.02) "
+        "for i, n in enumerate('ab')]"
     )
     subprocess.run(
         [sys.executable, "-c", code, base, str(scratch)], check=True, cwd=ROOT, capture_output=True

@@ -1,7 +1,7 @@
 """GPU memory of a training step of full-size SDXL, counted on the meta device and compared with the
 estimate.
 
-    python -m benchmarks.gpu_memory                       # floor, ours by plan, PEFT's own layers; a minute
+    python -m benchmarks.gpu_memory    # floor, ours by plan, PEFT's own layers; a minute
     python -m benchmarks.gpu_memory --resolutions 512 1024 --ranks 16 128 --batches 1 4
 
 It needs no GPU and no weights. GiB of tensors; a step ends with the adapters' gradients. `total`
@@ -148,7 +148,10 @@ def row(
     unet = build(config)
     counted = count(config, unet)
     total = counted_total_gib(unet, counted)
-    line = f"{name:44} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} {total:7.2f}"
+    line = (
+        f"{name:44} {counted.kept_gib:6.2f} {counted.peak_gib:6.2f} {counted.kernels:8,} "
+        f"{total:7.2f}"
+    )
     if not estimated:
         print(line, flush=True)
         return 0.0
@@ -165,7 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     print(
-        f"{'SDXL, bf16':44} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} {'deviation':>10}"
+        f"{'SDXL, bf16':44} {'kept':>6} {'peak':>6} {'kernels':>8} {'total':>7} {'estimate':>9} "
+        f"{'deviation':>10}"
     )
     first = run_config(options.resolutions[0], options.ranks[0], options.batches[0])
     row("floor: frozen, no adapter", first, floor_unet, estimated=False)

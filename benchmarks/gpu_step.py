@@ -1,10 +1,10 @@
 """Seconds, memory and kernels of one training step on a GPU, with random weights and without a
 download.
 
-    python -m benchmarks.gpu_step                                  # full-size SDXL, 1024 px, batch 1
+    python -m benchmarks.gpu_step                                # full-size SDXL, 1024 px, batch 1
     python -m benchmarks.gpu_step --arms ours peft --batch 2 --checkpointing
     python -m benchmarks.gpu_step --arms ours compiled benchmarked nf4
-    python -m benchmarks.gpu_step --size small --resolution 64     # on a CPU: does it run at all
+    python -m benchmarks.gpu_step --size small --resolution 64   # on a CPU: does it run at all
 
 It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on
 a card without it. `host_sec` is how long the program takes to hand a step to the GPU: if it equals

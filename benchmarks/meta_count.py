@@ -49,7 +49,8 @@ VIEWS |= {"empty", "empty_like"}
 
 @dataclass(frozen=True)
 class Count:
-    """Tensors of a step: `kept_gib` after the forward pass, `peak_gib` at most; `kernels` started."""
+    """Tensors of a step: `kept_gib` after the forward pass, `peak_gib` at most; `kernels`
+    started."""
 
     kept_gib: float
     peak_gib: float

@@ -93,7 +93,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
     lines = [f"| subject | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
     for subject, row in found.items():
         lines.append(
-            f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | {row['seconds']:.0f} |"
+            f"| {subject} | {' | '.join(f'{row[name]:.3f}' for name in shares)} | "
+            f"{row['seconds']:.0f} |"
         )
     if len(found) > 1:
         means = [bootstrap_mean(np.array([row[name] for row in found.values()])) for name in shares]

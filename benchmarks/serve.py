@@ -221,12 +221,14 @@ def compare(folder: Path, tally: Tally, steps: int) -> int:
 def report(tally: Tally, metrics: str, wrong: int, args: argparse.Namespace) -> None:
     seconds = sorted(tally.seconds)
     cuts = statistics.quantiles(seconds, n=100)
+    batch_sizes = sum_of("batch_size_sum", metrics)
     rows = {
-        "clients, adapters, replicas, steps": f"{args.clients}, {args.adapters}, {args.replicas}, {args.steps}",
+        "clients, adapters, replicas, steps": f"{args.clients}, {args.adapters}, {args.replicas}, "
+        f"{args.steps}",
         "pictures": f"{len(seconds)} in {tally.elapsed_sec / 60:.1f} minutes",
         "pictures a second": f"{len(seconds) / tally.elapsed_sec:.2f}",
         "seconds of a request, p50 and p95": f"{cuts[49]:.1f} and {cuts[94]:.1f}",
-        "orders of a picture's batch, mean": f"{sum_of('batch_size_sum', metrics) / len(seconds):.2f}",
+        "orders of a picture's batch, mean": f"{batch_sizes / len(seconds):.2f}",
         "adapters loaded": f"{sum_of('adapter_loads{', metrics):.0f}",
         "answers that are no picture": str(
             sum(n for status, n in tally.statuses.items() if status != 200)

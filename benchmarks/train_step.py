@@ -1,8 +1,8 @@
 """Seconds and memory of one training step, compared with a loop in the style of diffusers' script
 and with the lower bound.
 
-    python -m benchmarks.train_step                 # full-size SDXL, random weights: 17 GB, ten minutes
-    python -m benchmarks.train_step --quick         # a small UNet of the same topology, a minute
+    python -m benchmarks.train_step            # full-size SDXL, random weights: 17 GB, ten minutes
+    python -m benchmarks.train_step --quick    # a small UNet of the same topology, a minute
     python -m benchmarks.train_step --arms floor ours --resolutions 1024 --json step.json
 
 Each arm runs in a process of its own, one after the other, so that none inherits another's memory.
@@ -140,18 +140,23 @@ def ratios(results: list[dict], resolution_px: int) -> dict[str, dict[str, float
 
 def show(results: list[dict], resolutions: list[int]) -> None:
     print(
-        f"\n{'arm':28} {'px':>5} {'s a step':>9} {'cpu s':>7} {'peak GB':>8} {'faults a step':>14}  steps"
+        f"\n{'arm':28} {'px':>5} {'s a step':>9} {'cpu s':>7} {'peak GB':>8} "
+        f"{'faults a step':>14}  steps"
     )
     for r in results:
         if "failed" in r:
             print(f"{r['arm']:28} {r['resolution_px']:5} failed with exit code {r['failed']}")
             continue
-        numbers = f"{r['step_sec']:9.3f} {r['cpu_sec']:7.2f} {r['peak_gb']:8.2f} {r['page_faults_a_step']:14,}"
+        numbers = (
+            f"{r['step_sec']:9.3f} {r['cpu_sec']:7.2f} {r['peak_gb']:8.2f} "
+            f"{r['page_faults_a_step']:14,}"
+        )
         print(f"{r['arm']:28} {r['resolution_px']:5} {numbers}  {r['step_secs']}")
     for px in resolutions:
         for pair, values in ratios(results, px).items():
             print(
-                f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory {values['peak_gb']}"
+                f"{px} px  {pair:50} time {values['step_sec']}  cpu {values['cpu_sec']}  memory "
+                f"{values['peak_gb']}"
             )
 
 

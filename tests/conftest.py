@@ -79,7 +79,8 @@ def only_its_own_log():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend that torch.cuda has one GPU with so much free, and so much in this process's hands."""
+    """Pretend that torch.cuda has one GPU with so much free, and so much in this process's
+    hands."""
     import torch
 
     def put(
@@ -124,7 +125,8 @@ def apple(monkeypatch):
 
 @pytest.fixture
 def windows(monkeypatch):
-    """This process and those that it starts get Windows' answers (see `tests/helpers/windows.py`)."""
+    """This process and those that it starts get Windows' answers (see
+    `tests/helpers/windows.py`)."""
     from tests.helpers.windows import CHILDREN, answer_as_windows
 
     for name, value in CHILDREN.items():

@@ -1,4 +1,5 @@
-"""What README, CONTRIBUTING and the pages of `docs/` name is there: commands, flags, files, links."""
+"""What README, CONTRIBUTING and the pages of `docs/` name is there: commands, flags, files,
+links."""
 
 import ast
 import json
@@ -161,7 +162,10 @@ def test_a_command_line_or_link_that_is_wrong_is_noticed(monkeypatch):
     for line in WRONG:
         with pytest.raises((UserError, LookupError)):
             understand(line)
-    text = "[a](docs/none.md) [b](docs/photos.md#none) [c](#none) [d](docs/photos.md#masks) ![](none.png)"
+    text = (
+        "[a](docs/none.md) [b](docs/photos.md#none) [c](#none) [d](docs/photos.md#masks) "
+        "![](none.png)"
+    )
     assert broken_links(README, text) == [
         "docs/none.md",
         "docs/photos.md#none",
@@ -209,7 +213,8 @@ def slug(heading: str) -> str:
 
 
 def broken_links(path: Path, text: str) -> list[str]:
-    """Links of a document to files and anchors that are not there; those to the web are left alone."""
+    """Links of a document to files and anchors that are not there; those to the web are left
+    alone."""
     broken = []
     for link in LINK.findall(FENCED.sub("", text)):
         name, _, anchor = link.partition("#")

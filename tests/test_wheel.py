@@ -122,7 +122,8 @@ from dreambooth_moslora.settings.table import TrainConfig
 folder = assets_folder() / "subjects" / "rocket"
 config = TrainConfig(instance_data_dir=str(folder), instance_prompt="a photo of a sks rocket")
 photo = Image.open(sorted(folder.glob("*.jpg"))[0])
-print(load_captioner(config).surroundings(photo), "|", load_segmenter(config).mask(photo).getextrema())
+mask = load_segmenter(config).mask(photo)
+print(load_captioner(config).surroundings(photo), "|", mask.getextrema())
 """
 
 
@@ -147,7 +148,10 @@ def test_the_quick_start_trains_evaluates_and_draws_and_photos_are_read_without_
             "a sks rocket",
         ],
     ]
-    code = f"from dreambooth_moslora.cli.main import main\nprint([main(words) for words in {commands}])"
+    code = (
+        "from dreambooth_moslora.cli.main import main\n"
+        f"print([main(words) for words in {commands}])"
+    )
     out = run("python", "-c", code + READ)
     assert "dreambooth_moslora 0.1.0" in out and ".png" in out
     assert out.splitlines()[-2:] == ["[0, 0, 0, 0]", "on grass on an overcast day | (0, 255)"]

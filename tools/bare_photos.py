@@ -1,8 +1,8 @@
 """The sample photos as a person would have them: of different shapes, without captions, with masks
 made by `check`.
 
-    python -m tools.bare_photos --out runs/bare_photos                  # for assets/studies/photos.toml
-    python -m tools.bare_photos --captions --out runs/bare_prompt       # with captions made by `caption`
+    python -m tools.bare_photos --out runs/bare_photos              # for assets/studies/photos.toml
+    python -m tools.bare_photos --captions --out runs/bare_prompt   # with captions by `caption`
 
 Every second photo is cut to 4:3, the others to 3:4, around the middle of the subject.
 """

@@ -50,7 +50,8 @@ def main() -> None:
     if not any(args.adapters_dir.glob("*.safetensors")):
         parser.exit(
             2,
-            f"error: no adapter lies in {args.adapters_dir}; train one first, the page is shown with it\n",
+            f"error: no adapter lies in {args.adapters_dir}; "
+            "train one first, the page is shown with it\n",
         )
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -148,7 +149,8 @@ def train(page: Page, args: argparse.Namespace) -> None:
     page.fill("#class_word textarea, #class_word input", args.class_word)
     page.click("#start")
     page.wait_for_function(
-        "n => Number((document.getElementById('train_status').innerText.match(/Step (\\d+)/) || [])[1]) >= n",
+        "n => Number((document.getElementById('train_status').innerText.match(/Step (\\d+)/) || "
+        "[])[1]) >= n",
         arg=TRAINED_STEPS,
     )
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 4")

@@ -16,10 +16,10 @@ __all__ = ["main", "page"]
 OUT = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """# All settings
 
-`python -m tools.settings_table` writes this page from `dreambooth_moslora/settings/table.py`. Each setting is a flag
-(`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`, and a line of `--help`. The last
-column says whether a published adapter tells its value, which `--like` then takes: always, or only if it differs from
-the default.
+`python -m tools.settings_table` writes this page from `dreambooth_moslora/settings/table.py`. Each
+setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
+and a line of `--help`. The last column says whether a published adapter tells its value, which
+`--like` then takes: always, or only if it differs from the default.
 """
 COLUMNS = "| flag | values | default | meaning | in published files |\n|---|---|---|---|---|"
 KINDS = {

@@ -1,8 +1,9 @@
 """Trains the embedded base's UNet on, in the background, with what nothing else uses of the
 processor (Linux).
 
-    python -m toybox.keep_training STATE             starts the training, goes on with it, or prints how far it is
-    python -m toybox.keep_training STATE --pause     and --go_on, --stop
+    python -m toybox.keep_training STATE            starts the training, goes on with it, or prints
+                                                    how far it is
+    python -m toybox.keep_training STATE --pause    and --go_on, --stop
 
 It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, learns from renders
 and from `assets/toy-zimage`, which draws better, and needs nothing else. STATE is a folder outside
@@ -12,7 +13,7 @@ the repository:
     log             what the scripts print
     toys, latents   the newest renders in shards, and a file of latents for each
     renders.jsonl   for each leg, how many pictures were made, and in how many seconds
-    unet            state.pt, log.jsonl, and in model the averaged weights of the last leg that ended
+    unet            state.pt, log.jsonl, and in model the averaged weights of the last whole leg
     sheets          the same 25 prompts and noises, drawn by the averaged weights
 
 The steps are cut into legs. Before each leg, `--fresh` shards of pictures from new seeds are made,
@@ -106,7 +107,8 @@ class Settings:
             )
         if self.levels != Settings.levels and not self.anew:
             raise SystemExit(
-                f"--levels {self.levels}: the embedded base has {Settings.levels}; give --anew 1 too"
+                f"--levels {self.levels}: the embedded base has {Settings.levels}; "
+                "give --anew 1 too"
             )
 
     def shards_of(self, leg: int) -> range:
@@ -327,7 +329,8 @@ def settings_of(state: Path, given: dict[str, int]) -> Settings:
     for name, value in given.items():
         if getattr(settings, name) != value:
             raise SystemExit(
-                f"--{name} {value}: {path} has {getattr(settings, name)}; take another STATE for other numbers"
+                f"--{name} {value}: {path} has {getattr(settings, name)}; "
+                "take another STATE for other numbers"
             )
     return settings
 

@@ -2,10 +2,11 @@
 
     python -m toybox.make_subjects
 
-writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights), 00.mask.png …
-04.mask.png (white on the toy), 00.txt … 04.txt (captions, one without the place and one with it, so that the
-place is not learnt as part of the toy) and subject.json (the toy, its class word and a token). The last three
-are hard: they have looks and proportions that no training picture has.
+writes assets/subjects/<name>/00.jpg … 04.jpg (512 px: other sides, places and lights),
+00.mask.png … 04.mask.png (white on the toy), 00.txt … 04.txt (captions, one without the place and
+one with it, so that the place is not learnt as part of the toy) and subject.json (the toy, its
+class word and a token). The last three are hard: they have looks and proportions that no training
+picture has.
 
     python -m toybox.make_subjects --individuals 60 --out runs/individuals
 
@@ -88,15 +89,16 @@ def load(name: str) -> Subject:
     path = FOLDER / name / "subject.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: run python -m toybox.make_subjects, or choose from {list(SUBJECTS)}"
+            f"{path} is missing: run python -m toybox.make_subjects, "
+            f"or choose from {list(SUBJECTS)}"
         )
     data = json.loads(path.read_text())
     return Subject(name, Toy.from_dict(data["toy"]), data["class_word"], data["token"])
 
 
 def individuals(count: int, seed: int) -> list[Subject]:
-    """Toys drawn by chance, of all kinds in turn; patterns and materials are equally likely, and genes reach from
-    -2 to 2."""
+    """Toys drawn by chance, of all kinds in turn; patterns and materials are equally likely, and
+    genes reach from -2 to 2."""
     rng, found = random.Random(f"individuals {seed}"), []
     for number in range(1, count + 1):
         genes = tuple(round(rng.triangular(-2, 2, 0), 3) for _ in GENES)

@@ -57,8 +57,9 @@ SIGHTS_OF_A_NARROW_PLACE = 2
 class Toy:
     """One individual: the same toy from every side, in every place.
 
-    `colour` covers most of the body, `colour2` the second parts and the pattern. `genes` follow `GENES`, around
-    0. `accent` is the colour of what it wears; None is that accessory's default colour.
+    `colour` covers most of the body, `colour2` the second parts and the pattern. `genes` follow
+    `GENES`, around 0. `accent` is the colour of what it wears; None is that accessory's default
+    colour.
     """
 
     kind: str

@@ -1,4 +1,5 @@
-"""`Base`: what it says of each kind of base by its files alone, and that it reads each fact once."""
+"""`Base`: what it says of each kind of base by its files alone, and that it reads each fact
+once."""
 
 import json
 import pickle

@@ -252,7 +252,10 @@ def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gi
     assert (len(vae.shapes) > 1) == bool(is_tiled) and not vae.use_tiling
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 492265168\n"
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\n"
+    "size 492265168\n"
+)
 INDEX, NO_SDXL = "model_index.json", "not an SDXL base model: its {} names no text_encoder_2"
 UNET, TEXT = (
     Path("unet/diffusion_pytorch_model.safetensors"),

@@ -368,7 +368,8 @@ import http.server, json, os, threading
 asked = []
 class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        asked.extend([self.path] * self.path.endswith("model_index.json"))  # the client asks the hub about itself too
+        # the client asks the hub about itself too
+        asked.extend([self.path] * self.path.endswith("model_index.json"))
         content = json.dumps({"_class_name": "ZImagePipeline"}).encode()
         self.send_response(200 if "Z-Image" in self.path else 404)
         self.send_header("content-length", str(len(content)))
@@ -391,5 +392,8 @@ def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
     found = subprocess.run(
         [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True
     )
-    asked = "['/some/Z-Image/resolve/main/model_index.json', '/some/other/resolve/main/model_index.json']"
+    asked = (
+        "['/some/Z-Image/resolve/main/model_index.json', "
+        "'/some/other/resolve/main/model_index.json']"
+    )
     assert found.stdout.strip() == f"z_image None {asked}"

@@ -21,7 +21,8 @@ DRAWS = ("bernoulli", "dropout", "multinomial", "normal", "rand", "uniform")
 
 
 class Watch(TorchDispatchMode):
-    """The addresses of what is read and was there before, in their order. Refuses waits and draws."""
+    """The addresses of what is read and was there before, in their order. Refuses waits and
+    draws."""
 
     def __init__(self):
         super().__init__()

@@ -63,7 +63,10 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
         and "“a photo of a sks rocket”" in shown.out
     )
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
-    bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); 2 good photos are there, too few"
+    bad = (
+        "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); "
+        "2 good photos are there, too few"
+    )
     assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
     marks = [
         line.split()[0]
@@ -256,7 +259,7 @@ def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_photos_whose_names_are_no_text_are_trained_on_and_control_characters_never_reach_the_terminal(
+def test_photos_whose_names_are_no_text_are_trained_on_and_the_terminal_gets_no_control_characters(
     tmp_path, tiny_base, capfd
 ):
     hostile = "a\x1b[31m\x9b31m\r\x7f"

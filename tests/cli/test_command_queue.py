@@ -135,7 +135,8 @@ def test_start_trains_all_that_wait_says_how_each_ended_and_answers_with_one(
         "if config['rank'] == 3: sys.exit('error: no memory for rank 3')\n"
         "event = {'type': 'start', 'time': time.time(), 'max_train_steps': 5, 'config': {}}\n"
         "end = {'type': 'end', 'time': time.time(), 'state': 'done', 'step': 5}\n"
-        "open(config['output_dir'] + '/metrics.jsonl', 'w').write(json.dumps(event) + '\\n' + json.dumps(end) + '\\n')"
+        "open(config['output_dir'] + '/metrics.jsonl', 'w')"
+        ".write(json.dumps(event) + '\\n' + json.dumps(end) + '\\n')"
     )
     monkeypatch.setattr(page_jobs.processes, "TRAIN", (str(stand_in),))
     for name, rank in (("hen", "3"), ("cat", "4")):

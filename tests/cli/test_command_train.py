@@ -35,7 +35,7 @@ def flags(tmp_path):
     ]
 
 
-def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_none_is_required_that_an_example_leaves_out(
+def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_requires_none_that_an_example_omits(
     capsys,
 ):
     shown = {}
@@ -168,7 +168,8 @@ def test_a_base_that_the_hub_does_not_give_is_refused_at_once_and_leaves_no_fold
         ),
         (
             None,
-            "as its size is not known without its .safetensors files, nor its family, which the hub does not tell",
+            "as its size is not known without its .safetensors files, nor its family, "
+            "which the hub does not tell",
         ),
     ],
 )

@@ -250,7 +250,10 @@ def test_a_black_picture_is_explained_as_on_the_page(tiny_base, state, tmp_path,
     ]
     for given, said in ((["--adapter", tmp_path / "huge.safetensors"], True), ([], False)):
         assert call(*words, *given) == 0
-        black = "note: of the pictures, 1 of them is black: an adapter's values or its scale are too large"
+        black = (
+            "note: of the pictures, 1 of them is black: "
+            "an adapter's values or its scale are too large"
+        )
         error = capsys.readouterr().err
         assert (black in error, "without --adapter the base draws alone" in error) == (
             said,

@@ -125,7 +125,8 @@ def test_the_overview_names_every_command_and_the_first_steps_of_the_readme(caps
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = sys.modules["diffusers"] = sys.modules["gradio"] = None  # to import them raises an error
+# to import them raises an error
+sys.modules["torch"] = sys.modules["diffusers"] = sys.modules["gradio"] = None
 from dreambooth_moslora.cli.main import main
 print([main(words.split()) for words in sys.argv[1:]])
 """
@@ -157,10 +158,12 @@ ABSENT = {
     "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
     "fleet status x": "{here}/x holds no fleet",
     "fleet status ~/x": "{here}/x holds no fleet",
-    "basis x --out ~/gone/basis.safetensors": "--out {here}/gone/basis.safetensors: there is no folder",
+    "basis x --out ~/gone/basis.safetensors": "--out {here}/gone/basis.safetensors: "
+    "there is no folder",
     "queue remove x": "--runs_dir runs: there is no such folder",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
-    "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: {here}/dog.safetensors is a",
+    "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: "
+    "{here}/dog.safetensors is a",
     "generate --prompt dog --output_dir ~/dog.safetensors": "--output_dir {here}/dog.safetensors: ",
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",
@@ -197,8 +200,10 @@ UNFINISHED = {
     "trian": "unknown command trian: did you mean train?",
     "xyz": "unknown command xyz: choose one of",
     "check": "the following arguments are required",
-    "train": "say which photos to train, and what they show, as in `train photos/dog dog`; --help shows the flags.\n",
-    "train --rank 4": "missing: --pretrained_model_name_or_path, --instance_prompt, --instance_data_dir",
+    "train": "say which photos to train, and what they show, as in `train photos/dog dog`; "
+    "--help shows the flags.\n",
+    "train --rank 4": "missing: --pretrained_model_name_or_path, --instance_prompt, "
+    "--instance_data_dir",
 }
 
 

@@ -168,7 +168,7 @@ def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_tha
     assert parse_train_config([*TOYS, "--early_stopping", "2"]).evaluate_steps == 120
 
 
-def test_a_config_file_takes_the_recipes_place_and_nothing_that_it_says_of_its_subject_reaches_another(
+def test_a_config_file_takes_the_recipes_place_and_what_it_says_of_its_subject_reaches_no_other(
     photos,
 ):
     config = parse_train_config([*photos, "--config", str(CONFIGS / "quickstart.toml")])
@@ -265,9 +265,13 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
 def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nobody_named_it(
     photos, monkeypatch, capsys, words, is_said
 ):
-    """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first step."""
+    """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first
+    step."""
     monkeypatch.setattr(memory, "least_free_gib", lambda **later: None)
-    last = "\nNo GPU here: the practice model (a 128 px toy) is trained, and it cannot draw a real dog.\n"
+    last = (
+        "\nNo GPU here: the practice model (a 128 px toy) is trained, "
+        "and it cannot draw a real dog.\n"
+    )
     last += (
         "On a machine with a GPU this trains SDXL: python -m dreambooth_moslora train dog dog\n\n"
     )

@@ -189,7 +189,7 @@ def test_a_strangers_file_of_gigabytes_is_not_read(name, tmp_path):
         REFUSED[name](path)
 
 
-def test_an_error_inside_leaves_what_was_there_and_a_scratch_folder_goes_and_a_killed_one_with_the_next(
+def test_an_error_inside_leaves_what_was_there_and_a_killed_ones_scratch_folder_goes_with_the_next(
     tmp_path,
 ):
     with atomic_directory(tmp_path / "x") as folder:

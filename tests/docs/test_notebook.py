@@ -14,7 +14,8 @@ CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type
 
 SHORTER = {
     "STEPS = 240": "STEPS = 4",
-    '"--max_train_steps": str(STEPS),': '"--max_train_steps": str(STEPS), "--num_validation_images": "1",',
+    '"--max_train_steps": str(STEPS),': '"--max_train_steps": str(STEPS), '
+    '"--num_validation_images": "1",',
     "num_images=2, seed=7": "num_images=2, steps=3, seed=7",
     "num_inference_steps=25": "num_inference_steps=3",
 }

@@ -101,7 +101,8 @@ def test_the_page_lists_each_setting_once_and_is_up_to_date():
 def test_what_one_system_lacks_is_found_and_what_is_asked_for_first_is_not(tmp_path):
     pytest.importorskip("mypy")
     (file := tmp_path / "program.py").write_text(
-        "import os, sys\nx: int = 'a'\nos.sysconf('SC_PAGE_SIZE')\nif sys.platform != 'win32':\n    os.getuid()\n"
+        "import os, sys\nx: int = 'a'\nos.sysconf('SC_PAGE_SIZE')\nif sys.platform != 'win32':\n"
+        "    os.getuid()\n"
     )
     (line,) = systems.missing(str(file))
     assert ":3: error: Module has no attribute" in line and line.endswith("(win32)")

@@ -57,7 +57,7 @@ def test_measures_of_known_vectors(name):
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_have_the_mean_of_both_cosines():
+def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_average_cosines():
     assert metrics.photo_fidelity(torch.stack([E[0], E[0], E[1]])) == pytest.approx(1 / 3)
     assert math.isnan(metrics.photo_fidelity(E[:1]))
     clip, dino = random_units(3, 0), random_units(3, 1, dim=16)
@@ -65,7 +65,7 @@ def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_ha
     assert torch.allclose(joint @ joint.T, (clip @ clip.T + dino @ dino.T) / 2, atol=1e-6)
 
 
-def test_prompt_fidelity_pairs_each_picture_with_its_own_text_and_diversity_the_pictures_of_a_group():
+def test_prompt_fidelity_pairs_each_picture_with_its_own_text_and_diversity_those_of_a_group():
     texts = random_units(8)
     pictures = near(texts, 0.5, seed=1)
     paired = metrics.prompt_fidelity(pictures, texts)
@@ -180,7 +180,7 @@ def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_individual_is_known_in_other_places_among_its_kind_and_the_copy_alarm_knows_a_worn_photo_from_it(
+def test_an_individual_is_known_elsewhere_among_its_kind_and_the_copy_alarm_knows_a_worn_photo(
     toy_encoders, name
 ):
     def joint(pictures: list[Image.Image]) -> torch.Tensor:

@@ -124,7 +124,8 @@ def test_the_png_gives_the_same_picture_in_a_new_process_of_the_base(
 
 
 def test_adapters_combine_and_switch_without_a_trace(pipeline, tiny_base):
-    """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt acts."""
+    """Scale zero and no adapter are the untouched base bit for bit. A LoRA tag in the prompt
+    acts."""
     base = picture(SubjectPipeline.from_base(tiny_base))
     dog, cat, less = (
         with_adapters(pipeline, **{n: scale})
@@ -251,7 +252,8 @@ def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
 
 
 class LinearVae(torch.nn.Module):
-    """Every latent is one 8 x 8 patch of one colour: the case that a linear map can meet exactly."""
+    """Every latent is one 8 x 8 patch of one colour: the case that a linear map can meet
+    exactly."""
 
     config, dtype = SimpleNamespace(latent_channels=4, scaling_factor=0.25), torch.float32
 

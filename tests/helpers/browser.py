@@ -1,4 +1,5 @@
-"""A real Chromium for the tests and the screenshots: Debian's own, with nothing that phones home."""
+"""A real Chromium for the tests and the screenshots: Debian's own, with nothing that phones
+home."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ QUIET = [
 ]
 PATIENCE_MS = 240_000
 SETTLE_MS = 150
-DRAWN = "window.editor?.background_image && window.editor.app.ticker && !window.editor.app.ticker.started"
+DRAWN = (
+    "window.editor?.background_image && window.editor.app.ticker && "
+    "!window.editor.app.ticker.started"
+)
 """Whether the editor of masks has its photo, and rests as all is drawn."""
 DESK, PHONE = SIZES = ((1366, 768), (390, 844))
 """Windows: (width, height) px."""

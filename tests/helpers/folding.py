@@ -1,4 +1,5 @@
-"""The published file in unmodified diffusers beside the live adapter, on a small random SDXL UNet."""
+"""The published file in unmodified diffusers beside the live adapter, on a small random SDXL
+UNet."""
 
 import copy
 from pathlib import Path

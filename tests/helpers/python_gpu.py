@@ -1,10 +1,11 @@
 """A GPU written in Python: its tensors say that they are on `pygpu:0`, and compute on the CPU.
 
-- What CUDA refuses is refused: an operation on tensors of two devices, a GPU tensor as a numpy array.
-- A copy to it that nobody waits for is refused: the device has no pinned memory, as Apple's GPUs have none, and would
-  read the source when it may be freed.
-- What makes a program wait for a GPU is counted by the line that asked for it: reading a value, counting the
-  true elements of a mask, copying to the host.
+- What CUDA refuses is refused: an operation on tensors of two devices, a GPU tensor as a numpy
+  array.
+- A copy to it that nobody waits for is refused: the device has no pinned memory, as Apple's GPUs
+  have none, and would read the source when it may be freed.
+- What makes a program wait for a GPU is counted by the line that asked for it: reading a value,
+  counting the true elements of a mask, copying to the host.
 - `Watch.has_fp64 = False` refuses fp64 on the device, as Apple's GPUs do.
 
 A process has at most one such device, and importing this module makes it. PyTorch's own thread for
@@ -100,7 +101,8 @@ class GpuTensor(Tensor):
         return f"GpuTensor{tuple(self.shape)}"
 
     def __reduce_ex__(self, protocol):
-        """Saved as the CPU tensor that it is, and read as one: `torch.save` knows no such device."""
+        """Saved as the CPU tensor that it is, and read as one: `torch.save` knows no such
+        device."""
         return self.raw.__reduce_ex__(protocol)
 
     def data_ptr(self):
@@ -203,7 +205,8 @@ library = torch.library.Library("aten", "IMPL")
 
 
 def implement_factory(name: str) -> None:
-    """Functions that make a tensor from none are not dispatched to `GpuTensor`, but to the device."""
+    """Functions that make a tensor from none are not dispatched to `GpuTensor`, but to the
+    device."""
     packet, _, overload = name.partition(".")
     operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
 

@@ -88,7 +88,8 @@ def unet_name(name: str, layers: int, state: Tensors) -> str:
     block, kind, number, rest = rest.removeprefix("s.").split(".", 3)
     at = int(block) * (layers + 1) + int(number)
     if kind == "downsamplers":
-        return f"input_blocks.{1 + int(block) * (layers + 1) + layers}.0.op.{rest.removeprefix('conv.')}"
+        place = 1 + int(block) * (layers + 1) + layers
+        return f"input_blocks.{place}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         place = 2 if any(key.startswith(f"up_blocks.{block}.attentions") for key in state) else 1
         return f"output_blocks.{int(block) * (layers + 1) + layers}.{place}.{rest}"

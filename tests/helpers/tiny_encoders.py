@@ -31,7 +31,8 @@ MARKS = (
 TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% for part in message.content -%}
-{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part.text }}{%- endif -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
@@ -64,7 +65,8 @@ def tiny_encoders(folder: Path) -> Encoders:
 
 
 def save_tiny_clipseg(folder: Path) -> Path:
-    """Write a CLIPSeg of two layers, whose answers are large enough to differ; returns the folder."""
+    """Write a CLIPSeg of two layers, whose answers are large enough to differ; returns the
+    folder."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder / "tokenizer_files")
     parts = {

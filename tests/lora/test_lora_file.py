@@ -812,7 +812,10 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
         f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4),
         f"{LYCORIS_QUERY}.lokr_w2": torch.ones(2, 2),
     }
-    misfit = r"x.safetensors is broken, or was made for another base: unet.*attn1.to_q is \d+×\d+ \(out×in\) here"
+    misfit = (
+        r"x.safetensors is broken, or was made for another base: "
+        r"unet.*attn1.to_q is \d+×\d+ \(out×in\) here"
+    )
     refused(subject, tmp_path, pair, misfit)
     refused(subject, tmp_path, {f"{LYCORIS_QUERY}.lokr_w1": torch.ones(4, 4)}, misfit)
     huge = {

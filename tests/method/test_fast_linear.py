@@ -44,7 +44,8 @@ class Block(nn.Module):
 
 
 def randomize(model: nn.Module, seed: int = 7) -> nn.Module:
-    """Give every adapter matrix a value: a fresh B is zero, and then nothing but dB could differ."""
+    """Give every adapter matrix a value: a fresh B is zero, and then nothing but dB could
+    differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -205,7 +206,8 @@ def quantised_base(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
-    """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a gradient."""
+    """Of bf16 or fp32 inputs, through x itself too: the first projection's input needs a
+    gradient."""
     block = model["transformer_blocks"]
     if x is None:
         x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))

@@ -523,7 +523,8 @@ def test_qmoslora_on_a_4_bit_base(dora):
 def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like(
     tmp_path, monkeypatch, recwarn
 ):
-    """A PEFT without this package refuses them. Without a mixer the saved config is plain PEFT's."""
+    """A PEFT without this package refuses them. Without a mixer the saved config is plain
+    PEFT's."""
     net = Net()
     model = get_peft_model(copy.deepcopy(net), config(mixer="kaiming", lora_alpha=7)).eval()
     model.save_pretrained(tmp_path / "first")
@@ -569,7 +570,8 @@ def test_a_frozen_mixer_comes_back_also_on_a_bf16_base_without_a_copy_in_memory(
 
 
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
-    """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for B."""
+    """Nor does what diffusers' training scripts save: it must not become a LoRA with noise for
+    B."""
     mixed, again = (
         get_peft_model(Net(), config(mixer="kaiming")),
         get_peft_model(Net(), config(mixer_seed=3)),

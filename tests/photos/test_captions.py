@@ -142,7 +142,8 @@ def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
 
 
 ANSWERS = {
-    " lying on a beach at sunset, seen from above.\nIt is brown.": "lying on a beach at sunset, seen from above",
+    " lying on a beach at sunset, seen from above.\nIt is brown.": "lying on a beach at sunset, "
+    "seen from above",
     ", in a kitchen. The dog is small": "in a kitchen",
     ' "on 3.5 m of grass"': "on 3.5 m of grass",
     "\x1b[31m on\x00 snow": "[31m on snow",

@@ -38,7 +38,8 @@ def report(folder):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_file_gets_its_verdict(case, report):
-    """Usable ones open upright in their colours; greys keep their brightness whatever their depth."""
+    """Usable ones open upright in their colours; greys keep their brightness whatever their
+    depth."""
     assert len({case.name for case in CASES}) == len(CASES) >= 40
     usable = {photo.path.name: photo for photo in report.photos}
     left = {item.path.name: item for item in report.skipped}

@@ -96,7 +96,7 @@ def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_bef
             check(run, photos, caching="disk", cache_dir="/proc")
 
 
-def test_the_present_folder_lends_the_best_adapter_its_name_and_the_longest_leaves_room_for_its_files(
+def test_the_present_folder_lends_the_best_adapter_its_name_and_the_longest_leaves_its_files_room(
     tiny_base, tmp_path, monkeypatch
 ):
     photos, name = paint_photos(tmp_path / "photos"), "d" * 200
@@ -200,7 +200,10 @@ def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and
     t4, tmp_path, monkeypatch
 ):
     for flag in ("mixed_precision", "prior_generation_precision"):
-        says = rf"^--{flag} bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: give --{flag} fp16\.$"
+        says = (
+            rf"^--{flag} bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: "
+            rf"give --{flag} fp16\.$"
+        )
         with pytest.raises(UserError, match=says):
             asked(**{flag: "bf16"})
     says = "give --mixed_precision fp16"

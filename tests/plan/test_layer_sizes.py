@@ -103,7 +103,8 @@ def test_a_run_is_resumed_with_the_same_sizes_alone(run, config):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_fewer_layers_than_are_asked_for_is_refused(config, tmp_path):
-    """`to_q` alone means more layers than `mid_block.*.to_q`, though each layer there is a `to_q`."""
+    """`to_q` alone means more layers than `mid_block.*.to_q`, though each layer there is a
+    `to_q`."""
     few = {"rank_pattern": (), "alpha_pattern": (), "output_dir": str(tmp_path)}
     train(config(**few | {"target_modules": ("mid_block.*.to_q",)}))
     with pytest.raises(

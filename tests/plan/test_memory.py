@@ -235,7 +235,7 @@ def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
         assert short(asked) == plan, "a run that had too little memory could not go on with less"
 
 
-def test_where_a_kept_plan_does_not_fit_another_word_is_named_and_without_a_checkpoint_a_plan_is_made(
+def test_where_a_kept_plan_does_not_fit_a_word_is_named_and_without_a_checkpoint_a_plan_is_made(
     card, tmp_path
 ):
     card(80.0)

@@ -1,4 +1,5 @@
-"""The plan of a run: made once, its steps against numbers worked out by hand, and what is advised."""
+"""The plan of a run: made once, its steps against numbers worked out by hand, and what is
+advised."""
 
 from collections import Counter
 from dataclasses import replace

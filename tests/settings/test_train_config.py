@@ -22,13 +22,15 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"]
 NEEDED += ["--instance_prompt", "a photo of sks dog"]
 UNSET = """
-pretrained_vae_model_name_or_path revision variant dataset_name dataset_config_name cache_dir caption_column
-class_data_dir class_prompt validation_prompt seed max_train_steps checkpoints_total_limit resume_from_checkpoint
-snr_gamma prodigy_beta3 hub_token hub_model_id mixed_precision prior_generation_precision
+pretrained_vae_model_name_or_path revision variant dataset_name dataset_config_name cache_dir
+caption_column class_data_dir class_prompt validation_prompt seed max_train_steps
+checkpoints_total_limit resume_from_checkpoint snr_gamma prodigy_beta3 hub_token hub_model_id
+mixed_precision prior_generation_precision
 """
 OFF = """
-do_edm_style_training with_prior_preservation output_kohya_format center_crop random_flip train_text_encoder
-gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32 enable_xformers_memory_efficient_attention use_dora
+do_edm_style_training with_prior_preservation output_kohya_format center_crop random_flip
+train_text_encoder gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32
+enable_xformers_memory_efficient_attention use_dora
 """
 ON = "prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup"
 COUNTS = {
@@ -123,10 +125,12 @@ def test_diffusers_flag_has_its_default_and_takes_a_value(name):
 
 
 def test_a_command_of_diffusers_readme_is_taken_as_it_is():
-    command = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --instance_data_dir=dog
-      --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir=lora-trained-xl
+    command = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
+      --instance_data_dir=dog --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix
+      --output_dir=lora-trained-xl
       --mixed_precision=fp16 --resolution=1024 --train_batch_size=1 --gradient_accumulation_steps=4
-      --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=500
+      --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0
+      --max_train_steps=500
       --validation_epochs=25 --seed=0 --push_to_hub --use_8bit_adam --gradient_checkpointing"""
     prompts = [
         "--instance_prompt=a photo of sks dog",
@@ -289,7 +293,8 @@ from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
 from tools.settings_table import page
 
-NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x", "--instance_prompt", "a sks dog"]
+NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x"]
+NEEDED += ["--instance_prompt", "a sks dog"]
 
 def taken(*words):
     try:
@@ -305,13 +310,14 @@ def error_of(call):
 
 Path("a.toml").write_text("[photos]\\nhaze = 1.25")
 told = sources.recipe_of(TrainConfig(haze=1.0))
+lines = build_train_parser().format_help().splitlines()
 json.dump({
     "default": taken(),
     "flag": taken("--haze", "1"),
     "bound": taken("--haze", "3"),
     "file": taken("--config", "a.toml"),
     "near": taken("--hase", "1"),
-    "help": [line.split() for line in build_train_parser().format_help().splitlines() if line.startswith("  --haze")],
+    "help": [line.split() for line in lines if line.startswith("  --haze")],
     "told": [told["haze"], "haze" in sources.recipe_of(TrainConfig())],
     "header": sources.recipe_in({"moslora": json.dumps({"recipe": told})}).settings["haze"],
     "kohya": sources.recipe_in({"ss_fog": "0.75"}).settings,

@@ -100,7 +100,7 @@ def test_only_a_close_up_is_called_one_and_fixed_fields_win():
         assert 1.6 <= scene.distance <= 4 and (len(scene.toys) == 1 or scene.distance >= 2.1)
 
 
-def test_training_never_shows_a_held_out_combination_and_they_are_few_of_every_kind_colour_and_place():
+def test_training_never_shows_a_held_out_combination_and_few_of_each_kind_colour_and_place_are():
     shown = [(t.kind, t.colour, scene.place) for scene in scenes(1500) for t in scene.toys]
     assert not any(is_held_out(*combination) for combination in shown)
     rng = random.Random(1)

@@ -73,7 +73,8 @@ def play(tmp_path, free_port) -> Callable[..., tuple]:
 
 
 def stop_at(step: int) -> tuple[Callable, Callable]:
-    """(on_event, should_stop): the first hears the events, the second says so once `step` is done."""
+    """(on_event, should_stop): the first hears the events, the second says so once `step` is
+    done."""
     done = []
     return (lambda event: done.append(event.step if event.kind == "step" else None)), (
         lambda: step in done

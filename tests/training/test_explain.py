@@ -300,7 +300,7 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_more_than_a_weak_scale(
+def test_one_word_trains_scores_and_explains_both_faults_and_the_adapter_wants_no_weak_scale(
     tmp_path, capsys
 ):
     shutil.copytree(find_asset("assets/subjects/rocket"), tmp_path / "rocket")

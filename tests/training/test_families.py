@@ -150,7 +150,7 @@ def test_photos_become_files_that_say_what_they_are(trained):
     assert describe(run.adapter_path)["modules"] == {facts.denoiser: len(keys) // 2}
 
 
-def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_resumed_run_on_a_whole_base_has_the_same_bytes(
+def test_the_encoders_are_gone_before_the_denoiser_comes_and_a_run_resumed_on_a_whole_base_is_equal(
     trained, tmp_path
 ):
     """sd1's UNet comes with its small encoder."""

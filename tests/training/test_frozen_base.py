@@ -242,7 +242,7 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     )
 
 
-def test_words_are_asked_once_and_what_the_disk_does_not_give_after_the_encoders_left_ends_the_run_in_one_line(
+def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_left_ends_the_run(
     pipeline, read, tmp_path
 ):
     asked = []

@@ -71,7 +71,10 @@ def shown_run(tiny_base, photos, few_steps, tmp_path_factory):
 
 def test_the_run_folder_and_its_events_are_what_the_design_says(shown_run):
     folder, events, result = shown_run
-    names = "pytorch_lora_weights.safetensors dog.kohya.safetensors README.md train_config.json metrics.jsonl samples "
+    names = (
+        "pytorch_lora_weights.safetensors dog.kohya.safetensors README.md train_config.json "
+        "metrics.jsonl samples "
+    )
     names += "checkpoint-2 checkpoint-4 last contact_sheet.png loss.png logs"
     names = {*names.split(), *(f"image_{n}.png" for n in range(6))}
     assert {path.name for path in folder.iterdir()} == names

@@ -1,4 +1,5 @@
-"""Which photo, crop and caption each exposure shows: buckets, captions that vary, several subjects."""
+"""Which photo, crop and caption each exposure shows: buckets, captions that vary, several
+subjects."""
 
 import random
 import shutil

@@ -239,7 +239,7 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
 
 
 @pytest.mark.slow
-def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_when_the_run_goes_on(
+def test_a_stop_in_the_scores_and_pictures_of_a_step_saves_it_and_they_are_made_afterwards(
     config, tmp_path
 ):
     run, asked, both = RunDir(tmp_path / "run"), [], DRAWN | {"evaluate_steps": 2}

@@ -213,7 +213,8 @@ os._exit(0)
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PYTHON_DEVICES, reason="this PyTorch has no devices written in Python")
 def test_the_stand_in_refuses_what_a_card_refuses():
-    """Of a table on the CPU, indexed by numbers on the device, it once made a tensor of the device."""
+    """Of a table on the CPU, indexed by numbers on the device, it once made a tensor of the
+    device."""
     said = subprocess.check_output([sys.executable, "-c", STAND_IN], text=True, cwd=ROOT)
     assert said.splitlines()[-1] == "[] {'backward': 1} {}", said
 

@@ -1,4 +1,5 @@
-"""What the page's tests begin with: its photos, runs of a stand-in, and the page without a server."""
+"""What the page's tests begin with: its photos, runs of a stand-in, and the page without a
+server."""
 
 import json
 import os
@@ -44,7 +45,8 @@ total = config.get("max_train_steps", 1000)
 say("start", max_train_steps=total, config={})
 say("phase", phase=config.get("phase", "loading"), done=0, total=1)
 for step in range(1, total + 1):
-    say("step", step=step, loss=1.0, loss_instance=1.0, loss_prior=None, lr=1e-4, step_sec=0.05, eta_sec=9.0)
+    losses = {"loss": 1.0, "loss_instance": 1.0, "loss_prior": None}
+    say("step", step=step, **losses, lr=1e-4, step_sec=0.05, eta_sec=9.0)
     time.sleep(0.05)
     if mode != "stubborn" and os.path.exists(os.environ["DREAMBOOTH_STOP_FILE"]):
         stop.append(1)

@@ -226,7 +226,7 @@ def test_another_client_watches_a_run_and_stops_and_resumes_it(
     wait_for(lambda: served.ctx.jobs.current() is None)
 
 
-def test_a_run_of_one_or_two_subjects_answers_with_its_name_takes_the_rest_from_the_recipe_and_has_an_estimate(
+def test_a_run_of_one_or_two_subjects_answers_with_its_name_has_an_estimate_and_follows_the_recipe(
     client, started, tmp_path
 ):
     files = list(map(handle_file, noise_photos(tmp_path, 3)))

@@ -235,7 +235,8 @@ def test_another_base_is_taken_once_it_is_loaded_and_the_old_one_stays_where_it_
 
 
 INSPECTED_WHILE_LOADING = '''
-"""Inspect an adapter as soon as the loading of the base imports its first library; count who imported."""
+"""Inspect an adapter as soon as the loading of the base imports its first library; count who
+imported."""
 import argparse, json, sys, threading
 from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.page import adapter_facts
@@ -257,7 +258,8 @@ begun.wait(60)
 facts = dict(adapter_facts(sys.argv[3]))
 ctx.pipeline()
 ctx.workspace.close()
-print(json.dumps({"mine": imports.count(threading.get_ident()), "all": len(imports), "facts": len(facts)}))
+mine = imports.count(threading.get_ident())
+print(json.dumps({"mine": mine, "all": len(imports), "facts": len(facts)}))
 '''
 
 

@@ -70,7 +70,7 @@ def saved(page, folder: Path) -> Path:
     return file
 
 
-def test_stop_keeps_what_is_finished_escape_stops_too_and_a_picture_in_the_queue_is_stopped_before_its_turn(
+def test_stop_and_escape_keep_what_is_finished_and_stop_a_queued_picture_before_its_turn(
     served, browser, page, monkeypatch
 ):
     """The second time, the answer to the first is still on its way."""
@@ -96,7 +96,10 @@ def test_stop_keeps_what_is_finished_escape_stops_too_and_a_picture_in_the_queue
         web.says(second.page, "status", "0 of 8 pictures")
 
 
-OTHERS = "[...document.querySelectorAll('#status img, #gallery')].filter((one) => one.checkVisibility()).length"
+OTHERS = (
+    "[...document.querySelectorAll('#status img, "
+    "#gallery')].filter((one) => one.checkVisibility()).length"
+)
 """How many other pictures are seen."""
 PLACE = """selector => {
   const {top, bottom, width, height} = document.querySelector(selector).getBoundingClientRect();
@@ -132,7 +135,7 @@ def test_a_picture_is_seen_whole_while_it_is_drawn_and_after_and_is_no_higher_th
         assert 200 < place["height"] < 2 * 128
 
 
-def test_slash_leads_to_the_prompt_enter_draws_a_png_gives_the_same_picture_again_and_it_is_compared(
+def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_to_compare(
     visited, page, tmp_path
 ):
     page.locator("h1").click()
@@ -413,7 +416,7 @@ def enabled(page) -> list[str]:
     ]
 
 
-def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_that_has_nothing_to_act_on(
+def test_mistakes_and_what_a_picture_lacks_are_told_and_every_button_has_something_to_act_on(
     page, tmp_path
 ):
     assert enabled(page) == []
@@ -446,7 +449,7 @@ def test_mistakes_and_what_a_picture_lacks_are_told_and_no_button_is_offered_tha
     page.get_by_text("The adapter hen is not here").wait_for()
 
 
-def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_lines_and_names_of_a_plot(
+def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_whole_plots(
     served, browser
 ):
     """Of two evaluations, whose prompt fidelity is just below a round number."""
@@ -495,7 +498,10 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_all_l
             for part in ("svg", ".role-legend")
         )
         assert legend["x"] + legend["width"] <= whole["x"] + whole["width"]
-        words = "e => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect().x }"
+        words = (
+            "e => { const r = document.createRange(); r.selectNodeContents(e); "
+            "return r.getBoundingClientRect().x }"
+        )
         button = page.locator("#estimate")
         assert button.evaluate(words) - button.bounding_box()["x"] >= 10
         assert web.fits(page) and not visited.errors

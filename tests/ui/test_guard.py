@@ -77,7 +77,7 @@ def test_a_foreign_site_reads_nothing_by_a_users_login(proxied, origin):
     assert user(proxied.url, mine) == "ann"
 
 
-def test_plain_http_is_another_site_no_foreign_one_has_the_page_in_a_frame_or_is_answered_when_it_asks_before(
+def test_plain_http_is_another_site_and_no_foreign_one_frames_the_page_or_is_answered_beforehand(
     proxied,
 ):
     host = ELSEWHERE.removeprefix("https://")
@@ -124,7 +124,7 @@ def test_another_sites_picture_asks_for_nothing_and_its_link_leads_to_the_page_a
     assert user(proxied.url, mine | {"Sec-Fetch-Site": "same-origin"}) == "ann"
 
 
-def test_a_page_on_the_loopback_answers_only_to_its_own_names_to_no_other_program_and_has_no_monitor(
+def test_a_page_on_the_loopback_answers_to_its_own_names_to_no_other_program_and_has_no_monitor(
     served,
 ):
     assert httpx.get(served.url, headers={"Host": "evil.example:80"}).status_code == 421

@@ -218,7 +218,7 @@ def test_a_run_that_ended_while_the_clock_was_put_back_is_done(tmp_path):
     )
 
 
-def test_settings_that_cannot_be_read_are_told_and_the_log_shows_a_bars_last_state_and_no_empty_lines(
+def test_settings_that_cannot_be_read_are_told_and_the_log_has_a_bars_last_state_and_no_empty_line(
     tmp_path,
 ):
     run = (job := recorded(tmp_path / "dog")).run_dir
@@ -286,7 +286,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_read_anew_even_at_the_sa
     assert [e["step"] for e in metrics.refresh().of("step")] == list(range(1, 500))
 
 
-def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_folder_that_was_deleted(
+def test_metrics_wait_for_the_rest_of_a_half_written_line_and_begin_anew_in_a_deleted_folder(
     metrics,
 ):
     assert metrics.refresh().events == []

@@ -170,7 +170,7 @@ def test_no_file_is_served_but_what_the_page_has_shown(served):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "dog.safetensors"])
-def test_a_handler_reads_no_file_that_was_not_uploaded_and_the_name_of_one_that_was_leaves_no_folder(
+def test_a_handler_reads_only_files_that_were_uploaded_and_no_uploads_name_leaves_the_folder(
     served, name
 ):
     """The request is posted by hand: gradio's own client would upload the file first, which is

@@ -196,7 +196,8 @@ OTHER_DEVICE = "cpu:0"
 
 @pytest.fixture
 def resting(tiny_base):
-    """Loads a base as the page does; returns it, and the devices that it is moved to from then on."""
+    """Loads a base as the page does; returns it, and the devices that it is moved to from then
+    on."""
 
     def load() -> tuple[SubjectPipeline, list[str]]:
         subject, moves = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE, resting=True), []
@@ -245,7 +246,7 @@ def picture(ctx: AppContext) -> bytes:
     return PIL.Image.open(last.pictures[0].path).tobytes()
 
 
-def test_the_pages_base_is_off_the_gpu_while_a_run_trains_also_after_a_restart_and_draws_the_same_afterwards(
+def test_the_pages_base_is_off_the_gpu_while_a_run_trains_after_a_restart_too_and_draws_the_same(
     at_rest, large, resting, monkeypatch
 ):
     ctx, moves = at_rest

@@ -139,7 +139,8 @@ def write_all(todo: list[Shard], workers: int) -> None:
             minutes = (time.monotonic() - began) / 60
             left = minutes / done * (len(todo) - done)
             print(
-                f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, {left:.1f} min left",
+                f"{shard.images.name}: {done}/{len(todo)} in {minutes:.1f} min, "
+                f"{left:.1f} min left",
                 flush=True,
             )
 

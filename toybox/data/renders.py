@@ -52,5 +52,6 @@ class Renders:
         return torch.from_numpy(np.stack(picked))
 
     def sample(self, n: int, generator: torch.Generator, held_back: int = 1000) -> Tensor:
-        """n random indices; the last `held_back` images are never drawn (they are for evaluation)."""
+        """n random indices; the last `held_back` images are never drawn (they are for
+        evaluation)."""
         return torch.randint(self.count - held_back, (n,), generator=generator)

@@ -104,7 +104,8 @@ def cylinder(p: Point, radius: Num, half: Num, rounding: float = 0.015) -> Tenso
 
 
 def cone(p: Point, low: Num, high: Num, half: Num) -> Tensor:
-    """Upright and truncated: radius `low` at y = -half, `high` at y = half. A lower bound outside."""
+    """Upright and truncated: radius `low` at y = -half, `high` at y = half. A lower bound
+    outside."""
     slope = (high - low) / (2 * half)
     radius = low + slope * (p[1] + half)
     side = (_length(p[0], p[2]) - radius) / (1 + slope * slope) ** 0.5
@@ -135,7 +136,8 @@ def capsule(
 
 
 def wedge(p: Point, width: Num, height: Num, depth: Num) -> Tensor:
-    """A gable on y = 0: half `width` at its foot, a ridge along z at `height`, half length `depth`."""
+    """A gable on y = 0: half `width` at its foot, a ridge along z at `height`, half length
+    `depth`."""
     norm = (width * width + height * height) ** 0.5
     slope = (p[0].abs() * height + p[1] * width - width * height) / norm
     return torch.maximum(torch.maximum(slope, -p[1]), p[2].abs() - depth)

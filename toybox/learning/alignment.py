@@ -57,7 +57,8 @@ class Alignment(nn.Module):
         self.state = output
 
     def loss(self, seen: Tensor) -> Tensor:
-        """1 minus the mean cosine between the projected state and `seen` (N,C,4,4), standardised."""
+        """1 minus the mean cosine between the projected state and `seen` (N,C,4,4),
+        standardised."""
         found = self.projection(adaptive_avg_pool2d(self.state, CELLS).flatten(2).mT).float()
         wanted = (seen.flatten(2).mT.float() - self.mean.to(seen.device)) / self.std.to(seen.device)
         return 1 - cosine_similarity(found, wanted, dim=-1).mean()

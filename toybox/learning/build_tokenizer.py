@@ -77,7 +77,8 @@ def build(texts: list[str], out: Path, merges: int = 900) -> CLIPTokenizer:
 
 
 def load(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a folder that `build` wrote, or of a base, which has tokenizer.json alone."""
+    """The tokenizer of a folder that `build` wrote, or of a base, which has tokenizer.json
+    alone."""
     if not (folder / "vocab.json").is_file():
         return CLIPTokenizer.from_pretrained(folder)
     return CLIPTokenizer(

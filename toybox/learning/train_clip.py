@@ -181,7 +181,8 @@ def retrieval(
 
 
 def export(weights: MasterWeights, renders: Renders, tokenizer, out: Path) -> None:
-    """Averaged weights as the pipeline's components text_encoder, text_encoder_2 and image_encoder."""
+    """Averaged weights as the pipeline's components text_encoder, text_encoder_2 and
+    image_encoder."""
     towers = ClipTowers(len(tokenizer)).eval()
     towers.load_state_dict(weights.averaged(), strict=False)
     scores = retrieval(towers, renders, tokenizer)

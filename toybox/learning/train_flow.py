@@ -1,8 +1,8 @@
 """Trains a second base in the toy world: Z-Image's architecture at 9 M parameters, on cached
 latents and captions.
 
-    python -m toybox.learning.train_flow --data DATA --latents WORK/latents --teacher assets/toy-sdxl \
-        --out WORK/flow --steps 4500
+    python -m toybox.learning.train_flow --data DATA --latents WORK/latents \
+        --teacher assets/toy-sdxl --out WORK/flow --steps 4500
 
 OUT/model is a ZImagePipeline: this transformer, a Qwen3 encoder of three layers that learns along
 with it (diffusers takes the output of the last but one), a byte-level BPE of the captions, and the

@@ -1,8 +1,8 @@
 """Trains the toy world's UNet: SDXL's topology, shrunk, on cached latents and the frozen text
 towers.
 
-    python -m toybox.learning.train_unet --data DATA --latents WORK/latents.safetensors --clip WORK/clip/model \
-        --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
+    python -m toybox.learning.train_unet --data DATA --latents WORK/latents.safetensors \
+        --clip WORK/clip/model --tokenizer WORK/tokenizer --out WORK/unet --steps 12000
 
 It predicts velocity (Salimans and Ho, 2022) on SDXL's schedule (scaled linear betas, 0.00085 to
 0.012): noise prediction hardly weighs the noisiest steps, which decide the toy, and learns them far
@@ -99,7 +99,8 @@ def noise_schedule() -> DDPMScheduler:
 
 
 class TextTowers:
-    """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes them."""
+    """Both frozen text towers: captions -> (embeds (N,77,256), pooled (N,160)), as SDXL takes
+    them."""
 
     def __init__(self, clip: Path, tokenizer: Path, device: str = "cpu"):
         dtype = compute_dtype(device)

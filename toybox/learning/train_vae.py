@@ -7,10 +7,10 @@ pictures. Resumable. The averaged weights are written to OUT/model, with the sca
 gives latents unit variance. With --start it continues from a finished autoencoder. Once there is a
 UNet, `toybox.learning.sharpen_decoder` finishes the decoder.
 
-`--latent_noise 0.35` trains both halves on latents with white noise, as in l-DeTok (Yang et al., 2025, arXiv
-2507.15856): a denoiser's small errors then cost less of the picture. The noise is a share of the latents' deviation,
-and the gradient goes through that deviation: else the encoder would only enlarge its latents. The report tells the
-PSNR under noise.
+`--latent_noise 0.35` trains both halves on latents with white noise, as in l-DeTok (Yang et al.,
+2025, arXiv 2507.15856): a denoiser's small errors then cost less of the picture. The noise is a
+share of the latents' deviation, and the gradient goes through that deviation: else the encoder
+would only enlarge its latents. The report tells the PSNR under noise.
 """
 
 import argparse
@@ -65,8 +65,11 @@ def crops(images: Tensor, size_px: int, generator: torch.Generator) -> Tensor:
     top, left = (
         torch.randint(0, s - size_px + 1, (n, CANDIDATES), generator=generator) for s in (h, w)
     )
-    some = torch.stack([image[t : t + size_px, k : k + size_px] for image, tops, lefts in zip(images, top, left)
-                        for t, k in zip(tops, lefts)]).view(n, CANDIDATES, size_px, size_px, 3)  # fmt: skip
+    crops = []
+    for image, tops, lefts in zip(images, top, left):
+        for t, k in zip(tops, lefts):
+            crops.append(image[t : t + size_px, k : k + size_px])
+    some = torch.stack(crops).view(n, CANDIDATES, size_px, size_px, 3)
     picked = some[torch.arange(n), detail(some).argmax(1)]
     pixels = to_pixels(picked)
     mirrored = torch.rand(n, generator=generator) < 0.5

@@ -132,7 +132,8 @@ def nearest_neighbour_accuracy(vit: Dinov2Model, views: Views, individuals: int 
 
 @torch.no_grad()
 def told_apart(vit: Dinov2Model, images: Tensor, views: int) -> float:
-    """Fraction of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same toy."""
+    """Fraction of images, uint8 (toys·views, H, W, 3), whose nearest other one shows the same
+    toy."""
     v = normalize(vit(pixels_for_dino(images)).last_hidden_state[:, 0], dim=-1)
     owner = torch.arange(len(images)) // views
     nearest = (v @ v.T).fill_diagonal_(-1).argmax(1)

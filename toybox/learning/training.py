@@ -52,7 +52,8 @@ def compute_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 
 def compile_each(blocks: Iterable[nn.Module]) -> None:
-    """Compile blocks of a model in place, for each shape that they meet. It wants a C++ compiler."""
+    """Compile blocks of a model in place, for each shape that they meet. It wants a C++
+    compiler."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks:
         block.compile(dynamic=False)
@@ -121,8 +122,10 @@ class MasterWeights:
     ):
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [nn.Parameter(p.detach().float().flatten(1) if p.ndim > 2 else p.detach().float().clone())
-                        for p in self.params]  # fmt: skip
+        self.masters = []
+        for p in self.params:
+            whole = p.detach().float()
+            self.masters.append(nn.Parameter(whole.flatten(1) if p.ndim > 2 else whole.clone()))
         self.ema = [m.detach().clone() for m in self.masters]
         self.ema_decay, self.updates = ema_decay, 0
         matrix = [

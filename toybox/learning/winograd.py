@@ -20,7 +20,8 @@ LEAST_CHANNELS = 64  # where it takes three quarters of the time; fewer leave le
 
 
 def in_both_directions(rows: list[list[float]]) -> Tensor:
-    """The matrix M of a transform along one direction -> M ⊗ M, which transforms flattened tiles."""
+    """The matrix M of a transform along one direction -> M ⊗ M, which transforms flattened
+    tiles."""
     matrix = torch.tensor(rows, dtype=torch.float64)
     return torch.kron(matrix, matrix).float()
 
@@ -77,7 +78,8 @@ def sum_of_windows(windows: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """x (N,C,H,W), H and W multiples of 4, and weight (O,C,3,3), fp32 -> (N,O,H,W), channels last."""
+    """x (N,C,H,W), H and W multiples of 4, and weight (O,C,3,3), fp32 -> (N,O,H,W), channels
+    last."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:

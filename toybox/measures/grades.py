@@ -79,7 +79,8 @@ def asked(prompt: str) -> str:
 
 
 def mean(out: Path, graders: Sequence[Path]) -> dict[str, dict[str, float]]:
-    """Mean, lowest and highest grade by source. Raises ValueError if a grader left a picture out."""
+    """Mean, lowest and highest grade by source. Raises ValueError if a grader left a picture
+    out."""
     key = json.loads((out / "key.json").read_text(encoding="utf-8"))
     given = [json.loads(path.read_text(encoding="utf-8")) for path in graders]
     for path, grades in zip(graders, given):

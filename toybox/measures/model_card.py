@@ -31,43 +31,48 @@ pipeline_tag: text-to-image
 
 # toy-sdxl
 
-A StableDiffusionXLPipeline small enough to train on a laptop's CPU, and one that really draws from words: toys of 18
-kinds, 12 colours and 16 places, at 128 px. It was trained from nothing on renders of the toy world by the scripts in
-`toybox/`.
+A StableDiffusionXLPipeline small enough to train on a laptop's CPU, and one that really draws
+from words: toys of 18 kinds, 12 colours and 16 places, at 128 px. It was trained from nothing on
+renders of the toy world by the scripts in `toybox/`.
 
 ```python
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("assets/toy-sdxl")
-pipeline("a photo of a red robot on the beach", num_inference_steps=30, guidance_scale=2.5).images[0]
+prompt = "a photo of a red robot on the beach"
+pipeline(prompt, num_inference_steps=30, guidance_scale=2.5).images[0]
 ```
 """
 
 EARLIER = """\
-Data: renders by `toybox.data.render_dataset`, none of a held-out combination: 24,000 of seed 1 for the UNet, and in
-the end 16,000 of seed 1001 from a nearer camera. Of the former the VAE saw the first 12,000 beside 300 dead-leaves
-pictures, and in the end its decoder 8,000 of seed 3, then 11,000 of seed 11 and 1,248 latents that the UNet drew, and
-last 4,000 of seed 101 and 384 such latents; 12,000 of an earlier version for the CLIP towers; 12,000 of every
-combination, of seed 2, for the judge. The ViT learnt from 14,004 individuals in four views each.
+Data: renders by `toybox.data.render_dataset`, none of a held-out combination: 24,000 of seed 1
+for the UNet, and in the end 16,000 of seed 1001 from a nearer camera. Of the former the VAE saw
+the first 12,000 beside 300 dead-leaves pictures, and in the end its decoder 8,000 of seed 3,
+then 11,000 of seed 11 and 1,248 latents that the UNet drew, and last 4,000 of seed 101 and 384
+such latents; 12,000 of an earlier version for the CLIP towers; 12,000 of every combination, of
+seed 2, for the judge. The ViT learnt from 14,004 individuals in four views each.
 
-Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones, the first of which saw
-earlier versions of the scenery and the patterns: 5450 steps of the VAE, 1000 and 3200 of its decoder alone, 3000 of
-the UNet with noise and 9300 with velocity as its target, 2900 of the judge without heads for the second colour and
-ornaments and 896 with them. The ViT had 2100 steps on 3100 toys and 1650 on 7100. The CLIP towers were trained once.
+Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones,
+the first of which saw earlier versions of the scenery and the patterns: 5450 steps of the VAE,
+1000 and 3200 of its decoder alone, 3000 of the UNet with noise and 9300 with velocity as its
+target, 2900 of the judge without heads for the second colour and ornaments and 896 with them.
+The ViT had 2100 steps on 3100 toys and 1650 on 7100. The CLIP towers were trained once.
 
-In the first two thirds of the UNet's last training, half of its targets were what `toy-zimage` predicts. These have no
-noise, so the loss was lower there than at the end, where all targets have."""
+In the first two thirds of the UNet's last training, half of its targets were what `toy-zimage`
+predicts. These have no noise, so the loss was lower there than at the end, where all targets
+have."""
 
 LIMITS = """\
 ## Limits
 
-It knows the toy world and nothing else: other words are read as noise, and ordinary photographs are kept only roughly
-by its VAE. Pictures are 128 px. Two toys in one picture, patterns named for a second colour, and above all ornaments
-are its weakest side.
+It knows the toy world and nothing else: other words are read as noise, and ordinary photographs
+are kept only roughly by its VAE. Pictures are 128 px. Two toys in one picture, patterns named
+for a second colour, and above all ornaments are its weakest side.
 
-Its shapes are soft: a robot's arms or a teapot's handle may melt into its body, and patterns smear. Two graders gave
-twenty of its pictures 2.5 of 5, its earlier state's 2.2, and true renders 4.7 (`python -m toybox.measures.grades`,
-`assets/studies/grades`). The distances above hardly show that.
+Its shapes are soft: a robot's arms or a teapot's handle may melt into its body, and patterns
+smear. Two graders gave twenty of its pictures 2.5 of 5, its earlier state's 2.2, and true
+renders 4.7 (`python -m toybox.measures.grades`, `assets/studies/grades`). The distances above
+hardly show that.
 
 ## Licence
 
@@ -76,9 +81,12 @@ MIT, as the project. The training data are the project's own renders.
 
 READING = "The judge's reading (share right in %, with its 95 % interval"
 EXPLANATION = """\
-A question is asked of the pictures whose prompt tells the answer. Ornaments are read right when all that are worn are
-read, and no others."""
-EARLIER_JUDGE = "An earlier judge, which read kind, main colour and place only (share right; 30 steps, guidance 2.5):"
+A question is asked of the pictures whose prompt tells the answer. Ornaments are read right when
+all that are worn are read, and no others."""
+EARLIER_JUDGE = (
+    "An earlier judge, which read kind, main colour and place only (share right; "
+    "30 steps, guidance 2.5):"
+)
 EARLIER_QUESTIONS = ("kind", "colour", "place", "all three")
 DISTANCE = "Sliced Wasserstein distance to renders, "
 TIMINGS = "On two cores: "
@@ -144,7 +152,10 @@ def generation_scores(work: Path, old: str) -> list[str]:
     timings, guidance = scores.pop("timings", None), scores.pop("guidance", None)
     clock, title = kept(old, TIMINGS), kept(old, READING)
     if timings:
-        clock = f"{TIMINGS}{timings['load_sec']} s to load, {timings['four_images_sec']} s for four images."
+        clock = (
+            f"{TIMINGS}{timings['load_sec']} s to load, "
+            f"{timings['four_images_sec']} s for four images."
+        )
     if scores:
         title = f"{READING}; 30 steps, guidance {guidance}):"
     found = [
@@ -173,7 +184,8 @@ def table(questions: tuple[str, ...], rows: list[str]) -> list[str]:
 
 
 def old_rows(old: str, scores: dict, questions: int) -> list[str]:
-    """Rows of the old card's table of so many questions, of prompts that were not measured again."""
+    """Rows of the old card's table of so many questions, of prompts that were not measured
+    again."""
     rows = [
         (line, line.strip("| ").split(" | ")) for line in old.splitlines() if line.startswith("| ")
     ]

@@ -1,8 +1,10 @@
 """An independent judge of pictures, trained on renders only: kind, two colours, ornaments and
 place.
 
-    python -m toybox.data.render_dataset --out TOYS --count 12000 --seed 2 --all_combinations    # once
-    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500    # judge.safetensors, here too
+    python -m toybox.data.render_dataset --out TOYS --count 12000 --seed 2 --all_combinations
+    python -m toybox.readers.judge --data TOYS --out WORK/judge --steps 2500
+
+The first is run once. The second writes judge.safetensors, also into this folder.
 
     from toybox.readers import judge
     readings = judge.load().read(images)          # uint8 (N,H,W,3) -> list[Reading]
@@ -160,7 +162,8 @@ def labels_of(rows: list[dict]) -> dict[str, Tensor]:
 
 
 def loss_of(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the answers, plus that of each ornament; all summed, means over the batch."""
+    """Cross-entropy of the answers, plus that of each ornament; all summed, means over the
+    batch."""
     worn = (
         binary_cross_entropy_with_logits(logits["ornaments"], labels["ornaments"], reduction="none")
         .sum(1)

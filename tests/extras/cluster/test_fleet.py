@@ -39,7 +39,7 @@ CONFIG = TrainConfig(
 NEED = estimate(CONFIG, BaseSize(), 1).peak_gib
 
 
-def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_no_more_share_one_than_the_estimate_lets():
+def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_so_many_share_one_as_are_estimated():
     assert (
         Machines(80.0, 500.0).resources_for(CONFIG).gpus
         == int(10_000 / int(0.9 * 80 / NEED)) / 10_000
@@ -57,7 +57,7 @@ def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_no_more_share_one_
     ]
 
 
-def test_without_a_gpu_it_takes_cores_and_memory_and_never_more_than_there_is_and_a_group_less_than_each_alone():
+def test_without_a_gpu_it_takes_cores_and_memory_that_there_are_and_a_group_less_than_each_alone():
     roomy, narrow = (Machines(None, gib, cpus=2).resources_for(CONFIG) for gib in (500.0, 3.0))
     assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(
         NEED + fleet.PROCESS_GIB

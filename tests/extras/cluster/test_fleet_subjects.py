@@ -50,10 +50,13 @@ def test_a_folder_of_folders_is_a_fleet(pets):
 
 
 LISTS = {
-    "a.csv": "folder,token,class,name,max_train_steps\npets/rex,ohwx,dog,best boy,7\npets/tom,,,,\n",
-    "a.jsonl": '{"folder": "pets/rex", "token": "ohwx", "class": "dog", "name": "best boy", "max_train_steps": 7}\n\n'
+    "a.csv": "folder,token,class,name,max_train_steps\npets/rex,ohwx,dog,best boy,7\n"
+    "pets/tom,,,,\n",
+    "a.jsonl": '{"folder": "pets/rex", "token": "ohwx", "class": "dog", "name": '
+    '"best boy", "max_train_steps": 7}\n\n'
     '{"folder": "pets/tom"}\n',
-    "a.toml": '[[subjects]]\nfolder = "pets/rex"\ntoken = "ohwx"\nclass = "dog"\nname = "best boy"\n'
+    "a.toml": '[[subjects]]\nfolder = "pets/rex"\ntoken = "ohwx"\nclass = "dog"\n'
+    'name = "best boy"\n'
     'max-train-steps = 7\n[[subjects]]\nfolder = "pets/tom"\n',
 }
 
@@ -210,7 +213,10 @@ def fleet(tmp_path) -> Path:
     )
     Image.new("RGB", (1000, 700), "red").save(sheet)
     subject(out, "halfway", Record("running", "m", hours=0.25), START, STEP)
-    why = rf"no usable photo in {tmp_path}/our pets/bad: it is <empty>, nor in C:\Users\me\rex (of a/b and/or 1/2)."
+    why = (
+        rf"no usable photo in {tmp_path}/our pets/bad: "
+        r"it is <empty>, nor in C:\Users\me\rex (of a/b and/or 1/2)."
+    )
     subject(out, "<b>bad", Record("failed", message=why))
     write_names(out, ["fine", "unlike", "waiting", "copied", "halfway", "<b>bad"])
     return out

@@ -321,7 +321,8 @@ def test_what_the_bucket_did_not_take_at_the_end_is_kept_while_it_is_away_and_se
 
 
 def test_what_a_killed_worker_could_not_send_is_found_by_the_next_try(tmp_path, store):
-    """The bucket is away when the worker is killed: its newest checkpoint is on this machine alone."""
+    """The bucket is away when the worker is killed: its newest checkpoint is on this machine
+    alone."""
 
     def be_killed(job: Job) -> Record:
         training(range(1, 2), goes_on=False)(job)

@@ -191,7 +191,7 @@ def lose_the_bucket_and_stop(away: threading.Event) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_fleet_in_a_bucket_that_is_stopped_without_it_and_loses_a_machine_ends_equal_to_trainings_without_it(
+def test_a_fleet_in_a_bucket_that_is_stopped_and_loses_a_machine_ends_equal_to_plain_trainings(
     s3, away, tiny_base, tmp_path, capfd
 ):
     from dreambooth_moslora.training.loop import train

@@ -1,4 +1,5 @@
-"""A frozen basis: its directions, what learns on it, learning it over several subjects, runs on it."""
+"""A frozen basis: its directions, what learns on it, learning it over several subjects, runs on
+it."""
 
 import json
 
@@ -114,7 +115,8 @@ def test_a_basis_is_learnt_over_two_subjects_and_carries_the_next(
 def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, monkeypatch):
     file, taken = tmp_path / "rocket.toml", []
     file.write_text(
-        'rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\ntoken = "zwx"\n'
+        'rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\n'
+        'token = "zwx"\n'
     )
     monkeypatch.setattr(learn_basis, "learn_basis", lambda config, *_: taken.append(config))
     given = [

@@ -1,4 +1,5 @@
-"""A study's file, its cells and what its results say, on made-up results whose answers are known."""
+"""A study's file, its cells and what its results say, on made-up results whose answers are
+known."""
 
 import argparse
 import pickle
@@ -305,7 +306,7 @@ def test_one_pair_is_no_finding_whatever_its_sign():
         ]
 
 
-def test_there_is_a_column_for_each_measure_that_was_taken_and_a_panel_where_every_arm_was_scored_at_it():
+def test_there_is_a_column_for_each_measure_taken_and_a_panel_where_every_arm_was_scored_at_it():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
     header, (row,) = outcome_rows(outcomes(study, results))
     assert (

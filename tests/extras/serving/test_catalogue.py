@@ -224,7 +224,7 @@ def test_a_refusal_comes_whole_from_another_process():
     assert (error.status, str(error), error.retry_sec) == (503, "full", 4)
 
 
-def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key_but_a_favourite_keeps_no_other_waiting():
+def test_a_batch_is_the_longest_waiting_item_and_others_of_its_key_and_a_favourite_delays_none():
     batches = Batches(3)
     for item in ("a1", "b1", "a2", "a3", "c1", "a4", "b2"):
         batches.put(item[0], item)

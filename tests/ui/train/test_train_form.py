@@ -192,7 +192,7 @@ def test_a_row_more_is_a_setting_of_the_run_and_comes_back_from_it(photos):
     assert in_the_forms_words("try --lora_dropout 0.5", Longer) == "try “Dropout” 0.5"
 
 
-def test_the_apis_order_is_that_of_the_table_and_every_row_fills_a_setting_that_there_is_within_its_bounds():
+def test_the_apis_order_is_the_tables_and_every_row_fills_an_existing_setting_within_its_bounds():
     assert tuple(rows(TrainForm)) == API
     assert tuple(inspect.signature(TrainForm).parameters) == (*API, "others")
     for name, row in rows(TrainForm).items():
@@ -265,7 +265,7 @@ def test_photos_of_which_none_can_be_used_are_told(tmp_path):
         config_of(tmp_path)
 
 
-def test_the_config_of_two_subjects_is_that_of_a_file_with_a_table_of_each_and_of_a_folder_of_folders(
+def test_the_config_of_two_subjects_is_that_of_a_file_with_two_tables_and_of_a_folder_of_folders(
     toys, tmp_path
 ):
     """The file has the toy's recipe, two tables, and the lines that the form prints."""
@@ -280,7 +280,8 @@ def test_the_config_of_two_subjects_is_that_of_a_file_with_a_table_of_each_and_o
     )
     tables = [
         f'[[subjects]]\ninstance_data_dir = "{folder_of(toys.photos_dir, number)}"\n'
-        f'instance_prompt = "a photo of a {words}"\nclass_prompt = "a photo of a {words.split()[1]}"'
+        f'instance_prompt = "a photo of a {words}"\n'
+        f'class_prompt = "a photo of a {words.split()[1]}"'
         for number, words in enumerate(("sks duck", "zwx rocket"), 1)
     ]
     own = [

@@ -100,7 +100,7 @@ def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
     assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=words)).name == f"{name}-2"
 
 
-def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_three_numbers_and_the_rest_folded(
+def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_three_numbers(
     workspace, tab
 ):
     with prepared(tab, TWO) as run:
@@ -406,7 +406,7 @@ def shelf(tab, tmp_path):
     return tab
 
 
-def test_a_run_that_begins_with_an_adapter_which_is_one_without_new_tokens_has_the_flags_config_and_its_own_copy(
+def test_a_run_that_begins_with_an_adapter_without_new_tokens_has_the_flags_config_and_its_own_copy(
     begun, workspace, context, tmp_path
 ):
     with prepared(begun, replace(DUCK, begin_with="old duck@30")) as run:
@@ -469,7 +469,7 @@ def filled(ctx, name: str) -> TrainForm:
 
 
 @pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
-def test_the_filled_form_makes_the_config_of_the_flag_and_its_run_keeps_the_recipe_and_comes_back_with_it(
+def test_the_filled_form_makes_the_config_of_the_flag_and_its_run_comes_back_with_the_recipe(
     shelf, workspace, name, monkeypatch, tmp_path
 ):
     form = filled(shelf, name)
@@ -650,7 +650,10 @@ def test_the_cost_says_each_choice_and_names_the_card(
     gpu(8, free_gib)
     ctx = context(title="sdxl", name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"))
-    card_line = f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, {words} gradient"
+    card_line = (
+        f"GPU: Some Card &lt;3, {free_gib} GiB free for this run, so it trains in bf16, "
+        f"{words} gradient"
+    )
     assert card_line in cost and ("too little memory" in cost) == is_tight
     recipe = "recipe: assets/configs/sdxl.toml"
     for said in ("photos: 5, 0 with a mask", recipe, "which show each photo", "scores: none, as"):

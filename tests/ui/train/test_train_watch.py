@@ -94,7 +94,7 @@ def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, 
     assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
 
 
-def test_the_card_names_the_best_step_which_is_on_the_shelf_and_all_files_that_the_run_made_are_offered(
+def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files_of_the_run(
     run, look, tmp_path, workspace
 ):
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
@@ -259,7 +259,7 @@ def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path
     assert "The run failed. metrics.jsonl: it has more than 64 MiB" in look()["status"]
 
 
-def test_the_card_speaks_of_the_first_step_after_the_last_photo_and_of_a_checkpoint_only_after_a_step(
+def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint_after_a_step(
     tmp_path,
 ):
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
