@@ -1,8 +1,8 @@
 """Describes any LoRA file, of this or another program, and tells how two files differ.
 
-drift            ‖M − M₀‖ / ‖M₀‖, none for M₀ = 0                  how far the mixer has moved from its start
-condition number σ₁(M) / σ_r(M)                                   infinite for a mixer that lost a direction
-effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ               Roy & Vetterli, EUSIPCO 2007
+drift            ‖M − M₀‖ / ‖M₀‖, none for M₀ = 0     how far the mixer has moved
+condition number σ₁(M) / σ_r(M)                       infinite if M lost a direction
+effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ   Roy & Vetterli, EUSIPCO 2007
 """
 
 import json
@@ -174,7 +174,8 @@ def describe_raw(path: Path) -> dict[str, object]:
                 matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
             )
     return {
-        "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} (for resuming; export it to use it elsewhere)",
+        "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} "
+        "(for resuming; export it to use it elsewhere)",
         "modules": dict(modules),
         "ranks": by_rank(f.rank for f in figures.values()),
         "alpha": metadata.alpha,

@@ -1,8 +1,8 @@
 """Any LoRA file, of this program, diffusers or kohya: its matrices under common names, and into a
 pipeline.
 
-file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter named by its content
-     --read_start-->   AdapterWeights --begin_with--> the start of a fresh adapter:  A := down,  B := up·M⁻¹ / s
+file --read_adapter--> AdapterWeights --check_fits--> --install--> a PEFT adapter
+     --read_start-->   AdapterWeights --begin_with--> a fresh one: A := down, B := up·M⁻¹ / s
 
 A file may come from anyone. Only the matrices of a LoRA and their scales are taken from it; other
 keys are refused. As a start, a file of lower rank fills the first rows of A, and one of higher rank
@@ -79,7 +79,8 @@ def projections(parts: Parts, file_name: str) -> Folded:
     for component, layers in result.items():
         if len({projection.magnitude is None for projection in layers.values()}) > 1:
             raise UserError(
-                f"{file_name} holds DoRA for some layers of its {component} alone, which PEFT cannot load"
+                f"{file_name} holds DoRA for some layers of its {component} alone, "
+                "which PEFT cannot load"
             )
     return result
 
@@ -129,7 +130,8 @@ def _from_settings(component: str, found: Layers, settings: dict, file_name: str
     start = settings.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
         raise UserError(
-            f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); export a plain LoRA"
+            f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
+            "export a plain LoRA"
         )
     if flag(settings, "use_dora", file_name) != any(
         p.magnitude is not None for p in found.values()
@@ -185,7 +187,8 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     tools = {key.tool for key in map(key_names.parse, tensors) if key}
     if not is_raw and not own and key_names.UNFOLDED in tools:
         raise UserError(
-            f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: save it by "
+            f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: "
+            "save it by "
             "lora.published_file.publish, which folds them"
         )
     if is_raw:
@@ -271,7 +274,8 @@ def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: 
             if (projection.up.shape[0], projection.down.shape[1]) != size[:2]:
                 wanted, here = _unets(weights, pipeline)
                 raise UserError(
-                    f"{weights.file_name} was made for another base: it is for {wanted}, and {base_name} is {here} "
+                    f"{weights.file_name} was made for another base: "
+                    f"it is for {wanted}, and {base_name} is {here} "
                     f"(first misfit: {name!r:.100}, rank {projection.rank})"
                 )
             if wrong := _misshapen(projection, *size):
@@ -486,8 +490,10 @@ def begin_with(
     bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
     if not start.deviation <= bound:
         raise UserError(
-            f"--init_adapter {weights.file_name}: {worst} would begin {start.deviation:.1e} (relative) away "
-            f"from the file, and rounding explains {bound:.0e}: give --mixer orthogonal, which is exact."
+            f"--init_adapter {weights.file_name}: {worst} would begin "
+            f"{start.deviation:.1e} (relative) away "
+            f"from the file, and rounding explains {bound:.0e}: "
+            "give --mixer orthogonal, which is exact."
         )
     return start
 

@@ -73,7 +73,8 @@ class Proof:
 
     def sentence(self) -> str:
         return (
-            f"{self.projections} projections reloaded by the stock loader: largest relative difference "
+            f"{self.projections} projections reloaded by the stock loader: "
+            "largest relative difference "
             f"{self.max_relative_difference:.1e} (bound {self.bound:.0e} for {self.dtype})"
         )
 
@@ -130,7 +131,8 @@ def prove_file(
     stock = stock_layers(path, components)
     if missing := sorted(set(live) ^ set(stock)):
         raise UserError(
-            f"{path.name}: the stock loader adapts other modules than the adapter does, first {missing[0]}"
+            f"{path.name}: the stock loader adapts other modules than the adapter does, "
+            f"first {missing[0]}"
         )
     differences = {}
     for name, layer in live.items():
@@ -168,7 +170,8 @@ def check_reduction(
             lost = relative_difference(expected[name], delta(layer, adapter_name))
         if not lost <= bound:
             raise UserError(
-                f"nothing was published: reduced in rank, {name} differs from the live adapter by {lost:.2e} "
+                f"nothing was published: reduced in rank, {name} differs from the live adapter "
+                f"by {lost:.2e} "
                 f"(relative), and keep={keep:g} allows {bound:.2e}"
             )
 
@@ -179,7 +182,8 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
         raise UserError(
-            "a LoRA file is loaded through the denoiser; give `unet` or `transformer` among the components"
+            "a LoRA file is loaded through the denoiser; "
+            "give `unet` or `transformer` among the components"
         )
     twins = {
         name: raw_file.empty_model(raw_file.model_config(model))

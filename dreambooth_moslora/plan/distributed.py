@@ -277,7 +277,8 @@ def refusal(mixed_precision: str | None, said: str) -> str:
     if mixed_precision is not None and "precision" in said:
         return f"--mixed_precision {mixed_precision}: {said}"
     return (
-        f"accelerate says: {said.rstrip('.')}; look at `accelerate config` and at ACCELERATE_… in "
+        f"accelerate says: {said.rstrip('.')}; "
+        "look at `accelerate config` and at ACCELERATE_… in "
         "the environment."
     )
 

@@ -3,9 +3,10 @@
 Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative
 product:
 
-    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n             the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
-    flow   z = (1 - s)·x + s·n                       the transformer predicts n - x (Liu et al. 2022)
-    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)   its output is converted to x itself (Karras et al. 2022)
+    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n    the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+    flow   z = (1 - s)·x + s·n              the transformer predicts n - x (Liu et al. 2022)
+    edm    z = x + sigma·n                  its output is converted to x (Karras et al. 2022);
+                                            sigma = sqrt(1/a - 1)
 
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
 
