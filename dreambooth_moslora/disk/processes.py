@@ -222,10 +222,12 @@ def _last_words(log_tail: str) -> str:
 
 IS_POSIX = os.name == "posix"  # Sessions, handed-on files, and exit statuses that name a signal
 # Of a run: its settings, and the terminal's output
-CONFIG_NAME, LOG_NAME = "job_config.json", "job.log"
+CONFIG_NAME = "job_config.json"
+LOG_NAME = "job.log"
 # -P: no `torch.py` of the current folder is imported
 TRAIN = ("-P", "-m", "dreambooth_moslora", "train")
-STOP_NAME, STOP_FILE = "job.stop", "DREAMBOOTH_STOP_FILE"
+STOP_NAME = "job.stop"
+STOP_FILE = "DREAMBOOTH_STOP_FILE"
 """A file whose presence asks the run to stop, and the environment variable that tells the process
 its path."""
 ANSWER_SEC = 1200.0

@@ -62,7 +62,8 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     run holds it, or when a file that a run writes to is a link or a pipe: the folder may be a
     stranger's."""
     refuse_links(folder, flag)
-    path, owner = folder / LOCK_NAME, folder / OWNER_NAME
+    path = folder / LOCK_NAME
+    owner = folder / OWNER_NAME
     file = take(path, flag)
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
@@ -96,7 +97,8 @@ def release(path: Path, file: BinaryIO) -> None:
 
 def check_free(folder: Path) -> None:
     """Raises UserError when a run holds the folder, which need not exist."""
-    if (path := folder / LOCK_NAME).is_file():
+    path = folder / LOCK_NAME
+    if path.is_file():
         take(path, "--output_dir").close()
 
 

@@ -30,8 +30,13 @@ UNREADABLE = "add_embedding."
 def check_layers(
     targets: Iterable[str], layers: Mapping[str, int], use_dora: bool, facts: families.Facts = SDXL
 ) -> None:
-    """Raises UserError for a name that matches none of `layers` (path -> dimensions of the weight),
-    or unfit ones."""
+    """Raises UserError for names of layers that get no adapter.
+
+    targets: the names in `--target_modules`
+    layers: the path of each layer of the denoiser -> dimensions of its weight
+    use_dora: which is for linear layers alone
+    facts: of the family
+    """
     targets = list(targets)
     check_targets(targets, layers, facts)
     for name in targets:
@@ -134,7 +139,8 @@ def check_folders(config: table.TrainConfig) -> None:
 def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError for photos at the top of the run folder, or where a run replaces and moves
     its own files."""
-    photos, images = config.instance_data_dir, config.class_data_dir
+    photos = config.instance_data_dir
+    images = config.class_data_dir
     if photos and images and Path(photos).resolve() == Path(images).resolve():
         raise UserError(
             "--class_data_dir is the folder of --instance_data_dir: the class is not the subject."
@@ -367,14 +373,18 @@ def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
     is_flow = facts.style == "flow"
     others = families.OF_UNETS if is_flow else families.OF_FLOWS
     others += tuple(name for name in families.TEXT_OPTIONS if name not in facts.text_options)
-    others += () if facts.has_level_shift else ("shift_timesteps",)
-    others += () if facts.has_new_tokens else ("train_text_encoder_ti",)
-    others += (
-        ("train_text_encoder",) if config.train_text_encoder and not facts.adapted_encoders else ()
-    )
+    if not facts.has_level_shift:
+        others += ("shift_timesteps",)
+    if not facts.has_new_tokens:
+        others += ("train_text_encoder_ti",)
+    if config.train_text_encoder and not facts.adapted_encoders:
+        others += ("train_text_encoder",)
     for name in others:
-        if flag := rules.given_flag(config, name):
+        flag = rules.given_flag(config, name)
+        if flag:
             raise UserError(f"{flag} is not for {facts.title}; leave it out.")
+
+    # Flow models are trained in bf16 or fp32.
     if is_flow:
         machine.check_bf16(config, instead="no")
     if is_flow and precision_of(config) == "fp16":

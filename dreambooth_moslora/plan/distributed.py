@@ -107,11 +107,20 @@ def agreed(
         "the photos, --class_data_dir and --output_dir must be on a disk that all machines share."
     ),
 ) -> Result:
-    """What each process finds, in `words` as the main process does. Raises UserError on all where
-    one finds something else, naming the lines that differ and the `remedy`; an error of `find` is
-    raised on all too."""
+    """What each process finds, where all find the same.
+
+    accelerator: of the process
+    find: its own look, such as a reading of the photos
+    words: lines that are equal where the findings are
+    remedy: what the person can do
+
+    Raises UserError on all where one's words differ from the main process's, with the lines that
+    differ. An error of `find` is raised on all too.
+    """
     if accelerator.num_processes == 1:
         return find()
+
+    # Processes tell their words, which are small; what they found stays with each.
     found, error = attempt(find)
     told = exchange(accelerator, [] if error else [words(found)], error)
     for number, said in enumerate(told):

@@ -95,7 +95,7 @@ def plan_steps(
 
 
 def shares(sizes: Mapping[tuple[int, int], int], total: int) -> dict[tuple[int, int], int]:
-    """Split `total` in proportion to the photos of each size (h, w), each at least 1 if possible."""
+    """Split `total` in proportion to the photos of each size (h, w), each at least 1 if it can."""
     exact = {size: total * count / sum(sizes.values()) for size, count in sorted(sizes.items())}
     found = dict.fromkeys(exact, int(total >= len(exact)))
     # One by one, to the size that lacks most of its exact share.

@@ -15,31 +15,34 @@ from dreambooth_moslora.settings import optimizer_kinds, rows, subjects, toys
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
+
+def schedules_twice(run: Config) -> bool:
+    is_schedule_free = run.optimizer == optimizer_kinds.SCHEDULE_FREE
+    return is_schedule_free and not run.lr_scheduler.startswith("constant")
+
+
+def is_slow_prodigy(run: Config) -> bool:
+    return run.optimizer == "Prodigy" and run.learning_rate <= 0.1
+
+
+def prompts_the_toys_net(run: Config) -> bool:
+    is_toys = toys.is_toy(run.pretrained_model_name_or_path) and not run.mask_model
+    return run.masks == "auto" and bool(run.mask_prompt) and is_toys
+
+
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
         f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or "
         "constant_with_warmup"
-    ): (
-        lambda run: (
-            run.optimizer == optimizer_kinds.SCHEDULE_FREE
-            and not run.lr_scheduler.startswith("constant")
-        )
-    ),
-    "Prodigy needs --learning_rate near 1.0": lambda run: (
-        run.optimizer == "Prodigy" and run.learning_rate <= 0.1
-    ),
+    ): schedules_twice,
+    "Prodigy needs --learning_rate near 1.0": is_slow_prodigy,
     (
         "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little "
         "memory and is used"
-    ): (lambda run: run.enable_xformers_memory_efficient_attention),
-    "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg": (
-        lambda run: (
-            run.masks == "auto"
-            and run.mask_prompt
-            and not run.mask_model
-            and toys.is_toy(run.pretrained_model_name_or_path)
-        )
-    ),
+    ): lambda run: run.enable_xformers_memory_efficient_attention,
+    (
+        "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg"
+    ): prompts_the_toys_net,
 }
 """Sentence -> whether it is said of a run."""
 

@@ -177,6 +177,7 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     UserError."""
     file = Path(find_asset(path))
     try:
+        # A run's recipe is in the adapter that it published.
         file = file / PUBLISHED_NAME if file.is_dir() else file
         if not file.is_file():
             raise UserError("there is no such file")

@@ -1366,16 +1366,28 @@ def named(fact: str, value: Any = True) -> tuple[str, ...]:
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
-OTHER_NAMES = {
-    other: name
-    for name, item in SETTINGS.items()
-    for other in f"{item.metadata['also']} {item.metadata['elsewhere']}".split()
-}
+def by_other_names() -> dict[str, str]:
+    found = {}
+    for name, item in SETTINGS.items():
+        others = f"{item.metadata['also']} {item.metadata['elsewhere']}"
+        for other in others.split():
+            found[other] = name
+    return found
+
+
+OTHER_NAMES = by_other_names()
 """What other trainers call a setting -> its name."""
 SAID_BY_SUBJECTS = tuple(
     name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"]
 )
 """What the tables of several subjects say instead of the run's own settings."""
+
+
+def given_values(table: Any) -> dict[str, str]:
+    """The settings that a subject's table names."""
+    return {name: value for name, value in vars(table).items() if value is not None}
+
+
 SubjectTable = make_dataclass(
     "SubjectTable",
     [(name, str | None, None) for name in named("per_subject")],
@@ -1383,9 +1395,7 @@ SubjectTable = make_dataclass(
     namespace={
         "__doc__": "The settings in which a subject differs from the run; None for the others.",
         "__module__": __name__,
-        "to_dict": lambda self: {
-            name: value for name, value in vars(self).items() if value is not None
-        },
+        "to_dict": given_values,
     },
 )
 
@@ -1395,7 +1405,8 @@ def subject_table(values: Any) -> Any:
     if isinstance(values, SubjectTable):
         return values
     known = named("per_subject")
-    if unknown := sorted(map(str, values.keys() - set(known))):
+    unknown = sorted(map(str, values.keys() - set(known)))
+    if unknown:
         raise UserError(
             f"--subjects: a subject has no setting `{unknown[0]}`; it may have {', '.join(known)}."
         )
