@@ -53,7 +53,7 @@ from dreambooth_moslora.ui.train.train_start import (
     take_photos_of_run,
 )
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import ROCKET, TWO, handler, recorded, save_header
+from tests.ui.conftest import ROCKET, TRAINER, TWO, end_all, handler, recorded, save_header
 
 DUCK = TrainForm("sks", "duck")
 CHANGED = {
@@ -200,6 +200,8 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
 def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
     """Both took theirs into one folder before either copied it: both runs had the same animal."""
     page, both_took, take = context(), Barrier(2), train_photos.take_with_masks
+    (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(page.jobs, "script", stand_in)
     add = next(
         event.fn for event in build_app(page, []).fns.values() if event.api_name == "add_to_queue"
     )
@@ -217,6 +219,7 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
     monkeypatch.setattr(train_photos, "take_with_masks", take_with_the_other)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, ("hen", "cat"), (2, 3))) == [2, 3]
+    end_all(page.jobs)
 
 
 @pytest.mark.parametrize(
