@@ -1,9 +1,8 @@
-"""The training form as a value: the table of its fields, and the settings that `train FOLDER WORD`
-chooses from them.
+"""The training form as a value: the table of its fields, and the settings that follow from them.
 
-A field is one row of `TrainForm`: widgets, settings, the form of an earlier run, “Train like” and
-the form's words in advice are made from the rows; what a row leaves out is as the table of settings
-has it.
+A field is one row of `TrainForm`. Widgets, settings, the form of an earlier run, “Train like” and
+the form's words in advice are made from the rows. What a row leaves out is as the table of settings
+has it. What the form leaves open is chosen as `train FOLDER WORD` does.
 """
 
 import re
@@ -29,15 +28,28 @@ from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.values import is_number
 
 LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
+"""Settings that say how long a run is."""
 OF_MACHINE = (
-    *("mixed_precision", *OF_PLANS, "caching"),
-    *("allow_tf32", "compile", "sample_batch_size", "prior_generation_precision"),
+    "mixed_precision",
+    *OF_PLANS,
+    "caching",
+    "allow_tf32",
+    "compile",
+    "sample_batch_size",
+    "prior_generation_precision",
 )
+"""Settings that suit a machine, which a recipe does not bring along."""
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
-TOKENS_RATE = 1e-3  # The trainer's own default, diffusers', hardly moves new tokens
+TOKENS_RATE = 1e-3
+"""Learning rate of new tokens. The trainer's own default, diffusers', hardly moves them."""
 BY_RECIPE = "empty: by recipe"
-NEW_TOKENS = "learns the token anew in both text encoders, beside the adapter; on the toys likeness did not rise"
+"""Help of a number that the recipe decides."""
+NEW_TOKENS = (
+    "learns the token anew in both text encoders, beside the adapter; "
+    "on the toys likeness did not rise"
+)
+"""Help of the tick for new tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +58,42 @@ class FormField:
 
     default: Any
     label: str
-    info: str = ""  # default: the help of its setting
-    # its line below “More settings”, from the top, where several may stand side by side; 0:
-    # elsewhere
+    info: str = ""
+    """Help beside it (default: that of its setting)."""
     line: int = 0
-    setting: str = ""  # the setting that it fills; "" if the form does more with it
-    # values, or value -> its label (default: those of its setting)
+    """Its line below “More settings”, from the top; several fields may share one. 0: elsewhere."""
+    setting: str = ""
+    """The setting that it fills; "" if the form does more with it."""
     choices: Collection[str] | Mapping[str, str] = ()
-    most: float | None = None  # the most that the field takes (default: the setting's bound)
-    # radio, slider, or list: names that the page knows; else the widget follows from the values
+    """Its values, or value -> label (default: those of its setting)."""
+    most: float | None = None
+    """The most that it takes (default: the setting's bound)."""
     kind: str = ""
-    required: bool = False  # the API's argument has no default
-    # the run is given its value even where that is as at first; else 0 means “by recipe”
+    """`radio`, `slider`, or `list` for names that the page knows; else by its values."""
+    required: bool = False
+    """Whether the API's argument has no default."""
     always: bool = False
-    needs: str = ""  # a tick without which it means nothing
-    box: str = ""  # id of the box around its line, which is shown while what it needs is ticked
-    words: tuple[str, str] | None = None  # values of the setting for a tick that is off, and on
-    of_files: bool = False  # not for the embedded base
-    of_family: str = ""  # the fact of the base's family without which it is not shown
-    at_first: Callable[[str], Any] | None = None  # its first value by the base, if that decides
-    # what is told where a tick is off at first, as it takes something from the hub
+    """Whether the run is given its value even where that is as at first; else 0 is “by recipe”."""
+    needs: str = ""
+    """A tick without which it means nothing."""
+    box: str = ""
+    """Id of the box around its line, which is shown while what it needs is ticked."""
+    words: tuple[str, str] | None = None
+    """Values of the setting for a tick that is off, and on."""
+    of_files: bool = False
+    """Whether the embedded base has no use for it."""
+    of_family: str = ""
+    """The fact of the base's family without which it is not shown."""
+    at_first: Callable[[str], Any] | None = None
+    """From the base's name to the first value, if the base decides it."""
     fetched: str = ""
-    title: str = ""  # its name in an error (default: the label)
-    elem_id: str = ""  # its id on the page (default: its name)
-    look: Mapping[str, Any] = field(default_factory=dict)  # further options of the widget
+    """What is told where a tick is off at first, as it takes something from the hub."""
+    title: str = ""
+    """Its name in an error (default: the label)."""
+    elem_id: str = ""
+    """Its id on the page (default: its name)."""
+    look: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the widget."""
 
     @property
     def row(self) -> Mapping[str, Any]:
@@ -78,14 +102,21 @@ class FormField:
 
     @property
     def values(self) -> tuple[str, ...]:
-        return tuple(self.choices or (() if self.is_tick else self.row.get("choices") or ()))
+        """The values that can be chosen; none where any can be written."""
+        if self.choices:
+            return tuple(self.choices)
+        if self.is_tick:
+            return ()
+        return tuple(self.row.get("choices") or ())
 
     @property
     def limit(self) -> float | None:
+        """The most that a number may be."""
         return self.row.get("high") if self.most is None else self.most
 
     @property
     def is_tick(self) -> bool:
+        """Whether it is on or off; None as default: the base decides."""
         return self.default is None or isinstance(self.default, bool)
 
     @property
@@ -98,11 +129,12 @@ class FormField:
         return self.is_number and bool(self.setting) and not self.always and not self.default
 
     def first(self, base: str) -> Any:
+        """Its first value on a page of that base."""
         return self.at_first(base) if self.at_first else self.default
 
     def checked(self, name: str, value: Any) -> Any:
         """The value of the field of that name, as its type. Raises UserError."""
-        title = self.title or self.label.lower()
+        # A tick, or one of some values.
         if self.is_tick:
             if value not in (True, False, None):
                 raise UserError(f"{name} must be true or false, not {value!r:.30}")
@@ -111,22 +143,21 @@ class FormField:
             raise UserError(f"there is no {name} {value!r:.30}; choose {', '.join(self.values)}")
         if not self.is_number:
             return value
-        value, is_whole = 0 if value is None else value, isinstance(self.default, int)
-        if (
-            not is_number(value)
-            or not 0 <= value <= self.limit
-            or (is_whole and not float(value).is_integer())
-        ):
-            what = (
-                f"{title} must be a whole number" if is_whole else f"the {title} must be a number"
-            )
-            raise UserError(f"{what} from 0 to {self.limit}, not {value!r:.30}")
+        # A number. An empty field is 0.
+        value = 0 if value is None else value
+        is_whole = isinstance(self.default, int)
+        is_inside = is_number(value) and 0 <= value <= self.limit
+        if not is_inside or (is_whole and not float(value).is_integer()):
+            title = self.title or self.label.lower()
+            what = f"{title} must be a whole" if is_whole else f"the {title} must be a"
+            raise UserError(f"{what} number from 0 to {self.limit}, not {value!r:.30}")
         return type(self.default)(value)
 
 
 def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
     """A field of the form with the facts of a `FormField`."""
-    return field(default=default, metadata={"row": FormField(default, label, info, **facts)})
+    row = FormField(default=default, label=label, info=info, **facts)
+    return field(default=default, metadata={"row": row})
 
 
 def rows(form: type) -> dict[str, FormField]:
@@ -135,21 +166,26 @@ def rows(form: type) -> dict[str, FormField]:
 
 
 TOO_MANY_CAPTIONS = "{} captions for {} photos{}: one photo could not be read; leave out its line"
+"""Told when a line of captions would be another photo's."""
 DIGEST = re.compile("[0-9a-f]{64}")
+"""A photo's sha256."""
 MOST_SUBJECTS = 4
-TOKENS = ("sks", "zwx", "ohwx", "xjy")  # The default rare word of each further subject
+"""Subjects of one run of the page."""
+TOKENS = ("sks", "zwx", "ohwx", "xjy")
+"""The default rare word of each subject."""
 
 
 @dataclass(frozen=True)
 class SubjectWords:
-    """The form's values for one subject. `captions`: one line for each photo, in order, or as the
-    page sends them: each after the digest of its photo and a colon. `tokens_begin_as`: if there are
-    any."""
+    """The form's values for one subject."""
 
     class_word: str
     token: str
     captions: str = ""
+    """A line for each photo, in order. In a line of the page the digest of its photo and a colon
+    come first."""
     tokens_begin_as: str = ""
+    """Words like the new tokens, if there are any."""
 
 
 def named(name: str, number: int) -> str:
@@ -168,8 +204,10 @@ def photos_of(photos_dir: Path, number: int) -> list[Path]:
 
 
 def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
-    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's. Raises
-    UserError."""
+    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's.
+
+    Raises UserError for words that cannot be prompts or captions.
+    """
     try:
         instance_prompt, class_prompt = prompts_of(words.token, words.class_word)
         check_captions(words.captions)
@@ -184,7 +222,10 @@ def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, st
 
 
 def check_captions(captions: Any) -> None:
-    """Raises UserError for a line that cannot be written, or that is longer than the trainer reads."""
+    """Check each line of captions.
+
+    Raises UserError for one that cannot be written, or that is longer than the trainer reads.
+    """
     check_characters(str(captions or ""), "a caption")
     for number, line in enumerate(str(captions or "").splitlines(), 1):
         if len(digest_and_caption(line)[1].encode()) > MOST_BYTES:
@@ -192,18 +233,23 @@ def check_captions(captions: Any) -> None:
 
 
 def digest_and_caption(line: str) -> tuple[str, str]:
-    """The digest is "" in a line of a program, which has only the caption."""
+    """(Digest, caption) of a line of captions; a program's line has no digest, which is "" then."""
     digest, colon, caption = line.partition(":")
     return (digest, caption) if colon and DIGEST.fullmatch(digest) else ("", line)
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
-    """("a photo of a sks dog", "a photo of a dog"). Raises UserError for missing or too long words."""
-    token, class_word = (" ".join(str(word or "").split()) for word in (token, class_word))
-    for word, name in (
+    """A subject's and its class's prompt, such as "a photo of a sks dog" and "a photo of a dog".
+
+    Raises UserError for missing or too long words.
+    """
+    token = " ".join(str(token or "").split())
+    class_word = " ".join(str(class_word or "").split())
+    wanted = (
         (token, "the token (a rare word, such as sks)"),
         (class_word, "the word for what the photos show (such as dog)"),
-    ):
+    )
+    for word, name in wanted:
         if not word:
             raise UserError(f"{name} is missing")
         if len(word) > MAX_WORD_CHARACTERS:
@@ -214,60 +260,218 @@ def prompts_of(token: str, class_word: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class TrainForm:
-    """The fields' names and order are those of the API's arguments. 0 in a number, and None: as the
-    recipe has it. `begin_with` and `like` name an adapter or a recipe that can be chosen on the
-    page."""
+    """All that the form asks.
 
-    # fmt: off
-    token: str = asked(plan.TOKEN, "Token", "a rare word", line=2)
-    class_word: str = asked("", "What the photos show", required=True, look={"placeholder": "dog"})
-    run_name: str = asked("", "Name of the run", "may be empty", line=2)
-    preset: str = asked("standard", "Length", "half, once, twice the recipe's", line=5, choices=PRESETS, kind="radio")
-    prior_preservation: bool = asked(True, "Keep the class", "without it, its whole kind turns into yours; slower",
-        line=7, setting="with_prior_preservation", elem_id="prior")
-    captions: str = asked("", "Captions", "one line for each photo, in order; may be left out",
-        line=3, look={"visible": False})
-    rank: int = asked(0, "Rank", BY_RECIPE, line=15, setting="rank", most=256)
-    learning_rate: float = asked(0.0, "Learning rate", BY_RECIPE, line=15, setting="learning_rate", most=10)
-    steps: int = asked(0, "Steps", "empty: by length",
-        line=6, setting="max_train_steps", most=100_000, elem_id="train_steps")
-    mixer: str = asked("orthogonal", "Mixer", "“none”: LoRA", line=16, setting="mixer", always=True)
-    seed: int = asked(0, "Seed", "also of the crops",
-        line=6, setting="seed", most=2**32 - 1, always=True, elem_id="train_seed")
-    make_masks: bool | None = asked(None, "Make masks", "finds the subject in photos that have none",
-        line=9, setting="masks", words=("given", "auto"), at_first=toys.is_toy, fetched="CLIPSeg comes")
-    memory: str = asked("auto", "Memory", "nf4 needs least", line=16, setting="memory", always=True, of_files=True)
-    prior: str = asked("adapter_off", "Kept by", "the base's own answers, or pictures of the class",
-        line=8, setting="prior", choices={"adapter_off": "the base", "class_images": "class images"},
-        needs="prior_preservation", elem_id="prior_by")
-    prior_weight: float = asked(0.0, "Prior weight", BY_RECIPE,
-        line=8, setting="prior_loss_weight", most=100, needs="prior_preservation")
-    unmasked_weight: float = asked(0.2, "Weight outside the mask", "0: the surroundings are not learned at all",
-        line=10, setting="unmasked_weight", always=True, kind="slider")
-    scores: bool | None = asked(None, "Scores", "measures on the way and keeps the best step",
-        line=11, at_first=plan.encoders_are_here, fetched="CLIP and DINOv2 are not here and come, 2 GB,")
-    make_captions: bool = asked(False, "Write captions at the start", "says the surroundings of photos without a line",
-        line=4, setting="captions", words=("given", "auto"), fetched="Qwen3-VL comes")
-    new_tokens: bool = asked(False, "New tokens", NEW_TOKENS,
-        line=12, setting="train_text_encoder_ti", of_family="has_new_tokens")
-    tokens_begin_as: str = asked("", "They begin as", "words like it; or empty",
-        line=13, needs="new_tokens", box="token_box")
-    tokens_learning_rate: float = asked(TOKENS_RATE, "Their learning rate", "1e-4 to 1e-3",
-        line=13, setting="text_encoder_lr", most=10, always=True, needs="new_tokens", box="token_box",
-        title="learning rate of the new tokens", elem_id="tokens_rate")
-    begin_with: str = asked(NONE, "Begin with", "an adapter to go on from, with these photos; “none”: from nothing",
-        line=14, kind="list")
-    like: str = asked(NONE, "Train like", "an adapter whose settings fill this form",
-        line=1, kind="list", elem_id="train_like", look={"scale": 4})
+    The fields' names and order are those of the API's arguments. 0 in a number, and None, mean what
+    the recipe says. `begin_with` and `like` name an adapter or a recipe that can be chosen on the
+    page.
+    """
+
+    token: str = asked(
+        plan.TOKEN,
+        label="Token",
+        info="a rare word",
+        line=2,
+    )
+    class_word: str = asked(
+        "",
+        label="What the photos show",
+        required=True,
+        look={"placeholder": "dog"},
+    )
+    run_name: str = asked(
+        "",
+        label="Name of the run",
+        info="may be empty",
+        line=2,
+    )
+    preset: str = asked(
+        "standard",
+        label="Length",
+        info="half, once, twice the recipe's",
+        line=5,
+        choices=PRESETS,
+        kind="radio",
+    )
+    prior_preservation: bool = asked(
+        True,
+        label="Keep the class",
+        info="without it, its whole kind turns into yours; slower",
+        line=7,
+        setting="with_prior_preservation",
+        elem_id="prior",
+    )
+    captions: str = asked(
+        "",
+        label="Captions",
+        info="one line for each photo, in order; may be left out",
+        line=3,
+        look={"visible": False},
+    )
+    rank: int = asked(
+        0,
+        label="Rank",
+        info=BY_RECIPE,
+        line=15,
+        setting="rank",
+        most=256,
+    )
+    learning_rate: float = asked(
+        0.0,
+        label="Learning rate",
+        info=BY_RECIPE,
+        line=15,
+        setting="learning_rate",
+        most=10,
+    )
+    steps: int = asked(
+        0,
+        label="Steps",
+        info="empty: by length",
+        line=6,
+        setting="max_train_steps",
+        most=100_000,
+        elem_id="train_steps",
+    )
+    mixer: str = asked(
+        "orthogonal",
+        label="Mixer",
+        info="“none”: LoRA",
+        line=16,
+        setting="mixer",
+        always=True,
+    )
+    seed: int = asked(
+        0,
+        label="Seed",
+        info="also of the crops",
+        line=6,
+        setting="seed",
+        most=2**32 - 1,
+        always=True,
+        elem_id="train_seed",
+    )
+    make_masks: bool | None = asked(
+        None,
+        label="Make masks",
+        info="finds the subject in photos that have none",
+        line=9,
+        setting="masks",
+        words=("given", "auto"),
+        at_first=toys.is_toy,
+        fetched="CLIPSeg comes",
+    )
+    memory: str = asked(
+        "auto",
+        label="Memory",
+        info="nf4 needs least",
+        line=16,
+        setting="memory",
+        always=True,
+        of_files=True,
+    )
+    prior: str = asked(
+        "adapter_off",
+        label="Kept by",
+        info="the base's own answers, or pictures of the class",
+        line=8,
+        setting="prior",
+        choices={"adapter_off": "the base", "class_images": "class images"},
+        needs="prior_preservation",
+        elem_id="prior_by",
+    )
+    prior_weight: float = asked(
+        0.0,
+        label="Prior weight",
+        info=BY_RECIPE,
+        line=8,
+        setting="prior_loss_weight",
+        most=100,
+        needs="prior_preservation",
+    )
+    unmasked_weight: float = asked(
+        0.2,
+        label="Weight outside the mask",
+        info="0: the surroundings are not learned at all",
+        line=10,
+        setting="unmasked_weight",
+        always=True,
+        kind="slider",
+    )
+    scores: bool | None = asked(
+        None,
+        label="Scores",
+        info="measures on the way and keeps the best step",
+        line=11,
+        at_first=plan.encoders_are_here,
+        fetched="CLIP and DINOv2 are not here and come, 2 GB,",
+    )
+    make_captions: bool = asked(
+        False,
+        label="Write captions at the start",
+        info="says the surroundings of photos without a line",
+        line=4,
+        setting="captions",
+        words=("given", "auto"),
+        fetched="Qwen3-VL comes",
+    )
+    new_tokens: bool = asked(
+        False,
+        label="New tokens",
+        info=NEW_TOKENS,
+        line=12,
+        setting="train_text_encoder_ti",
+        of_family="has_new_tokens",
+    )
+    tokens_begin_as: str = asked(
+        "",
+        label="They begin as",
+        info="words like it; or empty",
+        line=13,
+        needs="new_tokens",
+        box="token_box",
+    )
+    tokens_learning_rate: float = asked(
+        TOKENS_RATE,
+        label="Their learning rate",
+        info="1e-4 to 1e-3",
+        line=13,
+        setting="text_encoder_lr",
+        most=10,
+        always=True,
+        needs="new_tokens",
+        box="token_box",
+        title="learning rate of the new tokens",
+        elem_id="tokens_rate",
+    )
+    begin_with: str = asked(
+        NONE,
+        label="Begin with",
+        info="an adapter to go on from, with these photos; “none”: from nothing",
+        line=14,
+        kind="list",
+    )
+    like: str = asked(
+        NONE,
+        label="Train like",
+        info="an adapter whose settings fill this form",
+        line=1,
+        kind="list",
+        elem_id="train_like",
+        look={"scale": 4},
+    )
     others: tuple[SubjectWords, ...] = ()
-    # fmt: on
 
     @property
     def subjects(self) -> tuple[SubjectWords, ...]:
-        return (
-            SubjectWords(self.class_word, self.token, self.captions, self.tokens_begin_as),
-            *self.others,
+        """The words of each subject; those of the first are fields of their own."""
+        first = SubjectWords(
+            class_word=self.class_word,
+            token=self.token,
+            captions=self.captions,
+            tokens_begin_as=self.tokens_begin_as,
         )
+        return first, *self.others
 
     def checked(self, name: str) -> Any:
         """The value of a field. Raises UserError."""
@@ -283,10 +487,22 @@ class TrainForm:
         is_queued: bool = False,
         recipe: sources.FoundRecipe | None = None,
     ) -> plan.Choices:
-        """What the command would choose for these photos, in `folder_of` each subject, and words.
-        Raises UserError."""
+        """What the command would choose for these photos and words.
+
+        - `base` is the name of the page's base, and `resolution_px` its side.
+        - `photos_dir` has the first subject's photos; `folder_of` gives the others'.
+        - `run_dir` is the run's folder, which need not exist.
+        - With `is_queued` the run begins when all others have ended, and has their memory.
+        - `recipe` is the one of “Train like”.
+
+        Raises UserError for a form or photos that no run can use.
+        """
+        # The form's own values come first.
         given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
-        share, wants_scores = PRESETS[self.checked("preset")], self.checked("scores")
+        share = PRESETS[self.checked("preset")]
+        wants_scores = self.checked("scores")
+
+        # A recipe gives the others: the base's own, or the one of a file.
         if recipe is None:
             choices = plan.Choices(given)
             exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
@@ -294,15 +510,17 @@ class TrainForm:
             choices = plan.Choices(taken_from(recipe, given, share) | given)
             exposures = plan.USUAL_EXPOSURES
             choices.say(f"settings like {self.like}, where the form says nothing else")
+
+        # What follows from the words, from the photos, and from what is on this machine.
         if self.others:
             plan.choose_subjects(choices)
         else:
             plan.choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
         plan.choose_steps(choices, round(share * exposures), photos)
-        plan.choose_scores(
-            choices, photos, None if wants_scores == plan.encoders_are_here(base) else wants_scores
-        )
+        if wants_scores == plan.encoders_are_here(base):
+            wants_scores = None
+        plan.choose_scores(choices, photos, wants_scores)
         return choices
 
     def config(
@@ -313,6 +531,7 @@ class TrainForm:
         run_dir: Path,
         recipe: sources.FoundRecipe | None = None,
     ) -> dict[str, Any]:
+        """The settings of `choices`, which has the arguments. Raises UserError."""
         return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
 
     def given(
@@ -324,28 +543,41 @@ class TrainForm:
         *,
         is_like: bool = False,
     ) -> dict[str, Any]:
-        """The form's own values, under the names of TrainConfig. Raises UserError."""
+        """The form's own values, under the names of TrainConfig.
+
+        The arguments are those of `choices`. With `is_like` a recipe gives the others, so that even
+        what is as at first is given. Raises UserError.
+        """
         prompts_of(self.token, self.class_word)
         check_captions(self.captions)
-        token = " ".join(str(self.token).split())
-        return {
+        given = {
             "pretrained_model_name_or_path": base,
-            "variant": Base.find(base).variant_here,  # the files that the page itself has loaded
+            # The files that the page itself has loaded.
+            "variant": Base.find(base).variant_here,
             "output_dir": str(run_dir),
             "resolution": resolution_px,
             **self.settings_given(base, is_like=is_like),
             **self.photos_given(photos_dir),
-            **({} if self.others else self.concept_of(self.subjects[0])),
-            **({"token": token} if token != plan.TOKEN and not self.others else {}),
         }
+        # Several subjects have their words in tables.
+        if not self.others:
+            given |= self.concept_of(self.subjects[0])
+            token = " ".join(str(self.token).split())
+            if token != plan.TOKEN:
+                given["token"] = token
+        return given
 
     def settings_given(self, base: str, *, is_like: bool) -> dict[str, Any]:
-        """What the fields say of settings; beside a file (`is_like`) even what is as at first.
-        Raises UserError."""
+        """What the fields say of settings; beside a recipe (`is_like`) even what is as at first.
+
+        Raises UserError.
+        """
         given = {}
         for name, row in rows(type(self)).items():
+            # A field without a setting, or whose tick is off.
             if not row.setting or (row.needs and not getattr(self, row.needs)):
                 continue
+            # A field that is left to the recipe.
             value = self.checked(name)
             is_unsaid = value is None or (row.is_number and not row.always and not value)
             if is_unsaid or (row.of_files and toys.is_toy(base)):
@@ -355,18 +587,21 @@ class TrainForm:
         return given
 
     def photos_given(self, photos_dir: Path) -> dict[str, Any]:
-        """The photos' folders: one, or a table for each of several subjects. Raises UserError."""
+        """The photos' folders: one, or a table for each of several subjects.
+
+        Raises UserError, also for two subjects of the same words.
+        """
         if not self.others:
             return {"instance_data_dir": str(photos_dir)}
-        tables = [
-            table_of(number, words, photos_dir) | self.concept_of(words)
-            for number, words in enumerate(self.subjects, 1)
-        ]
+        tables = []
+        for number, words in enumerate(self.subjects, 1):
+            tables.append(table_of(number, words, photos_dir) | self.concept_of(words))
         prompts = [table["instance_prompt"] for table in tables]
-        if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
-            raise UserError(
-                f"two subjects are called “{twice}”; give each a token or a class of its own"
-            )
+        for prompt in prompts:
+            if prompts.count(prompt) > 1:
+                raise UserError(
+                    f"two subjects are called “{prompt}”; give each a token or a class of its own"
+                )
         return {"subjects": tables}
 
     def concept_of(self, words: SubjectWords) -> dict[str, str]:
@@ -378,15 +613,16 @@ class TrainForm:
         return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
-        """Write each caption into a text file beside its photo, if that is there; empty ones are
-        skipped. Raises UserError for more lines without a digest than photos: some would be another
-        photo's."""
+        """Write each caption into a text file beside its photo; empty ones are skipped.
+
+        Raises UserError for more lines without a digest than photos: some would be another photo's.
+        """
         for number, words in enumerate(self.subjects, 1):
-            photos, lines = (
-                photos_of(photos_dir, number),
-                str(words.captions or "").rstrip().splitlines(),
-            )
-            if "" not in (said := dict(map(digest_and_caption, lines))):
+            photos = photos_of(photos_dir, number)
+            lines = str(words.captions or "").rstrip().splitlines()
+            # Lines with digests are put in the order of the photos that are there.
+            said = dict(map(digest_and_caption, lines))
+            if "" not in said:
                 lines = [said.get(file_digest(photo), "") for photo in photos]
             if len(lines) > len(photos):
                 whose = f" of subject {number}" if self.others else ""
@@ -397,42 +633,47 @@ class TrainForm:
 
 
 def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name. Raises UserError for words, or given photos,
-    beyond the number of `subjects`."""
+    """The form from all fields' values, by name.
+
+    Raises UserError for words, or given photos, beyond the number of `subjects`.
+    """
     count = values.get("subjects", 1)
     if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
         raise UserError(
             f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}"
         )
+
+    def text(name: str) -> str:
+        return str(values.get(name) or "")
+
+    # Further subjects: their fields have numbers.
     others = []
     for number in range(2, MOST_SUBJECTS + 1):
-        words = [
-            str(values.get(named(name, number)) or "") for name in SubjectWords.__dataclass_fields__
-        ]
         if number <= count:
-            others.append(SubjectWords(*words))
+            words = {name: text(named(name, number)) for name in SubjectWords.__dataclass_fields__}
+            others.append(SubjectWords(**words))
+            continue
         for name in ("class_word", "photos"):
-            if number > count and str(values.get(named(name, number)) or "").strip():
+            if text(named(name, number)).strip():
                 raise UserError(
                     f"with {named(name, number)}, subjects must be at least {number}, not {count}"
                 )
-    return form(
-        **{name: values[name] for name in rows(form) if name in values}, others=tuple(others)
-    )
+    given = {name: values[name] for name in rows(form) if name in values}
+    return form(**given, others=tuple(others))
 
 
 def values_of(form: TrainForm) -> dict[str, Any]:
-    """Of the widgets, by name: further subjects' fields are empty where the form has no such
-    subject."""
-    values = {name: getattr(form, name) for name in rows(type(form))} | {
-        "subjects": len(form.subjects)
-    }
+    """The widgets' values, by name.
+
+    Further subjects' fields are empty where the form has no such subject.
+    """
+    values = {name: getattr(form, name) for name in rows(type(form))}
+    values["subjects"] = len(form.subjects)
     for number in range(2, MOST_SUBJECTS + 1):
-        words = (
-            form.subjects[number - 1]
-            if number <= len(form.subjects)
-            else SubjectWords("", TOKENS[number - 1])
-        )
+        if number <= len(form.subjects):
+            words = form.subjects[number - 1]
+        else:
+            words = SubjectWords(class_word="", token=TOKENS[number - 1])
         values |= {named(name, number): value for name, value in vars(words).items()}
     return values
 
@@ -440,38 +681,44 @@ def values_of(form: TrainForm) -> dict[str, Any]:
 def values_from(
     said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm
 ) -> dict[str, Any]:
-    """Of the fields that fill a setting, by name; what the settings do not say is as at first."""
+    """The values, by name, of the fields that fill a setting.
+
+    - `said` has settings; what it does not say is as at first.
+    - `base` is the name of the page's base, on which first values may depend.
+    """
     values: dict[str, Any] = {}
     for name, row in rows(form).items():
-        if row.setting:
-            needed = rows(form)[row.needs] if row.needs else None
-            value = (
-                said.get(row.setting)
-                if not needed or said.get(needed.setting, needed.default)
-                else None
-            )
-            if value is None or (row.values and value not in row.values):
-                values[name] = row.first(base)
-            else:
-                values[name] = value == row.words[1] if row.words else value
+        if not row.setting:
+            continue
+        value = said.get(row.setting)
+        # What is below a tick means nothing where that is off.
+        if row.needs:
+            tick = rows(form)[row.needs]
+            if not said.get(tick.setting, tick.default):
+                value = None
+        if value is None or (row.values and value not in row.values):
+            values[name] = row.first(base)
+        else:
+            values[name] = value == row.words[1] if row.words else value
     return values
 
 
 def values_like(
     recipe: sources.FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm
 ) -> dict[str, Any]:
-    """Of the widgets that a recipe speaks of, by name; those of None are all as at first."""
-    values = values_from(recipe.settings if recipe else {}, base, form) | {
-        "preset": TrainForm.preset
-    }
+    """The values, by name, of the widgets that a recipe fills; without one all are as at first."""
+    values = values_from(recipe.settings if recipe else {}, base, form)
+    values["preset"] = TrainForm.preset
     return {name: value for name, value in values.items() if not rows(form)[name].of_files}
 
 
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
+"""How advice for the command line keeps the class."""
 
 
 def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
     """Flags of the command line as the form calls them; those that it has not stay."""
+    # Pattern of a flag -> what is said in its place.
     words = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
         PRIOR_FLAGS: f"“{rows(form)['prior_preservation'].label}”",
@@ -488,21 +735,23 @@ def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
 
 
 def left_out(recipe: sources.FoundRecipe) -> dict[str, Any]:
-    """The recipe's settings that are not taken: the base has its own resolution, and the machine
-    its own memory."""
-    without = () if rules.version_of("bitsandbytes") else ("use_8bit_adam",)
-    return {
-        name: recipe.settings[name]
-        for name in ("resolution", *OF_MACHINE, *without)
-        if name in recipe.settings
-    }
+    """The recipe's settings that are not taken.
+
+    The base has its own resolution, and the machine its own memory and libraries.
+    """
+    names = ["resolution", *OF_MACHINE]
+    if not rules.version_of("bitsandbytes"):
+        names.append("use_8bit_adam")
+    return {name: recipe.settings[name] for name in names if name in recipe.settings}
 
 
 def taken_from(
     recipe: sources.FoundRecipe, given: Mapping[str, Any], share: float = 1.0
 ) -> dict[str, Any]:
-    """The recipe's settings that are neither given nor left out; its length is multiplied by
-    `share`."""
+    """The recipe's settings that are neither given nor left out.
+
+    The recipe's length is multiplied by `share`.
+    """
     taken = sources.unless_given(recipe.settings, {**left_out(recipe), **given})
     return taken | lengths_in(taken, share)
 
@@ -513,27 +762,36 @@ def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
 
 
 def free_gib(*, is_later: bool = False) -> float | None:
-    """GPU memory for a run, GiB, or for one that begins when all others have ended (`is_later`);
-    None: no GPU."""
+    """GPU memory for a run, GiB; None without a GPU.
+
+    With `is_later` the run begins when all others have ended.
+    """
     import torch
 
+    # Apple's memory is the CPU's, too.
     if best_device().type == "mps":
         most, used = apple_gib()
         return most if is_later else most - used
     if not torch.cuda.is_available():
         return None
+    # What this process has reserved is given back before the run begins.
     free, whole = torch.cuda.mem_get_info()
     return (whole if is_later else free + torch.cuda.memory_reserved()) / GIB
 
 
 def free_for(base: str, *, is_later: bool = False) -> float | None:
-    """Free GPU memory for the choice of recipe, GiB; None for the embedded base, which needs none."""
+    """Free GPU memory for the choice of recipe, GiB.
+
+    None without a GPU, and for the embedded base, which needs none.
+    """
     return None if toys.is_toy(base) else free_gib(is_later=is_later)
 
 
 def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list[Photo]:
-    """The usable photos of the first `subjects` subjects. Raises UserError for a subject without
-    any."""
+    """The usable photos of the first `subjects` subjects.
+
+    Raises UserError for a subject without any.
+    """
     found = []
     for number in range(1, subjects + 1):
         folder = folder_of(photos_dir, number)
@@ -557,8 +815,14 @@ def crop_config(
     seed: Any = 0,
     like: sources.FoundRecipe | None = None,
 ) -> TrainConfig:
-    """The settings that decide the crops, like those of `TrainForm.choices`; the words are not
-    needed."""
+    """The settings that decide the crops, as `TrainForm.choices` would choose them.
+
+    - `base` is the name of the page's base, and `resolution_px` its side.
+    - `photos_dir` has `photos`, which need no words yet.
+    - `seed` is the form's. Raises UserError for one that is no whole number.
+    - `like` is the recipe of “Train like”.
+    """
+    # The class's pictures have no crops here.
     if like:
         recipe = taken_from(like, {"with_prior_preservation": False})
     else:
@@ -570,6 +834,7 @@ def crop_config(
         "resolution": resolution_px,
         "seed": rows(TrainForm)["seed"].checked("seed", seed),
     }
+    # The shapes follow from the photos, and their steps from the base.
     choices = plan.Choices(recipe | own)
     plan.choose_shapes(choices, photos)
     config = TrainConfig.from_dict(choices.all)

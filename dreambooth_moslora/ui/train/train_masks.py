@@ -1,5 +1,4 @@
-"""The widgets of photos in the Train tab: a row for each, for every subject, and a brush to correct
-their masks.
+"""The widgets of photos in the Train tab: a row for each, and a brush to correct their masks.
 
 What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they
 are dropped, and captions are written in the rows.
@@ -32,17 +31,29 @@ from dreambooth_moslora.ui.train.train_form import (
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: an estimate need not wait for a start."""
-ABOUT_MASKS = "A mask, if you have one, goes along as name.mask.png beside name.jpg: its white part is learned most."
+ABOUT_MASKS = (
+    "A mask, if you have one, goes along as name.mask.png beside name.jpg: "
+    "its white part is learned most."
+)
+"""Told below the photos of the first subject."""
 FURTHER = range(2, MOST_SUBJECTS + 1)
+"""Numbers of the subjects after the first."""
 PRIVATE = {"api_visibility": "private", **state.GPU}
+"""Options of events that compute, and that no program calls."""
 WORDS = tuple(SubjectWords.__dataclass_fields__)
+"""Names of a subject's fields."""
 PROGRESS = gr.Progress()
-WRITING, FETCHED = "Writing captions", "Qwen3-VL comes from the hub once"
+"""Gradio gives a handler its bar in place of this default."""
+WRITING = "Writing captions"
+FETCHED = "Qwen3-VL comes from the hub once"
+"""Told while captions are written."""
 
 
 def photo_widgets(number: int = 1) -> dict[str, Any]:
-    """The widgets in which a subject's photos are dropped and shown, and the field for those of a
-    program."""
+    """The widgets in which a subject's photos are dropped and shown, by name.
+
+    `photos` is the hidden field for those of a program.
+    """
     whose = "one subject" if number == 1 else f"subject {number}"
     files = {
         "file_count": "multiple",
@@ -52,21 +63,22 @@ def photo_widgets(number: int = 1) -> dict[str, Any]:
     widgets = {"added": gr.File(height=130, elem_id=named("photos", number), **files)}
     if number == 1:
         gr.HTML(html.faint(ABOUT_MASKS))
+    # What is said of the photos, of their masks, and the rows themselves.
     widgets["photos"] = gr.File(visible=False, **files)
     widgets["remarks"] = gr.HTML(visible=False, elem_id=named("remarks", number))
-    widgets |= (
-        {"mask_remarks": gr.HTML("", visible=False, elem_id="mask_remarks")} if number == 1 else {}
-    )
+    if number == 1:
+        widgets["mask_remarks"] = gr.HTML("", visible=False, elem_id="mask_remarks")
     widgets["crops"] = photo_rows(named("crops", number))
     return {named(name, number): widget for name, widget in widgets.items()}
 
 
 def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of the API, and the other widgets. All but one button is hidden at
-    first."""
-    fields = {
-        "subjects": gr.Number(1, visible=False, precision=0, label="Subjects", elem_id="subjects")
-    }
+    """Further subjects: fields under the names of the API, and the other widgets.
+
+    All but one button is hidden at first.
+    """
+    count = gr.Number(1, visible=False, precision=0, label="Subjects", elem_id="subjects")
+    fields = {"subjects": count}
     parts: dict[str, Any] = {}
     for number in FURTHER:
         with gr.Column(visible=False, elem_id=f"subject_{number}") as box:
@@ -74,8 +86,13 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
             shown = photo_widgets(number)
             own = further_fields(number)
             prompts = gr.HTML(visible=False, elem_id=named("prompts", number))
-        fields |= {named("photos", number): shown.pop(named("photos", number)), **own}
-        parts |= shown | {f"subject_{number}": box, named("prompts", number): prompts}
+        photos = named("photos", number)
+        fields[photos] = shown.pop(photos)
+        fields |= own
+        parts |= shown
+        parts[f"subject_{number}"] = box
+        parts[named("prompts", number)] = prompts
+    # One more, and one fewer.
     with gr.Row():
         add = gr.Button("Add another subject", size="sm", min_width=132, elem_id="add_subject")
         remove = gr.Button(
@@ -85,10 +102,11 @@ def subject_widgets() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def further_fields(number: int) -> dict[str, Any]:
+    """The fields of a further subject's words, by name."""
+
     def text(name: str, label: str, placeholder: str, value: str = "", **look: Any) -> gr.Textbox:
-        return gr.Textbox(
-            value, label=label, placeholder=placeholder, elem_id=named(name, number), **look
-        )
+        look |= {"placeholder": placeholder, "elem_id": named(name, number)}
+        return gr.Textbox(value, label=label, **look)
 
     with gr.Row():
         class_word = text("class_word", "What these show", "cat", min_width=110)
@@ -104,11 +122,12 @@ def further_fields(number: int) -> dict[str, Any]:
 
 
 def widgets_of(widgets: dict, number: int, *names: str) -> list[Any]:
-    """Those of a subject that have these names at the first."""
+    """A subject's widgets, by the names that they have for the first subject."""
     return [widgets[named(name, number)] for name in names]
 
 
 def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """The events of all subjects' words, photos and captions."""
     everything = fields | parts
 
     def words(token: str, class_word: str) -> gr.HTML:
@@ -116,18 +135,17 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
             instance, class_prompt = train_form.prompts_of(token, class_word)
         except UserError:
             return gr.HTML(visible=False)
-        return gr.HTML(
-            html.notice(f"Learns “{instance}” and tells it from “{class_prompt}”."), visible=True
-        )
+        learns = f"Learns “{instance}” and tells it from “{class_prompt}”."
+        return gr.HTML(html.notice(learns), visible=True)
 
+    # Each subject: what its words make of the prompts, and its photos.
     for number in range(1, MOST_SUBJECTS + 1):
-        token, class_word, prompts = widgets_of(
-            everything, number, "token", "class_word", "prompts"
-        )
-        gr.on(
-            [token.change, class_word.change], words, [token, class_word], prompts, **state.AT_ONCE
-        )
+        names = ("token", "class_word", "prompts")
+        token, class_word, prompts = widgets_of(everything, number, *names)
+        changes = [token.change, class_word.change]
+        gr.on(changes, words, [token, class_word], prompts, **state.AT_ONCE)
         connect_photos(ctx, number, everything)
+    # What new tokens begin as is asked only where there are some.
     concepts = [fields[named("tokens_begin_as", number)] for number in FURTHER]
     fields["new_tokens"].change(
         lambda is_set: [gr.Textbox(visible=is_set) for _ in FURTHER],
@@ -139,11 +157,10 @@ def connect_subjects(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts
 
 
 def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
-    """A subject's photos are added and removed, and its captions are written. The crops depend on
-    the seed and on the recipe, too."""
-    added, remarks, rows, captions = widgets_of(
-        widgets, number, "added", "remarks", "crops", "captions"
-    )
+    """A subject's photos are added and removed, and its captions are written."""
+    names = ("added", "remarks", "crops", "captions")
+    added, remarks, rows, captions = widgets_of(widgets, number, *names)
+    # The crops depend on the seed and on the recipe, too.
     crops = [widgets["seed"], widgets["like"]]
     changing = {
         "api_visibility": "private",
@@ -160,10 +177,9 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
         those in the rows."""
         try:
             told = train_photos.add_photos(files or [], ctx.workspace, number)
-            return None, *review(ctx, number, seed, like, told)
+            return None, *review(ctx, number, seed=seed, like=like, remarks=told)
         except Exception as error:
-            words = state.sentence(state.as_user_error(error))
-            return None, gr.HTML(html.notice(words, "bad"), visible=True), gr.skip()
+            return None, gr.HTML(state.mistake_card(error), visible=True), gr.skip()
 
     @rows.drop(inputs=crops, outputs=[remarks, rows], show_progress="hidden", **changing)
     @state.as_gradio_error
@@ -171,32 +187,35 @@ def connect_photos(ctx: state.AppContext, number: int, widgets: dict) -> None:
         train_photos.remove_photo(ctx.workspace, photo_in(event), number)
         return review(ctx, number, seed, like)
 
+    # What is typed goes into the form at once, and is kept when a caption is finished.
     rows.written(None, rows, captions, js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE)
 
     @rows.keep(inputs=rows, outputs=None, trigger_mode="always_last", **state.AT_ONCE)
     def keep(said: Any) -> None:
         train_photos.keep_captions(ctx.workspace, number, said)
 
+    # Captions leave out the subject, so its words are sent, with those of the subjects before.
     fields = {name: widgets[name] for name in ("subjects", "seed", "like")}
-    words = [named(name, one) for one in range(1, number + 1) for name in WORDS]
-    fields |= {name: widgets[name] for name in words}
+    for one in range(1, number + 1):
+        for name in WORDS:
+            fields[named(name, one)] = widgets[named(name, one)]
 
     @rows.write(inputs_kwargs=fields, outputs=[remarks, rows], show_progress_on=remarks, **PRIVATE)
     @state.as_gradio_error
     def write(progress: gr.Progress = PROGRESS, **values) -> tuple:
-        made, told = {}, []
-        progress(
-            (0, None),
-            desc=WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}",
-            unit="photos",
-        )
+        made = {}
+        told = []
+        line = WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}"
+        progress((0, None), desc=line, unit="photos")
         with ctx.turns.captioning():
             wanted = train_photos.made_captions(ctx, form_of(values), number)
             for place, (digest, caption, remark) in enumerate(wanted, 1):
                 progress((place, None), desc=WRITING, unit="photos")
                 made[digest] = caption
-                told += [remark] if remark else []
-        return review(ctx, number, values["seed"], values["like"], told, made=made)
+                if remark:
+                    told.append(remark)
+        crops = {"seed": values["seed"], "like": values["like"]}
+        return review(ctx, number, **crops, remarks=told, made=made)
 
 
 def photo_in(event: gr.EventData) -> str:
@@ -206,17 +225,22 @@ def photo_in(event: gr.EventData) -> str:
 
 def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None:
     """The photos that a run would use, after a reload or a change of the seed; further subjects."""
-    boxes, pictures = box_widgets(widgets), review_widgets(widgets)
-    gone = ("remarks", "crops", *WORDS)
-    emptied = [widget for number in FURTHER for widget in widgets_of(widgets, number, *gone)]
+    boxes = box_widgets(widgets)
+    pictures = review_widgets(widgets)
+    # What is emptied with a subject.
+    emptied = []
+    for number in FURTHER:
+        emptied += widgets_of(widgets, number, "remarks", "crops", *WORDS)
 
+    # A page that is loaded again has as many subjects as have photos.
     @page.load(inputs=widgets["seed"], outputs=[*pictures, *boxes], **state.AT_ONCE)
     @state.as_gradio_error
     def restore(seed: int) -> tuple:
         count = 0
         while count < MOST_SUBJECTS and photos_of(ctx.workspace.photos_dir, count + 1):
             count += 1
-        return (*reviews(ctx, seed, max(1, count)), *boxes_for(max(1, count)))
+        count = max(1, count)
+        return (*reviews(ctx, seed, count), *boxes_for(count))
 
     @widgets["seed"].blur(
         inputs=[widgets[name] for name in ("seed", "subjects", "like")],
@@ -237,27 +261,38 @@ def connect_boxes(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> None
     def remove(count: int) -> tuple:
         last = max(2, int(count))
         shutil.rmtree(folder_of(ctx.workspace.photos_dir, last), ignore_errors=True)
-        values = (gr.HTML(visible=False), with_cards([]), "", train_form.TOKENS[last - 1], "", "")
-        cleared = [value if number == last else gr.skip() for number in FURTHER for value in values]
+        # Values of `emptied`: the words of a subject are class, token, captions and concept.
+        words = ("", train_form.TOKENS[last - 1], "", "")
+        values = [gr.HTML(visible=False), with_cards([]), *words]
+        unchanged = [gr.skip()] * len(values)
+        cleared = []
+        for number in FURTHER:
+            cleared += values if number == last else unchanged
         return (*boxes_for(last - 1), *cleared)
 
 
 def review_widgets(widgets: dict) -> list[Any]:
-    subjects = range(1, MOST_SUBJECTS + 1)
-    return [
-        widget for number in subjects for widget in widgets_of(widgets, number, "remarks", "crops")
-    ]
+    """Each subject's remarks and rows."""
+    shown = []
+    for number in range(1, MOST_SUBJECTS + 1):
+        shown += widgets_of(widgets, number, "remarks", "crops")
+    return shown
 
 
 def reviews(ctx: state.AppContext, seed: int, count: int, like: str = NONE, **how: Any) -> tuple:
-    """Values of `review_widgets`: the kept photos of the first `count` subjects; the others do not
-    change but with `is_reset`, where they may be gone."""
+    """Values of `review_widgets`: the kept photos of the first `count` subjects.
+
+    - `seed` and `like` are the form's, which decide the crops.
+    - `how` are options of `review`. With its `is_reset` the other subjects are shown, too, as their
+      photos may be gone.
+    """
     values: list[Any] = []
     for number in range(1, MOST_SUBJECTS + 1):
-        is_shown = how.get("is_reset") or (
-            number <= count and photos_of(ctx.workspace.photos_dir, number)
-        )
-        values += review(ctx, number, seed, like, **how) if is_shown else (gr.skip(), gr.skip())
+        is_used = number <= count and photos_of(ctx.workspace.photos_dir, number)
+        if is_used or how.get("is_reset"):
+            values += review(ctx, number, seed, like, **how)
+        else:
+            values += (gr.skip(), gr.skip())
     return tuple(values)
 
 
@@ -272,24 +307,34 @@ def review(
     *,
     is_reset: bool = False,
 ) -> tuple:
-    """Values of a subject's remarks and rows; hidden without photos."""
+    """Values of a subject's remarks and rows; hidden without photos.
+
+    - `number` is the subject's.
+    - `seed` and `like` are the form's, which decide the crops.
+    - `remarks` come before those on the photos.
+    - `made` are new captions, by the photos' digests.
+    - `masks` are those that a run would use, by photo, if not those beside the photos.
+    - With `is_reset` kept captions replace what was typed.
+    """
     if not photos_of(ctx.workspace.photos_dir, number):
         return gr.HTML(visible=False), with_cards([])
-    found = train_photos.review_kept(ctx, remarks, seed, number, like, masks)
+    found = train_photos.review_kept(
+        ctx,
+        remarks=remarks,
+        seed=seed,
+        number=number,
+        like=like,
+        masks=masks,
+    )
     cards = train_photos.cards_of(ctx.workspace, found, number, made or {})
     return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
 
 
 def box_widgets(widgets: dict) -> list[Any]:
-    return [
-        widgets[name]
-        for name in (
-            "subjects",
-            "add_subject",
-            "remove_subject",
-            *map("subject_{}".format, FURTHER),
-        )
-    ]
+    """What shows how many subjects there are."""
+    names = ["subjects", "add_subject", "remove_subject"]
+    names += [f"subject_{number}" for number in FURTHER]
+    return [widgets[name] for name in names]
 
 
 def boxes_for(count: int) -> tuple:
@@ -302,37 +347,46 @@ def boxes_for(count: int) -> tuple:
     )
 
 
-BRUSH_PX, OPACITY = 24, 0.6
+BRUSH_PX = 24
+"""Width of the brush on the square to paint on."""
+OPACITY = 0.6
+"""Of the brush's colours: the photo stays visible below them."""
 
 
 def mask_editor() -> gr.ImageEditor:
     """The editor of one painted layer."""
+    # Two colours: what becomes white in the mask, and what becomes black.
     sides = (train_photos.LEARNED, train_photos.LEFT_OUT)
     colours = [f"rgba({red}, {green}, {blue}, {OPACITY})" for red, green, blue in sides]
     brush = gr.Brush(
-        default_size=BRUSH_PX, colors=colours, default_color=colours[0], color_mode="fixed"
+        default_size=BRUSH_PX,
+        colors=colours,
+        default_color=colours[0],
+        color_mode="fixed",
     )
-    look = {
-        "label": "Mask",
-        "show_label": False,
-        "elem_id": "mask_editor",
-        "format": "png",
-        "interactive": True,
-    }
-    look |= {"sources": (), "transforms": (), "layers": False, "buttons": []}
-    size = (train_photos.EDIT_PX, train_photos.EDIT_PX)
+    # Nothing else can be done with the photo.
     return gr.ImageEditor(
         type="pil",
         image_mode="RGBA",
-        canvas_size=size,
+        canvas_size=(train_photos.EDIT_PX, train_photos.EDIT_PX),
         brush=brush,
         eraser=gr.Eraser(default_size=BRUSH_PX),
-        **look,
+        label="Mask",
+        show_label=False,
+        elem_id="mask_editor",
+        format="png",
+        interactive=True,
+        sources=(),
+        transforms=(),
+        layers=False,
+        buttons=[],
     )
 
 
 PAINT = "green is learned. The brush has green to add, and red to take away."
+"""Told above the editor, after the photo's name."""
 SHOWN = "The masks are shown: what is dark is outside. “Mask” beside a photo corrects its own."
+"""Told above the rows while they show masks."""
 
 
 def mask_widgets() -> dict[str, Any]:
@@ -353,47 +407,54 @@ def mask_widgets() -> dict[str, Any]:
 
 
 def with_any_word(form: train_form.TrainForm) -> train_form.TrainForm:
-    """The form as it is before the photos have a word: masks need one only where a model looks for
-    it."""
-    first, *others = (
-        replace(words, class_word=words.class_word.strip() or "subject") for words in form.subjects
-    )
-    return replace(form, class_word=first.class_word, others=tuple(others))
+    """The form, with some word for photos that have none yet.
+
+    Masks need one only where a model looks for it.
+    """
+
+    def word_of(words: SubjectWords) -> str:
+        return words.class_word.strip() or "subject"
+
+    first = word_of(form.subjects[0])
+    others = [replace(words, class_word=word_of(words)) for words in form.others]
+    return replace(form, class_word=first, others=tuple(others))
 
 
 def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """Progress is shown only on the remarks: gradio would ask a component that shows progress, and
-    all inside it, for their values at every event of the page, and the editor would answer with an
-    upload."""
+    """The masks that a run would use are shown in the rows, and corrected with a brush."""
+    # Inputs and outputs of the events below. Progress is shown only on the remarks: gradio would
+    # ask a component that shows progress, and all inside it, for their values at every event of
+    # the page, and the editor would answer with an upload.
     of_chosen = {"chosen": parts["mask_chosen"], **fields}
     edited = [parts[name] for name in ("mask_box", "mask_about", "mask_editor", "mask_chosen")]
     corrected = [parts["mask_remarks"], parts["mask_box"], *review_widgets(parts)]
     making = {"show_progress": "minimal", "show_progress_on": parts["mask_remarks"], **PRIVATE}
 
     def settings(values: dict) -> TrainConfig:
-        photos, form = ctx.workspace.given_photos, form_of(values)
-        form = form if form.make_masks and not is_toy(ctx.base_name) else with_any_word(form)
-        recipe, run_dir = train_start.recipe_of(ctx, form.like), ctx.runs_dir / "new"
-        config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe)
+        """The settings of a run of this form."""
+        photos = ctx.workspace.given_photos
+        form = form_of(values)
+        if not form.make_masks or is_toy(ctx.base_name):
+            form = with_any_word(form)
+        recipe = train_start.recipe_of(ctx, form.like)
+        run_dir = ctx.runs_dir / "new"
+        config = form.config(ctx.base_name, ctx.resolution_px, photos, run_dir, recipe=recipe)
         return TrainConfig.from_dict(config)
 
     def pictures(values: dict) -> tuple:
-        """Values of `corrected`: the rows have the masks that a run would use, and the brush is
-        away."""
+        """Values of `corrected`: the rows with the masks that a run would use, and no brush."""
         masks = list(train_photos.shown_masks(settings(values), ctx.workspace))
         lines = [f"{mask.label}: {mask.remark}" for mask in masks if mask.remark]
         of_photos = {mask.photo: mask.path for mask in masks}
         rows = reviews(ctx, values["seed"], values["subjects"], values["like"], masks=of_photos)
-        return (
-            gr.HTML(html.remarks_card(lines, SHOWN), visible=True),
-            gr.Column(visible=False),
-            *rows,
-        )
+        remarks = gr.HTML(html.remarks_card(lines, SHOWN), visible=True)
+        return remarks, gr.Column(visible=False), *rows
 
     @state.as_gradio_error
     def show(**values) -> tuple:
         return pictures(values)
 
+    # “Mask” beside a photo opens the brush.
     def edit_of(number: int) -> Callable:
         @state.as_gradio_error
         def edit(event: gr.EventData, **values) -> tuple:
@@ -401,16 +462,13 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             photo = train_photos.photo_with(ctx.workspace, digest, number)
             picture = train_photos.editor_picture(ctx.workspace, photo, settings(values))
             label = train_photos.label_of(photo, number - 1, values["subjects"])
+            told = html.notice(f"{label.capitalize()}: {PAINT}")
             value = {"background": picture, "layers": [], "composite": None}
-            return (
-                gr.Column(visible=True),
-                html.notice(f"{label.capitalize()}: {PAINT}"),
-                value,
-                (digest, number),
-            )
+            return gr.Column(visible=True), told, value, (digest, number)
 
         return edit
 
+    # Its buttons.
     @parts["keep_mask"].click(
         inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making
     )
@@ -428,6 +486,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         train_photos.put_back(ctx.workspace, train_photos.photo_with(ctx.workspace, *chosen))
         return pictures(values)
 
+    # When the photos change, the remarks on masks and the brush are closed.
     def closed() -> tuple:
         return gr.HTML(visible=False), gr.Column(visible=False)
 

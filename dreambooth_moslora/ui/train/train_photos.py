@@ -1,6 +1,6 @@
-"""The photos in the form: taken, shown as the run will crop them, with captions to edit and masks
-to correct.
+"""The photos in the form: they are taken, and shown as the run will crop them.
 
+Their captions can be edited, and their masks corrected.
 A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when
 the photo is uploaded again.
 """
@@ -38,15 +38,22 @@ from dreambooth_moslora.ui.train import train_form, train_start
 from dreambooth_moslora.ui.train.train_form import DIGEST, folder_of, photos_of
 from dreambooth_moslora.ui.workspace import Workspace
 
-EDIT_PX = 768  # Side of the square to paint on: the photo, scaled to it, and a margin
+EDIT_PX = 768
+"""Side of the square to paint on: the photo, scaled to it, and a margin."""
 MARGIN = (226, 228, 232)
-LEARNED, LEFT_OUT = (13, 148, 136), (225, 29, 72)
-"""Colours of the brush: for parts that become white in the mask, and for parts that become black.
-"""
+"""Colour of the margin."""
+LEARNED = (13, 148, 136)
+"""Colour of the brush for parts that become white in the mask."""
+LEFT_OUT = (225, 29, 72)
+"""Colour of the brush for parts that become black."""
 TINT = 0.5
-# A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less
+"""How much of `LEARNED` lies over the white part of the present mask."""
 PAINTED = 64
-ROW_PX = 256  # Longer side of the picture beside a caption
+"""A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less."""
+ROW_PX = 256
+"""Longer side of the picture beside a caption."""
+
+# What is told of a photo or of its mask.
 NO_MASK = "no mask: all of it is learned"
 GONE = "this photo is not there any more; load the page again"
 EMPTY = "the mask is empty: paint green what is to be learned of this photo"
@@ -54,12 +61,13 @@ EMPTY = "the mask is empty: paint green what is to be learned of this photo"
 
 @dataclass(frozen=True)
 class ShownMask:
-    """The mask `path` of a photo, if there is one, and what is to be said of it; `label` names it
-    to the user."""
+    """A photo's mask, and what is to be said of it."""
 
     photo: Path
     path: Path | None
+    """None: all of the photo is learned."""
     label: str
+    """What the user calls the photo."""
     remark: str
 
 
@@ -74,30 +82,37 @@ def take_with_masks(
     folder = folder_of(workspace.photos_dir, number)
     remarks = take_photos(files, folder, keep=keep)
     for photo in kept_photos(folder):
-        if (corrected := corrections_of(workspace, photo)[0]).is_file():
+        corrected, _ = corrections_of(workspace, photo)
+        if corrected.is_file():
             shutil.copyfile(corrected, beside(photo))
     return remarks
 
 
 def add_photos(files: list[str], workspace: Workspace, number: int = 1) -> list[str]:
-    """Take them after the subject's other photos. Of equal ones the first stays, with the first
-    mask. Returns remarks. Raises UserError."""
+    """Take photos after the subject's others; returns remarks.
+
+    Of equal ones the first stays, with the first mask. Raises UserError.
+    """
     with workspace.changing:
-        remarks, first, again = take_with_masks(files, workspace, number, keep=True), {}, []
+        remarks = take_with_masks(files, workspace, number, keep=True)
+        first: dict[str, Path] = {}
+        again = []
         for photo in photos_of(workspace.photos_dir, number):
-            if (known := first.setdefault(file_digest(photo), photo)) != photo:
-                again.append(photo)
-                of_mask = with_mask_of(known, photo)
-                remarks.append(
-                    f"photo {number_of(known)} was added once more: it counts once{of_mask}"
-                )
+            known = first.setdefault(file_digest(photo), photo)
+            if known == photo:
+                continue
+            again.append(photo)
+            of_mask = with_mask_of(known, photo)
+            remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
         remove_photos(folder_of(workspace.photos_dir, number), again)
     return remarks
 
 
 def with_mask_of(first: Path, again: Path) -> str:
-    """Give a photo that has no mask the one of its copy; returns what became of that, for the
-    remark."""
+    """Give a photo that has no mask the one of its copy.
+
+    Returns what became of that mask, for the remark.
+    """
     if not beside(again).is_file():
         return ""
     if not beside(first).is_file():
@@ -108,8 +123,10 @@ def with_mask_of(first: Path, again: Path) -> str:
 
 
 def remove_photo(workspace: Workspace, digest: str, number: int = 1) -> None:
-    """Remove a photo from the subject. Its caption and corrected mask are kept for when it is added
-    again."""
+    """Remove a photo from the subject.
+
+    Its caption and corrected mask are kept for when it is added again.
+    """
     folder = folder_of(workspace.photos_dir, number)
     with workspace.changing:
         gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
@@ -127,23 +144,28 @@ def photo_with(workspace: Workspace, digest: str, number: int = 1) -> Path:
 
 
 def caption_file(workspace: Workspace, number: int, digest: str) -> Path:
+    """Where a photo's caption is kept; the same photo may have another for another subject."""
     return folder_of(workspace.root / "captions", number) / f"{digest}.txt"
 
 
 def caption_of(workspace: Workspace, number: int, digest: str) -> str:
+    """The caption that was kept for a photo; "" for none."""
     file = caption_file(workspace, number, digest)
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def keep_captions(workspace: Workspace, number: int, said: Any) -> None:
-    """Keep the captions of a subject's rows, [[digest, caption], …]; whatever else is in the list
-    is skipped."""
+    """Keep the captions of a subject's rows, [[digest, caption], …].
+
+    Whatever else a browser sends in `said` is skipped.
+    """
     for row in said[:MAX_PHOTOS] if isinstance(said, list) else ():
-        if not (
-            isinstance(row, list) and len(row) == 2 and all(isinstance(part, str) for part in row)
-        ):
+        is_pair = isinstance(row, list) and len(row) == 2
+        if not is_pair or not all(isinstance(part, str) for part in row):
             continue
-        digest, caption = row[0], one_space(row[1])
+        digest = row[0]
+        caption = one_space(row[1])
+        # No file of another name, and none that the trainer would not read.
         if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
             continue
         file = caption_file(workspace, number, digest)
@@ -166,45 +188,51 @@ def made_captions(
     form: train_form.TrainForm,
     number: int,
 ) -> Iterator[tuple[str, str, str]]:
-    """(Digest, caption, remark) of each photo of the subject that has no caption. Raises UserError
-    without its words, and for a captioner that is not here."""
-    words, workspace = form.subjects[number - 1], ctx.workspace
+    """(Digest, caption, remark) of each photo of the subject that has no caption.
+
+    Raises UserError without the subject's words, and for a captioner that is not here.
+    """
+    # What the captioner is to leave out: the words of the subject.
+    words = form.subjects[number - 1]
+    workspace = ctx.workspace
     prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
     folder = folder_of(workspace.photos_dir, number)
     photos = find_photos(folder, prompt, ctx.resolution_px).photos
-    recipe = train_start.recipe_of(ctx, form.like)
     config = train_form.crop_config(
-        ctx.base_name, ctx.resolution_px, folder, photos, form.seed, recipe
+        base=ctx.base_name,
+        resolution_px=ctx.resolution_px,
+        photos_dir=folder,
+        photos=photos,
+        seed=form.seed,
+        like=train_start.recipe_of(ctx, form.like),
     )
-    captioner = load_captioner(
-        replace(config, instance_prompt=prompt, class_prompt=class_prompt), best_device()
-    )
+    config = replace(config, instance_prompt=prompt, class_prompt=class_prompt)
+    captioner = load_captioner(config, best_device())
+    # One at a time, so that the page can tell how far it is.
     for photo in photos:
-        if not caption_of(workspace, number, digest := file_digest(photo.path)):
-            made = make_caption(photo, captioner, prompt)
-            yield (
-                digest,
-                made.caption or "",
-                f"photo {number_of(photo.path)}: {made.remark}" if made.remark else "",
-            )
+        digest = file_digest(photo.path)
+        if caption_of(workspace, number, digest):
+            continue
+        made = make_caption(photo, captioner, prompt)
+        remark = f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
+        yield digest, made.caption or "", remark
 
 
 def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask]:
-    """The masks as a run with these settings uses them; missing ones are made, and kept. Raises
-    UserError."""
+    """The masks as a run with these settings uses them; missing ones are made, and kept.
+
+    Raises UserError where a mask is to be made and cannot be.
+    """
     subjects = len(config.each_subject)
     for photo, remark in with_made_masks(config, workspace):
         mask = open_mask(photo)
-        reason = remark or next(
-            (words for words in photo.reasons if words.startswith("mask not used")), ""
-        )
-        words = NO_MASK if mask is None else quality_warning(mask)
-        yield ShownMask(
-            photo.path,
-            photo.mask_path,
-            label_of(photo.path, photo.subject, subjects),
-            reason or words,
-        )
+        # The first reason counts: it was not made, not used, or is not good.
+        refused = [words for words in photo.reasons if words.startswith("mask not used")]
+        reason = remark or (refused[0] if refused else "")
+        if not reason:
+            reason = NO_MASK if mask is None else quality_warning(mask)
+        label = label_of(photo.path, photo.subject, subjects)
+        yield ShownMask(photo=photo.path, path=photo.mask_path, label=label, remark=reason)
 
 
 def with_made_masks(
@@ -213,9 +241,9 @@ def with_made_masks(
     only: Path | None = None,
 ) -> Iterator[tuple[Photo, str]]:
     """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
-    segmenters = (
-        [load_segmenter(one) for one in config.each_subject] if config.masks == "auto" else []
-    )
+    segmenters = []
+    if config.masks == "auto":
+        segmenters = [load_segmenter(one) for one in config.each_subject]
     for photo in photo_report(config).photos:
         if only not in (None, photo.path):
             continue
@@ -239,31 +267,37 @@ def editor_picture(workspace: Workspace, path: Path, config: TrainConfig) -> PIL
 
 def mask_on_square(photo: Photo) -> PIL.Image.Image:
     """L: the mask that the run would use now; black without one."""
-    mask, square = open_mask(photo), PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
+    mask = open_mask(photo)
+    square = PIL.Image.new("L", (EDIT_PX, EDIT_PX), 0)
     if mask is not None:
-        left, top, right, bottom = place_of((photo.size_px[1], photo.size_px[0]))
-        square.paste(
-            mask.resize((right - left, bottom - top)).point(as_black_or_white), (left, top)
-        )
+        height, width = photo.size_px
+        left, top, right, bottom = place_of((width, height))
+        scaled = mask.resize((right - left, bottom - top))
+        square.paste(scaled.point(as_black_or_white), (left, top))
     return square
 
 
 def photo_now(workspace: Workspace, path: Path, config: TrainConfig) -> Photo:
     """The photo with its current mask. Raises UserError when it is gone."""
-    if (found := next(with_made_masks(config, workspace, path), None)) is None:
-        raise UserError(GONE)
-    return found[0]
+    for photo, _ in with_made_masks(config, workspace, path):
+        return photo
+    raise UserError(GONE)
 
 
 def as_black_or_white(value: int) -> int:
+    """A grey value, 0…255, as 0 or 255."""
     return 255 * (value > 127)
 
 
 def place_of(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Position of a photo of (width, height) in the middle of its square: left, top, right, bottom."""
+    """Where a photo of (width, height) lies in the middle of its square.
+
+    Returns left, top, right and bottom, px.
+    """
     scale = EDIT_PX / max(size)
     width, height = (max(1, round(side * scale)) for side in size)
-    left, top = (EDIT_PX - width) // 2, (EDIT_PX - height) // 2
+    left = (EDIT_PX - width) // 2
+    top = (EDIT_PX - height) // 2
     return left, top, left + width, top + height
 
 
@@ -273,10 +307,16 @@ def keep_mask(
     painted: PIL.Image.Image,
     config: TrainConfig,
 ) -> None:
-    """Save the mask with what was painted (RGBA) on the square, green as white. Raises UserError
-    for no white."""
+    """Correct a photo's mask by what was painted on its square, and save it.
+
+    - `painted` is the brush's layer (RGBA): green becomes white, and red black.
+    - `config` has the settings of a run, which may make the mask that is corrected.
+
+    Raises UserError when nothing would be learned.
+    """
     with PIL.Image.open(photo) as opened:
         size = opened.size
+    # What was painted, over the mask of before.
     red, green, _, alpha = painted.resize((EDIT_PX, EDIT_PX)).split()
     is_painted = alpha.point(lambda value: 255 * (value >= PAINTED))
     is_learned = PIL.ImageChops.subtract(green, red).point(lambda value: 255 * (value > 0))
@@ -285,6 +325,7 @@ def keep_mask(
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
+    # The one that came with the photo is kept, to be put back.
     with workspace.changing:
         mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
         corrected, given = corrections_of(workspace, photo)
@@ -309,7 +350,8 @@ def put_back(workspace: Workspace, photo: Path) -> None:
 
 def label_of(photo: Path, subject: int, subjects: int) -> str:
     """`photo 3`, or with several subjects `photo 3 of subject 2`; `subject` counts from 0."""
-    return f"photo {number_of(photo)}" + (f" of subject {subject + 1}" if subjects > 1 else "")
+    whose = f" of subject {subject + 1}" if subjects > 1 else ""
+    return f"photo {number_of(photo)}{whose}"
 
 
 def number_of(photo: Path) -> int:
@@ -318,23 +360,26 @@ def number_of(photo: Path) -> int:
 
 
 def beside(photo: Path) -> Path:
+    """Where a photo's mask lies."""
     return photo.with_suffix(".mask.png")
 
 
 def corrections_of(workspace: Workspace, photo: Path) -> tuple[Path, Path]:
     """Files of the corrected mask, and of the one that came with the photo."""
-    folder, digest = workspace.root / "corrected_masks", file_digest(photo)
+    folder = workspace.root / "corrected_masks"
+    digest = file_digest(photo)
     return folder / f"{digest}.png", folder / f"{digest}.given.png"
 
 
 @dataclass(frozen=True)
 class PhotoReview:
-    """Each kept photo: its file, how it will be cropped, and what is to be said of it; remarks on
-    all, as HTML."""
+    """What a run would make of the kept photos."""
 
     photos: list[Path]
     crops: list[tuple[PIL.Image.Image, str]]
+    """Each photo as it will be cropped, and what is to be said of it."""
     remarks: str
+    """On all of them, as HTML."""
 
 
 def review_kept(
@@ -345,46 +390,55 @@ def review_kept(
     like: str = NONE,
     masks: Mapping[Path, Path | None] | None = None,
 ) -> PhotoReview:
-    """Judge the clean copies of subject `number`, each by its first crop in a run with this seed
-    and recipe. `masks` are those that a run would use, where other ones than beside the photos."""
+    """Judge a subject's clean copies, each by its first crop in a run of this form.
+
+    - `remarks` come before those on the photos.
+    - `seed` and `like` are the form's, which decide the crops.
+    - `number` is the subject's.
+    - `masks` are those that a run would use, by photo, if not those beside the photos.
+    """
     folder = folder_of(ctx.workspace.photos_dir, number)
     with ctx.workspace.changing:
         report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
-        recipe = train_start.recipe_of(ctx, like)
         config = train_form.crop_config(
-            ctx.base_name, ctx.resolution_px, folder, report.photos, seed, recipe
+            base=ctx.base_name,
+            resolution_px=ctx.resolution_px,
+            photos_dir=folder,
+            photos=report.photos,
+            seed=seed,
+            like=train_start.recipe_of(ctx, like),
         )
-        lines = [
-            *remarks,
-            *(f"{Path(skipped.path).name}: {skipped.reason}" for skipped in report.skipped),
-        ]
-        crops = {
-            Path(s.path): (to_rgb(open_again(s.path)), f"not used: {s.reason}")
-            for s in report.skipped
-            if s.is_photo
-        }
+        lines = list(remarks)
+        crops = {}
+        # Photos that no run uses are shown whole.
+        for skipped in report.skipped:
+            lines.append(f"{Path(skipped.path).name}: {skipped.reason}")
+            if skipped.is_photo:
+                whole = to_rgb(open_again(skipped.path))
+                crops[Path(skipped.path)] = whole, f"not used: {skipped.reason}"
+        # The others are cropped, with their surroundings dimmed where a mask leaves them out.
         for place, photo in enumerate(report.photos):
             plan = next(plans_of(replace(photo, subject=number - 1), place, config))
             shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
-            crop = apply_crop(
-                masked(open_rgb(photo), open_mask(shown)), plan, config.image_interpolation_mode
-            )
-            crops[photo.path] = crop, ", ".join(photo.reasons) or "good"
-            lines += (
-                [f"photo {number_of(photo.path)}: {', '.join(photo.reasons)}"]
-                if photo.reasons
-                else []
-            )
+            pixels = masked(open_rgb(photo), open_mask(shown))
+            crop = apply_crop(pixels, plan, config.image_interpolation_mode)
+            reasons = ", ".join(photo.reasons)
+            crops[photo.path] = crop, reasons or "good"
+            if reasons:
+                lines.append(f"photo {number_of(photo.path)}: {reasons}")
+    # The title says how many can be used, and how they are shown.
     each = config.crops_per_photo
-    how = (
-        "shown as they will be cropped"
-        if each == 1
-        else f"each shown by the first of its {each} crops"
-    )
+    how = "shown as they will be cropped"
+    if each > 1:
+        how = f"each shown by the first of its {each} crops"
     count = len(report.photos)
-    title = f"{count} photo{'s' * (count != 1)}, {how}."
+    plural = "" if count == 1 else "s"
     photos = sorted(crops)
-    return PhotoReview(photos, [crops[photo] for photo in photos], html.remarks_card(lines, title))
+    return PhotoReview(
+        photos=photos,
+        crops=[crops[photo] for photo in photos],
+        remarks=html.remarks_card(lines, f"{count} photo{plural}, {how}."),
+    )
 
 
 def cards_of(
@@ -397,8 +451,12 @@ def cards_of(
     cards = []
     for photo, (picture, remark) in zip(found.photos, found.crops):
         digest = file_digest(photo)
-        kept = {"caption": caption_of(workspace, number, digest), "made": made.get(digest, "")}
-        cards.append(
-            {"photo": digest, "picture": html.thumbnail(picture, ROW_PX), "remark": remark, **kept}
-        )
+        card = {
+            "photo": digest,
+            "picture": html.thumbnail(picture, ROW_PX),
+            "remark": remark,
+            "caption": caption_of(workspace, number, digest),
+            "made": made.get(digest, ""),
+        }
+        cards.append(card)
     return cards

@@ -1,5 +1,4 @@
-"""The right half of the Train tab: a run's progress, its buttons, and below its state the runs that
-wait."""
+"""The right half of the Train tab: a run's progress and its buttons, and the runs that wait."""
 
 import itertools
 import os
@@ -28,7 +27,7 @@ from dreambooth_moslora.ui.state import (
     TELLING,
     AppContext,
     as_gradio_error,
-    as_user_error,
+    mistake_card,
     sentence,
 )
 from dreambooth_moslora.ui.train import train_form
@@ -36,9 +35,12 @@ from dreambooth_moslora.ui.workspace import Workspace
 from dreambooth_moslora.values import is_finite_number
 
 POLL_SEC = 2.0
+"""How often the page looks at the run, s."""
 NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")
-HEADROOM = 1.1
 GONE = "This run is not there any more."
+"""States without a run."""
+HEADROOM = 1.1
+"""Height of a plot, as a multiple of its highest value."""
 DOWNLOADS = {
     "download": ("Download the adapter", "download_adapter"),
     "download_kohya": ("… for ComfyUI, A1111", "download_kohya"),
@@ -46,10 +48,15 @@ DOWNLOADS = {
 }
 """Name -> label and id of a button."""
 PICTURES = ("loss", "fidelity", "samples", "sheet")
+"""Widgets that are hidden until there is something in them."""
 WATCHED = ("run", "seen", "status", "stop", "resume", "use", "reopen", *DOWNLOADS, *PICTURES, "log")
+"""Widgets that show the run."""
 PLOT_POINTS = 200
+"""About how many points of the loss are drawn."""
 SMOOTHING_STEPS = 25
+"""Steps over which the loss is averaged."""
 MAX_SAMPLES_SHOWN = 24
+"""Sample pictures that are shown at most."""
 PHASES = {
     "loading": "Loading the base",
     "captions": "Writing captions",
@@ -60,17 +67,23 @@ PHASES = {
     "evaluating": "Measuring fidelity",
     "exporting": "Writing the adapter and checking it",
 }
+"""Phase of the trainer -> what the page says of it."""
 SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
+"""The measure of one subject's likeness, of several."""
 MAX_WORDS = 40
+"""Characters of a prompt below a sample picture."""
 ENDINGS = {
     "done": "Done.",
     "interrupted": "Stopped; a checkpoint is written.",
     "failed": "The run failed.",
 }
+"""State of a run that has ended -> what the page says of it."""
 
 
 def watch_widgets() -> dict[str, Any]:
+    """The widgets of the run and of the queue, by name."""
     parts: dict[str, Any] = {"timer": gr.Timer(POLL_SEC), "seen": gr.State(None)}
+    # Which run, and how far it is.
     with gr.Row(elem_classes="tight"):
         look = {"allow_custom_value": True, "elem_id": "run_picker", "min_width": 110}
         parts["run"] = gr.Dropdown([], value=None, label="Run", **look)
@@ -81,6 +94,7 @@ def watch_widgets() -> dict[str, Any]:
         parts["resume"] = gr.Button("Resume", min_width=88, elem_id="resume", **look)
     parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
     parts |= queue_widgets()
+    # What can be done with a run that has ended.
     with gr.Row(elem_classes="tight"):
         parts["use"] = gr.Button(
             "Use this adapter", variant="primary", visible=False, elem_id="use_adapter"
@@ -89,19 +103,21 @@ def watch_widgets() -> dict[str, Any]:
     with gr.Row(elem_classes="tight"):
         for name, (label, elem_id) in DOWNLOADS.items():
             parts[name] = gr.DownloadButton(label, visible=False, elem_id=elem_id)
+    # Its curves, pictures and log.
     plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
     parts["loss"] = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
     parts["fidelity"] = gr.LinePlot(
         y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot
     )
-    look = {
-        "columns": 4,
-        "height": "auto",
-        "object_fit": "contain",
-        "visible": False,
-        "elem_id": "samples",
-    }
-    parts["samples"] = gr.Gallery(label="Samples", **look | html.SHOWN)
+    parts["samples"] = gr.Gallery(
+        label="Samples",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="samples",
+        **html.SHOWN,
+    )
     parts["sheet"] = gr.Image(
         label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN
     )
@@ -112,7 +128,9 @@ def watch_widgets() -> dict[str, Any]:
 
 
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    inputs, outputs = [parts["run"], parts["seen"]], [parts[name] for name in WATCHED]
+    """The page follows the chosen run, and its buttons stop and resume it."""
+    inputs = [parts["run"], parts["seen"]]
+    outputs = [parts[name] for name in WATCHED]
 
     def attach() -> gr.Dropdown:
         """The newest run is shown, else one of a terminal that is going on."""
@@ -124,11 +142,13 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         changes = watched(ctx.jobs, run, seen, ctx.workspace) or {"seen": gr.skip()}
         return {parts[name]: value for name, value in changes.items()}
 
+    # Look when the page is loaded, from time to time, and when another run is chosen.
     page.load(attach, None, parts["run"], **AT_ONCE).then(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     parts["run"].change(look, inputs, outputs, **AT_ONCE)
-    _connect_control(ctx, parts["stop"], parts, ctx.jobs.stop, "stop_training")
-    _connect_control(ctx, parts["resume"], parts, ctx.jobs.resume, "resume_training")
+    stop, resume = parts["stop"], parts["resume"]
+    _connect_control(ctx, stop, parts, action=ctx.jobs.stop, api_name="stop_training")
+    _connect_control(ctx, resume, parts, action=ctx.jobs.resume, api_name="resume_training")
 
     @gr.api(api_name="train_status")
     @as_gradio_error
@@ -138,13 +158,18 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
 def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
     """The state of a run, for a program; with its `place` while it waits. Raises UserError."""
-    unbegun, queue = {"run": run, "state": "waiting", "step": 0, "steps": 0}, ctx.queue.queue
-    if waiting := next((found for found in queued_runs(ctx) if found["run"] == run), None):
-        return unbegun | waiting | ({"message": "the queue is paused"} if queue.is_paused else {})
+    queue = ctx.queue.queue
+    unbegun = {"run": run, "state": "waiting", "step": 0, "steps": 0}
+    # It waits in the queue.
+    for waiting in queued_runs(ctx):
+        if waiting["run"] == run:
+            said = {"message": "the queue is paused"} if queue.is_paused else {}
+            return unbegun | waiting | said
+    # Its turn has come, and it starts as soon as pictures make room.
     is_next = any(one.name == run for one in queue.started())
-    # it starts as soon as pictures make room
     if is_next and Job.load(ctx.jobs.run_dir(run)) is None:
         return unbegun | {"state": "starting"}
+    # It has begun.
     job = ctx.jobs.seen(run or "")
     state = ctx.jobs.state(job)
     facts = {
@@ -153,15 +178,24 @@ def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
         "step": state.step,
         "steps": state.max_train_steps,
     }
-    said = {"message": state.message, "remarks": job.remarks()}
-    return facts | {name: words for name, words in said.items() if words}
+    if state.message:
+        facts["message"] = state.message
+    remarks = job.remarks()
+    if remarks:
+        facts["remarks"] = remarks
+    return facts
 
 
 def _connect_control(
     ctx: AppContext, button: gr.Button, parts: dict, action: Callable[[str], Job], api_name: str
 ) -> None:
-    """Stop and Resume. The page's event does not join the queue, where pictures may wait: the card
-    shows errors."""
+    """Stop, or Resume.
+
+    - `action` does it, and returns the run.
+    - `button` and `api_name` are the page's and a program's way to it.
+
+    The page's event does not join the queue, where pictures may wait: the card shows its errors.
+    """
 
     def control(run: str | None) -> str:
         job = action(run or "")
@@ -171,7 +205,7 @@ def _connect_control(
         try:
             return control(run)
         except Exception as error:
-            return html.notice(sentence(as_user_error(error)), "bad")
+            return mistake_card(error)
 
     button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
     gr.api(as_gradio_error(control), api_name=api_name, queue=False)
@@ -183,36 +217,55 @@ def watched(
     seen: tuple | None,
     workspace: Workspace,
 ) -> dict[str, Any]:
-    """New values for the widgets in WATCHED, by name; empty while the run is as it was `seen`."""
+    """New values for the widgets in WATCHED, by name; empty while nothing is new.
+
+    - `run` is the name of the chosen run.
+    - `seen` is what the page has shown last.
+    - `workspace` holds links to the run's pictures, from where gradio serves them.
+    """
     if not run:
         return {}
     try:
         job = jobs.seen(run)
     except UserError:
-        shown = {
-            name: gr.update(visible=False) for name in ("use", "reopen", *DOWNLOADS, *PICTURES)
-        }
-        shown |= {name: gr.Button(interactive=False) for name in ("stop", "resume")}
-        names = gr.Dropdown(choices=run_names(jobs), value=None)
-        return shown | {"run": names, "seen": None, "status": html.notice(GONE, "bad"), "log": ""}
-    state, metrics = jobs.state(job), jobs.metrics(job)
-    now = (job.name, job.created, state, len(metrics.events))
-    return {} if now == seen else {"seen": now} | _shown(jobs, job, state, workspace)
+        return _gone(jobs)
+    state = jobs.state(job)
+    now = (job.name, job.created, state, len(jobs.metrics(job).events))
+    if now == seen:
+        return {}
+    return {"seen": now} | _shown(jobs, job, state, workspace)
+
+
+def _gone(jobs: Jobs) -> dict[str, Any]:
+    """Values of the widgets when the run's folder is not there any more."""
+    hidden = ("use", "reopen", *DOWNLOADS, *PICTURES)
+    values: dict[str, Any] = {name: gr.update(visible=False) for name in hidden}
+    values["stop"] = gr.Button(interactive=False)
+    values["resume"] = gr.Button(interactive=False)
+    values["run"] = gr.Dropdown(choices=run_names(jobs), value=None)
+    values["seen"] = None
+    values["status"] = html.notice(GONE, "bad")
+    values["log"] = ""
+    return values
 
 
 def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
-    run_dir, metrics = run_folder.RunDir(job.run_dir), jobs.metrics(job)
+    """Values of the widgets for a run as it is now."""
+    run_dir = run_folder.RunDir(job.run_dir)
+    metrics = jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
-    # the photos, and pictures before and after
+    # The contact sheet: the photos, and pictures before and after.
     has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)
     sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, workspace)
+    # The state, and what to make of it.
+    status = status_card(state, metrics, best_of(job, metrics)) + subjects_line(metrics)
+    if state.state == "done":
+        status += advice_card(metrics)
+    # A terminal's run is stopped there.
     is_ours = not job.is_of_terminal
-    status = status_card(state, metrics, best_of(job, metrics))
     return {
-        "status": status
-        + subjects_line(metrics)
-        + (advice_card(metrics) if state.state == "done" else ""),
+        "status": status,
         "stop": gr.Button(interactive=is_ours and state.is_active),
         "resume": gr.Button(interactive=is_ours and not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
@@ -229,13 +282,21 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
 
 
 def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
-    """The file that is there, or of several all in one; hidden for none."""
+    """The button for those of the files that are there; hidden for none.
+
+    - `files` are the run's; several are packed into one.
+    - `ready`: the run has ended, and they are whole.
+    """
     files = [file for file in files if ready and is_own_file(file, job)]
-    if len(files) < 2:
-        linked = [str(link_into(workspace, file, job.name)) for file in files]
-        return gr.DownloadButton(value=linked[0] if linked else None, visible=bool(linked))
+    if not files:
+        return gr.DownloadButton(value=None, visible=False)
+    if len(files) == 1:
+        linked = link_into(workspace, files[0], job.name)
+        return gr.DownloadButton(value=str(linked), visible=True)
+    # Packed once, and again when a file has changed.
     bundle = workspace.folder / "runs" / job.name / f"{job.name}_emb.zip"
-    if not bundle.is_file() or bundle.stat().st_mtime < max(file.stat().st_mtime for file in files):
+    newest = max(file.stat().st_mtime for file in files)
+    if not bundle.is_file() or bundle.stat().st_mtime < newest:
         content = BytesIO()
         with ZipFile(content, "w") as archive:
             for file in files:
@@ -245,12 +306,12 @@ def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) ->
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
-    """A line plot, shown once it has a line. It leaves room above the maximum, where gradio would
-    cut the axis."""
-    low, high = (table[y].min(), table[y].max()) if len(table) else (0.0, 0.0)
-    return gr.LinePlot(
-        table, y_lim=[min(0.0, HEADROOM * low), HEADROOM * high], visible=table.step.nunique() > 1
-    )
+    """A line plot of the column `y`, shown once it has a line."""
+    low = table[y].min() if len(table) else 0.0
+    high = table[y].max() if len(table) else 0.0
+    # Room above the maximum, where gradio would cut the axis.
+    y_lim = [min(0.0, HEADROOM * low), HEADROOM * high]
+    return gr.LinePlot(table, y_lim=y_lim, visible=table.step.nunique() > 1)
 
 
 def run_names(jobs: Jobs) -> list[str | tuple[str, str]]:
@@ -260,10 +321,13 @@ def run_names(jobs: Jobs) -> list[str | tuple[str, str]]:
 
 
 OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
+"""Widgets that show the queue."""
 PAUSED = "Paused: what trains goes on to its end, and no next run starts."
+"""Told below a paused queue."""
 
 
 def queue_widgets() -> dict[str, Any]:
+    """The widgets of the runs that wait, by name; hidden while there are none."""
     parts: dict[str, Any] = {"queue_seen": gr.State(None)}
     with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
         parts["queued"] = gr.Radio(
@@ -272,22 +336,24 @@ def queue_widgets() -> dict[str, Any]:
         parts["queue_rest"] = gr.HTML("", elem_id="queue_rest")
         with gr.Row(elem_classes="tight"):
             for name, width in (("up", 60), ("down", 60), ("remove", 80)):
-                parts[f"queue_{name}"] = gr.Button(
-                    name.title(), min_width=width, elem_id=f"queue_{name}"
-                )
+                key = f"queue_{name}"
+                parts[key] = gr.Button(name.title(), min_width=width, elem_id=key)
         parts["queue_pause"] = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
     return parts
 
 
 def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
-    queue, outputs = ctx.queue.queue, [parts[name] for name in OF_QUEUE]
+    """The page follows the queue, and its buttons change it."""
+    queue = ctx.queue.queue
     inputs = [parts["run"], parts["queue_seen"]]
+    outputs = [parts[name] for name in OF_QUEUE]
 
     def shown(changes: dict[str, Any]) -> dict:
-        return {
-            parts[name]: value for name, value in (changes or {"queue_seen": gr.skip()}).items()
-        }
+        # Gradio wants some value even where nothing changes.
+        changes = changes or {"queue_seen": gr.skip()}
+        return {parts[name]: value for name, value in changes.items()}
 
+    # The buttons, each with what it does to the chosen run.
     def control(change: Callable[[str], Any]) -> Callable:
         @as_gradio_error
         def changed(chosen: str | None, run: str | None, seen: tuple | None) -> dict:
@@ -305,6 +371,7 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], *inputs], outputs, **TELLING)
 
+    # Look when the page is loaded, and from time to time.
     def look(run: str | None, seen: tuple | None) -> dict:
         return shown(queue_changes(ctx, run, seen))
 
@@ -314,6 +381,8 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
 
 def _connect_programs(ctx: AppContext) -> None:
+    """The queue's endpoints for programs."""
+
     @gr.api(api_name="queue", queue=False)
     @as_gradio_error
     def queue() -> list:
@@ -344,153 +413,168 @@ def queue_changes(
     seen: tuple | None,
     chosen: str | None = None,
 ) -> dict[str, Any]:
-    """New values for the widgets in OF_QUEUE, by name; empty while the queue is as it was `seen`.
-    The run whose turn has come is watched next. A `chosen` run stays chosen after it was moved."""
-    waiting, names = ctx.queue.queue.waiting(), run_names(ctx.jobs)
+    """New values for the widgets in OF_QUEUE, by name; empty while nothing is new.
+
+    - `run` is the name of the run that the page watches. The one whose turn has come is watched
+      next.
+    - `seen` is what the page has shown last.
+    - `chosen` is the waiting run that was moved; it stays chosen.
+    """
+    waiting = ctx.queue.queue.waiting()
     rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1)]
     is_paused = ctx.queue.queue.is_paused
+    names = run_names(ctx.jobs)
     now = (rows, is_paused, names)
     if now == seen:
         return {}
+    # A run that the page has not seen yet has just begun: watch it.
     current = ctx.jobs.current()
     known = (run, *(seen[-1] if seen else ()))
-    is_next = current is not None and current.name not in known
+    if current is not None and current.name not in known:
+        runs = gr.Dropdown(choices=names, value=current.name)
+    else:
+        runs = gr.Dropdown(choices=names)
+    # A run that does not wait any more cannot stay chosen.
+    if chosen not in [one.name for one in waiting]:
+        chosen = None
     return {
         "queue_box": gr.Column(visible=bool(rows or is_paused)),
-        "queued": gr.Radio(
-            choices=rows, value=chosen if chosen in dict(map(reversed, rows)) else None
-        ),
+        "queued": gr.Radio(choices=rows, value=chosen),
         "queue_rest": html.faint(PAUSED) if is_paused else "",
         "queue_seen": now,
         "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
-        "run": gr.Dropdown(choices=names, value=current.name)
-        if is_next
-        else gr.Dropdown(choices=names),
+        "run": runs,
     }
 
 
 def words_of(run: QueuedRun) -> str:
-    steps, exposures = run.settings.get("max_train_steps"), run.settings.get("exposures_per_photo")
-    length = f"{steps} steps" if steps else f"each photo {exposures} times" if exposures else ""
-    return f"{run.name} · {length}" if length else run.name
+    """A waiting run's name and length."""
+    steps = run.settings.get("max_train_steps")
+    exposures = run.settings.get("exposures_per_photo")
+    if steps:
+        return f"{run.name} · {steps} steps"
+    if exposures:
+        return f"{run.name} · each photo {exposures} times"
+    return run.name
 
 
 def best_of(job: Job, metrics: events.Metrics) -> str:
     """The best step and the name of its adapter on the page; "" without scores."""
     best = metrics.last("evaluation").get("best")
     is_kept = (run_folder.RunDir(job.run_dir).best_dir / run_folder.PUBLISHED_NAME).is_file()
-    return (
-        f" The best was step {best.get('step')}: {job.name}@best."
-        if isinstance(best, dict) and is_kept
-        else ""
-    )
+    if not (isinstance(best, dict) and is_kept):
+        return ""
+    return f" The best was step {best.get('step')}: {job.name}@best."
 
 
 def subjects_line(metrics: events.Metrics) -> str:
-    """How well the last scores tell several subjects apart, and the likeness of each; "" of one
-    subject."""
+    """How well the last scores tell several subjects apart, and the likeness of each.
+
+    "" for one subject.
+    """
     last = metrics.last("evaluation")
     if not is_finite_number(last.get("confusion")):
         return ""
-    likeness = [
-        f"{last[name]:.2f} of subject {name.rpartition('_')[2]}" for name in subject_scores(metrics)
-    ]
+    likeness = []
+    for name in subject_scores(metrics):
+        number = name.rpartition("_")[2]
+        likeness.append(f"{last[name]:.2f} of subject {number}")
     scale = "0: told apart as their photos are, 1: taken for each other"
     return html.faint(
-        f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). Likeness: {', '.join(likeness)}."
+        f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). "
+        f"Likeness: {', '.join(likeness)}."
     )
 
 
 def subject_scores(metrics: events.Metrics) -> list[str]:
-    """The names of each subject's likeness in the last scores; none of one subject."""
-    found = [
-        name for name, value in metrics.last("evaluation").items() if SUBJECT_SCORE.fullmatch(name)
-    ]
-    return [name for name in found if is_finite_number(metrics.last("evaluation")[name])]
+    """The names of each subject's likeness in the last scores; none for one subject."""
+    found = []
+    for name, value in metrics.last("evaluation").items():
+        if SUBJECT_SCORE.fullmatch(name) and is_finite_number(value):
+            found.append(name)
+    return found
 
 
 def advice_card(metrics: events.Metrics) -> str:
-    """What to try after a scored run, the most important first; "" for other runs, and for damaged
-    events."""
+    """What to try after a scored run, the most important first; "" for other runs.
+
+    Advice for the command line is said in the form's words.
+    """
+    # The events may be damaged.
     try:
         config = known_config(metrics.last("start").get("config") or {})
     except UserError:
         return ""
-    found = closing_advice(figures_from(metrics.events, config))
-    return "".join(
-        html.faint(f"Try next: {train_form.in_the_forms_words(line)}.") for line in found
-    )
+    card = ""
+    for line in closing_advice(figures_from(metrics.events, config)):
+        card += html.faint(f"Try next: {train_form.in_the_forms_words(line)}.")
+    return card
 
 
 def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str:
-    """One line of state and one of numbers."""
+    """One line of state and one of numbers; `best` is said of a run that has ended."""
+    # It has ended.
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
-        # without a checkpoint: stopped before the first step
+        # Stopped before the first step: there is no checkpoint.
         if state.state == "interrupted" and state.message:
             return html.notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
         return html.notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
+    # It begins, or is about to end.
     if state.state == "starting":
         return html.progress_card("Starting …", "loading the libraries", 0.0)
-    last, phase = metrics.last("step"), metrics.last("phase")
-    fraction = state.step / state.max_train_steps if state.max_train_steps else 0.0
+    last = metrics.last("step")
+    total = state.max_train_steps
+    fraction = state.step / total if total else 0.0
     if state.state == "stopping":
-        return html.progress_card(
-            "Stopping …", "the step is finished and a checkpoint written", fraction
-        )
+        detail = "the step is finished and a checkpoint written"
+        return html.progress_card("Stopping …", detail, fraction)
+    # It trains.
     if state.phase in ("", "training") and last:
-        return html.progress_card(
-            f"Step {state.step} of {state.max_train_steps}", numbers_of(last), fraction
-        )
+        line = f"Step {state.step} of {total}"
+        return html.progress_card(line, numbers_of(last), fraction)
     if state.phase == "training":
-        return html.progress_card(
-            f"Step {state.step + 1} of {state.max_train_steps} …",
-            "the first takes longest",
-            fraction,
-        )
-    count = f" {phase.get('done')} of {phase['total']}" if int(phase.get("total") or 1) > 1 else ""
-    return html.progress_card(
-        f"{PHASES.get(state.phase, state.phase or 'Preparing')}{count} …",
-        numbers_of(last),
-        fraction,
-    )
+        line = f"Step {state.step + 1} of {total} …"
+        return html.progress_card(line, "the first takes longest", fraction)
+    # It does something else, which may be counted.
+    line = PHASES.get(state.phase, state.phase or "Preparing")
+    phase = metrics.last("phase")
+    if int(phase.get("total") or 1) > 1:
+        line += f" {phase.get('done')} of {phase['total']}"
+    return html.progress_card(f"{line} …", numbers_of(last), fraction)
 
 
 def numbers_of(step: dict[str, Any]) -> str:
-    if not step:
-        return ""
+    """The numbers of a step's event, in one line; those that it has."""
+    parts = []
+    if step.get("eta_sec") is not None:
+        parts.append(f"about {generate_values.format_seconds(step['eta_sec'])} left")
     seconds = step.get("step_sec") or 0
-    pace = (
-        ""
-        if not seconds
-        else f"{1 / seconds:.1f} steps/s"
-        if seconds < 1
-        else f"{seconds:.1f} s a step"
-    )
-    parts = [
-        f"about {generate_values.format_seconds(step['eta_sec'])} left"
-        if step.get("eta_sec") is not None
-        else "",
-        pace,
-        f"{step['memory_gib']:.1f} GiB" if step.get("memory_gib") else "",
-        f"loss {step['loss']:.3f}" if step.get("loss") is not None else "",
-    ]
-    return " · ".join(part for part in parts if part)
+    if seconds >= 1:
+        parts.append(f"{seconds:.1f} s a step")
+    elif seconds:
+        parts.append(f"{1 / seconds:.1f} steps/s")
+    if step.get("memory_gib"):
+        parts.append(f"{step['memory_gib']:.1f} GiB")
+    if step.get("loss") is not None:
+        parts.append(f"loss {step['loss']:.3f}")
+    return " · ".join(parts)
 
 
 def loss_table(metrics: events.Metrics) -> pd.DataFrame:
-    """Columns step, loss, part: the subject's and, with prior preservation, the class's loss, each
-    smoothed."""
-    # a resumed run repeats some steps
+    """Columns step, loss, part: the subject's loss and the class's, each smoothed.
+
+    The class has a loss with prior preservation alone.
+    """
+    # A resumed run repeats some steps: the last count.
     steps = {event["step"]: event for event in metrics.of("step")}
     tables = []
     for name, key in (("subject", "loss_instance"), ("class (prior)", "loss_prior")):
-        values = {
-            step: event.get(key)
-            for step, event in sorted(steps.items())
-            if is_finite_number(event.get(key))
-        }
+        values = {}
+        for step, event in sorted(steps.items()):
+            if is_finite_number(event.get(key)):
+                values[step] = event[key]
         if values:
             smooth = pd.Series(values).rolling(SMOOTHING_STEPS, min_periods=1).mean()
             thin = smooth.iloc[:: max(1, len(smooth) // PLOT_POINTS)]
@@ -499,8 +583,12 @@ def loss_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
-    """Columns step, score, measure: the curves of the run's plot; of several subjects, each one's
-    likeness."""
+    """Columns step, score, measure: the curves of the run's plot.
+
+    For several subjects these are the likeness of each, how far they are taken for each other, and
+    the score that decides.
+    """
+    # Measure -> its name in the plot.
     shown = curves()
     each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
     if each:
@@ -514,33 +602,42 @@ def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[tuple[str, str]]:
-    """The sample pictures by step, as links in the workspace; those of several prompts with their
-    noun. If there are too many, step 0 and the newest are kept: the base's pictures are the
-    reference for the others."""
+    """(Link in the workspace, caption) of the sample pictures, by step.
+
+    If there are too many, step 0 and the newest are shown: the base's pictures are the reference
+    for the others.
+    """
+    # File -> caption. A resumed run draws some anew.
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
-        prompts, files = event.get("prompts"), event.get("files") or ()
-        several = (
-            isinstance(prompts, list)
-            and len(prompts) == len(files)
-            and len(set(map(str, prompts))) > 1
-        )
-        nouns = (
-            [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
-            if several
-            else [""] * len(files)
-        )
+        files = event.get("files") or ()
+        nouns = _nouns_of(event.get("prompts"), len(files))
         for name, noun in zip(files, nouns, strict=True):
             found[Path(str(name)).name] = f"step {event.get('step')}{noun}"
-    samples = [(job.run_dir / "samples" / name, caption) for name, caption in found.items()]
-    there = [(file, caption) for file, caption in samples if is_own_file(file, job)]
-    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"][
-        : MAX_SAMPLES_SHOWN // 2
-    ]
-    newest = [item for item in there if item not in first][-(MAX_SAMPLES_SHOWN - len(first)) :]
-    return [
-        (str(link_into(workspace, file, job.name)), caption) for file, caption in first + newest
-    ]
+
+    # Those that are there, at the beginning and at the end.
+    there = []
+    for name, caption in found.items():
+        file = job.run_dir / "samples" / name
+        if is_own_file(file, job):
+            there.append((file, caption))
+    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"]
+    first = first[: MAX_SAMPLES_SHOWN // 2]
+    others = [item for item in there if item not in first]
+    newest = others[-(MAX_SAMPLES_SHOWN - len(first)) :]
+    shown = first + newest
+    return [(str(link_into(workspace, file, job.name)), caption) for file, caption in shown]
+
+
+def _nouns_of(prompts: Any, count: int) -> list[str]:
+    """What each of `count` samples shows, for its caption; empty where all have one prompt.
+
+    `prompts` are those of the event, which anyone may have edited.
+    """
+    is_each = isinstance(prompts, list) and len(prompts) == count
+    if not is_each or len(set(map(str, prompts))) < 2:
+        return [""] * count
+    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
 
 
 def is_own_file(file: Path, job: Job) -> bool:
@@ -551,6 +648,7 @@ def is_own_file(file: Path, job: Job) -> bool:
 def link_into(workspace: Workspace, file: Path, run: str) -> Path:
     """The file inside the workspace (a hard link if possible), from where gradio may serve it."""
     target = workspace.folder / "runs" / run / file.name
+    # It is there already.
     if target.exists() and target.stat().st_mtime_ns == file.stat().st_mtime_ns:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
