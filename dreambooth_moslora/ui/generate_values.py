@@ -529,9 +529,15 @@ def _run(
                 events = pipeline.generate(params, should_stop)
             # Draw. A single picture grows in its place in the gallery.
             yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
-            size_px = (params.width_px or ctx.resolution_px, params.height_px or ctx.resolution_px)
-            shown_px = None if axes or word else size_px
-            yield from _frames(events, ctx.workspace, params, word, shown_px)
+            width_px = params.width_px or ctx.resolution_px
+            height_px = params.height_px or ctx.resolution_px
+            yield from _frames(
+                events=events,
+                workspace=ctx.workspace,
+                params=params,
+                word=word,
+                size_px=None if axes or word else (width_px, height_px),
+            )
     except Exception as error:
         told = state.as_user_error(error)
         yield Frame(state.mistake_card(told))
@@ -587,7 +593,8 @@ def _frames(
             yield Frame(_status(step, word, preview, size_px))
     # The end: how many, how long, and whether something is wrong with them.
     status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
-    if said := about_black(black):
+    said = about_black(black)
+    if said:
         status = html.notice(f"The pictures are done, but {said}.", "bad")
     yield Frame(status, tuple(pictures), params, sheet)
 

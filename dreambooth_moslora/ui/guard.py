@@ -61,7 +61,8 @@ class TrustedHosts:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if refusal := self.refusal(scope["path"], headers_of(scope)):
+        refusal = self.refusal(scope["path"], headers_of(scope))
+        if refusal is not None:
             await refusal(scope, receive, send)
             return
 
@@ -95,7 +96,8 @@ class TrustedHosts:
         if self.hosts is not None and (known is None or known[1] not in self.hosts):
             return PlainTextResponse(UNKNOWN_HOST, 421)
         # The page that sends the request: it must be this one, or an allowed one.
-        if (origin := headers.get("origin")) is not None:
+        origin = headers.get("origin")
+        if origin is not None:
             # Host tells no scheme: for a name that is not allowed, name and port must be the page's
             asked = origin_of(origin)
             scheme = origin.partition("://")[0]
@@ -149,7 +151,8 @@ def origins_of(text: str) -> set[Origin]:
     for what is no host name.
     """
     urls = [text] if "//" in text else [f"{scheme}://{text}" for scheme in DEFAULT_PORTS]
-    if (origins := {origin_of(url) for url in urls}) == {None}:
+    origins = {origin_of(url) for url in urls}
+    if origins == {None}:
         raise UserError(
             f"--allowed_host {text!r:.60} is not a host name; write it like pictures.example.org, "
             "or with scheme and port like https://pictures.example.org:8443"

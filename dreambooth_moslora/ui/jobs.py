@@ -427,7 +427,8 @@ class Jobs:
         Raises UserError while another run is going on.
         """
         with self._make_room(), self._lock:
-            if running := self.current():
+            running = self.current()
+            if running:
                 raise UserError(f"the run {running.name} is going on; one run at a time")
             # Start it. An earlier process may have had the same number.
             command = processes.TRAIN if self.script is None else [str(self.script)]

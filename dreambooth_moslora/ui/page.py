@@ -54,7 +54,8 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
                     build_inspect_tab(ctx, tabs, generate)
         # What depends on the base changes with it, in every tab.
         if chooser is not None:
-            connect_bases(ctx, page, chooser, about, generate.of_base | trained)
+            widgets = generate.of_base | trained
+            connect_bases(ctx, page, chooser=chooser, about=about, widgets=widgets)
     # The queue of pictures, and the thread that trains the queued runs.
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
