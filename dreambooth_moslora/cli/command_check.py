@@ -5,7 +5,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,16 +30,21 @@ if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.photos.photo_file import Photo
 
-# Without it photos are taken for photographs, and the base for SDXL
+# The setting of the base; without it photos are taken for photographs, and the base for SDXL
 BASE = "pretrained_model_name_or_path"
+# Settings that decide how photos are used
 OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
 # Reasons to leave a photo out
 FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")
-MAX_PICTURED = 48  # Most photos in the picture of the crops.
+# Fewest good photos that are enough
+FEWEST = 3
+# Most photos in the picture of the crops
+MAX_PICTURED = 48
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `check`."""
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
     about_word = (
         "what they show: judge them for the base and the size that `train DIR WORD` would choose"
@@ -51,10 +56,11 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--picture", metavar="FILE", help=about_picture)
     parser.add_argument("--no_picture", action="store_true", help="draw none")
-    parser.add_argument(
-        "--make_masks", action="store_true", help="write name.mask.png beside photos without a mask"
-    )
+    about_masks = "write name.mask.png beside photos without a mask"
+    parser.add_argument("--make_masks", action="store_true", help=about_masks)
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
+
+    # Settings that decide how photos are used
     group = parser.add_argument_group("as in training")
     for name in table.named("check"):
         command_train.add_flag(group, table.SETTINGS[name])
@@ -65,25 +71,27 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Print how training would use the photos, and draw the crops. Raises UserError without a
+    usable photo."""
     from dreambooth_moslora.photos.examine import examine
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     folder = Path(find_asset(args.folder))
-    given = {name: value for name, value in vars(args).items() if name in OF_PHOTOS}
-    recipe = command_train.settings_of({"config": args.config, "like": None})[0]
+
+    # The settings: flags before the recipe, or before what `train` would choose
+    given = of_photos(vars(args))
+    recipe, _ = command_train.settings_of({"config": args.config, "like": None})
     if args.word:
         recipe = as_train_would(args, recipe | given)
-    known = (
-        {BASE: STOCK_SDXL}
-        | {name: value for name, value in recipe.items() if name in OF_PHOTOS}
-        | given
-    )
+    known = {BASE: STOCK_SDXL} | of_photos(recipe) | given
     if "instance_prompt" not in known:
         known["class_word"] = ""  # do not look for the default prompt's `object`
     sized = Choices(known)
     choose_resolution(sized)
     terminal.say(sized.lines)
     config = table.TrainConfig(**sized.all)
+
+    # The photos, once more when masks were made beside them
     find = partial(
         find_photos, folder, config.instance_prompt, config.resolution, alpha=config.alpha
     )
@@ -92,6 +100,8 @@ def run_check(args: argparse.Namespace) -> int:
         make_masks(report.photos, config)
         report = find()
     report = examine(report, config.resolution)
+
+    # The crops, in the shapes that training would choose for these photos
     if not args.config:
         choices = Choices(given)
         choose_shapes(choices, report.photos)
@@ -99,16 +109,16 @@ def run_check(args: argparse.Namespace) -> int:
         given |= choices.settings
     config = replace(config, **given)
     config = replace(config, **own_bucket_step(config, Base.of(config)))
-    crops = (
-        None if args.no_picture or not report.photos else draw(report.photos, config, args, folder)
-    )
-    has_words = bool(known.get("instance_prompt"))
-    shown = (
-        json.dumps(as_json(report), indent=1)
-        if args.json
-        else spelled_out(as_text(report, crops, has_words))
-    )
-    print(shown)
+    crops = None
+    if report.photos and not args.no_picture:
+        crops = draw(report.photos, config, args, folder)
+
+    # What was found
+    if args.json:
+        print(json.dumps(as_json(report), indent=1))
+    else:
+        has_words = bool(known.get("instance_prompt"))
+        print(spelled_out(as_text(report, crops, has_words)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
     if args.json and crops:
@@ -116,6 +126,11 @@ def run_check(args: argparse.Namespace) -> int:
     if known[BASE] == STOCK_SDXL and not (args.json or args.word or "resolution" in sized.all):
         terminal.say([f"note: judged for SDXL at {config.resolution} px; {WITH_WORD}"])
     return 0
+
+
+def of_photos(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that decide how photos are used."""
+    return {name: value for name, value in settings.items() if name in OF_PHOTOS}
 
 
 def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str,
     if not args.config:
         choose_recipe(choices, None if choices.base.is_toy else least_free_gib())
     choose_words(choices, word)
-    return {name: value for name, value in choices.all.items() if name in OF_PHOTOS}
+    return of_photos(choices.all)
 
 
 def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
@@ -152,6 +167,7 @@ def draw(
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
+    # Not among the photos, where it would be taken for one of them
     photos_dir = folder.resolve()
     path = user_path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
     path = path if path.suffix else path.with_name(f"{path.name}.png")
@@ -167,13 +183,11 @@ def draw(
     except OSError as error:
         print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
         return None
+
     is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
-    note = (
-        " (of seed 0: without --seed, training draws others)"
-        if is_drawn and config.seed is None
-        else ""
-    )
-    return f"the crops: {path}{note}"
+    if is_drawn and config.seed is None:
+        return f"the crops: {path} (of seed 0: without --seed, training draws others)"
+    return f"the crops: {path}"
 
 
 def as_json(report: "PhotoReport") -> dict[str, Any]:
@@ -183,56 +197,71 @@ def as_json(report: "PhotoReport") -> dict[str, Any]:
     found += [(item, False, [item.reason]) for item in report.skipped]
     rows = []
     for one, usable, reasons in sorted(found, key=lambda row: str(row[0].path)):
-        size_px = list(one.size_px) if one.size_px else None
-        rows.append(
-            {"path": str(one.path), "usable": usable, "reasons": reasons, "size_px": size_px}
-        )
+        row = {
+            "path": str(one.path),
+            "usable": usable,
+            "reasons": reasons,
+            "size_px": list(one.size_px) if one.size_px else None,
+        }
+        rows.append(row)
     return {"photos": rows, "usable": len(report.photos)}
 
 
 def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) -> str:
-    """Without words of the subject only a photo's own captions are shown."""
+    """The report as lines.
+
+    report: examined
+    crops: a line about their picture, if there is one
+    has_words: whether there are words of the subject. Without them only a photo's own captions are
+        shown
+    """
     from dreambooth_moslora.photos.photo_file import quoted
 
+    # Each file, with what the user should know of it
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
-        extras = [
-            *photo.reasons,
-            *(["has a mask"] if photo.mask_path not in (None, photo.path) else []),
-        ]
+        remarks = [*photo.reasons, "has a mask"] if photo.has_mask_file else photo.reasons
         mark = "bad" if is_faulty(photo) else "ok "
-        lines.append(
-            f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(extras)}".rstrip()
-        )
-        lines += [f"        {quoted(photo)}"] * (has_words or photo.is_captioned)
+        line = f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(remarks)}"
+        lines.append(line.rstrip())
+        if has_words or photo.is_captioned:
+            lines.append(f"        {quoted(photo)}")
     lines += [f"  left  {item.path.name}  {item.reason}" for item in report.skipped]
-    usable, left_out, beside = map(len, (report.photos, report.skipped, report.sidecars))
+
+    # The whole
+    usable = len(report.photos)
+    left_out = len(report.skipped)
+    beside = len(report.sidecars)
     lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
-    return "\n".join(
-        [*lines, *([crops] if crops else []), *([verdict(report)] if report.photos else [])]
-    )
-
-
-FEWEST = 3  # good photos
+    if crops:
+        lines.append(crops)
+    if report.photos:
+        lines.append(verdict(report))
+    return "\n".join(lines)
 
 
 def is_faulty(photo: "Photo") -> bool:
+    """Whether it should be left out."""
     return any(reason.startswith(FAULTS) for reason in photo.reasons)
 
 
 def verdict(report: "PhotoReport") -> str:
+    """Which photos to leave out, and whether the others are enough."""
     faulty = [photo.path.name for photo in filter(is_faulty, report.photos)]
     good = len(report.photos) - len(faulty)
     if not good:  # --leave_out takes no names of all
         return f"verdict: no good photo is there: take {FEWEST} to 10 of the subject"
-    advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); " if faulty else ""
+    advice = ""
+    if faulty:
+        advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); "
     rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
     enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"
     return f"verdict: {advice}{rest}, {enough}"
 
 
 def caption_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `caption`."""
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument(
@@ -241,11 +270,13 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument(
         "--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption"
     )
-    about_base = 'the base to be trained: "toy" reads places by its own CLIP; for others a language model writes'
-    parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
-    parser.add_argument(
-        "--caption_model", metavar="TEXT", help=table.SETTINGS["caption_model"].metadata["help"]
+    about_base = (
+        'the base to be trained: "toy" reads places by its own CLIP; '
+        "for others a language model writes"
     )
+    parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
+    about_model = table.SETTINGS["caption_model"].metadata["help"]
+    parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
     about_anew = (
         "replace captions that were made before; those that you wrote or edited always stay"
     )
@@ -253,27 +284,34 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_caption(args: argparse.Namespace) -> int:
+    """Write the missing captions, with a line about each photo. Raises UserError."""
     from dreambooth_moslora.base.machine import best_device
     from dreambooth_moslora.photos.captions import load_captioner, make_beside
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
-    words = args.instance_prompt if args.subject is None else args.subject
-    if not words.strip():
-        raise UserError(
-            f"--{'instance_prompt' if args.subject is None else 'subject'}: it has no words."
-        )
+    # The beginning of each caption, by one of the two flags
+    flag = "instance_prompt" if args.subject is None else "subject"
+    if not getattr(args, flag).strip():
+        raise UserError(f"--{flag}: it has no words.")
     prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
-    base = {BASE: args.pretrained_model_name_or_path}
-    config = table.TrainConfig(**base, instance_prompt=prompt, caption_model=args.caption_model)
+    config = table.TrainConfig(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        instance_prompt=prompt,
+        caption_model=args.caption_model,
+    )
+
     folder = Path(find_asset(args.folder))
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    captioner, count = load_captioner(config, best_device()), 0
+
+    captioner = load_captioner(config, best_device())
+    captions = make_beside(
+        report.photos, captioner, config.instance_prompt, anew=args.overwrite_made
+    )
+    count = 0
     try:
-        for made in make_beside(
-            report.photos, captioner, config.instance_prompt, anew=args.overwrite_made
-        ):
+        for made in captions:
             count += made.caption is not None
             print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
     except OSError as error:

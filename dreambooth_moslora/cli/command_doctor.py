@@ -29,8 +29,11 @@ from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
+# What SDXL with a few checkpoints takes
 NEEDED_DISK_GIB = 10
-LEAST_PX, USUAL_PX = 16, 256  # side of the doctor's test pictures
+# Sides of the test pictures of the VAE: the least, and the usual one
+LEAST_PX = 16
+USUAL_PX = 256
 # On a CPU without bf16: half precision takes ten times as long as fp32 there, at 256 px a minute
 EMULATED_PX = 64
 OPTIONAL = (
@@ -48,6 +51,8 @@ OPTIONAL = (
 
 @dataclass
 class Findings:
+    """What the doctor found."""
+
     facts: dict[str, str] = field(default_factory=dict)
     # training will fail; each is a line with a remedy
     problems: list[str] = field(default_factory=list)
@@ -55,22 +60,25 @@ class Findings:
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `doctor`."""
     parser.add_argument(
         "--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it'
     )
     parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
-    about = f"side of the test pictures, px (default: {USUAL_PX}; {EMULATED_PX} on a CPU that emulates half precision)"
+    usual = f"{USUAL_PX}; {EMULATED_PX} on a CPU that emulates half precision"
+    about = f"side of the test pictures, px (default: {usual})"
     parser.add_argument("--size", type=int, metavar="N", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Exit code 2 when something will fail."""
+    """Look for problems and print what was found. Exit code 2 when something will fail."""
     photos = () if args.photos is None else photos_of(Path(find_asset(args.photos)))
     if args.size is not None and args.size < LEAST_PX:
-        raise UserError(
-            f"--size {args.size}: must be at least {LEAST_PX}, as a VAE halves the sides three times."
-        )
+        least = f"must be at least {LEAST_PX}, as a VAE halves the sides three times"
+        raise UserError(f"--size {args.size}: {least}.")
+
+    # With a library missing the VAE cannot be loaded, and its error would hide the cause.
     found = Findings()
     examine_versions(found)
     examine_machine(found)
@@ -81,7 +89,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def photos_of(folder: Path) -> Sequence[Photo]:
-    """Raises UserError for a folder without a usable photo."""
+    """The usable photos of the folder. Raises UserError when it has none."""
     require_folder_of_photos(folder)
     report = find_photos(folder, "", 64)
     if not report.photos:
@@ -90,15 +98,17 @@ def photos_of(folder: Path) -> Sequence[Photo]:
 
 
 def as_text(found: Findings) -> str:
+    """The findings as lines: facts, then problems and warnings."""
     lines = [f"  {name:16} {value}" for name, value in found.facts.items()]
     lines += [f"PROBLEM  {line}" for line in found.problems]
     lines += [f"warning  {line}" for line in found.warnings]
-    return "\n".join(
-        [*lines, "" if found.problems or found.warnings else "no problems found"]
-    ).rstrip()
+    if not (found.problems or found.warnings):
+        lines.append("no problems found")
+    return "\n".join(lines).rstrip()
 
 
 def examine_versions(found: Findings) -> None:
+    """Python and the libraries."""
     versions = {name: version_of(name) for name in (*needed_ranges(), *OPTIONAL)}
     found.facts["python"] = platform.python_version()
     found.facts |= {name: version or "-" for name, version in versions.items()}
@@ -106,24 +116,29 @@ def examine_versions(found: Findings) -> None:
         found.problems.append(
             f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
         )
-    found.problems += [line for line in out_of_range(versions) if "missing" in line]
-    found.warnings += [line for line in out_of_range(versions) if "missing" not in line]
+
+    # An untested version may work; a missing library does not.
+    for line in out_of_range(versions):
+        (found.problems if "missing" in line else found.warnings).append(line)
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
     """{library: tested versions} that every run needs, from pyproject.toml or the installed
     package's metadata."""
     clone = clone_folder()
-    if clone is not None and (file := clone / "pyproject.toml").is_file():
+    file = None if clone is None else clone / "pyproject.toml"
+    if file is not None and file.is_file():
         lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
     else:
         lines = metadata.requires("dreambooth_moslora") or []
-    items = [Requirement(line) for line in lines]
-    return {
-        item.name: item.specifier
-        for item in items
-        if item.marker is None and item.name not in OPTIONAL
-    }
+
+    # Those with a marker belong to an extra, or to another system.
+    ranges = {}
+    for line in lines:
+        item = Requirement(line)
+        if item.marker is None and item.name not in OPTIONAL:
+            ranges[item.name] = item.specifier
+    return ranges
 
 
 def is_within(version: str | None, versions: SpecifierSet) -> bool:
@@ -139,23 +154,22 @@ def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
     """One line for each needed library that is missing or has an untested version."""
     lines = []
     for name, versions in needed_ranges().items():
-        version, wanted = (
-            installed.get(name),
-            name + ",".join(sorted(map(str, versions), reverse=True)),
-        )
+        version = installed.get(name)
+        wanted = name + ",".join(sorted(map(str, versions), reverse=True))
         if version is None:
             lines.append(f'{name} is missing; pip install "{wanted}"')
         elif not is_within(version, versions):
-            lines.append(
-                f"{name} {version} was not tried with this program; it was run with {wanted}"
-            )
+            untried = f"{name} {version} was not tried with this program"
+            lines.append(f"{untried}; it was run with {wanted}")
     return lines
 
 
 def examine_machine(found: Findings) -> None:
+    """Processor, disk, GPU and what PyTorch can do on it."""
     import psutil
 
-    free, memory = shutil.disk_usage(".").free / 2**30, psutil.virtual_memory().total / 2**30
+    free = shutil.disk_usage(".").free / 2**30
+    memory = psutil.virtual_memory().total / 2**30
     found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
     found.facts["disk"] = f"{free:.1f} GiB free here"
     if free < NEEDED_DISK_GIB:
@@ -174,26 +188,42 @@ def examine_machine(found: Findings) -> None:
         what_compile_lacks,
     )
 
+    # The device that trains
     if torch.cuda.is_available():
-        facts, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
-        found.facts["device"] = (
-            f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {count} of them"
-        )
+        facts = torch.cuda.get_device_properties(0)
+        gib = facts.total_memory / 2**30
+        count = torch.cuda.device_count()
+        found.facts["device"] = f"{facts.name}, {gib:.1f} GiB, {count} of them"
     elif torch.backends.mps.is_available():
         found.facts["device"] = f"Apple GPU (mps), {apple_gib()[0]:.1f} GiB for a process"
     else:
         found.facts["device"] = "CPU"
-        if line := unused_gpu():
+        line = unused_gpu()
+        if line:
             found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
-    is_on_gpu = found.facts["device"] != "CPU"
-    has_bf16, other = (half_precision() == "bf16", "fp16") if is_on_gpu else (has_fast_bf16(), "no")
+
+    # Its half precision; a CPU that emulates it is slower than in fp32.
+    if found.facts["device"] == "CPU":
+        has_bf16 = has_fast_bf16()
+        other = "no"
+    else:
+        has_bf16 = half_precision() == "bf16"
+        other = "fp16"
     found.facts["bf16"] = "yes" if has_bf16 else f"no: use --mixed_precision {other}"
+
     lacks = what_compile_lacks()
     found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
 
 
 def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int | None) -> None:
+    """Whether the base's VAE overflows in half precision.
+
+    found: gets the results
+    base: a name
+    photos: what it encodes and decodes; without photos pictures that are made up
+    size_px: side of the pictures; None lets the device decide
+    """
     import torch
 
     from dreambooth_moslora.base import decode
@@ -203,20 +233,24 @@ def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: in
     try:
         vae = decode.load_vae_alone(base)
     except (UserError, OSError, ValueError) as error:
-        found.warnings.append(
-            f"the VAE of {base} was not tried: {' '.join(str(error).split())[:200]}"
-        )
+        reason = " ".join(str(error).split())[:200]
+        found.warnings.append(f"the VAE of {base} was not tried: {reason}")
         return
+
     device = best_device()
     if size_px is None:
-        size_px = EMULATED_PX if device.type == "cpu" and not has_fast_bf16() else USUAL_PX
+        is_emulated = device.type == "cpu" and not has_fast_bf16()
+        size_px = EMULATED_PX if is_emulated else USUAL_PX
+
+    # A few photos are enough.
     pictures = [open_rgb(photo) for photo in photos[:8]]
-    for probe in decode.probe_vae(vae, [torch.bfloat16, torch.float16], pictures, size_px, device):
-        found.facts[f"VAE in {probe.dtype}"] = (
-            f"off by {probe.error:.2f} of 255 levels" if probe.finite else "NaN"
-        )
-        if not probe.finite:
+    dtypes = [torch.bfloat16, torch.float16]
+    for probe in decode.probe_vae(vae, dtypes, pictures, size_px, device):
+        if probe.finite:
+            found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels"
+        else:
+            found.facts[f"VAE in {probe.dtype}"] = "NaN"
             found.warnings.append(
-                f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by itself; other programs "
-                "need an fp16-safe VAE (madebyollin/sdxl-vae-fp16-fix)"
+                f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by "
+                "itself; other programs need an fp16-safe VAE (madebyollin/sdxl-vae-fp16-fix)"
             )

@@ -43,6 +43,8 @@ EVALUATE_EPILOG = """examples:
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
+    # What to judge; the run or the file says most of it
     parser.epilog = EVALUATE_EPILOG
     parser.add_argument(
         "adapter", metavar="RUN_OR_FILE", help="a run folder, its best/ folder, or a LoRA file"
@@ -67,8 +69,13 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
     )
     parser.add_argument("--output_dir", metavar="DIR", help=about_folder)
+
+    # How to judge it
     group = parser.add_argument_group("protocol")
-    about = "auto (default), object, live, toy, or a text file with a prompt on each line, {} for the subject"
+    about = (
+        "auto (default), object, live, toy, or a text file with a prompt on each line, "
+        "{} for the subject"
+    )
     group.add_argument("--prompts", default="auto", help=about)
     group.add_argument(
         "--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)"
@@ -86,7 +93,10 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)"
     )
-    about = "score it at scales 0.4 to 1.2 too, and write the best into the header of our files and into the card"
+    about = (
+        "score it at scales 0.4 to 1.2 too, and write the best into the header of our files "
+        "and into the card"
+    )
     group.add_argument("--sweep_scale", action="store_true", help=about)
     group.add_argument(
         "--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)"
@@ -102,6 +112,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 on. Raises ArgumentTypeError."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
@@ -109,66 +120,105 @@ def positive(text: str) -> int:
 
 
 def guidance(text: str) -> float:
-    if not 0 <= (number := float(text)) <= 50:
+    """A guidance scale. Raises ArgumentTypeError."""
+    number = float(text)
+    if not 0 <= number <= 50:
         raise argparse.ArgumentTypeError(f"{text} is out of range; 0 to 50")
     return number
 
 
 def strength(text: str) -> float:
-    if not -10 <= (number := float(text)) <= 10:
+    """An adapter's scale. Raises ArgumentTypeError."""
+    number = float(text)
+    if not -10 <= number <= 10:
         raise argparse.ArgumentTypeError(f"{text} is out of range; -10 to 10, and 1 is as trained")
     return number
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
+    """Draw, score and report. Raises UserError."""
+    # All that can be wrong with the arguments, before torch is imported
     check_paths(args)
-    folder, config = output_folder(args.output_dir or usual_folder(args)), resolve(args)
+    folder = output_folder(args.output_dir or usual_folder(args))
+    config = resolve(args)
     from dreambooth_moslora.base import load, pipelines
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
-    base, subjects = config.pretrained_model_name_or_path, config.each_subject
+
+    # The photos and the plan of each subject
+    subjects = config.each_subject
     folders = photo_report(config)
     log_strays(folders)
     photos = folders.photos
     of_each = report.photos_by_subject(photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
+
+    # The models: what draws, and what looks
     pipeline = SubjectPipeline.from_base(args.base or Base.of_run(config))
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipelines.denoiser_of(pipeline.pipeline).device
+    base = config.pretrained_model_name_or_path
     encoders = metrics.load_encoders(base, args.clip, args.dino, device)
-    evaluators = report.evaluators_of(subjects, photos, plans, encoders, pipeline.resolution_px)
+    evaluators = report.evaluators_of(
+        subjects=subjects,
+        photos=photos,
+        plans=plans,
+        encoders=encoders,
+        size_px=pipeline.resolution_px,
+    )
     pairs = report.pairs_of(evaluators)
+    followed = args.guidance_scale
+    if followed is None:
+        followed = load.default_guidance(pipeline.pipeline)
+
+    # Pictures and scores, with one bar over all of them
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
     count += sum(2 * pair.picture_count for pair in pairs)
-    followed = (
-        load.default_guidance(pipeline.pipeline)
-        if args.guidance_scale is None
-        else args.guidance_scale
-    )
-    options, choice = {"batch_size": args.batch_size, "guidance_scale": followed}, None
-    options["text_options"] = text_options_of(config)
-    interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
+    choice = None
     with tqdm(
-        total=count, desc="drawing pictures", unit="picture", mininterval=interval, maxinterval=60.0
+        total=count,
+        desc="drawing pictures",
+        unit="picture",
+        mininterval=0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC,
+        maxinterval=60.0,
     ) as bar:
         judge = partial(
-            score_tables.evaluate_adapter, pipeline, name, on_picture=bar.update, **options
+            score_tables.evaluate_adapter,
+            pipeline,
+            name,
+            on_picture=bar.update,
+            batch_size=args.batch_size,
+            guidance_scale=followed,
+            text_options=text_options_of(config),
         )
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
+
+        # The sweep needs the pictures of the subject alone.
         if args.sweep_scale:
             smaller = [evaluator.of_subject() for evaluator in evaluators]
-            by_scale = {
-                s: report.pooled([judge(one, scale=s) for one in smaller]).score
-                for s in explain.SCALES
-            }
+            by_scale = {}
+            for scale in explain.SCALES:
+                swept = [judge(evaluator, scale=scale) for evaluator in smaller]
+                by_scale[scale] = report.pooled(swept).score
             choice = explain.choose_scale(by_scale)
         of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
-    diversity = "LPIPS" if encoders.lpips else "DINO distance"
-    names, steps = (name, pipeline.base_name, encoders.names), plans[0].inference_steps
-    about = report.ReportContext(*names, steps, followed, diversity, choice, args.scale)
-    report.write_reports(folder, evaluators, found, of_pairs, about)
+
+    # The files, and the figures on the terminal
+    about = report.ReportContext(
+        adapter=name,
+        base=pipeline.base_name,
+        encoders=encoders.names,
+        inference_steps=plans[0].inference_steps,
+        guidance_scale=followed,
+        diversity="LPIPS" if encoders.lpips else "DINO distance",
+        scale=choice,
+        adapter_scale=args.scale,
+    )
+    report.write_reports(
+        folder=folder, evaluators=evaluators, found=found, together=of_pairs, about=about
+    )
     print("\n".join([summary(report.pooled(found)), *report.confusion_lines(found)]))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
@@ -202,37 +252,48 @@ def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
     if choice is None:
         return "no scale shows the subject, so none is recommended"
     run_dir = RunDir(path if path.is_dir() else path.parent)
-    files = (
-        [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")] if path.is_dir() else [path]
-    )
+    files = [path]
+    if path.is_dir():
+        files = [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")]
+
+    # The headers of the files that this program published
     usable = (choice.low, choice.high)
-    noted = [
-        file.name for file in files if file.is_file() and note_scale(file, choice.best, usable)
-    ]
+    noted = []
+    for file in files:
+        if file.is_file() and note_scale(file, choice.best, usable):
+            noted.append(file.name)
+
+    # The card beside them, unless the user has written another one
     card = run_dir.read_card() if path.is_dir() and noted else None
     if card is not None and is_card(card):
         atomic_write(run_dir.card_path, model_card.with_strength(card, choice.best, usable))
         noted.append(run_dir.card_path.name)
-    return f"{choice.sentence()}; written into {', '.join(noted) or 'no file, as this program published none of them'}"
+    names = ", ".join(noted) or "no file, as this program published none of them"
+    return f"{choice.sentence()}; written into {names}"
 
 
 def resolve(args: argparse.Namespace) -> table.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header.
     Raises UserError."""
     known = known_of(Path(find_asset(args.adapter))) | text_options_of(args)
+
+    # One of several subjects
     if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
-        named = {
-            one.instance_prompt: one for one in table.TrainConfig.from_dict(known).each_subject
-        }
+        named = {}
+        for subject in table.TrainConfig.from_dict(known).each_subject:
+            named[subject.instance_prompt] = subject
         if args.instance_prompt not in named:
-            raise UserError(
-                f"--instance_prompt: it has several subjects; name one of {', '.join(map(repr, named))}."
-            )
+            prompts = ", ".join(map(repr, named))
+            raise UserError(f"--instance_prompt: it has several subjects; name one of {prompts}.")
         known = named[args.instance_prompt].to_dict()
+
+    # All of them, as the run has them
     if known.get("subjects"):
-        return table.TrainConfig.from_dict(
-            known | ({"pretrained_model_name_or_path": args.base} if args.base else {})
-        )
+        if args.base:
+            known = known | {"pretrained_model_name_or_path": args.base}
+        return table.TrainConfig.from_dict(known)
+
+    # A single one: what the arguments say, else what the run or the file says
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
@@ -240,21 +301,24 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
     for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (source, "--photos")):
         if not value:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
-    given = {"class_word": args.class_word} if args.class_word else {}
     chosen = {
         "pretrained_model_name_or_path": base,
         "instance_prompt": prompt,
         "instance_data_dir": photos,
-        **given,
     }
+    if args.class_word:
+        chosen["class_word"] = args.class_word
+
+    # Masks and captions that the run has made belong to its own photos.
     if args.photos:
-        # the run's made ones belong to its own photos
-        chosen |= {"masks": "given", "captions": "given"}
-        chosen["dataset_name"] = None
         there = Path(find_asset(photos))
-        chosen["leave_out"] = [
-            name for name in known.get("leave_out", ()) if (there / name).exists()
-        ]
+        left_out = [name for name in known.get("leave_out", ()) if (there / name).exists()]
+        chosen |= {
+            "masks": "given",
+            "captions": "given",
+            "dataset_name": None,
+            "leave_out": left_out,
+        }
     return table.TrainConfig.from_dict(known | chosen)
 
 
@@ -264,22 +328,24 @@ def known_of(path: Path) -> dict:
     hush()
     from dreambooth_moslora.lora.published_file import load_published
 
+    # A run's folder, which may have been moved, or one in it
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return read_json(config) | {"output_dir": str(folder)}  # it may have been moved
-    facts = load_published(find_weights(path))[1]
+            return read_json(config) | {"output_dir": str(folder)}
+
+    # A file alone
+    _, facts = load_published(find_weights(path))
     if facts is None or not facts.trigger_words:
         return {}
-    known = {
-        "pretrained_model_name_or_path": "toy" if facts.base_id == "toy-sdxl" else facts.base_id
-    }
-    if not facts.subject_prompts:  # of several the user must choose one
-        known |= {
-            "instance_prompt": f"a photo of {facts.trigger_words[0]}",
-            "class_word": facts.class_word,
-        }
-        known |= {"resolution": facts.resolution_px} if facts.resolution_px else {}
+    base = "toy" if facts.base_id == "toy-sdxl" else facts.base_id
+    known = {"pretrained_model_name_or_path": base}
+    if facts.subject_prompts:  # of several the user must choose one
+        return known
+    known["instance_prompt"] = f"a photo of {facts.trigger_words[0]}"
+    known["class_word"] = facts.class_word
+    if facts.resolution_px:
+        known["resolution"] = facts.resolution_px
     return known
 
 
@@ -290,55 +356,57 @@ def plan_of(
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
 
     file = user_path(args.prompts)
-    templates, seeds = (
+    plan = plan_of_subject(
+        subject,
+        photos,
         "auto" if file.is_file() else args.prompts,
-        tuple(range(args.images_per_prompt)),
+        seeds=tuple(range(args.images_per_prompt)),
+        class_images=args.class_images,
+        inference_steps=args.inference_steps,
     )
-    counts = {"class_images": args.class_images, "inference_steps": args.inference_steps}
-    plan = plan_of_subject(subject, photos, templates, seeds=seeds, **counts)
+
+    # The user's own prompts
     if file.is_file():
         try:
             lines = map(str.strip, small_text(file).splitlines())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file}: {sources.reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
-    return (
-        replace(plan, templates=spread(plan.templates, args.num_prompts))
-        if args.num_prompts
-        else plan
-    )
+
+    if args.num_prompts:
+        plan = replace(plan, templates=spread(plan.templates, args.num_prompts))
+    return plan
 
 
 def usual_folder(args: argparse.Namespace) -> Path:
-    """That of `best/` or of a checkpoint lies beside it, as the run replaces or removes these; that
-    of one of several subjects in the report of all."""
+    """Where the report goes by default. That of `best/` or of a checkpoint lies beside it, as the
+    run replaces or removes these; that of one of several subjects lies in the report of all."""
     path = user_path(args.adapter)
-    home, parent = RunDir(path), RunDir(path.parent)
+    home = RunDir(path)
+    parent = RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
     beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
     if args.instance_prompt:
-        prompts = [
-            one["instance_prompt"]
-            for one in known_of(Path(find_asset(args.adapter))).get("subjects", ())
-        ]
+        known = known_of(Path(find_asset(args.adapter)))
+        prompts = [subject["instance_prompt"] for subject in known.get("subjects", ())]
         if len(prompts) > 1 and args.instance_prompt in prompts:
             return beside / subject_name(prompts.index(args.instance_prompt) + 1)
     return beside
 
 
 def summary(found: "Evaluation") -> str:
+    """The chosen measures, the score and the remarks, one a line."""
     lines = []
     for name, row in measures.MEASURES.items():
         if row.summary and name in found.tables:
             lines.append(f"{name:18} {found.interval(name)}")
-    alarm = (
-        f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
-        if found.alarm.raised
-        else "no copy alarm"
-    )
+    alarm = "no copy alarm"
+    if found.alarm.raised:
+        alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
     return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])
 
 
+# State of a run -> how `explain` begins
 STATES = {"done": "it ended", "interrupted": "it was stopped", "failed": "it failed"}
 
 
@@ -349,24 +417,32 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> int:
+    """Print what the run's figures mean. Raises UserError for a folder without a run."""
     found = explain.figures_of(RunDir(args.run))
-    shown = (
-        ""
-        if found.exposures is None
-        else f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
-    )
+
+    # How far it came
+    shown = ""
+    if found.exposures is not None:
+        shown = f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
     is_early = found.planned is not None and found.step < found.planned
     steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
     print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
-    leads, advice = explain.leads(found), explain.advice_after(found)
+
+    # The most important first, then the figures and the other advice
+    leads = explain.leads(found)
+    advice = explain.advice_after(found)
     for line in leads:
         print(spelled_out(line))
     if not (leads or advice):
         advice = [explain.NOTHING]
-    for title, lines in {
-        "what the figures mean": explain.meanings(found),
-        "what to try next": advice,
-    }.items():
-        if lines:
-            print("\n".join([title, *(spelled_out(f"  {line}") for line in lines)]))
+    print_section("what the figures mean", explain.meanings(found))
+    print_section("what to try next", advice)
     return 0
+
+
+def print_section(title: str, lines: Sequence[str]) -> None:
+    """Print the lines below their title; nothing without lines."""
+    if lines:
+        print(title)
+    for line in lines:
+        print(spelled_out(f"  {line}"))

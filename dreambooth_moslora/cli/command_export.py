@@ -21,7 +21,7 @@ from dreambooth_moslora.disk.run_folder import (
 from dreambooth_moslora.errors import UserError, spelled_out
 
 LOKR_SUFFIX = ".lokr.safetensors"
-# These write what was trained
+# Flags that these readers' files do not obey: they have what was trained
 NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}
 
 
@@ -44,10 +44,14 @@ def run_info(args: argparse.Namespace) -> int:
             print(f"error: {spelled_out(' '.join(str(error).split()))}", file=sys.stderr)
             failed = True
             continue
+        if args.json:
+            print(json.dumps(facts))
+            continue
+
         from dreambooth_moslora.lora.describe import lines
 
-        separator = "\n" if number and not args.json else ""
-        print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
+        separator = "\n" if number else ""
+        print(separator + "\n".join(lines(facts)))
     return 2 if failed else 0
 
 
@@ -61,10 +65,12 @@ def facts_of(file: Path) -> dict[str, object]:
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export`."""
     about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
     parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
     about = (
-        "peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, into a plain LoRA; "
+        "peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, "
+        "into a plain LoRA; "
         "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads"
     )
     readers = ["diffusers", "peft", "lycoris"]
@@ -81,15 +87,22 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)"
     )
-    about = "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 (1: keep all)"
+    about = (
+        "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 "
+        "(1: keep all)"
+    )
     parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
 
 
 def run_export(args: argparse.Namespace) -> int:
-    source, out = user_path(args.source), user_path(args.out)
+    """Write the files for the readers that `--for` names. Raises UserError."""
+    source = user_path(args.source)
+    out = user_path(args.out)
     for option in NOT_OBEYED.get(args.readers, ()):
         if getattr(args, option) is not None:
             raise UserError(f"--{option} is not for --for {args.readers}: leave it out")
+
+    # The source, before torch is imported
     if args.readers == "peft":
         if not source.is_dir():
             raise UserError(f"there is no folder {source}")
@@ -99,34 +112,40 @@ def run_export(args: argparse.Namespace) -> int:
         source = find_raw(source)
     from dreambooth_moslora.lora import new_tokens, published_file, raw_file
 
+    # A language model's adapter has neither tokens nor a header of ours.
     if args.readers == "peft":
-        print(
-            f"{out}: a plain LoRA for PEFT, {published_file.fold_peft(source, out)} layers folded (B·M)."
-        )
+        count = published_file.fold_peft(source, out)
+        print(f"{out}: a plain LoRA for PEFT, {count} layers folded (B·M).")
         return 0
-    check_name(name := args.name or out.resolve().name or "adapter")
+
+    # What lies beside the raw weights
+    name = args.name or out.resolve().name or "adapter"
+    check_name(name)
     _, facts = raw_file.read_raw(source)
-    if missing := [
-        note["file"] for note in facts.tokens if not (source.parent / note["file"]).is_file()
-    ]:
-        raise UserError(f"{source.name} has new tokens in {missing[0]}: put that file beside it")
+    for note in facts.tokens:
+        file = note["file"]
+        if not (source.parent / file).is_file():
+            raise UserError(f"{source.name} has new tokens in {file}: put that file beside it")
     tokens = new_tokens.tokens_beside(source, facts.header)
     token_files = [tokens_name(name, number) for number in range(len(tokens))]
+
+    # The small file of a Kronecker mixer
     if args.readers == "lycoris":
         layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}", name, tokens)
         print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
         for file in token_files:
             print(f"{out / file}: its new tokens.")
         return 0
+
+    # Models that have the adapter's layers but not the base's weights, which the files do not need
     refuse_to_replace(out, source, facts.step)
-    components = {
-        name: raw_file.empty_model(structure) for name, structure in facts.structures.items()
-    }
+    components = {}
+    for part, structure in facts.structures.items():
+        components[part] = raw_file.empty_model(structure)
     raw_file.load_raw(source, components)
-    before, keep = (
-        sum(rank_sum(model) for model in components.values()),
-        1.0 if args.keep is None else args.keep,
-    )
+    before = sum(rank_sum(model) for model in components.values())
+
+    keep = 1.0 if args.keep is None else args.keep
     proof = published_file.publish(
         components,
         out,
@@ -136,6 +155,8 @@ def run_export(args: argparse.Namespace) -> int:
         keep=keep,
         tokens=tokens,
     )
+
+    # What was written, and what the comparison with the raw weights says
     for file in [*proof.files, *token_files]:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
@@ -143,7 +164,8 @@ def run_export(args: argparse.Namespace) -> int:
     if keep != 1.0:
         mean = proof.rank_sum / proof.projections
         print(
-            f"Rank reduced: {before} to {proof.rank_sum} in sum, {mean:.1f} a projection on average; "
+            f"Rank reduced: {before} to {proof.rank_sum} in sum, "
+            f"{mean:.1f} a projection on average; "
             f"{100 * proof.kept:.2f} % of ‖B·M·A‖² is kept."
         )
     for note in proof.notes:
@@ -156,29 +178,33 @@ def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
     step's."""
     from dreambooth_moslora.lora.metadata import metadata_in
 
-    run_dir, file, there = (
-        RunDir(out.parent if out.name == BEST_NAME else out),
-        out / PUBLISHED_NAME,
-        None,
-    )
-    if run_dir.config_path.is_file() and file.is_file():
-        with suppress(UserError):  # a damaged file may be replaced
-            there = metadata_in(header_of(file))
+    run_dir = RunDir(out.parent if out.name == BEST_NAME else out)
+    file = out / PUBLISHED_NAME
+    if not (run_dir.config_path.is_file() and file.is_file()):
+        return
+    there = None
+    with suppress(UserError):  # a damaged file may be replaced
+        there = metadata_in(header_of(file))
+
+    # The same step of the same run gives the same adapter again.
     is_its_own = source.resolve().is_relative_to(run_dir.path.resolve())
     if there is not None and not (is_its_own and there.step == step):
-        kept = f"--out {out}: it is a run's folder, and another adapter would replace its own {PUBLISHED_NAME}"
-        raise UserError(f"{kept}; give another folder, such as {run_dir.path}_export.")
+        raise UserError(
+            f"--out {out}: it is a run's folder, and another adapter would replace its own "
+            f"{PUBLISHED_NAME}; give another folder, such as {run_dir.path}_export."
+        )
 
 
 def rank_sum(model: object) -> int:
+    """The ranks of all its adapted layers, added up."""
     from dreambooth_moslora.method.moslora import adapter_layers
 
     return sum(layer.r["default"] for layer in adapter_layers(model).values())
 
 
 def find_raw(path: Path) -> Path:
-    """The raw file: the path, that of a checkpoint folder, or of a run's last complete checkpoint.
-    Raises UserError."""
+    """The raw file: the path itself, or the file in a checkpoint's folder, or in a run's last
+    complete checkpoint. Raises UserError."""
     if path.is_file():
         return path
     if not path.is_dir():

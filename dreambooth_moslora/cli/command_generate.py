@@ -24,21 +24,30 @@ EPILOG = """examples:
   generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4
   generate --adapter runs/dog --prompt "a photo of a sks dog" --grid scale=0,0.5,1 seed=1,2
   generate --from_png outputs/image_0.png --seed 7"""
+# Longer texts of the help
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
 GRID_HELP = (
-    'one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" adapter=dog,none steps=10,25 guidance=2,5; each '
-    "adapter is given by --adapter too and named as its file or run folder, and none draws without those of the axis"
+    'one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" adapter=dog,none steps=10,25 '
+    "guidance=2,5; each adapter is given by --adapter too and named as its file or run folder, "
+    "and none draws without those of the axis"
 )
+# Parameter -> its value when nothing is said
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `generate`. Parameters have no defaults here: those that are not given
+    are the recipe's of `--from_png`, or else `GenerationParams`'s own."""
+
     def add(name: str, **options) -> None:
         parser.add_argument(f"--{name}", **options)
 
     parser.epilog = EPILOG
-    about_base = "a folder, a hub id, a .safetensors file, or toy (default: that of the adapter's run, else toy)"
-    add("base", help=f"the base: {about_base}")
+    about_base = (
+        "the base: a folder, a hub id, a .safetensors file, or toy "
+        "(default: that of the adapter's run, else toy)"
+    )
+    add("base", help=about_base)
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
@@ -68,15 +77,19 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def text_option_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the settings that say how prompts are encoded."""
     for name in TEXT_OPTIONS:
         what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
-        several = {"nargs": "+", "metavar": "N"} if table.FIELD_TYPES[name][0] is tuple else {}
-        parser.add_argument(
-            f"--{name}", **several, help=f"{what} (default: as in the adapter's training)"
-        )
+        about = f"{what} (default: as in the adapter's training)"
+        if table.FIELD_TYPES[name][0] is tuple:
+            parser.add_argument(f"--{name}", nargs="+", metavar="N", help=about)
+        else:
+            parser.add_argument(f"--{name}", help=about)
 
 
 def run_generate(args: argparse.Namespace) -> int:
+    """Draw the pictures and print their paths. Raises UserError."""
+    # All that can be wrong with the arguments, before torch is imported
     recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
     values = _recipe_values(args, recipe)
     base = base_of_runs(args.adapter, args.base)
@@ -91,27 +104,36 @@ def run_generate(args: argparse.Namespace) -> int:
 
     hush()
     axes = tuple(parse_axis(text) for text in args.grid or ())
+
+    # The adapters: those of the picture, or the given ones
     if recipe and not args.adapter:
         adapters = adapters_of_picture(recipe)
         base = base_of_runs([str(item.file) for item in adapters], args.base)
     else:
-        adapters = list(
-            told_apart(given_adapter(*_split_scale(text), recipe) for text in args.adapter)
-        )
-        for note in filter(None, (item.note for item in adapters)):
-            print(f"note: {note}", file=sys.stderr)
+        given = []
+        for text in args.adapter:
+            path, scale = _split_scale(text)
+            given.append(given_adapter(path, scale, recipe))
+        adapters = list(told_apart(given))
+        for item in adapters:
+            if item.note:
+                print(f"note: {item.note}", file=sys.stderr)
     if not adapters:
         say([without_adapter(base, values["prompt"])])
+
+    # The base
     pipeline = SubjectPipeline.from_base(base)
     say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
-        say(
-            [
-                f"note: the picture was made with the base {recipe.provenance.base}, and this is {pipeline.base_name}"
-            ]
-        )
-    turns = {value for axis in axes if axis.name == "adapter" for value in axis.values}
-    adapters.sort(key=lambda item: item.name not in turns)  # the first is replaced by each of them
+        made_with = f"the picture was made with the base {recipe.provenance.base}"
+        say([f"note: {made_with}, and this is {pipeline.base_name}"])
+
+    # An axis of adapters replaces the first one, so that must be one of the axis.
+    turns = set()
+    for axis in axes:
+        if axis.name == "adapter":
+            turns.update(axis.values)
+    adapters.sort(key=lambda item: item.name not in turns)
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
     events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
@@ -126,15 +148,21 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
         return Base.find(given)
     for path, _ in map(_split_scale, adapters):
         place = Path(find_asset(path))
-        for folder in place.parents[:2] if place.is_file() else (place, place.parent):
-            if (file := RunDir(folder).config_path).is_file():
-                known = settings_in(file)
-                base = known.get("pretrained_model_name_or_path")
-                if isinstance(base, str):
-                    said = f"base: {base}, which the run in {folder} was trained on (--base)"
-                    say([said] if base != "toy" else [])
-                    told = {name: known[name] for name in SETTINGS.values() if name in known}
-                    return Base.of_run(table.TrainConfig.from_dict(told))
+
+        # A run's folder, or one in it, such as best/
+        folders = place.parents[:2] if place.is_file() else (place, place.parent)
+        for folder in folders:
+            file = RunDir(folder).config_path
+            if not file.is_file():
+                continue
+            known = settings_in(file)
+            base = known.get("pretrained_model_name_or_path")
+            if not isinstance(base, str):
+                continue
+            if base != "toy":
+                say([f"base: {base}, which the run in {folder} was trained on (--base)"])
+            told = {name: known[name] for name in SETTINGS.values() if name in known}
+            return Base.of_run(table.TrainConfig.from_dict(told))
     return Base.find("toy")
 
 
@@ -149,19 +177,19 @@ def settings_in(file: Path) -> dict[str, Any]:
 def without_adapter(base: Base, prompt: str) -> str:
     """A line that the base draws alone. The embedded one draws a toy for a word that is no token of
     its own."""
+    note = "note: without --adapter the base draws alone"
     unknown = toys.unknown_words(prompt) if base.is_toy else []
-    never = (
-        f"; it has never read {', '.join(unknown)}, and draws one of its toys instead"
-        if unknown
-        else ""
-    )
-    return f"note: without --adapter the base draws alone{never}"
+    if not unknown:
+        return note
+    return f"{note}; it has never read {', '.join(unknown)}, and draws one of its toys instead"
 
 
 def without_effect(values: dict, facts: Facts) -> list[str]:
     """A line for each parameter that this family's pictures do not obey."""
-    title, lines = f"{facts.title}'s pictures", []
-    # theirs is called Euler in a PNG
+    title = f"{facts.title}'s pictures"
+    lines = []
+
+    # A flow's own scheduler is called Euler in a PNG.
     if facts.style == "flow" and values.get("scheduler") not in (None, "euler"):
         lines.append(f"note: --scheduler has no effect: {title} are drawn with the base's own")
     if not facts.has_negative and values.get("negative_prompt"):
@@ -193,23 +221,25 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
     """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt,
     and for a seed that is below -1."""
     values = recipe.params.to_dict() if recipe else {}
-    names = {"height": "height_px", "width": "width_px"}
-    for name in (
-        "prompt",
-        "negative_prompt",
-        "steps",
-        "guidance_scale",
-        "height",
-        "width",
-        "num_images",
-        "scheduler",
-    ):
-        if (value := getattr(args, name)) is not None:
-            values[names.get(name, name)] = value
+    given = {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "height_px": args.height,
+        "width_px": args.width,
+        "num_images": args.num_images,
+        "scheduler": args.scheduler,
+    }
+    for name, value in given.items():
+        if value is not None:
+            values[name] = value
     if args.seed is not None:
         if args.seed < -1:
             raise UserError(f"--seed {args.seed}: give 0 or more, or -1 for any")
         values["seed"] = params.draw_seed(args.seed)
+
+    # A single option of the command line leaves the picture's others as they are.
     values["text_options"] = dict(values.get("text_options", ())) | text_options_of(args)
     if "prompt" not in values:
         raise UserError("say what to draw with --prompt, or give a picture with --from_png")
@@ -221,21 +251,26 @@ def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
     from dreambooth_moslora.generation.grids import Sheet
 
     folder.mkdir(parents=True, exist_ok=True)
-    clear, black = "\r\033[K" if sys.stderr.isatty() else "", []
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # erases the line of a terminal
+    black = []
     for event in events:
         if isinstance(event, params.Image) and params.about_black([event]):
             black.append(event)
+
+        # One line of progress that overwrites itself; none in a file
         if isinstance(event, params.Step) and clear:
+            image = f"image {event.index + 1}/{event.num_images}"
+            step = f"step {event.step}/{event.steps}"
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
-            done = (
-                f"image {event.index + 1}/{event.num_images}, step {event.step}/{event.steps}{eta}"
-            )
-            print(f"{clear}{done}", end="", file=sys.stderr, flush=True)
+            print(f"{clear}{image}, {step}{eta}", end="", file=sys.stderr, flush=True)
         elif isinstance(event, Sheet) or (isinstance(event, params.Image) and not only_sheet):
             print(clear, end="", file=sys.stderr, flush=True)
             stem = "grid" if only_sheet else f"image_{event.params.seed}"
             name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
             print(event.save(folder / f"{name}.png"))
-    if said := params.about_black(black):
+
+    # What went wrong in a picture is no error, but must not go unnoticed.
+    said = params.about_black(black)
+    if said:
         print(f"note: of the pictures, {said}.", file=sys.stderr)
     return 0

@@ -24,18 +24,23 @@ from dreambooth_moslora.settings.table import TrainConfig
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.jobs import Job, QueueTurns
 
+# The folder of the runs by default
 RUNS = "runs"
 EPILOG = """examples:
   queue                    what is trained now, what waits, and how the last ones ended
-  queue start              train them one after the other; Ctrl-C saves, and the next start goes on from there
+  queue start              train them one after the other; Ctrl-C saves, and the next start goes on
+                           from there
   queue stop               the run that is trained now saves and leaves the queue; the next begins
   queue move dog first     or up, down, last, or a number
   queue remove dog"""
 PAUSED = "paused on the page: no next run starts until Go on there, or `queue start`"
 NOTHING = "nothing waits; `train … --queue` adds a run"
+# How many of the last ended runs are listed
 ENDED_SHOWN = 10
+# Seconds between two looks at the run that is trained, which is another process
 POLL_SEC = 0.5
-PLAIN_INTERVAL_SEC = 30.0  # Seconds between two lines of progress when the output is a file.
+# Seconds between two lines of progress when the output is a file
+PLAIN_INTERVAL_SEC = 30.0
 
 
 def queue_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +53,7 @@ def queue_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_queue(args: argparse.Namespace) -> int:
+    """Do what the words say. Raises UserError."""
     from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 
     turns = QueueTurns(Jobs(Path(os.path.abspath(user_path(args.runs_dir)))))
@@ -59,7 +65,8 @@ def run_queue(args: argparse.Namespace) -> int:
         case ["start"]:
             return train_all(turns)
         case ["stop"]:
-            if (job := live_job(turns, turns.current())) is None:
+            job = live_job(turns, turns.current())
+            if job is None:
                 raise UserError("no run of the queue is trained now; `queue` lists those that wait")
             turns.jobs.stop(job.name)
             said = f"{job.name} finishes its step, saves and leaves the queue"
@@ -71,9 +78,9 @@ def run_queue(args: argparse.Namespace) -> int:
             turns.queue.remove(name)
             print(spelled_out(f"{name} was removed from the queue"))
         case _:
-            raise UserError(
-                f"queue {' '.join(args.words)}: say list, start, stop, move NAME PLACE, or remove NAME."
-            )
+            said = " ".join(args.words)
+            known = "list, start, stop, move NAME PLACE, or remove NAME"
+            raise UserError(f"queue {said}: say {known}.")
     return 0
 
 
@@ -91,6 +98,8 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
         raise UserError(
             "--hub_token: it would lie in the queue's file; log in instead (`hf auth login`)."
         )
+
+    # All that training would refuse: nobody may be there when its turn comes.
     check_folders(config)
     base = Base.of(config)
     trained = replace(config, **family_settings(config, base))
@@ -102,49 +111,69 @@ def enqueue(config: TrainConfig, argv: list[str]) -> str:
     made_lines(config, photo_report(config))  # no word may say what to look for
     run_dir = Path(os.path.abspath(config.output_dir))
     Jobs(run_dir.parent).run_dir(run_dir.name)
+
+    # The folder reserves the name: the next `train` of the same word chooses another one.
     is_new = not run_dir.exists()
-    run_dir.mkdir(parents=True, exist_ok=True)  # so that the next `train` chooses another name
-    facts = {"folder": os.getcwd(), "argv": tuple(argv), "settings": config.to_dict()}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    queued = QueuedRun(
+        run_dir.name,
+        folder=os.getcwd(),
+        argv=tuple(argv),
+        settings=config.to_dict(),
+        is_new=is_new,
+        queued=time.time(),
+    )
     try:
-        place = RunQueue(run_dir.parent).add(
-            QueuedRun(run_dir.name, is_new=is_new, queued=time.time(), **facts)
-        )
+        place = RunQueue(run_dir.parent).add(queued)
     except BaseException:
         if is_new:
             with suppress(OSError):
                 run_dir.rmdir()
         raise
-    is_usual = run_dir.parent == Path(os.path.abspath(RUNS))
-    start = "queue start" + ("" if is_usual else f" --runs_dir {shlex.quote(str(run_dir.parent))}")
+
+    start = "queue start"
+    if run_dir.parent != Path(os.path.abspath(RUNS)):
+        start += f" --runs_dir {shlex.quote(str(run_dir.parent))}"
     return f"{run_dir.name} waits, number {place} in the queue; `{start}` or the page trains it"
 
 
 def lines_of(turns: "QueueTurns") -> list[str]:
-    lines = [f"ended: {line}" for line in map(ending, turns.queue.ended()[-ENDED_SHOWN:])]
+    """The last ended runs, the one that is trained now, those that wait, and whether it pauses."""
+    lines = [f"ended: {ending(event)}" for event in turns.queue.ended()[-ENDED_SHOWN:]]
+
+    # A started run without a live process was cut off, as by a power failure.
     for queued in turns.queue.started():
-        job, said = live_job(turns, queued), "interrupted; its next turn resumes it"
-        if job is not None:
+        job = live_job(turns, queued)
+        if job is None:
+            said = "interrupted; its next turn resumes it"
+        else:
             state = turns.jobs.state(job)
-            said = (
-                f"step {state.step} of {state.max_train_steps}"
-                if state.max_train_steps
-                else "starting"
-            )
+            said = "starting"
+            if state.max_train_steps:
+                said = f"step {state.step} of {state.max_train_steps}"
         lines.append(f"now: {queued.name}, {said}")
+
     for number, queued in enumerate(turns.queue.waiting(), 1):
         unsaid = "added on the page" if queued.settings else "its file cannot be read"
         said = shlex.join(queued.argv) or unsaid
         lines.append(f"{number:>3}  {queued.name}  {said}")
-    lines += [PAUSED] * turns.queue.is_paused
-    return lines if not turns.is_empty else [*lines, NOTHING]
+
+    if turns.queue.is_paused:
+        lines.append(PAUSED)
+    if turns.is_empty:
+        lines.append(NOTHING)
+    return lines
 
 
 def ending(event: dict[str, Any]) -> str:
+    """How a run of the queue ended."""
+    said = f"{event.get('name')} {event.get('state')}"
     message = str(event.get("message") or "")
-    return f"{event.get('name')} {event.get('state')}" + (f": {message}" if message else "")
+    return f"{said}: {message}" if message else said
 
 
 def live_job(turns: "QueueTurns", queued: QueuedRun | None) -> "Job | None":
+    """The process that trains the run; None if there is none, or it has ended."""
     from dreambooth_moslora.ui.jobs import Job
 
     job = Job.load(turns.jobs.runs_dir / queued.name) if queued else None
@@ -158,19 +187,27 @@ def train_all(turns: "QueueTurns") -> int:
     if turns.is_empty:
         print(NOTHING, file=sys.stderr)
     told = len(turns.queue.ended())
-    failed, bar = 0, Bar()
+    failed = 0
+    bar = Bar()
     with StopRequest() as stop:
         while not (turns.is_empty or stop()):
+            # Start the next run when none is trained; each is a process of its own.
             turns.take()
+
+            # Say how runs ended since the last look.
             for event in turns.queue.ended()[told:]:
                 bar.close()
                 print(spelled_out(ending(event)), file=sys.stderr)
-                told, failed = told + 1, failed + (event.get("state") == "failed")
+                told += 1
+                failed += event.get("state") == "failed"
             bar.show(turns)
             time.sleep(POLL_SEC)
         bar.close()
-        if stop():  # the current run saves and stays first in the queue
-            if (job := live_job(turns, turns.current())) is not None:
+
+        # The current run saves, and stays first in the queue.
+        if stop():
+            job = live_job(turns, turns.current())
+            if job is not None:
                 turns.jobs.ask_to_stop(job)
                 while job.is_alive:
                     turns.jobs.current()  # reaps an ended child, and ends one that does not answer
@@ -184,9 +221,11 @@ class Bar:
     """Progress of the current run, with the remaining time."""
 
     def __init__(self) -> None:
-        self.name, self.bar = "", None
+        self.name = ""  # of its run
+        self.bar: tqdm | None = None
 
     def show(self, turns: "QueueTurns") -> None:
+        """Bring it up to date. It begins anew with the next run."""
         queued = turns.current()
         job = live_job(turns, queued)
         state = turns.jobs.state(job) if job else None
@@ -194,13 +233,19 @@ class Bar:
             return
         if self.name != queued.name:
             self.close()
-            interval = 0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC
-            options = {"unit": "step", "initial": state.step, "mininterval": interval}
             self.name = queued.name
-            self.bar = tqdm(total=state.max_train_steps, desc=spelled_out(queued.name), **options)
+            self.bar = tqdm(
+                total=state.max_train_steps,
+                initial=state.step,
+                desc=spelled_out(queued.name),
+                unit="step",
+                mininterval=0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC,
+            )
         self.bar.update(state.step - self.bar.n)
 
     def close(self) -> None:
+        """End it, if there is one."""
         if self.bar is not None:
             self.bar.close()
-        self.name, self.bar = "", None
+        self.name = ""
+        self.bar = None

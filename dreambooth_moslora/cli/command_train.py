@@ -52,17 +52,22 @@ if TYPE_CHECKING:
     from dreambooth_moslora.plan.plan import Plan
     from dreambooth_moslora.training.loop import TrainResult
 
-DESCRIPTION = "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA (arXiv 2406.11909)."
+DESCRIPTION = (
+    "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA "
+    "(arXiv 2406.11909)."
+)
+# The name under which it is called as a script
 SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog
       a folder and a word: the program chooses and prints the rest, and any flag below overrides it
   {command} --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
-    --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" --output_dir runs/dog --max_train_steps 500
+    --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" \\
+    --output_dir runs/dog --max_train_steps 500
   {command} --config assets/configs/quickstart.toml
 
-Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by --no_SWITCH.
-Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
+Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by
+--no_SWITCH. Ctrl-C finishes the step and saves; --resume_from_checkpoint latest goes on."""
 DAILY = {
     "what is taught": (
         "pretrained_model_name_or_path",
@@ -82,43 +87,57 @@ WITHOUT_WORDS = {
     "instance_prompt": f" ({NEEDED}, except with PHOTOS WORD or --subjects)",
 }
 """What `train` needs, in its help; `require` asks for it."""
+# Where runs go that have no --output_dir
 RUNS = Path("runs")
+# The end of messages about PHOTOS WORD
 AS_ONE_WORD = "as in `train photos/dog dog`"
+CONFIG_HELP = "settings from a .toml or .json file; flags override them"
+# Type of a setting -> what its help calls a value
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
-    return exit_code(lambda: train_or_queue(list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: train_or_queue(words))
 
 
 def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
+    """Describe, queue or train the run of a command line; returns the exit code. Raises
+    UserError."""
     config, is_queued, chosen = parse_training(argv, prog)
     report = chosen.photo_report
+
+    # Only say what would be trained
     if config.dry_run:
         from dreambooth_moslora.training.dry_run import describe_run
 
         print(spelled_out(describe_run(config, report)))
         print(set_apart(chosen.last_words), end="")
         return DONE
+
+    # Put it at the end of the queue
     if is_queued:
         from dreambooth_moslora.cli.command_queue import enqueue
 
         print(spelled_out(enqueue(config, argv)))
         print(set_apart(chosen.last_words), end="")
         return DONE
+
+    # Train it here
     from dreambooth_moslora.plan.checks import check_folders
 
     with StopRequest() as stop:
-        check_folders(config)  # before the log file creates or changes a folder
-        if refusal := Base.of(config).unreachable:
+        # Before the log file creates or changes a folder
+        check_folders(config)
+        refusal = Base.of(config).unreachable
+        if refusal:
             raise UserError(refusal)
+
+        # The log of the run folder also says how the run ended.
         file_only = start_log(config)
-        file_only.info(
-            "begins: version %s, base %s",
-            __version__,
-            public_name(config.pretrained_model_name_or_path),
-        )
+        base = public_name(config.pretrained_model_name_or_path)
+        file_only.info("begins: version %s, base %s", __version__, base)
         try:
             code = run_trainer(config, stop, report, chosen.last_words)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
@@ -132,49 +151,57 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
+    """The parser of `train`'s flags; words come before them. Its --help shows those of DAILY."""
     command = f"python {SCRIPT}" if prog == SCRIPT else prog
-    texts = {"description": DESCRIPTION, "epilog": EXAMPLE.format(command=command)}
-    texts["usage"] = f"{prog} [PHOTOS WORD] [--FLAG VALUE …]"
+    texts = {
+        "description": DESCRIPTION,
+        "epilog": EXAMPLE.format(command=command),
+        "usage": f"{prog} [PHOTOS WORD] [--FLAG VALUE …]",
+    }
     parser = Parser(prog=prog, add_help=False, **texts)
+
+    # argparse's action `version` prints any text and exits.
     short = short_help(prog, texts)
-    parser.add_argument(
-        "-h", "--help", action="version", version=short, help="the flags in daily use"
-    )
+    about = "the flags in daily use"
+    parser.add_argument("-h", "--help", action="version", version=short, help=about)
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
-    about = "put the run at the end of the queue beside its --output_dir and return"
-    parser.add_argument(
-        "--queue", action="store_true", help=f"{about}; `queue start` or the page trains it"
+
+    about = (
+        "put the run at the end of the queue beside its --output_dir and return; "
+        "`queue start` or the page trains it"
     )
+    parser.add_argument("--queue", action="store_true", help=about)
     add_training_flags(parser, notes=WITHOUT_WORDS)
     return parser
 
 
 def short_help(prog: str, texts: Mapping[str, str]) -> str:
+    """The help with the flags in daily use alone."""
     parser = Parser(prog=prog, add_help=False, **texts)
     for title, names in DAILY.items():
         group = parser.add_argument_group(title)
         for name in names:
             add_flag(group, table.SETTINGS[name], WITHOUT_WORDS.get(name, ""))
     group = parser.add_argument_group("the other flags")
-    group.add_argument(
-        "--config", metavar="FILE", help="settings from a .toml or .json file; flags override them"
-    )
-    group.add_argument(
-        "--help_all", action="help", help=f"all {len(table.SETTINGS)} settings, by topic"
-    )
+    group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    about = f"all {len(table.SETTINGS)} settings, by topic"
+    group.add_argument("--help_all", action="help", help=about)
     return parser.format_help()
 
 
 def add_training_flags(
     parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Add `--config`, `--like` and a flag for each setting; the result has the given ones. `notes`
-    end their help."""
+    """Add `--config`, `--like` and a flag for each setting. What is parsed has the given settings
+    alone.
+
+    parser: gets the flags
+    hidden: settings whose flags are understood, but not in the help
+    notes: setting -> the end of its help
+    """
     parser.is_of_training = True
-    parser.add_argument(
-        "--config", metavar="FILE", help="settings from a .toml or .json file; flags override them"
-    )
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     about_like = (
         "settings from a published adapter file, also kohya's; flags and --config override them"
     )
@@ -186,22 +213,38 @@ def add_training_flags(
 
 
 def add_flag(group: Any, item: Field, note: str = "", *, is_hidden: bool = False) -> None:
-    """`note` ends its help; without one, the default of a setting that is not required does."""
-    base, facts, default = table.FIELD_TYPES[item.name][0], item.metadata, item.default
-    if not (note or facts["required"] or default is None or default is False or default == ()):
+    """Add the flag of a setting.
+
+    group: of a parser
+    item: the setting
+    note: the end of its help. Without one, the default of a setting that is not required ends it
+    is_hidden: leave it out of the help
+    """
+    kind = table.FIELD_TYPES[item.name][0]
+    facts = item.metadata
+    default = item.default
+
+    # The help; argparse takes % for a format.
+    has_default = not (default is None or default is False or default == ())
+    if not note and has_default and not facts["required"]:
         note = f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-    names = [f"--{name}" for name in (item.name, *facts["also"].split())]
     about = argparse.SUPPRESS if is_hidden else (facts["help"] + note).replace("%", "%%")
+
+    # A flag that is not given leaves nothing behind: a file's setting is then seen.
+    names = [f"--{name}" for name in (item.name, *facts["also"].split())]
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
-    if base is bool:
+    if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
-        options |= {"help": argparse.SUPPRESS}
+        options["help"] = argparse.SUPPRESS
         group.add_argument(f"--no_{item.name}", action="store_const", const=False, **options)
-    else:
-        metavar = "{" + ",".join(facts["choices"]) + "}" if facts["choices"] else METAVARS[base]
-        group.add_argument(
-            *names, nargs="+" if base in (tuple, Prompt) else None, metavar=metavar, **options
-        )
+        return
+    choices_shown = "{" + ",".join(facts["choices"]) + "}"
+    group.add_argument(
+        *names,
+        nargs="+" if kind in (tuple, Prompt) else None,
+        metavar=choices_shown if facts["choices"] else METAVARS[kind],
+        **options,
+    )
 
 
 def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainConfig:
@@ -215,19 +258,28 @@ def parse_training(
     prog: str = SCRIPT,
 ) -> tuple[table.TrainConfig, bool, choices.Choices]:
     """Settings, whether the run waits in the queue, and what was chosen. Raises UserError."""
-    rank = int(os.environ.get("LOCAL_RANK", "-1"))  # as a launcher sets it; -1 is none
+    # All processes of a launcher must have been given the same.
     given = memory.same_for_all(
         lambda: given_by(argv, prog),
         lambda own: "\n".join([*own.words, memory.in_lines(own.settings)]),
     )
+
+    # PHOTOS WORD leaves the rest to the program.
     chosen = choose(given) if given.words else choices.Choices(given.settings)
     require(chosen.all)
     choices.choose_resolution(chosen)
-    config = table.TrainConfig.from_dict(chosen.all | ({"local_rank": rank} if rank != -1 else {}))
-    return config, given.is_queued, chosen
+
+    # The process's number as a launcher sets it; -1 is none
+    settings = chosen.all
+    rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if rank != -1:
+        settings = settings | {"local_rank": rank}
+    return table.TrainConfig.from_dict(settings), given.is_queued, chosen
 
 
 class Given(NamedTuple):
+    """What a command line gives."""
+
     words: list[str]
     settings: dict[str, Any]
     has_recipe: bool  # a file replaces the recipe
@@ -235,26 +287,30 @@ class Given(NamedTuple):
 
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
-    """Raises UserError; SystemExit for --help and --version."""
+    """Words and settings of a command line, with those of its files. Raises UserError; SystemExit
+    for --help and --version."""
     if not argv:
         raise UserError(
             f"say which photos to train, and what they show, {AS_ONE_WORD}; --help shows the flags."
         )
+
+    # PHOTOS WORD, then the flags
     argv = underscored(argv)
-    first_flag = next(
-        (number for number, word in enumerate(argv) if word.startswith("-")), len(argv)
-    )
+    flags_from = [number for number, word in enumerate(argv) if word.startswith("-")]
+    first_flag = flags_from[0] if flags_from else len(argv)
     words = argv[:first_flag]
     found, unknown = build_train_parser(prog).parse_known_args(argv[first_flag:])
-    # words after the flags
+
+    # Or the words after the flags
     if not words and len(unknown) == 2 and Path(find_asset(unknown[0])).is_dir():
-        words, unknown = unknown, []
+        words = unknown
+        unknown = []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
     flags = vars(found)
     is_queued = flags.pop("queue")
     settings, has_recipe = settings_of(flags, without_words=bool(words))
-    return Given(words, settings, has_recipe, is_queued)
+    return Given(words=words, settings=settings, has_recipe=has_recipe, is_queued=is_queued)
 
 
 def settings_of(
@@ -263,26 +319,32 @@ def settings_of(
     """The settings of flags, --config and --like, and whether there is such a file. Raises
     UserError."""
     flags = dict(flags)
-    file, like = flags.pop("config"), flags.pop("like")
-    if "" in (file, like):  # as a variable of the shell that is not set
-        raise UserError(
-            f"--{'config' if file == '' else 'like'} is empty: name a file, or leave it out."
-        )
+    file = flags.pop("config")
+    like = flags.pop("like")
+
+    # Empty as a variable of the shell that is not set
+    for name, value in (("config", file), ("like", like)):
+        if value == "":
+            raise UserError(f"--{name} is empty: name a file, or leave it out.")
+
+    # The recipe's file
     recipe = sources.load_settings(file) if file else {}
     like_of_file = recipe.pop("like", None)
     unknown = next((name for name in recipe if name not in table.SETTINGS), "")
     if unknown in FOREIGN_FLAGS:
         raise UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
-    like = like or like_of_file
+
+    # A flag may replace another setting of the file, such as the photos by their other source.
     given = {*flags, WORDS} if without_words else {*flags}
-    yields = {
-        name
-        for name, item in table.SETTINGS.items()
-        if given.intersection(item.metadata["yields_to"])
-    }
-    settings = table.check_each(
-        {name: value for name, value in recipe.items() if name not in yields} | flags
-    )
+    settings = {}
+    for name, value in recipe.items():
+        item = table.SETTINGS.get(name)
+        if item is None or not given.intersection(item.metadata["yields_to"]):
+            settings[name] = value
+    settings = table.check_each(settings | flags)
+
+    # An adapter's own settings come last: everything else overrides them.
+    like = like or like_of_file
     if like:
         taken, lines = sources.settings_like(str(like), settings)
         settings = taken | settings
@@ -294,18 +356,18 @@ def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
     missing = []
     for item in table.SETTINGS.values():
+        if not item.metadata["required"]:
+            continue
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
-        if (
-            item.metadata["required"]
-            and not is_said_by_subjects
-            and not str(settings.get(item.name, "")).strip()
-        ):
+        is_given = str(settings.get(item.name, "")).strip()
+        if not is_said_by_subjects and not is_given:
             missing.append(f"--{item.name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
+        flags = ", ".join(missing)
         raise UserError(
-            f"missing: {', '.join(missing)}; give it as a flag or in a --config file, or see --help."
+            f"missing: {flags}; give it as a flag or in a --config file, or see --help."
         )
 
 
@@ -314,34 +376,45 @@ def choose(given: Given) -> choices.Choices:
     UserError."""
     from dreambooth_moslora.photos.folder import photo_report
 
+    # The words, and a wrong base before PyTorch is imported to ask for the GPU's memory
     folder, word = folder_and_word(given.words)
     settings = {name: table.checked_setting(name, value) for name, value in given.settings.items()}
     if settings.get("instance_data_dir"):
         raise UserError(
             f"{given.words[0]} and --instance_data_dir: give the folder of photos once."
         )
-    if base := settings.get("pretrained_model_name_or_path"):
-        Base.find(base)  # before PyTorch is imported to ask for the GPU's memory
+    base = settings.get("pretrained_model_name_or_path")
+    if base:
+        Base.find(base)
+
+    # The base
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
         said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
         chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
+
+    # The recipe that fits the GPU's memory
     free_gib = None if chosen.base.is_toy else memory.least_free_gib(is_later=given.is_queued)
-    if free_gib is not None and memory.is_alone() and (count := machine.gpu_count()) > 1:
-        chosen.say(
-            f"GPUs: one of {count}; `accelerate launch --multi_gpu {SCRIPT} …` trains on all"
-        )
-    exposures = (
-        choices.USUAL_EXPOSURES if given.has_recipe else choices.choose_recipe(chosen, free_gib)
-    )
+    if free_gib is not None and memory.is_alone():
+        count = machine.gpu_count()
+        if count > 1:
+            on_all = f"`accelerate launch --multi_gpu {SCRIPT} …` trains on all"
+            chosen.say(f"GPUs: one of {count}; {on_all}")
+    exposures = choices.USUAL_EXPOSURES
+    if not given.has_recipe:
+        exposures = choices.choose_recipe(chosen, free_gib)
+
+    # Prompts and the run's folder
     choices.choose_words(chosen, word)
     output = run_folder(word, settings.get("resume_from_checkpoint"))
     chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
-    # by which photos are judged; a recipe has it, a file may lack it
+
+    # The photos are judged by the resolution; a recipe has it, a file may lack it.
     choices.choose_resolution(chosen)
-    chosen.photo_report = photo_report(
-        table.TrainConfig.from_dict(chosen.all | {"early_stopping": None})
-    )
+    reading = table.TrainConfig.from_dict(chosen.all | {"early_stopping": None})
+    chosen.photo_report = photo_report(reading)
+
+    # Steps and scores depend on how many photos there are.
     choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
     choices.choose_scores(chosen, chosen.photo_report.photos)
     say(chosen.lines)
@@ -349,22 +422,26 @@ def choose(given: Given) -> choices.Choices:
 
 
 def choose_base(chosen: choices.Choices, folder: Path) -> bool:
-    """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded one."""
-    base, said = memory.STOCK_SDXL, memory.STOCK_SDXL
+    """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded
+    one."""
+    is_given = "pretrained_model_name_or_path" in chosen.given
+    base = said = memory.STOCK_SDXL
     is_for_lack = False
+
+    # Photos of toys
     if (folder / SUBJECT_FILE).is_file():
-        base, said = "toy", "the embedded one, as the photos are of its world"
+        base = "toy"
+        said = "the embedded one, as the photos are of its world"
+
+    # No GPU. If PyTorch only cannot use the one that is there, that is put right first.
     elif memory.least_free_gib() is None:
-        if "pretrained_model_name_or_path" not in chosen.given and (line := machine.unused_gpu()):
-            cure, toy = line.rstrip("."), "--pretrained_model_name_or_path toy"
-            raise UserError(
-                f"{cure}; without it only the embedded base is trained, which knows toys alone: {toy}"
-            )
-        base, said = (
-            "toy",
-            "the embedded one, as there is no GPU here, and the embedded base knows toys alone",
-        )
-        is_for_lack = "pretrained_model_name_or_path" not in chosen.given
+        line = "" if is_given else machine.unused_gpu()
+        if line:
+            without = "without it only the embedded base is trained, which knows toys alone"
+            raise UserError(f"{line.rstrip('.')}; {without}: --pretrained_model_name_or_path toy")
+        base = "toy"
+        said = "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
+        is_for_lack = not is_given
     chosen.add(f"base: {said}", "pretrained_model_name_or_path", pretrained_model_name_or_path=base)
     return is_for_lack
 
@@ -376,18 +453,22 @@ def set_apart(lines: Sequence[str]) -> str:
 
 def folder_and_word(words: list[str]) -> tuple[Path, str]:
     """The folder of photos and the class. Raises UserError."""
-    folder, word = Path(find_asset(words[0])), " ".join(words[1:2]).strip()
+    folder = Path(find_asset(words[0]))
+    word = " ".join(words[1:2]).strip()
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "there is no such folder"
         raise UserError(
             f"{words[0]}: {kind}; give the folder of photos first, then the word, {AS_ONE_WORD}."
         )
+
+    # One word for the class, or several in quotes
     if word.startswith("-"):
         raise UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if (count := len(word)) > (most := MAX_WORD_CHARACTERS):
-        raise UserError(f"the word has {count} letters; at most {most} are allowed, {AS_ONE_WORD}.")
+    if len(word) > MAX_WORD_CHARACTERS:
+        most = f"at most {MAX_WORD_CHARACTERS} are allowed"
+        raise UserError(f"the word has {len(word)} letters; {most}, {AS_ONE_WORD}.")
     if len(words) > 2:
         said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
         raise UserError(f"{said}, {AS_ONE_WORD}.")
@@ -397,17 +478,20 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 def run_folder(word: str, resumed_from: str | None = None) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint,
     else the latest one, with a checkpoint if any has one; for several processes the first."""
+    # A named checkpoint lies in its run.
     if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
         return Path(resumed_from).parent
+
+    # A new run. Processes that start together cannot agree on a free name.
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
     if not memory.is_alone():
         return RUNS / name
     if not resumed_from:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
-    there = [
-        path for path in RUNS.glob("*") if re.fullmatch(rf"{re.escape(name)}(_\d+)?", path.name)
-    ]
-    # another may wait in the queue
+
+    # `latest`: dog, dog_2, … dog_10. One without a checkpoint may wait in the queue.
+    own = re.compile(rf"{re.escape(name)}(_\d+)?")
+    there = [path for path in RUNS.glob("*") if own.fullmatch(path.name)]
     there = [path for path in there if RunDir(path).latest_checkpoint()] or there
     return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
 
@@ -418,11 +502,19 @@ def run_trainer(
     report: "PhotoReport | None" = None,
     last_words: Sequence[str] = (),
 ) -> int:
-    """`report` is given where the photos were read before. `last_words` are said behind all
-    remarks."""
+    """Plan and train a run, with its progress on the terminal.
+
+    config: of the run
+    stop: whether someone asked to stop
+    report: on the photos, where they were read before
+    last_words: said behind all remarks
+
+    Returns the exit code. Raises UserError.
+    """
     from dreambooth_moslora.plan.plan import make_plan
 
-    plan = make_plan(config, report)  # refuses the run, if it must, before torch is imported
+    # The plan refuses the run, if it must, before torch is imported.
+    plan = make_plan(config, report)
     with uncollected():
         from dreambooth_moslora.training.loop import train
 
@@ -443,23 +535,31 @@ def run_trainer(
 def print_ending(plan: "Plan", result: "TrainResult") -> None:
     """Say where the adapter is, and of a run that was not stopped the most important advice of
     `explain`."""
-    folder, step = result.run_dir, result.step
+    folder = result.run_dir
+    step = result.step
     if not result.interrupted:
         load = f'pipe.load_lora_weights("{folder}") loads the adapter'
         text = f"done: {step} steps. {load}; {folder}/README.md says more."
     elif step:
-        text = f"stopped at step {step}: the adapter so far is in {folder}; --resume_from_checkpoint latest goes on."
+        text = (
+            f"stopped at step {step}: the adapter so far is in {folder}; "
+            "--resume_from_checkpoint latest goes on."
+        )
     else:
         text = "stopped before the first step: nothing was saved."
     print(text, file=sys.stderr)
-    if not result.interrupted:
-        from dreambooth_moslora.training.explain import closing_advice, figures_of
+    if result.interrupted:
+        return
 
-        for line in closing_advice(figures_of(RunDir(plan.config.output_dir), plan.photos)):
-            print(f"try next: {spelled_out(line)}", file=sys.stderr)
+    from dreambooth_moslora.training.explain import closing_advice, figures_of
+
+    figures = figures_of(RunDir(plan.config.output_dir), plan.photos)
+    for line in closing_advice(figures):
+        print(f"try next: {spelled_out(line)}", file=sys.stderr)
 
 
 def warn_about(plan: "Plan") -> None:
+    """Say the plan's advice in the first process's log and terminal."""
     from dreambooth_moslora.training.dry_run import advice
 
     if is_main_process():
@@ -468,6 +568,7 @@ def warn_about(plan: "Plan") -> None:
 
 
 def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
+    """What scores the run while it trains; only the first process keeps scores."""
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 
     return TrainingEvaluator(plan.config, plan.photos, scores=is_main_process())
@@ -476,18 +577,23 @@ def make_evaluator(plan: "Plan") -> "TrainingEvaluator":
 def start_log(config: table.TrainConfig) -> logging.Logger:
     """Send all records to the run folder, warnings also to the terminal; returns a logger for the
     folder alone."""
+    # Warnings of libraries are records too; those about their next versions help nobody here.
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+
+    # One process writes; the others only say errors.
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING if is_main_process() else logging.ERROR)
     terminal.setFormatter(SpelledOut("%(message)s"))
     file = log_file(RunDir(config.output_dir)) if is_main_process() else logging.NullHandler()
-    file_only = logging.Logger(__name__)
-    file_only.addHandler(file)
     root.addHandler(terminal)
     root.addHandler(file)
+
+    # A logger outside of the root's tree, so that the terminal does not get its records
+    file_only = logging.Logger(__name__)
+    file_only.addHandler(file)
     return file_only
 
 
@@ -506,9 +612,8 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         if not self.is_lost:
-            print(
-                f"note: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr
-            )
+            error = sys.exc_info()[1]
+            print(f"note: {self.baseFilename} cannot be written: {error}", file=sys.stderr)
         self.is_lost = True
 
 

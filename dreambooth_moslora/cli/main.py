@@ -16,52 +16,98 @@ from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import nearest
 
-# fmt: off
 COMMANDS = {
-    "check": ("cli.command_check", "judge a folder of photos and show the exact crops, before any training"),
-    "caption": ("cli.command_check",
-        "write captions for photos that have none: the subject's words and the surroundings"),
-    "queue": ("cli.command_queue", "list, order and train the runs that wait; `train … --queue` adds one"),
-    "explain": ("cli.command_evaluate", "say what a run's figures mean, and which flag to try next"),
-    "generate": ("cli.command_generate", "make pictures with a base and adapters, one by one or as a captioned grid"),
-    "evaluate": ("cli.command_evaluate", "measure how good an adapter is: report.html and scores.json"),
-    "info": ("cli.command_export",
-        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, the mixer's figures"),
-    "export": ("cli.command_export",
-        "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, A1111, InvokeAI"),
-    "compare": ("extras.lab.commands",
-        "train and score several kinds of adapter at an equal budget: tables, intervals, plots"),
-    "basis": ("extras.lab.commands", "learn A and B that many subjects share, for studies"),
-    "fleet": ("extras.cluster.command_fleet",
-        "train many subjects on many machines (Ray); `fleet status DIR` shows their state"),
-    "serve": ("extras.serving.command_serve", "answer HTTP requests with pictures of many adapters (Ray Serve)"),
-    "page": ("extras.serving.command_page", "the page of `app`, whose pictures a `serve` draws"),
-    "doctor": ("cli.command_doctor", "look for problems: versions, device, disk, a VAE that overflows"),
-    "selftest": ("extras.lab.command_selftest",
-        "train, resume and draw on this machine's device, and compare the results with its CPU"),
+    "check": (
+        "cli.command_check",
+        "judge a folder of photos and show the exact crops, before any training",
+    ),
+    "caption": (
+        "cli.command_check",
+        "write captions for photos that have none: the subject's words and the surroundings",
+    ),
+    "queue": (
+        "cli.command_queue",
+        "list, order and train the runs that wait; `train … --queue` adds one",
+    ),
+    "explain": (
+        "cli.command_evaluate",
+        "say what a run's figures mean, and which flag to try next",
+    ),
+    "generate": (
+        "cli.command_generate",
+        "make pictures with a base and adapters, one by one or as a captioned grid",
+    ),
+    "evaluate": (
+        "cli.command_evaluate",
+        "measure how good an adapter is: report.html and scores.json",
+    ),
+    "info": (
+        "cli.command_export",
+        "say what a LoRA file is: kind, rank, alpha, modules, base, trigger words, "
+        "the mixer's figures",
+    ),
+    "export": (
+        "cli.command_export",
+        "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, "
+        "A1111, InvokeAI",
+    ),
+    "compare": (
+        "extras.lab.commands",
+        "train and score several kinds of adapter at an equal budget: tables, intervals, plots",
+    ),
+    "basis": (
+        "extras.lab.commands",
+        "learn A and B that many subjects share, for studies",
+    ),
+    "fleet": (
+        "extras.cluster.command_fleet",
+        "train many subjects on many machines (Ray); `fleet status DIR` shows their state",
+    ),
+    "serve": (
+        "extras.serving.command_serve",
+        "answer HTTP requests with pictures of many adapters (Ray Serve)",
+    ),
+    "page": (
+        "extras.serving.command_page",
+        "the page of `app`, whose pictures a `serve` draws",
+    ),
+    "doctor": (
+        "cli.command_doctor",
+        "look for problems: versions, device, disk, a VAE that overflows",
+    ),
+    "selftest": (
+        "extras.lab.command_selftest",
+        "train, resume and draw on this machine's device, and compare the results with its CPU",
+    ),
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line
 of the help."""
-# fmt: on
 UNLISTED = {
     "together": ("extras.cluster.together", "train several subjects of a fleet in one process")
 }
 """What a fleet's worker starts for a group of subjects."""
+# The end of the help
 FIRST_STEPS = """
 first steps, with a folder of photos and a word for what they show:
   check photos/dog dog
   train photos/dog dog
   generate --adapter runs/dog --prompt "a photo of a sks dog\""""
-# The two ways to start `main`.
-INSTALLED, MODULE = "dreambooth-moslora", "python -m dreambooth_moslora"
+# The two ways to start `main`
+INSTALLED = "dreambooth-moslora"
+MODULE = "python -m dreambooth_moslora"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return terminal.exit_code(lambda: run_command(list(sys.argv[1:] if argv is None else argv)))
+    """Run a command line, by default the process's own; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return terminal.exit_code(lambda: run_command(words))
 
 
 def run_command(argv: list[str]) -> int:
+    """Run a command with its arguments; returns the exit code. Raises UserError."""
     program = INSTALLED if Path(sys.argv[0]).stem == INSTALLED else MODULE
+
+    # The help, also for no words at all
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {program} COMMAND …\n\ncommands (each has --help):")
         print("  train     teach a subject; the same as train_dreambooth.py")
@@ -70,16 +116,20 @@ def run_command(argv: list[str]) -> int:
             print(f"  {name:9} {about}")
         print(FIRST_STEPS)
         return terminal.DONE if argv else terminal.MISTAKE
-    name, rest = argv[0], argv[1:]
+    name, *rest = argv
     if name == "--version":
         print(__version__)
         return terminal.DONE
+
+    # Commands that parse their own arguments, as their scripts do
     if name == "train":
         return command_train.train_or_queue(rest, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 
         return app.main(rest, f"{program} app")
+
+    # The others; only the module of the command is imported.
     if name not in COMMANDS | UNLISTED:
         known = ("train", "app", *COMMANDS)
         close = nearest(name, known)
@@ -92,5 +142,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def command(name: str) -> tuple[Callable, Callable]:
-    module = import_module(f"dreambooth_moslora.{(COMMANDS | UNLISTED)[name][0]}")
+    """What adds the command's arguments to a parser, and what runs it."""
+    place, _ = (COMMANDS | UNLISTED)[name]
+    module = import_module(f"dreambooth_moslora.{place}")
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")

@@ -13,22 +13,35 @@ from dreambooth_moslora.settings import rows, table
 
 FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
-    "crops_coords_top_left_h": "each photo's own crop is told to the model; there is nothing to set",
-    "crops_coords_top_left_w": "each photo's own crop is told to the model; there is nothing to set",
+    "crops_coords_top_left_h": (
+        "each photo's own crop is told to the model; there is nothing to set"
+    ),
+    "crops_coords_top_left_w": (
+        "each photo's own crop is told to the model; there is nothing to set"
+    ),
     "set_grads_to_none": "gradients are always set to none; leave it out",
     "pre_compute_text_embeddings": "frozen text encoders are always asked once only; leave it out",
     "tokenizer_max_length": "SDXL's text encoders read 77 tokens; leave it out",
     "text_encoder_use_attention_mask": "SDXL's text encoders take no attention mask; leave it out",
-    "clip_skip": "SDXL takes the last layer but one of its text encoders, and so does this program; leave it out",
+    "clip_skip": (
+        "SDXL takes the last layer but one of its text encoders, and so does this program; "
+        "leave it out"
+    ),
     "class_labels_conditioning": "it belongs to models of pixels, which cannot be trained here",
     "skip_save_text_encoder": "text encoders are saved only as adapters; leave it out",
     "offset_noise": "use --noise_offset 0.1",
-    "train_text_encoder_frac": "not supported: the text encoders are trained all along or not at all",
+    "train_text_encoder_frac": (
+        "not supported: the text encoders are trained all along or not at all"
+    ),
     "adam_weight_decay_text_encoder_ti": "new tokens are never decayed; leave it out",
-    "enable_t5_ti": "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own",
+    "enable_t5_ti": (
+        "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own"
+    ),
     "placeholder_token token_string": "use --train_text_encoder_ti with --token_abstraction",
     "initializer_token init_word": "use --train_text_encoder_ti with --initializer_concept",
-    "num_vectors num_vectors_per_token": "use --train_text_encoder_ti with --num_new_tokens_per_abstraction",
+    "num_vectors num_vectors_per_token": (
+        "use --train_text_encoder_ti with --num_new_tokens_per_abstraction"
+    ),
     "use_blora": "use --target_modules blora_content blora_style",
     "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
     "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
@@ -38,45 +51,75 @@ FOREIGN = {
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",
     "do_fp8_training": "not supported: --base_quantization int8 is nearest",
     "skip_final_inference": "use --num_validation_images 0, which draws no samples at all",
-    "final_validation_prompt": "use --validation_prompt; the last samples are drawn at the end of the run",
-    "validation_model_path": "not supported: samples are drawn by the base; generate --base draws with another model",
-    "validation_num_inference_steps": "not supported: samples take the base's usual number of steps",
+    "final_validation_prompt": (
+        "use --validation_prompt; the last samples are drawn at the end of the run"
+    ),
+    "validation_model_path": (
+        "not supported: samples are drawn by the base; generate --base draws with another model"
+    ),
+    "validation_num_inference_steps": (
+        "not supported: samples take the base's usual number of steps"
+    ),
     "validation_guidance_scale": "not supported: samples are drawn with the base's usual guidance",
-    "remote_text_encoder": "not supported: prompts are encoded once on this machine, on the CPU if need be",
+    "remote_text_encoder": (
+        "not supported: prompts are encoded once on this machine, on the CPU if need be"
+    ),
     "fsdp_text_encoder": "encoders that the GPU has no room for encode on the CPU; leave it out",
     "enable_vae_tiling": "the VAE works in tiles wherever memory is short; leave it out",
-    "optimizer_type": f"use --optimizer {{{','.join(table.SETTINGS['optimizer'].metadata['choices'])}}}",
+    "optimizer_type": (
+        f"use --optimizer {{{','.join(table.SETTINGS['optimizer'].metadata['choices'])}}}"
+    ),
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "concepts_list concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
-    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA, --mixer kronecker a LoKr",
-    "network_args": "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora",
-    "conv_dim": "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N",
+    "network_module": (
+        "there is one kind of adapter; --mixer none makes it a plain LoRA, --mixer kronecker a LoKr"
+    ),
+    "network_args": (
+        "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora"
+    ),
+    "conv_dim": (
+        "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N"
+    ),
     "conv_alpha": "use --alpha_pattern *conv*=N",
     "block_dims network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
     "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
     "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
-    "network_train_unet_only": "the text encoders are frozen unless --train_text_encoder; leave it out",
-    "train_data_dir": "use --instance_data_dir, or --subjects where each folder in it is another subject",
+    "network_train_unet_only": (
+        "the text encoders are frozen unless --train_text_encoder; leave it out"
+    ),
+    "train_data_dir": (
+        "use --instance_data_dir, or --subjects where each folder in it is another subject"
+    ),
     "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
     "output_name": "the files are named by --output_dir",
     "save_precision": "the adapter is saved in its own precision; leave it out",
     "save_model_as": "adapters are always safetensors; leave it out",
-    "caption_strategy": "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them",
+    "caption_strategy": (
+        "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them"
+    ),
     "caption_extension": "captions are the lines of name.txt beside each photo",
     "caption_dropout_every_n_epochs": "use --caption_dropout, a share of all exposures",
     "caption_tag_dropout_rate": "not supported: --caption_dropout leaves out a caption as a whole",
     "caption_separator": "tags are what stands between commas; leave it out",
-    "min_bucket_reso max_bucket_reso": "sides lie between half and twice --resolution; leave it out",
+    "min_bucket_reso max_bucket_reso": (
+        "sides lie between half and twice --resolution; leave it out"
+    ),
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
     "multires_noise_iterations": "not supported: use --noise_offset",
     "huber_scale": "use --huber_c, the width itself",
-    "masked_loss": "name.mask.png beside a photo is always used, and --masks auto makes what is missing; leave it out",
+    "masked_loss": (
+        "name.mask.png beside a photo is always used, and --masks auto makes what is missing; "
+        "leave it out"
+    ),
     "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
-    "no_half_vae": "SDXL's own VAE computes in fp32, and any other does where half precision overflows; leave it out",
+    "no_half_vae": (
+        "SDXL's own VAE computes in fp32, and any other does where half precision overflows; "
+        "leave it out"
+    ),
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
     "xformers sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "torch_compile dynamo_backend": "use --compile on",
@@ -84,29 +127,45 @@ FOREIGN = {
     "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
 }
 """Flags of other trainers -> what to give instead."""
-FOREIGN_FLAGS = {
-    **{
-        flag: f"use --{name}"
-        for name, item in table.SETTINGS.items()
-        for flag in item.metadata["elsewhere"].split()
-    },
-    **{flag: instead for flags, instead in FOREIGN.items() for flag in flags.split()},
-}
+
+
+def foreign_flags() -> dict[str, str]:
+    """Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that
+    settings of ours have elsewhere."""
+    found = {}
+    for name, item in table.SETTINGS.items():
+        for flag in item.metadata["elsewhere"].split():
+            found[flag] = f"use --{name}"
+    for flags, instead in FOREIGN.items():
+        for flag in flags.split():
+            found[flag] = instead
+    return found
+
+
+FOREIGN_FLAGS = foreign_flags()
+# With more arguments the usage names only the needed ones
 MOST_IN_USAGE = 8
 
 
 def name_of(flag: str) -> str:
+    """`--seed=1` -> `seed`."""
     return flag.partition("=")[0].lstrip("-")
 
 
 def unknown_flag_message(word: str) -> str:
+    """What to give in place of a word of the command line that is not understood."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
-    flag, name = word.partition("=")[0], name_of(word)
+    flag = word.partition("=")[0]
+    name = name_of(word)
+
+    # Another trainer's flag, then a mistyped one of ours
     if name in FOREIGN_FLAGS:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
     close = rows.nearest(name.removeprefix("no_"), table.FIELD_TYPES)
-    return f"unknown flag {flag}" + (f": did you mean --{close}?" if close else "; see --help.")
+    if close:
+        return f"unknown flag {flag}: did you mean --{close}?"
+    return f"unknown flag {flag}; see --help."
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,21 +175,25 @@ class Parser(argparse.ArgumentParser):
     is_of_training = False
 
     def __init__(self, *args: Any, **kwargs: Any):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": formatter, **kwargs})
+        # An abbreviation would mean another flag once a new one begins with the same letters.
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
 
     def format_help(self) -> str:
-        """Of many flags the usage names those that are needed: each is explained below it."""
+        """The help. Its usage names only the needed ones of many flags: each is explained below."""
         if self.usage is None and len(self._actions) > MOST_IN_USAGE:
-            needed = [
-                action for action in self._actions if action.required or not action.option_strings
-            ]
+            needed = []
+            for action in self._actions:
+                if action.required or not action.option_strings:
+                    needed.append(action)
             formatter = self._get_formatter()
             formatter.add_usage(None, needed, [], prefix="")
             self.usage = f"{formatter.format_help().strip()} [--FLAG VALUE …]"
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError, in place of argparse's usage of many lines and exit."""
         unknown = message.removeprefix("unrecognized arguments: ")
         word = next(iter(unknown.split()), "")
         if not word:

@@ -29,6 +29,8 @@ from dreambooth_moslora.errors import UserError, is_out_of_memory, shortened, sp
 from dreambooth_moslora.launch import is_main_process
 from dreambooth_moslora.settings.measures import curves
 
+# The file descriptor: a signal handler must not use Python's stream, which may be in the middle of
+# a write
 STDERR = 2
 
 
@@ -53,9 +55,12 @@ def hush() -> None:
 
 
 def is_of_use(record: logging.LogRecord) -> bool:
+    """Whether it is another record than diffusers' note about layers to keep in fp32 that names
+    none."""
     return "should be kept in float32: []" not in record.getMessage()
 
 
+# Errors for lack of room
 IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,10 +73,12 @@ class BreakableStream:
         self.is_full = False
 
     def write(self, text: str) -> int:
+        """Write, or drop the text."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flush, or drop what was buffered."""
         self._try(self._stream.flush)
 
     def _try(self, act: Callable[[], object]) -> None:
@@ -79,6 +86,8 @@ class BreakableStream:
             act()
         except OSError as error:
             self.is_full = self.is_full or error.errno in IS_FULL
+
+            # What is still buffered, and all that follows, goes to the null device.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
@@ -91,6 +100,8 @@ def survive_broken_pipes() -> Iterator[BreakableStream]:
     """In this block `sys.stdout`, which it gives, and `sys.stderr` survive their reader, and escape
     what cannot be encoded."""
     before = sys.stdout, sys.stderr
+
+    # A process without a terminal may have no streams at all.
     streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
@@ -104,10 +115,12 @@ def survive_broken_pipes() -> Iterator[BreakableStream]:
         sys.stdout, sys.stderr = before
 
 
+# What the first and the second Ctrl-C say; a third one ends the process
 MESSAGES = (
     "\nstopping after this step, then saving; Ctrl-C twice more to leave at once without saving\n",
     "\nstill finishing the step and saving; once more to leave at once\n",
 )
+# The exit code that shells give after Ctrl-C
 INTERRUPTED = 130
 
 
@@ -127,10 +140,12 @@ class StopRequest:
         return self.requested
 
     def __enter__(self) -> "StopRequest":
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            # Windows lacks it
-            numbers, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
-            # as under `nohup`
+            numbers = [signal.SIGINT, signal.SIGTERM]
+
+            # Windows lacks SIGHUP, and `nohup` has it ignored.
+            hangup = getattr(signal, "SIGHUP", None)
             if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
                 numbers.append(hangup)
             self._before = {number: signal.signal(number, self._note) for number in numbers}
@@ -143,7 +158,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        first, self.requested = not self.requested, True
+        """The signal handler."""
+        first = not self.requested
+        self.requested = True
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > len(MESSAGES):
@@ -153,6 +170,7 @@ class StopRequest:
                 os.write(STDERR, MESSAGES[max(0, self._interrupts - 1)].encode())
 
 
+# Phases before and between the steps -> the titles of their bars
 PHASE_TITLES = {
     "loading": "loading the base",
     "captions": "captions",
@@ -163,11 +181,13 @@ PHASE_TITLES = {
     "evaluating": "scoring",
     "exporting": "saving and verifying the adapter",
 }
-TRAINING = "training"  # Title of the bar of steps.
+# Title of the bar of steps
+TRAINING = "training"
 STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 """Without the bar's own forecast, which would take the seconds of scoring and of samples for those
 of a step."""
-PLAIN_INTERVAL_SEC = 5.0  # Seconds between two lines of progress when the output is a file.
+# Seconds between two lines of progress when the output is a file
+PLAIN_INTERVAL_SEC = 5.0
 
 
 class TerminalProgress:
@@ -193,39 +213,35 @@ class TerminalProgress:
             case events.SamplesDrawn():
                 self.write(f"step {event.step}: {len(event.files)} sample images")
             case events.StepEvaluated():
-                named = {
-                    label: event.scores[name]
-                    for name, label in curves().items()
-                    if name in event.scores
-                }
-                self.write(
-                    f"step {event.step}: "
-                    + ", ".join(f"{label} {v:.3f}" for label, v in named.items())
-                )
+                self._show_scores(event)
             case events.ScaleFound():
-                self.write(
-                    f"best scale: {event.best:g}, usable from {event.low:g} to {event.high:g}"
-                )
+                usable = f"usable from {event.low:g} to {event.high:g}"
+                self.write(f"best scale: {event.best:g}, {usable}")
             case events.RunEnded():
                 self.close()
 
     def close(self) -> None:
+        """End the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         self._phase = ""
 
     def write(self, line: str) -> None:
+        """Write a line above the bar."""
         tqdm.write(line, file=self.stream)
 
     def _open(self, title: str, total: int, start: int, unit: str) -> None:
         self.close()
-        interval = 0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC
-        options = {"mininterval": interval, "maxinterval": 60.0} | (
-            {"bar_format": STEPS} if title == TRAINING else {}
-        )
         self._bar = tqdm(
-            total=total, initial=start, desc=title, unit=unit, file=self.stream, **options
+            total=total,
+            initial=start,
+            desc=title,
+            unit=unit,
+            file=self.stream,
+            mininterval=0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC,
+            maxinterval=60.0,
+            bar_format=STEPS if title == TRAINING else None,
         )
         self._phase = title
 
@@ -233,16 +249,24 @@ class TerminalProgress:
         title = PHASE_TITLES.get(event.phase)
         if title is None:
             return
+
+        # A single item is a line; it must not tear the bar of steps.
         if event.total <= 1:
             if self._phase != TRAINING or event.phase == "exporting":
                 self.close()
                 self.write(f"{title} …")
             return
         if self._phase != title:
-            self._open(
-                title, event.total, event.done, "step" if event.phase == "sampling" else "image"
-            )
+            unit = "step" if event.phase == "sampling" else "image"
+            self._open(title, event.total, event.done, unit)
         self._advance(event.done)
+
+    def _show_scores(self, event: events.StepEvaluated) -> None:
+        said = []
+        for name, label in curves().items():
+            if name in event.scores:
+                said.append(f"{label} {event.scores[name]:.3f}")
+        self.write(f"step {event.step}: {', '.join(said)}")
 
     def _show_step(self, event: events.StepDone) -> None:
         if event.step > 1 and not self._has_begun:
@@ -250,8 +274,11 @@ class TerminalProgress:
         self._has_begun = True
         if self._phase != TRAINING:
             self._open(TRAINING, self.total_steps, event.step - 1, "step")
-        left = {} if event.eta_sec is None else {"left": tqdm.format_interval(event.eta_sec)}
-        shown = left | {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
+
+        shown = {}
+        if event.eta_sec is not None:
+            shown["left"] = tqdm.format_interval(event.eta_sec)
+        shown |= {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
         if event.loss_prior is not None:
             shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
         self._bar.set_postfix(shown, refresh=False)
@@ -263,34 +290,47 @@ class TerminalProgress:
             self.close()
 
 
-DONE, OUR_BUG, MISTAKE = 0, 1, 2
+# Exit codes, beside INTERRUPTED
+DONE = 0
+OUR_BUG = 1
+MISTAKE = 2
 FILE_MISTAKES = (
-    *(
-        errno.EBUSY,
-        errno.EEXIST,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOENT,
-        errno.ENOTDIR,
-    ),
-    *(errno.ENOTEMPTY, errno.EROFS, errno.ESTALE),
+    errno.EBUSY,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EROFS,
+    errno.ESTALE,
 )
+"""Errors of files that the person can put right; the system's own words say what is wrong."""
 NO_NAME = (123, 161, 206)
 """Errors of Windows for names and paths that it does not allow, and for those that are too long."""
+# In place of a file's name, where the system does not tell it
 WHILE_WRITING = ", while a file was written"
+# Errors of the machine -> what to do
 SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full{place}; free some and resume.",
     errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
-    errno.EFBIG: "a file would be larger than the system allows{place}; raise the limit (`ulimit -f`) and resume.",
-    errno.EIO: "the disk could not be read or written{place} (input/output error); look after it, then resume.",
+    errno.EFBIG: (
+        "a file would be larger than the system allows{place}; "
+        "raise the limit (`ulimit -f`) and resume."
+    ),
+    errno.EIO: (
+        "the disk could not be read or written{place} (input/output error); "
+        "look after it, then resume."
+    ),
     errno.EMFILE: "too many files are open{place}; raise the limit (`ulimit -n`) and resume.",
     errno.ENOMEM: "the system has no memory left{place}; close some programs and resume.",
     errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
 }
 OUT_OF_MEMORY = (
-    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 (fp16 on Nvidia GPUs "
-    "before Ampere), a smaller --resolution or --base_quantization nf4; --dry_run estimates the need."
+    "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 "
+    "(fp16 on Nvidia GPUs before Ampere), a smaller --resolution or --base_quantization nf4; "
+    "--dry_run estimates the need."
 )
 
 NO_FIXED_ORDER = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -310,7 +350,8 @@ def exit_code(run: Callable[[], int]) -> int:
             output.flush()
             if output.is_full:
                 raise UserError(
-                    "the disk is full, and the printed answer is not complete; free some and repeat."
+                    "the disk is full, and the printed answer is not complete; "
+                    "free some and repeat."
                 )
             return code
         except UserError as error:
@@ -319,13 +360,17 @@ def exit_code(run: Callable[[], int]) -> int:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
-            if (line := message_for_known_error(error)) is not None:
+            line = message_for_known_error(error)
+            if line is not None:
                 return print_user_error(line)
+
+            # What nobody foresaw is our bug, and its traceback helps to find it.
             traceback.print_exc()
             return OUR_BUG
 
 
 def print_user_error(text: str) -> int:
+    """Print it as one line; returns the exit code of a mistake."""
     print(f"error: {shortened(spelled_out(' '.join(text.split())))}", file=sys.stderr)
     return MISTAKE
 
@@ -333,20 +378,32 @@ def print_user_error(text: str) -> int:
 def message_for_known_error(error: Exception) -> str | None:
     """One line for an error of the machine (memory, kernels, disk, permissions); None for any other
     error."""
+    # PyTorch
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    if found := NO_FIXED_ORDER.search(str(error)):
-        remedy = "leave the flag out; --resume_from_checkpoint latest goes on from a checkpoint, if there is one."
-        return f"--deterministic: PyTorch has no kernel of {found[1]} here that sums in one order; {remedy}"
+    found = NO_FIXED_ORDER.search(str(error))
+    if found:
+        return (
+            f"--deterministic: PyTorch has no kernel of {found[1]} here that sums in one order; "
+            "leave the flag out; --resume_from_checkpoint latest goes on from a checkpoint, "
+            "if there is one."
+        )
+
+    # The system
     if not isinstance(error, OSError):
         return None
     place = f": {error.filename}" if error.filename else ""
     if error.errno in SYSTEM_ERRORS:
         return SYSTEM_ERRORS[error.errno].format(place=place)
+
+    # Windows, then permissions and names anywhere
     if getattr(error, "winerror", None) in IS_OPEN:
-        return f"another program has {error.filename2 or error.filename} open, or a file in it; close it and resume."
+        file = error.filename2 or error.filename
+        return f"another program has {file} open, or a file in it; close it and resume."
     if getattr(error, "winerror", None) in NO_NAME:
         return f"{error.strerror}{place}."
     if isinstance(error, PermissionError):
         return f"permission denied{place or WHILE_WRITING}."
-    return f"{error.strerror}{place or WHILE_WRITING}." if error.errno in FILE_MISTAKES else None
+    if error.errno in FILE_MISTAKES:
+        return f"{error.strerror}{place or WHILE_WRITING}."
+    return None
