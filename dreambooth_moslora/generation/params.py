@@ -313,6 +313,7 @@ def check_characters(text: str, name: str) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
+    # None is the base's own. A bool is an int to Python.
     if value is None and name in ("guidance_scale", "height_px", "width_px"):
         return
     kinds = int if whole else (int, float)

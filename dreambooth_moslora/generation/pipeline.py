@@ -69,7 +69,10 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
     thread = threading.Thread(target=body, name="generate", daemon=True)
     thread.start()
     try:
-        while (event := events.get()) is not None:
+        while True:
+            event = events.get()
+            if event is None:
+                return
             if isinstance(event, BaseException):
                 raise event
             yield event
@@ -518,7 +521,9 @@ class SubjectPipeline:
 
             clock = Clock(params.num_images)
             for index in range(params.num_images):
-                self._generate_one(index, params, words, clock, emit, stop)
+                self._generate_one(
+                    index=index, params=params, words=words, clock=clock, emit=emit, stop=stop
+                )
         except StopRequestedError:
             return
         except RuntimeError as error:

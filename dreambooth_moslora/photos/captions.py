@@ -81,10 +81,16 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
 
 
 def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
+    """A captioner by the CLIP of the embedded base."""
     from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
 
     clip = SurroundingsReader(toys.CLIP_FOLDER, device)
-    return lambda image: phrase(*clip.read(image, word))
+
+    def read(image: Image.Image) -> str:
+        place, light = clip.read(image, word)
+        return phrase(place, light)
+
+    return read
 
 
 def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:

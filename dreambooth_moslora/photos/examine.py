@@ -47,7 +47,8 @@ def plans_of(
     stream = subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
-            yield rule.plan(photo.size_px, rng(config.seed or 0, stream, "crop", slot, crop))
+            draws = rng(config.seed or 0, stream, "crop", slot, crop)
+            yield rule.plan(photo.size_px, draws)
 
 
 def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list[Row]:
@@ -69,7 +70,7 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
         size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
         framed = shown.resize(size)
         for plan in plans:
-            left, top, right, bottom = plan.box(*framed.size)
+            left, top, right, bottom = plan.box(framed.width, framed.height)
             frame = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(framed).rectangle(frame, outline=FRAME_COLOUR, width=3)
         framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")

@@ -526,7 +526,9 @@ def find_photos(
     for path in paths:
         if is_sidecar_name(path) or path.name in (MADE_CAPTIONS, SUBJECT_FILE):
             continue
-        item = read_photo(path, captions, instance_prompt, resolution_px, alpha)
+        item = read_photo(
+            path, captions, prompt=instance_prompt, resolution_px=resolution_px, alpha=alpha
+        )
         if isinstance(item, photo_file.Photo):
             report.photos.append(item)
         else:

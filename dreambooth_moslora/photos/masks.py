@@ -97,6 +97,7 @@ def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
 
 
 def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
+    """A function from an RGB picture of the toy world to probabilities (height, width)."""
     import torch
 
     from dreambooth_moslora.photos.toy_readers import load_net

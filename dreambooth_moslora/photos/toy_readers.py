@@ -150,7 +150,7 @@ class SurroundingsReader:
 
     def _vectors(self, kind: str) -> torch.Tensor:
         """Unit vectors (S, P) of a caption for each of the S surroundings."""
-        captions = [f"a photo of a {kind} {phrase(*found)}" for found in SURROUNDINGS]
+        captions = [f"a photo of a {kind} {phrase(place, light)}" for place, light in SURROUNDINGS]
         words = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return normalize(self.text(words.input_ids.to(self.device)).text_embeds, dim=-1)
 
