@@ -65,11 +65,14 @@ class Bucket:
     def __init__(self, url: str):
         from fsspec.core import url_to_fs
 
+        # a place that other machines see, too
         scheme, _, place = url.partition("://")
         if not scheme or not place.strip("/") or scheme == ONE_PROCESS:
             raise UserError(
                 f"{url}: names no bucket that several machines see; write it like s3://BUCKET/PATH."
             )
+
+        # the store's library, which may be missing
         self.url = url.rstrip("/")
         try:
             self.files, root = url_to_fs(self.url, **ONE_TRY.get(scheme, {}))
@@ -89,6 +92,7 @@ class Bucket:
         return Bucket(f"{self.url}/{name}")
 
     def read(self, name: str) -> bytes | None:
+        """The file's content; None when there is no such file."""
         return self.tried(name, lambda path: self.files.cat_file(path), absent=None)
 
     def exists(self, name: str) -> bool:

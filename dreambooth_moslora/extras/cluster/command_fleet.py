@@ -55,6 +55,7 @@ def add_cluster_flags(
     of_one: str = "this machine alone",
     per_gpu: str = "trainings at once on a GPU (default: as many as the estimate allows)",
 ) -> None:
+    """The flags about machines. `of_one`: what is used without a cluster; `per_gpu`: its help."""
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
     parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
@@ -63,6 +64,7 @@ def add_cluster_flags(
 
 
 def check_shares(args: argparse.Namespace) -> None:
+    """Raises UserError for a share of a machine that is none."""
     for name in ("per_gpu", "cpus"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -122,6 +124,7 @@ def run_fleet(args: argparse.Namespace) -> int:
 
 
 def check_places(source: str, out: str | None) -> None:
+    """Raises UserError without `--out`, and for photos behind a URL."""
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
     if "://" in source:
@@ -155,15 +158,27 @@ def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
 def train_all(
     subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None"
 ) -> int:
+    """Train what is left, and close the fleet.
+
+    subjects: all of them
+    todo: those that are not done, with their marks
+    out: the fleet's folder
+    args: the flags
+    remote: the bucket behind `out`, if there is one
+
+    Returns the exit code of `close`.
+    """
     from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
     from dreambooth_moslora.extras.cluster.ray_fleet import connected
 
+    # the folder is held, and in a bucket the list is written, even when nothing is left to do
     progress = FleetProgress(len(subjects), len(todo))
     with begun(out, subjects), remote.begun() if remote else nullcontext():
         if todo:
             with connected(args.ray_address), terminal.StopRequest() as stop:
+                machines = Machines.of_cluster(args.per_gpu, args.cpus)
                 run = remote.run if remote else run_fleet
-                run(todo, out, Machines.of_cluster(args.per_gpu, args.cpus), progress, stop)
+                run(todo, out, machines, on_end=progress, should_stop=stop)
         return close(out, progress, remote)
 
 

@@ -96,6 +96,7 @@ class Machines:
         """Those of the connected Ray cluster; all GPUs are assumed alike."""
         import ray
 
+        # this process may have no GPU: a tiny task asks on a machine that has one
         @ray.remote(num_cpus=0, num_gpus=0.01)
         def own_gpu_bytes() -> int:
             import torch
@@ -103,6 +104,8 @@ class Machines:
             return torch.cuda.get_device_properties(0).total_memory
 
         gpu_gib = ray.get(own_gpu_bytes.remote()) / machine.GIB if ray_fleet.has_gpus() else None
+
+        # RAM that Ray may give to tasks
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
         return cls(
             gpu_gib=gpu_gib,
@@ -164,6 +167,7 @@ def plan_name(config: table.TrainConfig, gpu_gib: float | None) -> str | None:
 
 
 def base_size(config: table.TrainConfig) -> memory.BaseSize:
+    """The size of the run's base with the layers that it adapts. Raises UserError."""
     return size_of(Base.of(config), config.target_modules, config.lora_blocks)
 
 
@@ -364,6 +368,7 @@ def run_fleet(
     groups = GroupsUnderWay(tell)
 
     def stop() -> bool:
+        # it is asked again and again, so groups report their subjects by it too
         groups.look()
         if should_stop():
             records.stop_path(out).touch()
@@ -374,7 +379,7 @@ def run_fleet(
             on_end(Ending(name, records.Record("running", message=reason), is_again=True))
 
     # subjects become tasks as there is room for them
-    alone = tasks_of(todo, out, machines, on_end, url)
+    alone = tasks_of(todo, out, machines, on_end=on_end, url=url)
     tasks = groups.noted(grouped(alone, machines, len(todo), ray_fleet.room_for))
     endings = ray_fleet.run_tasks(train, tasks, should_stop=stop, on_retry=again)
     for task, result in endings:

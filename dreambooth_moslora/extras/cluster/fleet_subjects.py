@@ -123,6 +123,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
 
 def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a list's text. Empty cells are left out. Raises ValueError, and csv.Error."""
+    # a row with the names, then a row for each subject
     if kind == ".csv":
         reader = csv.DictReader(text.splitlines(), strict=True)
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
@@ -132,9 +133,13 @@ def rows_in(text: str, kind: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"a line has more cells than the first: {row[None][0]!r}")
             yield {name.strip(): value for name, value in row.items() if value}
         return
+
+    # an object on each line
     if kind == ".jsonl":
         yield from (from_json(line) for line in text.splitlines() if line.strip())
         return
+
+    # a table for each subject
     values = tomllib.loads(text)
     rows = values.get("subjects")
     is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)

@@ -99,14 +99,16 @@ def stop_path(out: Path) -> Path:
 
 
 def write_names(out: Path, names: Sequence[str]) -> None:
+    """Write the fleet's list."""
     atomic_write(out / FLEET_NAME, json.dumps({"subjects": names}) + "\n")
 
 
 def read_names(out: Path) -> list[str]:
-    """Raises UserError when there is no fleet."""
+    """The fleet's list. Raises UserError when there is no fleet."""
     path = out / FLEET_NAME
     if not path.is_file():
         raise UserError(f"{out} holds no fleet: {FLEET_NAME} is not there.")
+    # others may write into a shared folder, and a name becomes a path
     try:
         names = read_json(path, dict[str, list[str]])["subjects"]
         for name in names:
@@ -122,7 +124,15 @@ STATES = ("failed", "interrupted", "running", "waiting", "done")
 
 @dataclass(frozen=True)
 class Row:
-    """One subject: its record, prompt, step so far, likeness to the photos, and alarms."""
+    """One subject, as a person looks at it.
+
+    name: of its run folder
+    record: how it stands
+    words: its prompt
+    step, total_steps: so far, and of how many
+    likeness: to the photos, by DINO; None where it was not scored
+    alarms: advice that follows from its figures
+    """
 
     name: str
     record: Record
@@ -149,6 +159,7 @@ def row_of(run_dir: Path) -> Row:
         record = Record("waiting")
     try:
         run = run_folder.RunDir(run_dir)
+        # what was asked for, and what has happened so far
         config = known_config(read_json(run_dir / processes.CONFIG_NAME))
         events = run.read_metrics()
         found = figures_from(events, config)
@@ -161,6 +172,7 @@ def row_of(run_dir: Path) -> Row:
             if event.get("type") == "start":
                 total_steps = event.get("max_train_steps")
 
+        # advice is about a finished training
         advice = advice_after(found) if record.state == "done" else []
         return Row(
             name=run_dir.name,

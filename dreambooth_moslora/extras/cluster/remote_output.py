@@ -148,7 +148,8 @@ def keep(mirror: Mirror, fleet: Bucket, done: threading.Event) -> None:
                     mirror.push()
                 except SupersededError:
                     stop_here(mirror)
-                sent, sent_at = checkpoints, now
+                sent = checkpoints
+                sent_at = now
 
             # a stop of the fleet is a file beside the run folders
             if now - looked_at > LOOK_SEC:
@@ -173,7 +174,8 @@ class RemoteFleet:
 
     def fetch(self, name: str) -> None:
         """Download the small files of a subject. An adapter is represented by an empty file."""
-        bucket, folder = self.bucket / name, self.view / name
+        bucket = self.bucket / name
+        folder = self.view / name
         folder.mkdir(parents=True, exist_ok=True)
         files = read_manifest(bucket).files
         for viewed in VIEWED:

@@ -157,12 +157,15 @@ class Costs:
     def ended(self, folder: Path, result: loop.TrainResult | Exception) -> None:
         """Write the end of a run into its record, and add what it has cost."""
         self._divide()
+        # how it ended
         message = ""
         if isinstance(result, Exception):
             state = "failed"
             message = line_for(result)
         else:
             state = "interrupted" if result.interrupted else "done"
+
+        # its share of the process's time, beside that of earlier trainings
         spent_sec = self._seconds.pop(folder)
         record = records.read_record(folder) or records.Record(state)
         record = replace(

@@ -37,9 +37,11 @@ class RefusedError(UserError):
 
     def __init__(self, status: int, text: str, retry_sec: int | None = None) -> None:
         super().__init__(text)
-        self.status, self.retry_sec = status, retry_sec
+        self.status = status
+        self.retry_sec = retry_sec
 
     def __reduce__(self) -> tuple:
+        # an exception is pickled by what its base class was given, the text alone
         return RefusedError, (self.status, str(self), self.retry_sec)
 
 
@@ -204,7 +206,8 @@ class Folders(Catalogue):
 
     def __init__(self, folders: Sequence[Path]) -> None:
         super().__init__(FOLDER_SEC)
-        self.folders, self._digests = list(folders), Digests()
+        self.folders = list(folders)
+        self._digests = Digests()
 
     def find(self, name: str) -> AdapterRef:
         file = self._list().get(name)

@@ -32,6 +32,8 @@ FIELDS = ServeSettings.__dataclass_fields__
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`."""
+
     def number(name: str, about: str) -> None:
         default = FIELDS[name].default
         about = f"{about} (default: {default})"
@@ -39,6 +41,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    # what is drawn, and who may ask
     about = "folders of adapters and runs, or one bucket (s3://…, gs://…)"
     parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
     about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
@@ -53,10 +57,14 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         f"a token that clients must send; repeatable; {TOKEN_VARIABLE} in the environment adds one"
     )
     parser.add_argument("--token", action="append", help=about)
+
+    # how much at once, and for how long
     number("max_waiting", "requests that may wait or be drawn at once; more get 503")
     number("request_timeout", "seconds until a request gets 504")
     number("batch", "requests for the same adapter and size that are drawn in a row")
     number("resident_adapters", "adapters that a replica keeps in the model")
+
+    # the machines
     about = (
         "threads of a replica on the CPU "
         "(default: as `generate`; other numbers change the last bits)"

@@ -136,6 +136,7 @@ class Drawer:
         try:
             if waiting.is_left:
                 raise too_late()
+            # `load` knows keys only, as Ray Serve's router does
             for ref in waiting.order.adapters:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
@@ -147,6 +148,7 @@ class Drawer:
                 memory_bytes=psutil.Process().memory_info().rss,
                 batch_size=batch_size,
             )
+            # the client may have gone meanwhile
             if not answer.done():
                 answer.set_result(result)
         except Exception as error:

@@ -182,6 +182,7 @@ class Telemetry:
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+        # a registry of its own, so that two fronts in one process do not clash
         self.registry = CollectorRegistry()
         own = {"registry": self.registry, "namespace": "dreambooth"}
         self.requests = Counter("requests", "Answers to /generate", ["status"], **own)
@@ -191,6 +192,8 @@ class Telemetry:
         )
         self.batch = Histogram("batch_size", "Orders of a picture's batch", buckets=BATCH, **own)
         self.inside = Gauge("requests_inside", "Requests that wait or are drawn", **own)
+
+        # of each replica
         self.loads = Gauge(
             "adapter_loads", "Adapters loaded since the replica's start", ["replica"], **own
         )

@@ -157,6 +157,7 @@ async def drawn_by(handle: Any, order: Order) -> Drawn:
 def listening(settings: ServeSettings, *, alone: bool) -> Iterator[None]:
     """Serve for the length of the block. `alone` uses a Ray of this machine only; other machines
     reach it only through `settings.host`. Raises UserError when it cannot start."""
+    # Ray Serve tells of each step of its start
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = {"host": settings.host, "port": settings.port}
     try:
