@@ -1,1 +1,4 @@
-"""Studies: many runs whose differences are listed in a table, and mixers alone on a frozen basis."""
+"""Studies: many runs whose differences are listed in a table.
+
+Also runs that train mixers alone on a frozen basis.
+"""

@@ -13,12 +13,8 @@ from dreambooth_moslora.precision import half_precision
 def selftest_arguments(parser: argparse.ArgumentParser) -> None:
     about = "device to test (default: the GPU, if there is one)"
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help=about)
-    parser.add_argument(
-        "--output_dir",
-        default="selftest",
-        metavar="DIR",
-        help="folder of the runs and of the report",
-    )
+    about = "folder of the runs and of the report"
+    parser.add_argument("--output_dir", default="selftest", metavar="DIR", help=about)
 
 
 def run_selftest(args: argparse.Namespace) -> int:
@@ -36,32 +32,44 @@ def run_selftest(args: argparse.Namespace) -> int:
     )
     from dreambooth_moslora.plan.memory import free_gib_of_gpu
 
+    # the device
     best = best_device().type
     if args.device not in (None, "cpu", best):
         raise UserError(f"--device {args.device}: this torch sees no such GPU; `doctor` says why.")
     is_on_gpu = best != "cpu" and args.device != "cpu"
+
+    # the folder, and what `doctor` says of this machine
     folder = user_path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     machine = Findings()
     examine_versions(machine)
     examine_machine(machine)
     facts = machine.facts | {"tried": best if is_on_gpu else "cpu"}
+
+    # what can be tried on the device
     has_bf16 = not is_on_gpu or half_precision() == "bf16"
     free_gib = free_gib_of_gpu() if is_on_gpu else None
-    free_gib = psutil.virtual_memory().available / GIB if free_gib is None else free_gib
-    precisions = ("no", "bf16" if has_bf16 else "fp16")
+    if free_gib is None:
+        free_gib = psutil.virtual_memory().available / GIB
     is_cuda = is_on_gpu and best == "cuda"
-    launcher = ON_TWO_GPUS if is_cuda and torch.cuda.device_count() > 1 else ()
-    env = {} if is_on_gpu else ON_CPU
+    has_two = is_cuda and torch.cuda.device_count() > 1
     test = SelfTest(
-        folder, precisions, env=env, free_gib=free_gib, compiles=is_cuda, launcher=launcher
+        folder,
+        precisions=("no", "bf16" if has_bf16 else "fp16"),
+        env={} if is_on_gpu else ON_CPU,
+        free_gib=free_gib,
+        compiles=is_cuda,
+        launcher=ON_TWO_GPUS if has_two else (),
     )
-    found, start = [], time.monotonic()
+
+    # each finding is shown at once, as a training takes a while
+    found = []
+    start = time.monotonic()
     for finding in test.findings():
-        print(
-            f"{'ok  ' if finding.holds else 'FAIL'}  {finding.name:14} {finding.said}", flush=True
-        )
+        mark = "ok  " if finding.holds else "FAIL"
+        print(f"{mark}  {finding.name:14} {finding.said}", flush=True)
         found.append(finding)
+
     facts["seconds"] = f"{time.monotonic() - start:.0f}"
     atomic_write(folder / "selftest.json", as_json(facts, found))
     atomic_write(folder / "selftest.md", as_page(facts, found))

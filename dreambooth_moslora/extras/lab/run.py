@@ -1,9 +1,11 @@
-"""Runs a study: trains and scores each cell once, in processes here or on a cluster, keeps them,
-compares arms.
+"""Runs a study: trains and scores each cell once, keeps the scores, and compares arms.
+
+Cells are trained in processes of this machine, or on a cluster.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
-    OUT/cache, OUT/running       encoded photos (`encodings_folder`), and the run folder of the current training
+    OUT/cache                    encoded photos (`encodings_folder`)
+    OUT/running                  the run folder of the current training
 
 The file name has a digest of everything that the result depends on. A worker keeps the base, the
 encoders and each subject's base pictures in memory between cells.
@@ -65,17 +67,23 @@ from dreambooth_moslora.training.loop import train
 
 
 def studied() -> list[str]:
+    """The measures that a study compares."""
     return [name for name, row in measures.MEASURES.items() if row.study]
 
 
 def judged() -> list[str]:
+    """The measures by which a picture can win against another."""
     return [name for name, row in measures.MEASURES.items() if row.pictures]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell: `scores` are means, `pictures` per-picture values (prompts × seeds,) of
-    those `judged`."""
+    """A finished cell.
+
+    scores: means, by measure
+    pictures: values (prompts × seeds,) of each picture, by those `judged`
+    cost: seconds, memory and parameters, see `train_cell`
+    """
 
     cell: Cell
     scores: dict[str, float]
@@ -85,7 +93,11 @@ class Result:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm at one rank over all test subjects and seeds."""
+    """One arm at one rank over all test subjects and seeds.
+
+    scores: means with intervals, by measure
+    cost: medians
+    """
 
     arm: str
     rank: int
@@ -96,8 +108,11 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm against the reference at one rank: paired differences, and win/tie/loss fractions by
-    measure."""
+    """One arm against the reference at one rank.
+
+    differences: of scores, paired, by measure
+    wins: fractions of pictures that win, tie and lose, by measure
+    """
 
     arm: str
     rank: int
@@ -120,23 +135,21 @@ def rate_curves(
     """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
     found: dict = defaultdict(lambda: defaultdict(list))
     for result in results:
-        if result.cell.stage == "tune":
-            found[result.cell.arm, result.cell.rank][result.cell.learning_rate].append(
-                result.scores["score"]
-            )
-    curves = {}
+        cell = result.cell
+        if cell.stage == "tune":
+            found[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
+
+    # a rate whose training failed on a subject has too few scores, and is left out
+    curves: dict = defaultdict(dict)
     for key, by_rate in found.items():
-        whole = {
-            rate: scores
-            for rate, scores in by_rate.items()
-            if len(scores) == len(study.tuning_subjects)
-        }
-        if whole:
-            curves[key] = {rate: float(np.mean(scores)) for rate, scores in whole.items()}
-    return curves
+        for rate, scores in by_rate.items():
+            if len(scores) == len(study.tuning_subjects):
+                curves[key][rate] = float(np.mean(scores))
+    return dict(curves)
 
 
 def seeds_of(results: Sequence[Result]) -> list[int]:
+    """The seeds of the comparison."""
     return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
 
 
@@ -154,65 +167,89 @@ def tables(
     """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
     complete."""
     tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
-    subjects, seeds = (
-        sorted({getattr(r.cell, name) for r in tested}) for name in ("subject", "seed")
-    )
+    subjects = sorted({r.cell.subject for r in tested})
+    seeds = sorted({r.cell.seed for r in tested})
+
+    # the cells of each arm and rank
     found: dict = defaultdict(dict)
     for r in tested:
         found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
-    whole = {key: own for key, own in found.items() if len(own) == len(subjects) * len(seeds)}
-    made = {
-        key: np.array([[own[one, seed] for seed in seeds] for one in subjects])
-        for key, own in whole.items()
-    }
-    return {key: table for key, table in made.items() if np.isfinite(table).all()}
+
+    # the tables without a gap, so that any two can be compared pair by pair
+    made = {}
+    for key, own in found.items():
+        if len(own) < len(subjects) * len(seeds):
+            continue
+        table = np.array([[own[one, seed] for seed in seeds] for one in subjects])
+        if np.isfinite(table).all():
+            made[key] = table
+    return made
 
 
 def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    """Measure -> (arm, rank) -> scores (subjects, seeds)."""
     return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
 
 
 def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
-    by_measure, found = score_tables_of(results), []
+    by_measure = score_tables_of(results)
+    found = []
     for arm, rank in by_measure["score"]:
+        # intervals of what was measured on all cells; of seconds and memory the median
         own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
-        scores = {
-            m: metrics.bootstrap_mean(t[arm, rank])
-            for m, t in by_measure.items()
-            if (arm, rank) in t
-        }
-        cost = {name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost}
-        found.append(ArmSummary(arm, rank, own[0].cell.learning_rate, scores, cost))
+        scores = {}
+        for measure, table in by_measure.items():
+            if (arm, rank) in table:
+                scores[measure] = metrics.bootstrap_mean(table[arm, rank])
+        found.append(
+            ArmSummary(
+                arm=arm,
+                rank=rank,
+                learning_rate=own[0].cell.learning_rate,
+                scores=scores,
+                cost={name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost},
+            )
+        )
     return found
 
 
 def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
-    by_measure, found = score_tables_of(results), []
+    by_measure = score_tables_of(results)
     pictures = {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
+    found = []
     for arm, rank in by_measure["score"]:
-        ours, reference = (arm, rank), (study.reference, rank)
+        ours = (arm, rank)
+        reference = (study.reference, rank)
         if ours == reference or reference not in by_measure["score"]:
             continue
-        both = {measure: t for measure, t in by_measure.items() if ours in t and reference in t}
-        differences = {
-            measure: metrics.bootstrap_mean(t[ours] - t[reference]) for measure, t in both.items()
-        }
+
+        # scores, pair by pair of equal subject and seed
+        differences = {}
+        for measure, table in by_measure.items():
+            if ours in table and reference in table:
+                differences[measure] = metrics.bootstrap_mean(table[ours] - table[reference])
+
+        # pictures, pair by pair of equal subject, seed, prompt and noise
         wins = {}
-        # of the pairs of pictures of equal subject, seed, prompt and noise
         for measure, table in pictures.items():
-            difference, margin = table[ours] - table[reference], study.tie * table[reference].std()
+            difference = table[ours] - table[reference]
+            margin = study.tie * table[reference].std()
             signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
             wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
-        found.append(Outcome(arm, rank, differences, wins))
+        found.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
     return found
 
 
-WHOLE_BYTES, END_BYTES = 64 << 20, 1 << 20
+WHOLE_BYTES = 64 << 20
+"""A file up to this size is read as a whole to tell it from another."""
+END_BYTES = 1 << 20
+"""So much is read of the end of a larger one."""
 
 
 def result_path(study: Study, cell: Cell, out: Path) -> Path:
+    """Where the cell's result is kept: another content of its files is another name."""
     digest = study.digest(cell, [content_of(path) for path in materials(study, cell)])
     return out / "cells" / f"{cell.name}-{digest}.json"
 
@@ -220,17 +257,13 @@ def result_path(study: Study, cell: Cell, out: Path) -> Path:
 def materials(study: Study, cell: Cell) -> list[Path]:
     """The local files that a result depends on: photos, base, encoders and what the arm begins
     with. Hub models are identified by name."""
-    base, protocol = study.base.path, study.protocol
-    beside = [toys.DINO_FOLDER] if study.base.is_toy else []
-    mine, settings = study.subject(cell.subject), {**study.train, **study.arms[cell.arm]}
-    found = [
-        base,
-        mine.photos,
-        *(one.photos for one in mine.beside),
-        protocol.clip,
-        protocol.dino,
-        *beside,
-    ]
+    mine = study.subject(cell.subject)
+    settings = {**study.train, **study.arms[cell.arm]}
+    found = [study.base.path, mine.photos]
+    found += [one.photos for one in mine.beside]
+    found += [study.protocol.clip, study.protocol.dino]
+    if study.base.is_toy:
+        found.append(toys.DINO_FOLDER)
     found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
     return [Path(path) for path in found if path and Path(path).exists()]
 
@@ -239,40 +272,44 @@ def materials(study: Study, cell: Cell) -> list[Path]:
 def content_of(path: Path) -> str:
     """A digest of a file, or of a folder without .md files; of large files their size and last
     bytes."""
-    files, marks = [path], []
+    files = [path]
     if not path.is_file():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md")
+    marks = []
     for file in files:
         size = file.stat().st_size
+        is_large = size > WHOLE_BYTES
         with file.open("rb") as opened:
-            opened.seek(size - END_BYTES if size > WHOLE_BYTES else 0)
+            opened.seek(size - END_BYTES if is_large else 0)
             mark = hashlib.file_digest(opened, "sha256").hexdigest()
-        marks.append(
-            (str(file.relative_to(path)), f"{size} {mark}" if size > WHOLE_BYTES else mark)
-        )
+        marks.append((str(file.relative_to(path)), f"{size} {mark}" if is_large else mark))
     return content_key(files=marks)
 
 
 def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]:
+    """Those of the `cells` that are finished."""
     paths = [result_path(study, cell, out) for cell in cells]
     return [read_json(path, Result) for path in paths if path.is_file()]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
+    """Draw with the adapter in `run_dir`, and score the pictures."""
     pipeline = pipeline_from(study.base)
     pipeline.load_adapter(run_dir, "cell")
-    options = {
-        "batch_size": 8,
-        "text_options": text_options_of(study.config_of(cell, cell.rank, run_dir)),
-    }
+    config = study.config_of(cell, cell.rank, run_dir)
     try:
         return score_tables.evaluate_adapter(
-            pipeline, "cell", evaluator_of(study, cell.subject), **options
+            pipeline,
+            "cell",
+            evaluator_of(study, cell.subject),
+            batch_size=8,
+            text_options=text_options_of(config),
         )
     finally:
         pipeline.unload_adapter("cell")
 
 
+# loading them takes longer than a small training: a worker keeps them between cells
 pipeline_from = lru_cache(maxsize=1)(SubjectPipeline.from_base)
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
 EVALUATORS: dict[str, score_tables.Evaluator] = {}
@@ -282,28 +319,46 @@ EVALUATORS: dict[str, score_tables.Evaluator] = {}
 def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     """Of the subject alone, whatever an arm trains beside it; it knows the photos of its
     companions."""
-    subject, protocol = study.subject(name), study.protocol
+    subject = study.subject(name)
+    protocol = study.protocol
     base = study.base.name
     key = f"{base} {subject} {protocol}"
     if key in EVALUATORS:
         return EVALUATORS[key]
-    encoders = encoders_of(base, protocol.clip, protocol.dino)
-    config = study.config_of(
-        Cell("test", study.reference, 1, name, 0, 1.0), 1, Path("unused")
-    ).each_subject[0]
-    photos, pictures = photo_report(config).photos, protocol.images_per_prompt
-    counts = (
-        protocol.num_prompts,
-        pictures,
-        protocol.class_images,
-        protocol.unrelated,
-        protocol.inference_steps,
+
+    # the subject alone, as the reference arm has it
+    cell = Cell(
+        stage="test",
+        arm=study.reference,
+        rank=1,
+        subject=name,
+        seed=0,
+        learning_rate=1.0,
     )
-    plan = plan_of_subject(config, photos, seeds=tuple(range(pictures))).smaller(*counts)
+    config = study.config_of(cell, 1, Path("unused")).each_subject[0]
+    photos = photo_report(config).photos
+
+    # what is drawn and asked
+    pictures = protocol.images_per_prompt
+    plan = plan_of_subject(config, photos, seeds=tuple(range(pictures)))
+    plan = plan.smaller(
+        templates=protocol.num_prompts,
+        seeds=pictures,
+        class_images=protocol.class_images,
+        unrelated=protocol.unrelated,
+        inference_steps=protocol.inference_steps,
+    )
+
+    # what it is compared with
+    encoders = encoders_of(base, protocol.clip, protocol.dino)
     resolution_px = pipeline_from(study.base).resolution_px
     truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(
-        plan, encoders, [open_rgb(p) for p in photos], [open_mask(p) for p in photos], truth
+        plan,
+        encoders,
+        photos=[open_rgb(photo) for photo in photos],
+        masks=[open_mask(photo) for photo in photos],
+        truth=truth,
     )
     for one in subject.beside:
         theirs = photo_report(replace(config, **one.settings)).photos
@@ -312,12 +367,19 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     return made
 
 
-STRIP_PX, STRIP_LENGTH = 128, 8
+STRIP_PX = 128
+"""Side of a picture in a cell's strip."""
+STRIP_LENGTH = 8
+"""Most pictures in it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One more cell is finished, or has failed with `error`. `done` of `total` of this stage."""
+    """One more cell is finished, or has failed with `error`.
+
+    done, total: cells of this stage
+    seconds: that it took
+    """
 
     cell: Cell
     done: int
@@ -333,18 +395,28 @@ def run_study(
     on_progress: Callable[[Progress], None],
     runner: Callable | None = None,
 ) -> list[Result]:
-    """Tune, then test; cells with a result in `out` are not run again. Returns all results, without
-    failed cells. A failed cell does not stop the others; a second run tries it again. A learning
-    rate at which a training fails cannot be chosen. With `jobs` 0 only finished results are read.
-    `runner` replaces `run_cells`."""
-    ranks, runner = budget_ranks(study) if jobs else {}, runner or run_cells
+    """Tune, then test; cells with a result in `out` are not run again.
+
+    study: what to compare
+    out: the folder of the results
+    jobs: trainings at once; with 0 only finished results are read
+    on_progress: called as each cell ends
+    runner: replaces `run_cells`
+
+    A failed cell does not stop the others; a second run tries it again. A learning rate at which a
+    training fails cannot be chosen. Returns all results, without failed cells.
+    """
+    ranks = budget_ranks(study) if jobs else {}
+    runner = runner or run_cells
 
     def finished(cells: list[Cell]) -> list[Result]:
         todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
         done = len(cells) - len(todo)
         for cell, seconds, error in runner(study, todo, ranks, out, jobs) if jobs else ():
             done += not error
-            on_progress(Progress(cell, done, len(cells), seconds, error))
+            on_progress(
+                Progress(cell=cell, done=done, total=len(cells), seconds=seconds, error=error)
+            )
         return read_results(study, cells, out)
 
     tuned = finished(study.tuning_cells())
@@ -354,12 +426,10 @@ def run_study(
 def compared_cells(study: Study, tuned: Sequence[Result]) -> list[Cell]:
     """Those of the comparison, once every arm and rank with several rates has at least one to
     choose."""
-    cells = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
-    return (
-        study.test_cells(best_rates(study, tuned))
-        if cells <= rate_curves(study, tuned).keys()
-        else []
-    )
+    to_choose = {(cell.arm, cell.rank) for cell in study.tuning_cells()}
+    if to_choose <= rate_curves(study, tuned).keys():
+        return study.test_cells(best_rates(study, tuned))
+    return []
 
 
 def unfinished(study: Study, out: Path) -> list[Cell]:
@@ -374,19 +444,24 @@ def run_cells(
     study: Study, cells: list[Cell], ranks, out: Path, jobs: int
 ) -> Iterator[tuple[Cell, float, str]]:
     """(cell, seconds, error) as they end; several jobs are processes that share the GPUs."""
+    # one after the other, in this process
     if jobs == 1 or len(cells) <= 1:
-        yield from (run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs) for cell in cells)
+        for cell in cells:
+            yield run_cell(study, cell, ranks[cell.arm, cell.rank], out, jobs)
         return
-    threads, context = max(1, (os.cpu_count() or 1) // jobs), get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, context, begin_worker, (threads, os.getpid(), context.Value("i", 0))
-    ) as pool:
-        futures = [
-            pool.submit(run_cell, study, cell, ranks[cell.arm, cell.rank], out, jobs)
-            for cell in cells
-        ]
+
+    # several processes, each with its share of the cores; CUDA does not survive a fork
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = get_context("spawn")
+    begun = (threads, os.getpid(), context.Value("i", 0))
+    with ProcessPoolExecutor(jobs, context, begin_worker, begun) as pool:
+        futures = []
+        for cell in cells:
+            rank = ranks[cell.arm, cell.rank]
+            futures.append(pool.submit(run_cell, study, cell, rank, out, jobs))
         try:
-            yield from (future.result() for future in as_completed(futures))
+            for future in as_completed(futures):
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -401,31 +476,39 @@ def cells_on_cluster(
     out: Path,
     _jobs: int,
 ) -> Iterator[tuple[Cell, float, str]]:
-    """Like `run_cells`, as tasks of the connected cluster: as many at once as the `machines` hold,
-    or `most`."""
+    """Like `run_cells`, as tasks of the connected cluster.
+
+    machines: of the cluster
+    most: trainings at once; None for as many as the machines hold
+    """
 
     def tasks() -> Iterator[ray_fleet.Task]:
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]
             needs = machines.resources_for(study.config_of(cell, rank, out))
             jobs = most or min(len(cells), ray_fleet.room_for(needs))
-            yield ray_fleet.Task(cell, (study, cell, rank, out, jobs, os.getcwd()), needs)
+            arguments = (study, cell, rank, out, jobs, os.getcwd())
+            yield ray_fleet.Task(cell, arguments, needs)
 
     started = time.monotonic()
     for task, result in ray_fleet.run_tasks(run_cell, tasks(), window=most):
-        yield (
-            (task.key, time.monotonic() - started, result.reason)
-            if isinstance(result, ray_fleet.Lost)
-            else result
-        )
+        if isinstance(result, ray_fleet.Lost):
+            result = (task.key, time.monotonic() - started, result.reason)
+        yield result
 
 
 def begin_worker(threads: int, parent: int, begun: Synchronized) -> None:
-    """Of `jobs` processes: a share of the cores, a GPU, an end with its parent. `begun` counts
-    them."""
+    """Prepare one of several processes that train: its share of the cores, a GPU, and an end with
+    its parent.
+
+    threads: of this process
+    parent: process id of the one that started it
+    begun: how many have begun before
+    """
     torch.set_num_threads(threads)
     with begun.get_lock():
-        number, begun.value = begun.value, begun.value + 1
+        number = begun.value
+        begun.value += 1
     gpu = gpu_of(number, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when the process first uses a GPU
@@ -442,10 +525,20 @@ def gpu_of(number: int, count: int, visible: str | None) -> str | None:
 def run_cell(
     study: Study, cell: Cell, rank: int, out: Path, jobs: int, folder: str = ""
 ) -> tuple[Cell, float, str]:
-    """Train, score, write the result, delete the run folder. `folder`: the command's, for a study's
-    paths."""
+    """Train, score, write the result, delete the run folder.
+
+    study, cell: what to train
+    rank: the real one (see `Study.budget`)
+    out: the folder of the results
+    jobs: trainings at once, which is noted with the cost
+    folder: where the study's relative paths begin; empty for this process's own
+
+    Returns the cell, seconds, and the error, or "".
+    """
     if folder:
         os.chdir(folder)
+
+    # train and score in a folder that no other process has
     started = time.monotonic()
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
@@ -456,21 +549,28 @@ def run_cell(
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+    # write the pictures, then the result, by which the cell counts as finished
     path = result_path(study, cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
     cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
-    pictures = {name: [round(float(v), 5) for v in found.tables[name].ravel()] for name in judged()}
-    atomic_write(path, json.dumps(asdict(Result(cell, found.means(), pictures, cost))) + "\n")
+    pictures = {}
+    for name in judged():
+        pictures[name] = [round(float(value), 5) for value in found.tables[name].ravel()]
+    result = Result(cell=cell, scores=found.means(), pictures=pictures, cost=cost)
+    atomic_write(path, json.dumps(asdict(result)) + "\n")
     return cell, time.monotonic() - started, ""
 
 
 def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict[str, float]:
     """Train, on a basis if one is given; returns seconds in total and per step (median), peak
     memory and the number of trained parameters."""
+    # the peak of this training alone, though the process has trained others
     processes.reset_peak_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
     started = time.monotonic()
     shared = {**encodings_folder(config, out), **class_folders(config, out)}
     whole = TrainConfig.from_dict({**config.to_dict(), **shared})
@@ -497,6 +597,8 @@ def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
     """Where each subject's class images are: made once by each process, the same for all arms."""
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
+
+    # a folder of each process, as two must not write the same one
     mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
     folders = [
         str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}")
@@ -504,11 +606,13 @@ def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
     ]
     if not config.subjects:
         return {"class_data_dir": folders[0]}
+
     tables = zip(config.subjects, folders, strict=True)
     return {"subjects": [replace(one, class_data_dir=folder).to_dict() for one, folder in tables]}
 
 
 def strip(pictures: Iterable[Image.Image]) -> Image.Image:
+    """The first pictures in one row, small."""
     some = list(pictures)[:STRIP_LENGTH]
     sheet = Image.new("RGB", (STRIP_PX * len(some), STRIP_PX))
     for number, picture in enumerate(some):
@@ -519,20 +623,32 @@ def strip(pictures: Iterable[Image.Image]) -> Image.Image:
 def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
     found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
-    for arm, rank in found if study.budget != "rank" else ():
-        cell = Cell("test", arm, rank, study.subjects[0].name, 0, 1.0)
-        config = study.config_of(cell, rank, Path("unused"))
-        budget = sum(
-            rank * (inputs + outputs) for inputs, outputs in projections_of(config).values()
+    if study.budget == "rank":
+        return found
+    for arm, rank in found:
+        cell = Cell(
+            stage="test",
+            arm=arm,
+            rank=rank,
+            subject=study.subjects[0].name,
+            seed=0,
+            learning_rate=1.0,
         )
-        # ties the numbers of factor**2 ranks
+        config = study.config_of(cell, rank, Path("unused"))
+
+        # the budget: A and B of plain LoRA at the nominal rank
+        sides = projections_of(config).values()
+        budget = sum(rank * (inputs + outputs) for inputs, outputs in sides)
+
+        # the ranks that the mixer can have; Kronecker ties the numbers of factor**2 ranks
         factor = config.mixer_factor if config.mixer == KRONECKER else 1
         step = 2 if config.mixer == "butterfly" else factor
+
+        # the one that is nearest to the budget; the lower one at a tie
         on_basis = bool(study.basis_of(arm))
-        gaps = {
-            r: abs(count_parameters(config, r, on_basis) - budget)
-            for r in range(step, rank * factor**2 + 1, step)
-        }
+        gaps = {}
+        for real in range(step, rank * factor**2 + 1, step):
+            gaps[real] = abs(count_parameters(config, real, on_basis) - budget)
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
@@ -540,25 +656,30 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
 def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> int:
     """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank.
     On a basis the mixers alone are learnt."""
-    own, found = replace(config, rank=rank), 0
+    own = replace(config, rank=rank)
+    found = 0
     for path, (inputs, outputs) in projections_of(own).items():
-        r, _ = rank_and_alpha(own, "unet", path)
-        magnitudes = outputs if config.use_dora else 0
-        found += r**2 if on_basis else layer_parameters(own, r, inputs + outputs) + magnitudes
+        own_rank, _ = rank_and_alpha(own, "unet", path)
+        if on_basis:
+            found += own_rank**2
+        else:
+            found += layer_parameters(own, own_rank, inputs + outputs)
+            found += outputs if config.use_dora else 0
     return found
 
 
 def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
+    """{path: (in, out)} of the layers that a training adapts."""
     base = Base.of(config)
-    return projections(
-        base, family_settings(config, base).get("target_modules", config.target_modules)
-    )
+    targets = family_settings(config, base).get("target_modules", config.target_modules)
+    return projections(base, targets)
 
 
 @lru_cache(maxsize=8)
 def projections(base: Base, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for
     convolutions."""
+    # an empty model of its configuration, where it has one
     facts = base.facts
     if facts is None or base.file:
         denoiser = denoiser_of(pipeline_from(base).pipeline)
@@ -567,6 +688,10 @@ def projections(base: Base, targets: tuple[str, ...]) -> dict[str, tuple[int, in
             base.place, subfolder=facts.denoiser, **base.version
         )
         denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})
-    layers = moslora.matrix_layers(denoiser).items()
-    shapes = {path: layer.weight.shape for path, layer in layers if rows.is_adapted(path, targets)}
-    return {path: (shape[1:].numel(), shape[0]) for path, shape in shapes.items()}
+
+    found = {}
+    for path, layer in moslora.matrix_layers(denoiser).items():
+        if rows.is_adapted(path, targets):
+            shape = layer.weight.shape
+            found[path] = (shape[1:].numel(), shape[0])
+    return found

@@ -1,16 +1,18 @@
-"""Tests what this project claims on a machine: trains on the device and on the CPU, and compares
-the results.
+"""Tests what this project claims on a machine.
+
+It trains on the device and on the CPU, and compares the results.
 
 losses      the device's losses equal the CPU's, in full and half precision
 published   the files of the device's run are verified (`lora.proof`)
-repeated    whether two equal runs end with the same bytes: kernels that sum in a changing order give others
-resumed     a run that was stopped and resumed on the device ends with the same bytes, both with `--deterministic` where
-            equal runs differ, so that chance is told from a defect
+repeated    whether two equal runs end with the same bytes: kernels that sum in a changing order
+            give others
+resumed     a run that was stopped and resumed on the device ends with the same bytes; both have
+            `--deterministic` where equal runs differ, so that chance is told from a defect
 generated   a picture drawn with the adapter on the device is not a single colour
 compiled    the device's losses with compiled blocks, on Nvidia's and AMD's GPUs
-cards       those of two processes, one on each of two GPUs, equal those of one
-step        seconds and memory of a step of full-size SDXL with random weights, if memory allows, and their
-lower bound
+cards       the losses of two processes, one on each of two GPUs, equal those of one
+step        seconds and memory of a step of full-size SDXL with random weights, if memory allows,
+            and their lower bound
 
 Each training is the training command, with the embedded base and painted photos. The random UNet is
 one random megabyte repeated, scaled by 1/sqrt(fan-in), so that activations neither grow nor vanish.
@@ -60,9 +62,13 @@ topology with a fortieth of the width."""
 
 
 def random_unet(size: str, dtype: torch.dtype = torch.bfloat16) -> UNet2DConditionModel:
-    """stabilityai/stable-diffusion-xl-base-1.0's UNet."""
+    """The UNet of stabilityai/stable-diffusion-xl-base-1.0 with random weights.
+
+    `size` is one of WIDTHS.
+    """
     full = size == "sdxl"
-    time_width, (narrow, wide) = 256 if full else 32, WIDTHS[size]
+    time_width = 256 if full else 32
+    narrow, wide = WIDTHS[size]  # of the two texts
     options = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280) if full else (32, 64, 64),
@@ -105,7 +111,9 @@ def fill(module: torch.nn.Module, noise: torch.Tensor) -> None:
         elif parameter.dim() == 1:
             parameter.fill_(1)
         else:
-            flat, scaled = parameter.view(-1), noise * (1 / math.sqrt(parameter[0].numel()))
+            # the noise again and again, scaled by 1/sqrt(fan-in)
+            flat = parameter.view(-1)
+            scaled = noise * (1 / math.sqrt(parameter[0].numel()))
             for start in range(0, flat.numel(), scaled.numel()):
                 piece = flat[start : start + scaled.numel()]
                 piece.copy_(scaled[: piece.numel()])
@@ -118,19 +126,30 @@ def random_materials(
     size: str, resolution_px: int, dtype: torch.dtype = torch.bfloat16
 ) -> prepare.TrainInputs:
     """What a run prepares, of a random UNet and one random photo and prompt."""
-    side = resolution_px // 8
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    embeds, pooled = (
-        torch.randn(77, sum(WIDTHS[size])).to(dtype),
-        torch.randn(WIDTHS[size][1]).to(dtype),
-    )
+    # a text of 77 tokens; its pooled vector is the wide encoder's
+    embeds = torch.randn(77, sum(WIDTHS[size])).to(dtype)
+    pooled = torch.randn(WIDTHS[size][1]).to(dtype)
     text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+
+    # a pipeline of which only the UNet and the schedule are used
     pipeline = StableDiffusionXLPipeline(
-        **parts, unet=random_unet(size, dtype), scheduler=scheduler
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=random_unet(size, dtype),
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
     )
-    latents = torch.randn(4, side, side)
-    return materials_of(pipeline, load.SDXL_FAMILY, text, latents, resolution_px, dtype)
+    side = resolution_px // 8
+    return materials_of(
+        pipeline,
+        load.SDXL_FAMILY,
+        text,
+        latents=torch.randn(4, side, side),
+        resolution_px=resolution_px,
+        dtype=dtype,
+    )
 
 
 def materials_of(
@@ -141,7 +160,16 @@ def materials_of(
     resolution_px: int,
     dtype: torch.dtype,
 ) -> prepare.TrainInputs:
-    """What a run prepares, of one photo's `latents` (C, h, w), whose prompts all have this text."""
+    """What a run prepares, of one photo, whose prompts all have one text.
+
+    pipeline: with the denoiser and the schedule
+    family: of the base
+    text: by the names of the pipeline's own arguments
+    latents: (C, h, w) of the photo
+    resolution_px: its side
+    dtype: of the frozen base
+    """
+    # the one photo at each position, without a crop
     sizes = [resolution_px, resolution_px, 0, 0, resolution_px, resolution_px]
     ids = torch.tensor(sizes, dtype=torch.float32)
     shown = photo_stream.EncodedView(latents, ids, None), "a photo of sks dog"
@@ -150,40 +178,47 @@ def materials_of(
         read_ahead=lambda position: None,
         subject_at=lambda position: 0,
     )
-    schedule = prepare.noise_schedule(pipeline.scheduler)
-    texts = lambda prompts: [text] * len(prompts)  # noqa: E731
-    return prepare.TrainInputs(pipeline, family, schedule, [], stream, None, texts, dtype)
+    return prepare.TrainInputs(
+        pipeline=pipeline,
+        family=family,
+        schedule=prepare.noise_schedule(pipeline.scheduler),
+        photos=[],
+        instance=stream,
+        prior=None,
+        prompt_embeds=lambda prompts: [text] * len(prompts),
+        dtype=dtype,
+    )
 
 
 GIB = 2**30
+"""Bytes."""
 
 
 def measure(size: str, config: TrainConfig) -> dict[str, float]:
-    """Measure a batch as `config` says, on the device that accelerate chooses."""
+    """Measure a batch as `config` says, on the device that accelerate chooses.
+
+    Returns floor_sec, step_sec and peak_gib.
+    """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     materials = random_materials(size, config.resolution, DTYPES[config.mixed_precision])
     unet = materials.pipeline.unet.requires_grad_(False).to(accelerator.device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    found = {
-        "floor_sec": second_of(
-            floor_step(materials, config, accelerator.device), accelerator.device
-        )
-    }
+
+    # the lower bound, before the trainer's step takes its memory
+    floor_sec = second_of(floor_step(materials, config, accelerator.device), accelerator.device)
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
     def step() -> None:
         train_step.accumulate_gradients()
         train_step.update_adapter()
 
-    found["step_sec"] = second_of(step, accelerator.device)
-    is_cuda = accelerator.device.type == "cuda"
-    peak_gib = (
-        torch.cuda.max_memory_allocated() / GIB
-        if is_cuda
-        else reporter.memory_gib(accelerator.device)
-    )
-    return found | {"peak_gib": peak_gib}
+    step_sec = second_of(step, accelerator.device)
+    if accelerator.device.type == "cuda":
+        peak_gib = torch.cuda.max_memory_allocated() / GIB
+    else:
+        peak_gib = reporter.memory_gib(accelerator.device)
+    return {"floor_sec": floor_sec, "step_sec": step_sec, "peak_gib": peak_gib}
 
 
 def floor_step(
@@ -191,33 +226,31 @@ def floor_step(
 ) -> Callable[[], None]:
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
     bound of a step."""
-    unet, batch = (
-        materials.pipeline.unet.train(),
-        materials.batch_at(0, config.train_batch_size, 1, bool),
-    )
-    texts = [
-        pipelines.in_dtype(text, device, materials.dtype)
-        for text in materials.prompt_embeds(batch.prompts)
-    ]
-    words, sizes = materials.family.arguments(texts), batch.time_ids.to(device)
+    unet = materials.pipeline.unet.train()
+    batch = materials.batch_at(0, config.train_batch_size, 1, bool)
+
+    # what the UNet is told, on the device
+    texts = []
+    for text in materials.prompt_embeds(batch.prompts):
+        texts.append(pipelines.in_dtype(text, device, materials.dtype))
+    words = materials.family.arguments(texts)
+    sizes = batch.time_ids.to(device)
     times = torch.tensor([500], device=device)
 
     def step() -> None:
-        noisy = torch.randn_like(
-            batch.latents, device=device, dtype=materials.dtype
-        ).requires_grad_()
-        materials.family.predict(
-            unet, noisy, times, sizes, **words
-        ).float().square().mean().backward()
+        noisy = torch.randn_like(batch.latents, device=device, dtype=materials.dtype)
+        noisy.requires_grad_()
+        prediction = materials.family.predict(unet, noisy, times, sizes, **words)
+        prediction.float().square().mean().backward()
 
     return step
 
 
 def second_of(step: Callable[[], None], device: torch.device) -> float:
     """Seconds of a second call of `step`; the first warms up."""
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-        device.type, lambda: None
-    )
+    # a GPU works on after the call has returned
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    wait = waits.get(device.type, lambda: None)
     step()
     wait()
     start = time.perf_counter()
@@ -227,48 +260,82 @@ def second_of(step: Callable[[], None], device: torch.device) -> float:
 
 
 def main() -> None:
+    """Measure one step, and print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--size", choices=WIDTHS, default="sdxl")
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=("fp16", "bf16"), default="bf16")
     args = parser.parse_args()
+
+    # as the training command does, whose step this is
     processes.keep_freed_memory()
-    fixed = {"rank": 16, "train_batch_size": 1, "seed": 0, "instance_data_dir": "."}
-    asked = {
-        name: getattr(args, name)
-        for name in ("resolution", "gradient_checkpointing", "mixed_precision")
-    }
-    config = TrainConfig(**fixed, **asked, instance_prompt="a photo of sks dog")
+    config = TrainConfig(
+        rank=16,
+        train_batch_size=1,
+        seed=0,
+        instance_data_dir=".",
+        instance_prompt="a photo of sks dog",
+        resolution=args.resolution,
+        gradient_checkpointing=args.gradient_checkpointing,
+        mixed_precision=args.mixed_precision,
+    )
     print(json.dumps(measure(args.size, config)))
 
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
-STEPS, STOPPED_AT = 6, 3
-# Of a loss to the CPU's in fp32; TF32 keeps 10 bits
+"""The command that is tested."""
+STEPS = 6
+"""Of each training."""
+STOPPED_AT = 3
+"""The step after which one is stopped, to be resumed."""
 TOLERANCE = {"no": 5e-3, "fp16": 5e-2, "bf16": 5e-2}
-FLAT_LEVELS = 2.0  # Standard deviation, of 255 levels, below which a picture shows nothing
-FULL_PX, CPU_PX = 1024, 512
+"""Largest relative difference of a loss to the CPU's in fp32, by precision; TF32 keeps 10 bits."""
+FLAT_LEVELS = 2.0
+"""Standard deviation, of 255 levels, below which a picture shows nothing."""
+FULL_PX = 1024
+"""Resolution of the step that is measured on a GPU."""
+CPU_PX = 512
+"""Resolution of the step that is measured on a CPU."""
 STEP_PLANS = ("full", "recompute")
+"""Memory plans with which it is tried, the fastest first."""
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 ON_TWO_GPUS = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
+"""The words that start the command in two processes."""
 STEP_SEC = 600
+"""A step that takes longer is left out."""
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a training on the CPU."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """What one test has found.
+
+    name: of the test
+    holds: whether it does
+    said: a line about it
+    figures: numbers for the report's JSON
+    """
+
     name: str
-    holds: bool  # whether the test does
-    said: str  # a line about it
+    holds: bool
+    said: str
     figures: dict[str, float | str] = field(default_factory=dict)
 
 
 @dataclass
 class SelfTest:
-    """Trains and draws with `program` and `env` in each of `precisions` ("no": fp32); measures SDXL
-    if `free_gib`. `compiles`: compiled blocks are tried too. `launcher`: words that start two
-    processes, if given."""
+    """Trains and draws, and compares.
+
+    folder: of the runs
+    precisions: each is tried; "no" is fp32
+    env: environment of the commands, which chooses the device
+    program: the command
+    free_gib: memory for a step of full-size SDXL; None leaves that out
+    compiles: whether compiled blocks are tried too
+    launcher: words that start two processes; without them that is left out
+    """
 
     folder: Path
     precisions: tuple[str, ...] = ("no",)
@@ -282,38 +349,43 @@ class SelfTest:
         self.photos = self.folder / "photos"
         shutil.rmtree(self.photos, ignore_errors=True)
         self.photos.mkdir(parents=True)
-        for number in range(3):  # a disc on a plain ground
-            photo = Image.new("RGB", (160, 160), (60 * number, 140, 200 - 60 * number))
-            ImageDraw.Draw(photo).ellipse(
-                (30 + 10 * number, 40, 110 + 10 * number, 120), fill=(230, 60, 40)
-            )
+
+        # photos of a disc, each on another plain ground
+        for number in range(3):
+            ground = (60 * number, 140, 200 - 60 * number)
+            photo = Image.new("RGB", (160, 160), ground)
+            left = 30 + 10 * number
+            ImageDraw.Draw(photo).ellipse((left, 40, left + 80, 120), fill=(230, 60, 40))
             photo.save(self.photos / f"{number}.png")
 
     def findings(self) -> Iterator[Finding]:
         """Yields each result as soon as it is known. A run that fails is a result, and ends the
         test."""
         try:
+            # the device against the CPU, in each precision
             expected = losses(SelfTest(self.folder, env=ON_CPU).train("cpu"))
             for precision in self.precisions:
                 found = losses(self.train(f"device_{precision}", mixed_precision=precision))
-                name, far = (
-                    "fp32" if precision == "no" else precision,
-                    largest_difference(found, expected),
-                )
-                said = f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32"
+                name = "fp32" if precision == "no" else precision
+                far = largest_difference(found, expected)
                 yield Finding(
-                    f"losses, {name}",
-                    far <= TOLERANCE[precision],
-                    said,
-                    {"relative_difference": far},
+                    name=f"losses, {name}",
+                    holds=far <= TOLERANCE[precision],
+                    said=f"{len(found)} losses in {name}, at most {far:.1e} from the CPU's in fp32",
+                    figures={"relative_difference": far},
                 )
-            proof = next(
-                e["proof"] for e in self.run("device_no").read_metrics() if e["type"] == "export"
-            )
-            far = proof["max_relative_difference"]
+
+            # what the run itself proved of its files
+            exports = self.run("device_no").read_metrics("export")
+            far = exports[0]["proof"]["max_relative_difference"]
             yield Finding(
-                "published", True, f"both files reload to {far:.1e}", {"relative_difference": far}
+                name="published",
+                holds=True,
+                said=f"both files reload to {far:.1e}",
+                figures={"relative_difference": far},
             )
+
+            # what else the device can be asked for
             yield from self.resumed()
             yield self.generated()
             if self.compiles:
@@ -326,66 +398,83 @@ class SelfTest:
             yield Finding("run", False, str(error))
 
     def resumed(self) -> Iterator[Finding]:
+        """Whether a run repeats, and whether a resumed run equals an unbroken one."""
+        # where equal runs differ, only deterministic kernels can tell a defect from chance
         self.train("again")
-        is_exact, whole, words = self.are_equal("device_no", "again"), "device_no", {}
+        is_exact = self.are_equal("device_no", "again")
+        whole = "device_no"
+        words = {}
         said = "two equal runs have the same bytes"
         if not is_exact:
-            said = "two equal runs have other bytes: kernels here sum in a changing order (--deterministic)"
-            whole, words = "exact", {"deterministic": "true"}
+            said = (
+                "two equal runs have other bytes: "
+                "kernels here sum in a changing order (--deterministic)"
+            )
+            whole = "exact"
+            words = {"deterministic": "true"}
             self.train(whole, **words)
         yield Finding("repeated", True, said)
+
+        # the first half, then the rest
         self.train("resumed", max_train_steps=STOPPED_AT, **words)
         self.train("resumed", resume_from_checkpoint="latest", **words)
         holds = self.are_equal(whole, "resumed")
-        said = f"{'the same' if holds else 'other'} bytes {'than' if not holds else 'as'} an unbroken run"
+        said = f"{'the same bytes as' if holds else 'other bytes than'} an unbroken run"
         yield Finding("resumed", holds, said + ("" if is_exact else ", both with --deterministic"))
 
     def are_equal(self, one: str, other: str) -> bool:
-        contents = [self.run(name).adapter_path.read_bytes() for name in (one, other)]
-        first, second = (
-            content[8 + int.from_bytes(content[:8], "little") :] for content in contents
-        )
+        """Whether two runs have published the same tensors, whatever their headers say."""
+        first, second = (self.tensor_bytes(name) for name in (one, other))
         return first == second
+
+    def tensor_bytes(self, name: str) -> bytes:
+        """The bytes after the header of a safetensors file, whose length is in the first eight."""
+        content = self.run(name).adapter_path.read_bytes()
+        header_bytes = int.from_bytes(content[:8], "little")
+        return content[8 + header_bytes :]
 
     def compiled(self) -> Finding:
         """Where it cannot be done, as without a compiler, the trainer says so and goes on; that is
         no failure."""
-        far = largest_difference(
-            losses(self.train("compiled", compile="on")), losses(self.run("device_no"))
-        )
+        found = losses(self.train("compiled", compile="on"))
+        far = largest_difference(found, losses(self.run("device_no")))
         said = f"losses with compiled blocks, at most {far:.1e} from those without"
         if GOES_ON in (self.folder / "compiled.log").read_text(encoding="utf-8"):
             said = f"compiled blocks cannot be made here; {GOES_ON}"
-        return Finding("compiled", far <= TOLERANCE["no"], said, {"relative_difference": far})
+        return Finding(
+            name="compiled",
+            holds=far <= TOLERANCE["no"],
+            said=said,
+            figures={"relative_difference": far},
+        )
 
     def cards(self) -> Finding:
         """One process with two micro-batches draws what two processes draw with one each."""
         alone = losses(self.train("one_card", train_batch_size=1, gradient_accumulation_steps=2))
-        far = largest_difference(
-            losses(self.train("two_cards", self.launcher, train_batch_size=1)), alone
+        found = losses(self.train("two_cards", self.launcher, train_batch_size=1))
+        far = largest_difference(found, alone)
+        return Finding(
+            name="cards",
+            holds=far <= TOLERANCE["no"],
+            said=f"{len(alone)} losses of two processes, at most {far:.1e} from those of one",
+            figures={"relative_difference": far},
         )
-        said = f"{len(alone)} losses of two processes, at most {far:.1e} from those of one"
-        return Finding("cards", far <= TOLERANCE["no"], said, {"relative_difference": far})
 
     def generated(self) -> Finding:
-        words = [
-            "--adapter",
-            self.run("device_no").path,
-            "--prompt",
-            "a photo of a sks robot",
-            "--steps",
-            "8",
-        ]
+        """A picture that is one colour means that the device drew not-a-numbers, or nothing."""
+        words = ["--adapter", self.run("device_no").path]
+        words += ["--prompt", "a photo of a sks robot"]
+        words += ["--steps", "8"]
         words += ["--output_dir", self.folder / "pictures"]
         self.call("generate", [*self.program, "generate", *words])
         picture = next((self.folder / "pictures").glob("*.png"))
         spread = min(ImageStat.Stat(Image.open(picture).convert("RGB")).stddev)
-        return Finding(
-            "generated", spread > FLAT_LEVELS, f"{picture.name}, {spread:.0f} levels of spread"
-        )
+        said = f"{picture.name}, {spread:.0f} levels of spread"
+        return Finding("generated", spread > FLAT_LEVELS, said)
 
     def step(self, free_gib: float, size: str = "sdxl") -> Iterator[Finding]:
         """Measure a step by the fastest plan that fits. Too little memory or time is no failure."""
+        # the fastest plan whose estimate fits
         is_gpu = self.env != ON_CPU
         px = FULL_PX if is_gpu else CPU_PX
         half = self.precisions[-1] if is_gpu and len(self.precisions) > 1 else "bf16"
@@ -395,8 +484,15 @@ class SelfTest:
         told = f"--memory at {px} px needs {listed}"
         plan = next((name for name in STEP_PLANS if needs[name] <= USABLE * free_gib), None)
         if plan is None:
-            yield Finding("step", True, f"left out: {free_gib:.1f} GiB are free; {told}", needs)
+            yield Finding(
+                name="step",
+                holds=True,
+                said=f"left out: {free_gib:.1f} GiB are free; {told}",
+                figures=needs,
+            )
             return
+
+        # in a process of its own, whose peak is the step's
         words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
         words += ["--gradient_checkpointing"] if plan != "full" else []
         command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.selftest", *words]
@@ -404,19 +500,23 @@ class SelfTest:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])
         except subprocess.TimeoutExpired:
             yield Finding(
-                "step",
-                True,
-                f"left out: four steps take longer than {STEP_SEC} s here; {told}",
-                needs,
+                name="step",
+                holds=True,
+                said=f"left out: four steps take longer than {STEP_SEC} s here; {told}",
+                figures=needs,
             )
             return
-        said = "{step_sec:.2f} s at {} px, the floor {floor_sec:.2f} s, peak {peak_gib:.1f} GiB ({}); {}"
-        yield Finding("step", True, said.format(px, plan, told, **found), {**found, **needs})
+        said = f"{found['step_sec']:.2f} s at {px} px, the floor {found['floor_sec']:.2f} s"
+        said += f", peak {found['peak_gib']:.1f} GiB ({plan}); {told}"
+        yield Finding(name="step", holds=True, said=said, figures={**found, **needs})
 
     def run(self, name: str) -> run_folder.RunDir:
+        """The run folder of a training."""
         return run_folder.RunDir(self.folder / name)
 
     def train(self, name: str, launcher: Sequence[str] = (), **changes) -> run_folder.RunDir:
+        """Train on the toy base, with these settings changed. Raises UserError when it fails."""
+        # small and quick, and equal but for what is compared
         settings = {
             "pretrained_model_name_or_path": "toy",
             "instance_data_dir": self.photos,
@@ -431,18 +531,22 @@ class SelfTest:
             "report_to": "none",
             "seed": 0,
         }
-        words = [
-            word for key, value in (settings | changes).items() for word in (f"--{key}", value)
-        ]
+        words = []
+        for key, value in (settings | changes).items():
+            words += [f"--{key}", value]
         self.call(name, [*(launcher or self.program), "train", *words])
         return self.run(name)
 
     def call(self, name: str, command: Sequence[object], timeout_sec: float | None = None) -> str:
         """Run a command; returns its output. Raises UserError with the last line of its error
         output when it fails."""
-        words, env = list(map(str, command)), os.environ | self.env
         done = subprocess.run(
-            words, env=env, capture_output=True, text=True, check=False, timeout=timeout_sec
+            [str(word) for word in command],
+            env=os.environ | self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_sec,
         )
         (self.folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
@@ -452,13 +556,10 @@ class SelfTest:
 
 
 def losses(run: run_folder.RunDir) -> list[float]:
-    """Of the steps that were made: a step that fp16 skips is made again, and its loss may be
-    infinite."""
-    return [
-        event["loss"]
-        for event in run.read_metrics()
-        if event["type"] == "step" and not event.get("skipped")
-    ]
+    """The losses of the steps that were made: a step that fp16 skips is made again, and its loss
+    may be infinite."""
+    steps = [event for event in run.read_metrics() if event["type"] == "step"]
+    return [event["loss"] for event in steps if not event.get("skipped")]
 
 
 def largest_difference(found: list[float], expected: list[float]) -> float:
@@ -467,6 +568,7 @@ def largest_difference(found: list[float], expected: list[float]) -> float:
     if len(found) != len(expected):
         return math.inf
     differences = [abs(one - other) / abs(other) for one, other in zip(found, expected)]
+    # `max` would pass over a nan
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
@@ -482,22 +584,18 @@ def as_page(facts: dict[str, str], findings: list[Finding]) -> str:
     lines = ["# Self-test of dreambooth_moslora", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", "| tried | holds | what was found |", "|---|---|---|"]
-    lines += [
-        f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |"
-        for found in findings
-    ]
-    claims = [(CLAIMS[found.name], found.holds) for found in findings if found.name in CLAIMS]
-    lines += [
-        "",
-        *(
-            f"- {claim}: {'holds here' if holds else '**does not hold here**'}"
-            for claim, holds in claims
-        ),
-    ]
+    for found in findings:
+        lines.append(f"| {found.name} | {'yes' if found.holds else '**no**'} | {found.said} |")
+    lines.append("")
+    for found in findings:
+        if found.name in CLAIMS:
+            verdict = "holds here" if found.holds else "**does not hold here**"
+            lines.append(f"- {CLAIMS[found.name]}: {verdict}")
     return "\n".join(lines) + "\n"
 
 
 def as_json(facts: dict[str, str], findings: list[Finding]) -> str:
+    """The same, with all figures, for a program."""
     return json.dumps({"machine": facts, "findings": [vars(found) for found in findings]}, indent=1)
 
 

@@ -1,10 +1,13 @@
-"""A comparison as data: arms × ranks × subjects × seeds at an equal budget, read from one TOML
-file.
+"""A comparison as data: arms × ranks × subjects × seeds at an equal budget.
+
+It is read from one TOML file:
 
     [study]       subjects, tuning_subjects, seeds, ranks, learning_rates, reference, budget, tie
-    [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip, dino
+    [evaluation]  num_prompts, images_per_prompt, class_images, unrelated, inference_steps, clip,
+                  dino
     [train]       any setting of train_dreambooth.py, the same for every arm
-    [arms.NAME]   the settings in which this arm differs; config = "recipe.toml" reads them from a file;
+    [arms.NAME]   the settings in which this arm differs;
+                  config = "recipe.toml" reads them from a file;
                   together = true trains each subject with its companions in one run;
                   basis = "svd" or a file trains the mixers alone (see `basis.py`)
 
@@ -12,9 +15,9 @@ Each (arm, rank) first tries every learning rate on the tuning subjects; the bes
 others. An arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so
 that each is shown as often as alone. A subject is its photos and prompts, and its companions:
 
-    "photos/duck"                                                                  with photos/duck/subject.json
-    {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "a photo of a duck"}
-    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "a photo of a zwx cat"}]}
+    "photos/duck"             with photos/duck/subject.json
+    {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "…"}
+    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "…"}]}
 
 Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every
 arm their photos are what confusion is measured against.
@@ -41,9 +44,15 @@ from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 @dataclass(frozen=True)
 class StudySubject:
-    """A folder of photos, its prompt and its class prompt (None: prior preservation then needs one
-    in [train]). `name` is the folder's. Raises UserError for companions that cannot be told apart
-    from it."""
+    """One subject of a study.
+
+    photos: its folder
+    instance_prompt: its prompt
+    class_prompt: of its class; without one, prior preservation needs one in [train]
+    beside: its companions
+
+    Raises UserError for companions that cannot be told apart from it.
+    """
 
     photos: str
     instance_prompt: str
@@ -55,35 +64,40 @@ class StudySubject:
             return
         if nested := [one.photos for one in self.beside if one.beside]:
             raise UserError(
-                f"the study's subject {nested[0]} stands beside another, so it has no `beside` itself."
+                f"the study's subject {nested[0]} stands beside another, "
+                "so it has no `beside` itself."
             )
+
+        # each has a folder and a rare word of its own
         found = (self, *self.beside)
-        folders, tokens = (
-            {os.path.realpath(one.photos) for one in found},
-            {one.subject.token for one in found},
-        )
+        folders = {os.path.realpath(one.photos) for one in found}
+        tokens = {one.subject.token for one in found}
         for what, values in (("folder", folders), ("rare word", tokens)):
             if len(values) < len(found):
                 names = " and ".join(one.photos for one in found)
                 raise UserError(
-                    f"the study's subjects {names}: each needs a {what} of its own beside the other."
+                    f"the study's subjects {names}: "
+                    f"each needs a {what} of its own beside the other."
                 )
 
     @property
     def name(self) -> str:
+        """The folder's."""
         return Path(self.photos).resolve().name
 
     @property
     def subject(self) -> prompts.Subject:
-        return prompts.subject_of(
-            TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt)
-        )
+        """What its prompts call it."""
+        config = TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt)
+        return prompts.subject_of(config)
 
     @property
     def settings(self) -> dict[str, str]:
         """The settings of its training, alone or as one of several `subjects`."""
         found = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
-        return found | ({"class_prompt": self.class_prompt} if self.class_prompt else {})
+        if self.class_prompt:
+            found["class_prompt"] = self.class_prompt
+        return found
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -93,12 +107,12 @@ class StudySubject:
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
         """Raises UserError when the folder does not exist or does not name its subject."""
+        # a table of texts, with a list of the same
         given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
         names = [item.name for item in fields(cls)]
         beside = given.pop("beside", [])
-        if not (
-            given.keys() <= set(names) and all(isinstance(text, str) for text in given.values())
-        ):
+        is_known = given.keys() <= set(names)
+        if not is_known or not all(isinstance(text, str) for text in given.values()):
             raise UserError(
                 f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}."
             )
@@ -108,38 +122,65 @@ class StudySubject:
             )
         if not given.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
-        folder, companions = Path(find_asset(given["photos"])), tuple(map(cls.of, beside))
+        folder = Path(find_asset(given["photos"]))
+        companions = tuple(map(cls.of, beside))
         if not folder.is_dir():
             raise UserError(
-                f"the study's subject {folder}: no such folder; paths start at the current directory."
+                f"the study's subject {folder}: no such folder; "
+                "paths start at the current directory."
             )
+
+        # its words: of the study, else of the folder's file
         if "instance_prompt" in given:
-            return cls(str(folder), given["instance_prompt"], given.get("class_prompt"), companions)
+            return cls(
+                photos=str(folder),
+                instance_prompt=given["instance_prompt"],
+                class_prompt=given.get("class_prompt"),
+                beside=companions,
+            )
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
             example = f'{{photos = "{folder}", instance_prompt = "a photo of a sks dog"}}'
             raise UserError(
-                f"the study's subject {folder} has no subject.json: give it an instance_prompt, {example}."
+                f"the study's subject {folder} has no subject.json: "
+                f"give it an instance_prompt, {example}."
             )
         facts = read_json(facts_path)
-        token, word = facts.get("token"), facts.get("class_word")
+        token = facts.get("token")
+        word = facts.get("class_word")
         if not token or not word:
             raise UserError(
-                f"{facts_path} must name the token and the class_word, or the study an instance_prompt."
+                f"{facts_path} must name the token and the class_word, "
+                "or the study an instance_prompt."
             )
-        return cls(str(folder), **prompts_of(token, word), beside=companions)
+        return cls(photos=str(folder), **prompts_of(token, word), beside=companions)
 
 
 SECTIONS = ("study", "evaluation", "train", "arms")
+"""The tables of the file."""
 BUDGETS = ("parameters", "rank")
-TOGETHER, BASIS = "together", "basis"
+"""In what arms can be equal."""
+TOGETHER = "together"
+"""Of an arm: each subject is trained with its companions."""
+BASIS = "basis"
+"""Of an arm: the basis on which the mixers alone are trained."""
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
+"""Lists of numbers -> their types, and the lowest number."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How each adapter is scored. `clip` and `dino`: hub ids or folders, if not the default ones.
-    Raises UserError."""
+    """How each adapter is scored.
+
+    num_prompts: of the subject
+    images_per_prompt: with a seed each
+    class_images: pictures of the class
+    unrelated: prompts without the subject
+    inference_steps: of each picture
+    clip, dino: hub ids or folders of the encoders, if not the default ones
+
+    Raises UserError.
+    """
 
     num_prompts: int = 8
     images_per_prompt: int = 1
@@ -151,7 +192,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, is_text = getattr(self, item.name), isinstance(item.default, str)
+            value = getattr(self, item.name)
+            is_text = isinstance(item.default, str)
             if type(value) is not type(item.default) or not (is_text or value >= 1):
                 kind = "a text" if is_text else "a whole number from 1 on"
                 raise UserError(f"the study's evaluation.{item.name} is {kind}, not {value!r}.")
@@ -159,8 +201,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its scores. `stage` is "tune" or "test"; `rank` is nominal (see
-    `Study.budget`)."""
+    """One training and its scores.
+
+    stage: "tune" or "test"
+    arm, subject: their names
+    rank: the nominal one (see `Study.budget`)
+    """
 
     stage: str
     arm: str
@@ -171,13 +217,30 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}-s{self.seed}-lr{self.learning_rate:g}"
+        """As a file's name can be."""
+        what = f"{self.stage}-{self.arm}-r{self.rank}-{self.subject}"
+        return f"{what}-s{self.seed}-lr{self.learning_rate:g}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """`budget` "parameters": each arm's rank is nearest to plain LoRA's in parameters; "rank": the
-    nominal one. `tie`: closer than this many deviations of the reference's. Raises UserError."""
+    """What is compared, and how.
+
+    subjects: on which arms are compared
+    arms: the settings in which each differs
+    train: settings of all arms
+    tuning_subjects: on which learning rates are chosen
+    seeds: each subject is trained once with each
+    ranks: nominal ones
+    learning_rates: to choose from
+    reference: the arm with which the others are compared
+    budget: "parameters": each arm's rank is nearest to plain LoRA's in parameters; "rank": the
+        nominal one
+    tie: pictures closer than this many deviations of the reference's are equal
+    protocol: how adapters are scored
+
+    Raises UserError.
+    """
 
     subjects: tuple[StudySubject, ...]
     arms: dict[str, dict[str, Any]]
@@ -192,23 +255,28 @@ class Study:
     protocol: Protocol = field(default_factory=Protocol)
 
     def __post_init__(self) -> None:
+        # each value alone
         for name in ("subjects", "arms", "seeds", "ranks", "learning_rates"):
             if not getattr(self, name):
                 raise UserError(f"the study has no {name}.")
         if isinstance(self.tie, bool) or not isinstance(self.tie, (int, float)) or self.tie < 0:
             raise UserError(f"the study's tie is a number from 0 on, not {self.tie!r}.")
         if self.reference not in list(self.arms):
+            names = ", ".join(self.arms)
             raise UserError(
-                f"the study's reference {self.reference!r} is none of its arms: {', '.join(self.arms)}."
+                f"the study's reference {self.reference!r} is none of its arms: {names}."
             )
         if self.budget not in BUDGETS:
             raise UserError(
                 f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}."
             )
+
+        # subjects, which must differ, and suit the arms
         names = [subject.name for subject in self.subjects + self.tuning_subjects]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(
-                f"the study names {', '.join(sorted(twice))} twice; subjects must not be used for tuning."
+                f"the study names {', '.join(sorted(twice))} twice; "
+                "subjects must not be used for tuning."
             )
         for subject in self.subjects + self.tuning_subjects:
             if not subject.beside and any(arm.get(TOGETHER) for arm in self.arms.values()):
@@ -224,6 +292,7 @@ class Study:
         return base_of(self.train)
 
     def subject(self, name: str) -> StudySubject:
+        """The subject of that name, for comparing or tuning."""
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
@@ -243,29 +312,49 @@ class Study:
         """All arms with several rates, on the tuning subjects, with the first seed."""
         cells = []
         for subject, rank, arm in product(self.tuning_subjects, self.ranks, self.arms):
+            # nothing is to choose for an arm with one rate
             rates = self.rates_of(arm)
-            if len(rates) > 1:
-                cells += [
-                    Cell("tune", arm, rank, subject.name, self.seeds[0], rate) for rate in rates
-                ]
+            if len(rates) < 2:
+                continue
+            for rate in rates:
+                cell = Cell(
+                    stage="tune",
+                    arm=arm,
+                    rank=rank,
+                    subject=subject.name,
+                    seed=self.seeds[0],
+                    learning_rate=rate,
+                )
+                cells.append(cell)
         return cells
 
     def test_cells(self, chosen: Mapping[tuple[str, int], float]) -> list[Cell]:
         """All arms on the other subjects, each at the rate chosen for (arm, rank); whole
         comparisons finish first."""
-        each = product(self.seeds, self.subjects, self.ranks, self.arms)
-        return [
-            Cell("test", arm, rank, subject.name, seed, chosen[arm, rank])
-            for seed, subject, rank, arm in each
-        ]
+        cells = []
+        for seed, subject, rank, arm in product(self.seeds, self.subjects, self.ranks, self.arms):
+            cell = Cell(
+                stage="test",
+                arm=arm,
+                rank=rank,
+                subject=subject.name,
+                seed=seed,
+                learning_rate=chosen[arm, rank],
+            )
+            cells.append(cell)
+        return cells
 
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
         """The settings of the cell's training at its real `rank`; arms share the seed. Raises
         UserError."""
-        subject, shared = self.subject(cell.subject), {**self.train, **self.arms[cell.arm]}
-        chosen, steps = subject.settings, shared.get("max_train_steps")
+        subject = self.subject(cell.subject)
+        shared = {**self.train, **self.arms[cell.arm]}
         shared.pop(BASIS, None)
+
+        # the subject alone, or with its companions at as many steps for each
+        chosen = subject.settings
         if shared.pop(TOGETHER, False):
+            steps = shared.get("max_train_steps")
             if not steps:  # epochs and exposures count photos, and companions may have more
                 raise UserError(
                     f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone."
@@ -275,47 +364,53 @@ class Study:
                 "subjects": [one.settings for one in found],
                 "max_train_steps": steps * len(found),
             }
+
+        # the cell's own, and nothing that costs time beside the training
         own = {
             "output_dir": str(output_dir),
             "rank": rank,
             "seed": cell.seed,
             "learning_rate": cell.learning_rate,
-        }
-        nothing_beside = {
             "num_validation_images": 0,
             "report_to": "none",
             "checkpointing_steps": 10**9,
         }
-        return TrainConfig.from_dict({**shared, **chosen, **own, **nothing_beside})
+        return TrainConfig.from_dict({**shared, **chosen, **own})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its
         files."""
-        of_subject, protocol = self.subject(cell.subject).facts, asdict(self.protocol)
+        of_subject = self.subject(cell.subject).facts
+        protocol = asdict(self.protocol)
         facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[
-            :8
-        ]
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def load_study(path: Path) -> Study:
     """Read the file. Raises UserError for anything unknown, missing or contradictory."""
+    # the tables, with known names
     values = sources.read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
     refuse_unknown(path, "evaluation.", protocol, [f.name for f in fields(Protocol)])
+
+    # [study]: numbers and subjects
     study |= {name: numbers(path, name, study[name]) for name in LISTS if name in study}
     for name in ("subjects", "tuning_subjects"):
         folders = study.get(name, [])
         if not isinstance(folders, list):
             raise UserError(f"--config {path}: study.{name} is a list of folders, not {folders!r}.")
         study[name] = tuple(map(StudySubject.of, folders))
+
+    # [train] and [arms]: settings of a training, and what only an arm can say
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
         own = () if settings is shared else (TOGETHER, BASIS)
         check_each({name: value for name, value in settings.items() if name not in own})
-    # not in `train`, by which results of arms that have a size are known
+
+    # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
         sized = choices.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
         choices.choose_resolution(sized)
@@ -334,7 +429,8 @@ def refuse_other_bases(study: Study) -> None:
         if base_of({**study.train, **settings}) != study.base:
             names = ", ".join(SETTINGS.values())
             raise UserError(
-                f"the study's arm {arm} has another base than [train], which draws all arms: {names}."
+                f"the study's arm {arm} has another base than [train], "
+                f"which draws all arms: {names}."
             )
 
 
@@ -344,12 +440,14 @@ def base_of(settings: Mapping[str, Any]) -> Base:
 
 
 def table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    """The value of `name`, which must be a table. Raises UserError."""
     if not isinstance(value, Mapping):
         raise UserError(f"--config {path}: {name} is a table of settings, [{name}], not {value!r}.")
     return dict(value)
 
 
 def numbers(path: Path, name: str, value: Any) -> tuple:
+    """The value of `name`, one of LISTS. Raises UserError."""
     kinds, low = LISTS[name]
     if not isinstance(value, list) or not all(type(v) in kinds and v >= low for v in value):
         kind = "numbers" if float in kinds else "whole numbers"
@@ -366,10 +464,11 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(own.get(TOGETHER, False), bool):
         raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
     recipe = own.pop("config", None)
-    return {**(sources.load_settings(recipe) if recipe else {}), **own}
+    return {**sources.load_settings(recipe), **own} if recipe else own
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:
+    """Raises UserError for a name that is not `known` in the table `where`."""
     for name in values:
         if name not in known:
             raise UserError(

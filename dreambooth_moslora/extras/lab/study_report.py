@@ -1,11 +1,14 @@
-"""A comparison as files: `results.json`, `table.md` for a README, `report.html`, and its plots and
-pictures as PNG."""
+"""A comparison as files.
+
+They are `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG.
+"""
 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -20,10 +23,14 @@ from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 
-WIN, TIE, LOSS = "#2a6fdb", "#c9c9cf", "#d9822b"
+WIN = "#2a6fdb"
+TIE = "#c9c9cf"
+LOSS = "#d9822b"
+"""Colours of a bar's parts; the first is also that of the differences."""
 
 
 def label(item: run.ArmSummary | run.Outcome) -> str:
+    """An arm at a rank, in a plot."""
     return f"{item.arm}, r{item.rank}"
 
 
@@ -34,7 +41,7 @@ def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     drawn = [name for name, row in MEASURES.items() if row.panel]
     measures = [m for m in drawn if all(m in outcome.differences for outcome in outcomes)]
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    rows = range(len(outcomes))[::-1]
+    rows = range(len(outcomes))[::-1]  # the first on top
     for axis, measure in zip(axes, measures):
         found = [outcome.differences[measure] for outcome in outcomes]
         means = [interval.mean for interval in found]
@@ -54,6 +61,7 @@ def win_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     axes = figure.subplots(1, len(outcomes[0].wins), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]
     for axis, measure in zip(axes, outcomes[0].wins):
+        # three parts of a bar, each beginning where the one before ends
         left = [0.0] * len(outcomes)
         for part, (name, colour) in enumerate((("win", WIN), ("tie", TIE), ("loss", LOSS))):
             width = [100 * outcome.wins[measure][part] for outcome in outcomes]
@@ -70,9 +78,19 @@ def trade_off_plot(arms: Sequence[run.ArmSummary]) -> Figure:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
     for arm in arms:
-        x, y = arm.scores["clip_t"], arm.scores["dino"]
-        reach = {name: [[end] for end in mean.reach] for name, mean in (("xerr", x), ("yerr", y))}
-        axis.errorbar(x.mean, y.mean, **reach, fmt="o", capsize=2, alpha=0.8, label=label(arm))
+        # a cross at the means, as wide and high as the intervals
+        x = arm.scores["clip_t"]
+        y = arm.scores["dino"]
+        axis.errorbar(
+            x.mean,
+            y.mean,
+            xerr=[[end] for end in x.reach],
+            yerr=[[end] for end in y.reach],
+            fmt="o",
+            capsize=2,
+            alpha=0.8,
+            label=label(arm),
+        )
     axis.set(xlabel="prompt fidelity, CLIP-T", ylabel="subject fidelity, DINO")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -83,7 +101,8 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
     """Score on the tuning subjects by learning rate, one panel per rank."""
     ranks = sorted({rank for _, rank in curves})
     figure = Figure(figsize=(5 * len(ranks), 3.6), layout="constrained")
-    for axis, rank in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks):
+    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+    for axis, rank in zip(axes, ranks):
         for (arm, own), curve in curves.items():
             if own == rank:
                 rates = sorted(curve)
@@ -101,18 +120,23 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
 
 def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
+    # the numbers
     results = run.of_whole_seeds(results)
-    arms, against = run.summaries(results), run.outcomes(study, results)
+    arms = run.summaries(results)
+    against = run.outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(
-        out / "results.json",
-        json.dumps(results_json(study, results, arms, against), indent=1) + "\n",
-    )
-    tables, parts = [arm_rows(arms), relative_rows(arms), outcome_rows(against)], []
+    facts = results_json(study, results, arms, against)
+    atomic_write(out / "results.json", json.dumps(facts, indent=1) + "\n")
+
+    # the tables
+    tables = [arm_rows(arms), relative_rows(arms), outcome_rows(against)]
+    parts = []
     for header, rows in tables:
         lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
         parts.append("\n".join(lines))
     atomic_write(out / "table.md", "\n\n".join(parts) + "\n")
+
+    # the plots, of what there is so far
     plots = {}
     if against:
         plots["differences"] = difference_plot(against, study.reference)
@@ -123,43 +147,53 @@ def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> 
         plots["learning_rates"] = rate_plot(curves)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
+
+    # the pictures, and the report with all of it
     if rows := picture_rows(study, results, out):
         draw_contact_sheet(rows, out / "pictures.png", tile_px=run.STRIP_PX)
-    atomic_write(out / "report.html", report_html(study, results, out, tables, plots, against))
+    page = report_html(study, results, out, tables=tables, plots=plots, against=against)
+    atomic_write(out / "report.html", page)
     return finding(study, against)
+
+
+HIDDEN = {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+"""Settings with paths of the machine."""
 
 
 def results_json(
     study: Study, results, arms: Sequence[run.ArmSummary], against: Sequence[run.Outcome]
 ) -> dict:
     """Settings without paths, every cell, every arm, every difference."""
-    protocol, hidden = (
-        study.protocol,
-        {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"},
-    )
-    beside = {
-        subject.name: [one.name for one in subject.beside]
-        for subject in study.subjects
-        if subject.beside
+    # how it was done; the order of the names is the file's
+    facts: dict[str, Any] = {
+        "subjects": [subject.name for subject in study.subjects],
+        "tuning_subjects": [subject.name for subject in study.tuning_subjects],
     }
+    beside = {}
+    for subject in study.subjects:
+        if subject.beside:
+            beside[subject.name] = [one.name for one in subject.beside]
+    if beside:
+        facts["beside"] = beside
+    protocol = study.protocol
+    judges = {"clip": public_name(protocol.clip), "dino": public_name(protocol.dino)}
+    facts |= {
+        "seeds": run.seeds_of(results),
+        "ranks": study.ranks,
+        "learning_rates": study.learning_rates,
+        "budget": study.budget,
+        "reference": study.reference,
+        "tie": study.tie,
+        "evaluation": asdict(protocol) | judges,
+        "train": {name: value for name, value in study.train.items() if name not in HIDDEN},
+        "arms": study.arms,
+    }
+
     return {
         "format": 1,
         "version": __version__,
         "date": time.strftime("%Y-%m-%d"),
-        "study": {
-            "subjects": [s.name for s in study.subjects],
-            "tuning_subjects": [s.name for s in study.tuning_subjects],
-            **({"beside": beside} if beside else {}),
-            "seeds": run.seeds_of(results),
-            **{
-                name: getattr(study, name)
-                for name in ("ranks", "learning_rates", "budget", "reference", "tie")
-            },
-            "evaluation": asdict(protocol)
-            | {name: public_name(getattr(protocol, name)) for name in ("clip", "dino")},
-            "train": {name: value for name, value in study.train.items() if name not in hidden},
-            "arms": study.arms,
-        },
+        "study": facts,
         "arms": [asdict(arm) for arm in arms],
         "against_reference": [asdict(outcome) for outcome in against],
         "cells": [{**asdict(r.cell), "scores": r.scores, "cost": r.cost} for r in results],
@@ -173,40 +207,28 @@ def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]
     names = measured(
         [arm.scores for arm in arms], lambda row: row.study in ("scores", "differences")
     )
-    shown = [column(name) for name in names]
-    header = [
-        "Arm",
-        "Rank",
-        "Parameters in the UNet",
-        "Learning rate",
-        *shown,
-        pace,
-        "GiB of the process",
-    ]
-    rows = [
-        [
-            arm.arm,
-            f"{arm.rank}"
-            if arm.cost["rank"] == arm.rank
-            else f"{arm.rank} ({arm.cost['rank']:.0f})",
-            f"{arm.cost['parameters']:,.0f}",
-            f"{arm.learning_rate:g}",
-            *spans(arm.scores, names),
-            f"{1000 * arm.cost['step_sec']:.0f}",
-            f"{arm.cost['memory_gib']:.2f}",
-        ]
-        for arm in sorted(arms, key=lambda a: a.rank)
-    ]
+    header = ["Arm", "Rank", "Parameters in the UNet", "Learning rate"]
+    header += [column(name) for name in names]
+    header += [pace, "GiB of the process"]
+    rows = []
+    for arm in sorted(arms, key=lambda arm: arm.rank):
+        # the nominal rank, and the real one in brackets where the budget chose another
+        rank = f"{arm.rank}"
+        if arm.cost["rank"] != arm.rank:
+            rank += f" ({arm.cost['rank']:.0f})"
+        row = [arm.arm, rank, f"{arm.cost['parameters']:,.0f}", f"{arm.learning_rate:g}"]
+        row += spans(arm.scores, names)
+        row += [f"{1000 * arm.cost['step_sec']:.0f}", f"{arm.cost['memory_gib']:.2f}"]
+        rows.append(row)
     return header, rows
 
 
 def relative_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
     names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
-    rows = [
-        [arm.arm, str(arm.rank), *spans(arm.scores, names)]
-        for arm in sorted(arms, key=lambda a: a.rank)
-    ]
+    rows = []
+    for arm in sorted(arms, key=lambda arm: arm.rank):
+        rows.append([arm.arm, str(arm.rank), *spans(arm.scores, names)])
     return ["Arm", "Rank", *(column(name) for name in names)], rows
 
 
@@ -219,9 +241,9 @@ def outcome_rows(against: Sequence[run.Outcome]) -> tuple[list[str], list[list[s
     header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
-        wins = [
-            " / ".join(f"{100 * share:.0f}" for share in found.wins[name]) for name in run.judged()
-        ]
+        wins = []
+        for name in run.judged():
+            wins.append(" / ".join(f"{100 * share:.0f}" for share in found.wins[name]))
         rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
     return header, rows
 
@@ -235,10 +257,12 @@ def measured(
 
 
 def column(name: str) -> str:
+    """The header of a measure."""
     return MEASURES[name].column or MEASURES[name].title
 
 
 def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "") -> list[str]:
+    """The cells of these measures; empty where one was not measured."""
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
@@ -251,20 +275,21 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
         change = outcome.differences["score"]
         if change.low is None:
             verdict = "nothing shown, as one subject at one seed has no interval"
+        elif change.low > 0:
+            verdict = "better"
+        elif change.high < 0:
+            verdict = "worse"
         else:
-            verdict = (
-                "better"
-                if change.low > 0
-                else "worse"
-                if change.high < 0
-                else "no difference shown"
-            )
+            verdict = "no difference shown"
         lines.append(
             f"{outcome.arm} r{outcome.rank} against {study.reference}: score {change:+}, {verdict}"
         )
+
+    # with many comparisons some look like a difference
     count = len(against)
     lines.append(
-        f"{count} comparisons at 95 %: about {0.05 * count:.1f} of them would exclude zero by chance alone."
+        f"{count} comparisons at 95 %: "
+        f"about {0.05 * count:.1f} of them would exclude zero by chance alone."
     )
     return "\n".join(lines)
 
@@ -272,14 +297,29 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
 def report_html(
     study: Study, results, out: Path, tables, plots: dict, against: Sequence[run.Outcome]
 ) -> str:
+    """The report as a page.
+
+    study: what was compared
+    results: all that counts
+    out: the folder of the results, with their pictures
+    tables: header and rows of arms, of shares, and of differences
+    plots: by name
+    against: each arm against the reference
+    """
     arms, shares, differences = tables
     protocol = study.protocol
+
+    # how it was done, in one sentence
+    seeds = len(run.seeds_of(results))
+    ranks = ", ".join(str(rank) for rank in study.ranks)
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     about = (
-        f"{len(results)} trainings: {len(study.subjects)} subjects × {len(run.seeds_of(results))} seeds × ranks "
-        f"{', '.join(map(str, study.ranks))}; learning rate chosen for each arm and rank out of "
-        f"{', '.join(f'{rate:g}' for rate in study.learning_rates)} on {len(study.tuning_subjects)} other subjects; "
-        f"equal {study.budget}, steps of a subject, data order and noise; {protocol.num_prompts} prompts × "
-        f"{protocol.images_per_prompt} pictures."
+        f"{len(results)} trainings: "
+        f"{len(study.subjects)} subjects × {seeds} seeds × ranks {ranks}; "
+        f"learning rate chosen for each arm and rank out of {rates} "
+        f"on {len(study.tuning_subjects)} other subjects; "
+        f"equal {study.budget}, steps of a subject, data order and noise; "
+        f"{protocol.num_prompts} prompts × {protocol.images_per_prompt} pictures."
     )
     return render(
         "study.html",
@@ -298,6 +338,7 @@ def report_html(
 def strips(
     study: Study, results: Sequence[run.Result], out: Path
 ) -> Iterator[tuple[str, Image.Image]]:
+    """A title and the strip of pictures of each cell that the report shows."""
     for subject in study.subjects:
         for cell in first_cells(study, results, subject.name):
             path = run.result_path(study, cell, out).with_suffix(".jpg")
@@ -316,23 +357,25 @@ def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list
     the first seed."""
     rows = []
     for subject in study.subjects:
-        cells = (
-            cell
-            for cell in first_cells(study, results, subject.name)
-            if cell.arm == study.reference
-        )
-        cell = next(cells, None)
-        path = cell and run.result_path(study, cell, out).with_suffix(".jpg")
-        if path and path.is_file():
-            photo = folder.find_photos(
-                Path(subject.photos), subject.instance_prompt, run.STRIP_PX
-            ).photos[0]
-            title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-            # one of each prompt
-            strip, step = Image.open(path), study.protocol.images_per_prompt * run.STRIP_PX
-            tiles = [
-                strip.crop((x, 0, x + run.STRIP_PX, run.STRIP_PX))
-                for x in range(0, strip.width, step)
-            ]
-            rows.append(Row(title, [photo_file.open_rgb(photo), *tiles]))
+        # the reference's pictures of this subject, if they are drawn
+        cells = first_cells(study, results, subject.name)
+        of_reference = [cell for cell in cells if cell.arm == study.reference]
+        if not of_reference:
+            continue
+        cell = of_reference[0]
+        path = run.result_path(study, cell, out).with_suffix(".jpg")
+        if not path.is_file():
+            continue
+
+        # from the strip, one picture of each prompt
+        strip = Image.open(path)
+        step = study.protocol.images_per_prompt * run.STRIP_PX
+        tiles = []
+        for left in range(0, strip.width, step):
+            tiles.append(strip.crop((left, 0, left + run.STRIP_PX, run.STRIP_PX)))
+
+        place = Path(subject.photos)
+        found = folder.find_photos(place, subject.instance_prompt, run.STRIP_PX)
+        title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
+        rows.append(Row(title, [photo_file.open_rgb(found.photos[0]), *tiles]))
     return rows
