@@ -289,7 +289,7 @@ def settings_of_both(
     yield "train_text_encoder", has_text, config.train_text_encoder
     yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
 
-    # New tokens. With a concept their number is not asked: it is that of the concept's words.
+    # New tokens. With a concept their number is not asked: the concept has so many words.
     if facts.tokens:
         words = [note["word"] for note in facts.tokens]
         yield "token_abstraction", " ".join(words), " ".join(prompts.learnt_words(config))
@@ -313,7 +313,7 @@ def settings_of_both(
     if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
 
-    # The settings of the table that have to be the same, but for those of another kind of mixer.
+    # The settings that the table says have to be the same. Another kind of mixer ignores its own.
     ignored = set()
     if config.mixer == "none":
         ignored.add("train_mixer")

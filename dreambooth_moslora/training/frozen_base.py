@@ -79,8 +79,8 @@ def load_denoiser_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. Its
-    arguments are those of `load_base`. Raises UserError as that does."""
+    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. The
+    arguments are as for `load_base`. Raises UserError for a base that cannot be loaded."""
     load.load_denoiser(pipeline, base, dtype)
     load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
 
@@ -151,6 +151,8 @@ class TensorCache:
         if self.folder is None:
             self._memory[key] = value
             return
+
+        # Written whole, so that a run beside this one reads all of it or nothing.
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in value.items()}
         atomic_write(self._path(key), save(tensors, metadata={DIGEST: digest_of(tensors)}))
@@ -192,6 +194,7 @@ class PromptCache:
         self.identity = identity
 
     def __call__(self, prompts: Sequence[str]) -> list[pipelines.Text]:
+        """The text of each prompt, from the cache or else computed."""
         return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:

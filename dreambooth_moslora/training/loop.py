@@ -481,12 +481,12 @@ def set_up(
     )
     config = replace(plan.config, seed=position.seed)
     step = position.step
-    report.step = step
 
     # How long it is. The steps are planned anew: under MPI the plan did not know the processes.
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
     steps = plan_steps(config, photo_file.counts_of(photos), accelerator.num_processes)
+    report.step = step
     distributed.on_main(
         accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps)
     )
@@ -498,7 +498,7 @@ def set_up(
     if line := folder.bare_prompt_line(config, photos):
         logger.info("%s", line)
 
-    # Whatever can refuse at once does so before the long work begins.
+    # A tracker that does not open ends the run before the base is loaded.
     if accelerator.log_with:
         distributed.on_main(accelerator, lambda: report.start_trackers(config))
 
@@ -536,10 +536,10 @@ def set_up(
         step=step,
     )
     sampler = Sampler(
-        inputs.pipeline,
-        train_step.texts,
-        config.resolution,
-        accelerator.device,
+        pipeline=inputs.pipeline,
+        embed=train_step.texts,
+        resolution_px=config.resolution,
+        device=accelerator.device,
         should_stop=context.should_stop,
     )
     publisher = results.Publisher(

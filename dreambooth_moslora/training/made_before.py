@@ -80,7 +80,7 @@ def make_missing(
     make: makes one
     keep: keeps one; the main process does it
     size: how much of the phase an item is
-    done: how much of it is done before
+    done: how much is done already
 
     Raises StopRequestedError between items, and an item's error in all processes.
     """
@@ -91,6 +91,7 @@ def make_missing(
             context.raise_if_asked()
             yield make(item)
 
+    # How much is done, each time that an item is kept.
     def counts() -> Iterator[int]:
         count = done
         if count:
@@ -100,7 +101,8 @@ def make_missing(
             count += size(item)
             yield count
 
-    for _ in context.report.counted(phase, counts(), done + sum(map(size, items))):
+    total = done + sum(map(size, items))
+    for _ in context.report.counted(phase, counts(), total):
         pass
     context.stop_if_asked()
 
@@ -148,8 +150,10 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
     bare = [photo for photo in photos if not photo.is_captioned]
     if config.captions != "auto" or not bare:
         return
-    subjects, path = config.each_subject, context.run_dir.captions_path
+    subjects = config.each_subject
+    path = context.run_dir.captions_path
 
+    # The instance prompt is a part of a caption, and each subject has its own.
     def make(photo: Photo, captioner: Captioner) -> MadeCaption:
         return make_for_run(photo, captioner, subjects[photo.subject].instance_prompt, path)
 
@@ -417,6 +421,7 @@ def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
     path = folder / LOCK_NAME
     held = []
 
+    # The main process takes the lock for all. OSError: nothing can be written there.
     def wait() -> None:
         is_told = False
         with suppress(OSError):
@@ -536,7 +541,7 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
     found = usable_photos(report)
     paths = [photo.path for photo in found]
 
-    # Of the generated ones those of this run's sets, unless no set knows them as its own.
+    # Generated ones that a set of this run names, if the manifest has its prompt, model and size.
     stale = set.intersection(*(images.stale(paths) for images, _ in sets))
     wanted = set()
     for images, count in sets:

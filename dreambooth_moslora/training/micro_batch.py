@@ -33,18 +33,28 @@ class Rows:
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        tensors = zip(*(part.noisy.tensors for part in parts), strict=True)
+        """The rows of all parts, one after the other. Their latents have one size."""
+        noisy = [part.noisy for part in parts]
         return cls(
-            noisy=objective.NoisySample(*(torch.cat(of_all) for of_all in tensors)),
+            noisy=objective.NoisySample(
+                unet_input=torch.cat([one.unet_input for one in noisy]),
+                latents=torch.cat([one.latents for one in noisy]),
+                timesteps=torch.cat([one.timesteps for one in noisy]),
+                index=torch.cat([one.index for one in noisy]),
+            ),
             texts=tuple(text for part in parts for text in part.texts),
             time_ids=torch.cat([part.time_ids for part in parts]),
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
         )
 
     def __getitem__(self, some: slice) -> "Rows":
-        noisy = objective.NoisySample(*(tensor[some] for tensor in self.noisy.tensors))
         return Rows(
-            noisy=noisy,
+            noisy=objective.NoisySample(
+                unet_input=self.noisy.unet_input[some],
+                latents=self.noisy.latents[some],
+                timesteps=self.noisy.timesteps[some],
+                index=self.noisy.index[some],
+            ),
             texts=self.texts[some],
             time_ids=self.time_ids[some],
             prompts=self.prompts[some],
@@ -74,10 +84,12 @@ class MicroBatch:
     instance_count: int
 
     def parts(self, most: int) -> Iterator[tuple["MicroBatch", float]]:
-        """Parts of at most so many pictures, each the subject's alone or the prior's alone, and its
-        share of these."""
-        instance, prior = (0, self.instance_count), (self.instance_count, len(self.rows))
+        """Parts of at most `most` pictures. Each is the subject's alone or the prior's alone, and
+        comes with its share of those."""
+        instance = (0, self.instance_count)
+        prior = (self.instance_count, len(self.rows))
         for start, end in (instance, prior):
+            # The last part of a half may be smaller.
             for first in range(start, end, most):
                 some = slice(first, min(first + most, end))
                 size = some.stop - first
@@ -112,6 +124,8 @@ def predicted_together(
     """The prediction (B, C, h, w) of each part, computed in one pass; None for a part without
     rows."""
     some = [part for part in parts if len(part)]
+
+    # A part alone needs no copy of its rows.
     if len(some) > 1:
         answers = iter(predict(Rows.joined(some)).split([len(part) for part in some]))
     else:

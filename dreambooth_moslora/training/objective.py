@@ -3,10 +3,12 @@
 Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative
 product:
 
-    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n    the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
-    flow   z = (1 - s)·x + s·n              the transformer predicts n - x (Liu et al. 2022)
-    edm    z = x + sigma·n                  its output is converted to x (Karras et al. 2022);
-                                            sigma = sqrt(1/a - 1)
+    ddpm   z = sqrt(a)·x + sqrt(1 - a)·n
+           the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+    flow   z = (1 - s)·x + s·n
+           the transformer predicts n - x (Liu et al. 2022)
+    edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)
+           its output is converted to x itself (Karras et al. 2022)
 
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
 
@@ -26,19 +28,27 @@ import torch
 
 from dreambooth_moslora.settings.table import TrainConfig
 
-# Differences (B, 4, h, w) -> the error at each position, same shape
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
+"""Differences (B, 4, h, w) -> the error at each position, same shape."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    sigmas: torch.Tensor  # (T,) noise-to-signal ratios
-    timesteps: torch.Tensor  # (T,) as the UNet gets them
-    prediction_type: str = "epsilon"  # `epsilon`, `v_prediction` or `flow`
-    style: str = "ddpm"  # `ddpm`, `edm` or `flow`
-    # of bases trained with EDM's own preconditioning (Playground v2.5)
+    """The noise levels of a base.
+
+    sigmas: (T,) noise-to-signal ratios
+    timesteps: (T,) as the denoiser gets them
+    prediction_type: `epsilon`, `v_prediction` or `flow`
+    style: `ddpm`, `edm` or `flow`
+    sigma_data: of bases trained with EDM's own preconditioning (Playground v2.5)
+    shift_line: slope and intercept of the logarithm of a flow's shift, by tokens
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    prediction_type: str = "epsilon"
+    style: str = "ddpm"
     sigma_data: float | None = None
-    # slope and intercept of the logarithm of a flow's shift, by tokens
     shift_line: tuple[float, float] | None = None
 
     @classmethod
@@ -48,7 +58,12 @@ class NoiseSchedule:
         """From cumulative products (T,) in (0, 1]; a zero (zero-terminal-SNR bases) gives an
         infinite sigma."""
         sigmas = (1 / alphas_cumprod.double() - 1).sqrt().float()
-        return cls(sigmas, torch.arange(len(sigmas)), prediction_type, style)
+        return cls(
+            sigmas=sigmas,
+            timesteps=torch.arange(len(sigmas)),
+            prediction_type=prediction_type,
+            style=style,
+        )
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -64,6 +79,8 @@ class NoiseSchedule:
         if self.style == "flow":
             share = 1 / (1 + 1 / sigma)
             return 1 - share, share
+
+        # Where sigma is infinite, there is noise alone, and 0 · inf would be NaN.
         signal = (1 + sigma**2).rsqrt()
         return signal, torch.where(sigma.isinf(), torch.ones_like(sigma), sigma * signal)
 
@@ -78,27 +95,43 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class NoisySample:
-    unet_input: torch.Tensor  # (B, 4, h, w)
-    latents: torch.Tensor  # (B, 4, h, w)
-    timesteps: torch.Tensor  # (B,) for the UNet
-    index: torch.Tensor  # (B,)
+    """Noised latents of B pictures.
+
+    unet_input: (B, 4, h, w) as the denoiser gets them
+    latents: (B, 4, h, w) the same, not scaled
+    timesteps: (B,) for the denoiser
+    index: (B,) into the schedule
+    """
+
+    unet_input: torch.Tensor
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    index: torch.Tensor
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All fields, in the order in which they are declared."""
         return self.unet_input, self.latents, self.timesteps, self.index
 
 
 @dataclass(frozen=True)
 class LossParts:
+    """The loss of a batch, one number each; `total` is the one to differentiate, and `prior` is
+    None without prior images."""
+
     total: torch.Tensor
     instance: torch.Tensor
-    prior: torch.Tensor | None  # None without prior images
+    prior: torch.Tensor | None
 
     def share(self, of_all: float) -> "LossParts":
-        """Of a part of a micro-batch's images, which are such a share of its instance images, or of
-        its prior ones."""
+        """The same of a part of a micro-batch, which holds the share `of_all` of its instance
+        images, or of its prior ones."""
         prior = torch.zeros_like(self.instance) if self.prior is None else self.prior
-        return LossParts(self.total * of_all, self.instance * of_all, prior * of_all)
+        return LossParts(
+            total=self.total * of_all,
+            instance=self.instance * of_all,
+            prior=prior * of_all,
+        )
 
 
 def sample_timesteps(
@@ -130,16 +163,30 @@ def flow_levels(
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Indices (count,) of a flow's noise levels, drawn as diffusers' scripts do (Esser et al. 2024,
-    section 3.1). With the `tokens` (count,) of the pictures, the share s of noise is shifted to
-    fs/(1 + (f - 1)s) by the base's scheduler: f = exp(slope·tokens + intercept). Pictures are drawn
-    with it too, but FLUX.2's with another f, which depends on the number of steps."""
+    section 3.1).
+
+    schedule: the base's
+    count: how many to draw
+    generator: draws on the CPU
+    scheme: `logit_normal`, `mode`, or any other for equal chances
+    mean, std: of the normal distribution of `logit_normal`
+    mode: the scale of `mode`
+    tokens: (count,) of the pictures; None for no shift
+
+    The shift turns the share s of noise into fs/(1 + (f - 1)s), with f = exp(slope·tokens +
+    intercept) by the base's scheduler. Pictures are drawn with it too, but FLUX.2's with another f,
+    which depends on the number of steps.
+    """
+    # How far down the schedule, in [0, 1).
     if scheme == "logit_normal":
         drawn = torch.normal(mean, std, (count,), generator=generator).sigmoid()
     else:
         drawn = torch.rand(count, generator=generator)
     if scheme == "mode":
         drawn = 1 - drawn - mode * ((math.pi * drawn / 2).cos() ** 2 - 1 + drawn)
-    if tokens is not None and schedule.shift_line is not None:  # the levels begin with pure noise
+
+    # The shift. The levels begin with pure noise, so the share of noise is 1 - drawn.
+    if tokens is not None and schedule.shift_line is not None:
         factor = (schedule.shift_line[0] * tokens + schedule.shift_line[1]).exp()
         drawn = 1 - factor * (1 - drawn) / (1 + (factor - 1) * (1 - drawn))
     return (drawn * len(schedule)).long().clamp(max=len(schedule) - 1)
@@ -163,11 +210,20 @@ def add_noise(
     signal, spread = schedule.signal_and_noise(index)
     if schedule.style != "edm":
         noisy = signal * latents + spread * noise
-        return NoisySample(noisy, noisy, timesteps, index)
+        return NoisySample(unet_input=noisy, latents=noisy, timesteps=timesteps, index=index)
+
+    # EDM's mix grows with sigma: the scale is c_in of Karras et al. 2022, table 1.
     sigma = schedule.sigmas[index].view(-1, 1, 1, 1)
     noisy = latents + sigma * noise
-    scale = signal if schedule.sigma_data is None else (sigma**2 + schedule.sigma_data**2).rsqrt()
-    return NoisySample(noisy * scale, noisy, timesteps, index)
+    scale = signal
+    if schedule.sigma_data is not None:
+        scale = (sigma**2 + schedule.sigma_data**2).rsqrt()
+    return NoisySample(
+        unet_input=noisy * scale,
+        latents=noisy,
+        timesteps=timesteps,
+        index=index,
+    )
 
 
 def loss_target(
@@ -188,15 +244,20 @@ def loss_target(
 def prediction_of(
     schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample
 ) -> torch.Tensor:
-    """The UNet's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it implies."""
+    """The denoiser's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it
+    implies."""
     if schedule.style != "edm":
         return output
     sigma = schedule.sigmas[noisy.index].view(-1, 1, 1, 1)
-    if schedule.sigma_data is not None:  # c_skip·z + c_out·F of Karras et al. 2022, table 1
+
+    # A base with EDM's own preconditioning: c_skip·z + c_out·F of Karras et al. 2022, table 1.
+    if schedule.sigma_data is not None:
         variance = sigma**2 + schedule.sigma_data**2
         c_out = sigma * schedule.sigma_data * variance.rsqrt()
         sign = 1 if schedule.prediction_type == "epsilon" else -1
         return schedule.sigma_data**2 / variance * noisy.latents + sign * c_out * output
+
+    # A base of DDPM: z = x + sigma·n is solved for x.
     if schedule.prediction_type == "epsilon":
         return noisy.latents - sigma * output
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
@@ -207,7 +268,8 @@ Weighting = Callable[[NoiseSchedule, torch.Tensor, float], torch.Tensor]
 
 
 def error_of_noise(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
-    """1/sigma²: turns an error of the latents, EDM's, into one of the noise. 1 for EDM's own bases."""
+    """1/sigma²: turns an error of the latents, EDM's, into one of the noise. It is 1 for EDM's own
+    bases."""
     snr = schedule.snr(index)
     return snr if schedule.sigma_data is None else torch.ones_like(snr)
 
@@ -259,9 +321,13 @@ OF_THE_SUBJECT = ("min_snr",)
 def weightings_of(config: TrainConfig, schedule: NoiseSchedule) -> tuple[str, ...]:
     """The rows of WEIGHTINGS that the settings ask for; their products weigh the loss."""
     if schedule.style == "flow":
-        # logit_normal and mode change which levels are drawn, not what their errors weigh
-        scheme = (config.weighting_scheme,) if config.weighting_scheme in WEIGHTINGS else ()
-        return (*scheme, *(("preconditioned",) if config.precondition_outputs else ()))
+        # logit_normal and mode change which levels are drawn, not what their errors weigh.
+        names = []
+        if config.weighting_scheme in WEIGHTINGS:
+            names.append(config.weighting_scheme)
+        if config.precondition_outputs:
+            names.append("preconditioned")
+        return tuple(names)
     if config.debiased_estimation_loss:
         return ("debiased",)
     if schedule.style == "edm":
@@ -276,8 +342,14 @@ def weights_of(
     instance_count: int,
     gamma: float | None = None,
 ) -> torch.Tensor:
-    """Weights (B,) of the images' squared errors at noise levels `index` (B,), the subject's images
-    first: the product of the WEIGHTINGS of these names. `gamma` is min-SNR's."""
+    """Weights (B,) of the images' squared errors: the product of some of WEIGHTINGS.
+
+    names: which of them
+    schedule: the base's noise levels
+    index: (B,) into the schedule
+    instance_count: how many images are the subject's, which come first
+    gamma: of `min_snr`
+    """
     weights = torch.ones_like(schedule.snr(index))
     for name in names:
         found = WEIGHTINGS[name](schedule, index, gamma or 0.0)
@@ -294,12 +366,25 @@ def pointwise_error(
     huber_c: float = 0.1,
     huber_schedule: str = "snr",
 ) -> Pointwise:
-    """The error function of `loss_type` (`l2`, `huber`, `smooth_l1`); its width c depends on
-    `index` (B,). With C = `huber_c` at step t of T: `constant` c = C; `exponential` c = C^(t/T);
-    `snr` c = C + (1 - C)/(1 + sigma)² (kabachuha 2024, "scheduled Huber loss" in diffusers and
-    kohya's sd-scripts, after arXiv 2403.16728)."""
+    """The error at a position, as a function of the difference.
+
+    schedule: the base's noise levels
+    index: (B,) into the schedule; the width c depends on it
+    loss_type: `l2`, `huber` or `smooth_l1`
+    huber_c: C, from which c is computed
+    huber_schedule: how, at step t of T:
+
+        constant      c = C
+        exponential   c = C^(t/T)
+        snr           c = C + (1 - C)/(1 + sigma)²
+
+    (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts, after arXiv
+    2403.16728).
+    """
     if loss_type == "l2":
         return torch.square
+
+    # c, (B, 1, 1, 1).
     if huber_schedule == "constant":
         width = torch.full_like(schedule.sigmas[index], huber_c)
     elif huber_schedule == "exponential":
@@ -321,18 +406,38 @@ def loss(
     pointwise: Pointwise = torch.square,
 ) -> LossParts:
     """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
-    prediction, target (B, 4, h, w); weights (B,); mask (B, 1, h, w) in [0, 1] weighs the positions
-    of an image. The first `instance_count` images are the subject's, the others are prior images;
-    either may be none."""
+
+    prediction, target: (B, 4, h, w)
+    weights: (B,) of the images
+    instance_count: how many are the subject's, which come first; the others are prior images, and
+        either may be none
+    prior_loss_weight: of the prior's error in the sum
+    mask: (B, 1, h, w) weights of positions in [0, 1]; None for 1 everywhere
+    pointwise: the error at a position
+    """
     per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
+
+    # Only prior images: a part of a micro-batch can be such.
     if instance_count == 0:
         prior = per_image.mean()
-        return LossParts(prior_loss_weight * prior, torch.zeros_like(prior), prior.detach())
+        return LossParts(
+            total=prior_loss_weight * prior,
+            instance=torch.zeros_like(prior),
+            prior=prior.detach(),
+        )
+
+    # Only the subject's.
     instance = per_image[:instance_count].mean()
     if len(per_image) == instance_count:
-        return LossParts(instance, instance.detach(), None)
+        return LossParts(total=instance, instance=instance.detach(), prior=None)
+
+    # Both.
     prior = per_image[instance_count:].mean()
-    return LossParts(instance + prior_loss_weight * prior, instance.detach(), prior.detach())
+    return LossParts(
+        total=instance + prior_loss_weight * prior,
+        instance=instance.detach(),
+        prior=prior.detach(),
+    )
 
 
 def image_errors(
@@ -341,11 +446,12 @@ def image_errors(
     mask: torch.Tensor | None,
     pointwise: Pointwise = torch.square,
 ) -> torch.Tensor:
-    """Mean error (B,) of each image; under a mask weighted, so that a small subject counts in full,
-    and times the mask's largest weight, so that an image without the subject counts no more than
-    its positions do."""
+    """Mean error (B,) of each image; prediction, target (B, 4, h, w); mask (B, 1, h, w)."""
     errors = pointwise(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)
+
+    # The mean is weighted, so that a small subject counts in full. Times the mask's largest weight,
+    # an image without the subject counts no more than its positions do.
     places = mask.float().expand_as(errors).flatten(1)
     return places.amax(1) * (places * errors.flatten(1)).sum(1) / places.sum(1).clamp(min=1e-6)

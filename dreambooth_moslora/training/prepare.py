@@ -115,7 +115,7 @@ def prepare(
     context: the run's folder, processes and reporter
     photos: of all subjects
     sample_count: how many photos the run draws; their crops are encoded
-    prompts: those of later samples and scores
+    prompts: what later samples and scores will ask for
     is_fresh: whether no adapter is resumed
     load: loads the base; the usual way without it
 
@@ -124,7 +124,7 @@ def prepare(
     device = context.accelerator.device
     dtype = distributed.DTYPES[context.accelerator.mixed_precision]
 
-    # The base. A flow model's denoiser is loaded last: it and its encoders together are too large.
+    # The base. A flow model's denoiser waits where it can: with the encoders it would be too large.
     context.report.phase("loading")
     needs_both = config.keeps_text_encoders or config.draws_class_images
     is_late = load is None and not needs_both and base.is_flow

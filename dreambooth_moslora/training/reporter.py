@@ -150,6 +150,7 @@ class Reporter:
     def counted(self, phase: str, counts: Iterable[int], total: int) -> Iterator[int]:
         """Report each count of a phase, at most four times a second, and always the first and the
         last."""
+        # Every report is a line of the file.
         self.phase(phase, 0, total)
         last = time.monotonic()
         for done in counts:
@@ -163,6 +164,8 @@ class Reporter:
         then write."""
         if not self.accelerator.is_main_process:
             return
+
+        # A run from step 0 keeps nothing: its file is of a run that failed here.
         kept = []
         for event in self.run_dir.read_metrics() if step else []:
             if event.get("step", 0) <= step and event["type"] not in ENDINGS:

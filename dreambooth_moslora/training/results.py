@@ -329,9 +329,13 @@ class Publisher:
 
     def _publish_to(self, folder: Path) -> Proof:
         """Write the adapter's files, and those of new tokens, each proved to reload."""
-        components, name, facts = self.train_step.components, self.run_dir.name, self.facts_now
+        components = self.train_step.components
+        name = self.run_dir.name
+        facts = self.facts_now
         if self.learnt is None:
             return published_file.publish(components, folder, name, facts)
+
+        # New tokens are proved by what the encoders make of the instance prompts.
         attached = self.learnt.attached
         bare = [subject.instance_prompt for subject in self.config.each_subject]
 

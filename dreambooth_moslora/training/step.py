@@ -52,9 +52,11 @@ GRAPHS = 32
 
 @dataclass(frozen=True)
 class StepLosses:
+    """Means over a step's micro-batches and processes; `prior` is None for a step without one."""
+
     total: float
     instance: float
-    prior: float | None  # None without a prior in the step
+    prior: float | None
 
 
 class TrainStep:
@@ -103,7 +105,7 @@ class TrainStep:
             if accelerator.is_main_process:
                 logger.warning("%s", speed.sentence())
 
-        # The steps compute with copies of it in the base's dtype.
+        # Its weights. The steps compute with copies in the base's dtype.
         self.parameters: list[torch.nn.Parameter] = []
         self.lora_layers: list[torch.nn.Module] = []
         for module in self.components.values():
@@ -166,9 +168,12 @@ class TrainStep:
             if is_out_of_memory(error) or not self.compiled:
                 raise
             self.stop_compiling(one_line(f"{type(error).__name__} {error}", 200))
+
+        # The draws have names, so the second attempt sees the same.
         return self.run_passes()
 
     def run_passes(self) -> StepLosses:
+        """The same, once."""
         self.begin()
         found = []
         turns = range(self.config.gradient_accumulation_steps)
@@ -214,10 +219,15 @@ class TrainStep:
     ) -> objective.LossParts:
         """The loss of `prediction` (B, C, h, w). `answer` (B/2, C, h, w) is the base's, the target
         of the prior's half."""
-        config, schedule, index = self.config, self.schedule, micro.rows.noisy.index
+        config, schedule = self.config, self.schedule
+        index = micro.rows.noisy.index
+
+        # The target of the prior's half is the base's answer, if the base is the prior.
         target = micro.target
         if answer is not None:
             target = torch.cat([target[: micro.instance_count], answer])
+
+        # What an error weighs at its noise level, and how it grows with the difference.
         weights = objective.weights_of(
             objective.weightings_of(config, schedule),
             schedule,
@@ -225,21 +235,23 @@ class TrainStep:
             instance_count=micro.instance_count,
             gamma=config.snr_gamma,
         )
+        pointwise = objective.pointwise_error(
+            schedule,
+            index,
+            loss_type=config.loss_type,
+            huber_c=config.huber_c,
+            huber_schedule=config.huber_schedule,
+        )
+
+        # A prior in one of `prior_every` micro-batches counts for all of them.
         return objective.loss(
             prediction,
             target,
             weights,
             instance_count=micro.instance_count,
-            # a prior in one of `prior_every` micro-batches counts for all of them
             prior_loss_weight=config.prior_loss_weight * config.prior_every,
             mask=micro.mask,
-            pointwise=objective.pointwise_error(
-                schedule,
-                index,
-                loss_type=config.loss_type,
-                huber_c=config.huber_c,
-                huber_schedule=config.huber_schedule,
-            ),
+            pointwise=pointwise,
         )
 
     def passes(self, numbers: Iterable[int]) -> Iterator[tuple[list[MicroBatch], float | None]]:
@@ -256,6 +268,7 @@ class TrainStep:
                     yield [part], share
 
     def stop_compiling(self, why: str) -> None:
+        """Go on with the blocks as they were, and say why."""
         for block in self.compiled:
             block._compiled_call_impl = None
         self.compiled = []
@@ -264,6 +277,8 @@ class TrainStep:
     def go_on_as(self, config: TrainConfig) -> None:
         """Take settings that differ from the present ones in what `memory.leaner` changes."""
         inputs = self.inputs
+
+        # The base, and what the layers keep for the backward pass.
         if config.base_quantization != self.config.base_quantization:
             load.quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
             inputs.base = prepare.held_as(config, inputs.denoiser, inputs.dtype)
@@ -275,6 +290,7 @@ class TrainStep:
         self.config = config
 
     def begin(self) -> None:
+        """Before a step: dropout is on, and no gradients are left."""
         self.train_mode()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -289,10 +305,12 @@ class TrainStep:
         skipped it."""
         with self.learnt.step(self.step) if self.learnt else nullcontext():
             self._average_gradients()
-            norm = self.accelerator.clip_grad_norm_(
-                self.trained, self.config.max_grad_norm or math.inf
-            )
+            most = self.config.max_grad_norm or math.inf
+            norm = self.accelerator.clip_grad_norm_(self.trained, most)
             self.optimizer.step()
+
+        # Reading the norm waits for a GPU, so it comes after all is queued. A step that fp16
+        # skipped did not happen: it has neither a rate nor a number.
         norm = float(norm)
         if math.isfinite(norm):
             self.lr_schedule.step()
@@ -305,7 +323,7 @@ class TrainStep:
     def averaged(self) -> Iterator[None]:
         """The adapter holds its average, as it is published, scored and sampled, for the length of
         the block."""
-        # pictures would need graphs of their own
+        # Pictures would need graphs of their own.
         pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         apart = nullcontext()
         if self.learnt and self.average is not None:
@@ -361,7 +379,8 @@ class TrainStep:
 
     def noise_levels(self, batch: photo_stream.TrainBatch, draws: torch.Generator) -> torch.Tensor:
         """Indices (B,) into the schedule, as the settings draw them."""
-        config, schedule, count = self.config, self.inputs.schedule, len(batch.latents)
+        config, schedule = self.config, self.inputs.schedule
+        count = len(batch.latents)
         if schedule.style != "flow":
             return objective.sample_timesteps(
                 schedule,
@@ -481,7 +500,7 @@ class TrainStep:
         of_all = torch.stack(found).sum(0) / count
         total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
 
-        # Micro-batches without a prior counted as 0 of it.
+        # Micro-batches without a prior have counted as 0.
         of_step = count * self.accelerator.num_processes
         numbers = range(self.step * of_step, (self.step + 1) * of_step)
         share = sum(map(self.has_prior, numbers)) / of_step
