@@ -19,13 +19,21 @@ from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
-SEEDS = (100, 101)  # other seeds than `evaluate`: these choose the best step
+# Other seeds than those of `evaluate`: these choose the best step
+SEEDS = (100, 101)
 
 
 class TrainingEvaluator:
-    """The trainer calls it with its sampler and step. `prompts` must be encoded before the text
-    encoders are freed. Raises UserError for an encoder that cannot be loaded; without `scores`
-    there are only prompts."""
+    """The trainer calls it with its sampler and step.
+
+    config: of the run
+    photos: of all subjects
+    encoders: CLIP and DINO; None loads those that suit the base
+    scores: False for a process that only has to know the prompts
+
+    `prompts` must be encoded before the text encoders are freed. Raises UserError for an encoder
+    that cannot be loaded.
+    """
 
     def __init__(
         self,
@@ -34,17 +42,20 @@ class TrainingEvaluator:
         encoders: metrics.Encoders | None = None,
         scores: bool = True,
     ):
-        self.config, self.photos = config, photos
+        self.config = config
+        self.photos = photos
         self.subjects = config.each_subject
         of_each = report.photos_by_subject(photos, len(self.subjects))
         self.plans = [plan_of(subject, own) for subject, own in zip(self.subjects, of_each)]
+
+        # Loaded now, so that a missing one fails before the first step
         if encoders is None and scores:
-            # fail now, not late in the run
             encoders = metrics.load_encoders(config.pretrained_model_name_or_path)
         self.encoders = encoders
 
     @property
     def prompts(self) -> list[str]:
+        """The prompts of all subjects, each once."""
         return sorted({prompt for plan in self.plans for prompt in plan.prompts})
 
     @cached_property
@@ -56,9 +67,12 @@ class TrainingEvaluator:
     def evaluators(self) -> list[score_tables.Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and
         no GPU memory."""
-        photos = self.photos_as_trained
         return report.evaluators_of(
-            self.subjects, photos, self.plans, self.encoders, self.config.resolution
+            subjects=self.subjects,
+            photos=self.photos_as_trained,
+            plans=self.plans,
+            encoders=self.encoders,
+            size_px=self.config.resolution,
         )
 
     def __call__(self, sampler: Sampler, step: int) -> dict:
@@ -67,22 +81,18 @@ class TrainingEvaluator:
         draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = report.pooled(of_each)
-        # Numbered, as trackers must not get the user's words.
-        numbered = {
-            f"dino_subject_{n}": round(one.mean("dino"), 4)
-            for n, one in enumerate(of_each, start=1)
-        }
-        photos = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
         best = best_of([*self._earlier(step), (step, round(found.score, 4))])
-        near = {"nearness": round(metrics.photo_nearness(photos), 4)} if len(photos) > 1 else {}
-        bare = sum(photo.bare_prompt is not None for photo in self.photos_as_trained)
-        counts = photo_file.counts_of(self.photos_as_trained)
-        largest = {"largest": max(counts)} if len(counts) > 1 else {}
+
+        # Subjects are numbered, as trackers must not get the user's words.
+        numbered = {}
+        if len(of_each) > 1:
+            for number, one in enumerate(of_each, start=1):
+                numbered[f"dino_subject_{number}"] = round(one.mean("dino"), 4)
         return {
             **found.logged(),
-            **(numbered if len(of_each) > 1 else {}),
+            **numbered,
             "copy_alarm": found.alarm.raised,
-            "photos": {"count": len(photos), **near, **largest, "without_bare_prompt": bare},
+            "photos": self._about_photos(),
             "best": asdict(best),
             "cost": {
                 "seconds": round(found.seconds, 2),
@@ -90,37 +100,52 @@ class TrainingEvaluator:
             },
         }
 
+    def _about_photos(self) -> dict[str, int | float]:
+        """What `explain` must know of the photos to judge the scores."""
+        vectors = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
+        facts: dict[str, int | float] = {"count": len(vectors)}
+        if len(vectors) > 1:
+            facts["nearness"] = round(metrics.photo_nearness(vectors), 4)
+        counts = photo_file.counts_of(self.photos_as_trained)
+        if len(counts) > 1:
+            facts["largest"] = max(counts)
+        bare = [photo.bare_prompt for photo in self.photos_as_trained]
+        facts["without_bare_prompt"] = len(bare) - bare.count(None)
+        return facts
+
     def _draw(self, sampler: Sampler) -> score_tables.Draw:
-        return score_tables.sampler_draw(
-            replace(sampler, inference_steps=self.plans[0].inference_steps)
-        )
+        """Draws with fewer denoising steps than samples have."""
+        steps = self.plans[0].inference_steps
+        return score_tables.sampler_draw(replace(sampler, inference_steps=steps))
 
     def find_scale(
         self, sampler: Sampler, components: dict[str, torch.nn.Module]
     ) -> ScaleChoice | None:
         """Score the live adapter at several scales; afterwards it has the trained scale again."""
-        draw, of_subject = (
-            self._draw(sampler),
-            [evaluator.of_subject() for evaluator in self.evaluators],
-        )
-
-        def score(scale: float) -> float:
-            for model in components.values():
-                set_scale(model, scale)
-            return report.pooled([one(draw) for one in of_subject]).score
-
+        draw = self._draw(sampler)
+        of_subject = [evaluator.of_subject() for evaluator in self.evaluators]
+        by_scale = {}
         try:
-            return choose_scale({scale: score(scale) for scale in SCALES})
+            for scale in SCALES:
+                for model in components.values():
+                    set_scale(model, scale)
+                found = [evaluator(draw) for evaluator in of_subject]
+                by_scale[scale] = report.pooled(found).score
+            return choose_scale(by_scale)
+
+        # Training goes on, or the adapter is saved.
         finally:
             for model in components.values():
                 set_scale(model, 1.0)
 
     def _earlier(self, step: int) -> list[tuple[int, float]]:
+        """(step, score) of the run so far, before `step`. A resumed run may know later ones."""
         scored = RunDir(self.config.output_dir).read_scores()
         scores = {event.step: event.scores["score"] for event in scored if "score" in event.scores}
         return sorted((at, score) for at, score in scores.items() if at < step)
 
 
 def plan_of(subject: TrainConfig, photos: list[photo_file.Photo]) -> protocol.EvaluationPlan:
+    """A plan of a dozen pictures."""
     full = protocol.plan_of_subject(subject, photos, seeds=SEEDS)
     return full.smaller(templates=3, seeds=2, class_images=2, unrelated=1, inference_steps=20)

@@ -11,9 +11,11 @@ With u·v the cosine:
     CLIP-I  mean over generated g and photos p of  clip(g)·clip(p)
     DINO    the same with DINO's vectors, which tell two subjects of one class apart
     CLIP-T  mean over generated g and its prompt t of  clip(g)·clip(t)
-    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p): lower is better, a
-            high value means that every member of the class has become the subject
-    DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by 1 - dino·dino
+    PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p):
+            lower is better, a high value means that every member of the class has become the
+            subject
+    DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by
+            1 - dino·dino
 
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch.
 13). A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All
@@ -44,8 +46,12 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
 
+# The file of AlexNet's weights, as torchvision names it
 ALEXNET = "alexnet-owt-7be5be79.pth"
-BATCH, TOKENS = 16, 77
+# Pictures or texts that are encoded at once
+BATCH = 16
+# Most tokens of a text that CLIP reads
+TOKENS = 77
 
 PictureDistance = Callable[[Image.Image, Image.Image], float]
 
@@ -62,6 +68,8 @@ class Clip:
 
 @dataclass
 class Encoders:
+    """The models that look at pictures, and their preprocessing."""
+
     clip: Clip
     dino: torch.nn.Module
     dino_processor: Any
@@ -76,9 +84,11 @@ class Encoders:
     def dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, D) of the class token after the last layer
         norm, on the CPU."""
-        return self._images(
-            images, self.dino_processor, lambda x: self.dino(pixel_values=x).last_hidden_state[:, 0]
-        )
+
+        def embed(pixels: torch.Tensor) -> torch.Tensor:
+            return self.dino(pixel_values=pixels).last_hidden_state[:, 0]
+
+        return self._images(images, self.dino_processor, embed)
 
     def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
@@ -95,9 +105,8 @@ class Encoders:
         self, images: Sequence[Image.Image], processor: Any, embed: Callable
     ) -> torch.Tensor:
         def read(some: list[Image.Image]) -> torch.Tensor:
-            return processor(
-                [image.convert("RGB") for image in some], return_tensors="pt"
-            ).pixel_values
+            rgb = [image.convert("RGB") for image in some]
+            return processor(rgb, return_tensors="pt").pixel_values
 
         return self._vectors(images, read, embed)
 
@@ -105,6 +114,12 @@ class Encoders:
     def _vectors(
         self, items: Sequence, read: Callable[[list], Any], embed: Callable[[Any], torch.Tensor]
     ) -> torch.Tensor:
+        """Unit vectors (N, P) on the CPU.
+
+        items: N pictures or texts
+        read: prepares a batch of them
+        embed: a batch to vectors
+        """
         found = []
         for start in range(0, len(items), self.batch_size):
             values = read(list(items[start : start + self.batch_size])).to(self.dino.device)
@@ -118,28 +133,49 @@ def load_encoders(
     dino: str | Path = "",
     device: str | torch.device = "cpu",
 ) -> Encoders:
-    """The toy world's encoders for the embedded `base`, else CLIP and DINOv2, or those named.
-    Raises UserError."""
-    folder = toys.CLIP_FOLDER if toys.is_toy(base) else None
-    clip_name = f"{folder.name} CLIP" if folder and not clip else public_name(clip or CLIP)
-    towers = load_clip(clip or folder or CLIP, device, is_pipeline=bool(folder and not clip))
-    dino = dino or (toys.DINO_FOLDER if folder else DINO)
+    """The toy world's encoders for the embedded base, else CLIP and DINOv2, or those named.
+
+    base: its name
+    clip, dino: a folder or an id of the hub; "" for the usual one
+    device: of the models
+
+    Raises UserError for one that cannot be loaded.
+    """
+    is_toy = toys.is_toy(base)
+
+    # CLIP: the toy world's own is part of its base.
+    if is_toy and not clip:
+        towers = load_clip(toys.CLIP_FOLDER, device, is_pipeline=True)
+        clip_name = f"{toys.CLIP_FOLDER.name} CLIP"
+    else:
+        clip = clip or CLIP
+        towers = load_clip(clip, device, is_pipeline=False)
+        clip_name = public_name(clip)
+
+    # DINO
+    dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
     model = frozen(transformers.AutoModel, dino, device)
     if model.main_input_name != "pixel_values":
+        kind = type(model).__name__
         raise UserError(
-            f"the encoder {dino} is a {type(model).__name__}, which reads not only pictures: name a DINOv2"
+            f"the encoder {dino} is a {kind}, which reads not only pictures: name a DINOv2"
         )
-    names = (clip_name, public_name(dino))
-    lpips, weights = None, Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+
     # LPIPS (Zhang et al., CVPR 2018) on AlexNet, which was trained on photographs, not toys.
     # Nothing is downloaded.
-    if not folder and find_spec("lpips") is not None and weights.is_file():
+    lpips = None
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    if not is_toy and find_spec("lpips") is not None and weights.is_file():
         from lpips import LPIPS
 
         alexnet = LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device)
         lpips = picture_distance(alexnet, device)
     return Encoders(
-        towers, model, loaded(transformers.AutoImageProcessor, dino), names, lpips=lpips
+        clip=towers,
+        dino=model,
+        dino_processor=loaded(transformers.AutoImageProcessor, dino),
+        names=(clip_name, public_name(dino)),
+        lpips=lpips,
     )
 
 
@@ -147,11 +183,8 @@ def picture_distance(model: torch.nn.Module, device: str | torch.device) -> Pict
     """A model of two pictures in [-1, 1] as a function of two pictures of one size."""
 
     def pixels(image: Image.Image) -> torch.Tensor:
-        return (
-            torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device)
-            / 127.5
-            - 1
-        )
+        values = torch.from_numpy(np.array(image.convert("RGB")))
+        return values.permute(2, 0, 1)[None].to(device) / 127.5 - 1
 
     return lambda a, b: float(model(pixels(a), pixels(b)))
 
@@ -160,34 +193,51 @@ def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool
     """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text
     encoder."""
     if is_pipeline:
-        folder = Path(name)
-        vision = frozen(
-            transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device
-        )
-        text = frozen(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device)
-        return Clip(
-            lambda pixels: vision(pixel_values=pixels).image_embeds,
-            lambda words: text(words.input_ids, attention_mask=words.attention_mask).text_embeds,
-            loaded(transformers.CLIPTokenizer, folder / "tokenizer_2"),
-            loaded(transformers.CLIPImageProcessor, folder / "feature_extractor"),
-        )
+        return clip_in_pipeline(Path(name), device)
+
+    # One model with both halves; its output of either is not projected yet.
     model = frozen(transformers.CLIPModel, name, device)
-    image_part, text_part = model.vision_model, model.text_model
+
+    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def embed_texts(words: Any) -> torch.Tensor:
+        read = model.text_model(words.input_ids, words.attention_mask)
+        return model.text_projection(read.pooler_output)
+
     return Clip(
-        lambda pixels: model.visual_projection(image_part(pixel_values=pixels).pooler_output),
-        lambda words: model.text_projection(
-            text_part(words.input_ids, words.attention_mask).pooler_output
-        ),
-        loaded(transformers.CLIPTokenizer, name),
-        loaded(transformers.CLIPImageProcessor, name),
+        embed_images=embed_images,
+        embed_texts=embed_texts,
+        tokenizer=loaded(transformers.CLIPTokenizer, name),
+        processor=loaded(transformers.CLIPImageProcessor, name),
+    )
+
+
+def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
+    """The CLIP of a pipeline's folder, whose two halves are models of their own."""
+    vision = frozen(transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device)
+    text = frozen(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device)
+
+    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
+        return vision(pixel_values=pixels).image_embeds
+
+    def embed_texts(words: Any) -> torch.Tensor:
+        return text(words.input_ids, attention_mask=words.attention_mask).text_embeds
+
+    return Clip(
+        embed_images=embed_images,
+        embed_texts=embed_texts,
+        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2"),
+        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor"),
     )
 
 
 def frozen(kind: Any, name: str | Path, device: str | torch.device) -> torch.nn.Module:
     """A complete model. Raises UserError for missing weights, which transformers would initialise
     at random."""
-    model, found = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
-    if lacking := sorted(found["missing_keys"]):
+    model, info = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
+    lacking = sorted(info["missing_keys"])
+    if lacking:
         raise UserError(f"the encoder {name} is no {kind.__name__}: it has no {lacking[0]}")
     return model.requires_grad_(False).eval().to(device)
 
@@ -198,7 +248,8 @@ def loaded(kind: Any, name: str | Path, **options) -> Any:
         return kind.from_pretrained(name, **options)
     except OSError as error:
         raise UserError(
-            f"the encoder {name} cannot be loaded ({kind.__name__}): give a folder, or connect to the hub once"
+            f"the encoder {name} cannot be loaded ({kind.__name__}): "
+            "give a folder, or connect to the hub once"
         ) from error
     except Exception as error:  # files of other models may raise any error
         reason = one_line(f"{type(error).__name__} {error}")
@@ -207,7 +258,9 @@ def loaded(kind: Any, name: str | Path, **options) -> Any:
         ) from error
 
 
+# Of the bootstrap
 RESAMPLES = 4000
+# The 97.5 % points of the normal distribution, and of Student's t with so many degrees of freedom
 NORMAL = 1.960
 DEGREES = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, np.inf])
 STUDENT = np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, NORMAL])
@@ -236,10 +289,11 @@ class Interval:
         return format(self)
 
     def to_dict(self, digits: int = 4) -> dict[str, float | None]:
-        return {
-            name: value if value is None else round(value, digits)
-            for name, value in asdict(self).items()
-        }
+        """The three numbers, rounded."""
+        found = {}
+        for name, value in asdict(self).items():
+            found[name] = None if value is None else round(value, digits)
+        return found
 
 
 def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -252,11 +306,16 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
         )
     if values.size == 1:
         return Interval(float(values.mean()), None, None)
+
+    # How often each item of an axis is drawn, as its weight: (resamples, n) of each axis
     rng = np.random.default_rng(seed)
-    counts = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
+    weights = [rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape]
+
+    # The weighted mean of the whole table for each resample: "ab,Ra,Rb->R" for two axes
     axes = ascii_lowercase[: values.ndim]
     terms = ",".join(f"R{axis}" for axis in axes)
-    means = np.einsum(f"{axes},{terms}->R", values, *counts, optimize=True)
+    means = np.einsum(f"{axes},{terms}->R", values, *weights, optimize=True)
+
     mean = values.mean()
     low, high = mean + widening(values) * (np.percentile(means, (2.5, 97.5)) - mean)
     return Interval(float(mean), float(low), float(high))
@@ -265,12 +324,21 @@ def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 def widening(values: np.ndarray) -> float:
     """The factor that a percentile interval lacks for few items along each axis: at least 1, 1.44
     for six subjects."""
-    sizes = [(axis, n) for axis, n in enumerate(values.shape) if n > 1]
-    others = [tuple(other for other in range(values.ndim) if other != axis) for axis, _ in sizes]
-    variances = np.array([values.mean(axis=o).var(ddof=1) / n for o, (_, n) in zip(others, sizes)])
+    # The variance of the mean by each axis, from the means of its items
+    variances = []
+    counts = []
+    for axis, count in enumerate(values.shape):
+        if count < 2:
+            continue
+        others = tuple(other for other in range(values.ndim) if other != axis)
+        variances.append(values.mean(axis=others).var(ddof=1) / count)
+        counts.append(count)
+    variances = np.array(variances)
+    counts = np.array(counts)
     if not variances.any():
         return 1.0
-    counts = np.array([n for _, n in sizes])
+
+    # Satterthwaite's degrees of freedom, and the variance that resampling shows: (n - 1) / n of it
     degrees = variances.sum() ** 2 / (variances**2 / (counts - 1)).sum()
     shown = (variances * (counts - 1) / counts).sum()
     return student(degrees) / NORMAL * float(np.sqrt(variances.sum() / shown))
@@ -281,8 +349,10 @@ def student(degrees: float) -> float:
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
 
 
-COPIED = 0.5  # A copy is more than this fraction of the way from another photo to one photo itself
-ALARM_SHARE = 0.1  # The alarm is raised when more than this fraction of the pictures are copies
+# A copy is more than this fraction of the way from another photo to one photo itself
+COPIED = 0.5
+# The alarm is raised when more than this fraction of the pictures are copies
+ALARM_SHARE = 0.1
 # Nearness assumed for a single photo, which has nothing to be compared with
 LONE_PHOTO_NEARNESS = 0.8
 
@@ -315,10 +385,13 @@ def diversity(
     members: dict[Hashable, list] = {}
     for picture, group in zip(pictures, groups, strict=True):
         members.setdefault(group, []).append(picture)
-    pairs = {group: list(combinations(some, 2)) for group, some in members.items()}
-    return {
-        g: sum(distance(a, b) for a, b in some) / len(some) for g, some in pairs.items() if some
-    }
+
+    found = {}
+    for group, some in members.items():
+        distances = [distance(one, other) for one, other in combinations(some, 2)]
+        if distances:
+            found[group] = sum(distances) / len(distances)
+    return found
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -367,7 +440,13 @@ def copy_alarm(generated: torch.Tensor, photos: torch.Tensor) -> CopyAlarm:
     worst = int(index.argmax())
     share = float((index > COPIED).float().mean())
     nearest = int((generated[worst] @ photos.T).argmax())
-    return CopyAlarm(share, float(index[worst]), worst, nearest, share > ALARM_SHARE)
+    return CopyAlarm(
+        share=share,
+        largest=float(index[worst]),
+        picture=worst,
+        photo=nearest,
+        raised=share > ALARM_SHARE,
+    )
 
 
 def background_leak(
@@ -382,21 +461,22 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
     """How far pictures of a subject went from its own photos to another subject's: (N, D), (P, D),
     (Q, D) -> (N,).
 
-        confusion(g) = (m_own - m(g)) / (m_own - m_other)        m(g) = mean cos(g, own) - mean cos(g, other)
+        confusion(g) = (m_own - m(g)) / (m_own - m_other)
+        m(g) = mean cos(g, own) - mean cos(g, other)
 
     m_own and m_other are m of the own photos and of the other's, each mean without the photo
     itself. 0: told apart as well as the photos; 1: like the other subject; 1/2: equally near to
     both, or to neither; below 0: told apart better than the photos. A single photo is assumed to be
     LONE_PHOTO_NEARNESS near to itself.
     """
+    # m of the own photos is within_own - alike, that of the other's alike - within_other.
     alike = float((own @ other.T).mean())
-    within = [
-        LONE_PHOTO_NEARNESS if len(photos) < 2 else photo_fidelity(photos)
-        for photos in (own, other)
-    ]
+    within_own = LONE_PHOTO_NEARNESS if len(own) < 2 else photo_fidelity(own)
+    within_other = LONE_PHOTO_NEARNESS if len(other) < 2 else photo_fidelity(other)
+    apart = max(within_own + within_other - 2 * alike, 0.01)  # equal series would divide by zero
+
     margin = subject_fidelity(generated, own) - subject_fidelity(generated, other)
-    apart = max(sum(within) - 2 * alike, 0.01)  # equal series would divide by zero
-    return (within[0] - alike - margin) / apart
+    return (within_own - alike - margin) / apart
 
 
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:

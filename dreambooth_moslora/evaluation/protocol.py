@@ -1,11 +1,11 @@
 """What is drawn to judge an adapter: fixed prompts from fixed seeds, by the adapter and by the base
 alone.
 
-subject    template with "token class"    by the adapter    fidelity, diversity, copies
-base       template with the class alone  by the base       what the prompt gives without the subject
-bare       the instance prompt            by the adapter    does it draw the subject without a place?
-class      "a photo of a class"           by both           PRES: has the class become the subject?
-unrelated  other things                   by both           drift
+subject    template with "token class"    adapter  fidelity, diversity, copies
+base       template with the class alone  base     what the prompt gives without the subject
+bare       the instance prompt            adapter  does it draw the subject without a place?
+class      "a photo of a class"           both     PRES: has the class become the subject?
+unrelated  other things                   both     drift
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -17,27 +17,17 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, table, toys
 from dreambooth_moslora.settings.prompts import Subject
 
+# Names of `--prompts` -> prompts with `{}` for the subject's words
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
     "toy": toys.TEMPLATES,
 }
-LIVING = {
-    "dog",
-    "puppy",
-    "cat",
-    "kitten",
-    "animal",
-    "pet",
-    "horse",
-    "bird",
-    "person",
-    "man",
-    "woman",
-    "boy",
-    "girl",
-}
+# Words of a class that is alive, and words that make an object of it all the same
+LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}
+LIVING |= {"person", "man", "woman", "boy", "girl"}
 LIFELESS = {"stuffed", "plush", "toy", "statue", "figurine", "figure", "sculpture", "doll"}
+# What has nothing to do with any subject
 UNRELATED = (
     "a bowl of fruit on a kitchen table",
     "a city street at night in the rain",
@@ -50,6 +40,8 @@ UNRELATED = (
 
 @dataclass(frozen=True)
 class EvaluationPlan:
+    """What is drawn for one subject. Raises UserError without seeds or usable templates."""
+
     subject: Subject
     templates: tuple[str, ...]  # with `{}` for the subject's words
     unrelated: tuple[str, ...]
@@ -59,11 +51,8 @@ class EvaluationPlan:
     bare_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if (
-            not self.templates
-            or not self.seeds
-            or any("{}" not in template for template in self.templates)
-        ):
+        has_gaps = bool(self.templates) and all("{}" in template for template in self.templates)
+        if not has_gaps or not self.seeds:
             raise UserError(
                 "an evaluation needs seeds, and prompts that hold {} for the subject's words"
             )
@@ -79,9 +68,8 @@ class EvaluationPlan:
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
-        return self._each(
-            [template.replace("{}", self.subject.words) for template in self.templates]
-        )
+        words = self.subject.words
+        return self._each([template.replace("{}", words) for template in self.templates])
 
     @property
     def base_requests(self) -> list[SampleRequest]:
@@ -93,6 +81,7 @@ class EvaluationPlan:
 
     @property
     def class_requests(self) -> list[SampleRequest]:
+        # Other seeds than the templates'
         prompt = f"a photo of a {self.class_word}"
         return [SampleRequest(prompt, 1000 + number) for number in range(self.class_images)]
 
@@ -102,13 +91,15 @@ class EvaluationPlan:
 
     @property
     def prompts(self) -> list[str]:
-        of_subject = self.subject_requests + self.base_requests + self.bare_requests
-        return sorted(
-            {
-                request.prompt
-                for request in of_subject + self.class_requests + self.unrelated_requests
-            }
-        )
+        """All prompts, each once."""
+        requests = [
+            *self.subject_requests,
+            *self.base_requests,
+            *self.bare_requests,
+            *self.class_requests,
+            *self.unrelated_requests,
+        ]
+        return sorted({request.prompt for request in requests})
 
     def _each(self, prompts: list[str]) -> list[SampleRequest]:
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.seeds]
@@ -121,13 +112,21 @@ class EvaluationPlan:
         unrelated: int,
         inference_steps: int | None = None,
     ) -> "EvaluationPlan":
-        """A plan with fewer pictures, spread evenly over the templates, for scores during training."""
-        fewer = {
-            "templates": spread(self.templates, templates),
-            "unrelated": spread(self.unrelated, unrelated),
-        }
-        fewer |= {"seeds": self.seeds[:seeds], "class_images": min(class_images, self.class_images)}
-        return replace(self, **fewer, inference_steps=inference_steps or self.inference_steps)
+        """A plan with fewer pictures, for scores during training.
+
+        templates, unrelated: how many prompts, spread evenly
+        seeds: how many, the first ones
+        class_images: at most
+        inference_steps: of each picture; None keeps them
+        """
+        return replace(
+            self,
+            templates=spread(self.templates, templates),
+            unrelated=spread(self.unrelated, unrelated),
+            seeds=self.seeds[:seeds],
+            class_images=min(class_images, self.class_images),
+            inference_steps=inference_steps or self.inference_steps,
+        )
 
 
 def spread(items: Sequence[str], count: int) -> tuple[str, ...]:
@@ -142,32 +141,49 @@ def plan_for(
     """The full protocol for a subject: the toy world's places for `toy`, DreamBooth's 25 templates
     otherwise.
 
-    `templates`: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects
-    (a stuffed animal is an object). Those whose place is in the photos' `captions` are left out, as
-    a copy would score best there, unless no other is left. `changes` sets other fields. Raises
-    UserError.
+    base: its name
+    subject: its words
+    templates: a name of TEMPLATE_SETS, or "auto", which distinguishes living things and objects
+        (a stuffed animal is an object)
+    captions: of the photos. Templates whose place is in them are left out, as a copy would score
+        best there, unless no other is left
+    changes: other fields of the plan
+
+    Raises UserError.
     """
     if templates == "auto":
-        words = set(subject.class_word.lower().split())
-        templates = (
-            "toy"
-            if toys.is_toy(base)
-            else "live"
-            if words & LIVING and not words & LIFELESS
-            else "object"
-        )
+        templates = templates_for(base, subject)
     if templates not in TEMPLATE_SETS:
-        raise UserError(
-            f"prompts {templates!r}: choose one of auto, {', '.join(TEMPLATE_SETS)}, or a text file"
-        )
-    known, unseen = " | ".join(captions).lower(), []
+        known = ", ".join(TEMPLATE_SETS)
+        raise UserError(f"prompts {templates!r}: choose one of auto, {known}, or a text file")
+
+    # Places that the photos do not show
+    seen = " | ".join(captions).lower()
+    unseen = []
     for template in TEMPLATE_SETS[templates]:
         place = template.partition("{}")[2].strip().lower()
-        if not place or place not in known:
+        if not place or place not in seen:
             unseen.append(template)
-    others = tuple(text.format(kind) for text, kind in toys.UNRELATED if kind != subject.class_word)
-    unrelated = others if toys.is_toy(base) else UNRELATED
-    return EvaluationPlan(subject, tuple(unseen) or TEMPLATE_SETS[templates], unrelated, **changes)
+
+    # Other things; the toy world has other toys
+    unrelated = UNRELATED
+    if toys.is_toy(base):
+        others = [text.format(kind) for text, kind in toys.UNRELATED if kind != subject.class_word]
+        unrelated = tuple(others)
+    return EvaluationPlan(
+        subject=subject,
+        templates=tuple(unseen) or TEMPLATE_SETS[templates],
+        unrelated=unrelated,
+        **changes,
+    )
+
+
+def templates_for(base: str, subject: Subject) -> str:
+    """The name of the templates that suit the subject."""
+    if toys.is_toy(base):
+        return "toy"
+    words = set(subject.class_word.lower().split())
+    return "live" if words & LIVING and not words & LIFELESS else "object"
 
 
 def plan_of_subject(
@@ -176,7 +192,11 @@ def plan_of_subject(
     """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises
     UserError."""
     captions = [caption for photo in photos for caption in photo.captions]
-    base, bare = subject.pretrained_model_name_or_path, subject.instance_prompt
     return plan_for(
-        base, prompts.subject_of(subject), templates, captions, bare_prompt=bare, **changes
+        subject.pretrained_model_name_or_path,
+        prompts.subject_of(subject),
+        templates,
+        captions,
+        bare_prompt=subject.instance_prompt,
+        **changes,
     )

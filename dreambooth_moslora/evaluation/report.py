@@ -3,9 +3,11 @@
 Several subjects of one adapter are judged separately, against each other, together, and in pairs in
 one prompt:
 
-evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals (`metrics.confusion`)
+evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals
+                           (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
-TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos of either
+TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos
+                           of either
 
 Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of
 each alone.
@@ -37,6 +39,8 @@ from dreambooth_moslora.training.explain import ScaleChoice
 
 @dataclass(frozen=True)
 class ReportContext:
+    """What the files say beside the scores."""
+
     adapter: str
     base: str
     encoders: tuple[str, str]  # names of CLIP and DINO
@@ -50,12 +54,14 @@ class ReportContext:
 def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
     """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
     plan = found.plan
+    clip, dino = about.encoders
+    of_photos = found.photo_fidelity  # NaN, which JSON does not know, for a single photo
     return {
         "format": 1,
         "version": __version__,
         "adapter": about.adapter,
         "base": about.base,
-        "encoders": {**dict(zip(("clip", "dino"), about.encoders)), "diversity": about.diversity},
+        "encoders": {"clip": clip, "dino": dino, "diversity": about.diversity},
         "subject": asdict(plan.subject),
         "protocol": {
             "prompts": len(plan.templates),
@@ -68,9 +74,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
-        "dino_of_photos": None
-        if math.isnan(found.photo_fidelity)
-        else round(found.photo_fidelity, 4),
+        "dino_of_photos": None if math.isnan(of_photos) else round(of_photos, 4),
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "score": round(found.score, 4),
@@ -96,11 +100,24 @@ def report_html(
 ) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a
     copy."""
-    relative, means = {**found.relative(), "copied": found.alarm.share}, per_prompt(found)
-    names = [
-        "prompt",
-        *(name for name, row in MEASURES.items() if (row.title or row.truth) and name in means[0]),
-    ]
+    # Shares, such as of the base's diversity
+    relative = {**found.relative(), "copied": found.alarm.share}
+    shares = []
+    for name, row in MEASURES.items():
+        if name in relative:
+            shares.append((row.title, f"{relative[name]:.3f}"))
+
+    # The table of prompts: those measures that have a title and one value for each prompt
+    means = per_prompt(found)
+    names = ["prompt"]
+    for name, row in MEASURES.items():
+        if (row.title or row.truth) and name in means[0]:
+            names.append(name)
+    header = [name.replace("_", " ") for name in names]
+    cells = [[row[name] for name in names] for row in means]
+
+    truths = [name for name, row in MEASURES.items() if row.truth]
+    judged = [name for name, row in MEASURES.items() if row.kind == "judge"]
     return render(
         "evaluation.html",
         title=f"Fidelity of {about.adapter}",
@@ -108,39 +125,27 @@ def report_html(
         about=about,
         photos=photos,
         scores=score_rows(found),
-        shares=[
-            (row.title, f"{relative[name]:.3f}")
-            for name, row in MEASURES.items()
-            if name in relative
-        ],
-        truths=rows_beside(
-            found, [name for name, row in MEASURES.items() if row.truth], ("_ceiling", "_floor")
-        ),
-        judged=rows_beside(
-            found, [name for name, row in MEASURES.items() if row.kind == "judge"], ("_ceiling",)
-        ),
-        by_prompt=(
-            [name.replace("_", " ") for name in names],
-            [[row[name] for name in names] for row in means],
-        ),
+        shares=shares,
+        truths=rows_beside(found, truths, ("_ceiling", "_floor")),
+        judged=rows_beside(found, judged, ("_ceiling",)),
+        by_prompt=(header, cells),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )
 
 
 def score_rows(found: score_tables.Evaluation) -> list[tuple]:
-    """Title, the adapter's mean, the base's, that of the photos themselves, and the meaning of each
-    measure."""
+    """Title, the adapter's mean, the base's, the photos' own, and the meaning of each measure; ""
+    where there is none."""
     rows = []
     for name, row in MEASURES.items():
-        if row.title and row.kind == "score" and name in found.tables:
-            own = (
-                found.photo_fidelity
-                if name == "dino" and not math.isnan(found.photo_fidelity)
-                else ""
-            )
-            base = found.interval(row.base) if row.base in found.tables else ""
-            rows.append((row.title, found.interval(name), base, own, row.help))
+        if not row.title or row.kind != "score" or name not in found.tables:
+            continue
+        base = found.interval(row.base) if row.base in found.tables else ""
+        own = ""
+        if name == "dino" and not math.isnan(found.photo_fidelity):
+            own = found.photo_fidelity
+        rows.append((row.title, found.interval(name), base, own, row.help))
     return rows
 
 
@@ -153,16 +158,17 @@ def rows_beside(
     for name in names:
         tables = [name + end for end in ("", *ends)]
         if all(table in found.tables for table in tables):
-            rows.append(
-                (MEASURES[name].truth or MEASURES[name].title, *map(found.interval, tables))
-            )
+            title = MEASURES[name].truth or MEASURES[name].title
+            rows.append((title, *map(found.interval, tables)))
     return rows
 
 
-TOGETHER_TEMPLATES = 4  # Places in which two subjects are drawn together
+# Places in which two subjects are drawn together
+TOGETHER_TEMPLATES = 4
 
 
 def photos_by_subject(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
+    """The photos of each of `count` subjects."""
     return [[photo for photo in photos if photo.subject == number] for number in range(count)]
 
 
@@ -173,15 +179,34 @@ def evaluators_of(
     encoders: metrics.Encoders,
     size_px: int,
 ) -> list[score_tables.Evaluator]:
-    """One for each subject; photos are numbered by subject."""
+    """An evaluator for each subject, which knows the photos of the others.
+
+    subjects: their settings
+    photos: of all subjects, with the subject's number
+    plans: of each subject
+    encoders: what looks at the pictures
+    size_px: side of the pictures
+    """
     found = []
-    for subject, own, plan in zip(
-        subjects, photos_by_subject(photos, len(subjects)), plans, strict=True
-    ):
-        base, folder = subject.pretrained_model_name_or_path, subject.instance_data_dir
-        truth = score_tables.truth_of(base, folder, plan, encoders, size_px)
-        shown = [open_rgb(photo) for photo in own], [open_mask(photo) for photo in own]
-        found.append(score_tables.Evaluator(plan, encoders, *shown, truth))
+    of_each = photos_by_subject(photos, len(subjects))
+    for subject, own, plan in zip(subjects, of_each, plans, strict=True):
+        truth = score_tables.truth_of(
+            base=subject.pretrained_model_name_or_path,
+            photos_dir=subject.instance_data_dir,
+            plan=plan,
+            encoders=encoders,
+            size_px=size_px,
+        )
+        evaluator = score_tables.Evaluator(
+            plan=plan,
+            encoders=encoders,
+            photos=[open_rgb(photo) for photo in own],
+            masks=[open_mask(photo) for photo in own],
+            truth=truth,
+        )
+        found.append(evaluator)
+
+    # Each gets the vectors of the others' photos.
     for one in found:
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
@@ -193,31 +218,43 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
     worst copy."""
     if len(found) == 1:
         return found[0]
-    tables = {
-        name: np.concatenate([one.tables[name] for one in found])
-        for name in in_all(found, found[0].tables)
-    }
+    # The prompts of all subjects below each other
+    tables = {}
+    for name in in_all(found, found[0].tables):
+        tables[name] = np.concatenate([one.tables[name] for one in found])
+
+    pictures = {}
+    for name in found[0].pictures:
+        pictures[name] = []
+        for one in found:
+            pictures[name].extend(one.pictures.get(name, []))
+
+    # The alarm of the worst copy, raised if any is
     alarms = [one.alarm for one in found]
-    share, worst = (
-        float(np.mean([alarm.share for alarm in alarms])),
+    alarm = replace(
         max(alarms, key=lambda alarm: alarm.largest),
+        share=float(np.mean([alarm.share for alarm in alarms])),
+        raised=any(alarm.raised for alarm in alarms),
     )
-    alarm = replace(worst, share=share, raised=any(alarm.raised for alarm in alarms))
-    score = float(np.mean([one.score for one in found]))
-    pictures = {
-        name: [p for one in found for p in one.pictures.get(name, [])] for name in found[0].pictures
-    }
     return score_tables.Evaluation(
-        found[0].plan, tables, alarm, score, sum(one.seconds for one in found), pictures
+        plan=found[0].plan,
+        tables=tables,
+        alarm=alarm,
+        score=float(np.mean([one.score for one in found])),
+        seconds=sum(one.seconds for one in found),
+        pictures=pictures,
     )
 
 
 def in_all(found: Sequence[score_tables.Evaluation], names: Iterable[str]) -> list[str]:
+    """Those of the names that have a table in every evaluation."""
     return [name for name in names if all(name in one.tables for one in found)]
 
 
 @dataclass
 class Together:
+    """What was measured of two subjects in one prompt."""
+
     words: tuple[str, str]  # of the two subjects
     tables: score_tables.Tables  # (prompts, seeds): DINO to each one's photos, with the base's
     pictures: list[Image.Image] = field(repr=False)
@@ -225,55 +262,66 @@ class Together:
 
     @property
     def rows(self) -> list[tuple[str, metrics.Interval, float]]:
-        return [
-            (
-                f"DINO to “{words}”",
-                metrics.bootstrap_mean(self.tables[name]),
-                float(self.tables[f"{name}_base"].mean()),
-            )
-            for name, words in zip(("first", "second"), self.words)
-        ]
+        """Title, mean and the base's mean for each of the two."""
+        rows = []
+        for name, words in zip(("first", "second"), self.words):
+            mean = metrics.bootstrap_mean(self.tables[name])
+            base = float(self.tables[f"{name}_base"].mean())
+            rows.append((f"DINO to “{words}”", mean, base))
+        return rows
 
 
 class TogetherEvaluator:
-    """Judges two subjects in one prompt, in some of the first one's templates and with its seeds."""
+    """Judges two subjects in one prompt, in some of the first one's templates and with its
+    seeds."""
 
     def __init__(self, first: score_tables.Evaluator, second: score_tables.Evaluator):
         self.pair = (first, second)
-        self.plan = replace(
-            first.plan, templates=protocol.spread(first.plan.templates, TOGETHER_TEMPLATES)
-        )
+        templates = protocol.spread(first.plan.templates, TOGETHER_TEMPLATES)
+        self.plan = replace(first.plan, templates=templates)
 
     @property
     def picture_count(self) -> int:
+        """By the adapter; the base draws as many."""
         return len(self.plan.templates) * len(self.plan.seeds)
 
     def __call__(self, draw: score_tables.Draw) -> Together:
+        """Draw both sides and compare them with the photos of both subjects."""
         words = tuple(one.plan.subject.words for one in self.pair)
         pictures = draw(self.requests(words), True)
-        base = draw(self.requests([one.plan.class_word for one in self.pair]), False)
+        base_pictures = draw(self.requests([one.plan.class_word for one in self.pair]), False)
+
         encode = self.pair[0].encoders.dino_images
-        vectors = {"": encode(pictures), "_base": encode(base)}
-        shape, tables = (len(self.plan.templates), len(self.plan.seeds)), {}
+        vectors = {"": encode(pictures), "_base": encode(base_pictures)}
+        shape = (len(self.plan.templates), len(self.plan.seeds))
+        tables = {}
         for name, one in zip(("first", "second"), self.pair):
             for end, dino in vectors.items():
-                tables[name + end] = (
-                    metrics.subject_fidelity(dino, one.photos.dino).numpy().reshape(shape)
-                )
-        return Together(words, tables, pictures, base)
+                fidelity = metrics.subject_fidelity(dino, one.photos.dino)
+                tables[name + end] = fidelity.numpy().reshape(shape)
+        return Together(
+            words=words,
+            tables=tables,
+            pictures=pictures,
+            base_pictures=base_pictures,
+        )
 
     def requests(self, words: Sequence[str]) -> list[SampleRequest]:
-        prompts = [
-            template.replace("{}", " and a ".join(words)) for template in self.plan.templates
-        ]
+        """The pictures of both words in each template."""
+        both = " and a ".join(words)
+        prompts = [template.replace("{}", both) for template in self.plan.templates]
         return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
 
 
 def pairs_of(evaluators: Sequence[score_tables.Evaluator]) -> list[TogetherEvaluator]:
-    return [TogetherEvaluator(*pair) for pair in list(combinations(evaluators, 2))[:MOST_PAIRS]]
+    """An evaluator of each pair of subjects, for the first pairs alone: their number grows with the
+    square."""
+    pairs = list(combinations(evaluators, 2))[:MOST_PAIRS]
+    return [TogetherEvaluator(first, second) for first, second in pairs]
 
 
-SHOWN = 8  # Pictures of each subject in the common report; its own report has them all
+# Pictures of each subject in the common report; its own report has them all
+SHOWN = 8
 
 
 def write_reports(
@@ -283,8 +331,14 @@ def write_reports(
     together: Sequence[Together],
     about: ReportContext,
 ) -> None:
-    """Write `folder`/scores.json and report.html; of several subjects those for all, and each one's
-    in subject_1 …"""
+    """Write scores.json and report.html; of several subjects those for all, and each one's in
+    subject_1 …
+
+    folder: where they go
+    evaluators, found: of each subject, in the same order
+    together: of their pairs
+    about: what was evaluated
+    """
 
     def write(place: Path, scores: dict, html: str) -> None:
         place.mkdir(parents=True, exist_ok=True)
@@ -296,11 +350,9 @@ def write_reports(
         own = folder / subject_name(number) if len(found) > 1 else folder
         write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
     if len(found) > 1:
-        write(
-            folder,
-            subjects_json(found, together, about),
-            subjects_html(evaluators, found, together, about),
-        )
+        scores = subjects_json(found, together, about)
+        html = subjects_html(evaluators, found, together, about)
+        write(folder, scores, html)
 
 
 def subjects_json(
@@ -308,34 +360,44 @@ def subjects_json(
 ) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and
     `together`."""
-    whole, cells = scores_json(pooled(found), about), []
-    # a cell of both matrices: pictures `of` one, photos of the other
+    # Of all subjects there is neither one subject nor one list of prompts.
+    whole = scores_json(pooled(found), about)
+    del whole["subject"], whole["per_prompt"]
+
+    # A cell of both matrices: pictures `of` one, photos of the other
+    cells = []
     for one, other in permutations(found, 2):
-        confusion, names = (
-            f"confusion_with {other.words}",
-            ("confusion", "confusion_base", "dino_own", "dino_other"),
-        )
-        tables = zip(names, (confusion, f"{confusion}_base", "dino", f"dino_to {other.words}"))
-        intervals = {name: one.interval(table).to_dict() for name, table in tables}
-        cells.append({"of": one.words, "with": other.words, **intervals})
+        confusion = f"confusion_with {other.words}"
+        cell = {
+            "of": one.words,
+            "with": other.words,
+            "confusion": one.interval(confusion).to_dict(),
+            "confusion_base": one.interval(f"{confusion}_base").to_dict(),
+            "dino_own": one.interval("dino").to_dict(),
+            "dino_other": one.interval(f"dino_to {other.words}").to_dict(),
+        }
+        cells.append(cell)
+
+    pairs = []
+    for pair in together:
+        row: dict = {"words": list(pair.words)}
+        for name, table in pair.tables.items():
+            row[name] = metrics.bootstrap_mean(table).to_dict()
+        pairs.append(row)
     return {
-        **{name: value for name, value in whole.items() if name not in ("subject", "per_prompt")},
+        **whole,
         "subjects": [scores_json(one, about) for one in found],
         "confusion": cells,
-        "together": [
-            {
-                "words": list(pair.words),
-                **{n: metrics.bootstrap_mean(t).to_dict() for n, t in pair.tables.items()},
-            }
-            for pair in together
-        ],
+        "together": pairs,
     }
 
 
 def confusion_lines(found: Sequence[score_tables.Evaluation]) -> list[str]:
+    """How far each subject is confused with each other one, a line for each."""
     lines = []
     for one, rival in permutations(found, 2):
-        own, other = one.mean("dino"), one.mean(f"dino_to {rival.words}")
+        own = one.mean("dino")
+        other = one.mean(f"dino_to {rival.words}")
         likeness = f"DINO {own:.3f} to its own photos, {other:.3f} to the other's"
         said = one.interval(f"confusion_with {rival.words}")
         lines.append(f"confusion of “{one.words}” with “{rival.words}”: {said}  ({likeness})")
@@ -348,18 +410,29 @@ def subjects_html(
     together: Sequence[Together],
     about: ReportContext,
 ) -> str:
-    known = in_all(found, [name for name, row in MEASURES.items() if row.summary and row.title])
-    confusion, likeness, scores = [], [], []
+    """The common page of several subjects: scores, who is taken for whom, and pictures."""
+    titled = [name for name, row in MEASURES.items() if row.summary and row.title]
+    known = in_all(found, titled)
+
+    # Three tables with one row for each subject; two of them also have a column for each.
+    scores = []
+    confusion = []
+    likeness = []
     for one in found:
         scores.append([one.words, *(one.interval(name) for name in known), one.score])
-        confusion.append([one.words])
-        likeness.append([one.words])
+        confused = [one.words]
+        like = [one.words]
         for other in found:
-            is_own, name = one is other, f"confusion_with {other.words}"
-            confusion[-1].append(
-                "–" if is_own else f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}"
-            )
-            likeness[-1].append(one.interval("dino" if is_own else f"dino_to {other.words}"))
+            if one is other:
+                confused.append("–")
+                like.append(one.interval("dino"))
+                continue
+            name = f"confusion_with {other.words}"
+            confused.append(f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}")
+            like.append(one.interval(f"dino_to {other.words}"))
+        confusion.append(confused)
+        likeness.append(like)
+
     header = ["", *(one.words for one in found)]
     return render(
         "subjects.html",

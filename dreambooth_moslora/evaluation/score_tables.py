@@ -1,7 +1,7 @@
 """Scores an adapter: compares pictures by the adapter and by the base at equal prompts and seeds.
 
-    draw(requests, with_adapter) -> pictures --Encoders--> vectors --metrics--> tables (prompts, seeds)
-        -> scores
+    draw(requests, with_adapter) -> pictures
+    pictures --Encoders--> vectors --metrics--> tables (prompts, seeds) -> scores
 
 `Evaluator` belongs to one subject: it draws the base's pictures once and then judges any number of
 adapters.
@@ -29,11 +29,24 @@ from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.toys import is_toy
 
+# Name of a measure -> its table
 Tables = dict[str, np.ndarray]
+# (requests, with the adapter?) -> pictures
+Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
+# Share of the base's diversity below which a remark is made
+LEAST_DIVERSITY = 0.5
+# Pictures drawn at once
+BATCH = 4
+# What covers the subject where only the background counts
+GREY = (128, 128, 128)
+# What the adapter draws, in this order
+GROUPS = ("subject", "bare", "class", "unrelated")
 
 
 @dataclass
 class Evaluation:
+    """What was measured of an adapter for one subject."""
+
     plan: protocol.EvaluationPlan
     tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
     alarm: metrics.CopyAlarm
@@ -53,6 +66,7 @@ class Evaluation:
         return metrics.bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
+        """All means, relative scores, copies and the score, rounded."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
         return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
@@ -60,22 +74,26 @@ class Evaluation:
     def logged(self) -> dict[str, float]:
         """The means that a training run writes into its events."""
         means = self.means()
-        return {
-            name: float(means[name])
-            for name, row in MEASURES.items()
-            if row.logged and name in means
-        }
+        found = {}
+        for name, row in MEASURES.items():
+            if row.logged and name in means:
+                found[name] = float(means[name])
+        return found
 
     def relative(self) -> dict[str, float]:
         """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in
         deviations)."""
+        # Shares of another measure, where that was measured
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
             if whole in self.tables and self.mean(whole):
                 found[name] = self.mean(measure) / self.mean(whole)
+
+        # PRES differs so little that only the base's own deviation tells how much it is.
         own = self.tables.get("pres_base", np.zeros(0))
-        if own.size > 1 and (deviation := float(own.std(ddof=1))):
+        deviation = float(own.std(ddof=1)) if own.size > 1 else 0.0
+        if deviation:
             found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
         return {name: round(value, 4) for name, value in found.items()}
 
@@ -83,17 +101,12 @@ class Evaluation:
         """What a reader of the scores might overlook."""
         if not {"diversity", "diversity_base"} <= self.tables.keys():
             return []
-        own, base = self.mean("diversity"), self.mean("diversity_base")
-        alike = f"pictures of one prompt look alike: diversity {own:.2f}, the base's {base:.2f}; fewer steps keep more"
-        return [alike] if own < LEAST_DIVERSITY * base else []
-
-
-# (requests, with the adapter?) -> pictures
-Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
-LEAST_DIVERSITY = 0.5  # Of the base's; below it a remark is made
-BATCH = 4
-GREY = (128, 128, 128)
-GROUPS = ("subject", "bare", "class", "unrelated")  # What the adapter draws, in this order
+        own = self.mean("diversity")
+        base = self.mean("diversity_base")
+        if own >= LEAST_DIVERSITY * base:
+            return []
+        figures = f"diversity {own:.2f}, the base's {base:.2f}"
+        return [f"pictures of one prompt look alike: {figures}; fewer steps keep more"]
 
 
 class Truth(Protocol):
@@ -110,18 +123,29 @@ class Truth(Protocol):
 
 @dataclass(frozen=True)
 class Views:
+    """N pictures with their vectors."""
+
     pictures: list[Image.Image]
-    clip: torch.Tensor
-    dino: torch.Tensor
+    clip: torch.Tensor  # (N, C)
+    dino: torch.Tensor  # (N, D)
 
     @property
     def joint(self) -> torch.Tensor:
+        """(N, C + D)."""
         return metrics.joint_vectors(self.clip, self.dino)
 
 
 class Evaluator:
-    """Judges adapters of one subject by `plan`. `masks`: white = subject, or None. `rivals`:
-    others' vectors."""
+    """Judges adapters of one subject.
+
+    plan: what is drawn
+    encoders: what looks at the pictures
+    photos: of the subject
+    masks: of each photo, white on the subject; None without one
+    truth: of a subject whose true appearance is known
+
+    `rivals`, words of other subjects -> DINO vectors of their photos, may be set later.
+    """
 
     def __init__(
         self,
@@ -131,41 +155,70 @@ class Evaluator:
         masks: Sequence[Image.Image | None] = (),
         truth: Truth | None = None,
     ):
-        self.plan, self.encoders, self.truth = plan, encoders, truth
+        self.plan = plan
+        self.encoders = encoders
+        self.truth = truth
         self.photos = self._views(list(photos))
-        masked = [(p, m) for p, m in zip(photos, masks) if m is not None]
         self.rivals: dict[str, torch.Tensor] = {}
-        self.backgrounds = (
-            encoders.clip_images([paint_over(p, m) for p, m in masked]) if masked else None
-        )
         self._base: dict[str, Views] | None = None
 
+        # What the photos show beside the subject
+        backgrounds = []
+        for photo, mask in zip(photos, masks):
+            if mask is not None:
+                backgrounds.append(paint_over(photo, mask))
+        self.backgrounds = encoders.clip_images(backgrounds) if backgrounds else None
+
     def __call__(self, draw: Draw) -> Evaluation:
-        started, plan = time.perf_counter(), self.plan
-        groups = {
-            "subject": plan.base_requests,
+        """Draw, look and measure."""
+        started = time.perf_counter()
+        plan = self.plan
+
+        # The base's pictures, once for any number of adapters
+        if self._base is None:
+            by_base = {
+                "subject": plan.base_requests,
+                "class": plan.class_requests,
+                "unrelated": plan.unrelated_requests,
+            }
+            self._base = {}
+            for name, requests in by_base.items():
+                if requests:
+                    self._base[name] = self._views(draw(requests, False))
+
+        # The adapter's
+        by_adapter = {
+            "subject": plan.subject_requests,
+            "bare": plan.bare_requests,
             "class": plan.class_requests,
             "unrelated": plan.unrelated_requests,
         }
-        if self._base is None:
-            self._base = {
-                name: self._views(draw(wanted, False)) for name, wanted in groups.items() if wanted
-            }
-        groups |= {"subject": plan.subject_requests, "bare": plan.bare_requests}
-        drawn = {name: self._views(draw(groups[name], True)) for name in GROUPS if groups[name]}
-        tables = self._subject_tables(drawn["subject"], self._base["subject"]) | self._other_tables(
-            drawn
-        )
+        drawn = {}
+        for name in GROUPS:
+            if by_adapter[name]:
+                drawn[name] = self._views(draw(by_adapter[name], True))
+
+        # The tables, and from them the score
+        tables = self._subject_tables(drawn["subject"], self._base["subject"])
+        tables |= self._other_tables(drawn)
         alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
-        means = [float(tables[name].mean()) for name in ("dino", "clip_t", "clip_t_base")]
+        score = metrics.checkpoint_score(
+            fidelity=float(tables["dino"].mean()),
+            prompt=float(tables["clip_t"].mean()),
+            base_prompt=float(tables["clip_t_base"].mean()),
+            copied=alarm.share,
+        )
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
-        score, seconds = (
-            metrics.checkpoint_score(*means, alarm.share),
-            time.perf_counter() - started,
+        return Evaluation(
+            plan=plan,
+            tables=tables,
+            alarm=alarm,
+            score=score,
+            seconds=time.perf_counter() - started,
+            pictures=pictures,
+            photo_fidelity=metrics.photo_fidelity(self.photos.dino),
         )
-        of_photos = metrics.photo_fidelity(self.photos.dino)
-        return Evaluation(plan, tables, alarm, score, seconds, pictures, of_photos)
 
     def of_subject(self) -> "Evaluator":
         """A copy that draws only the subject's pictures, which suffice for the score."""
@@ -177,15 +230,19 @@ class Evaluator:
     def texts(self) -> torch.Tensor:
         """CLIP vectors of the prompts without the token, repeated for each seed: (prompts × seeds,
         P)."""
-        return self.encoders.clip_texts(self.plan.texts).repeat_interleave(len(self.plan.seeds), 0)
+        vectors = self.encoders.clip_texts(self.plan.texts)
+        return vectors.repeat_interleave(len(self.plan.seeds), 0)
 
     def _views(self, pictures: list[Image.Image]) -> Views:
-        return Views(
-            pictures, self.encoders.clip_images(pictures), self.encoders.dino_images(pictures)
-        )
+        clip = self.encoders.clip_images(pictures)
+        dino = self.encoders.dino_images(pictures)
+        return Views(pictures=pictures, clip=clip, dino=dino)
 
     def _subject_tables(self, subject: Views, base: Views) -> Tables:
+        """Of the subject's prompts, (prompts, seeds), by the adapter and by the base."""
         photos = self.photos
+
+        # One number for each picture, (prompts × seeds,)
         columns = {
             "dino": metrics.subject_fidelity(subject.dino, photos.dino),
             "clip_i": metrics.subject_fidelity(subject.clip, photos.clip),
@@ -200,73 +257,73 @@ class Evaluator:
                 subject.clip, base.clip, self.backgrounds
             )
         for words, others in self.rivals.items():
+            confused = metrics.confusion(subject.dino, photos.dino, others)
+            confused_base = metrics.confusion(base.dino, photos.dino, others)
             columns[f"dino_to {words}"] = metrics.subject_fidelity(subject.dino, others)
-            columns[f"confusion_with {words}"] = metrics.confusion(
-                subject.dino, photos.dino, others
-            )
-            columns[f"confusion_with {words}_base"] = metrics.confusion(
-                base.dino, photos.dino, others
-            )
+            columns[f"confusion_with {words}"] = confused
+            columns[f"confusion_with {words}_base"] = confused_base
+
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
+
+        # With several rivals: the mean over them
         if self.rivals:
             for end in ("", "_base"):
-                tables[f"confusion{end}"] = np.mean(
-                    [tables[f"confusion_with {w}{end}"] for w in self.rivals], axis=0
-                )
+                of_each = [tables[f"confusion_with {words}{end}"] for words in self.rivals]
+                tables[f"confusion{end}"] = np.mean(of_each, axis=0)
+
+        # Pictures of one prompt, (prompts, 1), need two seeds.
         if len(self.plan.seeds) > 1:
-            tables |= {
-                "diversity": self._diversity(subject),
-                "diversity_base": self._diversity(base),
-            }
+            tables["diversity"] = self._diversity(subject)
+            tables["diversity_base"] = self._diversity(base)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
-        """Of the bare prompt; PRES and DIV of the class; drift, with the base's own spread between
-        seeds as its scale, in CLIP and DINO together: DINO does not see a duck on the beach become
-        one in a kitchen."""
+        """Of the bare prompt, of the bare class and of unrelated things, where they were drawn."""
         tables = {}
+        photos = self.photos.dino
         if "bare" in drawn:
-            tables["dino_bare"] = metrics.subject_fidelity(
-                drawn["bare"].dino, self.photos.dino
-            ).numpy()[None]
-        for end, views in (
-            (("", drawn["class"]), ("_base", self._base["class"])) if "class" in drawn else ()
-        ):
-            tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, self.photos.dino).numpy()
-            if len(views.pictures) > 1:
-                one_prompt = [0] * len(views.pictures)
-                tables[f"class_diversity{end}"] = by_prompt(
-                    metrics.diversity(views.dino, one_prompt)
-                )
+            fidelity = metrics.subject_fidelity(drawn["bare"].dino, photos)
+            tables["dino_bare"] = fidelity.numpy()[None]
+
+        # PRES and DIV of the class
+        if "class" in drawn:
+            for end, views in (("", drawn["class"]), ("_base", self._base["class"])):
+                tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, photos).numpy()
+                if len(views.pictures) > 1:
+                    one_prompt = [0] * len(views.pictures)
+                    spread = metrics.diversity(views.dino, one_prompt)
+                    tables[f"class_diversity{end}"] = by_prompt(spread)
+
+        # Drift, with the base's own spread between seeds as its scale. In CLIP and DINO together:
+        # DINO does not see a duck on the beach become one in a kitchen.
         if "unrelated" in drawn:
-            base, shape = self._base["unrelated"], (len(self.plan.unrelated), len(self.plan.seeds))
-            tables["drift"] = (
-                metrics.drift(drawn["unrelated"].joint, base.joint).numpy().reshape(shape)
-            )
+            base = self._base["unrelated"]
+            shape = (len(self.plan.unrelated), len(self.plan.seeds))
+            drift = metrics.drift(drawn["unrelated"].joint, base.joint)
+            tables["drift"] = drift.numpy().reshape(shape)
             if len(self.plan.seeds) > 1:
-                tables["drift_base_spread"] = by_prompt(
-                    metrics.diversity(base.joint, self._prompts_of(base))
-                )
+                spread = metrics.diversity(base.joint, self._prompts_of(base))
+                tables["drift_base_spread"] = by_prompt(spread)
         return tables
 
     def _diversity(self, views: Views) -> np.ndarray:
         """DIV of each prompt, (prompts, 1): by LPIPS if available, else by DINO."""
-        groups, lpips = self._prompts_of(views), self.encoders.lpips
-        found = (
-            metrics.diversity(views.pictures, groups, lpips)
-            if lpips
-            else metrics.diversity(views.dino, groups)
-        )
-        return by_prompt(found)
+        groups = self._prompts_of(views)
+        lpips = self.encoders.lpips
+        if lpips:
+            return by_prompt(metrics.diversity(views.pictures, groups, lpips))
+        return by_prompt(metrics.diversity(views.dino, groups))
 
     def _prompts_of(self, views: Views) -> list[int]:
+        """The number of each picture's prompt: all seeds of the first one come first."""
         return [number // len(self.plan.seeds) for number in range(len(views.pictures))]
 
 
 def by_prompt(values: dict[int, float]) -> np.ndarray:
+    """One value for each prompt as a table (prompts, 1)."""
     return np.array([list(values.values())]).T
 
 
@@ -285,16 +342,21 @@ def truth_of(
     size_px: int,
 ) -> Truth | None:
     """The truth about a toy in the toy world's places; None for anything else, and without the toy
-    world (a wheel)."""
+    world, which an installed package lacks.
+
+    base: its name
+    photos_dir: where the toy's photos lie
+    plan: what is drawn of it
+    encoders: what looks at the true pictures
+    size_px: side of the pictures
+    """
     if not (is_toy(base) and photos_dir and find_spec("toybox")):
         return None
     from toybox.truth import find_truth, is_known_place
 
-    return (
-        find_truth(Path(photos_dir), encoders, size_px)
-        if all(map(is_known_place, plan.templates))
-        else None
-    )
+    if not all(map(is_known_place, plan.templates)):
+        return None
+    return find_truth(Path(photos_dir), encoders, size_px)
 
 
 def sampler_draw(
@@ -305,9 +367,13 @@ def sampler_draw(
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
-            for name in (*DENOISERS, "text_encoder", "text_encoder_2") if not with_adapter else ():
-                if (model := getattr(sampler.pipeline, name, None)) is not None:
-                    stack.enter_context(disabled(model))
+            # All that an adapter may change; not every family has each
+            if not with_adapter:
+                for name in (*DENOISERS, "text_encoder", "text_encoder_2"):
+                    model = getattr(sampler.pipeline, name, None)
+                    if model is not None:
+                        stack.enter_context(disabled(model))
+
             pictures = []
             for picture in sampler(requests, batch_size):
                 pictures.append(picture)
@@ -327,14 +393,29 @@ def evaluate_adapter(
     on_picture: Callable[[], object] = bool,
     text_options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Score a loaded adapter at `scale`; text is encoded for each side, with the given options of
-    encoding or those of the adapter's run. It draws on the pipeline's home, where models take turns
-    if memory is short. `on_picture` is called after each."""
-    inner, steps = pipeline.pipeline, evaluator.plan.inference_steps
-    embed = partial(pipeline.family_for(((adapter, 1.0),), text_options).texts, inner)
+    """Score a loaded adapter. It draws on the pipeline's home, where models take turns if memory
+    is short.
+
+    pipeline: the base with the adapter
+    adapter: its name there
+    evaluator: of the subject
+    batch_size: pictures drawn at once
+    scale: of the adapter
+    guidance_scale: None is the base's own
+    on_picture: called after each picture
+    text_options: of encoding; None are those of the adapter's run
+    """
+    # Text is encoded anew for each side, as an adapter may change the text encoders.
+    family = pipeline.family_for(((adapter, 1.0),), text_options)
     pipeline.activate(((adapter, scale),))
-    place = pipeline.resolution_px, pipeline.home.device
-    sampler = Sampler(inner, embed, *place, steps, guidance_scale=guidance_scale)
+    sampler = Sampler(
+        pipeline=pipeline.pipeline,
+        embed=partial(family.texts, pipeline.pipeline),
+        resolution_px=pipeline.resolution_px,
+        device=pipeline.home.device,
+        inference_steps=evaluator.plan.inference_steps,
+        guidance_scale=guidance_scale,
+    )
     try:
         pipeline.home.enter()
         with torch.no_grad():
