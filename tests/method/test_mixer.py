@@ -97,7 +97,7 @@ REFUSED += [({"mixer": "butterfly", "r": 3}, "an even rank, not 3"), ({"mixer": 
 REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
 KRONECKER = {"mixer": "kronecker", "mixer_factor": 4}
 REFUSED += [(KRONECKER | {"r": 6}, "needs a rank that mixer_factor 4 divides, not 6")]
-REFUSED += [(KRONECKER | {"mixer_factor": 0}, "needs ranks")]
+REFUSED += [(KRONECKER | {"mixer_factor": 0}, "needs a rank")]
 REFUSED += [(KRONECKER, r"to_q of 10×12 \(out×in\) cannot be a Kronecker product of 4×4 blocks")]
 
 
