@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, field, replace
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -76,6 +76,13 @@ def plain_name(name: str) -> str:
     return name
 
 
+def known_mixer(name: str) -> str:
+    """Raises ValueError for a mixer that this program does not know."""
+    if name not in table.MIXERS:
+        raise ValueError(f"{name!r:.40} is no mixer")
+    return name
+
+
 def one_or_many(notes: object) -> object:
     """A file holds the note of a single subject's tokens without a list around it."""
     if isinstance(notes, dict):
@@ -87,7 +94,7 @@ Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
 FileName = Annotated[str, AfterValidator(plain_name)]
 """A file beside the adapter."""
-Mixer = Literal[*table.MIXERS]
+Mixer = Annotated[str, AfterValidator(known_mixer)]
 """A kind of mixer."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.cli.command_evaluate import output_folder
+from dreambooth_moslora.cli.command_evaluate import usual_folder
 from dreambooth_moslora.cli.command_train import make_evaluator
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -261,7 +261,7 @@ def test_the_evaluate_command_leaves_a_report_beside_the_run(run, evaluate):
 def test_the_report_of_a_part_of_a_run_lies_beside_it_and_outlives_it(run):
     """It was in `best/`, which a run that goes on replaces, and in a checkpoint, of which the
     oldest are removed."""
-    place = lambda run: output_folder(  # noqa: E731
+    place = lambda run: usual_folder(  # noqa: E731
         Namespace(adapter=str(run), output_dir=None, instance_prompt=None)
     )
     assert place(run[1].path) == run[1].evaluation_dir
@@ -278,9 +278,9 @@ def test_the_report_of_one_of_several_subjects_leaves_that_of_all(tmp_path):
     RunDir(tmp_path).config_path.write_text(json.dumps({"subjects": pets}))
     asked = {"adapter": str(tmp_path), "instance_prompt": "a photo of sks cat"}
     assert (
-        output_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
+        usual_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
     )
-    assert output_folder(Namespace(output_dir=str(tmp_path), **asked)) == tmp_path
+    assert usual_folder(Namespace(output_dir=str(tmp_path), **asked)) == tmp_path
 
 
 def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):

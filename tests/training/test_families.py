@@ -285,7 +285,7 @@ def test_nothing_but_two_files_asks_for_a_family_by_its_name():
     ]
     assert {str(path.relative_to(package)) for path in found} == {
         "settings/families.py",
-        "base/families.py",
+        "base/pipelines.py",
     }
 
 
