@@ -228,7 +228,8 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
             )
         if up is None or up.ndim < 2 or down.ndim < 2 or not up.shape[1] == down.shape[0] > 0:
             raise UserError(
-                f"{name} is broken: {module.name} has a down matrix without an up matrix of its rank"
+                f"{name} is broken: {module.name} has a down matrix "
+                "without an up matrix of its rank"
             )
         if not isfinite(float(down.double().norm() * up.double().norm())):
             raise UserError(

@@ -146,7 +146,8 @@ FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A LoRA file's content: component -> projections by the base's module paths, and their scales."""
+    """A LoRA file's content: component -> projections by the base's module paths, and their
+    scales."""
 
     file_name: str
     sha256: str
@@ -160,7 +161,8 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best"; else the stem."""
+    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best"; else the
+    stem."""
     file = run_folder.find_weights(path)
     folder = file.parent.resolve()
     if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):

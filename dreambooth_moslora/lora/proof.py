@@ -288,7 +288,8 @@ def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> f
 
 
 def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
-    """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's norm."""
+    """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's
+    norm."""
     kind, options, real = nn.Linear, {}, layer.get_base_layer()
     if isinstance(real, nn.Conv2d):
         kind, options = (
