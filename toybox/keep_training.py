@@ -6,8 +6,9 @@ processor (Linux).
     python -m toybox.keep_training STATE --pause    and --go_on, --stop
 
 It begins with the weights in `assets/toy-sdxl`, or with `--anew 1` at random, learns from renders
-and from `assets/toy-zimage`, which draws better, and needs nothing else. STATE is a folder outside
-the repository:
+and from `assets/toy-zimage`, which draws better, and needs nothing else. With `--teacher FOLDER` it
+learns from another base of that architecture, and its latents are those of this base's autoencoder.
+STATE is a folder outside the repository:
 
     settings.json   the numbers of the first call, which hold for all later ones
     log             what the scripts print
@@ -77,8 +78,8 @@ SIGNALS = {
 @dataclass(frozen=True)
 class Settings:
     """The numbers of a training. `fresh` of the `shards`, of `pictures` each, are replaced before a
-    leg. With 1 for `anew` it begins with random weights, of a UNet of so many `levels`
-    (`train_unet.SHAPES`).
+    leg. With 1 for `anew` it begins with random weights. With 1 for `narrow` the renders are those
+    of `render_dataset --narrow`. The `teacher` is a folder of Z-Image's architecture.
 
     The `processes` share a step's batch. Two of one thread are faster than one of two, whose
     threads wait at each of many small operations.
@@ -94,21 +95,18 @@ class Settings:
     sheet_every: int = 1000
     processes: int = 2
     anew: int = 0
-    levels: int = 3
+    narrow: int = 0
+    teacher: str = str(TEACHER)
+
+    @property
+    def vae(self) -> Path:
+        """The autoencoder of the latents."""
+        return Path(self.teacher) / "vae"
 
     def __post_init__(self) -> None:
         if self.batch % self.processes:
             raise SystemExit(
                 f"--batch {self.batch}: {self.processes} processes cannot share it evenly"
-            )
-        if self.levels not in train_unet.SHAPES:
-            raise SystemExit(
-                f"--levels {self.levels}: choose one of {', '.join(map(str, train_unet.SHAPES))}"
-            )
-        if self.levels != Settings.levels and not self.anew:
-            raise SystemExit(
-                f"--levels {self.levels}: the embedded base has {Settings.levels}; "
-                "give --anew 1 too"
             )
 
     def shards_of(self, leg: int) -> range:
@@ -123,8 +121,8 @@ class Sheets:
     """Draws the same prompts from the same noise after each `every` steps: FOLDER/01000.png and so
     on."""
 
-    def __init__(self, folder: Path, every: int):
-        self.folder, self.every = folder, every
+    def __init__(self, folder: Path, every: int, vae: Path):
+        self.folder, self.every, self.vae = folder, every, vae
         prompts = [
             canonical_caption(scene) for scene in scenes_for(COLUMNS**2, held_out=False, seed=0)
         ]
@@ -144,7 +142,7 @@ class Sheets:
         unet.eval().to(compute_dtype(), memory_format=torch.channels_last)
         unet.set_attn_processor(AttnProcessor())
         latents = draw(unet, self.noise, self.embeds, self.pooled, SAMPLER_STEPS)
-        vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
+        vae = AutoencoderKL.from_pretrained(self.vae, torch_dtype=torch.float32).eval()
         vae.to(compute_dtype(), memory_format=torch.channels_last)
         return to_uint8(vae.decode(to_channels_last(latents / vae.config.scaling_factor)).sample)
 
@@ -169,7 +167,7 @@ def render_missing(state: Path, settings: Settings, numbers: range) -> int:
     for path in [*(state / "toys").glob("*_*"), *(state / "latents").glob("*")]:
         if int(path.stem[-4:]) not in numbers:
             path.unlink()
-    (state / "toys").mkdir(exist_ok=True)
+    (state / "toys").mkdir(parents=True, exist_ok=True)
     compiled = settings.pictures >= COMPILED_FROM
     shape = {
         "count": settings.pictures,
@@ -178,6 +176,7 @@ def render_missing(state: Path, settings: Settings, numbers: range) -> int:
         "device": "cpu",
         "compiled": compiled,
     }
+    shape["narrow"] = bool(settings.narrow)
     missing = [
         shard for number in numbers if not (shard := Shard(state / "toys", number, **shape)).is_done
     ]
@@ -190,7 +189,7 @@ def encode_shards(state: Path, settings: Settings, numbers: range) -> None:
     """One file of latents for each shard: latents/0007.safetensors. The processes take the shards
     by turns."""
     renders, size, (rank, world) = Renders(state / "toys"), settings.pictures, rank_and_world()
-    vae, sight = AutoencoderKL.from_pretrained(BASE / "vae"), Sight(BASE / "image_encoder")
+    vae, sight = AutoencoderKL.from_pretrained(settings.vae), Sight(BASE / "image_encoder")
     for place, number in list(enumerate(numbers))[rank::world]:
         rows = range(place * size, (place + 1) * size)
         make = partial(encode, renders, rows, vae, sight, first=numbers.start * size)
@@ -201,8 +200,8 @@ def keep_training(state: Path, settings: Settings) -> None:
     """All legs that are left, in this process or in one of several: the first makes the renders and
     the sheets."""
     is_first = rank_and_world()[0] == 0
-    sheets = Sheets(state / "sheets", settings.sheet_every) if is_first else None
-    teacher = FlowTeacher(TEACHER, compiled=settings.batch >= COMPILED_FROM)
+    sheets = Sheets(state / "sheets", settings.sheet_every, settings.vae) if is_first else None
+    teacher = FlowTeacher(Path(settings.teacher), compiled=settings.batch >= COMPILED_FROM)
     while (step := saved_step(state / "unet")) < settings.steps:
         leg = step // settings.leg
         if is_first:
@@ -238,7 +237,6 @@ def arguments(state: Path, settings: Settings, until: int) -> argparse.Namespace
     paths |= {"clip": BASE, "tokenizer": BASE / "tokenizer"}
     numbers = {"steps": settings.steps, "until": min(until, settings.steps), "held_back": 0}
     numbers |= {"batch": settings.batch // rank_and_world()[1], "log_every": min(50, settings.leg)}
-    numbers |= {"levels": settings.levels}
     words = [word for k, v in (paths | numbers).items() for word in (f"--{k}", str(v))]
     words += RATES + (ANEW if settings.anew else ON)
     return train_unet.parse(words + ["--compiled"] * (settings.batch >= COMPILED_FROM))
@@ -320,7 +318,7 @@ def is_paused(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def settings_of(state: Path, given: dict[str, int]) -> Settings:
+def settings_of(state: Path, given: dict[str, int | str]) -> Settings:
     """Those of the first call. Raises SystemExit if this call gives another number."""
     path = state / "settings.json"
     if not path.exists():
@@ -346,7 +344,7 @@ def send(action: str, pid: int | None, lock: TextIO) -> str:
     return {"pause": "paused", "go_on": "goes on", "stop": "stopped"}[action]
 
 
-def command(state: Path, action: str | None, given: dict[str, int]) -> str:
+def command(state: Path, action: str | None, given: dict[str, int | str]) -> str:
     """Do what the command line asks for; returns the line to print."""
     if state.is_relative_to(ROOT):
         raise SystemExit(
@@ -387,9 +385,8 @@ def main(argv: list[str] | None = None) -> None:
         help="train, and wait for the end",
     )
     for field in fields(Settings):
-        parser.add_argument(
-            f"--{field.name}", type=int, help=f"of the first call (default: {field.default})"
-        )
+        words = f"of the first call (default: {field.default})"
+        parser.add_argument(f"--{field.name}", type=type(field.default), help=words)
     args = vars(parser.parse_args(argv))
     state, action = args.pop("state").resolve(), args.pop("action")
     given = {name: value for name, value in args.items() if value is not None}

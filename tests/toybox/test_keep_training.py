@@ -3,6 +3,7 @@ on after a kill."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
-from toybox.keep_training import BASE, ROOT, Settings, keep_training, main, make_renders
+from toybox.data.renders import Renders
+from toybox.keep_training import (
+    BASE,
+    ROOT,
+    Settings,
+    encode_shards,
+    keep_training,
+    main,
+    make_renders,
+    render_missing,
+)
 from toybox.learning.training import saved_step
+from toybox.world import Scene
 
 TINY = Settings(steps=6, batch=2, leg=2, shards=2, fresh=1, pictures=3, sheet_every=4, processes=1)
 SHORT = replace(TINY, steps=4)
@@ -68,17 +81,6 @@ def test_it_trains_the_shipped_unet_on_from_the_assets_alone_and_draws_a_sheet_o
         assert min(ImageStat.Stat(picture).stddev) > 20
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"), [(["4", "--anew", "1"], "choose one of 3, 2"), (["2"], "give --anew 1")]
-)
-def test_levels_are_those_of_a_known_shape_and_the_embedded_base_keeps_its_own(
-    tmp_path, flags, said
-):
-    with pytest.raises(SystemExit, match=said):
-        main([str(tmp_path), "--levels", *flags])
-    assert not any(tmp_path.glob("unet"))
-
-
 @pytest.mark.slow
 def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     make_renders(tmp_path, TINY, leg=0)
@@ -95,6 +97,24 @@ def test_each_leg_adds_fresh_renders_and_keeps_the_newest(tmp_path, unbroken):
     ]
     assert made == [6, 3]
     assert files(unbroken) == window(1, 2)
+
+
+@pytest.mark.slow
+def test_latents_are_those_of_the_teachers_autoencoder_and_narrow_renders_have_one_camera(
+    tmp_path, unbroken
+):
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float16)
+    vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    vae.save_pretrained(tmp_path / "base" / "vae")
+    other = replace(TINY, teacher=str(tmp_path / "base"))
+    shutil.copytree(unbroken / "toys", tmp_path / "toys")
+    encode_shards(tmp_path, other, other.shards_of(1))
+    name = "latents/0001.safetensors"
+    doubled, usual = (load_file(state / name)["latents"] for state in (tmp_path, unbroken))
+    torch.testing.assert_close(doubled, 2 * usual, rtol=0.01, atol=0.01)
+    render_missing(tmp_path / "fixed", replace(TINY, narrow=1), range(1))
+    pitches = [row["scene"]["pitch"] for row in Renders(tmp_path / "fixed" / "toys").rows]
+    assert pitches == [Scene.pitch] * TINY.pictures
 
 
 def test_what_is_left_to_render_is_counted_by_whole_legs():
@@ -115,19 +135,18 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 KEEP = """
+import json
 import sys
 from pathlib import Path
 from toybox.keep_training import Settings, keep_training
-keep_training(Path(sys.argv[1]), Settings(*map(int, sys.argv[2:])))
+keep_training(Path(sys.argv[1]), Settings(**json.loads(sys.argv[2])))
 """
 
 
 @pytest.mark.slow
 def test_after_a_kill_it_goes_on_to_what_an_unbroken_training_learns(tmp_path, unbroken):
-    numbers = [str(number) for number in asdict(SHORT).values()]
-    killed = subprocess.Popen(
-        [sys.executable, "-c", KEEP, str(tmp_path), *numbers], cwd=ROOT, start_new_session=True
-    )
+    words = [sys.executable, "-c", KEEP, str(tmp_path), json.dumps(asdict(SHORT))]
+    killed = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     try:
         wait_for(lambda: saved_step(tmp_path / "unet") >= 2)
     finally:

@@ -53,31 +53,15 @@ TAUGHT_UNTIL = 2 / 3
 TOY_WEIGHT = 3.0  # added to a cell's weight of 1, times the share of the cell that a toy covers
 
 
-SHAPES: dict[int, dict[str, tuple]] = {
-    3: {
-        "block_out_channels": (64, 128, 192),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 2),
-        "attention_head_dim": (2, 4, 6),
-    },
-    2: {
-        "block_out_channels": (64, 256),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1),
-        "attention_head_dim": (1, 4),
-    },
-}
-"""By the number of resolutions. Three is the embedded base's. Two has as many parameters, most of
-them at 8×8, where a toy's shape is decided: it takes twice the operations a picture, and learns
-several times as much from it."""
-
-
-def build_unet(levels: int = 3) -> UNet2DConditionModel:
-    """At random. Raises KeyError for a number of levels that `SHAPES` lacks."""
+def build_unet() -> UNet2DConditionModel:
+    """Of SDXL's topology, at random."""
     return UNet2DConditionModel(
         sample_size=16,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 4, 6),
         layers_per_block=1,
         norm_num_groups=16,
         use_linear_projection=True,
@@ -85,7 +69,6 @@ def build_unet(levels: int = 3) -> UNet2DConditionModel:
         addition_time_embed_dim=TIME_WIDTH,
         projection_class_embeddings_input_dim=6 * TIME_WIDTH + PROJECTION,
         cross_attention_dim=96 + PROJECTION,
-        **SHAPES[levels],
     )
 
 
@@ -235,7 +218,7 @@ def train(
     towers, schedule = TextTowers(args.clip, args.tokenizer, device=args.device), noise_schedule()
     timesteps = Timesteps(schedule, args.snr_gamma, args.detail)
     begin = partial(UNet2DConditionModel.from_pretrained, args.start, torch_dtype=torch.float32)
-    unet = begin() if args.start else build_unet(args.levels)
+    unet = begin() if args.start else build_unet()
     unet.train().set_attn_processor(AttnProcessor())
     use_winograd(use_fast_group_norm(unet), args.device)
     if args.compiled:
@@ -353,13 +336,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="share of the loss with EDM's weight of noise levels",
     )
     parser.add_argument("--start", type=Path, help="a finished UNet to go on from")
-    parser.add_argument(
-        "--levels",
-        type=int,
-        default=3,
-        choices=SHAPES,
-        help="resolutions of a UNet without --start",
-    )
     parser.add_argument("--compiled", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
