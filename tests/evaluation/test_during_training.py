@@ -280,7 +280,6 @@ def test_the_report_of_one_of_several_subjects_leaves_that_of_all(tmp_path):
     assert (
         usual_folder(Namespace(output_dir=None, **asked)) == tmp_path / "evaluation" / "subject_2"
     )
-    assert usual_folder(Namespace(output_dir=str(tmp_path), **asked)) == tmp_path
 
 
 def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):

@@ -118,7 +118,7 @@ def test_of_a_file_the_settings_that_a_basis_has_are_taken(subjects, tmp_path, m
         'rank = 7\nfind_scale = true\nlr_scheduler = "cosine"\nmask_prompt = "rocket"\n'
         'token = "zwx"\n'
     )
-    monkeypatch.setattr(learn_basis, "learn_basis", lambda config, *_: taken.append(config))
+    monkeypatch.setattr(learn_basis, "learn_basis", lambda config, *_, **__: taken.append(config))
     given = [
         "basis",
         *subjects,
