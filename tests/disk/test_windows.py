@@ -187,7 +187,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
     wait_for(lambda: jobs.state(job).step or not job.is_alive, 120)
     jobs.stop("dog")
     wait_for(lambda: not job.is_alive, 120)
-    run, state = RunDir(job.run_dir), jobs.state(jobs.owned("dog"))
+    run, state = RunDir(job.run_dir), jobs.state(jobs.recorded("dog"))
     assert state.state == "interrupted", job.log_tail()
     assert (
         run.adapter_path.is_file()

@@ -100,13 +100,13 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
 
 @needs_counts
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(
-    place, base, tmp_path, free_port
+    place, tiny_base, tmp_path, free_port
 ):
     request = SimpleNamespace(session_hash="s")
     page_arguments(parser := argparse.ArgumentParser())
     words = [
         "--base",
-        str(base.base_name),
+        str(tiny_base),
         "--adapters_dir",
         str(place.shelf),
         "--runs_dir",
