@@ -76,6 +76,10 @@ def judged() -> list[str]:
     return [name for name, row in measures.MEASURES.items() if row.pictures]
 
 
+Score = float | int | bool | None
+"""A number; whether there is an alarm; None where a measure has no value."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished cell.
@@ -86,9 +90,9 @@ class Result:
     """
 
     cell: Cell
-    scores: dict[str, float]
-    pictures: dict[str, list[float]]
-    cost: dict[str, float]
+    scores: dict[str, Score]
+    pictures: dict[str, list[Score]]
+    cost: dict[str, Score]
 
 
 @dataclass(frozen=True)
