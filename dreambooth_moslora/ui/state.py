@@ -151,6 +151,10 @@ def import_libraries() -> None:
     half-made modules. Call it before any import of one.
     """
     with _ONE_AT_A_TIME:
+        # both are imported for what they import: torch, and the pipeline's libraries
+        import dreambooth_moslora.generation.grids
+        import dreambooth_moslora.lora.describe  # noqa: F401
+
         logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
 
 
