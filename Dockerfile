@@ -10,7 +10,7 @@
 #   docker run --gpus all -v "$PWD:/data" -v moslora-hub:/hub --entrypoint python3 dreambooth-moslora \
 #       train_dreambooth.py --config assets/configs/sdxl.toml --instance_data_dir /data/photos/dog \
 #       --instance_prompt "a photo of sks dog" --output_dir /data/runs/dog
-FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
+FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04@sha256:ebef3c171eeef0298e4eb2e4be843105edf3b8b0ac45e0b43acee358e8046867
 
 # gcc and Python.h are for --compile: Triton builds its launcher with them.
 RUN apt-get update \
@@ -20,10 +20,11 @@ RUN python3 -m venv /venv
 ENV PATH=/venv/bin:$PATH HF_HOME=/hub PYTHONUNBUFFERED=1 GRADIO_ANALYTICS_ENABLED=False
 
 WORKDIR /app
-COPY requirements.txt .
-# What else to install: "ray[serve]>=2.60,<3" for the service (deploy/compose.yaml).
-ARG EXTRAS=""
-RUN pip install --no-cache-dir -r requirements.txt ${EXTRAS:+"${EXTRAS}"}
+# Exact versions with the digests of their files, and no tools of the tests. deploy/serve.lock has Ray's too, for the
+# service (deploy/compose.yaml).
+ARG LOCK=deploy/page.lock
+COPY ${LOCK} ./
+RUN pip install --no-cache-dir --require-hashes -r "$(basename ${LOCK})"
 COPY . .
 
 # The user of most machines' first account, so that mounted folders can be written; another: docker run --user.

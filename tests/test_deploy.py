@@ -3,9 +3,11 @@
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.extras.serving import command_page, command_serve
@@ -102,3 +104,21 @@ def test_skypilot_and_runpod_start_a_service_that_takes_their_command():
     assert (
         subprocess.run(["bash", "-n", ROOT / "deploy" / "runpod.sh"], check=False).returncode == 0
     )
+
+
+@pytest.mark.parametrize("name, extra", [("page", None), ("serve", "serve")])
+def test_an_image_installs_exact_versions_by_their_digests_and_no_test_tool(name, extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    text = (ROOT / "deploy" / f"{name}.lock").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=[a-z])", text.partition("\n#")[2])[1:]
+    versions = dict(entry.split(" ", 1)[0].split("==") for entry in entries)
+    assert all("--hash=sha256:" in entry for entry in entries)
+    for needed in map(Requirement, project["dependencies"] + (extras[extra] if extra else [])):
+        pinned = versions[needed.name.lower().replace("_", "-")]
+        assert needed.specifier.contains(pinned), f"{needed.name}=={pinned} in {name}.lock"
+    tools = {Requirement(line).name for line in extras["test"]} - {"setuptools", "gradio_client"}
+    assert not tools & versions.keys()
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^FROM \S+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
+    assert "--require-hashes" in dockerfile and "requirements.txt" not in dockerfile
