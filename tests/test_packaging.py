@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NEEDED = PROJECT["project"]["dependencies"]
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-NOT_DECLARED = {"lpips", "tokenizers"}
+NOT_DECLARED = {"tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's
 tokenizer."""
 EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}

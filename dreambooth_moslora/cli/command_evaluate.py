@@ -168,14 +168,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
         encoders=encoders,
         size_px=pipeline.resolution_px,
     )
-    pairs = report.pairs_of(evaluators)
     followed = args.guidance_scale
     if followed is None:
         followed = load.default_guidance(pipeline.pipeline)
 
     # Pictures and scores, with one bar over all of them
     count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
-    count += sum(2 * pair.picture_count for pair in pairs)
     choice = None
     with tqdm(
         total=count,
@@ -203,7 +201,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
                 swept = [judge(evaluator, scale=scale) for evaluator in smaller]
                 by_scale[scale] = report.pooled(swept).score
             choice = explain.choose_scale(by_scale)
-        of_pairs = [judge(pair, scale=args.scale) for pair in pairs]
 
     # The files, and the figures on the terminal
     about = report.ReportContext(
@@ -212,14 +209,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
         encoders=encoders.names,
         inference_steps=plans[0].inference_steps,
         guidance_scale=followed,
-        diversity="LPIPS" if encoders.lpips else "DINO distance",
         scale=choice,
         adapter_scale=args.scale,
     )
-    report.write_reports(
-        folder=folder, evaluators=evaluators, found=found, together=of_pairs, about=about
-    )
-    print("\n".join([summary(report.pooled(found)), *report.confusion_lines(found)]))
+    report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
+    print(summary(report.pooled(found)))
     if args.sweep_scale:
         print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")

@@ -14,8 +14,7 @@ With u·v the cosine:
     PRES    mean over pictures c of the class (no token) and photos p of  dino(c)·dino(p):
             lower is better, a high value means that every member of the class has become the
             subject
-    DIV     mean distance between pictures of one prompt: by LPIPS as in the paper, or by
-            1 - dino·dino
+    DIV     mean over pairs of pictures of one prompt of 1 - dino·dino
 
 Intervals are by the bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch.
 13). A score is a table with one axis per random factor: prompts × seeds, or subjects × seeds. All
@@ -29,7 +28,6 @@ bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from string import ascii_lowercase
@@ -42,18 +40,16 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
 
-# The file of AlexNet's weights, as torchvision names it
-ALEXNET = "alexnet-owt-7be5be79.pth"
 # Pictures or texts that are encoded at once
 BATCH = 16
+# How errors call a model of this module
+FLAG = "the encoder"
 # Most tokens of a text that CLIP reads
 TOKENS = 77
-
-PictureDistance = Callable[[Image.Image, Image.Image], float]
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,6 @@ class Encoders:
     dino_processor: Any
     names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
     batch_size: int = BATCH
-    lpips: PictureDistance | None = None  # the paper's distance for diversity, if it is here
 
     def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, P), on the CPU."""
@@ -145,58 +140,27 @@ def load_encoders(
 
     # CLIP: the toy world's own is part of its base.
     if is_toy and not clip:
-        towers = load_clip(toys.CLIP_FOLDER, device, is_pipeline=True)
+        towers = clip_in_pipeline(toys.CLIP_FOLDER, device)
         clip_name = f"{toys.CLIP_FOLDER.name} CLIP"
     else:
         clip = clip or CLIP
-        towers = load_clip(clip, device, is_pipeline=False)
+        towers = load_clip(clip, device)
         clip_name = public_name(clip)
 
     # DINO
     dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
-    model = frozen(transformers.AutoModel, dino, device)
-    if model.main_input_name != "pixel_values":
-        kind = type(model).__name__
-        raise UserError(
-            f"the encoder {dino} is a {kind}, which reads not only pictures: name a DINOv2"
-        )
-
-    # LPIPS (Zhang et al., CVPR 2018) on AlexNet, which was trained on photographs, not toys.
-    # Nothing is downloaded.
-    lpips = None
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    if not is_toy and find_spec("lpips") is not None and weights.is_file():
-        from lpips import LPIPS
-
-        alexnet = LPIPS(net="alex", verbose=False).requires_grad_(False).eval().to(device)
-        lpips = picture_distance(alexnet, device)
     return Encoders(
         clip=towers,
-        dino=model,
-        dino_processor=loaded(transformers.AutoImageProcessor, dino),
+        dino=frozen(transformers.AutoModel, dino, FLAG, device, dtype=torch.float32),
+        dino_processor=loaded(transformers.AutoImageProcessor, dino, FLAG),
         names=(clip_name, public_name(dino)),
-        lpips=lpips,
     )
 
 
-def picture_distance(model: torch.nn.Module, device: str | torch.device) -> PictureDistance:
-    """A model of two pictures in [-1, 1] as a function of two pictures of one size."""
-
-    def pixels(image: Image.Image) -> torch.Tensor:
-        values = torch.from_numpy(np.array(image.convert("RGB")))
-        return values.permute(2, 0, 1)[None].to(device) / 127.5 - 1
-
-    return lambda a, b: float(model(pixels(a), pixels(b)))
-
-
-def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool) -> Clip:
-    """A CLIP model, or that inside a pipeline's folder, whose image encoder matches its second text
-    encoder."""
-    if is_pipeline:
-        return clip_in_pipeline(Path(name), device)
-
-    # One model with both halves; its output of either is not projected yet.
-    model = frozen(transformers.CLIPModel, name, device)
+def load_clip(name: str | Path, device: str | torch.device) -> Clip:
+    """A CLIP model with both halves. Raises UserError."""
+    # Its output of either half is not projected yet.
+    model = frozen(transformers.CLIPModel, name, FLAG, device, dtype=torch.float32)
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
@@ -208,15 +172,27 @@ def load_clip(name: str | Path, device: str | torch.device, *, is_pipeline: bool
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, name),
-        processor=loaded(transformers.CLIPImageProcessor, name),
+        tokenizer=loaded(transformers.CLIPTokenizer, name, FLAG),
+        processor=loaded(transformers.CLIPImageProcessor, name, FLAG),
     )
 
 
 def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
-    """The CLIP of a pipeline's folder, whose two halves are models of their own."""
-    vision = frozen(transformers.CLIPVisionModelWithProjection, folder / "image_encoder", device)
-    text = frozen(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device)
+    """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
+    vision = frozen(
+        transformers.CLIPVisionModelWithProjection,
+        folder / "image_encoder",
+        FLAG,
+        device,
+        dtype=torch.float32,
+    )
+    text = frozen(
+        transformers.CLIPTextModelWithProjection,
+        folder / "text_encoder_2",
+        FLAG,
+        device,
+        dtype=torch.float32,
+    )
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
         return vision(pixel_values=pixels).image_embeds
@@ -227,35 +203,9 @@ def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2"),
-        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor"),
+        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2", FLAG),
+        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor", FLAG),
     )
-
-
-def frozen(kind: Any, name: str | Path, device: str | torch.device) -> torch.nn.Module:
-    """A complete model. Raises UserError for missing weights, which transformers would initialise
-    at random."""
-    model, info = loaded(kind, name, dtype=torch.float32, output_loading_info=True)
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(f"the encoder {name} is no {kind.__name__}: it has no {lacking[0]}")
-    return model.requires_grad_(False).eval().to(device)
-
-
-def loaded(kind: Any, name: str | Path, **options) -> Any:
-    """`kind.from_pretrained(name)`. Raises UserError with one line on failure."""
-    try:
-        return kind.from_pretrained(name, **options)
-    except OSError as error:
-        raise UserError(
-            f"the encoder {name} cannot be loaded ({kind.__name__}): "
-            "give a folder, or connect to the hub once"
-        ) from error
-    except Exception as error:  # files of other models may raise any error
-        reason = one_line(f"{type(error).__name__} {error}")
-        raise UserError(
-            f"the encoder {name} cannot be read as a {kind.__name__}: {reason}"
-        ) from error
 
 
 # Of the bootstrap
@@ -375,20 +325,15 @@ def prompt_fidelity(generated: torch.Tensor, texts: torch.Tensor) -> torch.Tenso
     return (generated * texts).sum(1)
 
 
-def diversity(
-    pictures: Sequence,
-    groups: Sequence[Hashable],
-    distance: Callable[[Any, Any], float] = lambda a, b: float(1 - a @ b),
-) -> dict[Hashable, float]:
-    """DIV of groups of two or more: the mean `distance` of pairs of vectors, or of pictures for
-    LPIPS."""
-    members: dict[Hashable, list] = {}
-    for picture, group in zip(pictures, groups, strict=True):
-        members.setdefault(group, []).append(picture)
+def diversity(vectors: torch.Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
+    """DIV of groups of two or more: the mean of 1 - cosine over pairs of their vectors (N, D)."""
+    members: dict[Hashable, list[torch.Tensor]] = {}
+    for vector, group in zip(vectors, groups, strict=True):
+        members.setdefault(group, []).append(vector)
 
     found = {}
     for group, some in members.items():
-        distances = [distance(one, other) for one, other in combinations(some, 2)]
+        distances = [float(1 - one @ other) for one, other in combinations(some, 2)]
         if distances:
             found[group] = sum(distances) / len(distances)
     return found

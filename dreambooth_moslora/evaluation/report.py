@@ -1,13 +1,10 @@
 """An evaluation as files: `scores.json` for programs, `report.html` for people.
 
-Several subjects of one adapter are judged separately, against each other, together, and in pairs in
-one prompt:
+Several subjects of one adapter are judged separately, against each other and together:
 
 evaluators_of(subjects) -> an Evaluator each, which knows the photos of its rivals
                            (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
-TogetherEvaluator       -> pictures of "sks dog and a zwx cat", and how near they are to the photos
-                           of either
 
 Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of
 each alone.
@@ -17,8 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, permutations
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +24,9 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
-from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.measures import MEASURES
-from dreambooth_moslora.settings.prompts import MOST_PAIRS
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import ScaleChoice
 
@@ -46,7 +40,6 @@ class ReportContext:
     encoders: tuple[str, str]  # names of CLIP and DINO
     inference_steps: int
     guidance_scale: float
-    diversity: str = "DINO distance"
     scale: ScaleChoice | None = None  # the result of --sweep_scale
     adapter_scale: float = 1.0  # of the pictures
 
@@ -61,7 +54,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "version": __version__,
         "adapter": about.adapter,
         "base": about.base,
-        "encoders": {"clip": clip, "dino": dino, "diversity": about.diversity},
+        "encoders": {"clip": clip, "dino": dino},
         "subject": asdict(plan.subject),
         "protocol": {
             "prompts": len(plan.templates),
@@ -163,10 +156,6 @@ def rows_beside(
     return rows
 
 
-# Places in which two subjects are drawn together
-TOGETHER_TEMPLATES = 4
-
-
 def photos_by_subject(photos: Sequence[Photo], count: int) -> list[list[Photo]]:
     """The photos of each of `count` subjects."""
     return [[photo for photo in photos if photo.subject == number] for number in range(count)]
@@ -251,75 +240,6 @@ def in_all(found: Sequence[score_tables.Evaluation], names: Iterable[str]) -> li
     return [name for name in names if all(name in one.tables for one in found)]
 
 
-@dataclass
-class Together:
-    """What was measured of two subjects in one prompt."""
-
-    words: tuple[str, str]  # of the two subjects
-    tables: score_tables.Tables  # (prompts, seeds): DINO to each one's photos, with the base's
-    pictures: list[Image.Image] = field(repr=False)
-    base_pictures: list[Image.Image] = field(repr=False)
-
-    @property
-    def rows(self) -> list[tuple[str, metrics.Interval, float]]:
-        """Title, mean and the base's mean for each of the two."""
-        rows = []
-        for name, words in zip(("first", "second"), self.words):
-            mean = metrics.bootstrap_mean(self.tables[name])
-            base = float(self.tables[f"{name}_base"].mean())
-            rows.append((f"DINO to “{words}”", mean, base))
-        return rows
-
-
-class TogetherEvaluator:
-    """Judges two subjects in one prompt, in some of the first one's templates and with its
-    seeds."""
-
-    def __init__(self, first: score_tables.Evaluator, second: score_tables.Evaluator):
-        self.pair = (first, second)
-        templates = protocol.spread(first.plan.templates, TOGETHER_TEMPLATES)
-        self.plan = replace(first.plan, templates=templates)
-
-    @property
-    def picture_count(self) -> int:
-        """By the adapter; the base draws as many."""
-        return len(self.plan.templates) * len(self.plan.seeds)
-
-    def __call__(self, draw: score_tables.Draw) -> Together:
-        """Draw both sides and compare them with the photos of both subjects."""
-        words = tuple(one.plan.subject.words for one in self.pair)
-        pictures = draw(self.requests(words), True)
-        base_pictures = draw(self.requests([one.plan.class_word for one in self.pair]), False)
-
-        encode = self.pair[0].encoders.dino_images
-        vectors = {"": encode(pictures), "_base": encode(base_pictures)}
-        shape = (len(self.plan.templates), len(self.plan.seeds))
-        tables = {}
-        for name, one in zip(("first", "second"), self.pair):
-            for end, dino in vectors.items():
-                fidelity = metrics.subject_fidelity(dino, one.photos.dino)
-                tables[name + end] = fidelity.numpy().reshape(shape)
-        return Together(
-            words=words,
-            tables=tables,
-            pictures=pictures,
-            base_pictures=base_pictures,
-        )
-
-    def requests(self, words: Sequence[str]) -> list[SampleRequest]:
-        """The pictures of both words in each template."""
-        both = " and a ".join(words)
-        prompts = [template.replace("{}", both) for template in self.plan.templates]
-        return [SampleRequest(prompt, seed) for prompt in prompts for seed in self.plan.seeds]
-
-
-def pairs_of(evaluators: Sequence[score_tables.Evaluator]) -> list[TogetherEvaluator]:
-    """An evaluator of each pair of subjects, for the first pairs alone: their number grows with the
-    square."""
-    pairs = list(combinations(evaluators, 2))[:MOST_PAIRS]
-    return [TogetherEvaluator(first, second) for first, second in pairs]
-
-
 # Pictures of each subject in the common report; its own report has them all
 SHOWN = 8
 
@@ -328,7 +248,6 @@ def write_reports(
     folder: Path,
     evaluators: Sequence[score_tables.Evaluator],
     found: Sequence[score_tables.Evaluation],
-    together: Sequence[Together],
     about: ReportContext,
 ) -> None:
     """Write scores.json and report.html; of several subjects those for all, and each one's in
@@ -336,7 +255,6 @@ def write_reports(
 
     folder: where they go
     evaluators, found: of each subject, in the same order
-    together: of their pairs
     about: what was evaluated
     """
 
@@ -350,64 +268,20 @@ def write_reports(
         own = folder / subject_name(number) if len(found) > 1 else folder
         write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
     if len(found) > 1:
-        scores = subjects_json(found, together, about)
-        html = subjects_html(evaluators, found, together, about)
-        write(folder, scores, html)
+        write(folder, subjects_json(found, about), subjects_html(evaluators, found, about))
 
 
-def subjects_json(
-    found: Sequence[score_tables.Evaluation], together: Sequence[Together], about: ReportContext
-) -> dict:
-    """`scores_json` over all subjects, with that of each in `subjects`, and `confusion` and
-    `together`."""
+def subjects_json(found: Sequence[score_tables.Evaluation], about: ReportContext) -> dict:
+    """`scores_json` over all subjects, with that of each in `subjects`."""
     # Of all subjects there is neither one subject nor one list of prompts.
     whole = scores_json(pooled(found), about)
     del whole["subject"], whole["per_prompt"]
-
-    # A cell of both matrices: pictures `of` one, photos of the other
-    cells = []
-    for one, other in permutations(found, 2):
-        confusion = f"confusion_with {other.words}"
-        cell = {
-            "of": one.words,
-            "with": other.words,
-            "confusion": one.interval(confusion).to_dict(),
-            "confusion_base": one.interval(f"{confusion}_base").to_dict(),
-            "dino_own": one.interval("dino").to_dict(),
-            "dino_other": one.interval(f"dino_to {other.words}").to_dict(),
-        }
-        cells.append(cell)
-
-    pairs = []
-    for pair in together:
-        row: dict = {"words": list(pair.words)}
-        for name, table in pair.tables.items():
-            row[name] = metrics.bootstrap_mean(table).to_dict()
-        pairs.append(row)
-    return {
-        **whole,
-        "subjects": [scores_json(one, about) for one in found],
-        "confusion": cells,
-        "together": pairs,
-    }
-
-
-def confusion_lines(found: Sequence[score_tables.Evaluation]) -> list[str]:
-    """How far each subject is confused with each other one, a line for each."""
-    lines = []
-    for one, rival in permutations(found, 2):
-        own = one.mean("dino")
-        other = one.mean(f"dino_to {rival.words}")
-        likeness = f"DINO {own:.3f} to its own photos, {other:.3f} to the other's"
-        said = one.interval(f"confusion_with {rival.words}")
-        lines.append(f"confusion of “{one.words}” with “{rival.words}”: {said}  ({likeness})")
-    return lines
+    return {**whole, "subjects": [scores_json(one, about) for one in found]}
 
 
 def subjects_html(
     evaluators: Sequence[score_tables.Evaluator],
     found: Sequence[score_tables.Evaluation],
-    together: Sequence[Together],
     about: ReportContext,
 ) -> str:
     """The common page of several subjects: scores, who is taken for whom, and pictures."""
@@ -443,6 +317,5 @@ def subjects_html(
         likeness=(header, likeness),
         scores=(["", *(MEASURES[name].title for name in known), "Score"], scores),
         subjects=list(zip(evaluators, found)),
-        together=together,
         shown=SHOWN,
     )

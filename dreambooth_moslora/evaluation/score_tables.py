@@ -274,8 +274,9 @@ class Evaluator:
 
         # Pictures of one prompt, (prompts, 1), need two seeds.
         if len(self.plan.seeds) > 1:
-            tables["diversity"] = self._diversity(subject)
-            tables["diversity_base"] = self._diversity(base)
+            for end, views in (("", subject), ("_base", base)):
+                spread = metrics.diversity(views.dino, self._prompts_of(views))
+                tables[f"diversity{end}"] = by_prompt(spread)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
@@ -308,14 +309,6 @@ class Evaluator:
                 spread = metrics.diversity(base.joint, self._prompts_of(base))
                 tables["drift_base_spread"] = by_prompt(spread)
         return tables
-
-    def _diversity(self, views: Views) -> np.ndarray:
-        """DIV of each prompt, (prompts, 1): by LPIPS if available, else by DINO."""
-        groups = self._prompts_of(views)
-        lpips = self.encoders.lpips
-        if lpips:
-            return by_prompt(metrics.diversity(views.pictures, groups, lpips))
-        return by_prompt(metrics.diversity(views.dino, groups))
 
     def _prompts_of(self, views: Views) -> list[int]:
         """The number of each picture's prompt: all seeds of the first one come first."""

@@ -14,7 +14,6 @@ in a run folder      `captions.json` (`--captions auto`), so that a resumed run 
 Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
 """
 
-import errno
 import json
 import os
 import re
@@ -29,7 +28,8 @@ from PIL import Image
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import folder, masks, photo_file
+from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings import prompts, table, toys
 
@@ -99,8 +99,6 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    about = {"flag": "--caption_model", "what": "vision-language model", "trust_remote_code": False}
-
     # Half precision on a GPU; before Ampere cuDNN has no convolution in bf16.
     if torch.device(device).type == "cpu":
         dtype = torch.float32
@@ -108,25 +106,20 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half_precision()]
 
     # Without a chat template a model continues the question in place of answering it.
-    processor = masks.loaded(AutoProcessor, name, **about)
+    flag = "--caption_model"
+    processor = loaded(AutoProcessor, name, flag)
     if not getattr(processor, "chat_template", None):
         raise UserError(
             f"--caption_model {name} has no chat template: name a model that follows instructions"
         )
-    model, info = masks.loaded(
+    model = frozen(
         AutoModelForImageTextToText,
         name,
+        flag,
+        device,
         dtype=dtype,
         use_safetensors=True,
-        output_loading_info=True,
-        **about,
     )
-
-    # transformers fills missing weights with random ones, and only warns.
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(f"--caption_model {name}: its files lack {lacking[0]}")
-    model = model.requires_grad_(False).eval().to(device)
 
     def read(image: Image.Image) -> str:
         inputs = processor.apply_chat_template(
@@ -198,13 +191,7 @@ def make_beside(
         # a made caption that counts as the user's.
         if made.caption is not None:
             keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
-            try:
-                atomic_write(target, f"{made.caption}\n")
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG:
-                    raise
-                remark = "its name is too long for a caption beside it: rename it"
-                made = MadeCaption(photo, None, remark)
+            atomic_write(target, f"{made.caption}\n")
         yield made
 
 

@@ -26,8 +26,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.settings import prompts, table, toys
 
 # The text chunk of a kept mask that says from which photo, model and word it was made
@@ -118,21 +119,9 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
     from torch.nn.functional import interpolate
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-    about = {"flag": "--mask_model", "what": "CLIPSeg"}
-    processor = loaded(CLIPSegProcessor, name, **about)
-    model, info = loaded(
-        CLIPSegForImageSegmentation,
-        name,
-        dtype=torch.float32,
-        output_loading_info=True,
-        **about,
-    )
-
-    # transformers fills weights that another model lacks with random ones, and only warns.
-    lacking = sorted(info["missing_keys"])
-    if lacking:
-        raise UserError(f"--mask_model {name} is not a CLIPSeg: it has no {lacking[0]}")
-    model = model.requires_grad_(False).eval().to(device)
+    flag = "--mask_model"
+    processor = loaded(CLIPSegProcessor, name, flag)
+    model = frozen(CLIPSegForImageSegmentation, name, flag, device, dtype=torch.float32)
 
     def find(image: Image.Image) -> torch.Tensor:
         inputs = processor(
@@ -146,29 +135,6 @@ def clipseg_finder(name: str, word: str, device: Any) -> Callable[[Image.Image],
         return interpolate(chances, size=size, mode="bilinear")[0, 0].cpu()
 
     return find
-
-
-def loaded(kind: Any, name: str, *, flag: str, what: str, **options: Any) -> Any:
-    """`kind.from_pretrained(name)`, without running code of the repository.
-
-    kind: a class of transformers
-    name: a folder or an id of the hub
-    flag: the setting that named it, for the error
-    what: what it should be, for the error
-    options: further arguments of `from_pretrained`
-
-    Raises UserError when it cannot be loaded.
-    """
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, HFValidationError) as error:
-        missing = "is not here and cannot be fetched: connect to the hub once, or name a folder"
-        raise UserError(f"{flag} {name} {missing}") from error
-    except Exception as error:  # files of other models may raise any error
-        reason = one_line(f"{type(error).__name__} {error}")
-        raise UserError(f"{flag} {name} cannot be read as a {what}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Loads the models that look at pictures: whole, from a folder or the hub, without running code of
+the repository."""
+
+from pathlib import Path
+from typing import Any
+
+from dreambooth_moslora.errors import UserError, one_line
+
+
+def loaded(kind: Any, name: str | Path, flag: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`.
+
+    kind: a class of transformers
+    name: a folder or an id of the hub
+    flag: the setting that named it, for the error
+    options: further arguments of `from_pretrained`
+
+    Raises UserError when it cannot be loaded.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, HFValidationError) as error:
+        missing = "is not here and cannot be fetched: connect to the hub once, or name a folder"
+        raise UserError(f"{flag} {name} {missing}") from error
+    except Exception as error:  # files of other models may raise any error
+        reason = one_line(f"{type(error).__name__} {error}")
+        raise UserError(f"{flag} {name} cannot be read as a {kind.__name__}: {reason}") from error
+
+
+def frozen(kind: Any, name: str | Path, flag: str, device: Any, **options: Any) -> Any:
+    """A complete model on the torch device, for inference; arguments as of `loaded`. Raises
+    UserError for missing weights, which transformers would fill with random ones."""
+    model, info = loaded(kind, name, flag, output_loading_info=True, **options)
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise UserError(f"{flag} {name} is no {kind.__name__}: it has no {lacking[0]}")
+    return model.requires_grad_(False).eval().to(device)
