@@ -93,14 +93,10 @@ def run_generate(args: argparse.Namespace) -> int:
     recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
     values = _recipe_values(args, recipe)
     base = base_of_runs(args.adapter, args.base)
-    check_paths(args, recipe)
+    check_paths(args)
+    from dreambooth_moslora.generation.adapter_files import adapters_of_picture, given_adapter
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
-    from dreambooth_moslora.generation.pipeline import (
-        SubjectPipeline,
-        adapters_of_picture,
-        given_adapter,
-        told_apart,
-    )
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
     axes = tuple(parse_axis(text) for text in args.grid or ())
@@ -110,14 +106,10 @@ def run_generate(args: argparse.Namespace) -> int:
         adapters = adapters_of_picture(recipe)
         base = base_of_runs([str(item.file) for item in adapters], args.base)
     else:
-        given = []
+        adapters = []
         for text in args.adapter:
             path, scale = _split_scale(text)
-            given.append(given_adapter(path, scale, recipe))
-        adapters = list(told_apart(given))
-        for item in adapters:
-            if item.note:
-                print(f"note: {item.note}", file=sys.stderr)
+            adapters.append(given_adapter(path, scale, recipe))
     if not adapters:
         say([without_adapter(base, values["prompt"])])
 
@@ -197,13 +189,11 @@ def without_effect(values: dict, facts: Facts) -> list[str]:
     return lines
 
 
-def check_paths(args: argparse.Namespace, recipe: params.Recipe | None) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Raises UserError for a file that is not there or a folder that cannot be written, before
     torch is imported."""
-    in_picture = dict(recipe.params.adapters) if recipe else {}
     for path, _ in map(_split_scale, args.adapter):
-        if path not in in_picture:
-            find_weights(find_asset(path))
+        find_weights(find_asset(path))
     output_folder(args.output_dir)
 
 

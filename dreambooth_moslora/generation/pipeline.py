@@ -24,16 +24,14 @@ from diffusers import DiffusionPipeline
 from dreambooth_moslora import __version__
 from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.disk.paths import assets_folder, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
+from dreambooth_moslora.generation.home import CPU, Home
 from dreambooth_moslora.generation.params import (
     SCHEDULERS,
     GenerationParams,
     Image,
     Provenance,
-    Recipe,
     Step,
 )
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
@@ -43,11 +41,6 @@ from dreambooth_moslora.settings.families import Facts
 Item = TypeVar("Item")
 # A file's place, time (ns) and size (bytes): an unchanged one need not be read again
 Stamp = tuple[Path, int, int]
-CPU = torch.device("cpu")
-# Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
-ROOM_BESIDE_WEIGHTS = 1.5
-# In half precision per pixel of the picture, with and without the prompt together
-UNET_BYTES_A_PIXEL = 400
 # Adapters kept in the model; the least recently used one is dropped first
 RESIDENT_ADAPTERS = 8
 Event = Step | Preview | Image
@@ -91,148 +84,6 @@ class Adapter:
     header: dict[str, str]  # the file's metadata
     tokens: tuple[new_tokens.NewTokens, ...]  # of the files that the header names, or bundled
     stamp: Stamp
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter to be loaded."""
-
-    file: Path
-    name: str
-    scale: float
-    note: str = ""  # for the user, or ""
-
-
-def adapters_of_picture(recipe: Recipe) -> list[AdapterFile]:
-    """The adapters of the picture, looked up among local files. Raises UserError for a missing
-    one."""
-    hashes = dict(recipe.provenance.adapter_sha256)
-    found = []
-    for name, scale in recipe.params.adapters:
-        file = _find(name, hashes.get(name))
-        found.append(AdapterFile(file=file, name=name, scale=scale))
-    return found
-
-
-def given_adapter(path: str, scale: float | None, recipe: Recipe | None) -> AdapterFile:
-    """An adapter as the user gave it. A scale of None is the picture's, or 1. Raises UserError."""
-    scales = dict(recipe.params.adapters) if recipe else {}
-    hashes = dict(recipe.provenance.adapter_sha256) if recipe else {}
-
-    # A file or a run folder, or else a name in the picture
-    place = Path(find_asset(path))
-    if path in scales and not place.exists():
-        file = _find(path, hashes.get(path))
-        name = path
-    else:
-        file = find_weights(place)
-        name = lora_file.adapter_name(file)
-
-    # The picture's own adapter is known by its content, under whichever name it lies here.
-    digest = file_digest(file) if hashes else ""
-    in_picture = next((known for known in scales if hashes.get(known) == digest), name)
-    note = ""
-    if hashes.get(in_picture, digest) != digest:
-        note = f"the adapter {name} is another file than the one that made the picture"
-    if scale is None:
-        scale = scales.get(in_picture, 1.0)
-    return AdapterFile(file=file, name=name, scale=scale, note=note)
-
-
-def told_apart(adapters: Iterable[AdapterFile]) -> Iterator[AdapterFile]:
-    """Each file under a name of its own: the second dog is dog_2, and its note says so."""
-    files: dict[str, Path] = {}
-    for item in adapters:
-        place = item.file.resolve()
-        name = free_name(item.name, lambda taken, place=place: files.get(taken, place) != place)
-        files[name] = place
-        said = ""
-        if name != item.name:
-            said = f"{item.file} is called {name} here, as another file is called {item.name}"
-        yield replace(item, name=name, note="; ".join(filter(None, (item.note, said))))
-
-
-def _find(name: str, sha256: str | None) -> Path:
-    """The file with this content under any name; without a sha256, the file with this name. Raises
-    UserError."""
-    # Where adapters lie: the bundled ones, the runs, and the folders in them, such as best/
-    runs = Path("runs")
-    bundled = sorted((assets_folder() / "adapters").glob("*.safetensors"))
-    trained = sorted([*runs.glob("*/*.safetensors"), *runs.glob("*/*/*.safetensors")])
-    files = [file for file in (*bundled, *trained) if file.is_file()]
-
-    # Those of its name first: hashing the others takes time.
-    named = [file for file in files if lora_file.adapter_name(file) == name]
-    for file in [*named, *files] if sha256 else named:
-        if sha256 in (None, file_digest(file)):
-            return file
-    known = f" (sha256 {sha256[:12]})" if sha256 else ""
-    other = f"; {named[0]} has its name and is another file" if named else ""
-    raise UserError(
-        f"the picture's adapter {name!r:.60}{known} is not in runs/ nor in assets/adapters/"
-        f"{other}; give its file with --adapter"
-    )
-
-
-def weights_gib(model: DiffusionPipeline | torch.nn.Module) -> float:
-    """GiB of all weights, in their current dtype."""
-    parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
-    total_bytes = 0
-    for part in parts:
-        if isinstance(part, torch.nn.Module):
-            for weight in part.parameters():
-                total_bytes += weight.numel() * weight.element_size()
-    return total_bytes / machine.GIB
-
-
-class Home:
-    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models
-    take turns on it."""
-
-    def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
-        self.pipeline = pipeline
-        self.device = device
-        self.is_resting = pipeline.device != device
-
-    @property
-    def is_short(self) -> bool:
-        """Whether the device has too little free memory for a resting pipeline's models."""
-        if not self.is_resting:
-            return False
-        free = machine.free_gib(self.device)
-        return free is not None and free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
-
-    def enter(self) -> None:
-        """Move all models to the device, or let them take turns until `leave`."""
-        if self.is_short:
-            self.pipeline.enable_model_cpu_offload(device=self.device)
-        elif self.is_resting:
-            self.pipeline.to(self.device)
-            self.is_resting = False
-
-    def leave(self) -> None:
-        """Move all models back to the CPU's memory, and free the device's."""
-        self.is_resting = True
-        self.pipeline.remove_all_hooks()
-        self.pipeline.to(CPU, silence_dtype_warnings=True)
-        machine.free_unused_blocks(self.device)
-
-    def check_size(self, height_px: int, width_px: int) -> None:
-        """Raises UserError for a picture that the UNet has no memory for. Call it after `enter`."""
-        free = machine.free_gib(self.device)
-        if free is None:
-            return
-
-        # Where models take turns, the denoiser is not on the device yet.
-        denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-        room = free - weights_gib(denoiser) if self.is_resting else free
-        most = int(max(0.0, room) * machine.GIB / UNET_BYTES_A_PIXEL)
-        if height_px * width_px > most:
-            side = int(most**0.5) // 32 * 32
-            asked = f"{height_px} x {width_px} px"
-            raise UserError(
-                f"there is too little memory for {asked}: at most {side} x {side} px fit now"
-            )
 
 
 def check_sides(sides: tuple[int, int], facts: Facts) -> None:
@@ -342,10 +193,9 @@ class SubjectPipeline:
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
-            # Already loaded, with all files of tokens that its header names
+            # Already loaded
             known = self.adapters.get(name)
-            is_same = known is not None and known.stamp == stamp
-            if is_same and len(known.tokens) >= len(metadata.notes_in(known.header)):
+            if known is not None and known.stamp == stamp:
                 self._touch(name)
                 return name
 
@@ -397,18 +247,9 @@ class SubjectPipeline:
         return iterate(work)
 
     def draw(self, params: GenerationParams, should_stop: Callable[[], bool] = bool) -> list[Image]:
-        """The finished pictures of `generate`, drawn in the calling thread; fewer than requested
-        after a stop."""
-        params = self.complete(params)
-        images = []
-
-        def keep(event: Event) -> None:
-            if isinstance(event, Image):
-                images.append(event)
-
-        with self._lock, torch.no_grad():
-            self._generate_all(params, keep, should_stop)
-        return images
+        """The finished pictures of `generate`; fewer than requested after a stop."""
+        events = self.generate(params, should_stop)
+        return [event for event in events if isinstance(event, Image)]
 
     def complete(self, params: GenerationParams) -> GenerationParams:
         """With tags applied, and the base's sizes, guidance and scheduler. Raises UserError for an
@@ -508,10 +349,8 @@ class SubjectPipeline:
     ) -> None:
         """Draw all pictures of complete parameters, until `stop()`. Raises UserError."""
         try:
-            # Models to the device, which tells how much memory is left for the picture
             self.home.enter()
             check_sides((params.height_px, params.width_px), self.family.facts)
-            self.home.check_size(params.height_px, params.width_px)
 
             # Adapters and words, once for all pictures
             for name, _ in params.adapters:
