@@ -36,7 +36,7 @@ BASE = "pretrained_model_name_or_path"
 OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
 # Reasons to leave a photo out
-FAULTS = ("blurred", "near-duplicate", "too small", "too dark", "overexposed")
+FAULTS = ("blurred", "near-duplicate", "too small")
 # Fewest good photos that are enough
 FEWEST = 3
 # Most photos in the picture of the crops

@@ -28,7 +28,7 @@ from PIL import Image
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos import beside, photo_file
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings import prompts, table, toys
@@ -176,7 +176,7 @@ def make_beside(
     Raises OSError."""
     photos = list(photos)
     for photo in photos:
-        target = photo.path.with_suffix(folder.CAPTION_SUFFIX)
+        target = photo.path.with_suffix(beside.CAPTION_SUFFIX)
         is_old = was_made(photo, target)
 
         # Only a made caption that nobody edited may be replaced.
@@ -190,14 +190,14 @@ def make_beside(
         # It is listed as made before it is written: a stop between the two would otherwise leave
         # a made caption that counts as the user's.
         if made.caption is not None:
-            keep(target.with_name(folder.MADE_CAPTIONS), made, prompt)
+            keep(target.with_name(beside.MADE_CAPTIONS), made, prompt)
             atomic_write(target, f"{made.caption}\n")
         yield made
 
 
 def was_made(photo: photo_file.Photo, target: Path) -> bool:
     """Whether the file still holds the caption that was made."""
-    made = folder.kept_captions(target.with_name(folder.MADE_CAPTIONS)).get(photo.path.name)
+    made = beside.kept_captions(target.with_name(beside.MADE_CAPTIONS)).get(photo.path.name)
     try:
         is_there = made is not None and target.is_file()  # of a pipe, reading might have no end
         return is_there and target.read_text(encoding="utf-8").strip() == made["caption"]
@@ -210,7 +210,7 @@ def make_for_run(
 ) -> MadeCaption:
     """A caption for `keep` to write into the file `path`. If that file has one of the same photo,
     model and words, it is taken."""
-    old = folder.kept_captions(path).get(photo.kept_name)
+    old = beside.kept_captions(path).get(photo.kept_name)
     key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if old and old["made_from"] == key:
         return MadeCaption(photo, old["caption"])
@@ -222,7 +222,7 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
     so that it is not asked again."""
     if made.key:
         entry = {"caption": made.caption or prompt, "made_from": made.key}
-        known = folder.kept_captions(path) | {made.photo.kept_name: entry}
+        known = beside.kept_captions(path) | {made.photo.kept_name: entry}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 

@@ -1,4 +1,4 @@
-"""A folder's pixels, examined: blurred and badly lit photos, nearly equal pairs, and a picture of
+"""A folder's pixels, examined: blurred photos, nearly equal pairs, and a picture of
 training's crops.
 
 Sharpness compares second differences with first ones at edges, √mean L² / √mean |∇|², over tiles;
@@ -89,16 +89,8 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-# Faults, as a reason begins. Of two equal photos the one with a fault is the duplicate
+# A fault, as its reason begins. Of two equal photos the one with it is the duplicate
 BLURRED = "blurred"
-DARK = "too dark"
-OVEREXPOSED = "overexposed"
-LESSER = (BLURRED, DARK, OVEREXPOSED)
-# Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
-BRIGHTEST = 64
-# Where a larger share is pure white, the light has burnt it out, or the subject is small
-WHITE = 250
-MOST_WHITE = 0.75
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
@@ -108,11 +100,11 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     photos = []
     thumbnails = []
 
-    # Faults of single photos. A cut-out's white surroundings are no fault of its light.
+    # Faults of single photos
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
         opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
-        reasons = exposure(image, opaque)
+        reasons = []
         sharp = sharpness(image, look_px)
         if sharp < MIN_SHARPNESS:
             usual = f"sharp photos have {MIN_SHARPNESS} and more"
@@ -132,28 +124,10 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
 
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
-    """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
-    is_good = not any(reason.startswith(LESSER) for reason in photo.reasons)
+    """Greater for the one of equal photos that is kept: a sharp one, then with more pixels."""
+    is_good = not any(reason.startswith(BLURRED) for reason in photo.reasons)
     height, width = photo.size_px
     return is_good, height * width
-
-
-def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
-    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque`
-    (L)."""
-    # Shrinking averages the noise away.
-    pixels = shrunk(image, THUMBNAIL_PX * 16)
-    if opaque is not None:
-        share = shrunk(opaque, THUMBNAIL_PX * 16)
-        pixels = pixels[share >= share.max()]
-
-    brightest = np.percentile(pixels.max(-1), 95)
-    if brightest < BRIGHTEST:
-        return [f"{DARK}: nothing in it is brighter than {brightest / 255:.0%}"]
-    white = (pixels.min(-1) >= WHITE).mean()
-    if white > MOST_WHITE:
-        return [f"{OVEREXPOSED}: {white:.0%} of it is pure white"]
-    return []
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:

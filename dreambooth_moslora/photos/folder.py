@@ -1,377 +1,36 @@
 """A folder of photos as a report: the photos, the files beside them, and why a file is left out.
 
-A photo's captions are the lines of `name.txt` beside it, else its line in `metadata.jsonl`
-({"file_name", "text"}, the format of the datasets library), else a caption kept in the run folder
-by `captions`, else the instance prompt. Training draws one of them for each exposure. `masks` finds
-its mask, `name.mask.png` or another image format. No file in the folder can stop the program:
-unusable files are listed with a reason.
-
-`--dataset_name`: the images of a data set, on the hub or local, become such a folder, written
-unchanged.
-
-Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by
-the run's seed:
-
-    prefix  sks dog, red collar, on grass, side view  suffix
-
-With `--keep_tokens 1` the first tag, `sks dog`, stays where it is.
-
-If all captions of a photo name a place, the bare instance prompt would not draw the subject. So
-such a photo is shown with it in a share of its exposures.
+No file in the folder can stop the program: unusable files are listed with a reason. A photo's
+captions and mask are found by `beside`, and by `shown_captions` what training shows of them.
 """
 
-import json
 import logging
-import os
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from typing_extensions import TypedDict
-
-from dreambooth_moslora.disk.atomic import atomic_directory
-from dreambooth_moslora.disk.contents import MOST_TEXT_BYTES, from_json, read_json
-from dreambooth_moslora.disk.paths import SUBJECT_FILE, default_cache_dir
+from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.errors import UserError, one_line, spelled_out
+from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos import photo_file
-from dreambooth_moslora.seeds import rng
-from dreambooth_moslora.settings.prompts import joined
-from dreambooth_moslora.settings.rows import nearest
+from dreambooth_moslora.photos.beside import (
+    MADE_CAPTIONS,
+    MASK_SUFFIX,
+    METADATA,
+    Captions,
+    is_sidecar_name,
+    kept_captions,
+    sidecar_of,
+    sidecars_of,
+)
+from dreambooth_moslora.photos.data_set import dataset_folder
+from dreambooth_moslora.photos.shown_captions import with_own_captions
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# Orders of each caption, including the written one
-ORDERS = 16
-# Files of a folder that hold captions: the user's, and the list of the made ones
-METADATA = "metadata.jsonl"
-MADE_CAPTIONS = ".made_captions.json"
-# `dog.txt` and `dog.mask.png` lie beside `dog.jpg`
-CAPTION_SUFFIX = ".txt"
-MASK_SUFFIX = ".mask"
-# Of one photo's captions: more is no caption, and would be read whole
-MOST_BYTES = 32 * 1024
-TOO_LONG = f"longer than captions may be, {MOST_BYTES // 1024} KiB"
-# Keys of METADATA that hold a caption; the first with a text is taken
-CAPTION_KEYS = ("text", "caption", "prompt")
 # Files that systems and programs leave in folders, by lower-case name
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
-
-
-def bare_prompt_line(config: TrainConfig, photos: Sequence[photo_file.Photo]) -> str | None:
-    """What happens to the photos with a `bare_prompt`; None when there are none."""
-    count = sum(photo.bare_prompt is not None for photo in photos)
-    if not count:
-        return None
-    share = config.bare_share
-    said = f"captions: {count} of {len(photos)} photos have none that is the instance prompt itself"
-    done = f"{share:.0%} of their exposures show it" if share else "they are never shown with it"
-    return f"{said}; {done} (--instance_prompt_share)"
-
-
-def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept
-    tags."""
-    if not config.shuffle_caption:
-        return captions
-    found = []
-    for caption in captions:
-        head, tags, tail = tags_in(config, caption)
-        kept = tags[: config.keep_tokens]
-
-        # The written order first, then the drawn ones
-        found.append(caption)
-        for number in range(1, ORDERS):
-            others = tags[config.keep_tokens :]
-            rng(config.seed, "tags", caption, number).shuffle(others)
-            found.append(joined(head, ", ".join([*kept, *others]), tail))
-    return tuple(found)
-
-
-def tags_in(config: TrainConfig, caption: str) -> tuple[str, list[str], str]:
-    """A caption's prefix, tags and suffix. The instance prompt got neither prefix nor suffix."""
-    head = tail = ""
-    if caption != config.instance_prompt:
-        prefix = joined((config.caption_prefix or "").strip())
-        suffix = joined((config.caption_suffix or "").strip())
-        head = prefix if caption.startswith(prefix) else ""
-        tail = suffix if caption.endswith(suffix) else ""
-    middle = caption[len(head) : len(caption) - len(tail)]
-    tags = [tag.strip() for tag in middle.split(",")]
-    return head, [tag for tag in tags if tag], tail
-
-
-def sidecar_of(path: Path) -> tuple[str, str] | None:
-    """`dog.Mask.PNG` -> ("dog", ".mask"); None for a file that is neither caption nor mask by its
-    name."""
-    if path.suffix.lower() == CAPTION_SUFFIX:
-        return path.stem, CAPTION_SUFFIX
-    inner = Path(path.stem)
-    if path.suffix.lower() in photo_file.IMAGE_SUFFIXES and inner.suffix.lower() == MASK_SUFFIX:
-        return inner.stem, MASK_SUFFIX
-    return None
-
-
-def sidecars_of(paths: Iterable[Path]) -> dict[tuple[str, str], Path]:
-    """{(photo's stem, suffix): file}. If both spellings exist, the lower-case file is used; it
-    sorts last."""
-    found = {}
-    for path in sorted(paths):
-        named = sidecar_of(path)
-        if named:
-            found[named] = path
-    return found
-
-
-class Captions:
-    """Captions of one folder. `complaints` are (file, reason) of what could not be read."""
-
-    def __init__(self, folder: Path, sidecars: dict[tuple[str, str], Path]):
-        self.complaints: list[tuple[Path, str]] = []
-        self.sidecars = sidecars
-        self._by_name: dict[str, str] = {}
-        metadata = folder / METADATA
-
-        # A pipe or a folder of that name is not read, nor a file of any length.
-        text = None
-        if metadata.is_file() and metadata.stat().st_size > MOST_TEXT_BYTES:
-            most = f"{MOST_TEXT_BYTES // 2**20} MiB"
-            self.complaints.append((metadata, f"not read: it has more than {most}"))
-        elif metadata.is_file():
-            text = self._text_of(metadata)
-
-        # One JSON object a line; a bad line costs only itself.
-        for number, line in enumerate((text or "").split("\n"), start=1):
-            if not line.strip():
-                continue
-            name, caption = self._row(metadata, number, line)
-            if name and caption:
-                self._by_name[name] = caption
-
-    def of(self, photo: Path) -> tuple[str, ...]:
-        """The photo's own captions, one line each; () when it has none."""
-        # The text file beside the photo
-        beside = self.sidecars.get((photo.stem, CAPTION_SUFFIX))
-        if beside and beside.is_file():
-            lines = self._lines_of(beside)
-            if lines:
-                return lines
-
-        # Else its line in METADATA
-        named = self._by_name.get(photo.name)
-        return (named,) if named else ()
-
-    def _lines_of(self, path: Path) -> tuple[str, ...]:
-        """The lines of a text file, without empty ones; () and a complaint when it has none."""
-        if path.stat().st_size > MOST_BYTES:
-            self.complaints.append((path, f"captions not read: {TOO_LONG}"))
-            return ()
-        text = self._text_of(path)
-        if text is None:
-            return ()
-        lines = tuple(filter(None, map(one_space, text.split("\n"))))
-        if not lines:
-            self.complaints.append((path, "empty caption: the instance prompt is used"))
-        return lines
-
-    def _text_of(self, path: Path) -> str | None:
-        """Text in UTF-8, or in UTF-16 with a mark, as Windows' Notepad writes it; else None and a
-        complaint."""
-        try:
-            content = path.read_bytes()
-            is_wide = content.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
-            text = content.decode("utf-16" if is_wide else "utf-8-sig")
-        except OSError as error:
-            reason = error.strerror
-        except UnicodeDecodeError:
-            reason = "neither UTF-8 nor UTF-16 text; save it as UTF-8"
-        else:
-            if "\0" not in text:
-                return text
-            reason = "it is not a text file"
-        self.complaints.append((path, f"captions not read: {reason}"))
-        return None
-
-    def _row(self, path: Path, number: int, line: str) -> tuple[str, str]:
-        """(file name, caption) in a line of METADATA; both are empty when it is damaged, and a
-        complaint says so."""
-        if len(line.encode()) > MOST_BYTES:
-            self.complaints.append((path, f"line {number} is {TOO_LONG}"))
-            return "", ""
-        try:
-            row = from_json(line)
-            name = Path(str(row["file_name"])).name
-            caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), "")
-        except (UserError, KeyError):
-            self.complaints.append((path, f'line {number} is not {{"file_name": …, "text": …}}'))
-            return "", ""
-
-        # What can be read is still used where it fits.
-        if not name or not os.path.exists(path.parent / name):
-            self.complaints.append((path, f"line {number} names no file of this folder"))
-        elif not caption.strip():
-            keys = ", ".join(CAPTION_KEYS)
-            self.complaints.append((path, f"line {number} has no text, as one of {keys}"))
-        return name, one_space(caption)
-
-
-class KeptCaption(TypedDict):
-    """A made caption in a file, with the key of what it was made from."""
-
-    caption: str
-    made_from: str
-
-
-def kept_captions(path: Path) -> dict[str, KeptCaption]:
-    """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged,
-    or is none."""
-    entries: dict[str, KeptCaption] = {}
-    if path.is_file():
-        with suppress(UserError):
-            entries = read_json(path, dict[str, KeptCaption])
-
-    # Someone may have edited the file.
-    kept = {}
-    for name, facts in entries.items():
-        if all(facts.values()):
-            kept[name] = facts | {"caption": one_space(facts["caption"])}
-    return kept
-
-
-def one_space(text: str) -> str:
-    """The text on one line. Half a character, which JSON can spell, becomes a question mark."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-def dataset_folder(config: TrainConfig) -> Path:
-    """The folder with the data set's images; its name is a digest of their content. Raises
-    UserError."""
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    table = load_images(config)
-
-    # All folders that may hold its files: a row may name no file outside of them.
-    places = [
-        config.cache_dir or datasets.config.HF_DATASETS_CACHE,
-        datasets.config.DOWNLOADED_DATASETS_PATH,
-        HF_HUB_CACHE,
-    ]
-    if Path(config.dataset_name).is_dir():
-        places.append(config.dataset_name)
-    own = [Path(place).resolve() for place in places]
-
-    # Collect images and captions, and the digest that names the folder.
-    rows = []
-    digest = sha256()
-    for row in table:
-        content = image_bytes(row[config.image_column], own)
-        captions = []
-        if config.caption_column:
-            captions = captions_in(row[config.caption_column], config.caption_column)
-        if content:
-            rows.append((content, captions))
-            digest.update(sha256(content).digest() + "\0".join(captions).encode())
-
-    # The same data set is written once; another revision gets another folder.
-    folder = Path(config.cache_dir or default_cache_dir()) / "photos" / digest.hexdigest()[:16]
-    if not folder.is_dir():
-        with atomic_directory(folder) as new:
-            write_rows(new, rows)
-    return folder
-
-
-def load_images(config: TrainConfig) -> Iterable[dict[str, Any]]:
-    """The rows of the train split, with images left encoded. Raises UserError."""
-    import datasets
-
-    name = config.dataset_name
-    try:
-        table = datasets.load_dataset(
-            name, config.dataset_config_name, cache_dir=config.cache_dir, split="train"
-        )
-    except Exception as error:  # raised by the library, the hub or the file formats
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--dataset_name {name}: cannot be loaded: {reason}") from error
-
-    # Both columns must be there, with the nearest name for a mistyped one.
-    for flag in ("image_column", "caption_column"):
-        wanted = getattr(config, flag)
-        if wanted is not None and wanted not in table.column_names:
-            columns = ", ".join(table.column_names)
-            close = nearest(wanted, table.column_names)
-            hint = f" Did you mean {close}?" if close else ""
-            raise UserError(f"--{flag} {wanted}: the data set has the columns {columns}.{hint}")
-
-    # The files' bytes, not decoded pixels: the folder gets them unchanged.
-    column = config.image_column
-    if not isinstance(table.features[column], datasets.Image):
-        raise UserError(f"--image_column {column}: that column of {name} holds no images.")
-    return table.cast_column(column, datasets.Image(decode=False))
-
-
-def captions_in(cell: Any, column: str) -> list[str]:
-    """The captions in a cell of the column: a text, or a list of texts. Raises UserError for
-    anything else."""
-    texts = cell if isinstance(cell, list) else [cell]
-    if not all(text is None or isinstance(text, str) for text in texts):
-        raise UserError(
-            f"--caption_column {column}: it holds neither texts nor lists of texts; name another."
-        )
-    return list(filter(None, texts))
-
-
-def image_bytes(cell: dict[str, Any] | None, own: list[Path]) -> bytes:
-    """The image's file, empty for an empty cell. Raises UserError for a file outside of the folders
-    `own`."""
-    cell = cell or {}
-    content = cell.get("bytes") or b""
-    named = cell.get("path") or ""
-    if content or not named:
-        return content
-
-    # Anyone may have written the table: it could name a private file of this machine.
-    path = Path(named.replace("\0", "")).resolve()
-    is_own = any(path.is_relative_to(folder) for folder in own)
-    if "\0" in named or not path.is_file() or not is_own:
-        raise UserError(
-            f"--dataset_name: it names {one_line(named)}, which is not a file of the data set."
-        )
-    return path.read_bytes()
-
-
-def write_rows(folder: Path, rows: list[tuple[bytes, list[str]]]) -> None:
-    """Write images, one caption each into METADATA, and several into a text file beside the
-    image."""
-    lines = []
-    for number, (content, captions) in enumerate(rows):
-        name = f"{number:05d}.{suffix_of(content)}"
-        (folder / name).write_bytes(content)
-        if len(captions) > 1:
-            text = "\n".join(map(one_space, captions))
-            (folder / name).with_suffix(CAPTION_SUFFIX).write_text(text, encoding="utf-8")
-        elif captions:
-            lines.append(json.dumps({"file_name": name, "text": captions[0]}, ensure_ascii=False))
-    if lines:
-        (folder / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def suffix_of(content: bytes) -> str:
-    """The suffix for an image file, without the dot; "img" for one that cannot be read, which the
-    reader of the folder reports."""
-    try:
-        with Image.open(BytesIO(content)) as image:
-            kind = (image.format or "img").lower()
-    except Exception:  # decoders raise any error on damaged bytes
-        return "img"
-    return "jpg" if kind in ("jpeg", "mpo") else kind
 
 
 @dataclass(frozen=True)
@@ -471,25 +130,6 @@ def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[p
     if config.masks == "auto":
         photos = photo_file.with_kept_masks(photos, run_dir.masks_dir)
     return photos
-
-
-def with_own_captions(config: TrainConfig, photo: photo_file.Photo) -> photo_file.Photo:
-    """The photo, with prefix and suffix on its own captions, and with its bare prompt if none of
-    them is the instance prompt."""
-    prompt = config.instance_prompt
-    prefix = (config.caption_prefix or "").strip()
-    suffix = (config.caption_suffix or "").strip()
-    found = []
-    for caption in photo.captions:
-        found.append(caption if caption == prompt else joined(prefix, caption, suffix))
-    is_there = as_heard(prompt) in map(as_heard, found)
-    return replace(photo, captions=tuple(found), bare_prompt=None if is_there else prompt)
-
-
-def as_heard(prompt: str) -> str:
-    """The prompt as the text encoders hear it: they know neither case nor the width of spaces. A
-    full stop at its end is left out too."""
-    return " ".join(prompt.lower().split()).rstrip(".")
 
 
 def summary_of_skipped(report: PhotoReport) -> str:
@@ -597,15 +237,8 @@ def read_photo(
     )
 
 
-def is_sidecar_name(path: Path) -> bool:
-    """Whether it is named like a file of captions or a mask."""
-    return path.name == METADATA or sidecar_of(path) is not None
-
-
 def no_file_reason(path: Path) -> str | None:
     """What the path is when it is not a file; None for a file. Reading a pipe might have no end."""
     if path.is_dir():
         return "stray: a folder; photos inside it are not read"
-    if path.is_symlink() and not path.exists():
-        return "stray: a link to nothing"
     return None if path.is_file() else "stray: not a file"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.disk.atomic import atomic_write
@@ -41,11 +41,6 @@ LEAST_PEAK = 0.2
 # Shares of the photo; a mask outside is probably wrong
 SMALLEST_SHARE = 0.005
 LARGEST_SHARE = 0.9
-# More pieces than this are mentioned. They are counted at this size, in px, as outlines do not
-# matter; pieces below this fraction of the mask are specks
-MOST_PIECES = 3
-LOOK_PX = 64
-SPECK = 0.02
 
 
 def segmenter_name(config: table.TrainConfig) -> str:
@@ -200,25 +195,4 @@ def quality_warning(mask: Image.Image) -> str:
         return f"nearly empty: {share:.1%} of the photo"
     if share > LARGEST_SHARE:
         return f"nearly the whole picture: {share:.0%} of the photo"
-    pieces = pieces_of(mask)
-    if pieces > MOST_PIECES:
-        return f"in {pieces} pieces: look whether all are the subject"
     return ""
-
-
-def pieces_of(mask: Image.Image) -> int:
-    """How many connected pieces a mask has, without specks."""
-    small = mask.resize((LOOK_PX, LOOK_PX), Image.Resampling.BOX)
-    small = small.point(lambda value: 255 * (value > 127))
-    white = np.asarray(small) > 0
-    whole = white.sum()
-    count = 0
-
-    # Paint one piece black after the other; the pixels that vanish are the piece's size.
-    while white.any():
-        row, column = np.argwhere(white)[0]
-        ImageDraw.floodfill(small, (int(column), int(row)), 0)
-        left = np.asarray(small) > 0
-        count += int(white.sum() - left.sum() >= SPECK * whole)
-        white = left
-    return count

@@ -15,11 +15,10 @@ import errno
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
-from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -50,8 +49,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> the transposition that makes the picture upright."""
-# Tile side for converting 16- and 32-bit images: all 100 megapixels at once would take 2 GB
-TILE_PX = 1024
 
 OF_THE_MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 """Errors of the machine, not of the picture, which may be readable next time."""
@@ -69,27 +66,17 @@ def register_heif() -> None:
     pillow_heif.register_heif_opener()
 
 
-def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
-    """The first frame as stored, at most `longest_px` long. Raises UnreadableImageError; OSError by
-    the machine."""
+def open_image(path: Path) -> Image.Image:
+    """The first frame as stored. Raises UnreadableImageError; OSError by the machine."""
     register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(path, formats=FORMATS)
-            if min(image.size) < 1:
-                raise UnreadableImageError("broken: it has no pixels")
-            scale = max(image.size) / longest_px if longest_px else 1
-
-            # A JPEG decodes several times faster when its decoder halves the sides itself.
-            if scale > 1:
-                image.draft(None, tuple(max(1, int(side / scale)) for side in image.size))
             image.load()
-            return shrunk(image, longest_px) if scale > 1 else image
+            return image
 
     # Each reason in words for the person who chose the folder
-    except UnreadableImageError:
-        raise
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise UnreadableImageError(f"enormous: more than {most:.0f} megapixels") from None
@@ -102,19 +89,6 @@ def open_image(path: Path, longest_px: int | None = None) -> Image.Image:
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
-
-
-def shrunk(image: Image.Image, longest_px: int) -> Image.Image:
-    """Scale down to `longest_px`, after converting modes that cannot be averaged (palettes, 16 and
-    32 bits)."""
-    turn = orientation(image)
-    if is_deep(image):
-        image = deep_grey(image)
-    elif image.mode in ("1", "P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.getexif()[ExifTags.Base.Orientation] = turn
-    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-    return image
 
 
 def orientation(image: Image.Image) -> int:
@@ -216,7 +190,8 @@ def deep_grey(image: Image.Image) -> Image.Image:
     """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0
     to 1."""
     # The file does not say which value is white. The largest value tells.
-    top = max(values.max(initial=0.0) for _, values in tiles(image))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    top = values.max()
     if image.mode.startswith("I;16") or (image.mode == "I" and top > 255):
         white = 65535.0
     elif image.mode == "I" or top > 1:
@@ -224,19 +199,8 @@ def deep_grey(image: Image.Image) -> Image.Image:
     else:
         white = 1.0
 
-    grey = Image.new("L", image.size)
-    for corner, values in tiles(image):
-        shown = (values / max(white, top) * 255).clip(0, 255).round().astype(np.uint8)
-        grey.paste(Image.fromarray(shown, mode="L"), corner)
-    return grey
-
-
-def tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """((left, top), values) of all tiles of a 16- or 32-bit picture; NaN and infinity become 0."""
-    for left, top in product(range(0, image.width, TILE_PX), range(0, image.height, TILE_PX)):
-        box = (left, top, min(left + TILE_PX, image.width), min(top + TILE_PX, image.height))
-        values = np.asarray(image.crop(box), dtype=np.float64)
-        yield (left, top), np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    shown = (values / max(white, top) * 255).clip(0, 255).round()
+    return Image.fromarray(shown.astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -284,9 +248,6 @@ def quoted(photo: Photo) -> str:
 def open_again(path: Path) -> Image.Image:
     """A file that could be read before. Raises UserError when it cannot any more."""
     try:
-        # a pipe, which nobody writes to, would be waited for
-        if path.exists() and not path.is_file():
-            raise UnreadableImageError("not a file")
         return open_image(path)
     except UnreadableImageError as error:
         raise UserError(f"{path}: {error}; it changed since the folder was read.") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.disk.paths import default_cache_dir, find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
 from dreambooth_moslora.values import is_number
@@ -1266,6 +1266,11 @@ class TrainConfig:
         if not self.subjects:
             return (self,)
         return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects)
+
+    @property
+    def cache_home(self) -> Path:
+        """The folder of all that is kept for other runs. Raises UserError where none is known."""
+        return Path(self.cache_dir) if self.cache_dir else default_cache_dir()
 
     @property
     def draws_class_images(self) -> bool:

@@ -12,7 +12,7 @@ from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.lora.metadata import dora_note
-from dreambooth_moslora.photos import captions, folder, masks, photo_file
+from dreambooth_moslora.photos import captions, folder, masks, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precision_of, speed_here
@@ -159,7 +159,7 @@ def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[st
     subjects = config.each_subject
     made = "makes them before training"
     lines = []
-    if share := folder.bare_prompt_line(config, report.photos):
+    if share := shown_captions.bare_prompt_line(config, report.photos):
         lines.append(share)
 
     # Captions.

@@ -24,7 +24,7 @@ from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.lora.proof import Proof
-from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos import folder, photo_file, shown_captions
 from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import half_precision
@@ -495,7 +495,7 @@ def set_up(
     made_before.make_captions(config, context, photos)
     made_before.make_masks(config, context, photos)
     photos = folder.with_made(config, photos)
-    if line := folder.bare_prompt_line(config, photos):
+    if line := shown_captions.bare_prompt_line(config, photos):
         logger.info("%s", line)
 
     # A tracker that does not open ends the run before the base is loaded.

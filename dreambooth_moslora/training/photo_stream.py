@@ -28,7 +28,7 @@ from PIL import Image
 from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos import photo_file, shown_captions
 from dreambooth_moslora.seeds import place_of, rng
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
@@ -399,7 +399,7 @@ def instance_streams(
         own = []
         for photo in photos:
             if photo.subject == number:
-                captions = folder.shuffled_captions(subject, photo.captions)
+                captions = shown_captions.shuffled_captions(subject, photo.captions)
                 own.append(replace(photo, captions=captions))
         stream = PhotoStream(
             photos=own,

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
-from dreambooth_moslora.photos.folder import MOST_BYTES
+from dreambooth_moslora.photos.beside import MOST_BYTES
 
 THUMBNAIL_PX = 384
 """Longer side of a small preview."""

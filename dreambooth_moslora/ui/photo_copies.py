@@ -14,7 +14,7 @@ import PIL.Image
 from dreambooth_moslora.disk.atomic import rename
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
-from dreambooth_moslora.photos.folder import MASK_SUFFIX, sidecar_of, sidecars_of
+from dreambooth_moslora.photos.beside import MASK_SUFFIX, sidecar_of, sidecars_of
 from dreambooth_moslora.photos.photo_file import grey_mask
 
 # What the page's field for photos takes.
@@ -103,7 +103,8 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
         # A bad mask does not cost the photo.
         if mask := masks.get(photo.stem):
             try:
-                grey = grey_mask(images.open_image(mask, MAX_SIDE_PX))
+                grey = grey_mask(images.open_image(mask))
+                grey.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
                 grey.save(folder / f"photo_{taken:02d}.mask.png")
             except images.UnreadableImageError as error:
                 remarks.append(f"{mask.name}: {error}")
@@ -117,11 +118,12 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
 def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     """The upright pixels without metadata, and whether EXIF had turned them. Raises
     UnreadableImageError."""
-    opened = images.open_image(file, MAX_SIDE_PX)
+    opened = images.open_image(file)
     clean = images.to_rgb(opened)
     alpha = images.alpha_of(opened)
     if alpha is not None:
         clean.putalpha(alpha)
+    clean.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), PIL.Image.Resampling.LANCZOS)
     # A new picture takes over the pixels and nothing else.
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)

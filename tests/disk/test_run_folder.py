@@ -33,7 +33,7 @@ from dreambooth_moslora.disk.process_identity import process_token
 from dreambooth_moslora.disk.queue import locked, owner_of
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.folder import kept_captions
+from dreambooth_moslora.photos.beside import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import read_position

@@ -12,13 +12,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.examine import plans_of
-from dreambooth_moslora.photos.folder import (
-    ORDERS,
-    bare_prompt_line,
-    photo_report,
-    shuffled_captions,
-)
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import CropRule, Photo, bucket_of, crop_rule, kept_path
+from dreambooth_moslora.photos.shown_captions import ORDERS, bare_prompt_line, shuffled_captions
 from dreambooth_moslora.seeds import place_of
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.training.loop import train

@@ -18,7 +18,8 @@ from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.photos.folder import MOST_BYTES, TOO_LONG, find_photos
+from dreambooth_moslora.photos.beside import MOST_BYTES, TOO_LONG
+from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.checks import own_bucket_step

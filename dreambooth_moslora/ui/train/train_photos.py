@@ -18,10 +18,11 @@ from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos.beside import MOST_BYTES, one_space
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
-from dreambooth_moslora.photos.folder import MOST_BYTES, find_photos, one_space, photo_report
+from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo_file import (
     Photo,
