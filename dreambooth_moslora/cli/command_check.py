@@ -277,10 +277,6 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
     about_model = table.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
-    about_anew = (
-        "replace captions that were made before; those that you wrote or edited always stay"
-    )
-    parser.add_argument("--overwrite_made", action="store_true", help=about_anew)
 
 
 def run_caption(args: argparse.Namespace) -> int:
@@ -306,9 +302,7 @@ def run_caption(args: argparse.Namespace) -> int:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
 
     captioner = load_captioner(config, best_device())
-    captions = make_beside(
-        report.photos, captioner, config.instance_prompt, anew=args.overwrite_made
-    )
+    captions = make_beside(report.photos, captioner, config.instance_prompt)
     count = 0
     try:
         for made in captions:

@@ -16,9 +16,8 @@ from dreambooth_moslora.disk.contents import from_json, read_json
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import IMAGE_SUFFIXES
 
-# Files of a folder that hold captions: the user's, and the list of the made ones
+# The file of a folder that holds the captions of many photos
 METADATA = "metadata.jsonl"
-MADE_CAPTIONS = ".made_captions.json"
 # `dog.txt` and `dog.mask.png` lie beside `dog.jpg`
 CAPTION_SUFFIX = ".txt"
 MASK_SUFFIX = ".mask"
@@ -130,17 +129,10 @@ class KeptCaption(TypedDict):
 def kept_captions(path: Path) -> dict[str, KeptCaption]:
     """{photo's file name: {"caption", "made_from"}} of made captions; empty if the file is damaged,
     or is none."""
-    entries: dict[str, KeptCaption] = {}
     if path.is_file():
         with suppress(UserError):
-            entries = read_json(path, dict[str, KeptCaption])
-
-    # Someone may have edited the file.
-    kept = {}
-    for name, facts in entries.items():
-        if all(facts.values()):
-            kept[name] = facts | {"caption": one_space(facts["caption"])}
-    return kept
+            return read_json(path, dict[str, KeptCaption])
+    return {}
 
 
 def one_space(text: str) -> str:

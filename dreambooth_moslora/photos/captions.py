@@ -5,13 +5,10 @@ A model describes the surroundings of the subject, but not the subject: for phot
 embedded base reads place and light by its own CLIP. torch is imported only to load a model. What
 the user wrote is never changed. The made captions lie
 
-beside the photos    `dog.txt`, as a user would write it (the command `caption`).
-                     `.made_captions.json` lists the made ones; a caption that was edited since
-                     counts as the user's
+beside the photos    `dog.txt`, as a user would write it (the command `caption`)
 in a run folder      `captions.json` (`--captions auto`), so that a resumed run does not make it
-                     again
-
-Both files: {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}.
+                     again:
+                     {"dog.jpg": {"caption": "a photo of a sks dog on the beach", "made_from": key}}
 """
 
 import json
@@ -170,39 +167,21 @@ class MadeCaption:
 
 
 def make_beside(
-    photos: Iterable[photo_file.Photo], captioner: Captioner, prompt: str, *, anew: bool = False
+    photos: Iterable[photo_file.Photo], captioner: Captioner, prompt: str
 ) -> Iterator[MadeCaption]:
-    """Write `name.txt` beside each photo without a caption; `anew`: also over made, unedited ones.
-    Raises OSError."""
+    """Write `name.txt` beside each photo without a caption. Raises OSError."""
     photos = list(photos)
     for photo in photos:
         target = photo.path.with_suffix(beside.CAPTION_SUFFIX)
-        is_old = was_made(photo, target)
 
-        # Only a made caption that nobody edited may be replaced.
-        reason = photo_file.why_not_beside(photo, target, photos, replaces=is_old)
-        if is_old and not anew:
-            reason = "it has a made caption, which is kept (--overwrite_made replaces it)"
-        elif not is_old and photo.is_captioned:
+        # What the user wrote is never written over.
+        reason = photo_file.why_not_beside(photo, target, photos)
+        if photo.is_captioned:
             reason = "it has a caption, which is kept"
         made = MadeCaption(photo, None, reason) if reason else make(photo, captioner, prompt)
-
-        # It is listed as made before it is written: a stop between the two would otherwise leave
-        # a made caption that counts as the user's.
         if made.caption is not None:
-            keep(target.with_name(beside.MADE_CAPTIONS), made, prompt)
             atomic_write(target, f"{made.caption}\n")
         yield made
-
-
-def was_made(photo: photo_file.Photo, target: Path) -> bool:
-    """Whether the file still holds the caption that was made."""
-    made = beside.kept_captions(target.with_name(beside.MADE_CAPTIONS)).get(photo.path.name)
-    try:
-        is_there = made is not None and target.is_file()  # of a pipe, reading might have no end
-        return is_there and target.read_text(encoding="utf-8").strip() == made["caption"]
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def make_for_run(

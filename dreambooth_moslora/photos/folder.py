@@ -14,7 +14,6 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.beside import (
-    MADE_CAPTIONS,
     MASK_SUFFIX,
     METADATA,
     Captions,
@@ -164,7 +163,7 @@ def find_photos(
 
     # The photos. Files of this program that lie among them need no mention.
     for path in paths:
-        if is_sidecar_name(path) or path.name in (MADE_CAPTIONS, SUBJECT_FILE):
+        if is_sidecar_name(path) or path.name == SUBJECT_FILE:
             continue
         item = read_photo(
             path, captions, prompt=instance_prompt, resolution_px=resolution_px, alpha=alpha

@@ -124,7 +124,7 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as upright RGB; transparent parts become white."""
     image = upright(image)
-    if alpha_of(image, is_upright=True) is None:
+    if alpha_of(image) is None:
         return to_srgb(image)
 
     # The colours are converted without the alpha channel, which profiles do not know.
@@ -135,13 +135,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def alpha_of(image: Image.Image, *, is_upright: bool = False) -> Image.Image | None:
+def alpha_of(image: Image.Image) -> Image.Image | None:
     """The upright alpha channel as L; None when everything is opaque."""
     if image.mode not in ("RGBA", "LA", "La", "RGBa", "PA") and "transparency" not in image.info:
         return None
-    image = image if is_upright else upright(image)
     try:
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = upright(image).convert("RGBA").getchannel("A")
     except ValueError:  # a mode without transparency, with a stray tag
         return None
     return None if alpha.getextrema()[0] >= OPAQUE_FROM else alpha
@@ -259,12 +258,10 @@ def open_rgb(photo: Photo) -> Image.Image:
     return to_rgb(open_again(photo.path))
 
 
-def why_not_beside(
-    photo: Photo, target: Path, photos: Sequence[Photo], *, replaces: bool = False
-) -> str:
+def why_not_beside(photo: Photo, target: Path, photos: Sequence[Photo]) -> str:
     """Why `target` is not made beside a photo, or "": something has its name, or two photos would
     share it."""
-    if target.exists() and not replaces:
+    if target.exists():
         return f"{target.name} exists but cannot be used; it is kept"
     if sum(other.path.stem == photo.path.stem for other in photos) > 1:
         return f"another photo has the name {photo.path.stem} too: rename one of them"
