@@ -1,7 +1,6 @@
 """Grids: one parameter varies downwards, another across. Each cell is a picture, and a captioned
 sheet shows all."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,15 +50,11 @@ class Sheet:
 
     pixels: PIL.Image.Image
     params: GenerationParams  # of the first cell
-    axes: tuple[Axis, ...]  # what varied
     provenance: Provenance  # of all cells
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with the first cell's recipe, the hashes of all adapters in use, and the
-        axes."""
+        """Write a PNG with the first cell's recipe, and the hashes of all adapters in use."""
         text = recipe_text(self.params, self.provenance)
-        axes = {axis.name: axis.values for axis in self.axes}
-        text.add_itxt("dreambooth_moslora_grid", json.dumps(axes))
         self.pixels.save(path, format="PNG", pnginfo=text)
         return Path(path)
 
@@ -200,7 +195,6 @@ def _sheet_of(images: list[Image], axes: tuple[Axis, ...]) -> Sheet:
     return Sheet(
         pixels=draw_sheet(rows, row_labels, columns),
         params=images[0].params,
-        axes=axes,
         provenance=replace(images[0].provenance, adapter_sha256=tuple(hashes.items())),
     )
 
@@ -212,7 +206,7 @@ def draw_sheet(
     # The margins: captions at the left may be as wide as a picture, longer ones are cut.
     width, height = rows[0][0].size
     font = ImageFont.load_default(max(11, min(width, height) // 12))
-    widest = max((_text_width(font, label) for label in row_labels), default=0)
+    widest = max((round(font.getlength(label)) for label in row_labels), default=0)
     left = min(widest, width) + (2 * MARGIN_PX if widest else MARGIN_PX)
     top = font.size + 2 * MARGIN_PX
 
@@ -237,16 +231,12 @@ def draw_sheet(
     return sheet
 
 
-def _text_width(font: ImageFont.FreeTypeFont, text: str) -> int:
-    return round(font.getlength(text))
-
-
 def _cut(font: ImageFont.FreeTypeFont, text: str, width_px: int) -> str:
     """`text`, shortened with an ellipsis until it fits; newlines become spaces, as they would break
     the layout."""
     text = " ".join(text.split())
-    if _text_width(font, text) <= width_px:
+    if font.getlength(text) <= width_px:
         return text
-    while text and _text_width(font, text + "…") > width_px:
+    while text and font.getlength(text + "…") > width_px:
         text = text[:-1]
     return text + "…"

@@ -78,7 +78,6 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 class Adapter:
     """An adapter in the model."""
 
-    name: str
     key: str  # the name inside PEFT
     sha256: str
     header: dict[str, str]  # the file's metadata
@@ -218,7 +217,6 @@ class SubjectPipeline:
             self._active = None
             lora_file.install(weights, self.pipeline)
         return Adapter(
-            name=name,
             key=weights.key,
             sha256=weights.sha256,
             header=weights.header,
@@ -308,9 +306,8 @@ class SubjectPipeline:
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
     ) -> pipelines.Family:
-        """The family with the `given` text options, and else with those that the adapters' runs
-        set: none where a run has the default. Raises UserError for one that is not the family's, or
-        that two runs set differently."""
+        """The family with the `given` text options, and else with those of the first adapter whose
+        run set them. Raises UserError for one that is not the family's."""
         facts = self.family.facts
         options = dict(given or {})
         for name in options:
@@ -318,20 +315,11 @@ class SubjectPipeline:
                 raise UserError(f"--{name} is not for {facts.title}; leave it out")
 
         # What the active adapters were trained with
-        told = {}
         for name, scale in adapters:
-            if scale:
-                told[name] = metadata.text_options_in(self.adapters[name].header)
-
-        # A text can be encoded in one way only: adapters that need different ones do not fit.
-        for option in facts.text_options:
-            values = {own[option]: name for name, own in told.items() if option in own}
-            if option in options or not values:
-                continue
-            if len(values) > 1:
-                names = " and ".join(values.values())
-                raise UserError(f"{names} were trained with different --{option}: give one")
-            options[option] = next(iter(values))
+            told = metadata.text_options_in(self.adapters[name].header) if scale else {}
+            for option, value in told.items():
+                if option in facts.text_options:
+                    options.setdefault(option, value)
         return pipelines.family_of(self.pipeline, options=pipelines.encoding_options(options))
 
     def provenance(self, params: GenerationParams) -> Provenance:
@@ -434,7 +422,6 @@ class SubjectPipeline:
             pixels=drawn.images[0],
             params=own,
             provenance=self.provenance(own),
-            is_censored=any(getattr(drawn, "nsfw_content_detected", None) or ()),
         )
         emit(image)
 

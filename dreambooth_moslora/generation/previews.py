@@ -5,7 +5,6 @@ only when someone looks at it: copying the latents to the CPU after each step wo
 wait.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from dreambooth_moslora.errors import StopRequestedError, one_line
+from dreambooth_moslora.errors import StopRequestedError
 from dreambooth_moslora.generation.params import GenerationParams, Step
-
-logger = logging.getLogger(__name__)
 
 # The longer side of a preview on the page
 PREVIEW_PX = 384
@@ -29,30 +26,24 @@ FIT_SIDE = 32
 
 class LatentColours:
     """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random
-    latents (B, 4, h, w), as the UNet sees them. If the VAE fails, previews are grey."""
+    latents (B, 4, h, w), as the UNet sees them."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
         latents = smooth_latents(vae.config.latent_channels)
-        self.weight = torch.zeros(vae.config.latent_channels + 1, 3)
 
         # As the pipeline decodes: SDXL's own VAE overflows in fp16.
         dtype = vae.dtype
         try:
             vae.to(torch.float32)
             pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
-            colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
-        except RuntimeError as error:  # such as out of memory
-            logger.warning("previews are grey: the VAE could not decode: %s", one_line(error))
-            return
         finally:
             vae.to(dtype)
 
         # One row for each latent pixel: its channels and a 1, and the colour that the VAE gave it
-        if colours.isfinite().all():
-            self.weight = torch.linalg.lstsq(_with_ones(latents), colours[0].flatten(1).T).solution
-        else:
-            logger.warning("previews are grey: the VAE gives values that are not finite (NaN)")
+        colours = torch.nn.functional.adaptive_avg_pool2d(pixels.float().cpu(), FIT_SIDE)
+        rows = colours[0].nan_to_num().flatten(1).T
+        self.weight = torch.linalg.lstsq(_with_ones(latents), rows).solution
 
     def __call__(self, latents: torch.Tensor, size_px: tuple[int, int]) -> Image.Image:
         """The first of `latents` (B, 4, h, w) as a picture of `size_px` (height, width)."""

@@ -99,18 +99,6 @@ def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_two_runs_with_different_ones_one_must_be_given(subject, tmp_path):
-    both = [
-        loaded(subject, tmp_path / f"of_{n}.safetensors", max_sequence_length=n) for n in (4, 5)
-    ]
-    with pytest.raises(
-        UserError, match="of_4 and of_5 were trained with different --max_sequence_length: give one"
-    ):
-        drawn(subject, *both)
-    drawn(subject, *both, max_sequence_length=4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("layers", [("9",), ("9", "18", "99")])
 def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path):
     subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")

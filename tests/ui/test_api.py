@@ -115,10 +115,6 @@ def test_a_comparison_is_without_then_with_at_one_seed_and_a_grid_one_png_with_i
         "scale", "0, 1", "seed", "1, 2", "a dog", adapter="dog", **FAST, api_name="/grid"
     )
     with PIL.Image.open(sheet) as image:
-        assert json.loads(image.info["dreambooth_moslora_grid"]) == {
-            "scale": [0.0, 1.0],
-            "seed": [1, 2],
-        }
         assert image.width > 2 * 64 and image.height > 2 * 64
 
 
