@@ -389,7 +389,7 @@ def usual_folder(args: argparse.Namespace) -> Path:
 
 
 def summary(found: "Evaluation") -> str:
-    """The chosen measures, the score and the remarks, one a line."""
+    """The chosen measures and the score, one a line."""
     lines = []
     for name, row in measures.MEASURES.items():
         if row.summary and name in found.tables:
@@ -397,7 +397,7 @@ def summary(found: "Evaluation") -> str:
     alarm = "no copy alarm"
     if found.alarm.raised:
         alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
-    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})", *found.remarks()])
+    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])
 
 
 # State of a run -> how `explain` begins

@@ -25,10 +25,9 @@ Student's t (the "expanded percentile interval" of Hesterberg, "What teachers sh
 bootstrap", 2015), with Satterthwaite's degrees of freedom (1946).
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -139,18 +138,15 @@ def load_encoders(
     is_toy = toys.is_toy(base)
 
     # CLIP: the toy world's own is part of its base.
+    clip_name = public_name(clip or CLIP)
     if is_toy and not clip:
-        towers = clip_in_pipeline(toys.CLIP_FOLDER, device)
+        clip = toys.CLIP_FOLDER
         clip_name = f"{toys.CLIP_FOLDER.name} CLIP"
-    else:
-        clip = clip or CLIP
-        towers = load_clip(clip, device)
-        clip_name = public_name(clip)
 
     # DINO
     dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
     return Encoders(
-        clip=towers,
+        clip=load_clip(clip or CLIP, device),
         dino=frozen(transformers.AutoModel, dino, FLAG, device, dtype=torch.float32),
         dino_processor=loaded(transformers.AutoImageProcessor, dino, FLAG),
         names=(clip_name, public_name(dino)),
@@ -158,40 +154,19 @@ def load_encoders(
 
 
 def load_clip(name: str | Path, device: str | torch.device) -> Clip:
-    """A CLIP model with both halves. Raises UserError."""
-    # Its output of either half is not projected yet.
-    model = frozen(transformers.CLIPModel, name, FLAG, device, dtype=torch.float32)
+    """Both halves of a CLIP model, or of that in a pipeline's folder: its image encoder, and its
+    second text encoder. Raises UserError."""
+    parts = [name] * 4
+    if (Path(name) / "model_index.json").is_file():
+        inside = ("image_encoder", "text_encoder_2", "tokenizer_2", "feature_extractor")
+        parts = [Path(name) / part for part in inside]
+    of_images, of_texts, of_words, of_pixels = parts
 
-    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
-        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-
-    def embed_texts(words: Any) -> torch.Tensor:
-        read = model.text_model(words.input_ids, words.attention_mask)
-        return model.text_projection(read.pooler_output)
-
-    return Clip(
-        embed_images=embed_images,
-        embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, name, FLAG),
-        processor=loaded(transformers.CLIPImageProcessor, name, FLAG),
-    )
-
-
-def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
-    """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
     vision = frozen(
-        transformers.CLIPVisionModelWithProjection,
-        folder / "image_encoder",
-        FLAG,
-        device,
-        dtype=torch.float32,
+        transformers.CLIPVisionModelWithProjection, of_images, FLAG, device, dtype=torch.float32
     )
     text = frozen(
-        transformers.CLIPTextModelWithProjection,
-        folder / "text_encoder_2",
-        FLAG,
-        device,
-        dtype=torch.float32,
+        transformers.CLIPTextModelWithProjection, of_texts, FLAG, device, dtype=torch.float32
     )
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
@@ -203,8 +178,8 @@ def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2", FLAG),
-        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor", FLAG),
+        tokenizer=loaded(transformers.CLIPTokenizer, of_words, FLAG),
+        processor=loaded(transformers.CLIPImageProcessor, of_pixels, FLAG),
     )
 
 
@@ -325,18 +300,13 @@ def prompt_fidelity(generated: torch.Tensor, texts: torch.Tensor) -> torch.Tenso
     return (generated * texts).sum(1)
 
 
-def diversity(vectors: torch.Tensor, groups: Sequence[Hashable]) -> dict[Hashable, float]:
-    """DIV of groups of two or more: the mean of 1 - cosine over pairs of their vectors (N, D)."""
-    members: dict[Hashable, list[torch.Tensor]] = {}
-    for vector, group in zip(vectors, groups, strict=True):
-        members.setdefault(group, []).append(vector)
-
-    found = {}
-    for group, some in members.items():
-        distances = [float(1 - one @ other) for one, other in combinations(some, 2)]
-        if distances:
-            found[group] = sum(distances) / len(distances)
-    return found
+def diversity(vectors: torch.Tensor, count: int) -> np.ndarray:
+    """DIV of each prompt: the mean of 1 - cosine over the pairs of its pictures. (N, D), `count`
+    (two or more) pictures of a prompt after each other -> (N / count, 1)."""
+    groups = vectors.double().reshape(-1, count, vectors.shape[-1])
+    cosines = groups @ groups.mT
+    one, other = torch.triu_indices(count, count, offset=1)
+    return (1 - cosines[:, one, other]).mean(1, keepdim=True).numpy()
 
 
 def drift(adapted: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

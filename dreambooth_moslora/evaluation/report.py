@@ -100,15 +100,6 @@ def report_html(
         if name in relative:
             shares.append((row.title, f"{relative[name]:.3f}"))
 
-    # The table of prompts: those measures that have a title and one value for each prompt
-    means = per_prompt(found)
-    names = ["prompt"]
-    for name, row in MEASURES.items():
-        if (row.title or row.truth) and name in means[0]:
-            names.append(name)
-    header = [name.replace("_", " ") for name in names]
-    cells = [[row[name] for name in names] for row in means]
-
     truths = [name for name, row in MEASURES.items() if row.truth]
     judged = [name for name, row in MEASURES.items() if row.kind == "judge"]
     return render(
@@ -121,7 +112,6 @@ def report_html(
         shares=shares,
         truths=rows_beside(found, truths, ("_ceiling", "_floor")),
         judged=rows_beside(found, judged, ("_ceiling",)),
-        by_prompt=(header, cells),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )

@@ -33,14 +33,10 @@ from dreambooth_moslora.settings.toys import is_toy
 Tables = dict[str, np.ndarray]
 # (requests, with the adapter?) -> pictures
 Draw = Callable[[list[SampleRequest], bool], list[Image.Image]]
-# Share of the base's diversity below which a remark is made
-LEAST_DIVERSITY = 0.5
 # Pictures drawn at once
 BATCH = 4
 # What covers the subject where only the background counts
 GREY = (128, 128, 128)
-# What the adapter draws, in this order
-GROUPS = ("subject", "bare", "class", "unrelated")
 
 
 @dataclass
@@ -96,17 +92,6 @@ class Evaluation:
         if deviation:
             found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
         return {name: round(value, 4) for name, value in found.items()}
-
-    def remarks(self) -> list[str]:
-        """What a reader of the scores might overlook."""
-        if not {"diversity", "diversity_base"} <= self.tables.keys():
-            return []
-        own = self.mean("diversity")
-        base = self.mean("diversity_base")
-        if own >= LEAST_DIVERSITY * base:
-            return []
-        figures = f"diversity {own:.2f}, the base's {base:.2f}"
-        return [f"pictures of one prompt look alike: {figures}; fewer steps keep more"]
 
 
 class Truth(Protocol):
@@ -194,9 +179,9 @@ class Evaluator:
             "unrelated": plan.unrelated_requests,
         }
         drawn = {}
-        for name in GROUPS:
-            if by_adapter[name]:
-                drawn[name] = self._views(draw(by_adapter[name], True))
+        for name, requests in by_adapter.items():
+            if requests:
+                drawn[name] = self._views(draw(requests, True))
 
         # The tables, and from them the score
         tables = self._subject_tables(drawn["subject"], self._base["subject"])
@@ -273,10 +258,10 @@ class Evaluator:
                 tables[f"confusion{end}"] = np.mean(of_each, axis=0)
 
         # Pictures of one prompt, (prompts, 1), need two seeds.
-        if len(self.plan.seeds) > 1:
-            for end, views in (("", subject), ("_base", base)):
-                spread = metrics.diversity(views.dino, self._prompts_of(views))
-                tables[f"diversity{end}"] = by_prompt(spread)
+        seeds = len(self.plan.seeds)
+        if seeds > 1:
+            tables["diversity"] = metrics.diversity(subject.dino, seeds)
+            tables["diversity_base"] = metrics.diversity(base.dino, seeds)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
         return tables
@@ -293,31 +278,21 @@ class Evaluator:
         if "class" in drawn:
             for end, views in (("", drawn["class"]), ("_base", self._base["class"])):
                 tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, photos).numpy()
-                if len(views.pictures) > 1:
-                    one_prompt = [0] * len(views.pictures)
-                    spread = metrics.diversity(views.dino, one_prompt)
-                    tables[f"class_diversity{end}"] = by_prompt(spread)
+                count = len(views.pictures)
+                if count > 1:
+                    tables[f"class_diversity{end}"] = metrics.diversity(views.dino, count)
 
         # Drift, with the base's own spread between seeds as its scale. In CLIP and DINO together:
         # DINO does not see a duck on the beach become one in a kitchen.
         if "unrelated" in drawn:
             base = self._base["unrelated"]
-            shape = (len(self.plan.unrelated), len(self.plan.seeds))
+            seeds = len(self.plan.seeds)
+            shape = (len(self.plan.unrelated), seeds)
             drift = metrics.drift(drawn["unrelated"].joint, base.joint)
             tables["drift"] = drift.numpy().reshape(shape)
-            if len(self.plan.seeds) > 1:
-                spread = metrics.diversity(base.joint, self._prompts_of(base))
-                tables["drift_base_spread"] = by_prompt(spread)
+            if seeds > 1:
+                tables["drift_base_spread"] = metrics.diversity(base.joint, seeds)
         return tables
-
-    def _prompts_of(self, views: Views) -> list[int]:
-        """The number of each picture's prompt: all seeds of the first one come first."""
-        return [number // len(self.plan.seeds) for number in range(len(views.pictures))]
-
-
-def by_prompt(values: dict[int, float]) -> np.ndarray:
-    """One value for each prompt as a table (prompts, 1)."""
-    return np.array([list(values.values())]).T
 
 
 def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:

@@ -71,9 +71,9 @@ def test_prompt_fidelity_pairs_each_picture_with_its_own_text_and_diversity_thos
     paired = metrics.prompt_fidelity(pictures, texts)
     assert paired.tolist() == pytest.approx([float(p @ t) for p, t in zip(pictures, texts)])
     assert metrics.prompt_fidelity(pictures, texts.roll(1, 0)).mean() < paired.mean()
-    pictures, groups = torch.stack([E[0], E[1], HALF, E[2]]), ["a", "a", "a", "alone"]
+    pictures = torch.stack([E[0], E[1], HALF, E[2], E[2], E[2]])
     expected = (1 + 2 * (1 - math.sqrt(0.5))) / 3
-    assert metrics.diversity(pictures, groups) == {"a": pytest.approx(expected)}
+    assert metrics.diversity(pictures, 3) == pytest.approx(np.array([[expected], [0]]))
 
 
 def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
@@ -258,7 +258,7 @@ def by_folder(folders) -> metrics.Encoders:
 def test_another_model_is_no_encoder_with_made_up_weights(folders, by_folder, tmp_path):
     assert by_folder.names == ("clip", "dino"), "names carry no path"
     for clip, dino, said in (
-        (folders[1], folders[1], "is no CLIPModel: it has no "),
+        (folders[1], folders[1], "is no CLIPVisionModelWithProjection: it has no "),
         (tmp_path / "nowhere", folders[1], "is not here and cannot be fetched"),
     ):
         with pytest.raises(UserError, match=said):

@@ -322,16 +322,6 @@ def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_pr
     assert found["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and found["judge_kind"].all()
 
 
-def test_pictures_that_look_alike_are_remarked():
-    for own, is_said in ((0.17, True), (0.4, False)):
-        tables = {"diversity": np.full((3, 2), own), "diversity_base": np.full((3, 2), 0.7)}
-        found = Evaluation(PLAN, tables, alarm=None, score=0.0, seconds=0.0).remarks()
-        said = [
-            line.startswith(f"pictures of one prompt look alike: diversity {own}") for line in found
-        ]
-        assert said == [True] * is_said
-
-
 def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
     """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything
     else."""
