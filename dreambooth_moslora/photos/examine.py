@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos import cropping, folder, photo_file
 from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import subjects, table
@@ -40,10 +40,10 @@ SHARPEST_PERCENTILE = 90
 
 def plans_of(
     photo: photo_file.Photo, number: int, config: table.TrainConfig
-) -> Iterator[photo_file.CropPlan]:
+) -> Iterator[cropping.CropPlan]:
     """The crops of photo `number` of its subject, with the random draws of training; without a seed
     those of seed 0."""
-    rule = photo_file.crop_rule(config)
+    rule = cropping.crop_rule(config)
     stream = subjects.stream_of("instance", photo.subject)
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
@@ -62,7 +62,7 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
         # The crops as training cuts them
         crops = []
         for plan in plans:
-            crop = photo_file.apply_crop(shown, plan, config.image_interpolation_mode)
+            crop = cropping.apply_crop(shown, plan, config.image_interpolation_mode)
             crops.append(ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white"))
 
         # The whole photo, with a frame where each of them lies

@@ -1,18 +1,10 @@
-"""One photo: its file from any phone or program as upright sRGB pixels, its captions, its mask and
-its crops.
+"""One photo: its file from any phone or program as upright sRGB pixels, its captions and its mask.
 
 Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab,
-palettes, greys and 16 bits. Sizes are (height, width) px of the upright picture. What training cuts
-out is planned as numbers, then cut:
-
-    photo (h, w) --resize: shorter side = r·zoom--> (h', w') --mirror?--> crop (r, r) at (top, left)
-
-With `--enable_bucket` the crop is a rectangle of about the same area, whose shape is nearest to the
-photo's. SDXL is conditioned on these numbers (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+palettes, greys and 16 bits. Sizes are (height, width) px of the upright picture.
 """
 
 import errno
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,14 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from random import Random
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms
 
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.settings import rows, table
 
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000")
 """Formats that are read as photos; none runs an interpreter (EPS) or fetches anything."""
@@ -359,167 +349,3 @@ def with_kept_masks(photos: Iterable[Photo], folder: Path) -> list[Photo]:
 def without_kept_mask(photo: Photo, folder: Path) -> Photo:
     """The photo, without its mask if training made that."""
     return replace(photo, mask_path=None) if photo.mask_path == kept_path(photo, folder) else photo
-
-
-# `--image_interpolation_mode` -> Pillow's filter
-FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
-FILTERS |= {"nearest_exact": Image.Resampling.NEAREST}
-
-
-@dataclass(frozen=True)
-class CropPlan:
-    """One crop of a photo, as numbers."""
-
-    original_size: tuple[int, int]  # (h, w) px of the upright photo
-    resized: tuple[int, int]  # after scaling
-    crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
-    target_size: tuple[int, int]  # (h, w) of the crop
-    flip: bool
-
-    @property
-    def time_ids(self) -> tuple[int, ...]:
-        """SDXL's size and crop conditioning: original height, width, crop top, left, target height,
-        width; px."""
-        return *self.original_size, *self.crop_top_left, *self.target_size
-
-    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the crop in the photo, which is not mirrored, shown at
-        (width, height)."""
-        crop_height, crop_width = self.target_size
-        whole_height, whole_width = self.resized
-        top, left = self.crop_top_left
-
-        # The plan counts from the left of the mirrored photo.
-        if self.flip:
-            left = whole_width - crop_width - left
-
-        # From px of the resized photo to px of the shown one
-        across = width / whole_width
-        down = height / whole_height
-        right = left + crop_width
-        bottom = top + crop_height
-        return left * across, top * down, right * across, bottom * down
-
-
-def resized_size(size_px: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the photo scaled to the smallest size that covers `target` (h, w)."""
-    height, width = size_px
-    least_height, least_width = target
-    if least_height * width >= least_width * height:
-        return least_height, max(least_width, width * least_height // height)
-    return max(least_height, height * least_width // width), least_width
-
-
-def bucket_of(size_px: tuple[int, int], resolution_px: int, step_px: int) -> tuple[int, int]:
-    """(h, w), multiples of `step_px`, of at most the square's area, with the shape nearest to
-    `size_px`'s."""
-    # All rectangles with sides from half the resolution to twice, as wide as the area allows
-    shapes: set[tuple[int, int]] = set()
-    shortest = step_px * math.ceil(resolution_px / 2 / step_px)
-    longest = 2 * resolution_px
-    for side in range(shortest, longest + 1, step_px):
-        other = min(resolution_px**2 // side, longest) // step_px * step_px
-        if other:
-            shapes |= {(side, other), (other, side)}
-
-    # The nearest shape; of equally near ones the largest
-    ratio = size_px[0] / size_px[1]
-
-    def distance(shape: tuple[int, int]) -> tuple[float, int]:
-        height, width = shape
-        return round(abs(math.log(height / width / ratio)), 6), -height * width
-
-    return min(sorted(shapes), key=distance)
-
-
-def nearest_shape(size_px: tuple[int, int], shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Of `shapes` (h, w), the one nearest to that of `size_px` (h, w)."""
-    ratio = size_px[0] / size_px[1]
-    return min(sorted(shapes), key=lambda shape: abs(math.log(shape[0] / shape[1] / ratio)))
-
-
-@dataclass(frozen=True)
-class CropRule:
-    """How training cuts photos."""
-
-    resolution_px: int  # side of the square
-    center_crop: bool = False
-    random_flip: bool = False
-    interpolation: str = "lanczos"
-    crops_per_photo: int | None = 1  # different ones; None: always new ones
-    zoom: float = 1.0  # most, at random, within a photo's own pixels
-    bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
-    # (h, w), of which a photo gets the one nearest to its shape
-    sizes: tuple[tuple[int, int], ...] = ()
-
-    def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
-        """(h, w) of the crops of a photo of `size_px` (h, w)."""
-        # As diffusers' scripts choose: of two equally near sizes the later
-        if self.sizes:
-            height, width = size_px
-            return min(reversed(self.sizes), key=lambda s: abs(height * s[1] - width * s[0]))
-        if self.bucket_step_px is None:
-            return self.resolution_px, self.resolution_px
-        return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
-
-    def plan(
-        self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None
-    ) -> CropPlan:
-        """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
-        Draws four numbers."""
-        # Always all four, so that a setting does not move the draws of the others
-        flip = rng.random()
-        down = rng.random()
-        right = rng.random()
-        closer = rng.random()
-
-        # The zoom, bounded by the photo's own pixels: enlarging would only blur
-        target_height, target_width = target = target or self.target(size_px)
-        side = min(target)
-        own = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
-        zoomed = round(side * (1 + (self.zoom - 1) * closer))
-        shorter = max(side, min(zoomed, own))
-
-        # The smallest resized photo that covers the zoomed target
-        covered = (target_height * shorter // side, target_width * shorter // side)
-        height, width = resized_size(size_px, covered)
-
-        # The place of the crop in it
-        if self.center_crop:
-            top = (height - target_height) // 2
-            left = (width - target_width) // 2
-        else:
-            top = int(down * (height - target_height + 1))
-            left = int(right * (width - target_width + 1))
-        return CropPlan(
-            original_size=size_px,
-            resized=(height, width),
-            crop_top_left=(top, left),
-            target_size=target,
-            flip=self.random_flip and flip < 0.5,
-        )
-
-
-def crop_rule(config: table.TrainConfig) -> CropRule:
-    """The rule that these settings describe."""
-    step_px = config.bucket_reso_steps or (64 if config.resolution > 256 else 8)
-    return CropRule(
-        resolution_px=config.resolution,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        interpolation=config.image_interpolation_mode,
-        # Without a cache each exposure is encoded anew, so it may as well be a new crop.
-        crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
-        zoom=config.crop_zoom,
-        bucket_step_px=step_px if config.enable_bucket else None,
-        sizes=rows.parse_sizes(config.aspect_ratio_buckets),
-    )
-
-
-def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
-    resampled."""
-    left, top, right, bottom = plan.box(image.width, image.height)
-    box = (left, top, min(right, image.width), min(bottom, image.height))
-    crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
-    return ImageOps.mirror(crop) if plan.flip else crop

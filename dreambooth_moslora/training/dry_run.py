@@ -12,7 +12,7 @@ from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.lora.metadata import dora_note
-from dreambooth_moslora.photos import captions, folder, masks, photo_file, shown_captions
+from dreambooth_moslora.photos import captions, cropping, folder, masks, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precision_of, speed_here
@@ -134,7 +134,7 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
 
     # What buckets make of their shapes.
     if config.enable_bucket:
-        rule = photo_file.crop_rule(config)
+        rule = cropping.crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
         lines.append(f"cropped to {sizes_in_words(counts)}")
         if config.draws_class_images:

@@ -37,7 +37,7 @@ from dreambooth_moslora.disk.contents import file_digest, read_json
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
-from dreambooth_moslora.photos import masks, photo_file
+from dreambooth_moslora.photos import cropping, masks, photo_file
 from dreambooth_moslora.photos.captions import (
     Captioner,
     MadeCaption,
@@ -398,7 +398,7 @@ def class_photos_of_each(
     """
     found: dict[tuple[str, str | None], list[Photo]] = {}
     subjects = config.each_subject
-    rule = photo_file.crop_rule(config)
+    rule = cropping.crop_rule(config)
     keys = [(subject.class_prompt, subject.class_data_dir) for subject in subjects]
     for subject, key in zip(subjects, keys):
         if key in found:

@@ -28,7 +28,7 @@ from PIL import Image
 from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import photo_file, shown_captions
+from dreambooth_moslora.photos import cropping, photo_file, shown_captions
 from dreambooth_moslora.seeds import place_of, rng
 from dreambooth_moslora.settings import subjects, table
 from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
@@ -68,7 +68,7 @@ class PhotoEncoder:
 
     vae: torch.nn.Module
     cache: TensorCache | None
-    rule: photo_file.CropRule
+    rule: cropping.CropRule
     readers: int = 0
     unmasked_weight: float = 0.0
     family: pipelines.Family = load.SDXL_FAMILY
@@ -89,9 +89,9 @@ class PhotoEncoder:
         self._readers = None
         if self.readers and self.cache is None:
             self._readers = ThreadPoolExecutor(self.readers)
-        self._reading: dict[tuple[photo_file.Photo, photo_file.CropPlan], Future] = {}
+        self._reading: dict[tuple[photo_file.Photo, cropping.CropPlan], Future] = {}
 
-    def encode(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> EncodedView:
+    def encode(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
         transparent."""
         tensors = self._tensors(photo, plan)
@@ -109,13 +109,13 @@ class PhotoEncoder:
             mask=weights,
         )
 
-    def _tensors(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
+    def _tensors(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
         if self.cache is None:
             return self._compute(photo, plan)
         return self.cache.get(*self.entry(photo, plan))
 
     def entry(
-        self, photo: photo_file.Photo, plan: photo_file.CropPlan
+        self, photo: photo_file.Photo, plan: cropping.CropPlan
     ) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if
         the photo was changed, or the cache after the VAE had left memory."""
@@ -151,12 +151,12 @@ class PhotoEncoder:
         mask = photo.mask_path and self._digest(photo.mask_path)
         return self._digest(photo.path), mask, photo.captions, photo.bare_prompt
 
-    def read_ahead(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> None:
+    def read_ahead(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> None:
         """Let a thread read the crop, if there are threads."""
         if self._readers is not None and (photo, plan) not in self._reading:
             self._reading[photo, plan] = self._readers.submit(self.load_crop, photo, plan)
 
-    def _compute(self, photo: photo_file.Photo, plan: photo_file.CropPlan) -> Tensors:
+    def _compute(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
         """Latents (4, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
         them."""
         reading = self._reading.pop((photo, plan), None)
@@ -171,7 +171,7 @@ class PhotoEncoder:
         return tensors
 
     def load_crop(
-        self, photo: photo_file.Photo, plan: photo_file.CropPlan
+        self, photo: photo_file.Photo, plan: cropping.CropPlan
     ) -> tuple[Image.Image, dict[str, Image.Image]]:
         """The crop as RGB, and as L the mask ("subject") and what is opaque beside a mask file
         ("opaque")."""
@@ -184,9 +184,9 @@ class PhotoEncoder:
         cut = {}
         for name, part in parts.items():
             if part is not None:
-                cut[name] = photo_file.apply_crop(part, plan, "bilinear")
+                cut[name] = cropping.apply_crop(part, plan, "bilinear")
         picture = photo_file.to_rgb(image)
-        return photo_file.apply_crop(picture, plan, self.rule.interpolation), cut
+        return cropping.apply_crop(picture, plan, self.rule.interpolation), cut
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -227,7 +227,7 @@ class PhotoStream:
             size_px = self.photos[slot // self.repeats].size_px
             target = self.encoder.rule.target(size_px)
             if of_beside:
-                target = photo_file.nearest_shape(size_px, of_beside)
+                target = cropping.nearest_shape(size_px, of_beside)
             self.groups.setdefault(target, []).append(slot)
 
     def __len__(self) -> int:
@@ -258,7 +258,7 @@ class PhotoStream:
         """Start reading a sample that `at` will need soon."""
         self.encoder.read_ahead(*self._sample(position))
 
-    def _sample(self, position: int) -> tuple[photo_file.Photo, photo_file.CropPlan]:
+    def _sample(self, position: int) -> tuple[photo_file.Photo, cropping.CropPlan]:
         slot, crop, target = self._view(position)
         photo = self.photos[slot // self.repeats]
         draws = rng(self.seed, self.name, "crop", slot, crop)
@@ -307,7 +307,7 @@ class PhotoStream:
         epoch, found = place_of(position, len(slots), self.seed, self.name, size)
         return epoch, slots[found]
 
-    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
+    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, cropping.CropPlan]]:
         """The different views among the first `sample_count` samples; none when each epoch crops
         anew."""
         crops = self.encoder.rule.crops_per_photo or 0
@@ -383,7 +383,7 @@ class SubjectStreams:
         round_, number = place_of(turn, len(self.streams), self.seed, "subjects")
         return number, round_ * self.run + offset
 
-    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, photo_file.CropPlan]]:
+    def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, cropping.CropPlan]]:
         """Like `PhotoStream.views_ahead`, of all subjects, in whole rounds."""
         rounds = math.ceil(sample_count / (len(self.streams) * self.run))
         share = rounds * self.run

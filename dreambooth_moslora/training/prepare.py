@@ -36,7 +36,8 @@ from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.photos.photo_file import Photo, crop_rule
+from dreambooth_moslora.photos.cropping import crop_rule
+from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of, text_options_of

@@ -14,11 +14,12 @@ from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.photos import cropping, photo_file
+from dreambooth_moslora.photos.cropping import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.data_set import image_bytes
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
-from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, apply_crop, open_rgb
+from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
@@ -339,7 +340,7 @@ def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]
 @pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     """A flip changes nothing else."""
-    resized = photo_file.resized_size(size_px, (32, 32))
+    resized = cropping.resized_size(size_px, (32, 32))
     assert min(resized) == 32
     plans = drawn(size_px, random_flip=True)
     corners = [plan.crop_top_left for plan in plans]
@@ -356,7 +357,7 @@ def test_given_sizes_are_those_of_the_crops_each_the_one_that_diffusers_chooses(
     text = "1024,1024; 768,1360;1360,768;880,1168;1168,880;1248,832;832,1248"
     config = TrainConfig(aspect_ratio_buckets=text)
     assert (config.enable_bucket, config.resolution) == (True, 1024)
-    rule, sizes, rng = photo_file.crop_rule(config), parse_buckets_string(text), random.Random(0)
+    rule, sizes, rng = cropping.crop_rule(config), parse_buckets_string(text), random.Random(0)
     for size_px in [(rng.randint(300, 4000), rng.randint(300, 4000)) for _ in range(200)] + [
         (1000, 1000)
     ]:
@@ -383,13 +384,13 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
     assert drawn((20, 20), 1, zoom=2)[0].resized == (32, 32)
 
 
-@pytest.mark.parametrize("name", photo_file.FILTERS)
+@pytest.mark.parametrize("name", cropping.FILTERS)
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
     """But for the edge, where a filter sees more of the photo."""
     photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
     whole = photo.resize(
-        tuple(reversed(photo_file.resized_size((300, 200), (50, 50)))), photo_file.FILTERS[name]
+        tuple(reversed(cropping.resized_size((300, 200), (50, 50)))), cropping.FILTERS[name]
     )
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
     cuts = [

@@ -18,8 +18,8 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.lora import metadata
 from dreambooth_moslora.method import moslora
+from dreambooth_moslora.photos.cropping import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo_file import CropPlan, CropRule, resized_size
 from dreambooth_moslora.plan.checks import preflight
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base, reporter

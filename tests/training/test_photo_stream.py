@@ -11,9 +11,10 @@ import pytest
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.captions import MadeCaption, keep
+from dreambooth_moslora.photos.cropping import CropRule, bucket_of, crop_rule
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.photo_file import CropRule, Photo, bucket_of, crop_rule, kept_path
+from dreambooth_moslora.photos.photo_file import Photo, kept_path
 from dreambooth_moslora.photos.shown_captions import ORDERS, bare_prompt_line, shuffled_captions
 from dreambooth_moslora.seeds import place_of
 from dreambooth_moslora.settings import table

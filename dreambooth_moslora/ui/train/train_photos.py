@@ -21,17 +21,11 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import MOST_BYTES, one_space
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
+from dreambooth_moslora.photos.cropping import apply_crop
 from dreambooth_moslora.photos.examine import examine, masked, plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
-from dreambooth_moslora.photos.photo_file import (
-    Photo,
-    apply_crop,
-    open_again,
-    open_mask,
-    open_rgb,
-    to_rgb,
-)
+from dreambooth_moslora.photos.photo_file import Photo, open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import MAX_PHOTOS, kept_photos, remove_photos, take_photos

@@ -14,9 +14,10 @@ import pytest
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos.cropping import CropRule, apply_crop
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
-from dreambooth_moslora.photos.photo_file import CropRule, apply_crop, open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.train.train_form import TrainForm, folder_of
 from dreambooth_moslora.ui.train.train_photos import (
