@@ -145,11 +145,7 @@ class TextProjection(nn.Linear):
     host_weight: its numbers
     weight: NaN of the same shape and dtype, on the device, for those who read only these
     text, product: the last text (B,T,in) and this layer's product with it (B,T,out)
-    of_attention: that product beside those of its siblings, (B,T,…)
-    siblings: how many text projections the attention has
     """
-
-    siblings = 1
 
     def __init__(self, dense: nn.Linear, products: "TextProducts"):
         # `nn.Linear` itself would make a weight.
@@ -169,7 +165,6 @@ class TextProjection(nn.Linear):
         self.products = products
         self.text: Tensor | None = None
         self.product: Tensor | None = None
-        self.of_attention: Tensor | None = None
 
     def forward(self, text: Tensor) -> Tensor:
         """(B,T,in) -> (B,T,out), a view of columns. No gradient reaches the text."""
@@ -184,7 +179,7 @@ class TextProducts:
 
     def __init__(self, unet: nn.Module, device: torch.device):
         self.device = device
-        self.attentions: dict[str, list[TextProjection]] = {}
+        self.layers: list[TextProjection] = []
         self._kept: dict[str, Tensor] = {}  # prompt -> products (T, all outputs)
 
         # Find them all before the first is replaced.
@@ -197,11 +192,7 @@ class TextProducts:
             parent, _, name = path.rpartition(".")
             layer = TextProjection(linear, self)
             setattr(unet.get_submodule(parent), name, layer)
-            self.attentions.setdefault(parent, []).append(layer)
-        self.layers = [layer for layers in self.attentions.values() for layer in layers]
-        for layers in self.attentions.values():
-            for layer in layers:
-                layer.siblings = len(layers)
+            self.layers.append(layer)
 
     def keep(self, prompt: str, products: Tensor) -> None:
         """Keep the concatenated `products` (T, all outputs) of the layers with the text of
@@ -229,14 +220,10 @@ class TextProducts:
 
     def _lend(self, text: Tensor, products: Tensor) -> None:
         """Give each layer its columns of `products` (B,T, all outputs)."""
-        attentions = list(self.attentions.values())
-        widths = [[layer.out_features for layer in layers] for layers in attentions]
-        parts = products.split([sum(own) for own in widths], -1)
-        for layers, own, part in zip(attentions, widths, parts, strict=True):
-            for layer, product in zip(layers, part.split(own, -1), strict=True):
-                layer.text = text
-                layer.product = product
-                layer.of_attention = part
+        widths = [layer.out_features for layer in self.layers]
+        for layer, product in zip(self.layers, products.split(widths, -1), strict=True):
+            layer.text = text
+            layer.product = product
 
     @torch.no_grad()
     def _computed(self, text: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Adapted projections with fewer kernels: one autograd node each, or one for all projections of one
-input.
+"""Adapted projections with fewer kernels: one autograd node each.
 
     y = W0·x + U·A·x                U = s·B·M (out,r), or s·B for plain LoRA
     dx = W0ᵀ·g + Aᵀ·(Uᵀ·g)          dA = (Uᵀ·g)·xᵀ          dU = g·(A·x)ᵀ
@@ -11,18 +10,8 @@ the base weight's dtype. The scale is folded into U: `addmm` with a factor other
 the fast CPU kernels.
 
 It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias
-(`slow_reason`). A `TextProjection` gives W0·x, and needs no dx. Calls that need more go to PEFT's
-own forward.
-
-Projections of one input (q, k and v of self-attention, k and v of cross-attention) are one node
-together:
-
-    [q k v] = x·Wᵀ + (x·Aᵀ)·diag(Uqᵀ, Ukᵀ, Uvᵀ)
-    W = [Wq; Wk; Wv] frozen,  A = [Aq; Ak; Av],  U = s·B·M
-
-The block diagonal is never built: it is a batch of k products, on columns of the wide tensors. W is
-one buffer, and the layers' own weights become views of it, so that the base takes no more memory
-and each layer can be called alone.
+(`slow_reason`). A `TextProjection` gives W0·x, and needs no dx, so autograd's own nodes do for its
+branch. Calls that need more go to PEFT's own forward.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
 leaves of autograd, at the addresses of the step before:
@@ -35,7 +24,7 @@ gradient is computed.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
@@ -117,9 +106,21 @@ def dense_weight(weight: Tensor, packed) -> Tensor:
 class ShortWay:
     """PEFT's LoRA layer whose forward uses this node whenever it computes the same function."""
 
-    working: Mapping[str, "tuple[Tensor, Tensor] | tuple[Joint, int]"] = MappingProxyType({})
-    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them; or a Joint and a
-    place in it."""
+    working: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
+    """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them."""
+
+    @property
+    def layers(self) -> tuple["ShortWay"]:
+        """The layers that compute with one pair of copies: this one alone."""
+        return (self,)
+
+    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Compute with these copies from now on."""
+        self.working = {adapter_name: (down, up)}
+
+    def take_back(self) -> None:
+        """Compute with the masters again."""
+        del self.working
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x (…,in) -> y (…,out), as PEFT's forward computes it."""
@@ -130,14 +131,9 @@ class ShortWay:
         if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
 
-        # In a step, with other projections of the same input: one node computes all of them.
-        copies = self.working.get(name)
-        if copies is not None and isinstance(copies[0], Joint):
-            joint, place = copies
-            return joint.output(place, x)
-
         # Outside of a step, such as in a preview: copies are made for this call alone. Autograd
         # sees them, so gradients reach the fp32 masters.
+        copies = self.working.get(name)
         if copies is None:
             if slow_reason(self, name):
                 return super().forward(x)
@@ -146,7 +142,9 @@ class ShortWay:
 
         # A projection of the text, whose frozen product W0·x is there: only the branch is left.
         if isinstance(base, TextProjection):
-            return _JointBeside.apply(x, base(x), down[None], up[None])[0]
+            product = base(x)
+            inner = F.linear(x.to(product.dtype).flatten(0, -2), down)
+            return torch.addmm(product.flatten(0, -2), inner, up).view(product.shape)
 
         # The usual case: one node for W0·x and the branch.
         packed = getattr(base.weight, "quant_state", None)
@@ -258,310 +256,32 @@ def disable_fast_path(model: nn.Module) -> None:
             layer.__class__ = type(layer).__bases__[1]
 
 
-class _JointLinear(torch.autograd.Function):
-    """x (…,in), frozen W (k·out,in), b (k·out,) or None, A (k,r,in), Uᵀ (k,r,out), of one dtype ->
-    k × (…,out)."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
-    ) -> tuple[Tensor, ...]:
-        rows, count = x.reshape(-1, x.shape[-1]), len(up)
-
-        # A·x of all k layers in one product: (n, k·r).
-        inner = rows.mm(down.flatten(0, 1).t())
-
-        # W·x of all, to which each layer's own U·(A·x) is added in its columns.
-        result = add_blocks(F.linear(rows, weight, bias), inner, up)
-        ctx.save_for_backward(x, inner, weight, down, up)
-        return result.view(*x.shape[:-1], -1).chunk(count, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, weight, down, up = ctx.saved_tensors
-        count, needs_x = len(up), ctx.needs_input_grad[0]
-
-        # The k outputs' gradients side by side, (n, k·out), as the layers' outputs lay.
-        grad = torch.cat(grads, -1).view(len(inner), -1)
-
-        # What reads `grad` comes first, as in `_AdaptedLinear`.
-        grad_inner = add_blocks(None, grad, up.mT)
-        grad_up = parts(inner, count).mT.bmm(parts(grad, count))
-
-        grad_x = None
-        if needs_x:
-            grad_x = grad.mm(weight).addmm_(grad_inner, down.flatten(0, 1)).view(x.shape)
-
-        grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])).view(down.shape)
-        return grad_x, None, None, grad_down, grad_up
-
-
-class _JointBeside(torch.autograd.Function):
-    """A text x (…,in), W·x (…,k·out), A (k,r,in), Uᵀ (k,r,out), of one dtype -> k × (…,out). x has
-    no gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, products: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        rows, count = x.reshape(-1, x.shape[-1]), len(up)
-        inner = rows.mm(down.flatten(0, 1).t())
-        ctx.save_for_backward(rows, inner, up)
-        # W·x is kept for the next call, so the sum is a new tensor here.
-        wide = products.reshape(len(rows), -1)
-        result = torch.baddbmm(parts(wide, count), parts(inner, count), up)
-        return result.view(count, *x.shape[:-1], -1).unbind()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, up = ctx.saved_tensors
-        grad = torch.stack(grads).view(len(up), len(rows), -1)
-        grad_down = grad.bmm(up.mT).mT.bmm(rows.expand(len(up), *rows.shape))
-        grad_up = parts(inner, len(up)).mT.bmm(grad)
-        return None, None, grad_down, grad_up
-
-
-def parts(wide: Tensor, count: int) -> Tensor:
-    """(n, count·width) -> a view (count, n, width) of its columns."""
-    return wide.unflatten(-1, (count, -1)).transpose(0, 1)
-
-
-def add_blocks(wide: Tensor | None, x: Tensor, blocks: Tensor) -> Tensor:
-    """`wide` (n,k·w), changed in place, or zero for None, plus x (n,k·v) times the diagonal of
-    `blocks` (k,v,w)."""
-    count = len(blocks)
-
-    # The compiler fuses a plain sum, and cannot trace in-place changes of such a view.
-    if torch.compiler.is_compiling():
-        product = parts(x, count).bmm(blocks).transpose(0, 1).flatten(1)
-        return product if wide is None else wide + product
-
-    # With beta 0 the kernel does not read what is in the new tensor.
-    beta = 0 if wide is None else 1
-    if wide is None:
-        wide = torch.empty(len(x), count * blocks.shape[-1], dtype=x.dtype, device=x.device)
-    parts(wide, count).baddbmm_(parts(x, count), blocks, beta=beta)
-    return wide
-
-
-class Alone:
-    """A layer that computes alone."""
-
-    def __init__(self, *layers: ShortWay):
-        self.layers = layers
-
-    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Compute with these copies from now on: A (r,in) and Uᵀ (r,out), or for k layers (k,r,in)
-        and (k,r,out)."""
-        self.layers[0].working = {adapter_name: (down, up)}
-
-    def take_back(self) -> None:
-        """Compute with the masters again."""
-        for layer in self.layers:
-            del layer.working
-
-
-class Joint(Alone):
-    """Layers with one input: the first called computes all (`outputs(x)`: y (…,out) of each), whose
-    results wait."""
-
-    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        self.down, self.up = down, up
-        # The input of the last call with its gradient mode, and the results not yet asked for.
-        self._input: tuple[Tensor, bool] | None = None
-        self._waiting: list[Tensor | None] = []
-        for place, layer in enumerate(self.layers):
-            layer.working = {adapter_name: (self, place)}
-
-    def take_back(self) -> None:
-        super().take_back()
-        del self.down, self.up, self._input, self._waiting
-
-    def output(self, place: int, x: Tensor) -> Tensor:
-        """y (…,out) of the layer at `place` for x (…,in)."""
-        # A result waits only for the same tensor object: changing it in place in between raises an
-        # error in autograd, which has saved it.
-        with_gradients = torch.is_grad_enabled()
-        known = self._input
-        is_known = known is not None and known[0] is x and known[1] == with_gradients
-
-        # The first of the layers to be called computes for all; so does one called a second time.
-        if not is_known or self._waiting[place] is None:
-            self._waiting = list(self.outputs(x))
-            self._input = (x, with_gradients)
-
-        # Each result is handed out once and not kept. After the last, the input is let go too.
-        result = self._waiting[place]
-        self._waiting[place] = None
-        if all(other is None for other in self._waiting):
-            self._input = None
-        return result
-
-    def are_shared(self) -> bool:
-        """Whether the layers can still be computed together."""
-        return True
-
-
-class JointProducts(Joint):
-    """Text projections of one attention, whose products with the text are there."""
-
-    def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        first = self.layers[0].base_layer
-        first(x)  # its products may be of another text
-        return _JointBeside.apply(x, first.of_attention, self.down, self.up)
-
-
-class JointWeights(Joint):
-    """The frozen weights of k `layers` below one another, W (k·out,in), in one buffer of their own
-    size."""
-
-    def __init__(self, *layers: ShortWay):
-        super().__init__(*layers)
-        self.weight = laid_together([layer.base_layer for layer in layers])
-        biases = [layer.base_layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-
-    def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        x = x.to(self.weight.dtype)
-        return _JointLinear.apply(x, self.weight, self.bias, self.down, self.up)
-
-    def are_shared(self) -> bool:
-        """Whether the layers still use the buffer; not after one was moved, cast or given other
-        weights."""
-        weights = [layer.base_layer.weight for layer in self.layers]
-        places = [(view.data_ptr(), view.dtype) for view in self.weight.chunk(len(weights))]
-        return places == [(weight.data_ptr(), weight.dtype) for weight in weights]
-
-
-def laid_together(linears: Sequence[nn.Linear]) -> Tensor:
-    """One buffer (k·out,in) of frozen weights (out,in), which become views of it, unless they are
-    already."""
-    weights = [linear.weight.detach() for linear in linears]
-    first, step = weights[0], weights[0].nbytes
-
-    # They lie together already if they are of one storage, each where the one before it ends.
-    has_storage = first.device.type != "meta" and all(weight.is_contiguous() for weight in weights)
-    storages = {weight.untyped_storage().data_ptr() for weight in weights}
-    starts = {weight.data_ptr() - number * step for number, weight in enumerate(weights)}
-    if has_storage and len(storages) == 1 and starts == {first.data_ptr()}:
-        return first.as_strided((len(weights) * len(first), first.shape[1]), first.stride())
-
-    # Else copy them into one buffer. The layers keep views of it, and the old weights are freed.
-    whole = torch.cat(weights)
-    for linear, view in zip(linears, whole.chunk(len(weights)), strict=True):
-        linear.weight = nn.Parameter(view, requires_grad=False)
-    return whole
-
-
-def are_matrices(layers: Iterable[nn.Module]) -> bool:
-    """Whether each layer is a plain matrix, not quantised; all with a bias, or none."""
-    kinds = {(type(layer), getattr(layer, "bias", None) is None) for layer in layers}
-    return len(kinds) == 1 and kinds <= {(nn.Linear, True), (nn.Linear, False)}
-
-
-def lay_together(model: nn.Module, adapted: Container[str]) -> None:
-    """Stack the projections that models with shared weights will compute jointly; `adapted` are the
-    paths of those with an adapter."""
-    for path, module in model.named_modules():
-        names = {layer: name for name, layer in module.named_children()}
-        for group in projections_of_one_input(module):
-            layers = [x for x in group if f"{path}.{names[x]}" in adapted]
-            kinds = {(type(x), x.weight.shape, x.weight.dtype) for x in layers}
-            if len(layers) > 1 and len(kinds) == 1 and are_matrices(layers):
-                laid_together(layers)
-
-
-def projections_of_one_input(attention: nn.Module) -> list[list[nn.Module]]:
-    """Groups of to_q, to_k, to_v (k and v in cross-attention) and of a joint attention's text; []
-    elsewhere."""
-    names = ("to_q", "to_k", "to_v")
-    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
-        return []
-
-    # In cross-attention q is of the picture, and k and v are of the text.
-    is_cross = getattr(attention, "is_cross_attention", False)
-    own = ("to_k", "to_v") if is_cross else names
-
-    # A transformer's joint attention has projections of the text beside those of the picture.
-    groups = []
-    for names in (own, ("add_q_proj", "add_k_proj", "add_v_proj")):
-        layers = [getattr(attention, name, None) for name in names]
-        groups.append([layer for layer in layers if isinstance(layer, nn.Module)])
-    return [layers for layers in groups if layers]
-
-
 class WorkingCopies:
     """The copies of every `ShortWay` in the given models, for one step after the other.
 
     models: with adapters, on which `enable_fast_path` was called
     adapter_name: the adapter that is trained
-    joint: whether projections of one input are computed together. None: not on a CPU, where it
-        gains nothing and stacking would copy weights that are mapped from a file, and not on
-        Apple's GPU, where nobody has tried it
     """
 
-    def __init__(
-        self, *models: nn.Module, adapter_name: str = "default", joint: bool | None = None
-    ):
+    def __init__(self, *models: nn.Module, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
-        self.alone = {layer: Alone(layer) for layer in self.layers}
         self.before: StepCopies | None = None
-        self.joints: list[Joint] = []
-        for module in modules:
-            for group in projections_of_one_input(module):
-                found = self._joint_of(group, joint)
-                if found is not None:
-                    self.joints.append(found)
-
-    def _joint_of(self, group: Sequence[nn.Module], joint: bool | None) -> Joint | None:
-        """One node for the projections of `group`; None where they cannot share one."""
-        layers = [layer for layer in group if self._is_fast(layer)]
-
-        # Of grouped queries, keys and values are narrower than q: these two can share one.
-        if not self._are_alike(layers):
-            layers = layers[1:]
-        if len(layers) < 2 or not self._are_alike(layers):
-            return None
-
-        bases = [layer.base_layer for layer in layers]
-        if joint is None:
-            joint = bases[0].weight.device.type not in ("cpu", "mps")
-        if not joint:
-            return None
-
-        # Dense weights are stacked; texts' products are already there for the whole attention.
-        if are_matrices(bases):
-            return JointWeights(*layers)
-        are_of_text = all(isinstance(base, TextProjection) for base in bases)
-        if are_of_text and len(bases) == bases[0].siblings:
-            return JointProducts(*layers)
-        return None
-
-    def _are_alike(self, layers: Sequence[ShortWay]) -> bool:
-        return len({kind_of(layer, self.adapter_name) for layer in layers}) <= 1
-
-    def _is_fast(self, layer: nn.Module) -> bool:
-        return isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None
 
     @contextmanager
     def for_one_step(self) -> Iterator["StepCopies"]:
         """Lend the copies for the block, in which the adapter is constant; `collect` after each
         backward pass."""
-        # What changed since the last step: weights that moved, hooks, an adapter with dropout.
-        self.joints = [joint for joint in self.joints if joint.are_shared()]
-        together = [joint for joint in self.joints if all(map(self._is_fast, joint.layers))]
-        joined = {layer for joint in together for layer in joint.layers}
+        # What changed since the last step, such as hooks or an adapter with dropout, may send a
+        # layer through PEFT.
+        fast = []
+        for layer in self.layers:
+            if isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None:
+                fast.append(layer)
 
-        # All others compute alone, or through PEFT where the node would compute something else.
-        units: list[Alone] = list(together)
-        for layer, unit in self.alone.items():
-            if layer not in joined and self._is_fast(layer):
-                units.append(unit)
-
-        # The same units as before take the copies of the step before, at their addresses.
-        step = StepCopies(units, self.adapter_name)
+        # The same layers as before take the copies of the step before, at their addresses.
+        step = StepCopies(fast, self.adapter_name)
         if self.before is None or self.before.groups != step.groups:
             self.before = step
         with self.before.lent() as step:
@@ -570,10 +290,12 @@ class WorkingCopies:
 
 class StepCopies:
     """The copies of a step, in batches of alike units; those of the next step with these units take
-    their place."""
+    their place. A unit is a `ShortWay`, or several layers that compute together: it has `layers`,
+    and `lend` and `take_back` for their copies, A (r,in) and Uᵀ (r,out), or (k,r,in) and (k,r,out)
+    of k layers."""
 
-    def __init__(self, units: Iterable[Alone], adapter_name: str):
-        self.groups: dict[tuple, list[Alone]] = defaultdict(list)
+    def __init__(self, units: Iterable, adapter_name: str):
+        self.groups: dict[tuple, list] = defaultdict(list)
         for unit in units:
             kind = kind_of(unit.layers[0], adapter_name)
             self.groups[len(unit.layers), kind].append(unit)
@@ -621,7 +343,7 @@ class Batch:
     """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ
     (nk,r,out)."""
 
-    def __init__(self, units: list[Alone], adapter_name: str):
+    def __init__(self, units: list, adapter_name: str):
         self.units, self.adapter_name = units, adapter_name
         self.layers = [layer for unit in units for layer in unit.layers]
         self.count = len(self.layers) // len(units)

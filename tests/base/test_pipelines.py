@@ -317,24 +317,10 @@ def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_re
         facts_of("ChromaPipeline")
 
 
-JOINT_GROUPS = {
-    "sdxl": 22,
-    "sd1": 8,
-    "sd3": 4,
-    "flux": 6,
-    "flux2": 2,
-    "z_image": 4,
-    "qwen_image": 2,
-    "krea2": 4,
-}
-JOINT_GROUPS |= {"lumina2": 6, "sana": 4}
-"""Groups of projections that one node computes."""
-
-
 @each
 def test_the_fused_path_has_the_gradients_of_peft(made):
-    """With working copies, alone and jointly: projections of pictures and of texts, with biases or
-    without. Switched off, it is the base bit for bit."""
+    """With working copies: projections of pictures and of texts, with biases or without. Switched
+    off, it is the base bit for bit."""
     pipe, family = made
     denoiser = getattr(pipe, family.facts.denoiser)
     paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
@@ -349,16 +335,11 @@ def test_the_fused_path_has_the_gradients_of_peft(made):
             weight.add_(0.1 * torch.randn_like(weight))
     slow = gradients_of(family, pipe, weights)
     assert enable_fast_path(denoiser) == len(paths)
-    for joint in (False, True):
-        copies = WorkingCopies(denoiser, joint=joint)
-        with copies.for_one_step() as step:
-            gradients_of(family, pipe, weights)
-            step.collect()
-        fast = [weight.grad for weight in weights]
-        assert (
-            max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
-        )
-    assert len(copies.joints) == JOINT_GROUPS[family.facts.name]
+    with WorkingCopies(denoiser).for_one_step() as step:
+        gradients_of(family, pipe, weights)
+        step.collect()
+    fast = [weight.grad for weight in weights]
+    assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
     with switched_off(list(adapter_layers(denoiser).values())):
         assert torch.equal(predicted(family, pipe), of_base)
 

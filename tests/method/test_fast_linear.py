@@ -1,5 +1,5 @@
-"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, q, k and
-v together, and several adapters on one base in one batch."""
+"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, and
+several adapters on one base in one batch."""
 
 import copy
 from collections.abc import Callable
@@ -239,18 +239,11 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
         assert not step.batches
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same(
-    joint,
-):
+def test_copies_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same():
     """An adapter that moved is never seen as it was: after a step, after one that failed, and in
     the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
-    copies, found, layer = (
-        WorkingCopies(model, joint=joint),
-        [],
-        next(iter(adapter_layers(model).values())),
-    )
+    copies, found, layer = WorkingCopies(model), [], next(iter(adapter_layers(model).values()))
     with pytest.raises(ZeroDivisionError), copies.for_one_step():
         raise ZeroDivisionError
 
@@ -263,11 +256,11 @@ def test_the_copies_of_a_step_lie_where_those_of_the_step_before_lay_while_the_l
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(2)
     assert step() == first and len(set(first)) == len(first)
-    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+    assert_same(found[-1], step_on(WorkingCopies(model), model), 0)
     set_scale(model, 3)
     kept = copies.before
     assert step() != first and copies.before is not kept
-    assert_same(found[-1], step_on(WorkingCopies(model, joint=joint), model), 0)
+    assert_same(found[-1], step_on(WorkingCopies(model), model), 0)
 
 
 def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -303,11 +296,8 @@ def plain_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tens
     return given(model)
 
 
-def step_on_copies(
-    model: nn.Module, losses: list[Callable], joint: bool = False
-) -> dict[str, torch.Tensor]:
-    with WorkingCopies(model, joint=joint).for_one_step() as copies:
-        assert not joint or any(batch.count > 1 for batch in copies.batches)
+def step_on_copies(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
+    with WorkingCopies(model).for_one_step() as copies:
         for loss in losses:
             loss(model).backward()
             copies.collect()
@@ -371,19 +361,11 @@ def pair_loss(pair: nn.Module) -> torch.Tensor:
     return pair(x.to(weight.dtype)).float().square().sum()
 
 
-def joint_step(model: nn.Module, losses: list[Callable]) -> dict[str, torch.Tensor]:
-    return step_on_copies(model, losses, joint=True)
-
-
-STEPS = {"alone": plain_step, "on copies": step_on_copies, "joint": joint_step}
+STEPS = {"alone": plain_step, "on copies": step_on_copies}
 CASES = [
     *(("alone", kind, 1, False) for kind in ("learnt mixer", "no mixer", "frozen mixer", "scale")),
     ("alone", "learnt mixer", 1, True),
     *(("on copies", *case) for case in product(KINDS, (1, 2), (False, True))),
-    ("joint", "learnt mixer", 2, True),
-    ("joint", "no mixer", 2, False),
-    pytest.param("joint", "learnt mixer", 2, False, marks=pytest.mark.slow),
-    pytest.param("joint", "frozen mixer", 2, True, marks=pytest.mark.slow),
 ]
 
 
@@ -406,90 +388,23 @@ def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, reco
 
 
 @pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
-@pytest.mark.parametrize(
-    ("dtype", "tolerances"), [(torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-3, 3e-2))]
-)
-def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerances):
-    """In bf16 all round at the same places, copies jointly too; sums over micro-batches are in
-    fp32."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
+    """In bf16 all round at the same places; sums over micro-batches are in fp32."""
     model = adapted(Pair(), **options)
     for layer in adapter_layers(model).values():
         layer.base_layer.to(dtype)
     losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
     wanted = plain_step(fast_copy(model), losses)
     assert {gradient.dtype for gradient in wanted.values()} == {torch.float32}
-    for step, tolerance in zip((step_on_copies, joint_step), tolerances, strict=True):
-        assert_same(step(fast_copy(model), losses), wanted, tolerance)
+    assert_same(step_on_copies(fast_copy(model), losses), wanted, tolerance)
 
 
-def test_weights_of_one_buffer_take_no_more_memory_and_models_that_share_them_share_it():
-    """It is for devices where kernels count: on a CPU the weights stay where they are, often mapped
-    from the file. Packed numbers of 4 bits cannot be put below one another."""
-    model = fast_copy(adapted(tiny_unet()))
-    before, size = copy.deepcopy(model.state_dict()), storage_bytes(model)
-    copies = WorkingCopies(model, joint=True)
-    assert copies.joints and storage_bytes(model) == size
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    pair = fast_copy(adapted(Pair()))
-    assert not WorkingCopies(pair).joints
-    assert [len(joint.layers) for joint in WorkingCopies(pair.to("meta")).joints] == [3, 2]
-    packed = nn.ModuleDict(
-        {"transformer_blocks": Attention(64, heads=2, dim_head=32)}
-    ).requires_grad_(False)
-    assert quantize(packed, "nf4", torch.float32) == 4 == enable_fast_path(adapted(packed))
-    assert not WorkingCopies(packed, joint=True).joints
-    base = tiny_unet().requires_grad_(False)
-    fast_linear.lay_together(
-        base, [path for path, _ in base.named_modules() if path.endswith(("to_q", "to_v"))]
-    )
-    models = adapted_twins(base, target_modules=["to_q", "to_v"])
-    assert all(WorkingCopies(model, joint=True).joints for model in models)
-    assert storage_bytes(*models) == storage_bytes(base)
-
-
-def storage_bytes(*models: nn.Module) -> int:
-    """Of the bases alone."""
-    frozen = [
-        p.untyped_storage() for model in models for p in model.parameters() if not p.requires_grad
-    ]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in frozen}.values())
-
-
-def test_layers_alone_in_another_order_and_beside_one_that_is_switched_off_are_right_too():
-    """A processor may give each projection another input, call it twice, or not at all."""
-    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
-    x, y = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
-    calls = [("to_v", x), ("to_k", x), ("to_k", x), ("to_q", y), ("to_k", x), ("to_q", y)]
-    answers = lambda: torch.stack([getattr(model, name)(value) for name, value in calls])  # noqa: E731
-    wanted = answers()
-    with WorkingCopies(model, joint=True).for_one_step() as step:
-        with torch.no_grad():
-            assert not model.to_q(x).requires_grad
-        seen = answers()
-        seen.sum().backward()
-        step.collect()
-    assert torch.allclose(seen, wanted, atol=1e-5)
-    found = given(model)
-    assert_same(found, plain_step(model, [lambda _: wanted.sum()]), 1e-5)
-    model = fast_copy(adapted(Attention(12, heads=2, dim_head=6)))
-    x, live = torch.randn(2, 3, 12), [model.to_q, model.to_v]
-    wanted = [layer(x) for layer in live]
-    with WorkingCopies(model, joint=True).for_one_step():
-        model.to_k._disable_adapters = True
-        seen = [layer(x) for layer in (model.to_q, model.to_k, model.to_v)]
-        assert torch.equal(seen.pop(1), model.to_k.base_layer(x))
-    assert all(
-        torch.allclose(one, other, atol=1e-5) for one, other in zip(seen, wanted, strict=True)
-    )
-
-
-def test_weights_that_were_moved_or_cast_since_are_not_computed_from_the_old_ones():
+def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
     model = fast_copy(adapted(Pair()))
-    copies = WorkingCopies(model, joint=True)
+    copies = WorkingCopies(model)
     model.double()
     with copies.for_one_step() as step:
-        assert all(batch.count == 1 for batch in step.batches) and not copies.joints
         pair_loss(model).backward()
         step.collect()
     found = given(model)
@@ -503,7 +418,7 @@ def test_a_compiled_block_is_one_graph():
     model = fast_copy(adapted(Pair()))
     alone = plain_step(copy.deepcopy(model), [pair_loss])
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
-    assert_same(joint_step(model, [pair_loss]), alone, 2e-6)
+    assert_same(step_on_copies(model, [pair_loss]), alone, 2e-6)
 
 
 def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:

@@ -36,11 +36,10 @@ from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import UserError, shortened, spelled_out
 from dreambooth_moslora.extras.cluster import records, stacked_adapters
-from dreambooth_moslora.method.fast_linear import lay_together
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.plan.plan import Plan, make_plan
 from dreambooth_moslora.settings import families, table
-from dreambooth_moslora.training import adapters, frozen_base, loop
+from dreambooth_moslora.training import frozen_base, loop
 from dreambooth_moslora.training.micro_batch import MicroBatch, predicted_together
 from dreambooth_moslora.training.step import StepLosses, TrainStep, numbers_of
 
@@ -199,10 +198,7 @@ class SharedBase:
         # load it for the first run
         if self._pipeline is None:
             pipeline = frozen_base.load_base(config, base, dtype, device)
-            denoiser = denoiser_of(pipeline).to(device)
-            facts = families.facts_of(type(pipeline).__name__)
-            if device.type != "cpu":
-                lay_together(denoiser, adapters.target_paths(config, facts.denoiser, denoiser))
+            denoiser_of(pipeline).to(device)
             self._pipeline = pipeline
 
         # each run has its own denoiser to put an adapter on, which shares the base's tensors
