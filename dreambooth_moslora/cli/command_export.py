@@ -10,7 +10,6 @@ from pathlib import Path
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import (
     BEST_NAME,
-    PEFT_CONFIG,
     PUBLISHED_NAME,
     RAW_NAME,
     RunDir,
@@ -19,10 +18,6 @@ from dreambooth_moslora.disk.run_folder import (
     tokens_name,
 )
 from dreambooth_moslora.errors import UserError, spelled_out
-
-LOKR_SUFFIX = ".lokr.safetensors"
-# Flags that these readers' files do not obey: they have what was trained
-NOT_OBEYED = {"peft": ("dtype", "keep", "name"), "lycoris": ("dtype", "keep")}
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +63,6 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     about = "moslora_weights.safetensors, a checkpoint folder or a run folder"
     parser.add_argument("source", metavar="RAW_OR_CHECKPOINT", help=about)
-    about = (
-        "peft: fold a language model's adapter, the folder that PEFT's save_pretrained wrote, "
-        "into a plain LoRA; "
-        "lycoris: a run with --mixer kronecker as the small LoKr file that ComfyUI reads"
-    )
-    readers = ["diffusers", "peft", "lycoris"]
-    parser.add_argument("--for", dest="readers", choices=readers, default="diffusers", help=about)
     parser.add_argument(
         "--out",
         required=True,
@@ -85,38 +73,24 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", help="title and name of the kohya file; by default that of the output folder"
     )
     parser.add_argument(
-        "--dtype", choices=["fp32", "fp16", "bf16"], help="dtype of the tensors (fp32)"
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="dtype of the tensors (fp32)",
     )
     about = (
         "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 "
         "(1: keep all)"
     )
-    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
+    parser.add_argument("--keep", type=float, metavar="SHARE", default=1.0, help=about)
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write the files for the readers that `--for` names. Raises UserError."""
-    source = user_path(args.source)
-    out = user_path(args.out)
-    for option in NOT_OBEYED.get(args.readers, ()):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option} is not for --for {args.readers}: leave it out")
-
+    """Write the published files. Raises UserError."""
     # The source, before torch is imported
-    if args.readers == "peft":
-        if not source.is_dir():
-            raise UserError(f"there is no folder {source}")
-    elif (source / PEFT_CONFIG).is_file():
-        raise UserError(f"{source} is an adapter of PEFT: add --for peft")
-    else:
-        source = find_raw(source)
+    source = find_raw(user_path(args.source))
+    out = user_path(args.out)
     from dreambooth_moslora.lora import new_tokens, published_file, raw_file
-
-    # A language model's adapter has neither tokens nor a header of ours.
-    if args.readers == "peft":
-        count = published_file.fold_peft(source, out)
-        print(f"{out}: a plain LoRA for PEFT, {count} layers folded (B·M).")
-        return 0
 
     # What lies beside the raw weights
     name = args.name or out.resolve().name or "adapter"
@@ -129,14 +103,6 @@ def run_export(args: argparse.Namespace) -> int:
     tokens = new_tokens.tokens_beside(source, facts.header)
     token_files = [tokens_name(name, number) for number in range(len(tokens))]
 
-    # The small file of a Kronecker mixer
-    if args.readers == "lycoris":
-        layers = published_file.write_lokr(source, out / f"{name}{LOKR_SUFFIX}", name, tokens)
-        print(f"{out / name}{LOKR_SUFFIX}: a LoKr, {layers} layers read back and compared.")
-        for file in token_files:
-            print(f"{out / file}: its new tokens.")
-        return 0
-
     # Models that have the adapter's layers but not the base's weights, which the files do not need
     refuse_to_replace(out, source, facts.step)
     components = {}
@@ -145,14 +111,13 @@ def run_export(args: argparse.Namespace) -> int:
     raw_file.load_raw(source, components)
     before = sum(rank_sum(model) for model in components.values())
 
-    keep = 1.0 if args.keep is None else args.keep
     proof = published_file.publish(
         components,
         out,
         name,
         facts,
-        published_file.DTYPES[args.dtype or "fp32"],
-        keep=keep,
+        published_file.DTYPES[args.dtype],
+        keep=args.keep,
         tokens=tokens,
     )
 
@@ -161,7 +126,7 @@ def run_export(args: argparse.Namespace) -> int:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")
-    if keep != 1.0:
+    if args.keep != 1.0:
         mean = proof.rank_sum / proof.projections
         print(
             f"Rank reduced: {before} to {proof.rank_sum} in sum, "

@@ -89,8 +89,7 @@ def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Ten
     if kind not in OF_LYCORIS:
         raise UserError(
             f"{file_name} is of PEFT's type {kind!r:.40}, "
-            "and only LORA, LOHA and LOKR are read here: "
-            "export DIR --for peft makes a LORA of MOSLORA, and no other"
+            "and only LORA, LOHA and LOKR are read here"
         )
 
     # The alpha and the rank of each module: the usual ones, and those of the patterns.

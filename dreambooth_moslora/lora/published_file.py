@@ -13,11 +13,6 @@ file is correct without metadata, in any version of diffusers and in kohya's for
     live adapter --save_raw--> moslora_weights.safetensors --load_raw--> the same, bit for bit
 
 A file is published only after a stock loader has read it back and computed the same (`proof`).
-
-`fold_peft` folds a language model's adapter, which PEFT has saved, without a base:
-
-    lora_A.weight (r, in)                            ->  lora_A.weight, unchanged
-    lora_B.up (out, r) and lora_B.mixer (r, r)       ->  lora_B.weight = B·M (out, r)
 """
 
 import json
@@ -27,25 +22,22 @@ from pathlib import Path
 
 import torch
 
-from dreambooth_moslora.disk.atomic import atomic_write, scratch_directory
-from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.atomic import scratch_directory
 from dreambooth_moslora.disk.run_folder import (
     KOHYA_SUFFIX,
-    PEFT_CONFIG,
     PUBLISHED_NAME,
     check_name,
     tokens_name,
 )
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import describe, key_names, lycoris, new_tokens, raw_file
+from dreambooth_moslora.lora import describe, key_names, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, metadata_in, most_common
 from dreambooth_moslora.lora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
-from dreambooth_moslora.method import mixer, moslora
-from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors, untied
+from dreambooth_moslora.method import moslora
+from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.families import DENOISERS
-from dreambooth_moslora.settings.table import KRONECKER
 
 
 def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
@@ -358,172 +350,3 @@ def load_published(path: str | Path) -> tuple[Tensors, AdapterMetadata | None]:
     tensors, header = raw_file.read_tensors(file)
     raw_file.check_finite(tensors, path.name)
     return tensors, metadata_in(header)
-
-
-WEIGHTS = "adapter_model.safetensors"
-"""PEFT's file of weights, beside its settings."""
-OWN_SETTINGS = ("mixer", "train_mixer", "mixer_seed", "mixer_factor")
-"""Settings that PEFT's LoraConfig does not have."""
-DOWN = ".lora_A.weight"
-UP = ".lora_B.up"
-MIXER = ".lora_B.mixer"
-"""A module's A, B and M in that file."""
-TIED = ".lora_A.tied"
-"""A₂ of a LoKr."""
-WEIGHT = ".lora_B.weight"
-"""B of a plain LoRA."""
-
-
-def fold_peft(source: Path, out: Path) -> int:
-    """Write the adapter of the folder `source` into `out`, folded. Returns how many layers were
-    folded. Raises UserError for another folder, and for broken weights."""
-    # The settings say what it is: PEFT reads other types by itself.
-    if not (source / PEFT_CONFIG).is_file():
-        raise UserError(
-            f"{source} holds no {PEFT_CONFIG}: give the folder that PEFT's save_pretrained wrote"
-        )
-    settings = read_json(source / PEFT_CONFIG)
-    if settings.get("peft_type") != moslora.SAVED_TYPE:
-        raise UserError(
-            f"{source} is of the type {settings.get('peft_type')!r:.40}, which PEFT loads as it is"
-        )
-    if out.resolve() == source.resolve():
-        raise UserError(f"--out {out} is the adapter itself; give another folder")
-
-    # Layers without a mixer stay as they are.
-    tensors, header = raw_file.read_tensors(source / WEIGHTS)
-    raw_file.check_finite(tensors, WEIGHTS)
-    modules = [key.removesuffix(UP) for key in tensors if key.endswith(UP)]
-    plain = {key: tensor for key, tensor in tensors.items() if not key.endswith((UP, MIXER, TIED))}
-    for module in modules:
-        plain[module + DOWN], plain[module + WEIGHT] = folded_layer(module, tensors)
-    # The settings of a plain LoRA, in any PEFT.
-    settings = {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
-    settings["peft_type"] = "LORA"
-    raw_file.write_file(out / WEIGHTS, plain, header)
-    atomic_write(out / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
-    return len(modules)
-
-
-def folded_layer(module: str, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B·M (out, r), or (r, in, h, w) and (out, r, 1, 1). Raises UserError for a
-    broken module."""
-    is_tied = module + TIED in tensors
-    down = tensors.get(module + (TIED if is_tied else DOWN))
-    mixed, up = tensors.get(module + MIXER), tensors[module + UP]
-    dtype = up.dtype
-    if not are_whole(down, mixed, up, is_tied=is_tied):
-        raise UserError(f"{WEIGHTS} is broken: {module:.100} is not whole")
-
-    # Multiply in fp64, so that the product is rounded once.
-    down, mixed, up = down.double(), mixed.double(), up.double()
-    if is_tied:
-        down, mixed, up = untied(down=down, mixer=mixed, up=up)
-    product = (up @ mixed).to(dtype)
-
-    # For a convolution, `up` is a kernel of 1 x 1.
-    product = product.view(*product.shape, *(1,) * (down.ndim - 2))
-    return down.to(dtype), product.contiguous()
-
-
-def are_whole(
-    down: torch.Tensor | None, mixed: torch.Tensor | None, up: torch.Tensor, *, is_tied: bool
-) -> bool:
-    """Whether A, M and B are all there and fit one another; with `is_tied` A₂, W₁ and B₂."""
-    if down is None or mixed is None:
-        return False
-    if not up.ndim == mixed.ndim == 2 or up.shape[1] != len(down):
-        return False
-    if is_tied:
-        return down.ndim == 2
-    return mixed.shape == (len(down), len(down))
-
-
-LOKR_BOUND = 1e-5
-"""Largest relative difference of a layer's ΔW in the file from the trained one: fp32's rounding."""
-
-
-def write_lokr(
-    source: Path, file: Path, title: str = "", tokens: Sequence[new_tokens.NewTokens] = ()
-) -> int:
-    """Write and prove a raw file's LoKr in LyCORIS' names, for ComfyUI. diffusers reads those of
-    Z-Image and FLUX.2.
-
-    source: the raw file
-    file: what is written
-    title: how the names of the tokens' files begin
-    tokens: new tokens, which are written beside it
-
-    Returns how many layers were written. Raises UserError for another adapter, and for a file that
-    holds another change of the weights than the trained one.
-    """
-    tensors, facts = raw_file.read_raw(source)
-    if facts.mixer != KRONECKER:
-        raise UserError(
-            f"{source.name} is no LoKr: `--mixer kronecker` trains one; "
-            "export it without --for lycoris"
-        )
-
-    # Each module under its name for other programs: kohya's for a UNet and its encoders.
-    components = raw_file.by_module(tensors)
-    names, content = {}, {}
-    for component, modules in components.items():
-        is_kohya = component in key_names.KOHYA_PREFIXES
-        for path, parts in modules.items():
-            module = f"{component}.{path}"
-            public = key_names.published_path(component, path)
-            name = f"{component}.{public}"
-            if is_kohya:
-                name = key_names.kohya_name(component, public, components)
-            names[module] = name
-
-            own = lokr_of(parts, facts, module, has_alpha=is_kohya)
-            for part, tensor in own.items():
-                content[f"{name}.{part}"] = tensor.contiguous()
-
-    facts_here = replace(facts, tokens=new_tokens.notes_of(tokens, title))
-    raw_file.write_file(file, content, facts_here.header)
-    for number, of_one in enumerate(tokens):
-        new_tokens.write_tokens(file.with_name(tokens_name(title, number)), of_one)
-
-    # Prove: what the file's tensors multiply to is what was trained.
-    written, _ = raw_file.read_tensors(file)
-    for module, name in names.items():
-        component, path = module.split(".", 1)
-        wanted = raw_file.matrices_from(components[component][path], facts, module).fold().delta
-        own = {}
-        for key, value in written.items():
-            if key.startswith(f"{name}."):
-                own[key.removeprefix(f"{name}.")] = value
-        up, down = lycoris.lora_of(own, tuple(wanted.shape))
-        if not (up @ down - wanted).norm() <= LOKR_BOUND * wanted.norm():
-            raise UserError(
-                f"{file.name}: {module} differs from the trained adapter; "
-                "the file is not to be used"
-            )
-    return len(names)
-
-
-def lokr_of(parts: Tensors, facts: AdapterMetadata, module: str, *, has_alpha: bool) -> Tensors:
-    """One module's tensors in LyCORIS' names.
-
-    parts: W₁, A₂ and B₂, as a raw file has them
-    facts: the raw file's metadata
-    module: `component.path`
-    has_alpha: whether the scale is in an alpha. diffusers reads a transformer's where it has none;
-        the scale is in W₁ then
-    """
-    rank, alpha = facts.ranks.get(module, facts.rank), facts.alphas.get(module, facts.alpha)
-    scale = mixer.nominal_scale(alpha, rank, facts.use_rslora)
-    own = {
-        "lokr_w1": parts["mixer"],
-        "lokr_w2_a": parts["lora_B"],
-        "lokr_w2_b": parts["lora_A"],
-    }
-    if has_alpha:
-        own["alpha"] = torch.tensor(scale * len(parts["lora_A"]))
-    else:
-        own["lokr_w1"] = scale * own["lokr_w1"]
-    if "magnitude" in parts:
-        own["dora_scale"] = parts["magnitude"][:, None]
-    return own

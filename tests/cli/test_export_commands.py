@@ -97,17 +97,15 @@ def test_an_export_that_cannot_be_is_one_line(
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("readers", ["diffusers", "lycoris"])
-def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(readers, tmp_path, capsys):
-    """The LoKr's header named a file that was not there; without theirs, the others' did not tell
-    of them."""
-    components = live(target_modules=["attn1.to_q"], mixer="kronecker", mixer_factor=4)
+def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(tmp_path, capsys):
+    """Without theirs, the files did not tell of them."""
+    components = live(target_modules=["attn1.to_q"])
     tokens = NewTokens(
         "sks", {"text_encoder": torch.ones(2, 4), "text_encoder_2": torch.ones(2, 8)}
     )
     facts = adapter_metadata(components, base_id="some/base", tokens=notes_of([tokens]))
     save_raw(components, tmp_path / RAW_NAME, facts)
-    export = ["export", tmp_path / RAW_NAME, "--out", out := tmp_path / "dog", "--for", readers]
+    export = ["export", tmp_path / RAW_NAME, "--out", out := tmp_path / "dog"]
     assert call(*export) == 2
     missing = (
         f"error: {RAW_NAME} has new tokens in moslora_emb.safetensors: put that file beside it\n"
@@ -122,20 +120,6 @@ def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(readers, tmp
     for file in set(out.iterdir()) - {out / "dog_emb.safetensors"}:
         (found,) = tokens_beside(file, header_of(file))
         assert found.content == tokens.content
-
-
-@pytest.mark.parametrize(
-    ("readers", "words"),
-    [("peft", ["--dtype", "fp32"]), ("peft", ["--name", "dog"]), ("lycoris", ["--keep", "0.9"])],
-)
-def test_what_an_export_for_others_does_not_obey_is_refused(
-    readers, words, checkpoint, tmp_path, capsys
-):
-    assert call("export", checkpoint, "--out", tmp_path / "new", "--for", readers, *words) == 2
-    assert (
-        capsys.readouterr().err == f"error: {words[0]} is not for --for {readers}: leave it out\n"
-    )
-    assert not (tmp_path / "new").exists()
 
 
 def test_info_of_our_three_files(checkpoint, capsys):

@@ -142,7 +142,6 @@ ABSENT = {
     "evaluate dog.safetensors --photos x": "x: no such folder",
     "evaluate dog.safetensors --base x": "the base x does not exist",
     "export x --out y": "there is no file or folder x",
-    "export x --for peft --out y": "there is no folder x",
     "explain x": "x holds no run",
     "check x": "x: no such folder",
     "check x dog": "x: there is no such folder",

@@ -20,20 +20,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.cli.command_train import parse_train_config
-from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import published_file
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.lora.lora_file import read_adapter
 from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.lora.raw_file import RAW_KEY, read_raw, save_raw, write_file
-from dreambooth_moslora.method import mixer
 from dreambooth_moslora.method.mixer import STARTS, MixerLinear, initial_mixer
 from dreambooth_moslora.method.moslora import (
-    ATTENTION_PROJECTIONS,
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
@@ -48,8 +42,7 @@ from dreambooth_moslora.settings.table import MIXERS, layer_parameters
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.train.screen import train_widgets
 from dreambooth_moslora.ui.train.train_form import TrainForm
-from tests.helpers.live_adapters import PROJECTIONS, facts_of, live, shake
-from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.live_adapters import facts_of, live, shake
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_moslora import Net, config
 
@@ -284,83 +277,6 @@ def test_a_run_publishes_a_plain_lora_and_counts_its_numbers(tiny_base, tmp_path
     stored = sum(tensor.numel() for tensor in tensors.values())
     assert metadata.mixer_factor == 4 and layer_parameters(run, 8, 64) == 2 * 16 + 16
     assert counted(run, size_of_base(Base.of(run), run.target_modules)) == stored
-
-
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_it_is_written_as_a_lokr_too_which_is_read_as_what_was_trained(
-    options, tiny_base, tmp_path, capsys
-):
-    pipeline = load_pipeline(tiny_base)
-    components = {
-        name: getattr(pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")
-    }
-    for name, model in components.items():
-        targets = ATTENTION_PROJECTIONS if name == "unet" else PROJECTIONS
-        inject(model, lokr(target_modules=list(targets), lora_alpha=11, mixer_factor=4, **options))
-        shake(model)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    folder = tmp_path / "out"
-    assert (
-        main(
-            [
-                "export",
-                str(tmp_path / RAW_NAME),
-                "--out",
-                str(folder),
-                "--for",
-                "lycoris",
-                "--name",
-                "dog",
-            ]
-        )
-        == 0
-    )
-    layers = sum(len(adapter_layers(model)) for model in components.values())
-    assert f"{layers} layers read back" in capsys.readouterr().out
-    file = folder / "dog.lokr.safetensors"
-    parts = read_adapter(file, load_pipeline(tiny_base)).parts
-    for component, model in components.items():
-        (read, scales), wanted = parts[component], fold(model)
-        assert read.keys() == wanted.keys()
-        for path, layer in wanted.items():
-            assert torch.allclose(
-                scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5
-            )
-            assert (read[path].magnitude is None) == ("use_dora" not in options)
-    learnt = sum(p.numel() for model in components.values() for _, p in adapter_parameters(model))
-    assert sum(tensor.numel() for tensor in load_file(file).values()) == learnt + layers, (
-        "and an alpha for each layer"
-    )
-
-
-def test_a_lokr_of_flux_and_its_text_encoder_is_read_as_what_was_trained(tmp_path):
-    """Of its two encoders only CLIP is trained, whose names are then those of a base with one."""
-    pipeline = tiny_pipeline("flux", tmp_path / "files")
-    components = {name: getattr(pipeline, name) for name in ("transformer", "text_encoder")}
-    for model, targets in zip(components.values(), (["to_q"], PROJECTIONS)):
-        inject(model, lokr(target_modules=list(targets), mixer_factor=4))
-        shake(model)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    published_file.write_lokr(tmp_path / RAW_NAME, file := tmp_path / "dog.lokr.safetensors")
-    parts = read_adapter(file, tiny_pipeline("flux", tmp_path / "others")).parts
-    for component, model in components.items():
-        (read, scales), wanted = parts[component], fold(model)
-        assert read.keys() == wanted.keys()
-        for path, layer in wanted.items():
-            assert torch.allclose(
-                scales.of(path, layer.rank) * read[path].delta, layer.delta, atol=1e-5
-            )
-
-
-def test_a_lokr_file_that_would_mean_something_else_is_refused(tmp_path, monkeypatch):
-    components = live(mixer="kronecker", r=8, mixer_factor=4)
-    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
-    monkeypatch.setattr(mixer, "nominal_scale", lambda *_: 1.01 * 11 / 8)
-    with pytest.raises(UserError, match="differs from the trained adapter"):
-        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
-    save_raw(plain := live(), tmp_path / RAW_NAME, facts_of(plain))
-    with pytest.raises(UserError, match="is no LoKr"):
-        published_file.write_lokr(tmp_path / RAW_NAME, tmp_path / "dog.lokr.safetensors")
 
 
 def with_facts(file, **facts) -> None:

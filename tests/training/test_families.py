@@ -30,7 +30,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.pipelines import family_of
 from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
@@ -38,10 +38,7 @@ from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
-from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.lora.lora_file import read_adapter
-from dreambooth_moslora.method.moslora import MoSLoraConfig, fold, inject
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import families, rows
@@ -59,7 +56,6 @@ from dreambooth_moslora.training.objective import (
 )
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
-from tests.helpers.live_adapters import facts_of, shake
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import MAKERS, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -652,31 +648,6 @@ def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_a
         keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
     assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{ONE_LAYER[name]}"}
     assert header["transformer.target_modules"] == [ONE_LAYER[name]]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["z_image", "flux2"])
-def test_diffusers_reads_the_lokr_of_the_transformers_that_it_reads_one_of(name, tmp_path):
-    """With the trained change of each layer; so does `generate`."""
-    pipe, fresh = (tiny_pipeline(name, tmp_path / "files") for _ in range(2))
-    options = {"r": 8, "lora_alpha": 11, "target_modules": ["to_q", "to_v"]}
-    transformer = inject(
-        pipe.transformer, MoSLoraConfig(**options, mixer="kronecker", mixer_factor=4)
-    )
-    shake(transformer)
-    raw_file.save_raw(
-        {"transformer": transformer}, tmp_path / RAW_NAME, facts_of({"transformer": transformer})
-    )
-    out = ["--out", str(tmp_path / "out"), "--name", "dog"]
-    assert main(["export", str(tmp_path / RAW_NAME), "--for", "lycoris", *out]) == 0
-    (file,) = (tmp_path / "out").glob("*.safetensors")
-    found, scales = read_adapter(file, fresh).parts["transformer"]
-    fresh.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="dog")
-    for path, layer in fold(transformer).items():
-        theirs = fresh.transformer.get_submodule(path).get_delta_weight("dog")
-        torch.testing.assert_close(theirs, layer.delta, atol=1e-5, rtol=1e-4)
-        ours = scales.of(path, found[path].rank) * found[path].delta
-        torch.testing.assert_close(ours, layer.delta, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow
