@@ -11,8 +11,7 @@ files' names and digests. OneTrainer keeps them in the adapter's own file.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
@@ -34,8 +33,6 @@ from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_nam
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-    from dreambooth_moslora.lora.proof import FileProof
 
 logger = logging.getLogger(__name__)
 
@@ -282,88 +279,3 @@ def tokens_beside(adapter: Path, header: Mapping[str, str]) -> tuple[NewTokens, 
         else:
             found.append(read_tokens(path))
     return tuple(found)
-
-
-@torch.no_grad()
-def prove_tokens(
-    paths: Sequence[Path], attached: AttachedTokens, prompts: Sequence[str]
-) -> "tuple[FileProof, ...]":
-    """Load each file by diffusers' own loader, and compare its rows and its encoded prompt with the
-    attached ones.
-
-    paths: the files
-    attached: their tokens, in the same order, in use by a pipeline
-    prompts: one for each, with its word
-    """
-    from dreambooth_moslora.base.load import encode_text
-    from dreambooth_moslora.lora import proof
-
-    # The prompts as training encodes them, and as a user of the files would.
-    live = encode_text(attached.pipeline, list(prompts))
-    with stock_loaded(paths, attached) as pipeline:
-        stock = encode_text(pipeline, attached.spelled(list(prompts)))
-    proofs = []
-    for number, (path, tokens) in enumerate(zip(paths, attached.several, strict=True)):
-        # The rows, read back.
-        found = read_tokens(path).rows
-        rows = {}
-        for part, own in tokens.rows.items():
-            own = own.detach().float().cpu()
-            rows[KEYS[part]] = proof.relative_difference(found[part], own)
-        worst = max(rows, key=rows.__getitem__)
-
-        # The prompt's encoding, by each name that it has.
-        outputs = []
-        for name, here in live[number].items():
-            there = stock[number][name].float().cpu()
-            outputs.append(proof.relative_difference(there, here.float().cpu()))
-
-        proofs.append(
-            proof.FileProof(
-                file=path.name,
-                weights=rows[worst],
-                outputs=max(outputs),
-                worst=worst,
-                loader="diffusers' load_textual_inversion",
-            )
-        )
-    return tuple(proofs)
-
-
-@contextmanager
-def stock_loaded(
-    paths: Sequence[Path], attached: AttachedTokens
-) -> Iterator["StableDiffusionXLPipeline"]:
-    """The pipeline with the files as diffusers loads them; afterwards the tokens are attached
-    again."""
-    from dreambooth_moslora.lora import proof
-
-    pipeline = attached.pipeline
-    files = [raw_file.read_tensors(path)[0] for path in paths]
-    sizes = {part: getattr(pipeline, part).config.vocab_size for part in KEYS}
-    attached.detach()
-    try:
-        with proof.collected_warnings():
-            # As the model card says, but into copies of the tokenizer and of the table: diffusers
-            # makes both longer in place.
-            for part, key in KEYS.items():
-                encoder = getattr(pipeline, part)
-                tokenizer = deepcopy(getattr(pipeline, TOKENIZERS[part]))
-                setattr(pipeline, TOKENIZERS[part], tokenizer)
-                table = encoder.get_input_embeddings().weight
-                copied = nn.Embedding.from_pretrained(table.detach().cpu().clone())
-                encoder.set_input_embeddings(copied)
-
-                several = [tensors[key] for tensors in files]
-                for rows, names in zip(several, token_names(map(len, several)), strict=True):
-                    pipeline.load_textual_inversion(
-                        rows, token=names, text_encoder=encoder, tokenizer=tokenizer
-                    )
-                encoder.get_input_embeddings().to(table.device)
-        yield pipeline
-    finally:
-        # diffusers' loader also wrote the longer tables' sizes into the configurations.
-        attached.detach()
-        for part, size in sizes.items():
-            getattr(pipeline, part).config.vocab_size = size
-        attached.attach()

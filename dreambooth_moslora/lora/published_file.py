@@ -34,7 +34,14 @@ from dreambooth_moslora.lora import describe, key_names, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, metadata_in, most_common
-from dreambooth_moslora.lora.proof import BOUNDS, FileProof, Proof, check_reduction, prove_file
+from dreambooth_moslora.lora.proof import (
+    BOUNDS,
+    FileProof,
+    Proof,
+    check_reduction,
+    prove_file,
+    relative_difference,
+)
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.families import DENOISERS
@@ -73,7 +80,6 @@ def publish(
     keep: float = 1.0,
     adapter_name: str = "default",
     tokens: Sequence[new_tokens.NewTokens] = (),
-    prove: Callable[[Sequence[Path]], tuple[FileProof, ...]] | None = None,
 ) -> Proof:
     """Write both published files, or neither: each is verified first.
 
@@ -85,7 +91,6 @@ def publish(
     keep: below 1, each projection's rank is reduced to keep that fraction of ‖ΔW‖²
     adapter_name: which one, if the models have several
     tokens: new tokens, which are written beside the adapter
-    prove: verifies the files of these
 
     Raises UserError for a difference beyond the dtype's bound, NaN, and a merged adapter.
     """
@@ -119,12 +124,11 @@ def publish(
         )
         proofs = [prove_file(path, components, adapter_name, expected) for path in written]
 
-        # The same for new tokens.
+        # New tokens: diffusers' loader is given the rows of their file.
         paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
         for path, of_one in zip(paths, tokens):
             new_tokens.write_tokens(path, of_one)
-        if prove and paths:
-            proofs += prove(paths)
+            proofs.append(prove_tokens(path, of_one))
 
         # NaN is no difference that is small enough, hence `not … <=`.
         for proof in proofs:
@@ -139,6 +143,23 @@ def publish(
         for path in (*paths, *written):
             path.replace(out_dir / path.name)
     return report(tuple(proofs), dtype, folded, kept)
+
+
+def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
+    """Read the file back, and compare its rows with the learnt ones."""
+    found = new_tokens.read_tokens(path).rows
+    differences = {}
+    for part, rows in tokens.rows.items():
+        learnt = rows.detach().float().cpu()
+        differences[new_tokens.KEYS[part]] = relative_difference(found[part], learnt)
+    worst = max(differences, key=differences.__getitem__)
+    return FileProof(
+        file=path.name,
+        weights=differences[worst],
+        outputs=0.0,
+        worst=worst,
+        loader="safetensors",
+    )
 
 
 def check_publishable(components: Components, dtype: torch.dtype, adapter_name: str) -> None:

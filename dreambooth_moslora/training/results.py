@@ -27,7 +27,7 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
-from dreambooth_moslora.lora.proof import FileProof, Proof
+from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos.photo_file import (
     Photo,
     UnreadableImageError,
@@ -332,19 +332,7 @@ class Publisher:
         components = self.train_step.components
         name = self.run_dir.name
         facts = self.facts_now
-        if self.learnt is None:
-            return published_file.publish(components, folder, name, facts)
-
-        # New tokens are proved by what the encoders make of the instance prompts.
-        attached = self.learnt.attached
-        bare = [subject.instance_prompt for subject in self.config.each_subject]
-
-        def prove(paths: Sequence[Path]) -> tuple[FileProof, ...]:
-            return new_tokens.prove_tokens(paths, attached, bare)
-
-        return published_file.publish(
-            components, folder, name, facts, tokens=self.tokens, prove=prove
-        )
+        return published_file.publish(components, folder, name, facts, tokens=self.tokens)
 
 
 def facts_of(

@@ -15,7 +15,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.lora.metadata import AdapterMetadata, notes_in
-from dreambooth_moslora.lora.new_tokens import AttachedTokens, NewTokens, prove_tokens, read_tokens
+from dreambooth_moslora.lora.new_tokens import AttachedTokens, NewTokens, read_tokens
 from dreambooth_moslora.lora.raw_file import read_tensors
 from dreambooth_moslora.settings.prompts import learnt_words, spelled, spellings_of
 from dreambooth_moslora.settings.table import TrainConfig
@@ -141,7 +141,6 @@ def by_the_card(run, base):
 def test_the_files_are_proved_and_a_stock_diffusers_encodes_the_same_with_them(
     either, base, tmp_path, capsys
 ):
-    """The proof leaves the encoders' tables as they are."""
     folder, pipeline = RunDir(either.output_dir), load_pipeline(base)
     paths, (stock, card), (exported,) = (
         folder.tokens_paths,
@@ -155,24 +154,17 @@ def test_the_files_are_proved_and_a_stock_diffusers_encodes_the_same_with_them(
     tokens, names = [read_tokens(path) for path in paths], [path.name for path in paths]
     assert names == [f"{folder.path.name}_emb.safetensors", "pets_2_emb.safetensors"][: len(paths)]
     assert exported["files"][-len(paths) :] == names
-    assert all(proof["outputs"] == 0.0 for proof in exported["proof"]["file_proofs"][-len(paths) :])
+    assert all(proof["weights"] == 0.0 for proof in exported["proof"]["file_proofs"][-len(paths) :])
     told = [
         (note["word"], note["count"], note["file"])
         for note in (notes[0] if len(paths) > 1 else notes[:1])
     ]
     assert told == [(one.word, one.count, name) for one, name in zip(tokens, names, strict=True)]
     assert notes[0] == notes[1]
-    plain, parts = encode_text(pipeline, [PROMPT]), (pipeline.text_encoder, pipeline.text_encoder_2)
-    before = [part.get_input_embeddings().weight.clone() for part in parts]
-    attached, prompts = (
-        AttachedTokens(pipeline, tokens),
-        [PROMPT, CAT["instance_prompt"], BOTH][: 2 * len(paths) - 1],
-    )
-    assert all(proof.largest == 0.0 for proof in prove_tokens(paths, attached, prompts))
-    assert all(
-        torch.equal(part.get_input_embeddings().weight, kept) for part, kept in zip(parts, before)
-    )
-    assert len(pipeline.tokenizer) == len(before[0]) + sum(one.count for one in tokens)
+    plain, before = encode_text(pipeline, [PROMPT]), len(pipeline.tokenizer)
+    AttachedTokens(pipeline, tokens)
+    prompts = [PROMPT, CAT["instance_prompt"], BOTH][: 2 * len(paths) - 1]
+    assert len(pipeline.tokenizer) == before + sum(one.count for one in tokens)
     spelt = spellings_of({one.word: one.count for one in tokens})
     assert spelled(PROMPT, spelt) == "a photo of <s0><s1> dog" and not equal(
         encode_text(pipeline, [PROMPT]), plain
