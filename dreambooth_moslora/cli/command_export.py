@@ -78,11 +78,6 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="dtype of the tensors (fp32)",
     )
-    about = (
-        "lower the rank of each projection to keep this share of ‖B·M·A‖², such as 0.99 "
-        "(1: keep all)"
-    )
-    parser.add_argument("--keep", type=float, metavar="SHARE", default=1.0, help=about)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -109,7 +104,6 @@ def run_export(args: argparse.Namespace) -> int:
     for part, structure in facts.structures.items():
         components[part] = raw_file.empty_model(structure)
     raw_file.load_raw(source, components)
-    before = sum(rank_sum(model) for model in components.values())
 
     proof = published_file.publish(
         components,
@@ -117,7 +111,6 @@ def run_export(args: argparse.Namespace) -> int:
         name,
         facts,
         published_file.DTYPES[args.dtype],
-        keep=args.keep,
         tokens=tokens,
     )
 
@@ -126,13 +119,6 @@ def run_export(args: argparse.Namespace) -> int:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")
-    if args.keep != 1.0:
-        mean = proof.rank_sum / proof.projections
-        print(
-            f"Rank reduced: {before} to {proof.rank_sum} in sum, "
-            f"{mean:.1f} a projection on average; "
-            f"{100 * proof.kept:.2f} % of ‖B·M·A‖² is kept."
-        )
     for note in proof.notes:
         print(f"Note: {note}.")
     return 0
@@ -158,13 +144,6 @@ def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
             f"--out {out}: it is a run's folder, and another adapter would replace its own "
             f"{PUBLISHED_NAME}; give another folder, such as {run_dir.path}_export."
         )
-
-
-def rank_sum(model: object) -> int:
-    """The ranks of all its adapted layers, added up."""
-    from dreambooth_moslora.method.moslora import adapter_layers
-
-    return sum(layer.r["default"] for layer in adapter_layers(model).values())
 
 
 def find_raw(path: Path) -> Path:

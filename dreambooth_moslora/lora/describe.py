@@ -23,7 +23,6 @@ from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_fi
 from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Module
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
 from dreambooth_moslora.method.mixer import (
-    Folded,
     LowRank,
     MixedLowRank,
     initial_mixer,
@@ -95,30 +94,6 @@ def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
         medians |= {"mixer_drift_median": median(drifts), "mixer_drift_max": max(drifts)}
         medians["mixer_condition_median"] = median(conditions)
     return medians
-
-
-@torch.no_grad()
-def reduce_layers(components: Folded, keep: float) -> tuple[Folded, float]:
-    """Each projection in the lowest rank that keeps `keep` of its ‖ΔW‖², and the fraction kept.
-    Raises UserError."""
-    if not 0 < keep <= 1:
-        raise UserError(
-            f"keep={keep} is not a share; choose a number above 0 and up to 1, such as 0.99"
-        )
-    reduced, before, after = {component: {} for component in components}, 0.0, 0.0
-    for component, layers in components.items():
-        for path, layer in layers.items():
-            left, sizes, right = product_svd(layer.up.flatten(1), layer.down.flatten(1))
-            energy = sizes.square().cumsum(0)
-            rank = int((energy >= keep * energy[-1]).nonzero()[0]) + 1
-            up, down = leading_part(left, sizes, right, rank)
-            down, up = (
-                down.view(rank, *layer.down.shape[1:]),
-                up.view(-1, rank, *layer.up.shape[2:]),
-            )
-            reduced[component][path] = LowRank(down.float(), up.float(), magnitude=layer.magnitude)
-            before, after = before + float(energy[-1]), after + float(energy[rank - 1])
-    return reduced, after / before if before else 1.0
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,6 @@ class Proof:
     bound: float
     projections: int
     file_proofs: tuple[FileProof, ...]  # of the files that `publish` wrote
-    rank_sum: int = 0
-    kept: float = 1.0  # of ‖ΔW‖² after rank reduction
     notes: tuple[str, ...] = ()
 
     @property
@@ -119,15 +117,12 @@ def full_fp32() -> Iterator[None]:
 
 @torch.no_grad()
 @full_fp32()
-def prove_file(
-    path: Path, components: Components, adapter_name: str, expected: Tensors | None = None
-) -> FileProof:
-    """Reload `path` and compare it with the live ΔW, or with `expected` (`component.path` -> ΔW).
-    Raises UserError."""
+def prove_file(path: Path, components: Components, adapter_name: str) -> FileProof:
+    """Reload `path` and compare it with the live adapter. Raises UserError."""
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
-        return prove_kohya_dora(path, tensors, live, adapter_name, expected)
+        return prove_kohya_dora(path, tensors, live, adapter_name)
     stock = stock_layers(path, components)
     if missing := sorted(set(live) ^ set(stock)):
         raise UserError(
@@ -137,7 +132,7 @@ def prove_file(
     differences = {}
     for name, layer in live.items():
         with alone(layer, adapter_name), alone(stock[name], STOCK):
-            wanted = delta(layer, adapter_name) if expected is None else expected[name]
+            wanted = delta(layer, adapter_name)
             differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
             if adapter_name in layer.lora_magnitude_vector:
                 pair = (
@@ -146,34 +141,11 @@ def prove_file(
                 )
                 sizes = (module.weight.float().cpu() for module in pair)
                 differences[name] = max(differences[name], relative_difference(*sizes))
-    outputs = 0.0
-    if expected is None:
-        names = list(live)
-        spread = names[:: max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))][: SAMPLED_LAYERS - 1]
-        outputs = max(
-            output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1])
-        )
+    names = list(live)
+    spread = names[:: max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))][: SAMPLED_LAYERS - 1]
+    outputs = max(output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1]))
     worst = max(differences, key=differences.__getitem__)
     return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
-
-
-@torch.no_grad()
-@full_fp32()
-def check_reduction(
-    components: Components, adapter_name: str, expected: Tensors, keep: float
-) -> None:
-    """Raises UserError for a projection whose reduced ΔW lost more than (1 − keep) of the live
-    ‖ΔW‖²."""
-    bound = (1 - keep) ** 0.5 + BOUNDS[torch.float32]
-    for name, layer in raw_file.all_layers(components, adapter_name).items():
-        with alone(layer, adapter_name):
-            lost = relative_difference(expected[name], delta(layer, adapter_name))
-        if not lost <= bound:
-            raise UserError(
-                f"nothing was published: reduced in rank, {name} differs from the live adapter "
-                f"by {lost:.2e} "
-                f"(relative), and keep={keep:g} allows {bound:.2e}"
-            )
 
 
 def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
@@ -305,11 +277,7 @@ def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
 
 
 def prove_kohya_dora(
-    path: Path,
-    tensors: Tensors,
-    live: dict[str, LoraLayer],
-    adapter_name: str,
-    expected: Tensors | None,
+    path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str
 ) -> FileProof:
     """Compare ΔW and DoRA's magnitudes as the file defines them."""
     differences, components = {}, {name.partition(".")[0] for name in live}
@@ -322,7 +290,7 @@ def prove_kohya_dora(
             tensors[key_names.spell(KOHYA_KEYS, named, part)].double()
             for part in ("up", "down", "alpha", "dora_scale")
         )
-        wanted = expected[name] if expected is not None else delta(layer, adapter_name)
+        wanted = delta(layer, adapter_name)
         size = layer.lora_magnitude_vector[adapter_name].weight.cpu()[:, None]
         differences[name] = max(
             relative_difference(float(alpha) / len(down) * up @ down, wanted.double()),

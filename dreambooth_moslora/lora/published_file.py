@@ -3,7 +3,7 @@
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank. Such a
 file is correct without metadata, in any version of diffusers and in kohya's form.
 
-    live adapter --fold--> LowRank --reduce_layers--> --publish-->
+    live adapter --fold--> LowRank --publish-->
 
         pytorch_lora_weights.safetensors    for diffusers
         <name>.kohya.safetensors            for others
@@ -30,7 +30,7 @@ from dreambooth_moslora.disk.run_folder import (
     tokens_name,
 )
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import describe, key_names, new_tokens, raw_file
+from dreambooth_moslora.lora import key_names, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, metadata_in, most_common
@@ -38,7 +38,6 @@ from dreambooth_moslora.lora.proof import (
     BOUNDS,
     FileProof,
     Proof,
-    check_reduction,
     prove_file,
     relative_difference,
 )
@@ -62,13 +61,6 @@ def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The name of a setting -> the dtype of a published file."""
 
-RANKS_NOTE = (
-    "the ranks differ after the reduction, and old versions of diffusers (0.29 is known) "
-    "give such projections one scale in pytorch_lora_weights.safetensors: "
-    "load the kohya file there, which is right in both"
-)
-"""What is said of a UNet's files with several ranks."""
-
 
 def publish(
     components: Components,
@@ -77,7 +69,6 @@ def publish(
     metadata: AdapterMetadata,
     dtype: torch.dtype = torch.float32,
     *,
-    keep: float = 1.0,
     adapter_name: str = "default",
     tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> Proof:
@@ -88,7 +79,6 @@ def publish(
     name: how the names of the files begin
     metadata: for their headers
     dtype: of the files
-    keep: below 1, each projection's rank is reduced to keep that fraction of ‖ΔW‖²
     adapter_name: which one, if the models have several
     tokens: new tokens, which are written beside the adapter
 
@@ -104,11 +94,6 @@ def publish(
         for path, layer in moslora.fold(model, adapter_name).items():
             folded[component][key_names.published_path(component, path)] = layer
 
-    # A reduced adapter is compared with what was left of it, which was compared with the live one.
-    kept = expected = None
-    if keep != 1.0:
-        folded, kept, expected = reduced(folded, components, adapter_name, keep)
-
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     metadata = replace(metadata, tokens=new_tokens.notes_of(tokens, name))
@@ -120,9 +105,8 @@ def publish(
             name=name,
             metadata=metadata,
             dtype=dtype,
-            pad=keep == 1.0,
         )
-        proofs = [prove_file(path, components, adapter_name, expected) for path in written]
+        proofs = [prove_file(path, components, adapter_name) for path in written]
 
         # New tokens: diffusers' loader is given the rows of their file.
         paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
@@ -142,7 +126,7 @@ def publish(
         # All are right: now they get their places.
         for path in (*paths, *written):
             path.replace(out_dir / path.name)
-    return report(tuple(proofs), dtype, folded, kept)
+    return report(tuple(proofs), dtype, folded)
 
 
 def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
@@ -173,43 +157,12 @@ def check_publishable(components: Components, dtype: torch.dtype, adapter_name: 
             raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
-def reduced(
-    folded: Folded, components: Components, adapter_name: str, keep: float
-) -> tuple[Folded, float, Tensors]:
-    """The adapter in lower ranks.
-
-    folded: the whole adapter
-    components, adapter_name: the live one, for comparison
-    keep: the fraction of each projection's ‖ΔW‖² that is kept
-
-    Returns the layers, the fraction of Σ‖ΔW‖² that is left, and `component.path` -> the ΔW (out,
-    in) or (out, in, h, w) that the files must hold. Raises UserError for NaN, and when more is lost
-    than `keep` allows.
-    """
-    # The decomposition would fail at NaN without naming the layer.
-    for component, layers in folded.items():
-        for path, layer in layers.items():
-            matrices = {f"{component}.{path}.0": layer.down, f"{component}.{path}.1": layer.up}
-            raw_file.check_finite(matrices, "the adapter")
-    folded, kept = describe.reduce_layers(folded, keep)
-
-    expected = {}
-    for name in raw_file.all_layers(components, adapter_name):
-        component, _, path = name.partition(".")
-        layer = folded[component][key_names.published_path(component, path)]
-        expected[name] = layer.delta
-    check_reduction(components, adapter_name, expected, keep)
-    return folded, kept, expected
-
-
 def write_published(
     folded: Folded,
     folder: Path,
     name: str,
     metadata: AdapterMetadata,
     dtype: torch.dtype,
-    *,
-    pad: bool,
 ) -> list[Path]:
     """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs.
 
@@ -218,7 +171,6 @@ def write_published(
     name: of the adapter, for kohya's file
     metadata: of the adapter; ranks and alphas become those of the folded one
     dtype: of the files
-    pad: whether all projections in diffusers' file have one rank
 
     Returns the paths of the files. Raises UserError for NaN and infinity.
     """
@@ -238,7 +190,7 @@ def write_published(
 
     # diffusers' file. A transformer's loader needs PEFT's settings in the header too.
     header = {"format": "pt"} | replace(metadata, structures={}).header
-    filled = padded(folded) if pad else folded
+    filled = padded(folded)
     head = dict(header)
     if "unet" not in folded:
         head[PEFT_SETTINGS] = json.dumps(peft_settings(filled), indent=2, sort_keys=True)
@@ -265,19 +217,18 @@ def each_layer(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
 
 
 def peft_settings(folded: Folded) -> dict[str, object]:
-    """`component.name` -> a setting of PEFT's LoraConfig. Alpha is the rank, as the scale is in
-    `up`. Paths are without `text_model.`, as new versions of transformers have them."""
+    """`component.name` -> a setting of PEFT's LoraConfig, of layers of one rank. Alpha is the rank,
+    as the scale is in `up`. Paths are without `text_model.`, as new versions of transformers have
+    them."""
     settings: dict[str, object] = {}
     for component, layers in folded.items():
-        ranks = {path.removeprefix("text_model."): layer.rank for path, layer in layers.items()}
-        rank = most_common(ranks.values())
-        others = {path: own for path, own in ranks.items() if own != rank}
+        rank = next(iter(layers.values())).rank
         of_component = {
             "r": rank,
             "lora_alpha": rank,
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "target_modules": sorted(ranks),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": sorted(path.removeprefix("text_model.") for path in layers),
             "use_dora": any(layer.magnitude is not None for layer in layers.values()),
             "use_rslora": False,
             "lora_bias": False,
@@ -331,16 +282,9 @@ def balanced(layer: LowRank) -> LowRank:
     return LowRank(down=layer.down / factor, up=layer.up * factor, magnitude=layer.magnitude)
 
 
-def report(
-    proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded, kept: float | None
-) -> Proof:
-    """The proof of all files, with notes for other programs.
-
-    proofs: of each file
-    dtype: of the files
-    folded: what they hold
-    kept: the fraction of Σ‖ΔW‖² that is left after a reduction; None without one
-    """
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
+    """The proof of all files of that dtype, which hold the `folded` adapter, with notes for other
+    programs."""
     layers = []
     for of_component in folded.values():
         layers += of_component.values()
@@ -348,8 +292,6 @@ def report(
     notes = []
     if any(layer.magnitude is not None for layer in layers):
         notes.append(dora_note(has_kohya_file="unet" in folded))
-    if kept is not None and len({layer.rank for layer in layers}) > 1:
-        notes.append(RANKS_NOTE)
 
     names = {one: name for name, one in DTYPES.items()}
     return Proof(
@@ -357,8 +299,6 @@ def report(
         bound=BOUNDS[dtype],
         projections=len(layers),
         file_proofs=proofs,
-        rank_sum=sum(layer.rank for layer in layers),
-        kept=1.0 if kept is None else kept,
         notes=tuple(notes),
     )
 

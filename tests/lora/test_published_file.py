@@ -15,10 +15,18 @@ from safetensors.torch import load_file, save, save_file
 from benchmarks.sdxl_structure import count
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import key_names, lora_file, metadata, proof, published_file, raw_file
-from dreambooth_moslora.lora.describe import describe, reduce_layers
+from dreambooth_moslora.lora import (
+    key_names,
+    lora_file,
+    lora_settings,
+    metadata,
+    proof,
+    published_file,
+    raw_file,
+)
+from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.key_names import kohya_name
-from dreambooth_moslora.lora.published_file import load_published, publish
+from dreambooth_moslora.lora.published_file import publish
 from dreambooth_moslora.lora.raw_file import (
     empty_model,
     load_raw,
@@ -104,8 +112,7 @@ def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, o
 
 
 def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
-    """The same whether pictures or channels come first in memory. A lower rank keeps the share that
-    was asked for."""
+    """The same whether pictures or channels come first in memory."""
     components = live(target_modules=CONVOLUTIONS)
     published(components, tmp_path)
     path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
@@ -122,11 +129,7 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     ] == pytest.approx(0.1 * 11 / 4)
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
     assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
-    smaller = published(components, tmp_path, keep=0.9)
-    assert 0.9 <= smaller.kept < 1 and smaller.rank_sum < 4 * smaller.projections
-    assert smaller.max_relative_difference < 1e-6
-    described = describe(tmp_path / PUBLISHED_NAME)
-    assert len(described["ranks"]) > 1 and described["effective_rank_median"] > 1
+    assert describe(tmp_path / PUBLISHED_NAME)["effective_rank_median"] > 1
 
 
 def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
@@ -192,9 +195,8 @@ FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora"
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
-@pytest.mark.parametrize("keep", [1.0, 0.8])
 def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(
-    options, keep, tmp_path
+    options, tmp_path
 ):
     """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is
     neither."""
@@ -206,14 +208,11 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
         config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
         components[name] = inject(getattr(pipeline, name), config)
         shake(components[name])
-    published(components, tmp_path, keep=keep)
+    published(components, tmp_path)
     tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
     settings = json.loads(header.pop("lora_adapter_metadata"))
     assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
-    assert (
-        bool(settings["transformer.rank_pattern"]) == (keep < 1)
-        and "text_encoder.target_modules" in settings
-    )
+    assert "text_encoder.target_modules" in settings
     (tmp_path / "bare").mkdir()
     save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
     with_settings = proof.stock_layers(tmp_path / PUBLISHED_NAME, components)
@@ -226,14 +225,10 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     )
 
 
-def test_a_layer_with_a_hyphen_in_its_name_may_have_a_rank_of_its_own(tmp_path):
+def test_a_layer_with_a_hyphen_in_its_name_may_have_an_alpha_of_its_own():
     """Z-Image's last: our own file was called broken."""
-    pipeline, last = tiny_pipeline("z_image", tmp_path), "all_final_layer.2-1.linear"
-    config = MoSLoraConfig(r=4, target_modules=["to_q", last], rank_pattern={last: 2})
-    shake(inject(pipeline.transformer, config))
-    published({"transformer": pipeline.transformer}, tmp_path, keep=0.999999)
-    found, scales = lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline).parts["transformer"]
-    assert found[last].rank == scales.alphas[last] == 2
+    last = "all_final_layer.2-1.linear"
+    assert lora_settings.matches("transformer", [last, "to_q"], {last: 2}, "x") == {last: 2}
 
 
 DIFFERS = r"differs from the live adapter by \d"
@@ -267,31 +262,27 @@ KOHYA_ALPHA, SWAPPED = (
 SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
 
 
-MISTAKES = [(mistake, {}, 1.0, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
+MISTAKES = [(mistake, {}, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
 # it is not square
-MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, 1.0, "the stock loader refuses it")]
-MISTAKES += [(SKIPPED, {}, 1.0, "adapts other modules")]
-MISTAKES += [
-    (mistake, {}, 0.99, DIFFERS + ".*keep=0.99 allows 1.00e-01") for mistake in (NO_MIXER, NO_ALPHA)
-]
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, "the stock loader refuses it")]
+MISTAKES += [(SKIPPED, {}, "adapts other modules")]
 
 
-@pytest.mark.parametrize(("mistake", "options", "keep", "said"), MISTAKES)
+@pytest.mark.parametrize(("mistake", "options", "said"), MISTAKES)
 def test_a_mistake_in_the_export_is_caught_by_the_proof(
-    mistake, options, keep, said, monkeypatch, tmp_path
+    mistake, options, said, monkeypatch, tmp_path
 ):
     owner, name, wrong = mistake
     components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *arguments: wrong(real, *arguments))
     with pytest.raises(UserError, match=said):
-        published(components, tmp_path, keep=keep)
+        published(components, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
-    """NaN is named before a rank reduction stumbles over it. Nor is PEFT's own DoRA on a
-    convolution."""
+    """Nor is PEFT's own DoRA on a convolution."""
     components, unet = live(target_modules=["attn1.to_q"]), tiny_unet()
     layer = next(iter(adapter_layers(components["unet"]).values()))
     unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], use_dora=True), "default")
@@ -301,7 +292,6 @@ def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
         for saving in (
             partial(save_raw, components, folder / RAW_NAME, facts),
             partial(publish, components, folder, "dog", facts),
-            partial(publish, components, folder, "dog", facts, keep=0.9),
         ):
             with pytest.raises(UserError, match=said):
                 saving()
@@ -318,50 +308,6 @@ def test_nan_merged_adapters_and_names_of_no_file_are_not_saved(tmp_path):
         layer.lora_A["default"].weight.data[0, 0] = value
         refused("NaN or infinite", components)
     assert not folder.exists() or not list(folder.iterdir())
-
-
-def test_keep_publishes_smaller_files_that_are_proved_too_and_the_reduction_is_the_best_there_is(
-    tmp_path,
-):
-    components = live()
-    whole, smaller = (
-        published(components, tmp_path / "whole"),
-        published(components, tmp_path / "small", keep=0.8),
-    )
-    assert (
-        smaller.rank_sum < whole.rank_sum
-        and 0.8 <= smaller.kept < 1
-        and smaller.max_relative_difference < 1e-6
-    )
-    assert any("0.29" in note for note in smaller.notes)
-    ranks = {
-        t.shape[0]
-        for k, t in load_file(tmp_path / "small" / PUBLISHED_NAME).items()
-        if ".lora_A." in k
-    }
-    again = load_published(tmp_path / "small")[1]
-    assert (
-        len(ranks) > 1 and again.rank in ranks and set(again.ranks.values()) | {again.rank} == ranks
-    )
-    with pytest.raises(UserError, match=r"keep=1.5"):
-        published(components, tmp_path / "no", keep=1.5)
-    fresh = {"unet": inject(tiny_unet(), MoSLoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))}
-    assert published(fresh, tmp_path / "fresh").max_relative_difference == 0, (
-        "it has not learnt yet"
-    )
-    up, down = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        for shape in ((20, 8), (8, 30))
-    )
-    sizes = torch.linalg.svdvals(up @ down)
-    for rank in (1, 3, 8):
-        share = float(sizes[:rank].square().sum() / sizes.square().sum())
-        layer = reduce_layers({"unet": {"to_q": LowRank(down, up)}}, share - 1e-6)[0]["unet"][
-            "to_q"
-        ]
-        assert len(layer.down) == rank
-        error = (layer.up @ layer.down - up @ down).norm()
-        assert error == pytest.approx(float(sizes[rank:].square().sum().sqrt()), rel=1e-3, abs=1e-4)
 
 
 COARSEST = dict.fromkeys((torch.backends.cuda.matmul, torch.backends.cudnn.conv), "tf32")
@@ -384,21 +330,13 @@ def coarse():
         setting.fp32_precision = precision
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.9])
-def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(
-    keep, coarse, monkeypatch, tmp_path
-):
-    """Also after a refusal."""
+def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(coarse, monkeypatch, tmp_path):
     found, compare, components = [], proof.relative_difference, live()
     monkeypatch.setattr(
         proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two)
     )
-    published(components, tmp_path, keep=keep)
+    published(components, tmp_path)
     assert found and all(each == ["ieee"] * 4 for each in found)
-    assert precisions() == list(COARSEST.values())
-    reduced = {name: torch.zeros(1) for name in raw_file.all_layers(components, "default")}
-    with pytest.raises(UserError, match="reduced in rank"):
-        proof.check_reduction(components, "default", reduced, keep=0.9)
     assert precisions() == list(COARSEST.values())
 
 
