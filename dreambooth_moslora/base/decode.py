@@ -1,4 +1,4 @@
-"""Latents to pictures, and whether a VAE survives half precision: SDXL's own overflows in fp16.
+"""Latents to pictures, also by a VAE that overflows in half precision, as SDXL's own does in fp16.
 
 Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
@@ -11,17 +11,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.precision import LIKE_FP32
 
 logger = logging.getLogger(__name__)
@@ -132,76 +128,3 @@ def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
     """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """How a VAE does in one dtype."""
-
-    dtype: str
-    finite: bool  # no NaN and no infinity
-    error: float  # mean |difference| from the fp32 picture, of 255 levels
-
-
-def load_vae_alone(base: Base | str | Path) -> AutoencoderKL:
-    """The VAE of a base, or of the base of that name, in fp32. Raises UserError for no base, and
-    OSError and ValueError for one without a VAE that can be read."""
-    base = Base.find(base)
-    if base.file:
-        # The configuration is that beside the file; without one diffusers takes the hub's.
-        local = {}
-        if base.configs is not None:
-            local = {"config": str(base.configs), "subfolder": "vae"}
-        return AutoencoderKL.from_single_file(str(base.file), **local).eval()
-    return AutoencoderKL.from_pretrained(base.place, subfolder="vae").eval()
-
-
-@torch.no_grad()
-def probe_vae(
-    vae: AutoencoderKL,
-    dtypes: list[torch.dtype],
-    photos: list[Image.Image],
-    size_px: int,
-    device: torch.device,
-) -> list[Probe]:
-    """Encode and decode in each dtype, and compare with fp32.
-
-    vae: it is in fp32 afterwards
-    dtypes: one `Probe` for each
-    photos: made square; without any, a chessboard, whose hard edges overflow
-    size_px: side of the pictures
-    device: where the VAE computes
-    """
-    # A chessboard of 16 x 16 fields, in place of photos.
-    rows, columns = np.indices((size_px, size_px)) // max(1, size_px // 16)
-    squares = Image.fromarray(((rows + columns) % 2 * 255).astype(np.uint8)).convert("RGB")
-    images = [image.resize((size_px, size_px)) for image in photos] or [squares]
-
-    # Pixels (B, 3, H, W) in [-1, 1].
-    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
-
-    exact = round_trip(vae, pixels, torch.float32, device)
-    probes = []
-    for dtype in dtypes:
-        ours = round_trip(vae, pixels, dtype, device)
-        finite = bool(ours.isfinite().all())
-        error = float("nan")
-        if finite:
-            error = float((ours - exact).clamp(-2, 2).abs().mean() * 127.5)
-        name = str(dtype).removeprefix("torch.")
-        probes.append(Probe(dtype=name, finite=finite, error=error))
-    vae.to(torch.float32)
-    return probes
-
-
-def round_trip(
-    vae: AutoencoderKL, pixels: torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Pixels (B, 3, H, W), encoded and decoded one picture after the other: fp32, on the CPU."""
-    vae.to(device, dtype)
-    found = []
-    for picture in pixels:
-        latents = vae.encode(picture[None].to(device, dtype)).latent_dist.mode()
-        found.append(vae.decode(latents).sample)
-    return torch.cat(found).float().cpu()

@@ -7,35 +7,21 @@ import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from dreambooth_moslora.cli.terminal import hush
-from dreambooth_moslora.disk.paths import clone_folder, find_asset
-from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.folder import (
-    find_photos,
-    require_folder_of_photos,
-    summary_of_skipped,
-)
-from dreambooth_moslora.photos.photo_file import Photo, open_rgb
+from dreambooth_moslora.disk.paths import clone_folder
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
 # What SDXL with a few checkpoints takes
 NEEDED_DISK_GIB = 10
-# Sides of the test pictures of the VAE: the least, and the usual one
-LEAST_PX = 16
-USUAL_PX = 256
-# On a CPU without bf16: half precision takes ten times as long as fp32 there, at 256 px a minute
-EMULATED_PX = 64
 OPTIONAL = (
     "bitsandbytes",
     "prodigyopt",
@@ -61,40 +47,16 @@ class Findings:
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `doctor`."""
-    parser.add_argument(
-        "--base", default="toy", help='test the VAE of this base (default: toy); "none" skips it'
-    )
-    parser.add_argument("--photos", metavar="DIR", help="test the VAE on these photos")
-    usual = f"{USUAL_PX}; {EMULATED_PX} on a CPU that emulates half precision"
-    about = f"side of the test pictures, px (default: {usual})"
-    parser.add_argument("--size", type=int, metavar="N", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Look for problems and print what was found. Exit code 2 when something will fail."""
-    photos = () if args.photos is None else photos_of(Path(find_asset(args.photos)))
-    if args.size is not None and args.size < LEAST_PX:
-        least = f"must be at least {LEAST_PX}, as a VAE halves the sides three times"
-        raise UserError(f"--size {args.size}: {least}.")
-
-    # With a library missing the VAE cannot be loaded, and its error would hide the cause.
     found = Findings()
     examine_versions(found)
     examine_machine(found)
-    if args.base != "none" and not found.problems:
-        examine_vae(found, args.base, photos, args.size)
     print(json.dumps(asdict(found), indent=1) if args.json else as_text(found))
     return 2 if found.problems else 0
-
-
-def photos_of(folder: Path) -> Sequence[Photo]:
-    """The usable photos of the folder. Raises UserError when it has none."""
-    require_folder_of_photos(folder)
-    report = find_photos(folder, "", 64)
-    if not report.photos:
-        raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    return report.photos
 
 
 def as_text(found: Findings) -> str:
@@ -214,43 +176,3 @@ def examine_machine(found: Findings) -> None:
 
     lacks = what_compile_lacks()
     found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"
-
-
-def examine_vae(found: Findings, base: str, photos: Sequence[Photo], size_px: int | None) -> None:
-    """Whether the base's VAE overflows in half precision.
-
-    found: gets the results
-    base: a name
-    photos: what it encodes and decodes; without photos pictures that are made up
-    size_px: side of the pictures; None lets the device decide
-    """
-    import torch
-
-    from dreambooth_moslora.base import decode
-    from dreambooth_moslora.base.machine import best_device, has_fast_bf16
-
-    hush()
-    try:
-        vae = decode.load_vae_alone(base)
-    except (UserError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        found.warnings.append(f"the VAE of {base} was not tried: {reason}")
-        return
-
-    device = best_device()
-    if size_px is None:
-        is_emulated = device.type == "cpu" and not has_fast_bf16()
-        size_px = EMULATED_PX if is_emulated else USUAL_PX
-
-    # A few photos are enough.
-    pictures = [open_rgb(photo) for photo in photos[:8]]
-    dtypes = [torch.bfloat16, torch.float16]
-    for probe in decode.probe_vae(vae, dtypes, pictures, size_px, device):
-        if probe.finite:
-            found.facts[f"VAE in {probe.dtype}"] = f"off by {probe.error:.2f} of 255 levels"
-        else:
-            found.facts[f"VAE in {probe.dtype}"] = "NaN"
-            found.warnings.append(
-                f"the VAE of {base} overflows in {probe.dtype}: training keeps it in fp32 by "
-                "itself; other programs need an fp16-safe VAE (madebyollin/sdxl-vae-fp16-fix)"
-            )

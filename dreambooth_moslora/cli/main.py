@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "doctor": (
         "cli.command_doctor",
-        "look for problems: versions, device, disk, a VAE that overflows",
+        "look for problems: versions, device, disk",
     ),
     "selftest": (
         "extras.lab.command_selftest",

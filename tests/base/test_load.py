@@ -21,7 +21,6 @@ from torch import nn
 
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.decode import load_vae_alone
 from dreambooth_moslora.base.files import variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
@@ -206,7 +205,7 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
 @pytest.fixture
 def vae(tiny_base):
     """Eight pixels a latent, as SDXL's; notes the shape of each decoded tensor."""
-    vae = decode.load_vae_alone(tiny_base)
+    vae = load.load_pipeline(tiny_base).vae
     vae.shapes = []
     vae.decoder.register_forward_pre_hook(
         lambda _, inputs: vae.shapes.append((len(inputs[0]), *inputs[0].shape[2:]))
@@ -441,13 +440,12 @@ def checkpoint(tiny_base, tmp_path_factory):
 
 
 def test_it_is_the_same_model_as_the_folder(checkpoint, tiny_base):
-    """Its VAE is read alone too."""
     ours, truth = load.load_pipeline(checkpoint), load.load_pipeline(tiny_base)
     pairs = [
         (getattr(ours, part), getattr(truth, part))
         for part in ("unet", "vae", "text_encoder", "text_encoder_2")
     ]
-    for one, other in (*pairs, (load_vae_alone(checkpoint), load_vae_alone(tiny_base))):
+    for one, other in pairs:
         found, wanted = one.state_dict(), other.state_dict()
         assert found.keys() == wanted.keys() and all(
             torch.equal(found[name], wanted[name]) for name in wanted

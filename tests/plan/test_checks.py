@@ -228,7 +228,7 @@ def test_other_precisions_newer_gpus_and_the_cpu_are_not_refused_and_doctor_says
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     for major, says in ((7, "no: use --mixed_precision fp16"), (8, "yes")):
         gpu(major)
-        main(["doctor", "--base", "none"])
+        main(["doctor"])
         (line,) = [
             line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["bf16"]
         ]
