@@ -208,7 +208,7 @@ class SubjectPipeline:
     def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
         """Read the file and put its weights into the model. Raises UserError."""
         weights = lora_file.read_adapter(file, self.pipeline)
-        lora_file.check_fits(weights, self.pipeline, self.base_name)
+        lora_file.check_fits(weights, self.pipeline)
         tokens = new_tokens.tokens_beside(file, weights.header)
         tokens += new_tokens.tokens_inside(file, self.family.facts.has_new_tokens)
 

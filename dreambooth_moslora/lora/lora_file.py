@@ -22,7 +22,6 @@ from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError, one_line
@@ -94,8 +93,6 @@ def by_layer(found: Tensors | tuple[Tensors, object], file_name: str) -> Parts:
     return {(module.component, module.path): parts for module, parts in modules.items()}
 
 
-# PEFT tries one pattern per value on every module; no trainer writes this many ranks or alphas
-MOST_VALUES = 200
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leave the base unchanged
 
 
@@ -121,8 +118,6 @@ def scales(
             }
         )
     check_alphas(result.alphas, file_name)
-    if max(len({p.rank for p in found.values()}), len(set(result.alphas.values()))) > MOST_VALUES:
-        raise UserError(f"{file_name} has more than {MOST_VALUES} different ranks or alphas")
     return result
 
 
@@ -138,10 +133,6 @@ def _from_settings(component: str, found: Layers, settings: dict, file_name: str
     ):
         raise broken(file_name, "its use_dora does not go with its tensors")
     return scales_of_settings(component, found, settings, file_name)
-
-
-# by cross-attention width
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -266,20 +257,16 @@ def _read_published(
         ) from error
 
 
-def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline, base_name: str) -> None:
-    """Raises UserError, which describes both bases, unless each pair fits a layer of the base."""
+def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
+    """Raises UserError unless each pair fits a layer of the base."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
         layers = {} if model is None else moslora.matrix_layers(model)
         for path, projection in found.items():
             size, name = moslora.weight_size(layers.get(path)), f"{component}.{path}"
-            if (projection.up.shape[0], projection.down.shape[1]) != size[:2]:
-                wanted, here = _unets(weights, pipeline)
-                raise UserError(
-                    f"{weights.file_name} was made for another base: "
-                    f"it is for {wanted}, and {base_name} is {here} "
-                    f"(first misfit: {name!r:.100}, rank {projection.rank})"
-                )
+            wanted = projection.up.shape[0], projection.down.shape[1]
+            if wanted != size[:2]:
+                raise raw_file.of_another_base(weights.file_name, name, wanted, size[:2])
             if wrong := _misshapen(projection, *size):
                 raise broken(weights.file_name, f"{name} has {wrong}")
 
@@ -298,37 +285,6 @@ def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> 
         if tensor is not None and tuple(tensor.shape) != shape:
             return f"{name} {tuple(tensor.shape)} where {shape} belongs"
     return ""
-
-
-def _unets(weights: AdapterWeights, pipeline: DiffusionPipeline) -> list[str]:
-    """The UNet that the file is for, and the pipeline's, in words."""
-    facts = facts_of(type(pipeline).__name__)
-    if facts.denoiser != "unet" or "transformer" in weights.parts:
-        adapted = weights.parts.get("transformer") or weights.parts.get("unet") or ({}, None)
-        widths = sorted({projection.down.shape[1] for projection in adapted[0].values()})
-        kind = "transformer" if "transformer" in weights.parts else "UNet"
-        return [f"a {kind} with layers of widths {widths[:6]}", f"{facts.title}, {facts.model}"]
-    found = weights.parts["unet"][0] if "unet" in weights.parts else {}
-    needed = max(
-        (p.down.shape[1] for path, p in found.items() if path.endswith("attn2.to_k")), default=0
-    )
-    outputs = {p.up.shape[0] for path, p in found.items() if ".attn1." in path or ".attn2." in path}
-    layers = moslora.matrix_layers(pipeline.unet)
-    own = {
-        moslora.weight_size(module)[0]
-        for name, module in layers.items()
-        if name.endswith("attn1.to_q")
-    }
-    texts = []
-    for cross, widths in (
-        (needed, outputs),
-        (architecture(pipeline.unet)["cross_attention_dim"], own),
-    ):
-        family = f"{FAMILIES[cross]}, " if cross in FAMILIES else ""
-        seen = f"cross-attention width {cross}" if cross else "no cross-attention"
-        listed = ", ".join(map(str, sorted(widths))) or "unknown"
-        texts.append(f"a UNet with {family}{seen}, attention widths {listed}")
-    return texts
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
@@ -420,14 +376,12 @@ def shortened(names: tuple[str, ...]) -> str:
     return f"{len(names)} layers ({names[0]}{', …' * (len(names) > 1)}) are"
 
 
-def read_start(
-    path: str | Path, pipeline: DiffusionPipeline, base_name: str, use_dora: bool
-) -> AdapterWeights:
+def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
     """The file's content. Raises UserError for another base's, and for what no adapter of the run
     can hold."""
     try:
         weights = read_adapter(path, pipeline)
-        check_fits(weights, pipeline, base_name)
+        check_fits(weights, pipeline)
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from error
     name = f"--init_adapter {weights.file_name}"

@@ -474,7 +474,6 @@ def check_fits(
     """
     from dreambooth_moslora.method import moslora
 
-    made_for = f" ({metadata.base_id})" if metadata.base_id else ""
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
         # A LoKr's matrices are smaller by its factor.
@@ -482,12 +481,26 @@ def check_fits(
         size = tuple(side * metadata.factor for side in own)
         here = moslora.weight_size(known.get(module_path))
         if size != here:
-            wanted = "×".join(map(str, size))
-            there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
-            raise UserError(
-                f"{name} was made for another base{made_for}: "
-                f"it needs {component}.{module_path} of {wanted} (out×in), which {there} here"
-            )
+            raise of_another_base(name, f"{component}.{module_path}", size, here, metadata.base_id)
+
+
+def of_another_base(
+    name: str, module: str, size: tuple[int, ...], here: tuple[int, ...], base_id: str = ""
+) -> UserError:
+    """The error for a file with a module of another size than the base's.
+
+    name: of the file
+    module: `component.path`
+    size, here: in the file, and in the base, (out, in) or (out, in, h, w); () if it has no such one
+    base_id: whose the file says that it is
+    """
+    made_for = f" ({base_id})" if base_id else ""
+    wanted = "×".join(map(str, size))
+    there = f"is {'×'.join(map(str, here))}" if here else "does not exist"
+    return UserError(
+        f"{name} was made for another base{made_for}: "
+        f"it needs {module:.100} of {wanted} (out×in), which {there} here"
+    )
 
 
 @torch.no_grad()

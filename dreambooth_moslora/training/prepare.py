@@ -143,7 +143,7 @@ def prepare(
     )
     checks.check_family(config, family.facts)
     if not is_late:
-        start = check_denoiser(config, base, context, pipeline, is_fresh)
+        start = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
 
     # Class images, drawn by the whole base.
@@ -184,7 +184,7 @@ def prepare(
     # The denoiser has the memory for itself. Its fingerprint is taken before an adapter is added.
     if is_late:
         frozen_base.load_denoiser_of(config, base, pipeline, dtype, device)
-        start = check_denoiser(config, base, context, pipeline, is_fresh)
+        start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
@@ -226,7 +226,6 @@ def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.d
 
 def check_denoiser(
     config: table.TrainConfig,
-    base: Base,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     is_fresh: bool,
@@ -243,7 +242,7 @@ def check_denoiser(
     # A resumed run has its start in the checkpoint.
     if not is_fresh or config.init_adapter is None:
         return None
-    return lora_file.read_start(config.init_adapter, pipeline, base.name, config.use_dora)
+    return lora_file.read_start(config.init_adapter, pipeline, config.use_dora)
 
 
 def text_options(config: table.TrainConfig) -> dict[str, Any]:

@@ -331,12 +331,7 @@ def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
 
 
-def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, state, tmp_path, monkeypatch):
-    """A file with more alphas than any trainer writes is refused."""
-    with monkeypatch.context() as patch:
-        patch.setattr(lora_file, "MOST_VALUES", 1)
-        with pytest.raises(UserError, match="more than 1 different ranks or alphas"):
-            subject.load_adapter(save_other(tmp_path, state, {"alpha_pattern": {"to_q": 7}}))
+def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
     file = save_published(tiny_base, tmp_path)
 
     def fail(*_, **__):
@@ -577,9 +572,7 @@ def test_files_of_other_families_under_other_programs_names_are_what_they_say(tm
             tiny_pipeline(family, tmp_path / family),
         )
         save_file(tensors, file)
-        found, scales = lora_file.read_start(file, pipeline, family, use_dora=False).parts[
-            "transformer"
-        ]
+        found, scales = lora_file.read_start(file, pipeline, use_dora=False).parts["transformer"]
         assert found.keys() == deltas.keys() and describe(file)["modules"]
         for path, one in found.items():
             torch.testing.assert_close(one.delta * scales.of(path, one.rank), deltas[path])
@@ -881,7 +874,7 @@ def begin(file, pipeline, rank=4, mixer="orthogonal", targets=ATTENTION, **optio
         "target_modules": list(targets),
     }
     moslora.inject(unet, moslora.MoSLoraConfig(**config | options))
-    weights = lora_file.read_start(file, pipeline, "tiny", options.get("use_dora", False))
+    weights = lora_file.read_start(file, pipeline, options.get("use_dora", False))
     return unet, lora_file.begin_with(weights, {"unet": unet})
 
 
@@ -955,7 +948,7 @@ def test_convolutions_and_text_encoders_begin_too(dog, pipeline, tmp_path):
     )
     folder, components, _ = dog
     moslora.inject(pipeline.text_encoder, moslora.MoSLoraConfig(r=4, target_modules=["q_proj"]))
-    weights = lora_file.read_start(folder, pipeline, "tiny", False)
+    weights = lora_file.read_start(folder, pipeline, False)
     start = lora_file.begin_with(weights, {"text_encoder": pipeline.text_encoder})
     theirs, found = deltas(components["text_encoder"]), deltas(pipeline.text_encoder)
     assert worst(found, {path: theirs[path] for path in found}) < 2e-6

@@ -170,7 +170,7 @@ def test_each_layer_gets_what_the_tool_s_file_means(family, tool, kind, pipeline
     wanted = written(file, pipeline.transformer, FAMILIES[family], kind, tool)
     assert describe(file)["kind"]
     weights = lora_file.read_adapter(file, pipeline)
-    lora_file.check_fits(weights, pipeline, family)
+    lora_file.check_fits(weights, pipeline)
     found, scales = weights.parts["transformer"]
     fused = {name for names in FAMILIES[family].values() if len(names) > 1 for name in names}
     assert found.keys() == wanted.keys()
@@ -270,7 +270,7 @@ def test_what_is_no_layer_is_refused_with_the_tool_s_spelling(name, pipelines, t
     save_file({f"{layer}.{part}": tensor.clone() for part, tensor in parts.items()}, file)
     pipeline, start = pipelines(family), perf_counter()
     with pytest.raises(UserError, match=said) as error:
-        lora_file.check_fits(lora_file.read_adapter(file, pipeline), pipeline, family)
+        lora_file.check_fits(lora_file.read_adapter(file, pipeline), pipeline)
     assert "\n" not in str(error.value) and perf_counter() - start < 20
 
 

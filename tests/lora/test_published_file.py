@@ -220,9 +220,7 @@ def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_witho
     for path, layer in with_settings.items():
         assert torch.equal(proof.delta(layer, proof.STOCK), proof.delta(without[path], proof.STOCK))
     pipeline = tiny_pipeline("flux", tmp_path / "again")
-    lora_file.check_fits(
-        lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline, "flux"
-    )
+    lora_file.check_fits(lora_file.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline)
 
 
 def test_a_layer_with_a_hyphen_in_its_name_may_have_an_alpha_of_its_own():
