@@ -184,16 +184,20 @@ class OriginalFile(dict[str, torch.Tensor]):
         return super().pop(name, default)
 
 
+DEPTHS = ("num_layers", "num_single_layers", "n_layers")
+"""Entries of a transformer's configuration that say how many blocks it has."""
+
+
 def in_original_file(modules: Modules, model: nn.Module, known: dict[str, Layer]) -> Shares:
     """The layers that have rows of these modules, which may be layers of the original file."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as CLASSES
 
     converter = CLASSES.get(type(model).__name__, {}).get("checkpoint_mapping_fn")
-    if converter is None or not 0 < len(modules) <= raw_file.MOST_LAYERS:
+    if converter is None or not modules:
         return {}
 
     # Each weight's rows are numbers: of the module, and of the row in it.
-    depth = max(raw_file.deepest(model.config.get(name)) for name in raw_file.DEPTHS)
+    depth = max(model.config.get(name) or 1 for name in DEPTHS)
     file = OriginalFile({f"{blocks}.{n}.": ABSENT for blocks in COUNTED for n in range(depth)})
     for number, (module, parts) in enumerate(modules.items()):
         path = key_names.dotted(module)

@@ -44,8 +44,6 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Component -> the tokenizer that belongs to it."""
 WORD = "moslora_word"
 """Key of the word in the file's header."""
-MOST = 75
-"""Tokens that a prompt has room for."""
 UNREAD = "%s holds new tokens for %r that are not read here (%s): the word stays an ordinary one"
 MISSING = (
     "%s knows %r by new tokens, and their file %s is not beside it: "
@@ -208,7 +206,7 @@ def read_tokens(path: Path) -> NewTokens:
 
 
 def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens:
-    """The tokens of a file. Raises UserError for other tensors, and for too many rows.
+    """The tokens of a file. Raises UserError for other tensors.
 
     word: stands for them
     tensors: clip_l (n, D) and clip_g (n, D2)
@@ -217,39 +215,23 @@ def tokens_of(word: str, tensors: Mapping[str, Tensor], path: Path) -> NewTokens
     rows = {}
     for part, key in KEYS.items():
         table = tensors.get(key)
-        if table is not None and is_table(table):
+        if table is not None and table.is_floating_point() and table.ndim == 2 and len(table):
             rows[part] = table
 
     # One table for each encoder, as many rows in both, and nothing else.
     counts = {len(table) for table in rows.values()}
     if rows.keys() != KEYS.keys() or len(tensors) > len(rows) or len(counts) != 1:
         raise UserError(f"{path.name} holds no new tokens: clip_l and clip_g, as many rows in each")
-    count = counts.pop()
-    if count > MOST:
-        raise UserError(
-            f"{path.name} holds {count} new tokens for a word, and a prompt has room for {MOST}"
-        )
     return NewTokens(word, {part: table.float() for part, table in rows.items()})
-
-
-def is_table(tensor: Tensor) -> bool:
-    """Whether it is a matrix of numbers, and not empty."""
-    return tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel() > 0
 
 
 def tokens_inside(path: Path, is_for_sdxl: bool = True) -> tuple[NewTokens, ...]:
     """The tokens that OneTrainer has bundled in an adapter's file. Those of another model, and of a
     word that has vectors for the encoders' outputs, are logged and left out. Raises UserError for
-    broken ones, and for too many."""
+    broken ones."""
     found = []
     with safe_open(path, framework="pt") as opened:
-        words = metadata.bundled(opened.keys())
-        if len(words) > MOST:
-            raise UserError(
-                f"{path.name} holds new tokens for {len(words)} words, "
-                f"and a prompt has room for {MOST}"
-            )
-        for word, names in words.items():
+        for word, names in metadata.bundled(opened.keys()).items():
             # Only rows of the two tables can be attached here.
             if not is_for_sdxl or not word.strip() or set(names) != FILE_KEYS:
                 logger.warning(UNREAD, path.name, word, ", ".join(names))

@@ -147,9 +147,8 @@ def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
 
 
 def check_publishable(components: Components, dtype: torch.dtype, adapter_name: str) -> None:
-    """Raises UserError for a merged adapter, an unknown dtype, and an adapter that the files cannot
-    hold."""
-    raw_file.check_storable(components, adapter_name)
+    """Raises UserError for a merged adapter, an unknown dtype, and an unknown component."""
+    raw_file.check_components(components)
     if dtype not in BOUNDS:
         raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
     for path, layer in raw_file.all_layers(components, adapter_name).items():

@@ -20,7 +20,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +119,6 @@ CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
 CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever
 built."""
-MOST_LAYERS = 2000
-"""Of all blocks, each as deep as the deepest: SDXL's UNet has 60, its text encoders 12 and 32."""
-DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
-DEPTHS += ("num_layers", "num_single_layers", "n_layers")
-"""Entries of a configuration that say how deep a model is."""
 PRIVATE = ("name_or_path", "quantization_config", "transformers_version", "dtype", "torch_dtype")
 """Entries of a configuration that no file holds."""
 
@@ -138,29 +132,12 @@ def empty_model(description: Mapping[str, object]) -> nn.Module:
             f"{name!r:.60} is not a part of a model that can be built; it has {', '.join(CLASSES)}"
         )
 
-    # Anyone may write a file, and a model of a million layers would fill the memory. The
-    # constructor judges numbers that cannot be read.
-    blocks = config.get("down_block_types")
-    count = len(blocks) if isinstance(blocks, list) else 1
-    if count * prod(deepest(config.get(depth)) for depth in DEPTHS) > MOST_LAYERS:
-        raise UserError(
-            f"the {name} that the file describes has more than {MOST_LAYERS} layers, "
-            "as no known one has"
-        )
-
     try:
         return build(str(name), config).eval()
     except Exception as error:  # constructors raise any error on contradictory sizes
         raise UserError(
             f"the {name} that the file describes cannot be built: {one_line(error)}"
         ) from error
-
-
-def deepest(depths: object) -> int:
-    """The largest number in a number or a list, nested or not; 1 for anything else."""
-    if isinstance(depths, list):
-        return max(map(deepest, depths), default=1)
-    return max(1, depths) if isinstance(depths, int) else 1
 
 
 def build(name: str, config: dict) -> nn.Module:
@@ -256,16 +233,6 @@ def check_components(components: Components) -> None:
         raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
 
 
-def check_storable(components: Components, adapter_name: str) -> None:
-    """Raises UserError for an unknown component, and for DoRA on a convolution, which the files
-    cannot hold."""
-    check_components(components)
-    for path, layer in all_layers(components, adapter_name).items():
-        has_dora = adapter_name in layer.lora_magnitude_vector
-        if has_dora and isinstance(layer.get_base_layer(), nn.Conv2d):
-            raise UserError(f"{path} is a convolution with DoRA, which cannot be saved here")
-
-
 def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLayer"]:
     """`component.path` -> PEFT layer, over all components."""
     from dreambooth_moslora.method import moslora
@@ -294,7 +261,7 @@ def save_raw(
     """
     from dreambooth_moslora.method import moslora
 
-    check_storable(components, adapter_name)
+    check_components(components)
 
     # What the live adapter is, whatever the metadata said.
     live = adapter_metadata(components, adapter_name)

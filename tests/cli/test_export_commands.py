@@ -180,16 +180,16 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "header", "said"),
     [
-        ({"alpha": torch.ones(2)}, {}, "alpha is not one number"),
+        ({"alpha": torch.ones(2)}, {}, "x.safetensors is broken"),
         (
             {"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)},
             {},
-            "without an up matrix",
+            "has no down and up matrix of one rank",
         ),
         (
             {"half.lora_down.weight": torch.ones(2, 3)},
             {},
-            "lora_unet_x.half has a down matrix without an up matrix",
+            "lora_unet_x.half has no down and up matrix of one rank",
         ),
         (
             {},

@@ -774,9 +774,7 @@ def test_new_tokens_that_onetrainer_bundles_are_those_that_diffusers_loads(
     assert "<s0>" not in subject.pipeline.tokenizer.get_vocab()
 
 
-def test_bundled_tokens_that_are_broken_or_too_many_are_refused_and_no_run_begins_with_any(
-    subject, tmp_path
-):
+def test_bundled_tokens_that_are_broken_are_refused_and_no_run_begins_with_any(subject, tmp_path):
     tensors = load_file(save_kohya_lora(subject.pipeline.unet, tmp_path / "plain.safetensors"))
     rows = rows_for(subject.pipeline)
     for odd, said in (
@@ -785,10 +783,8 @@ def test_bundled_tokens_that_are_broken_or_too_many_are_refused_and_no_run_begin
     ):
         bundle = {"bundle_emb.sks.clip_l": rows["clip_l"], "bundle_emb.sks.clip_g": odd}
         refused(subject, tmp_path, tensors | bundle, said)
-    many = {f"bundle_emb.{number}.clip_l": torch.ones(1, 1) for number in range(76)}
-    refused(subject, tmp_path, tensors | many, "for 76 words, and a prompt has room for 75")
     with pytest.raises(
-        UserError, match="learnt new tokens for '0', and no run begins with such an adapter"
+        UserError, match="learnt new tokens for 'sks', and no run begins with such an adapter"
     ):
         check_start_file(tmp_path / "x.safetensors")
     check_start_file(tmp_path / "plain.safetensors")
