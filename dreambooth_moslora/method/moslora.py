@@ -4,9 +4,8 @@ fold it.
 The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works
 here: quantised bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in
 place, `MoSLoraConfig` is also for `peft.get_peft_model`. What PEFT would compute wrongly is
-refused. The first config with a mixer wraps two methods of PEFT's LoraModel, for the life of the
-process: `add_adapter` and `add_weighted_adapter` can be called at any later time, and PEFT has no
-hook there.
+refused. The first config with a mixer wraps a method of PEFT's LoraModel, for the life of the
+process: `add_adapter` can be called at any later time, and PEFT has no hook there.
 """
 
 import math
@@ -93,18 +92,15 @@ def weight_size(module: nn.Module | None) -> tuple[int, ...]:
     return (module.out_features, module.in_features) if hasattr(module, "out_features") else ()
 
 
-# PEFT's own methods, which the patch calls.
+# PEFT's own method, which the patch calls.
 create = LoraModel._create_and_replace
-combine = LoraModel.add_weighted_adapter
 
 
 @cache
 def patch_peft() -> None:
-    """Make PEFT's LoraModel put the config's mixer into each layer, and fold adapters before it
-    combines them. PEFT ignores its own registration of layer classes for a second adapter, and it
-    would write to a computed `lora_B.weight`."""
+    """Make PEFT's LoraModel put the config's mixer into each layer. PEFT ignores its own
+    registration of layer classes for a second adapter."""
     LoraModel._create_and_replace = create_and_mix
-    LoraModel.add_weighted_adapter = combine_folded
 
 
 def has_mixer(config: LoraConfig) -> bool:
@@ -182,19 +178,6 @@ def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> N
     learns = lora_b.weight.requires_grad
     layer.lora_A[adapter_name] = tied_down.requires_grad_(learns)
     layer.lora_B[adapter_name] = tied_up.requires_grad_(learns)
-
-
-@wraps(combine)
-def combine_folded(self, *arguments, **options):
-    """Combine adapters as plain LoRAs: for its length PEFT sees their configs without a mixer."""
-    live = dict(self.peft_config)
-    for name, config in live.items():
-        if has_mixer(config):
-            self.peft_config[name] = config.without_mixer()
-    try:
-        combine(self, *arguments, **options)
-    finally:
-        self.peft_config.update(live)
 
 
 def check_settings(config: LoraConfig) -> None:
@@ -322,12 +305,9 @@ class MoSLoraConfig(LoraConfig):
         """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would
         compute wrongly."""
         if self.mixer == "none":
-            return self.without_mixer().to_dict()
+            plain = {one.name: getattr(self, one.name) for one in fields(LoraConfig) if one.init}
+            return LoraConfig(**plain).to_dict()
         return super().to_dict() | {"peft_type": SAVED_TYPE}
-
-    def without_mixer(self) -> LoraConfig:
-        """The plain LoraConfig of a folded copy of this adapter."""
-        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig) if f.init})
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # for `PeftModel.from_pretrained`
