@@ -15,7 +15,6 @@ ORDER = [
     "errors",
     "values",
     "seeds",
-    "launch",
     "precision",
     "disk",
     "pictures",
@@ -30,7 +29,7 @@ ORDER = [
 ORDER += ["training", "evaluation", "ui", "cli", "extras"]
 APART = {("photos", "base"), ("base", "photos"), ("ui", "evaluation")}
 """(package, package that it never imports) beside the order: siblings."""
-LIGHT = {"errors", "values", "seeds", "launch", "precision", "disk", "settings"}
+LIGHT = {"errors", "values", "seeds", "precision", "disk", "settings"}
 """Packages that import none of HEAVY."""
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate"}
 NO_DIFFUSERS = {"method.mixer", "method.moslora", "method.fast_linear", "training.objective"}

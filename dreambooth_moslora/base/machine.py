@@ -1,5 +1,5 @@
-"""What this machine's GPU can do: its free memory, and whether it computes bf16. PyTorch is
-imported only when asked.
+"""What this machine's GPU can do: its free memory, and whether it computes bf16. And which of a
+launcher's processes this is. PyTorch is imported only when asked.
 
 Nvidia's GPUs compute bf16 since Ampere (compute capability 8.0), and CPUs with AVX-512, AMX or
 Arm's bf16. On older GPUs PyTorch emulates bf16, and cuDNN has no convolutions in it; on other CPUs
@@ -27,6 +27,16 @@ ENCODER_BYTES_A_PIXEL = 2600
 """The same of its encoder."""
 TILES_PX = (512, 256)
 """Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
+
+
+def process_count() -> int:
+    """Processes that a launcher started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the run's first process, the only one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def best_device() -> Any:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.launch import process_count
 from dreambooth_moslora.settings.table import TrainConfig
 
 if TYPE_CHECKING:

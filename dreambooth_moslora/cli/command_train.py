@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dreambooth_moslora import __version__
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import is_main_process
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS, Parser, underscored, unknown_flag_message
 from dreambooth_moslora.cli.terminal import (
     DONE,
@@ -41,7 +42,6 @@ from dreambooth_moslora.disk.paths import (
 from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.launch import is_main_process
 from dreambooth_moslora.plan import choices, memory
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject

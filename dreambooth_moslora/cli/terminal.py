@@ -23,10 +23,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dreambooth_moslora.base.machine import is_main_process
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.disk.atomic import IS_OPEN
 from dreambooth_moslora.errors import UserError, is_out_of_memory, shortened, spelled_out
-from dreambooth_moslora.launch import is_main_process
 from dreambooth_moslora.settings.measures import curves
 
 # The file descriptor: a signal handler must not use Python's stream, which may be in the middle of

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.launch import process_count
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO

@@ -40,10 +40,10 @@ from typing import Any, TypeVar
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.launch import process_count
 from dreambooth_moslora.settings import families, optimizer_kinds, rows, rules, table
 
 # Bytes of a parameter or an activation, by precision.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.launch import is_main_process, process_count
+from dreambooth_moslora.base.machine import is_main_process, process_count
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
