@@ -1,20 +1,11 @@
-"""Describes any LoRA file, of this or another program, and tells how two files differ.
-
-drift            ‖M − M₀‖ / ‖M₀‖, none for M₀ = 0     how far the mixer has moved
-condition number σ₁(M) / σ_r(M)                       infinite if M lost a direction
-effective rank   exp(−Σ p ln p),  p = σ(B·M·A) / Σσ   Roy & Vetterli, EUSIPCO 2007
-"""
+"""Describes any LoRA file, of this or another program."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from dreambooth_moslora.disk.paths import user_path
@@ -22,86 +13,15 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Module
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
-from dreambooth_moslora.method.mixer import (
-    LowRank,
-    MixedLowRank,
-    initial_mixer,
-    nominal_scale,
-)
+from dreambooth_moslora.method.mixer import nominal_scale
 from dreambooth_moslora.settings.families import DENOISERS
-from dreambooth_moslora.settings.table import KRONECKER
-
-
-class Diagnosis(NamedTuple):
-    rank: int
-    effective_rank: float
-    drift: float | None  # None without a mixer
-    condition_number: float | None  # None without a mixer
-
-
-def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U
-    (out, r), S (r,), Vh."""
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().T)
-    left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
-    return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
-
-
-def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best
-    approximation."""
-    root = sizes[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
-
-
-def effective_rank_of(layer: LowRank) -> float:
-    """Effective rank of ΔW = up·down, without forming it; 0 without an effect. Kernels are
-    flattened."""
-    sizes = product_svd(layer.up.flatten(1), layer.down.flatten(1))[1]
-    shares = sizes[sizes > 0] / sizes.sum()
-    return float((-(shares * shares.log()).sum()).exp()) if len(shares) else 0.0
-
-
-@torch.no_grad()
-def diagnose(matrices: MixedLowRank, kind: str, seed: int, path: str, factor: int = 1) -> Diagnosis:
-    """Figures of the projection at `path`, whose mixer started as `kind` with `seed`; s has no
-    influence."""
-    drift, condition = None, None
-    if matrices.mixer is not None:
-        mixer = matrices.mixer.detach().cpu().double()
-        start = initial_mixer(
-            kind, factor if kind == KRONECKER else len(mixer), seed, path
-        ).double()
-        start = torch.kron(start, torch.eye(len(mixer) // len(start)).double())
-        sizes = torch.linalg.svdvals(mixer)
-        largest, smallest = float(sizes[0]), float(sizes[-1])
-        is_negligible = smallest <= len(mixer) * torch.finfo(torch.float32).eps * largest
-        condition = inf if is_negligible else largest / smallest
-        drift = float((mixer - start).norm() / start.norm()) if start.any() else None
-    folded = replace(matrices, scale=1.0).fold()
-    return Diagnosis(folded.rank, effective_rank_of(folded), drift, condition)
-
-
-def summary(figures: dict[str, Diagnosis]) -> dict[str, float]:
-    """Medians over the projections, and the largest drift, for a log line or a model card."""
-    drifts = [f.drift for f in figures.values() if f.drift is not None]
-    medians = {"effective_rank_median": median(f.effective_rank for f in figures.values())}
-    if drifts:
-        conditions = [
-            f.condition_number for f in figures.values() if f.condition_number is not None
-        ]
-        medians |= {"mixer_drift_median": median(drifts), "mixer_drift_max": max(drifts)}
-        medians["mixer_condition_median"] = median(conditions)
-    return medians
 
 
 @dataclass(frozen=True)
 class Pair:
     module: Module
-    matrices: LowRank
+    rank: int
     alpha: float | None
-    is_product: bool  # ΔW = up·down, flattened
     use_rslora: bool = False
 
 
@@ -130,35 +50,30 @@ def describe(path: str | Path) -> dict[str, object]:
             facts["new_tokens"] = "; ".join(
                 f"{one.count} for the word {one.word}, in this file" for one in bundled
             )
-    # torch lacks the operation for this dtype, or the values are too large
+    # torch lacks the operation for this dtype, or an alpha is no number
     except RuntimeError as error:
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
 
 
 def describe_raw(path: Path) -> dict[str, object]:
-    """The content of a raw file, with the figures of its mixers. Raises UserError."""
+    """The content of a raw file. Raises UserError."""
     tensors, metadata = raw_file.read_raw(path)
-    figures, modules = {}, Counter()
+    modules, ranks = {}, []
     for component, found in sorted(raw_file.by_module(tensors).items()):
-        for module, parts in found.items():
-            modules[component] += 1
-            name = f"{component}.{module}"
-            matrices = raw_file.matrices_from(parts, metadata, name)
-            figures[name] = diagnose(
-                matrices, metadata.mixer, metadata.mixer_seed, module, metadata.factor
-            )
+        modules[component] = len(found)
+        for module in found:
+            ranks.append(metadata.ranks.get(f"{component}.{module}", metadata.rank))
     return {
         "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} "
         "(for resuming; export it to use it elsewhere)",
-        "modules": dict(modules),
-        "ranks": by_rank(f.rank for f in figures.values()),
+        "modules": modules,
+        "ranks": by_rank(ranks),
         "alpha": metadata.alpha,
         "use_rslora": metadata.use_rslora,
         "use_dora": metadata.use_dora,
         "mixer": metadata.mixer
         + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
-        **{name: round(value, 4) for name, value in summary(figures).items()},
         **said_by_metadata(metadata),
     }
 
@@ -202,9 +117,8 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
             raise UserError(
                 f"{name} is broken: {module.name:.100} has no down and up matrix of one rank"
             )
-        is_product = all(n == 1 for n in up.shape[2:]) and "mid" not in parts
         number = None if alpha is None else float(alpha)
-        pairs.append(Pair(module, LowRank(down, up), number, is_product))
+        pairs.append(Pair(module, len(down), number))
     return pairs
 
 
@@ -228,26 +142,19 @@ def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> 
     return result
 
 
-@torch.no_grad()
 def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas, scales, and the effective rank of pairs with ΔW =
-    up·down."""
+    """Modules by component, ranks, alphas and scales."""
     with_alpha = [p for p in pairs if p.alpha is not None]
     alphas = {p.alpha for p in with_alpha}
-    scales = {nominal_scale(p.alpha, p.matrices.rank, p.use_rslora) for p in with_alpha}
+    scales = {nominal_scale(p.alpha, p.rank, p.use_rslora) for p in with_alpha}
     modules = Counter(p.module.component or "other" for p in pairs)
-    facts: dict[str, object] = {
+    return {
         "modules": dict(modules),
-        "ranks": by_rank(p.matrices.rank for p in pairs),
+        "ranks": by_rank(p.rank for p in pairs),
         "alpha": ", ".join(f"{a:g}" for a in sorted(alphas))
         or "not in the file (read as alpha = rank)",
         "scale": ", ".join(f"{s:g}" for s in sorted(scales)) or "1",
     }
-    if dense := [p for p in pairs if p.is_product]:
-        facts["effective_rank_median"] = round(
-            median(effective_rank_of(p.matrices) for p in dense), 4
-        )
-    return facts
 
 
 def by_rank(ranks: Iterable[int]) -> dict[str, int]:

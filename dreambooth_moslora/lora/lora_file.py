@@ -25,7 +25,7 @@ from torch import Tensor
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora import describe, key_names, proof, raw_file
+from dreambooth_moslora.lora import key_names, proof, raw_file
 from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import (
     OF_LYCORIS,
@@ -481,9 +481,9 @@ def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, fl
     used = (down != 0).any(1) | (up != 0).any(0)
     down, up, rank = down[used], up[:, used], len(own)
     if len(down) > rank:
-        left, sizes, right = describe.product_svd(up, down)
+        left, sizes, right = product_svd(up, down)
         before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
-        up, down = describe.leading_part(left, sizes, right, rank)
+        up, down = leading_part(left, sizes, right, rank)
     else:
         before = kept = float(((up.T @ up) * (down @ down.T)).sum())
     own = own.detach().cpu().double().flatten(1)
@@ -493,3 +493,19 @@ def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, fl
         before,
         kept,
     )
+
+
+def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of up (out, r) · down (r, in) in fp64, without forming the (out, in) product: U
+    (out, r), S (r,), Vh."""
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    left, sizes, right = torch.linalg.svd(r_up @ r_down.T)
+    return q_up @ left[:, : len(sizes)], sizes, right[: len(sizes)] @ q_down.T
+
+
+def leading_part(left: Tensor, sizes: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U (out, n), S (n,), Vh (n, in) -> up (out, rank), down (rank, in) of equal norms: the best
+    approximation."""
+    root = sizes[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]

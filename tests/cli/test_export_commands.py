@@ -126,14 +126,9 @@ def test_info_of_our_three_files(checkpoint, capsys):
             and facts["base"] == "some/base"
         )
         assert facts["trigger_words"] == "sks dog"
-    assert raw["alpha"] == 11 and raw["mixer"] == "orthogonal" and 0 < raw["mixer_drift_median"] < 1
+    assert raw["alpha"] == 11 and raw["mixer"] == "orthogonal"
     assert kohya["alpha"] == "4" and kohya["scale"] == "1" and "kohya keys" in kohya["kind"]
     assert published["kind"] == "published by dreambooth_moslora, PEFT keys"
-    assert (
-        raw["effective_rank_median"]
-        == published["effective_rank_median"]
-        == kohya["effective_rank_median"]
-    )
 
 
 def test_info_of_other_peoples_files(tmp_path, capsys):

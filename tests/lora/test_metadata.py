@@ -80,13 +80,12 @@ def test_a_published_file_keeps_its_tensors_and_the_page_and_the_card_name_its_s
     assert again.count("## Strength") == 1 and "Scale 1.2 scored best. In diffusers" in again
 
 
-def pair(dtype=torch.float32, value: float = 1.0) -> dict[str, torch.Tensor]:
-    down, up = torch.full((2, 4), value, dtype=dtype), torch.full((4, 2), value, dtype=dtype)
+def pair() -> dict[str, torch.Tensor]:
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
     return {f"{NAME}.lora_down.weight": down, f"{NAME}.lora_up.weight": up}
 
 
 ODD = {
-    "overflow": pair(torch.float64, 1e200),
     "complex alpha": pair() | {f"{NAME}.alpha": torch.tensor(1 + 1j)},
     "float4": {
         key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()
@@ -118,9 +117,5 @@ def test_a_foreign_file_is_described_whatever_its_kernels_are(tmp_path):
         }
         save_file(tensors, tmp_path / "x.safetensors")
         found[name] = describe(tmp_path / "x.safetensors")
-    assert found["plain"]["effective_rank_median"] == 4 and found["plain"]["kind"] == "kohya keys"
-    assert (
-        "effective_rank_median" not in found["with a middle"]
-        and "LoCon" in found["with a middle"]["kind"]
-    )
+    assert found["plain"]["kind"] == "kohya keys" and "LoCon" in found["with a middle"]["kind"]
     assert found["empty"]["ranks"] == {"4": 1}
