@@ -1,5 +1,4 @@
-"""What the page keeps while it is up: photos as clean copies, pictures, uploaded adapters and
-recipes.
+"""What the page keeps while it is up: photos as clean copies, pictures, and uploaded adapters.
 
 A page has one owner, who may look from several browsers: all of them see the same. The folder goes
 with the server.
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from dreambooth_moslora.disk.process_identity import is_running, own_token
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.sources import FoundRecipe
 from dreambooth_moslora.ui.photo_copies import kept_photos
 
 PREFIX = "moslora-app-"
@@ -41,13 +39,11 @@ class Workspace:
 
     - `history` has the finished pictures, the newest first.
     - `uploads` are uploaded adapters, by name.
-    - `recipes` were read from files that are not kept, by name.
     """
 
     root: Path
     history: deque[Picture] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
     uploads: dict[str, Path] = field(default_factory=dict)
-    recipes: dict[str, FoundRecipe] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock, compare=False)
     """Held while the photos change: two tabs may send theirs at once."""
 

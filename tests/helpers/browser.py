@@ -126,12 +126,11 @@ def open_box(page: Page, elem_id: str) -> None:
     page.locator(f"#{elem_id} button.label-wrap").click()
 
 
-def add_photos(page: Page, files: list, word: str, number: int = 1) -> None:
+def add_photos(page: Page, files: list, word: str) -> None:
     """The photos of a subject and what they show, on the Train tab."""
-    last = "" if number == 1 else f"_{number}"
-    page.set_input_files(f"#photos{last} input[type=file]", files)
-    says(page, f"remarks{last}", f"{len(files)} photos")
-    put(page, f"class_word{last}", word)
+    page.set_input_files("#photos input[type=file]", files)
+    says(page, "remarks", f"{len(files)} photos")
+    put(page, "class_word", word)
 
 
 def resize(page: Page, size: tuple[int, int]) -> None:

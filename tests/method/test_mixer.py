@@ -41,7 +41,6 @@ from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import MIXERS, layer_parameters
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.train.screen import train_widgets
-from dreambooth_moslora.ui.train.train_form import TrainForm
 from tests.helpers.live_adapters import facts_of, live, shake
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_moslora import Net, config
@@ -184,7 +183,7 @@ def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
         parse_train_config([*flags, "--pretrained_model_name_or_path", "toy"]).mixer == "reversed"
     )
     with gr.Blocks():
-        widgets, _ = train_widgets("toy", TrainForm)
+        widgets, _ = train_widgets("toy")
     assert "reversed" in [value for _, value in widgets["mixer"].choices]
     changes = {"mixer": "reversed", "learning_rate": 1e-6, "max_train_steps": 1}
     train(tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **changes))

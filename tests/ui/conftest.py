@@ -19,15 +19,12 @@ from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import AdapterCatalog, AppContext, PageBase
-from dreambooth_moslora.ui.train.train_form import SubjectWords, TrainForm, folder_of
 from dreambooth_moslora.ui.workspace import Workspace
 from tests.helpers.browser import chromium
 from tests.helpers.ui_server import serve
 
 PAGE = SimpleNamespace(session_hash="page")
 """A request of one page."""
-ROCKET = SubjectWords("rocket", "zwx", "a red rocket\n\n")
-TWO = TrainForm("sks", "duck", others=(ROCKET,))
 TRAINER = '''
 """Stands in for the training program where a real one would be too slow or too well-behaved."""
 import json, os, signal, sys, time
@@ -64,14 +61,10 @@ def workspace(tmp_path) -> Workspace:
 
 @pytest.fixture
 def toys(workspace) -> Workspace:
-    """With five photos of a duck and two of a rocket."""
-    for number, (name, count) in enumerate((("duck", 5), ("rocket", 2)), 1):
-        (folder := folder_of(workspace.photos_dir, number)).mkdir()
-        for photo in range(count):
-            shutil.copy(
-                assets_folder() / "subjects" / name / f"0{photo}.jpg",
-                folder / f"photo_0{photo + 1}.png",
-            )
+    """With five photos of a duck."""
+    workspace.photos_dir.mkdir()
+    for number, photo in enumerate(toy_photos("duck", 5), 1):
+        shutil.copy(photo, workspace.photos_dir / f"photo_0{number}.png")
     return workspace
 
 
@@ -82,7 +75,7 @@ def _of_one_test(request):
     for name in {"served", "of_toys"} & set(request.fixturenames):
         kept = request.getfixturevalue(name).ctx.workspace
         kept.close()
-        for each in (kept.history, kept.uploads, kept.recipes):
+        for each in (kept.history, kept.uploads):
             each.clear()
 
 
@@ -154,7 +147,7 @@ def of_toys(tmp_path_factory):
 
 
 def with_one_picture(jobs: Jobs) -> None:
-    """Runs that are started draw one picture of each subject at a time, and not four, which take a
+    """Runs that are started draw one picture at a time, and not four, which take a
     minute."""
     start = jobs.start
     jobs.start = lambda name, config, *rest: start(

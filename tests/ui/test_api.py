@@ -11,10 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
 
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
-from dreambooth_moslora.ui.train.train_form import TrainForm, rows
+from dreambooth_moslora.ui.train.train_form import rows
 from tests.ui.conftest import TRAINER, end_all, noise_photos, wait_for
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
@@ -44,12 +43,10 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
         name.lstrip("/"): [p["parameter_name"] for p in facts["parameters"]]
         for name, facts in api.items()
     }
-    fields = ("photos", "class_word", "token", "captions", "tokens_begin_as")
-    further = [f"{name}_{number}" for number in (2, 3, 4) for name in fields]
     of_each = {
         ("generate", "compare"): OF_A_PICTURE,
         ("grid",): ["rows", "row_values", "columns", "column_values", *OF_A_PICTURE],
-        ("train", "estimate", "add_to_queue"): ["photos", *rows(TrainForm), "subjects", *further],
+        ("train", "estimate", "add_to_queue"): ["photos", *rows()],
         ("train_status", "stop_training", "resume_training", "remove_from_queue"): ["run"],
         ("adapters", "stop", "queue"): [],
         ("move_in_queue",): ["run", "place"],
@@ -222,37 +219,18 @@ def test_another_client_watches_a_run_and_stops_and_resumes_it(
     wait_for(lambda: served.ctx.jobs.current() is None)
 
 
-def test_a_run_of_one_or_two_subjects_answers_with_its_name_has_an_estimate_and_follows_the_recipe(
+def test_a_run_answers_with_its_name_has_an_estimate_and_follows_the_recipe(
     client, started, tmp_path
 ):
-    files = list(map(handle_file, noise_photos(tmp_path, 3)))
-    run, status = client.predict(photos=files[:1], class_word="hen", api_name="/train")
+    files = list(map(handle_file, noise_photos(tmp_path, 1)))
+    run, status = client.predict(photos=files, class_word="hen", api_name="/train")
     assert run["value"] == "hen" and "is starting" in status
     assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (
         16,
         "adapter_off",
         320,
     )
-    words = {"class_word": "hen", "subjects": 2, "class_word_2": "cat"}
-    run, _ = client.predict(photos=files[:1], photos_2=files[1:], **words, api_name="/train")
-    assert run["value"] == "hen-cat"
-    found = [
-        (table["instance_prompt"], Path(table["instance_data_dir"]))
-        for table in started[1]["subjects"]
-    ]
-    assert [prompt for prompt, _ in found] == ["a photo of a sks hen", "a photo of a zwx cat"]
-    assert [len(list(folder.iterdir())) for _, folder in found] == [1, 2]
     cost = client.predict(
-        photos=files[:1], token="sks", class_word="dog", steps=7, api_name="/estimate"
+        photos=files, token="sks", class_word="dog", steps=7, api_name="/estimate"
     )
     assert "7 steps" in cost and "GiB" in cost and str(tmp_path) not in cost
-
-
-def test_photos_beyond_the_number_of_subjects_are_refused_and_not_taken(client, served, tmp_path):
-    """They were left out of the run without a word."""
-    files = list(map(handle_file, noise_photos(tmp_path, 2)))
-    for endpoint in ("/train", "/add_to_queue", "/estimate"):
-        with pytest.raises(AppError, match="photos_2, subjects must be at least 2, not 1"):
-            client.predict(
-                photos=files[:1], photos_2=files[1:], class_word="hen", api_name=endpoint
-            )

@@ -29,7 +29,6 @@ from dreambooth_moslora.ui.generate_values import GenerateForm, make_pictures
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
 from dreambooth_moslora.ui.train.screen import field_widget
-from dreambooth_moslora.ui.train.train_form import TrainForm
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.ui.conftest import PAGE, write_adapter
@@ -126,7 +125,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
             fields = settings_widgets(ctx) | {
-                "new_tokens": field_widget("new_tokens", TrainForm, ctx.base_name)
+                "new_tokens": field_widget("new_tokens", ctx.base_name)
             }
         seen = {
             field
@@ -136,7 +135,7 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
     with gr.Blocks():
-        assert field_widget("new_tokens", TrainForm, "toy").visible
+        assert field_widget("new_tokens", "toy").visible
 
 
 TOY = assets_folder() / "toy-sdxl"

@@ -1,8 +1,8 @@
 """The training form as a value: the table of its fields, and the settings that follow from them.
 
-A field is one row of `TrainForm`. Widgets, settings, the form of an earlier run, “Train like” and
-the form's words in advice are made from the rows. What a row leaves out is as the table of settings
-has it. What the form leaves open is chosen as `train FOLDER WORD` does.
+A field is one row of `TrainForm`. Widgets, settings, the form of an earlier run and the form's
+words in advice are made from the rows. What a row leaves out is as the table of settings has it.
+What the form leaves open is chosen as `train FOLDER WORD` does.
 """
 
 import re
@@ -23,23 +23,11 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.plan.checks import own_bucket_step
-from dreambooth_moslora.settings import rules, sources, toys
-from dreambooth_moslora.settings.table import OF_PLANS, SETTINGS, TrainConfig
+from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.values import is_number
 
-LENGTHS = ("max_train_steps", "exposures_per_photo", "num_train_epochs")
-"""Settings that say how long a run is."""
-OF_MACHINE = (
-    "mixed_precision",
-    *OF_PLANS,
-    "caching",
-    "allow_tf32",
-    "compile",
-    "sample_batch_size",
-    "prior_generation_precision",
-)
-"""Settings that suit a machine, which a recipe does not bring along."""
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
 TOKENS_RATE = 1e-3
@@ -161,65 +149,15 @@ def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
     return field(default=default, metadata={"row": row})
 
 
-def rows(form: type) -> dict[str, FormField]:
+def rows() -> dict[str, FormField]:
     """The fields of the form by name, in the API's order."""
-    return {item.name: item.metadata["row"] for item in fields(form) if item.metadata}
+    return {item.name: item.metadata["row"] for item in fields(TrainForm)}
 
 
-TOO_MANY_CAPTIONS = "{} captions for {} photos{}: one photo could not be read; leave out its line"
+TOO_MANY_CAPTIONS = "{} captions for {} photos: one photo could not be read; leave out its line"
 """Told when a line of captions would be another photo's."""
 DIGEST = re.compile("[0-9a-f]{64}")
 """A photo's sha256."""
-MOST_SUBJECTS = 4
-"""Subjects of one run of the page."""
-TOKENS = ("sks", "zwx", "ohwx", "xjy")
-"""The default rare word of each subject."""
-
-
-@dataclass(frozen=True)
-class SubjectWords:
-    """The form's values for one subject."""
-
-    class_word: str
-    token: str
-    captions: str = ""
-    """A line for each photo, in order. In a line of the page the digest of its photo and a colon
-    come first."""
-    tokens_begin_as: str = ""
-    """Words like the new tokens, if there are any."""
-
-
-def named(name: str, number: int) -> str:
-    """`class_word` for the first subject, `class_word_2` for the second."""
-    return name if number == 1 else f"{name}_{number}"
-
-
-def folder_of(photos_dir: Path, number: int) -> Path:
-    """The folder of a subject's photos; `photos_dir` is the first one's."""
-    return photos_dir.with_name(named(photos_dir.name, number))
-
-
-def photos_of(photos_dir: Path, number: int) -> list[Path]:
-    """`kept_photos` of that subject."""
-    return kept_photos(folder_of(photos_dir, number))
-
-
-def table_of(number: int, words: SubjectWords, photos_dir: Path) -> dict[str, str]:
-    """The `[[subjects]]` table of subject `number`; `photos_dir` is the first one's.
-
-    Raises UserError for words that cannot be prompts or captions.
-    """
-    try:
-        instance_prompt, class_prompt = prompts_of(words.token, words.class_word)
-        check_captions(words.captions)
-    except UserError as error:
-        raise UserError(f"subject {number}: {error}") from error
-    folder = str(folder_of(photos_dir, number))
-    return {
-        "instance_data_dir": folder,
-        "instance_prompt": instance_prompt,
-        "class_prompt": class_prompt,
-    }
 
 
 def check_captions(captions: Any) -> None:
@@ -264,8 +202,7 @@ class TrainForm:
     """All that the form asks.
 
     The fields' names and order are those of the API's arguments. 0 in a number, and None, mean what
-    the recipe says. `begin_with` and `like` name an adapter or a recipe that can be chosen on the
-    page.
+    the recipe says. `begin_with` names an adapter that can be chosen on the page.
     """
 
     token: str = asked(
@@ -452,31 +389,10 @@ class TrainForm:
         line=14,
         kind="list",
     )
-    like: str = asked(
-        NONE,
-        label="Train like",
-        info="an adapter whose settings fill this form",
-        line=1,
-        kind="list",
-        elem_id="train_like",
-        look={"scale": 4},
-    )
-    others: tuple[SubjectWords, ...] = ()
-
-    @property
-    def subjects(self) -> tuple[SubjectWords, ...]:
-        """The words of each subject; those of the first are fields of their own."""
-        first = SubjectWords(
-            class_word=self.class_word,
-            token=self.token,
-            captions=self.captions,
-            tokens_begin_as=self.tokens_begin_as,
-        )
-        return first, *self.others
 
     def checked(self, name: str) -> Any:
         """The value of a field. Raises UserError."""
-        return rows(type(self))[name].checked(name, getattr(self, name))
+        return rows()[name].checked(name, getattr(self, name))
 
     def choices(
         self,
@@ -486,38 +402,24 @@ class TrainForm:
         run_dir: Path,
         *,
         is_queued: bool = False,
-        recipe: sources.FoundRecipe | None = None,
     ) -> plan.Choices:
         """What the command would choose for these photos and words.
 
         - `base` is the name of the page's base, and `resolution_px` its side.
-        - `photos_dir` has the first subject's photos; `folder_of` gives the others'.
+        - `photos_dir` has the photos.
         - `run_dir` is the run's folder, which need not exist.
         - With `is_queued` the run begins when all others have ended, and has their memory.
-        - `recipe` is the one of “Train like”.
 
         Raises UserError for a form or photos that no run can use.
         """
-        # The form's own values come first.
-        given = self.given(base, resolution_px, photos_dir, run_dir, is_like=recipe is not None)
+        # The form's own values come first, and the base's recipe gives the others.
+        choices = plan.Choices(self.given(base, resolution_px, photos_dir, run_dir))
         share = PRESETS[self.checked("preset")]
         wants_scores = self.checked("scores")
-
-        # A recipe gives the others: the base's own, or the one of a file.
-        if recipe is None:
-            choices = plan.Choices(given)
-            exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
-        else:
-            choices = plan.Choices(taken_from(recipe, given, share) | given)
-            exposures = plan.USUAL_EXPOSURES
-            choices.say(f"settings like {self.like}, where the form says nothing else")
-
+        exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
         # What follows from the words, from the photos, and from what is on this machine.
-        if self.others:
-            plan.choose_subjects(choices)
-        else:
-            plan.choose_words(choices, " ".join(str(self.class_word).split()))
-        photos = usable_photos(photos_dir, resolution_px, len(self.subjects))
+        plan.choose_words(choices, " ".join(str(self.class_word).split()))
+        photos = usable_photos(photos_dir, resolution_px)
         plan.choose_steps(choices, round(share * exposures), photos)
         if wants_scores == plan.encoders_are_here(base):
             wants_scores = None
@@ -525,29 +427,17 @@ class TrainForm:
         return choices
 
     def config(
-        self,
-        base: str,
-        resolution_px: int,
-        photos_dir: Path,
-        run_dir: Path,
-        recipe: sources.FoundRecipe | None = None,
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
     ) -> dict[str, Any]:
         """The settings of `choices`, which has the arguments. Raises UserError."""
-        return self.choices(base, resolution_px, photos_dir, run_dir, recipe=recipe).all
+        return self.choices(base, resolution_px, photos_dir, run_dir).all
 
     def given(
-        self,
-        base: str,
-        resolution_px: int,
-        photos_dir: Path,
-        run_dir: Path,
-        *,
-        is_like: bool = False,
+        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
     ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig.
 
-        The arguments are those of `choices`. With `is_like` a recipe gives the others, so that even
-        what is as at first is given. Raises UserError.
+        The arguments are those of `choices`. Raises UserError.
         """
         prompts_of(self.token, self.class_word)
         check_captions(self.captions)
@@ -557,24 +447,23 @@ class TrainForm:
             "variant": Base.find(base).variant_here,
             "output_dir": str(run_dir),
             "resolution": resolution_px,
-            **self.settings_given(base, is_like=is_like),
-            **self.photos_given(photos_dir),
+            "instance_data_dir": str(photos_dir),
+            **self.settings_given(base),
         }
-        # Several subjects have their words in tables.
-        if not self.others:
-            given |= self.concept_of(self.subjects[0])
-            token = " ".join(str(self.token).split())
-            if token != plan.TOKEN:
-                given["token"] = token
+        token = " ".join(str(self.token).split())
+        if token != plan.TOKEN:
+            given["token"] = token
+        # What the new tokens begin as.
+        concept = " ".join(str(self.tokens_begin_as or "").split())
+        if self.new_tokens and concept:
+            check_characters(concept, "what the new tokens begin as")
+            given["initializer_concept"] = concept
         return given
 
-    def settings_given(self, base: str, *, is_like: bool) -> dict[str, Any]:
-        """What the fields say of settings; beside a recipe (`is_like`) even what is as at first.
-
-        Raises UserError.
-        """
+    def settings_given(self, base: str) -> dict[str, Any]:
+        """What the fields say of settings that differ from the first. Raises UserError."""
         given = {}
-        for name, row in rows(type(self)).items():
+        for name, row in rows().items():
             # A field without a setting, or whose tick is off.
             if not row.setting or (row.needs and not getattr(self, row.needs)):
                 continue
@@ -583,118 +472,42 @@ class TrainForm:
             is_unsaid = value is None or (row.is_number and not row.always and not value)
             if is_unsaid or (row.of_files and toys.is_toy(base)):
                 continue
-            if row.always or is_like or value != row.first(base):
+            if row.always or value != row.first(base):
                 given[row.setting] = row.words[bool(value)] if row.words else value
         return given
-
-    def photos_given(self, photos_dir: Path) -> dict[str, Any]:
-        """The photos' folders: one, or a table for each of several subjects.
-
-        Raises UserError, also for two subjects of the same words.
-        """
-        if not self.others:
-            return {"instance_data_dir": str(photos_dir)}
-        tables = []
-        for number, words in enumerate(self.subjects, 1):
-            tables.append(table_of(number, words, photos_dir) | self.concept_of(words))
-        prompts = [table["instance_prompt"] for table in tables]
-        for prompt in prompts:
-            if prompts.count(prompt) > 1:
-                raise UserError(
-                    f"two subjects are called “{prompt}”; give each a token or a class of its own"
-                )
-        return {"subjects": tables}
-
-    def concept_of(self, words: SubjectWords) -> dict[str, str]:
-        """What the new tokens of a subject begin as, if the words say it. Raises UserError."""
-        concept = " ".join(str(words.tokens_begin_as or "").split())
-        if not (self.new_tokens and concept):
-            return {}
-        check_characters(concept, "what the new tokens begin as")
-        return {"initializer_concept": concept}
 
     def write_captions(self, photos_dir: Path) -> None:
         """Write each caption into a text file beside its photo; empty ones are skipped.
 
         Raises UserError for more lines without a digest than photos: some would be another photo's.
         """
-        for number, words in enumerate(self.subjects, 1):
-            photos = photos_of(photos_dir, number)
-            lines = str(words.captions or "").rstrip().splitlines()
-            # Lines with digests are put in the order of the photos that are there.
-            said = dict(map(digest_and_caption, lines))
-            if "" not in said:
-                lines = [said.get(file_digest(photo), "") for photo in photos]
-            if len(lines) > len(photos):
-                whose = f" of subject {number}" if self.others else ""
-                raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos), whose))
-            for photo, line in zip(photos, lines):
-                if line.strip():
-                    photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
+        photos = kept_photos(photos_dir)
+        lines = str(self.captions or "").rstrip().splitlines()
+        # Lines with digests are put in the order of the photos that are there.
+        said = dict(map(digest_and_caption, lines))
+        if "" not in said:
+            lines = [said.get(file_digest(photo), "") for photo in photos]
+        if len(lines) > len(photos):
+            raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos)))
+        for photo, line in zip(photos, lines):
+            if line.strip():
+                photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
-def form_of(values: Mapping[str, Any], form: type[TrainForm] = TrainForm) -> TrainForm:
-    """The form from all fields' values, by name.
-
-    Raises UserError for words, or given photos, beyond the number of `subjects`.
-    """
-    count = values.get("subjects", 1)
-    if isinstance(count, bool) or count not in range(1, MOST_SUBJECTS + 1):
-        raise UserError(
-            f"subjects must be a whole number from 1 to {MOST_SUBJECTS}, not {count!r:.30}"
-        )
-
-    def text(name: str) -> str:
-        return str(values.get(name) or "")
-
-    # Further subjects: their fields have numbers.
-    others = []
-    for number in range(2, MOST_SUBJECTS + 1):
-        if number <= count:
-            words = {name: text(named(name, number)) for name in SubjectWords.__dataclass_fields__}
-            others.append(SubjectWords(**words))
-            continue
-        for name in ("class_word", "photos"):
-            if text(named(name, number)).strip():
-                raise UserError(
-                    f"with {named(name, number)}, subjects must be at least {number}, not {count}"
-                )
-    given = {name: values[name] for name in rows(form) if name in values}
-    return form(**given, others=tuple(others))
-
-
-def values_of(form: TrainForm) -> dict[str, Any]:
-    """The widgets' values, by name.
-
-    Further subjects' fields are empty where the form has no such subject.
-    """
-    values = {name: getattr(form, name) for name in rows(type(form))}
-    values["subjects"] = len(form.subjects)
-    for number in range(2, MOST_SUBJECTS + 1):
-        if number <= len(form.subjects):
-            words = form.subjects[number - 1]
-        else:
-            words = SubjectWords(class_word="", token=TOKENS[number - 1])
-        values |= {named(name, number): value for name, value in vars(words).items()}
-    return values
-
-
-def values_from(
-    said: Mapping[str, Any], base: str, form: type[TrainForm] = TrainForm
-) -> dict[str, Any]:
+def values_from(said: Mapping[str, Any], base: str) -> dict[str, Any]:
     """The values, by name, of the fields that fill a setting.
 
     - `said` has settings; what it does not say is as at first.
     - `base` is the name of the page's base, on which first values may depend.
     """
     values: dict[str, Any] = {}
-    for name, row in rows(form).items():
+    for name, row in rows().items():
         if not row.setting:
             continue
         value = said.get(row.setting)
         # What is below a tick means nothing where that is off.
         if row.needs:
-            tick = rows(form)[row.needs]
+            tick = rows()[row.needs]
             if not said.get(tick.setting, tick.default):
                 value = None
         if value is None or (row.values and value not in row.values):
@@ -704,27 +517,18 @@ def values_from(
     return values
 
 
-def values_like(
-    recipe: sources.FoundRecipe | None, base: str, form: type[TrainForm] = TrainForm
-) -> dict[str, Any]:
-    """The values, by name, of the widgets that a recipe fills; without one all are as at first."""
-    values = values_from(recipe.settings if recipe else {}, base, form)
-    values["preset"] = TrainForm.preset
-    return {name: value for name, value in values.items() if not rows(form)[name].of_files}
-
-
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
 """How advice for the command line keeps the class."""
 
 
-def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
+def in_the_forms_words(advice: str) -> str:
     """Flags of the command line as the form calls them; those that it has not stay."""
     # Pattern of a flag -> what is said in its place.
     words = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
-        PRIOR_FLAGS: f"“{rows(form)['prior_preservation'].label}”",
+        PRIOR_FLAGS: f"“{rows()['prior_preservation'].label}”",
     }
-    for row in rows(form).values():
+    for row in rows().values():
         if row.setting and row.words:
             words[f"--{row.setting} {row.words[1]}"] = f"“{row.label}”"
         elif row.setting and row.is_number:
@@ -733,33 +537,6 @@ def in_the_forms_words(advice: str, form: type[TrainForm] = TrainForm) -> str:
     for flag, said in words.items():
         advice = re.sub(flag, said, advice)
     return advice
-
-
-def left_out(recipe: sources.FoundRecipe) -> dict[str, Any]:
-    """The recipe's settings that are not taken.
-
-    The base has its own resolution, and the machine its own memory and libraries.
-    """
-    names = ["resolution", *OF_MACHINE]
-    if not rules.version_of("bitsandbytes"):
-        names.append("use_8bit_adam")
-    return {name: recipe.settings[name] for name in names if name in recipe.settings}
-
-
-def taken_from(
-    recipe: sources.FoundRecipe, given: Mapping[str, Any], share: float = 1.0
-) -> dict[str, Any]:
-    """The recipe's settings that are neither given nor left out.
-
-    The recipe's length is multiplied by `share`.
-    """
-    taken = sources.unless_given(recipe.settings, {**left_out(recipe), **given})
-    return taken | lengths_in(taken, share)
-
-
-def lengths_in(settings: Mapping[str, Any], share: float) -> dict[str, int]:
-    """The settings of a run's length, multiplied by `share`."""
-    return {name: max(1, round(share * settings[name])) for name in LENGTHS if settings.get(name)}
 
 
 def free_gib(*, is_later: bool = False) -> float | None:
@@ -788,24 +565,12 @@ def free_for(base: str, *, is_later: bool = False) -> float | None:
     return None if toys.is_toy(base) else free_gib(is_later=is_later)
 
 
-def usable_photos(photos_dir: Path, resolution_px: int, subjects: int = 1) -> list[Photo]:
-    """The usable photos of the first `subjects` subjects.
-
-    Raises UserError for a subject without any.
-    """
-    found = []
-    for number in range(1, subjects + 1):
-        folder = folder_of(photos_dir, number)
-        if number > 1 and not kept_photos(folder):
-            raise UserError(f"add some photos of subject {number} first")
-        photos = find_photos(folder, "", resolution_px).photos
-        if not photos:
-            whose = f" of subject {number}" if number > 1 else ""
-            raise UserError(
-                f"none of the photos{whose} can be used; the reasons are shown below them"
-            )
-        found += [replace(photo, subject=number - 1) for photo in photos]
-    return found
+def usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:
+    """The usable photos. Raises UserError where there is none."""
+    photos = find_photos(photos_dir, "", resolution_px).photos
+    if not photos:
+        raise UserError("none of the photos can be used; the reasons are shown below them")
+    return photos
 
 
 def crop_config(
@@ -814,26 +579,20 @@ def crop_config(
     photos_dir: Path,
     photos: Sequence[Photo],
     seed: Any = 0,
-    like: sources.FoundRecipe | None = None,
 ) -> TrainConfig:
     """The settings that decide the crops, as `TrainForm.choices` would choose them.
 
     - `base` is the name of the page's base, and `resolution_px` its side.
     - `photos_dir` has `photos`, which need no words yet.
     - `seed` is the form's. Raises UserError for one that is no whole number.
-    - `like` is the recipe of “Train like”.
     """
-    # The class's pictures have no crops here.
-    if like:
-        recipe = taken_from(like, {"with_prior_preservation": False})
-    else:
-        _, recipe = plan.recipe_settings(Base.find(base), free_for(base))
+    _, recipe = plan.recipe_settings(Base.find(base), free_for(base))
     own = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": str(photos_dir),
         "instance_prompt": "a photo",
         "resolution": resolution_px,
-        "seed": rows(TrainForm)["seed"].checked("seed", seed),
+        "seed": rows()["seed"].checked("seed", seed),
     }
     # The shapes follow from the photos, and their steps from the base.
     choices = plan.Choices(recipe | own)

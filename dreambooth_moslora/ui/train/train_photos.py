@@ -9,14 +9,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import PIL.ImageChops
 
 from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import MOST_BYTES, one_space
 from dreambooth_moslora.photos.captions import load_captioner
@@ -28,9 +26,9 @@ from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_w
 from dreambooth_moslora.photos.photo_file import Photo, open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state
-from dreambooth_moslora.ui.photo_copies import MAX_PHOTOS, kept_photos, remove_photos, take_photos
-from dreambooth_moslora.ui.train import train_form, train_start
-from dreambooth_moslora.ui.train.train_form import DIGEST, folder_of, photos_of
+from dreambooth_moslora.ui.photo_copies import kept_photos, remove_photos, take_photos
+from dreambooth_moslora.ui.train import train_form
+from dreambooth_moslora.ui.train.train_form import DIGEST
 from dreambooth_moslora.ui.workspace import Workspace
 
 EDIT_PX = 768
@@ -61,45 +59,36 @@ class ShownMask:
     photo: Path
     path: Path | None
     """None: all of the photo is learned."""
-    label: str
-    """What the user calls the photo."""
     remark: str
 
 
-def take_with_masks(
-    files: list[str],
-    workspace: Workspace,
-    number: int = 1,
-    *,
-    keep: bool = False,
-) -> list[str]:
-    """`take_photos` for subject `number`, with earlier corrections for the same photos."""
-    folder = folder_of(workspace.photos_dir, number)
-    remarks = take_photos(files, folder, keep=keep)
-    for photo in kept_photos(folder):
+def take_with_masks(files: list[str], workspace: Workspace, *, keep: bool = False) -> list[str]:
+    """`take_photos`, with earlier corrections for the same photos."""
+    remarks = take_photos(files, workspace.photos_dir, keep=keep)
+    for photo in kept_photos(workspace.photos_dir):
         corrected, _ = corrections_of(workspace, photo)
         if corrected.is_file():
             shutil.copyfile(corrected, beside(photo))
     return remarks
 
 
-def add_photos(files: list[str], workspace: Workspace, number: int = 1) -> list[str]:
-    """Take photos after the subject's others; returns remarks.
+def add_photos(files: list[str], workspace: Workspace) -> list[str]:
+    """Take photos after the others; returns remarks.
 
     Of equal ones the first stays, with the first mask. Raises UserError.
     """
     with workspace.changing:
-        remarks = take_with_masks(files, workspace, number, keep=True)
+        remarks = take_with_masks(files, workspace, keep=True)
         first: dict[str, Path] = {}
         again = []
-        for photo in photos_of(workspace.photos_dir, number):
+        for photo in kept_photos(workspace.photos_dir):
             known = first.setdefault(file_digest(photo), photo)
             if known == photo:
                 continue
             again.append(photo)
             of_mask = with_mask_of(known, photo)
             remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
-        remove_photos(folder_of(workspace.photos_dir, number), again)
+        remove_photos(workspace.photos_dir, again)
     return remarks
 
 
@@ -117,12 +106,12 @@ def with_mask_of(first: Path, again: Path) -> str:
     return "" if is_same else ", with its first mask; for another, remove it first"
 
 
-def remove_photo(workspace: Workspace, digest: str, number: int = 1) -> None:
-    """Remove a photo from the subject.
+def remove_photo(workspace: Workspace, digest: str) -> None:
+    """Remove a photo.
 
     Its caption and corrected mask are kept for when it is added again.
     """
-    folder = folder_of(workspace.photos_dir, number)
+    folder = workspace.photos_dir
     with workspace.changing:
         gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
         remove_photos(folder, gone)
@@ -130,83 +119,72 @@ def remove_photo(workspace: Workspace, digest: str, number: int = 1) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def photo_with(workspace: Workspace, digest: str, number: int = 1) -> Path:
-    """The subject's photo of that digest. Raises UserError when it is gone."""
-    for photo in photos_of(workspace.photos_dir, number):
+def photo_with(workspace: Workspace, digest: str) -> Path:
+    """The photo of that digest. Raises UserError when it is gone."""
+    for photo in kept_photos(workspace.photos_dir):
         if file_digest(photo) == digest:
             return photo
     raise UserError(GONE)
 
 
-def caption_file(workspace: Workspace, number: int, digest: str) -> Path:
-    """Where a photo's caption is kept; the same photo may have another for another subject."""
-    return folder_of(workspace.root / "captions", number) / f"{digest}.txt"
+def caption_file(workspace: Workspace, digest: str) -> Path:
+    """Where a photo's caption is kept."""
+    return workspace.root / "captions" / f"{digest}.txt"
 
 
-def caption_of(workspace: Workspace, number: int, digest: str) -> str:
+def caption_of(workspace: Workspace, digest: str) -> str:
     """The caption that was kept for a photo; "" for none."""
-    file = caption_file(workspace, number, digest)
+    file = caption_file(workspace, digest)
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def keep_captions(workspace: Workspace, number: int, said: Any) -> None:
-    """Keep the captions of a subject's rows, [[digest, caption], …].
-
-    Whatever else a browser sends in `said` is skipped.
-    """
-    for row in said[:MAX_PHOTOS] if isinstance(said, list) else ():
-        is_pair = isinstance(row, list) and len(row) == 2
-        if not is_pair or not all(isinstance(part, str) for part in row):
-            continue
-        digest = row[0]
-        caption = one_space(row[1])
+def keep_captions(workspace: Workspace, said: Sequence[Sequence[str]]) -> None:
+    """Keep the captions of the rows, [[digest, caption], …]."""
+    for digest, caption in said:
+        caption = one_space(caption)
         # No file of another name, and none that the trainer would not read.
         if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
             continue
-        file = caption_file(workspace, number, digest)
+        file = caption_file(workspace, digest)
         file.parent.mkdir(parents=True, exist_ok=True)
-        if caption != caption_of(workspace, number, digest):
+        if caption != caption_of(workspace, digest):
             file.write_text(caption, encoding="utf-8")
 
 
-def keep_captions_of(workspace: Workspace, subjects: Sequence[train_form.SubjectWords]) -> None:
+def keep_captions_of(workspace: Workspace, captions: str) -> None:
     """Keep the captions of a form, which has a line for each photo."""
-    for number, words in enumerate(subjects, 1):
-        digests = list(map(file_digest, photos_of(workspace.photos_dir, number)))
-        lines = words.captions.splitlines()
-        lines += [""] * (len(digests) - len(lines))
-        keep_captions(workspace, number, [list(row) for row in zip(digests, lines)])
+    digests = list(map(file_digest, kept_photos(workspace.photos_dir)))
+    lines = captions.splitlines()
+    lines += [""] * (len(digests) - len(lines))
+    keep_captions(workspace, list(zip(digests, lines)))
 
 
 def made_captions(
-    ctx: state.AppContext,
-    form: train_form.TrainForm,
-    number: int,
+    ctx: state.AppContext, token: str, class_word: str, seed: int
 ) -> Iterator[tuple[str, str, str]]:
-    """(Digest, caption, remark) of each photo of the subject that has no caption.
+    """(Digest, caption, remark) of each photo that has no caption.
 
-    Raises UserError without the subject's words, and for a captioner that is not here.
+    - `token` and `class_word` call the subject, which captions leave out.
+    - `seed` is the form's.
+
+    Raises UserError without the words, and for a captioner that is not here.
     """
-    # What the captioner is to leave out: the words of the subject.
-    words = form.subjects[number - 1]
     workspace = ctx.workspace
-    prompt, class_prompt = train_form.prompts_of(words.token, words.class_word)
-    folder = folder_of(workspace.photos_dir, number)
-    photos = find_photos(folder, prompt, ctx.resolution_px).photos
+    prompt, class_prompt = train_form.prompts_of(token, class_word)
+    photos = find_photos(workspace.photos_dir, prompt, ctx.resolution_px).photos
     config = train_form.crop_config(
         base=ctx.base_name,
         resolution_px=ctx.resolution_px,
-        photos_dir=folder,
+        photos_dir=workspace.photos_dir,
         photos=photos,
-        seed=form.seed,
-        like=train_start.recipe_of(ctx, form.like),
+        seed=seed,
     )
     config = replace(config, instance_prompt=prompt, class_prompt=class_prompt)
     captioner = load_captioner(config, best_device())
     # One at a time, so that the page can tell how far it is.
     for photo in photos:
         digest = file_digest(photo.path)
-        if caption_of(workspace, number, digest):
+        if caption_of(workspace, digest):
             continue
         made = make_caption(photo, captioner, prompt)
         remark = f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
@@ -218,7 +196,6 @@ def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask
 
     Raises UserError where a mask is to be made and cannot be.
     """
-    subjects = len(config.each_subject)
     for photo, remark in with_made_masks(config, workspace):
         mask = open_mask(photo)
         # The first reason counts: it was not made, not used, or is not good.
@@ -226,8 +203,7 @@ def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask
         reason = remark or (refused[0] if refused else "")
         if not reason:
             reason = NO_MASK if mask is None else quality_warning(mask)
-        label = label_of(photo.path, photo.subject, subjects)
-        yield ShownMask(photo=photo.path, path=photo.mask_path, label=label, remark=reason)
+        yield ShownMask(photo=photo.path, path=photo.mask_path, remark=reason)
 
 
 def with_made_masks(
@@ -236,16 +212,14 @@ def with_made_masks(
     only: Path | None = None,
 ) -> Iterator[tuple[Photo, str]]:
     """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
-    segmenters = []
-    if config.masks == "auto":
-        segmenters = [load_segmenter(one) for one in config.each_subject]
+    segmenter = load_segmenter(config) if config.masks == "auto" else None
     for photo in photo_report(config).photos:
         if only not in (None, photo.path):
             continue
-        if photo.mask_path is not None or not segmenters:
+        if photo.mask_path is not None or segmenter is None:
             yield photo, ""
             continue
-        made = make_kept(photo, segmenters[photo.subject], workspace.folder / "made_masks")
+        made = make_kept(photo, segmenter, workspace.folder / "made_masks")
         yield replace(photo, mask_path=made.path), made.remark
 
 
@@ -343,12 +317,6 @@ def put_back(workspace: Workspace, photo: Path) -> None:
         beside(photo).unlink(missing_ok=True)
 
 
-def label_of(photo: Path, subject: int, subjects: int) -> str:
-    """`photo 3`, or with several subjects `photo 3 of subject 2`; `subject` counts from 0."""
-    whose = f" of subject {subject + 1}" if subjects > 1 else ""
-    return f"photo {number_of(photo)}{whose}"
-
-
 def number_of(photo: Path) -> int:
     """3 for photo_03.png."""
     return int(photo.stem.partition("_")[2])
@@ -381,18 +349,15 @@ def review_kept(
     ctx: state.AppContext,
     remarks: Sequence[str] = (),
     seed: int = 0,
-    number: int = 1,
-    like: str = NONE,
     masks: Mapping[Path, Path | None] | None = None,
 ) -> PhotoReview:
-    """Judge a subject's clean copies, each by its first crop in a run of this form.
+    """Judge the clean copies, each by its first crop in a run of this form.
 
     - `remarks` come before those on the photos.
-    - `seed` and `like` are the form's, which decide the crops.
-    - `number` is the subject's.
+    - `seed` is the form's, which decides the crops.
     - `masks` are those that a run would use, by photo, if not those beside the photos.
     """
-    folder = folder_of(ctx.workspace.photos_dir, number)
+    folder = ctx.workspace.photos_dir
     with ctx.workspace.changing:
         report = examine(find_photos(folder, "", ctx.resolution_px), ctx.resolution_px)
         config = train_form.crop_config(
@@ -401,7 +366,6 @@ def review_kept(
             photos_dir=folder,
             photos=report.photos,
             seed=seed,
-            like=train_start.recipe_of(ctx, like),
         )
         lines = list(remarks)
         crops = {}
@@ -413,7 +377,7 @@ def review_kept(
                 crops[Path(skipped.path)] = whole, f"not used: {skipped.reason}"
         # The others are cropped, with their surroundings dimmed where a mask leaves them out.
         for place, photo in enumerate(report.photos):
-            plan = next(plans_of(replace(photo, subject=number - 1), place, config))
+            plan = next(plans_of(photo, place, config))
             shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
             pixels = masked(open_rgb(photo), open_mask(shown))
             crop = apply_crop(pixels, plan, config.image_interpolation_mode)
@@ -437,10 +401,7 @@ def review_kept(
 
 
 def cards_of(
-    workspace: Workspace,
-    found: PhotoReview,
-    number: int,
-    made: Mapping[str, str],
+    workspace: Workspace, found: PhotoReview, made: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """The cards of `photo_rows`; `made` are captions by the photos' digests."""
     cards = []
@@ -450,7 +411,7 @@ def cards_of(
             "photo": digest,
             "picture": html.thumbnail(picture, ROW_PX),
             "remark": remark,
-            "caption": caption_of(workspace, number, digest),
+            "caption": caption_of(workspace, digest),
             "made": made.get(digest, ""),
         }
         cards.append(card)

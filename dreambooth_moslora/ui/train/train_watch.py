@@ -2,23 +2,18 @@
 
 import itertools
 import os
-import re
 import shutil
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import gradio as gr
 import pandas as pd
 
 from dreambooth_moslora.disk import events, run_folder
-from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
-from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
 from dreambooth_moslora.ui import generate_values, html
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
@@ -68,10 +63,6 @@ PHASES = {
     "exporting": "Writing the adapter and checking it",
 }
 """Phase of the trainer -> what the page says of it."""
-SUBJECT_SCORE = re.compile(r"dino_subject_\d+")
-"""The measure of one subject's likeness, of several."""
-MAX_WORDS = 40
-"""Characters of a prompt below a sample picture."""
 ENDINGS = {
     "done": "Done.",
     "interrupted": "Stopped; a checkpoint is written.",
@@ -259,7 +250,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
     sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, workspace)
     # The state, and what to make of it.
-    status = status_card(state, metrics, best_of(job, metrics)) + subjects_line(metrics)
+    status = status_card(state, metrics, best_of(job, metrics))
     if state.state == "done":
         status += advice_card(metrics)
     # A terminal's run is stopped there.
@@ -282,27 +273,16 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
 
 
 def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
-    """The button for those of the files that are there; hidden for none.
+    """The button for the one of the files that is there; hidden for none.
 
-    - `files` are the run's; several are packed into one.
+    - `files` are the run's. Several, such as the new tokens of several subjects, are not offered.
     - `ready`: the run has ended, and they are whole.
     """
     files = [file for file in files if ready and is_own_file(file, job)]
-    if not files:
+    if len(files) != 1:
         return gr.DownloadButton(value=None, visible=False)
-    if len(files) == 1:
-        linked = link_into(workspace, files[0], job.name)
-        return gr.DownloadButton(value=str(linked), visible=True)
-    # Packed once, and again when a file has changed.
-    bundle = workspace.folder / "runs" / job.name / f"{job.name}_emb.zip"
-    newest = max(file.stat().st_mtime for file in files)
-    if not bundle.is_file() or bundle.stat().st_mtime < newest:
-        content = BytesIO()
-        with ZipFile(content, "w") as archive:
-            for file in files:
-                archive.write(file, file.name)
-        atomic_write(bundle, content.getvalue())
-    return gr.DownloadButton(value=str(bundle), visible=True)
+    linked = link_into(workspace, files[0], job.name)
+    return gr.DownloadButton(value=str(linked), visible=True)
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
@@ -467,34 +447,6 @@ def best_of(job: Job, metrics: events.Metrics) -> str:
     return f" The best was step {best.get('step')}: {job.name}@best."
 
 
-def subjects_line(metrics: events.Metrics) -> str:
-    """How well the last scores tell several subjects apart, and the likeness of each.
-
-    "" for one subject.
-    """
-    last = metrics.last("evaluation")
-    if not is_finite_number(last.get("confusion")):
-        return ""
-    likeness = []
-    for name in subject_scores(metrics):
-        number = name.rpartition("_")[2]
-        likeness.append(f"{last[name]:.2f} of subject {number}")
-    scale = "0: told apart as their photos are, 1: taken for each other"
-    return html.faint(
-        f"Confusion of the subjects: {last['confusion']:.2f} ({scale}). "
-        f"Likeness: {', '.join(likeness)}."
-    )
-
-
-def subject_scores(metrics: events.Metrics) -> list[str]:
-    """The names of each subject's likeness in the last scores; none for one subject."""
-    found = []
-    for name, value in metrics.last("evaluation").items():
-        if SUBJECT_SCORE.fullmatch(name) and is_finite_number(value):
-            found.append(name)
-    return found
-
-
 def advice_card(metrics: events.Metrics) -> str:
     """What to try after a scored run, the most important first; "" for other runs.
 
@@ -583,16 +535,9 @@ def loss_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
-    """Columns step, score, measure: the curves of the run's plot.
-
-    For several subjects these are the likeness of each, how far they are taken for each other, and
-    the score that decides.
-    """
+    """Columns step, score, measure: the curves of the run's plot."""
     # Measure -> its name in the plot.
     shown = curves()
-    each = {name: name.rpartition("_")[2] for name in subject_scores(metrics)}
-    if each:
-        shown = {**each, "confusion": "confusion", "score": shown["score"]}
     rows = []
     for event in metrics.of("evaluation"):
         for name, label in shown.items():
@@ -610,10 +555,8 @@ def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[
     # File -> caption. A resumed run draws some anew.
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
-        files = event.get("files") or ()
-        nouns = _nouns_of(event.get("prompts"), len(files))
-        for name, noun in zip(files, nouns, strict=True):
-            found[Path(str(name)).name] = f"step {event.get('step')}{noun}"
+        for name in event.get("files") or ():
+            found[Path(str(name)).name] = f"step {event.get('step')}"
 
     # Those that are there, at the beginning and at the end.
     there = []
@@ -621,23 +564,12 @@ def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[
         file = job.run_dir / "samples" / name
         if is_own_file(file, job):
             there.append((file, caption))
-    first = [item for item in there if item[1].partition(" · ")[0] == "step 0"]
+    first = [item for item in there if item[1] == "step 0"]
     first = first[: MAX_SAMPLES_SHOWN // 2]
     others = [item for item in there if item not in first]
     newest = others[-(MAX_SAMPLES_SHOWN - len(first)) :]
     shown = first + newest
     return [(str(link_into(workspace, file, job.name)), caption) for file, caption in shown]
-
-
-def _nouns_of(prompts: Any, count: int) -> list[str]:
-    """What each of `count` samples shows, for its caption; empty where all have one prompt.
-
-    `prompts` are those of the event, which anyone may have edited.
-    """
-    is_each = isinstance(prompts, list) and len(prompts) == count
-    if not is_each or len(set(map(str, prompts))) < 2:
-        return [""] * count
-    return [f" · {noun_of(str(prompt))[:MAX_WORDS]}" for prompt in prompts]
 
 
 def is_own_file(file: Path, job: Job) -> bool:

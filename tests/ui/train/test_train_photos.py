@@ -16,10 +16,11 @@ from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.cropping import CropRule, apply_crop
 from dreambooth_moslora.photos.examine import plans_of
-from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.ui.train.train_form import TrainForm, folder_of
+from dreambooth_moslora.ui.photo_copies import kept_photos
+from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_photos import (
     EDIT_PX,
     LEARNED,
@@ -40,7 +41,6 @@ from dreambooth_moslora.ui.train.train_photos import (
     shown_masks,
     take_with_masks,
 )
-from tests.ui.conftest import TWO
 
 TOYS = assets_folder() / "subjects" / "rocket"
 ROCKET = TrainForm("sks", "rocket")
@@ -159,21 +159,20 @@ def test_a_mask_that_comes_with_a_photo_that_is_there_is_that_photos_unless_it_h
     ]
 
 
-def test_a_caption_is_kept_with_its_photo_for_its_subject(tmp_path, workspace, tab):
+def test_a_caption_is_kept_with_its_photo(tmp_path, workspace, tab):
     add_photos(drawn(tmp_path, 1, 2), workspace)
     one, two = (file_digest(workspace.photos_dir / f"photo_0{number}.png") for number in (1, 2))
-    odd = [["../../x", "a"], ["", "a"], [two], [two, 5], "x", None, [two, "ä" * 20000], {two: "a"}]
-    for said in ([[one, " on a \n beach"], *odd], "theirs", None, {"a": 1}, [[two, "\ud800"]]):
-        keep_captions(workspace, 1, said)
+    odd = [["../../x", "a"], ["", "a"], [two, "ä" * 20000]]
+    for said in ([[one, " on a \n beach"], *odd], [[two, "\ud800"]]):
+        keep_captions(workspace, said)
     remove_photo(workspace, one)
     add_photos(drawn(tmp_path, 1), workspace)
-    cards = cards_of(workspace, review_kept(tab), 1, {one: "made"})
+    cards = cards_of(workspace, review_kept(tab), {one: "made"})
     told = [(card["photo"], card["caption"], card["made"]) for card in cards]
     assert told == [(two, "?", ""), (one, "on a beach", "made")]
     assert len(list(workspace.root.rglob("*.txt"))) == 2 and not list(tmp_path.glob("*.txt"))
-    assert caption_of(workspace, 2, one) == ""
-    keep_captions(workspace, 1, [[one, ""]])
-    assert caption_of(workspace, 1, one) == ""
+    keep_captions(workspace, [[one, ""]])
+    assert caption_of(workspace, one) == ""
 
 
 def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_their_photos(
@@ -186,21 +185,19 @@ def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_thei
         "not used",
         "too small for the resolution",
     ]
-    keep_captions_of(workspace, TrainForm("sks", "dog", captions="\nof the noise").subjects)
-    assert [card["caption"] for card in cards_of(workspace, found, 1, {})] == ["", "of the noise"]
+    keep_captions_of(workspace, "\nof the noise")
+    assert [card["caption"] for card in cards_of(workspace, found, {})] == ["", "of the noise"]
     assert "1 photo," in found.remarks and "photo 2: too small" in found.remarks
 
 
 @pytest.mark.slow
-def test_captions_are_made_for_photos_that_have_none_of_the_subject_that_asks(toys, tab):
-    digests = [
-        file_digest(folder_of(toys.photos_dir, 2) / f"photo_0{number}.png") for number in (1, 2)
-    ]
-    keep_captions(toys, 2, [[digests[0], "mine"]])
-    ((digest, caption, remark),) = made_captions(tab, TWO, 2)
-    assert digest == digests[1] and caption.startswith("a photo of a zwx rocket ") and not remark
+def test_captions_are_made_for_photos_that_have_none(toys, tab):
+    digests = list(map(file_digest, kept_photos(toys.photos_dir)))
+    keep_captions(toys, [[digest, "mine"] for digest in digests[1:]])
+    ((digest, caption, remark),) = made_captions(tab, "sks", "duck", 0)
+    assert digest == digests[0] and caption.startswith("a photo of a sks duck ") and not remark
     with pytest.raises(UserError, match="the word for what the photos show"):
-        list(made_captions(tab, replace(TWO, class_word=""), 1))
+        list(made_captions(tab, "sks", "", 0))
 
 
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
@@ -223,26 +220,6 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
         False,
     ]
     assert ("first of its 12 crops" in found.remarks) == (base == "toy")
-
-
-def test_the_crops_and_masks_shown_of_each_subject_are_those_of_the_run(toys, tab):
-    config = config_of(toys, TWO)
-    for number in (1, 2):
-        photo = next(photo for photo in photo_report(config).photos if photo.subject == number - 1)
-        (crop, _), *_ = review_kept(tab, number=number).crops
-        assert np.array_equal(
-            pixels(crop), pixels(apply_crop(open_rgb(photo), next(plans_of(photo, 0, config))))
-        )
-    found = list(shown_masks(config, toys))
-    assert [mask.label for mask in found[4:6]] == ["photo 5 of subject 1", "photo 1 of subject 2"]
-    assert [mask.photo.parent for mask in found[4:6]] == [
-        folder_of(toys.photos_dir, number) for number in (1, 2)
-    ]
-    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 255))
-    layer.paste((*LEARNED, 255), (200, 200, 400, 400))
-    keep_mask(toys, found[5].photo, layer, config)
-    masks = [folder_of(toys.photos_dir, number) / "photo_01.mask.png" for number in (1, 2)]
-    assert [mask.exists() for mask in masks] == [False, True]
 
 
 @pytest.fixture
@@ -360,7 +337,7 @@ def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked):
 
 @pytest.mark.parametrize(
     ("widget", "event"),
-    [("photos", "upload"), ("crops_2", "drop"), ("remove_subject", "click"), ("reopen", "click")],
+    [("photos", "upload"), ("crops", "drop"), ("reopen", "click")],
 )
 def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(
     served, widget, event

@@ -1,7 +1,6 @@
 """From the form to a run as the command would make it, and from an earlier run, or from a recipe,
 back to the form."""
 
-import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -29,31 +28,22 @@ from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train import train_photos
-from dreambooth_moslora.ui.train.screen import said_of
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     crop_config,
-    folder_of,
-    rows,
-    values_like,
-    values_of,
 )
-from dreambooth_moslora.ui.train.train_photos import remove_photo, review_kept
+from dreambooth_moslora.ui.train.train_photos import remove_photo
 from dreambooth_moslora.ui.train.train_start import (
-    add_recipe,
     estimate_cost,
     form_of_run,
     free_run_dir,
-    like_of_run,
     prepared,
-    recipe_names,
-    recipe_of,
     recipe_values,
     start_run,
     take_photos_of_run,
 )
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import ROCKET, TRAINER, TWO, end_all, handler, recorded, save_header
+from tests.ui.conftest import TRAINER, end_all, handler, recorded, save_header
 
 DUCK = TrainForm("sks", "duck")
 CHANGED = {
@@ -100,35 +90,21 @@ def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
     assert free_run_dir(jobs, TrainForm("sks", "dog", run_name=words)).name == f"{name}-2"
 
 
-def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_three_numbers(
-    workspace, tab
-):
-    with prepared(tab, TWO) as run:
-        assert run.run_dir.name == "duck-rocket"
-        tables, said = run.settings["subjects"], " ".join(run.said)
-        assert [Path(table["instance_data_dir"]).name for table in tables] == ["photos", "photos_2"]
-        assert [len(list(Path(table["instance_data_dir"]).glob("*.png"))) for table in tables] == [
-            5,
-            2,
-        ]
-        assert Path(tables[1]["instance_data_dir"], "photo_01.txt").read_text() == "a red rocket"
-    for words in (
-        "photos: 5 + 2, 0 with a mask",
-        "words: “a photo of a sks duck”, “a photo of a zwx rocket”",
-        "the classes: “a photo of a duck”, “a photo of a rocket” stay",
-        "steps: 960, which show each photo 384 times, and those of a subject with fewer oftener",
-    ):
+def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_three_numbers(workspace, tab):
+    form = replace(DUCK, captions="a yellow duck")
+    with prepared(tab, form) as run:
+        assert run.run_dir.name == "duck"
+        folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.said)
+        assert len(list(folder.glob("*.png"))) == 5
+        assert (folder / "photo_01.txt").read_text() == "a yellow duck"
+    for words in ("photos: 5, 0 with a mask", "words: “a photo of a sks duck”"):
         assert words in said
-    cost = estimate_cost(tab, TWO)
+    cost = estimate_cost(tab, form)
     title, _, rest = cost.partition("<details>")
     assert re.fullmatch(
         r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title
     )
     assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
-    assert (
-        "2 subjects, 5 + 2 photos" in cost
-        and "“a photo of a zwx rocket”: token “zwx”, class “rocket”" in cost
-    )
 
 
 @pytest.mark.parametrize(
@@ -137,27 +113,22 @@ def test_what_is_started_has_the_photos_and_captions_of_each_and_its_cost_is_thr
 def test_what_an_empty_field_stands_for_is_what_the_run_would_take(
     tab, workspace, preset, steps, empty
 ):
-    values = recipe_values(tab, preset, "none")
+    values = recipe_values(tab, preset)
     assert values["steps"] == steps
     with prepared(tab, TrainForm("sks", "duck", preset=preset)) as run:
         for name in ("rank", "learning_rate"):
             assert float(values[name]) == run.settings[name]
         assert float(values["prior_weight"]) == run.settings["prior_loss_weight"]
     shutil.rmtree(workspace.photos_dir)
-    assert recipe_values(tab, preset, "none")["steps"] == f"{empty} times each photo"
+    assert recipe_values(tab, preset)["steps"] == f"{empty} times each photo"
 
 
-@pytest.mark.parametrize(
-    ("form", "words"), [(DUCK, "6 captions for 5 photos:"), (TWO, "for 5 photos of subject 1:")]
-)
 def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(
-    workspace, tab, form, words
+    workspace, tab
 ):
     """One of a program's photos could not be read: the rest moved up, and ran so."""
-    with (
-        pytest.raises(UserError, match=words),
-        prepared(tab, replace(form, captions="one\n\n\n\n\nsix\n")),
-    ):
+    form = replace(DUCK, captions="one\n\n\n\n\nsix\n")
+    with pytest.raises(UserError, match="6 captions for 5 photos:"), prepared(tab, form):
         pass
     assert not list(tab.runs_dir.glob("*"))
 
@@ -213,7 +184,7 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
 
     def ask(word: str, count: int) -> int:
         files = list(map(str, sorted(paint_photos(tmp_path / word, count).iterdir())))
-        add(files, **values_of(replace(DUCK, class_word=word)))
+        add(files, **vars(replace(DUCK, class_word=word)))
         return len(list((page.runs_dir / word / "photos").iterdir()))
 
     monkeypatch.setattr(train_photos, "take_with_masks", take_with_the_other)
@@ -231,25 +202,20 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
         TrainForm(
             "sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"
         ),
-        replace(TWO, preset="thorough"),
-        replace(TWO, steps=30, seed=4),
-        replace(TWO, new_tokens=True, others=(replace(ROCKET, tokens_begin_as="red rocket"),)),
+        replace(DUCK, preset="thorough"),
+        replace(DUCK, steps=30, seed=4),
     ],
 )
 def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(workspace, tab, form):
     with prepared(tab, form) as run:
         back = form_of_run(run.settings, run.run_dir / "photos")
-        take_photos_of_run(run.run_dir, workspace, len(back.subjects))
-    words = tuple(replace(words, captions=words.captions.rstrip()) for words in form.subjects)
-    assert (back.subjects, back.preset, back.steps) == (words, form.preset, form.steps)
+        take_photos_of_run(run.run_dir, workspace)
+    names = ("token", "class_word", "captions", "tokens_begin_as", "preset", "steps")
+    assert [getattr(back, name) for name in names] == [getattr(form, name) for name in names]
     with prepared(tab, back) as again:
-        settings = [without(each.settings, *OF_ONE_RUN, "subjects") for each in (run, again)]
-        prompts = [
-            [one.get("instance_prompt") for one in each.settings["subjects"]]
-            for each in (run, again)
-        ]
+        settings = [without(each.settings, *OF_ONE_RUN) for each in (run, again)]
         texts = [sorted(path.name for path in each.run_dir.rglob("*.txt")) for each in (run, again)]
-    assert all(one == other for one, other in (settings, prompts, texts))
+    assert all(one == other for one, other in (settings, texts))
 
 
 @pytest.mark.parametrize("base", ["toy", "toy-zimage"])
@@ -268,144 +234,47 @@ def test_a_run_that_comes_back_to_a_page_on_another_base_says_so(workspace, tab,
     ) == (base != "toy")
 
 
-def test_a_run_of_one_subject_that_comes_back_takes_the_rows_of_further_subjects_away(
-    workspace, tab, context
-):
-    """Their photos are gone, and “Add another subject” showed them again."""
-    page = context()
-    with prepared(tab, DUCK) as run:
-        processes.write_settings(run.run_dir, run.settings)
-        recorded(run.run_dir)
-        event = next(event for event in build_app(page, []).fns.values() if event.name == "reopen")
-        shown = dict(
-            zip((widget.elem_id for widget in event.outputs), event.fn("duck"), strict=True)
-        )
-    assert (shown["crops"].visible, shown["crops_2"].visible, shown["remarks_2"].visible) == (
-        True,
-        False,
-        False,
-    )
-
-
 OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
 
 
 def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(
     workspace, tab
 ):
-    folders = [folder_of(workspace.photos_dir, number) for number in (1, 2)]
-    shutil.copy(folders[0] / "photo_02.png", folders[0] / "photo_01.mask.png")
-    with prepared(tab, TWO) as run:
-        shutil.rmtree(folders[1])
-        (folders[0] / "photo_05.png").unlink()
-        take_photos_of_run(run.run_dir, workspace, 2)
-        assert [len(list(folder.iterdir())) for folder in folders] == [6, 2]
-        shutil.rmtree(folder_of(run.run_dir / "photos", 2))
-        (folders[0] / "photo_05.png").unlink()
-        for subjects in (2, 3):
-            with pytest.raises(UserError, match="the photos of this run are not there any more"):
-                take_photos_of_run(run.run_dir, workspace, subjects)
-        assert [len(list(folder.iterdir())) for folder in folders] == [5, 2]
-        take_photos_of_run(run.run_dir, workspace, 1)
-        assert len(list(folders[0].iterdir())) == 6 and not folders[1].exists()
+    folder = workspace.photos_dir
+    shutil.copy(folder / "photo_02.png", folder / "photo_01.mask.png")
+    with prepared(tab, DUCK) as run:
+        (folder / "photo_05.png").unlink()
+        take_photos_of_run(run.run_dir, workspace)
+        assert len(list(folder.iterdir())) == 6
+        shutil.rmtree(run.run_dir / "photos")
+        with pytest.raises(UserError, match="the photos of this run are not there any more"):
+            take_photos_of_run(run.run_dir, workspace)
+        assert len(list(folder.iterdir())) == 6
 
 
-def test_settings_that_are_none_are_told_in_words_and_other_fields_as_at_first(tmp_path):
-    tables = [
-        {
-            "instance_data_dir": f"/p{n}",
-            "instance_prompt": f"a photo of a t{n} dog",
-            "class_prompt": "a dog",
-        }
-        for n in range(5)
-    ]
-    five = TrainConfig(subjects=tables).to_dict()
-    for settings, words in (({"rnak": 3}, "rnak"), (five, "5 subjects, and the form 4 at most")):
+def test_settings_that_no_form_has_are_told_in_words(tmp_path):
+    table = {
+        "instance_data_dir": "/p",
+        "instance_prompt": "a photo of a sks dog",
+        "class_prompt": "a dog",
+    }
+    several = TrainConfig(subjects=[table]).to_dict()
+    for settings, words in (({"rnak": 3}, "rnak"), (several, "several subjects")):
         with pytest.raises(UserError, match=words):
             form_of_run(settings, tmp_path)
-    values = values_of(TWO)
-    assert (values["subjects"], values["class_word_2"], values["token_2"]) == (2, "rocket", "zwx")
-    assert (values["class_word_3"], values["token_3"], values["captions_3"]) == ("", "ohwx", "")
-    values = values_like(None, "toy")  # of no recipe
-    assert values.keys() < set(rows(TrainForm)) and values.pop("make_masks") is True
-    assert values == {name: getattr(TrainForm, name) for name in values}
 
 
-OURS = {
-    "rank": 3,
-    "lora_alpha": 6.0,
-    "learning_rate": 5e-4,
-    "mixer": "kaiming",
-    "seed": 4,
-    "optimizer": "Adafactor",
-}
-OURS |= {
-    "unmasked_weight": 0.5,
-    "with_prior_preservation": True,
-    "prior": "class_images",
-    "prior_loss_weight": 0.7,
-}
-OURS |= {
-    "masks": "given",
-    "crops_per_photo": 3,
-    "crop_zoom": 1.5,
-    "resolution": 128,
-    "exposures_per_photo": 40,
-}
-PIVOTAL = {
-    "with_prior_preservation": False,
-    "train_text_encoder_ti": True,
-    "text_encoder_lr": 2e-3,
-    "seed": 0,
-}
-PIVOTAL |= {
-    "num_new_tokens_per_abstraction": 3,
-    "max_train_steps": 30,
-    "masks": "auto",
-    "captions": "auto",
-}
-KOHYA = {
-    "ss_network_dim": "8",
-    "ss_network_alpha": "4",
-    "ss_learning_rate": "0.001",
-    "ss_num_epochs": "7",
-}
-KOHYA |= {
-    "ss_seed": "42",
-    "ss_clip_skip": "2",
-    "ss_resolution": "(1024, 1024)",
-    "ss_lr_scheduler": "cosine",
-}
 NOTE = {"word": "sks", "count": 2, "file": "moslora_emb.safetensors", "sha256": "0" * 64}
-OTHER = {"output_dir", "variant", "evaluate_steps", "validation_steps"}
-"""What the page and the command line choose each in their own way."""
 
 
 def adapter(file: Path, **facts) -> Path:
     return save_header(file, moslora=AdapterMetadata(rank=4, alpha=4, **facts).to_json())
 
 
-def ours(**recipe) -> dict[str, str]:
-    return {"moslora": AdapterMetadata(rank=4, alpha=4, recipe=recipe).to_json()}
-
-
 @pytest.fixture
 def begun(tab):
     """The tab with the checkpoint of a run on its shelf."""
     adapter(tab.runs_dir / "old duck" / "checkpoint-30" / "moslora_weights.safetensors")
-    return tab
-
-
-@pytest.fixture
-def shelf(tab, tmp_path):
-    """The tab with a shelf of "ours", "pivotal", "kohya" and "plain", which has no recipe."""
-    for name, header in (
-        ("ours", ours(**OURS)),
-        ("pivotal", ours(**PIVOTAL)),
-        ("kohya", KOHYA),
-        ("plain", {}),
-    ):
-        save_header(tmp_path / "adapters" / f"{name}.safetensors", **header)
     return tab
 
 
@@ -435,137 +304,18 @@ def test_a_run_that_begins_with_an_adapter_without_new_tokens_has_the_flags_conf
         ({"begin_with": "../runs/old duck@30"}, "there is no adapter"),
         ({"begin_with": "tokens"}, "“Begin with” tokens: .*learnt new tokens for 'sks'"),
         ({"begin_with": "torn"}, "“Begin with” torn: .*not a safetensors file"),
-        ({"like": "plain"}, "holds no recipe"),
-        ({"like": "gone"}, "there is no adapter gone"),
-        ({"like": "blocks"}, "has no such layer"),
     ],
 )
 def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(
-    begun, shelf, tmp_path, form, words
+    begun, tmp_path, form, words
 ):
     adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
-    adapter(
-        tmp_path / "adapters" / "blocks.safetensors",
-        recipe={"target_modules": ["to_quarrel"], "rank": 3},
-    )
     (tmp_path / "adapters" / "torn.safetensors").write_text("an adapter")
     form = replace(DUCK, **form)
-    for begin in (lambda: estimate_cost(shelf, form), lambda: prepared(shelf, form).__enter__()):
+    for begin in (lambda: estimate_cost(begun, form), lambda: prepared(begun, form).__enter__()):
         with pytest.raises(UserError, match=words):
             begin()
-    assert [path.name for path in shelf.runs_dir.iterdir()] == ["old duck"]
-
-
-def test_a_recipe_that_the_bases_family_cannot_obey_is_refused_before_anything_is_made(
-    shelf, workspace, tmp_path
-):
-    adapter(tmp_path / "adapters" / "unets.safetensors", recipe={"snr_gamma": 5.0, "rank": 3})
-    shelf.base_name, form = "Tongyi-MAI/Z-Image", replace(DUCK, like="unets")
-    for begin in (lambda: estimate_cost(shelf, form), lambda: prepared(shelf, form).__enter__()):
-        with pytest.raises(UserError, match="--snr_gamma is not for Z-Image"):
-            begin()
-    assert not [*shelf.runs_dir.iterdir()]
-
-
-def filled(ctx, name: str) -> TrainForm:
-    return replace(DUCK, like=name, **values_like(recipe_of(ctx, name), ctx.base_name))
-
-
-@pytest.mark.parametrize("name", ["ours", "pivotal", "kohya"])
-def test_the_filled_form_makes_the_config_of_the_flag_and_its_run_comes_back_with_the_recipe(
-    shelf, workspace, name, monkeypatch, tmp_path
-):
-    form = filled(shelf, name)
-    config = form.config("toy", 128, workspace.photos_dir, tmp_path / "run", recipe_of(shelf, name))
-    monkeypatch.chdir(tmp_path)
-    flags = ["--pretrained_model_name_or_path", "toy", "--like", str(shelf.catalog.path(name))]
-    flags += ["--resolution", "128", *([] if name == "kohya" else ["--seed", str(form.seed)])]
-    command = parse_train_config([str(workspace.photos_dir), "duck", *flags]).to_dict()
-    assert without(TrainConfig.from_dict(config).to_dict(), *OTHER) == without(command, *OTHER)
-    with prepared(shelf, replace(form, preset="quick")) as run:
-        assert f"settings like {name}, where the form says nothing else" in run.said
-        back = form_of_run(run.settings, run.run_dir / "photos")
-        kept, recipe = like_of_run(run.run_dir)
-        assert (kept, recipe.settings) == (name, recipe_of(shelf, name).settings)
-    assert (back.like, back.preset) == (name, "standard" if name == "pivotal" else "quick")
-    with prepared(shelf, back) as again:
-        assert without(again.settings, *OF_ONE_RUN) == without(run.settings, *OF_ONE_RUN)
-
-
-def test_a_field_of_the_form_wins_over_the_file_whose_crops_are_shown(shelf, workspace, tmp_path):
-    form, recipe = filled(shelf, "ours"), recipe_of(shelf, "ours")
-
-    def config_with(**own) -> dict:
-        return replace(form, **own).config(
-            "toy", 128, workspace.photos_dir, tmp_path / "run", recipe
-        )
-
-    config = config_with(
-        rank=5, mixer="none", prior_preservation=False, make_masks=True, preset="thorough"
-    )
-    assert (config["rank"], config["mixer"], config["with_prior_preservation"]) == (
-        5,
-        "none",
-        False,
-    )
-    assert (config["masks"], config["exposures_per_photo"], config["optimizer"]) == (
-        "auto",
-        80,
-        "Adafactor",
-    )
-    steps = config_with(steps=7)
-    assert steps["max_train_steps"] == 7 and "exposures_per_photo" not in steps
-    crops = crop_config("toy", 128, workspace.photos_dir, [], 0, recipe)
-    assert (crops.crops_per_photo, crops.crop_zoom, crops.resolution) == (3, 1.5, 128)
-    assert "each shown by the first of its 3 crops" in review_kept(shelf, like="ours").remarks
-
-
-def test_the_line_says_what_was_taken_and_what_not(shelf):
-    assert (
-        ">Like kohya: 6 settings, those of this form filled in; left to this page: resolution; "
-        "without an equivalent here: ss_clip_skip.<"
-    ) in said_of("kohya", recipe_of(shelf, "kohya")).value
-
-
-def test_the_recipe_of_an_uploaded_file_is_kept_without_the_file(shelf, tmp_path):
-    file = save_header(tmp_path / "ours.safetensors", **ours(rank=7))
-    assert [add_recipe(shelf, file) for _ in range(2)] == ["ours.safetensors", "ours.safetensors 2"]
-    assert recipe_names(shelf)[:3] == ["none", "ours.safetensors", "ours.safetensors 2"]
-    file.unlink()
-    assert recipe_of(shelf, "ours.safetensors").settings == {"rank": 7}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.pt", b"\x80\x02}q", "is not a .safetensors file"),
-        ("a.safetensors", b"\xff" * 64, "not a safetensors file"),
-        ("a.safetensors", {}, "its header holds no recipe"),
-        ("a.safetensors", ours(target_modules=["to_q"] * 50_000), "names too many layers"),
-    ],
-)
-def test_a_bad_file_is_one_line(shelf, workspace, tmp_path, name, content, words):
-    file = tmp_path / name
-    file.write_bytes(content) if isinstance(content, bytes) else save_header(file, **content)
-    with pytest.raises(UserError, match=words) as raised:
-        add_recipe(shelf, file)
-    assert (
-        "\n" not in str(raised.value)
-        and str(tmp_path) not in str(raised.value)
-        and not workspace.recipes
-    )
-
-
-def test_a_changed_recipe_of_a_run_is_checked_again(tmp_path):
-    (tmp_path / "like").mkdir()
-    for content, left in (
-        (json.dumps({"rank": 5, "output_dir": "/etc"}), {"rank": 5}),
-        ("[1]", None),
-        ("{", None),
-    ):
-        (tmp_path / "like" / "a.json").write_text(content)
-        name, recipe = like_of_run(tmp_path)
-        assert (name, recipe and recipe.settings) == (("a", left) if left else ("none", None))
+    assert [path.name for path in begun.runs_dir.iterdir()] == ["old duck"]
 
 
 WORDS_AND_PATHS = {

@@ -7,7 +7,6 @@ import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
-from zipfile import ZipFile
 
 import PIL.Image
 import psutil
@@ -114,11 +113,6 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
         PIL.Image.new("RGB", (8, 8)).save(run / file, "PNG")
     now = look()
     assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
-    (run / "dog_2_emb.safetensors").write_text("of the second")
-    for _ in range(2):
-        with ZipFile(str(look()["download_tokens"].value["path"])) as archive:
-            assert archive.namelist() == ["dog_emb.safetensors", "dog_2_emb.safetensors"]
-            assert archive.read("dog_2_emb.safetensors") == b"of the second"
     (run / "dog.kohya.safetensors").unlink()
     recorded(run, {"type": "end", "state": "done"})
     now = look()
@@ -146,39 +140,6 @@ def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
     )
     now = look()
     assert now["download"].visible and not any(now[name].visible for name in files)
-
-
-def test_of_several_subjects_each_likeness_and_the_confusion_are_shown_and_whom_a_picture_shows(
-    run, look
-):
-    scores = {
-        "dino": 0.6,
-        "dino_subject_1": 0.7,
-        "dino_subject_2": 0.5,
-        "confusion": 0.07,
-        "clip_t": 0.3,
-    }
-    files, prompts = (
-        ["samples/a.png", "samples/b.png"],
-        ["a photo of a sks duck", "a photo of a zwx rocket"],
-    )
-    (run / "samples").mkdir()
-    for name in files:
-        PIL.Image.new("RGB", (8, 8)).save(run / name)
-    recorded(
-        run,
-        {"type": "start", "max_train_steps": 30},
-        {"type": "sample", "step": 0, "files": files, "prompts": prompts},
-        {"type": "evaluation", "step": 30, "score": 0.5, **scores},
-    )
-    now = look()
-    assert "Confusion of the subjects: 0.07" in now["status"]
-    assert "Likeness: 0.70 of subject 1, 0.50 of subject 2." in now["status"]
-    assert {row[2] for row in now["fidelity"].value["data"]} == {"1", "2", "score", "confusion"}
-    assert [sample["caption"] for sample in now["samples"].value] == [
-        "step 0 · sks duck",
-        "step 0 · zwx rocket",
-    ]
 
 
 @pytest.mark.parametrize(
