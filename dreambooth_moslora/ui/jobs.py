@@ -1,16 +1,14 @@
 """Training runs as processes: they go on when the page is closed or the app is restarted.
 
-`runs/<name>/job.json` names the process; `metrics.jsonl`, which anyone may have edited, has the
-progress. A file stops a run after its step, with a checkpoint (`processes.ask_to_stop`). The
-queue's state is on the disk: any page or `queue start` trains its runs, one after the other.
+`runs/<name>/job.json` names the process; `metrics.jsonl` has the progress. A file stops a run after
+its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any page or
+`queue start` trains its runs, one after the other.
 """
 
 import json
 import logging
-import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,44 +23,12 @@ import psutil
 
 from dreambooth_moslora.disk import processes, queue, run_folder
 from dreambooth_moslora.disk.atomic import rename
-from dreambooth_moslora.disk.contents import small_text
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.values import is_finite_number
 
 logger = logging.getLogger(__name__)
-
-KINDS = {
-    **dict.fromkeys(("step", "max_train_steps", "done", "total"), int),
-    **dict.fromkeys(("time", "loss", "step_sec", "eta_sec", "memory_gib"), int | float),
-    **dict.fromkeys(("phase", "state", "message"), str),
-    "files": list,
-    "config": dict,
-}
-"""Field -> the type that the page expects; null is always allowed."""
-
-
-class RunEvents(Metrics):
-    """Metrics without events whose fields have another type than the trainer writes."""
-
-    def refresh(self) -> "RunEvents":
-        """Read what was appended since, and drop the events that are not sound."""
-        known = self.events
-        count = len(known)
-        super().refresh()
-        # The list is another one where the file was read from its beginning.
-        start = count if self.events is known else 0
-        self.events[start:] = [event for event in self.events[start:] if is_sound(event)]
-        return self
-
-
-def is_sound(event: dict[str, Any]) -> bool:
-    """Whether an event's fields have the types that the page expects."""
-    if event["type"] == "step" and event.get("step") is None:
-        return False
-    given = {name: event[name] for name in KINDS if event.get(name) is not None}
-    return all(isinstance(value, KINDS[name]) for name, value in given.items())
 
 
 def phase_of(events: list[dict[str, Any]]) -> str:
@@ -79,10 +45,6 @@ def phase_of(events: list[dict[str, Any]]) -> str:
 
 JOB_NAME = "job.json"
 """The record of a run's process, in the run's folder."""
-REMARK = re.compile(
-    r"^[\d-]+ [\d:,]+ WARNING dreambooth_moslora[\w.]*: (?:note: )?(.+)", re.MULTILINE
-)
-"""A warning in the trainer's log."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +53,14 @@ class Job:
 
     run_dir: Path
     pid: int
-    created: float
-    """When the system says that the process began, s."""
+    birth: str
+    """What tells the process from others of its number."""
     stop_asked: float = 0.0
     """When it was asked to stop, s; 0: it was not."""
-    birth: str = ""
-    """What tells the process from others of its number, where the system says it."""
     folder: str = ""
     """Paths in its settings are relative to this folder."""
     began: float = 0.0
-    """The clock just before the process was made: `created` is exact to a second only, and an
-    earlier process may have ended within it."""
+    """The clock just before the process was made, s."""
 
     @property
     def name(self) -> str:
@@ -117,78 +76,33 @@ class Job:
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
         """The record in the folder; None when it is missing or cannot be read."""
-        # Reading a pipe would have no end.
-        if not (run_dir / JOB_NAME).is_file():
-            return None
-        names = [name for name in cls.__dataclass_fields__ if name != "run_dir"]
         try:
-            facts = json.loads(small_text(run_dir / JOB_NAME))
-            job = cls(run_dir, **{name: facts[name] for name in names if name in facts})
-        except (OSError, ValueError, TypeError, RecursionError):
+            facts = read_json(run_dir / JOB_NAME)
+            known = facts.keys() & (cls.__dataclass_fields__.keys() - {"run_dir"})
+            return cls(run_dir, **{name: facts[name] for name in known})
+        except (UserError, TypeError):
             return None
-        # Anyone may have edited the file.
-        has_pid = type(job.pid) is int and job.pid > 0
-        has_texts = all(isinstance(text, str) for text in (job.birth, job.folder))
-        has_times = all(map(is_finite_number, (job.created, job.stop_asked, job.began)))
-        return job if has_pid and has_texts and has_times else None
-
-    @property
-    def is_of_terminal(self) -> bool:
-        """Whether `train` began it in a terminal: it has no record, and is stopped there."""
-        return not (self.run_dir / JOB_NAME).exists()
 
     @property
     def is_alive(self) -> bool:
         """Whether the started process still exists (a zombie does not count)."""
         try:
-            process = psutil.Process(self.pid)
             # Another process may have its number by now.
-            if self.birth:
-                is_same = birth_of(self.pid) == self.birth
-            else:
-                is_same = abs(process.create_time() - self.created) < 1.0
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
+            is_same = birth_of(self.pid) == self.birth
+            return is_same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that it was started with. Raises UserError for a file that holds none."""
+        return read_json(self.run_dir / processes.CONFIG_NAME)
 
     def log_tail(self) -> str:
         """The end of the trainer's log."""
         return processes.log_tail(self.run_dir)
 
-    def remarks(self) -> list[str]:
-        """What the trainer remarked, such as settings without effect.
 
-        These are the warnings in the beginning of its own log, each once.
-        """
-        path = run_folder.RunDir(self.run_dir).log_path
-        if not path.is_file():
-            return []
-        with path.open("rb") as file:
-            text = file.read(processes.TAIL_BYTES).decode("utf-8", errors="replace")
-        return list(dict.fromkeys(REMARK.findall(text)))
-
-
-def job_of_terminal(run_dir: Path) -> Job:
-    """The run in a folder without a record.
-
-    Its process is the one that the lock names, if that lives on this machine.
-    """
-    here = rf"process (\d+) on {re.escape(socket.gethostname())}"
-    try:
-        owner = queue.owner_of(run_dir)
-        began = (run_dir / queue.OWNER_NAME).stat().st_mtime
-        pid = int(re.fullmatch(here, owner)[1])
-        created = psutil.Process(pid).create_time()
-        # Else another process has its number by now.
-        if created <= began + 1:
-            return Job(run_dir, pid, created)
-    except (OSError, ValueError, TypeError, psutil.Error):
-        pass
-    return Job(run_dir, NO_PROCESS, 0.0)
-
-
-NO_PROCESS = 0
-"""The number of no program's process."""
 KILL_AFTER_SEC = 30
 """A second request to stop kills the run when the first is older."""
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
@@ -234,12 +148,10 @@ class Jobs:
         self.runs_dir = runs_dir
         self.script = script
         self._make_room = make_room
-        # By the process's number: those of this server, how they ended, and when they were asked
-        # to stop.
+        # By the process's number: those of this server, and how they ended.
         self._children: dict[int, subprocess.Popen] = {}
         self._exits: dict[int, int] = {}
-        self._asked: dict[int, float] = {}
-        self._metrics: dict[Path, RunEvents] = {}
+        self._metrics: dict[Path, Metrics] = {}
         self._lock = threading.Lock()
 
     def start(self, name: str, config: dict[str, Any], folder: str = "") -> Job:
@@ -252,19 +164,19 @@ class Jobs:
     def resume(self, name: str) -> Job:
         """Resume from the last checkpoint.
 
-        Raises UserError when the run is a terminal's, or is going on.
+        Raises UserError when the run is going on.
         """
         job = self.recorded(name)
         if job.is_alive:
             raise UserError(f"the run {job.name} is still going on")
-        config = settings_of(job) | {"resume_from_checkpoint": "latest"}
+        config = job.settings | {"resume_from_checkpoint": "latest"}
         processes.write_settings(job.run_dir, config)
         return self._launch(job.run_dir, job.folder)
 
     def stop(self, name: str) -> Job:
         """Ask the trainer to end with a checkpoint; when asked again after 30 s, kill it.
 
-        Raises UserError for a run that has ended, or that is a terminal's.
+        Raises UserError for a run that has ended.
         """
         job = self.recorded(name)
         if not job.is_alive:
@@ -273,14 +185,15 @@ class Jobs:
             processes.end_process(job.pid)
             return job
         if not job.stop_asked:
-            job = self.ask_to_stop(job)
-            # On a full disk this process alone remembers the request.
+            self.ask_to_stop(job)
+            job = replace(job, stop_asked=time.time())
+            # A full disk stops nobody from stopping a run.
             with suppress(OSError):
                 job.save()
         return job
 
-    def ask_to_stop(self, job: Job) -> Job:
-        """Ask the run to stop; returns the job with the time of the request.
+    def ask_to_stop(self, job: Job) -> None:
+        """Ask the run to stop.
 
         A run that has not begun has nothing to save, and is ended.
         """
@@ -294,19 +207,16 @@ class Jobs:
         if not (has_begun and is_asked):
             with suppress(psutil.Error):
                 psutil.Process(job.pid).terminate()
-        return replace(job, stop_asked=self._asked.setdefault(job.pid, time.time()))
 
     def recorded(self, name: str) -> Job:
-        """A run of the page or of the queue. Raises UserError for any other."""
+        """The run of that name. Raises UserError where there is none."""
         job = Job.load(self.run_dir(name))
         if job is None:
             raise UserError(f"there is no run called {name!r:.60} of a page or of the queue")
-        return replace(job, stop_asked=self._when_asked(job))
+        return job
 
     def run_dir(self, name: str) -> Path:
         """The run's folder. Raises UserError for a name that would leave `runs_dir`."""
-        if name == "":
-            raise UserError("choose a run; '' cannot be the name of a run")
         is_name = isinstance(name, str) and RUN_NAME.fullmatch(name)
         if not is_name or len(name.encode()) > MOST_NAME_BYTES:
             raise UserError(f"{name!r:.60} cannot be the name of a run")
@@ -319,42 +229,23 @@ class Jobs:
         found = [Job.load(record.parent) for record in newest_first]
         return [job for job in found if job is not None]
 
-    def of_terminals(self) -> list[Job]:
-        """The runs that `train` began in a terminal, the newest first."""
-        found = []
-        for path in self.runs_dir.glob("*/metrics.jsonl"):
-            folder = path.parent
-            is_run = RUN_NAME.fullmatch(folder.name) and path.is_file()
-            if is_run and not os.path.lexists(folder / JOB_NAME):
-                found.append(job_of_terminal(folder))
-        return sorted(found, key=lambda job: -job.run_dir.stat().st_mtime)
-
-    def seen(self, name: str) -> Job:
-        """Any run. Raises UserError as `recorded`."""
-        for job in self.of_terminals():
-            if job.name == name:
-                return job
-        return self.recorded(name)
-
     def current(self) -> Job | None:
         """The run in progress. One that was asked to stop and does not answer is ended."""
         self._reap()
         job = next((job for job in self.all() if job.is_alive), None)
-        asked = self._when_asked(job) if job else 0.0
-        if asked and processes.has_gone_silent(asked, [job.run_dir]):
+        if job is None or not processes.is_asked_to_stop(job.run_dir):
+            return job
+        asked = (job.run_dir / processes.STOP_NAME).stat().st_mtime
+        if processes.has_gone_silent(asked, [job.run_dir]):
             processes.end_process(job.pid)
             logger.warning("%s did not answer the request to stop and was ended", job.name)
         return job
 
-    def _when_asked(self, job: Job) -> float:
-        """When the run was asked to stop, by its record or by this process, s; 0: it was not."""
-        return job.stop_asked or self._asked.get(job.pid, 0.0)
-
-    def metrics(self, job: Job) -> RunEvents:
+    def metrics(self, job: Job) -> Metrics:
         """The run's events as they are now; the file is read on from where it was."""
         with self._lock:
             path = run_folder.RunDir(job.run_dir).metrics_path
-            return self._metrics.setdefault(path, RunEvents(path)).refresh()
+            return self._metrics.setdefault(path, Metrics(path)).refresh()
 
     def state(self, job: Job) -> JobState:
         """How far the run is, from its process and its events."""
@@ -404,7 +295,7 @@ class Jobs:
 
         It neither ended itself, nor was it stopped by anybody.
         """
-        if job.is_alive or job.stop_asked or job.pid in self._asked:
+        if job.is_alive or job.stop_asked:
             return False
         self._reap()
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
@@ -418,8 +309,7 @@ class Jobs:
         Later ones may be older: the clock may be put back.
         """
         events = self.metrics(job).since_start()
-        since = job.began or job.created - 1
-        return list(dropwhile(lambda event: (event.get("time") or 0) < since, events))
+        return list(dropwhile(lambda event: event.get("time", 0) < job.began, events))
 
     def _launch(self, run_dir: Path, folder: str) -> Job:
         """Start the trainer on the settings in `run_dir`, and record its process.
@@ -437,17 +327,10 @@ class Jobs:
             child = processes.start_logged(run_dir, words, folder=folder or None)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
-            self._asked.pop(child.pid, None)
             # Record it.
             try:
-                job = Job(
-                    run_dir=run_dir,
-                    pid=child.pid,
-                    created=psutil.Process(child.pid).create_time(),
-                    birth=birth_of(child.pid),
-                    folder=folder,
-                    began=began,
-                )
+                birth = birth_of(child.pid)
+                job = Job(run_dir, child.pid, birth=birth, folder=folder, began=began)
                 job.save()
             except BaseException:
                 # An unrecorded process could not be stopped.
@@ -462,20 +345,6 @@ class Jobs:
             if code is not None:
                 self._exits[pid] = code
                 self._children.pop(pid, None)
-
-
-def settings_of(job: Job) -> dict[str, Any]:
-    """The settings that the run was started with. Raises UserError for a file that holds none."""
-    try:
-        settings = json.loads(small_text(job.run_dir / processes.CONFIG_NAME))
-    except (OSError, ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"the settings of the run {job.name} cannot be read, so it cannot be resumed; "
-            "start a new one"
-        )
-    return settings
 
 
 KILLED_MOST = 3
@@ -516,7 +385,7 @@ class QueueTurns:
 
             # A run that has not begun, or whose folder still has an earlier process's record.
             job = Job.load(self.jobs.runs_dir / run.name)
-            if not run.started or job is None or (job.began or job.created) < run.started - 1:
+            if not run.started or job is None or job.began < run.started:
                 self._start(run)
                 return
 
@@ -556,12 +425,6 @@ class QueueTurns:
 
     def _start(self, run: queue.QueuedRun) -> None:
         """Start the run, from the newest checkpoint if it has been started before."""
-        run_dir = self.jobs.runs_dir / run.name
-        try:
-            queue.check_free(run_dir)
-        except UserError:
-            # An unrecorded process trains there.
-            return
         # Does it go on? A checkpoint from before it was queued is another run's. That of a new
         # folder is its own, whatever a clock says that was put back.
         since = 0.0 if run.is_new else run.queued
@@ -570,7 +433,6 @@ class QueueTurns:
         # Start it. What fails here fails for good, but for another run that was faster.
         self.queue.note(replace(run, started=time.time()))
         try:
-            queue.refuse_links(run_dir, "--output_dir")
             self.jobs.start(run.name, settings, run.folder)
         # UserError is a ValueError; so is the error of an impossible path.
         except (OSError, ValueError) as error:

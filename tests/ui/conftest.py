@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import PIL.Image
-import psutil
 import pytest
 from safetensors.numpy import save_file
 
@@ -110,10 +109,9 @@ def context(tmp_path, workspace):
 
 
 def recorded(run: Path, *events: dict, **job) -> Job:
-    """A run with these events, whose process is gone; this one, where `job` says when it was
-    created."""
+    """A run with these events, whose process is gone; this one, where `job` has its birth."""
     run.mkdir(parents=True, exist_ok=True)
-    found = Job(run, **{"pid": os.getpid(), "created": psutil.Process().create_time() - 100} | job)
+    found = Job(run, **{"pid": os.getpid(), "birth": "another boot", "began": 1.0} | job)
     found.save()
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"time": 1e12} | event) + "\n" for event in events)
@@ -173,7 +171,7 @@ def started(served, monkeypatch):
 
     def start(name: str, config: dict) -> Job:
         found.append(config)
-        return Job(served.ctx.runs_dir / name, 1, 0.0)
+        return Job(served.ctx.runs_dir / name, 1, "")
 
     monkeypatch.setattr(served.ctx.jobs, "start", start)
     return found

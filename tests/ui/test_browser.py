@@ -476,7 +476,7 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_whole
             for part in ("run", "status", "gallery", "settings")
         ]
         assert tops == sorted(tops)
-        recorded(served.ctx.runs_dir / "scored", *events, pid=1, created=0.0)
+        recorded(served.ctx.runs_dir / "scored", *events)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()

@@ -2,7 +2,6 @@
 does with it."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -14,17 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.cli.command_train import log_file
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.queue import QueuedRun, RunQueue, locked
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.jobs import KILLED_MOST, Job, Jobs, QueueTurns
+from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train.train_watch import queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import handler, recorded, wait_for
+from tests.ui.conftest import handler, wait_for
 
 TURNS = """
 import sys, time
@@ -205,16 +202,6 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_though_the_clock_was
     assert trained(later) == {"dog": "interrupted", "cat": "done"}
 
 
-def test_a_run_is_trained_once_though_the_clock_was_put_forward(jobs, turns):
-    """psutil before 7 keeps the boot's time as it was first told: each process seemed to be older
-    than its run."""
-    added(turns.queue, "dog")
-    turns.take()
-    job = Job.load(jobs.runs_dir / "dog")
-    replace(job, created=job.created - 3600).save()
-    assert trained(turns) == {"dog": "done"} and len(starts_of(turns.queue, "dog")) == 1
-
-
 def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
     turns.jobs.script.write_text("import os; os.kill(os.getpid(), 9)")
     added(turns.queue, "big")
@@ -267,27 +254,13 @@ def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_nex
     assert trained(turns) == {"dog": "interrupted", "cat": "done"}
 
 
-def test_nothing_is_started_beside_a_run_or_in_a_folder_that_is_held(jobs, turns):
+def test_nothing_is_started_beside_a_run(jobs, turns):
     added(turns.queue, "dog")
     jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2})
     turns.take()
     assert names(turns.queue) == ["dog"]
     wait_for(lambda: jobs.current() is None)
-    with locked(jobs.runs_dir / "dog"):  # by a process of which no record is there
-        turns.take()
-        assert turns.current().name == "dog" and jobs.current() is None
     assert trained(turns) == {"dog": "done"}
-
-
-@pytest.mark.parametrize("name", ["run.lock", "job.log", "job_config.json", ".job.json.tmp"])
-def test_a_folder_that_has_got_a_link_since_fails_and_the_next_begins(jobs, turns, tmp_path, name):
-    """It was taken for one that is held, and all runs behind it waited without end."""
-    (mine := tmp_path / "mine.txt").write_text("precious")
-    for run in ("dog", "cat"):
-        added(turns.queue, run)
-    (jobs.runs_dir / "dog" / name).symlink_to(mine)
-    assert trained(turns) == {"dog": "failed", "cat": "done"} and mine.read_text() == "precious"
-    assert f"{name} in it is no file of its own" in turns.queue.ended()[0]["message"]
 
 
 FORM = TrainForm("sks", "dog")
@@ -373,26 +346,6 @@ def test_a_program_is_told_that_its_run_waits_and_where(page):
     page.queue.queue.claim()
     assert status_of(page, "dog") == waits | {"state": "starting"}
     assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog")["state"] == "done"
-
-
-def test_a_program_is_told_what_the_trainer_remarked_once(page):
-    """The command line prints it before a training, and the page left it in the log."""
-    run = recorded(page.jobs.runs_dir / "dog", {"type": "end", "state": "done", "step": 2}).run_dir
-    assert "remarks" not in status_of(page, "dog")
-    log = log_file(RunDir(run))
-    for name, level, words in (
-        ("dreambooth_moslora.cli.command_train", logging.INFO, "begins"),
-        ("py.warnings", logging.WARNING, "/usr/lib/x.py: deprecated"),
-        *[("dreambooth_moslora.cli.command_train", logging.WARNING, "note: --prior has no effect")]
-        * 2,
-        ("dreambooth_moslora.disk.atomic", logging.WARNING, f"{run}/old was not removed"),
-    ):
-        log.emit(logging.LogRecord(name, level, "", 0, words, None, None))
-    log.close()
-    assert status_of(page, "dog")["remarks"] == [
-        "--prior has no effect",
-        f"{run}/old was not removed",
-    ]
 
 
 def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):

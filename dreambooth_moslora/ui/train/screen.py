@@ -13,7 +13,7 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toys import is_toy
-from dreambooth_moslora.ui import generate_values, html, jobs, state
+from dreambooth_moslora.ui import generate_values, html, state
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import train_masks, train_photos, train_start, train_watch
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
@@ -258,7 +258,7 @@ def _connect_ended(
     )
     @state.as_gradio_error
     def use(run: str | None) -> tuple:
-        job = ctx.jobs.seen(run or "")
+        job = ctx.jobs.recorded(run or "")
         files = ctx.catalog.files()
         adapter = RunDir(job.run_dir).adapter_path
         listed = [name for name, file in files.items() if file == adapter]
@@ -280,7 +280,7 @@ def _connect_ended(
     def reopen(run: str | None) -> tuple:
         # What the run was made from comes back.
         job = ctx.jobs.recorded(run or "")
-        settings = jobs.settings_of(job)
+        settings = job.settings
         form = train_start.form_of_run(settings, job.run_dir / "photos")
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
         train_photos.keep_captions_of(ctx.workspace, form.captions)

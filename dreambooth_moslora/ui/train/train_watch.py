@@ -1,6 +1,5 @@
 """The right half of the Train tab: a run's progress and its buttons, and the runs that wait."""
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from dreambooth_moslora.ui.state import (
     TELLING,
     AppContext,
     as_gradio_error,
-    mistake_card,
     sentence,
 )
 from dreambooth_moslora.ui.train import train_form
@@ -124,10 +122,9 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     outputs = [parts[name] for name in WATCHED]
 
     def attach() -> gr.Dropdown:
-        """The newest run is shown, else one of a terminal that is going on."""
-        going_on = (job for job in ctx.jobs.of_terminals() if job.is_alive)
-        first = next(itertools.chain(ctx.jobs.all(), going_on), None)
-        return gr.Dropdown(choices=run_names(ctx.jobs), value=first.name if first else None)
+        """The newest run is shown."""
+        names = run_names(ctx.jobs)
+        return gr.Dropdown(choices=names, value=names[0] if names else None)
 
     def look(run: str | None, seen: tuple | None) -> dict:
         changes = watched(ctx.jobs, run, seen, ctx.workspace) or {"seen": gr.skip()}
@@ -161,7 +158,7 @@ def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
     if is_next and Job.load(ctx.jobs.run_dir(run)) is None:
         return unbegun | {"state": "starting"}
     # It has begun.
-    job = ctx.jobs.seen(run or "")
+    job = ctx.jobs.recorded(run or "")
     state = ctx.jobs.state(job)
     facts = {
         "run": job.name,
@@ -171,9 +168,6 @@ def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
     }
     if state.message:
         facts["message"] = state.message
-    remarks = job.remarks()
-    if remarks:
-        facts["remarks"] = remarks
     return facts
 
 
@@ -185,21 +179,15 @@ def _connect_control(
     - `action` does it, and returns the run.
     - `button` and `api_name` are the page's and a program's way to it.
 
-    The page's event does not join the queue, where pictures may wait: the card shows its errors.
     """
 
+    @as_gradio_error
     def control(run: str | None) -> str:
         job = action(run or "")
         return html.notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
 
-    def told(run: str | None) -> str:
-        try:
-            return control(run)
-        except Exception as error:
-            return mistake_card(error)
-
-    button.click(told, parts["run"], parts["status"], queue=False, api_visibility="private")
-    gr.api(as_gradio_error(control), api_name=api_name, queue=False)
+    button.click(control, parts["run"], parts["status"], **TELLING)
+    gr.api(control, api_name=api_name, queue=False)
 
 
 def watched(
@@ -217,27 +205,18 @@ def watched(
     if not run:
         return {}
     try:
-        job = jobs.seen(run)
+        job = jobs.recorded(run)
     except UserError:
-        return _gone(jobs)
+        # Its folder was deleted.
+        return {
+            "run": gr.Dropdown(choices=run_names(jobs), value=None),
+            "status": html.notice(GONE, "bad"),
+        }
     state = jobs.state(job)
-    now = (job.name, job.created, state, len(jobs.metrics(job).events))
+    now = (job.name, job.began, state, len(jobs.metrics(job).events))
     if now == seen:
         return {}
     return {"seen": now} | _shown(jobs, job, state, workspace)
-
-
-def _gone(jobs: Jobs) -> dict[str, Any]:
-    """Values of the widgets when the run's folder is not there any more."""
-    hidden = ("use", "reopen", *DOWNLOADS, *PICTURES)
-    values: dict[str, Any] = {name: gr.update(visible=False) for name in hidden}
-    values["stop"] = gr.Button(interactive=False)
-    values["resume"] = gr.Button(interactive=False)
-    values["run"] = gr.Dropdown(choices=run_names(jobs), value=None)
-    values["seen"] = None
-    values["status"] = html.notice(GONE, "bad")
-    values["log"] = ""
-    return values
 
 
 def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[str, Any]:
@@ -246,21 +225,19 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
     metrics = jobs.metrics(job)
     ready = run_dir.adapter_path.is_file() and not state.is_active
     # The contact sheet: the photos, and pictures before and after.
-    has_sheet = ready and is_own_file(run_dir.contact_sheet_path, job)
+    has_sheet = ready and run_dir.contact_sheet_path.is_file()
     sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
     samples = samples_of(job, metrics, workspace)
     # The state, and what to make of it.
     status = status_card(state, metrics, best_of(job, metrics))
     if state.state == "done":
         status += advice_card(metrics)
-    # A terminal's run is stopped there.
-    is_ours = not job.is_of_terminal
     return {
         "status": status,
-        "stop": gr.Button(interactive=is_ours and state.is_active),
-        "resume": gr.Button(interactive=is_ours and not state.is_active and state.state != "done"),
+        "stop": gr.Button(interactive=state.is_active),
+        "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=is_ours and not state.is_active),
+        "reopen": gr.Button(visible=not state.is_active),
         "download": _download([run_dir.adapter_path], ready, job, workspace),
         "download_kohya": _download([run_dir.kohya_path], ready, job, workspace),
         "download_tokens": _download(run_dir.tokens_paths, ready, job, workspace),
@@ -278,7 +255,7 @@ def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) ->
     - `files` are the run's. Several, such as the new tokens of several subjects, are not offered.
     - `ready`: the run has ended, and they are whole.
     """
-    files = [file for file in files if ready and is_own_file(file, job)]
+    files = [file for file in files if ready and file.is_file()]
     if len(files) != 1:
         return gr.DownloadButton(value=None, visible=False)
     linked = link_into(workspace, files[0], job.name)
@@ -294,10 +271,9 @@ def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
     return gr.LinePlot(table, y_lim=y_lim, visible=table.step.nunique() > 1)
 
 
-def run_names(jobs: Jobs) -> list[str | tuple[str, str]]:
-    """The runs of the page and of the queue, then those of terminals under (label, name)."""
-    own = [job.name for job in jobs.all()]
-    return own + [(f"{job.name} · in a terminal", job.name) for job in jobs.of_terminals()]
+def run_names(jobs: Jobs) -> list[str]:
+    """The runs of the page and of the queue, the newest first."""
+    return [job.name for job in jobs.all()]
 
 
 OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
@@ -452,11 +428,7 @@ def advice_card(metrics: events.Metrics) -> str:
 
     Advice for the command line is said in the form's words.
     """
-    # The events may be damaged.
-    try:
-        config = known_config(metrics.last("start").get("config") or {})
-    except UserError:
-        return ""
+    config = known_config(metrics.last("start").get("config") or {})
     card = ""
     for line in closing_advice(figures_from(metrics.events, config)):
         card += html.faint(f"Try next: {train_form.in_the_forms_words(line)}.")
@@ -562,7 +534,7 @@ def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[
     there = []
     for name, caption in found.items():
         file = job.run_dir / "samples" / name
-        if is_own_file(file, job):
+        if file.is_file():
             there.append((file, caption))
     first = [item for item in there if item[1] == "step 0"]
     first = first[: MAX_SAMPLES_SHOWN // 2]
@@ -570,11 +542,6 @@ def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[
     newest = others[-(MAX_SAMPLES_SHOWN - len(first)) :]
     shown = first + newest
     return [(str(link_into(workspace, file, job.name)), caption) for file, caption in shown]
-
-
-def is_own_file(file: Path, job: Job) -> bool:
-    """Whether it is the run's, and no link out of its folder, which may be a stranger's."""
-    return run_folder.is_file_inside(file, (job.run_dir,))
 
 
 def link_into(workspace: Workspace, file: Path, run: str) -> Path:

@@ -1,27 +1,22 @@
 """What is shown of a run: its state and numbers, its plots and pictures, its files, its best step
 and advice."""
 
-import json
 import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
-import psutil
 import pytest
 
 from dreambooth_moslora.disk.events import Metrics
-from dreambooth_moslora.disk.queue import locked
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train.train_form import in_the_forms_words
 from dreambooth_moslora.ui.train.train_watch import (
     fidelity_table,
     loss_table,
-    run_names,
     samples_of,
     status_card,
     watched,
@@ -60,39 +55,6 @@ def look(tmp_path, workspace):
     return lambda: watched(Jobs(tmp_path / "runs"), "dog", None, workspace)
 
 
-def by_command(run: Path, *events: dict) -> None:
-    """What `train` leaves in a run folder, without its lock."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({"time": 1e12} | event) + "\n" for event in events)
-    )
-
-
-def test_a_run_of_a_terminal_is_listed_and_watched_and_only_looked_at(tmp_path, workspace):
-    jobs, run = Jobs(tmp_path / "runs"), tmp_path / "runs" / "dog"
-    by_command(run, {"type": "start", "max_train_steps": 30}, {"type": "step", "step": 7})
-    by_command(tmp_path / "runs" / ".hidden")
-    recorded(tmp_path / "runs" / "cat")
-    with locked(run):
-        now = watched(jobs, "dog", None, workspace)
-        assert (
-            "Step 7 of 30" in now["status"]
-            and not now["stop"].interactive
-            and not now["resume"].interactive
-        )
-        with pytest.raises(UserError, match="no run"):
-            jobs.stop("dog")
-    assert run_names(jobs) == ["cat", ("dog · in a terminal", "dog")]
-    (run / "run.owner").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-    os.utime(run / "run.owner", (1, 1))  # left by a process that this number belonged to before
-    assert "The run failed." in watched(jobs, "dog", None, workspace)["status"]
-    by_command(
-        run, {"type": "start", "max_train_steps": 30}, {"type": "end", "state": "done", "step": 30}
-    )
-    now = watched(jobs, "dog", None, workspace)
-    assert "Done." in now["status"] and not now["reopen"].visible and not now["log"]
-
-
 def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files_of_the_run(
     run, look, tmp_path, workspace
 ):
@@ -122,26 +84,6 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     assert set(catalog.files()) == {"best", "best@best"}
 
 
-def test_a_link_out_of_a_run_folder_is_not_followed(run, look, tmp_path):
-    """The folder may be a stranger's."""
-    (secret := tmp_path / "secret.png").write_text("TOPSECRET")
-    files = {
-        "samples": "samples/a.png",
-        "sheet": "contact_sheet.png",
-        "download_tokens": "dog_emb.safetensors",
-    }
-    (run / "samples").mkdir()
-    for file in files.values():
-        (run / file).symlink_to(secret)
-    recorded(
-        run,
-        {"type": "sample", "step": 0, "files": ["samples/a.png"]},
-        {"type": "end", "state": "done"},
-    )
-    now = look()
-    assert now["download"].visible and not any(now[name].visible for name in files)
-
-
 @pytest.mark.parametrize(
     "advice, words",
     [
@@ -162,55 +104,17 @@ def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
     assert in_the_forms_words(advice).endswith(words)
 
 
-def test_a_run_that_is_gone_is_told_and_leaves_no_button_to_press(tmp_path, workspace):
-    jobs, now = Jobs(tmp_path), psutil.Process().create_time()
-    for name in ("dog", "other"):
-        recorded(tmp_path / name, created=now)
+def test_a_run_that_is_gone_is_told(tmp_path, workspace):
+    jobs = Jobs(tmp_path)
+    recorded(tmp_path / "dog", birth=birth_of(os.getpid()))
+    recorded(tmp_path / "other")
     seen = watched(jobs, "dog", None, workspace)
     assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], workspace) == {}
     shutil.rmtree(tmp_path / "dog")
-    for run in ("dog", "../dog"):
-        now = watched(jobs, run, seen["seen"], workspace)
-        assert "not there any more" in now["status"] and now["run"].value is None
-        assert [value for _, value in now["run"].choices] == ["other"]
-        assert not (
-            now["stop"].interactive or now["resume"].interactive or now["download"]["visible"]
-        )
+    now = watched(jobs, "dog", seen["seen"], workspace)
+    assert "not there any more" in now["status"] and now["run"].value is None
+    assert [value for _, value in now["run"].choices] == ["other"]
     assert watched(jobs, None, None, workspace) == {}
-
-
-ODD_EVENTS = {
-    "words": [{"type": "start", "max_train_steps": "many"}, {"type": "step", "step": 3}],
-    "lists": [
-        {"type": "start", "max_train_steps": [], "time": []},
-        {"type": "phase", "phase": {}, "total": "x"},
-    ],
-    "odd steps": [
-        {
-            "type": "step",
-            "step": 3,
-            "loss": "low",
-            "eta_sec": [],
-            "step_sec": "x",
-            "memory_gib": "y",
-        }
-    ],
-    "odd samples": [{"type": "sample", "step": 0, "files": 7}, {"type": "sample", "files": [[1]]}],
-    "odd end": [{"type": "end", "state": ["x"], "message": {"a": 1}, "time": 1e18}],
-    "nulls": [
-        {"type": "start", "time": None},
-        {"type": "end", "state": None, "message": None, "time": None},
-    ],
-    "no steps": [{"type": "step"}, {"type": "evaluation", "clip_t": 0.5}],
-}
-
-
-@pytest.mark.parametrize("kind", ODD_EVENTS)
-def test_events_of_the_wrong_kind_are_passed_over(tmp_path, look, kind):
-    run = recorded(tmp_path / "runs" / "dog", *ODD_EVENTS[kind]).run_dir
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("[" * 100_000 + "\n")
-    assert look()["status"]
 
 
 def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
@@ -272,11 +176,11 @@ def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_pa
     assert fidelity_table(metrics).to_dict("records") == [
         {"step": 10, "score": 0.7, "measure": "prompt"}
     ]
-    shown = samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)
+    shown = samples_of(Job(tmp_path, 1, ""), metrics, workspace)
     assert [caption for _, caption in shown] == ["step 0", "step 10"]
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
-    shown = [caption for _, caption in samples_of(Job(tmp_path, 1, 0.0), metrics, workspace)]
+    shown = [caption for _, caption in samples_of(Job(tmp_path, 1, ""), metrics, workspace)]
     assert (
         shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))]
         and len(shown) < 40
