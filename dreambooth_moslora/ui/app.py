@@ -111,7 +111,7 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     arguments that cannot be served.
     """
     # Mistakes are told before gradio is imported, which takes seconds.
-    base = Base.find(args.base)
+    Base.find(args.base)
     if user_path(args.runs_dir).exists():
         runs_folder(args.runs_dir)
     for name, offered_instead in OFFERED_WITHOUT.items():
@@ -144,7 +144,7 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so `finally` runs
     try:
-        page.build_app(context, templates_for(base)).launch(**options)
+        page.build_app(context).launch(**options)
     except OSError as error:
         raise UserError(f"the page cannot be served: {' '.join(str(error).split())}") from error
     finally:
@@ -208,7 +208,6 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
         resolution_px=base.resolution_px,
         load=load,
         about=about(base),
-        templates=tuple(templates_for(base)),
         public_name=base.public_name,
         is_remote=draw_by is not None,
     )
@@ -286,15 +285,3 @@ def about(base: Base) -> str:
     except (UserError, OSError) as error:  # such as a link of the hub's cache whose file is gone
         return f"it cannot be used: {one_line(error)}"
     return f"{has}: {needs}"
-
-
-def templates_for(base: Base) -> list[str]:
-    """Prompts with `{}` for the subject: the toy world's own, or the DreamBooth paper's."""
-    from dreambooth_moslora.settings.prompts import (
-        DREAMBOOTH_LIVE_TEMPLATES,
-        DREAMBOOTH_OBJECT_TEMPLATES,
-    )
-
-    if base.is_toy:
-        return list(toys.TEMPLATES)
-    return [*DREAMBOOTH_OBJECT_TEMPLATES, *DREAMBOOTH_LIVE_TEMPLATES]

@@ -7,21 +7,21 @@ import html
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe
-from dreambooth_moslora.ui import generate_values, state
-from dreambooth_moslora.ui.generate_values import GenerateForm, prompt_for, recipe_of, summary_of
+from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, read_recipe
+from dreambooth_moslora.ui import drawing, generate_values, state
+from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
+from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.html import (
     LARGE_PREVIEW,
     SHOWN,
-    explain_bad_values,
     faint,
+    name_in_errors,
     progress_card,
 )
 from dreambooth_moslora.ui.workspace import Picture
@@ -48,12 +48,12 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     # The first adapter is chosen at first, and its words are in the prompt.
     files = ctx.catalog.files()
     first = next(iter(files), NONE)
-    summary = summary_of(files[first]) if files else generate_values.AdapterSummary()
+    summary = summary_of(files[first]) if files else AdapterSummary()
     words = summary.sentence()
     fields: dict[str, Any] = {}
     parts: dict[str, Any] = {}
     fields["prompt"] = gr.Textbox(
-        prompt_for(summary),
+        summary.prompt,
         label="Prompt",
         placeholder="a photo of … in the snow",
         lines=1,
@@ -239,8 +239,8 @@ class GenerateTab:
     """Those that show other values for another base."""
 
 
-def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[str]) -> GenerateTab:
-    """Make the tab's widgets, then connect their events. `templates` are prompts with `{}`."""
+def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
+    """Make the tab's widgets, then connect their events."""
     # The widgets, in three columns of the page.
     with gr.Row(elem_id="generate", equal_height=False):
         with gr.Column(elem_id="ask", min_width=280):
@@ -249,37 +249,27 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks, templates: list[s
             results = result_widgets(ctx)
         with gr.Column(elem_id="settings", min_width=280):
             widgets |= settings_widgets(ctx)
-            with gr.Accordion("Prompt templates", open=False, elem_id="templates_box"):
-                template = gr.Dropdown(templates, value=None, label="Template", elem_id="template")
-            if not ctx.public:
-                with gr.Accordion("Settings from a picture", open=False, elem_id="drop_box"):
-                    dropped = gr.File(
-                        file_types=PICTURES,
-                        label="Drop a picture",
-                        height=150,
-                        elem_id="drop_png",
-                    )
     # What the API and the other tabs see of them.
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
-        explain_bad_values(widget)
+        name_in_errors(widget)
     named = ("size", "guidance_scale", "negative_prompt", "scheduler")
     tab = GenerateTab(
         fields=ordered,
         adapters=[widgets[f"adapter{n}"] for n in ("", "_2", "_3")],
         prompt=widgets["prompt"],
         results=results["tabs"],
-        of_base={name: widgets[name] for name in named} | {"template": template},
+        of_base={name: widgets[name] for name in named},
     )
     # The events. A public page only draws.
     _connect_runs(ctx, tab, buttons, results)
     _connect_compare(ctx, tab, results, buttons["stop"])
     _connect_adapters(ctx, page, tab, buttons)
-    _connect_reuse(ctx, tab, results, template)
+    _connect_reuse(ctx, tab, results)
     if not ctx.public:
         _connect_grid(ctx, tab, results, buttons["stop"])
         _connect_upload(ctx, tab, buttons["upload"])
-        _connect_earlier(ctx, tab, results, dropped)
+        _connect_history(ctx, tab, results)
     return tab
 
 
@@ -308,7 +298,7 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request):
+        for frame in drawing.make_pictures(ctx, GenerateForm.of(values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip(), gr.skip()
@@ -337,7 +327,12 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         if not pictures:
             return ""
         params = replace(GenerationParams.from_png(pictures[0].path), num_images=len(pictures))
-        return generate_values.code_snippet(params, ctx.public_name, ctx.catalog.public_paths())
+        # A stranger sees no folder of this machine.
+        files = {
+            name: file.name if ctx.public else str(file)
+            for name, file in ctx.catalog.files().items()
+        }
+        return generate_values.code_snippet(params, ctx.public_name, files)
 
     # Each Stop must count: but for this mode the page drops a click while the last one is not
     # answered.
@@ -377,7 +372,7 @@ def _connect_compare(
 
     @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in generate_values.compare(ctx, GenerateForm.of(values), request):
+        for frame in drawing.compare(ctx, GenerateForm.of(values), request):
             shown = gr.skip()
             if frame.pictures and len(frame.pictures) == 2:
                 shown = tuple(str(picture.path) for picture in frame.pictures)
@@ -403,7 +398,7 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
         "column_values": "across_values",
     }
     for widget in axis.values():
-        explain_bad_values(results[widget])
+        name_in_errors(results[widget])
 
     @results["draw"].click(inputs=None, outputs=stop, **state.AT_ONCE)
     def announce_grid(request: gr.Request) -> gr.Button:
@@ -422,7 +417,7 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
         axes = [f"{rows}={row_values}"]
         if columns != NONE:
             axes.append(f"{columns}={column_values}")
-        for frame in generate_values.make_pictures(ctx, GenerateForm.of(values), request, axes):
+        for frame in drawing.make_pictures(ctx, GenerateForm.of(values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
     drawn = results["draw"].click(
@@ -483,9 +478,9 @@ def _connect_adapters(
         summary = summary_of(files[name])
         words = summary.sentence()
         # The adapter's own words replace those that another one had filled in, not the user's.
-        untouched = {"", *(prompt_for(summary_of(file)) for file in files.values())}
+        untouched = {"", *(summary_of(file).prompt for file in files.values())}
         is_untouched = (old_prompt or "").strip() in untouched
-        renewed = prompt_for(summary) if is_untouched else ""
+        renewed = summary.prompt if is_untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
     first.input(_preset(ctx), first, tab.fields["scale"], **state.AT_ONCE)
@@ -524,13 +519,8 @@ def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadBu
     uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
 
 
-def _connect_reuse(
-    ctx: state.AppContext,
-    tab: GenerateTab,
-    results: dict,
-    template: gr.Dropdown,
-) -> None:
-    """The shown picture's settings and seed, and a template's words, go into the form."""
+def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
+    """The shown picture's settings and seed go into the form."""
     _connect_gallery(ctx, tab, results, "gallery")
     results["last_seed"].click(
         lambda seed: seed if seed is not None else gr.skip(),
@@ -538,12 +528,6 @@ def _connect_reuse(
         tab.fields["seed"],
         **state.AT_ONCE,
     )
-
-    @template.input(inputs=[template, tab.adapters[0]], outputs=tab.prompt, **state.TELLING)
-    def from_template(template: str | None, adapter: str) -> Any:
-        files = ctx.catalog.files()
-        subject = summary_of(files[adapter]).subject if adapter in files else ""
-        return template.replace("{}", subject or "…") if template else gr.skip()
 
 
 def _connect_gallery(ctx: state.AppContext, tab: GenerateTab, results: dict, name: str) -> None:
@@ -559,18 +543,14 @@ def _connect_gallery(ctx: state.AppContext, tab: GenerateTab, results: dict, nam
     @results[f"reuse{end}"].click(inputs=[shown, selected], outputs=outputs, **state.TELLING)
     @state.as_gradio_error
     def reuse(pictures: list[Picture], index: int) -> list:
-        return to_widgets(ctx, recipe_of(_picked(pictures, index)))
+        if not pictures:
+            raise UserError("there is no picture yet")
+        return to_widgets(ctx, read_recipe(pictures[min(index, len(pictures) - 1)].path))
 
 
-def _connect_earlier(
-    ctx: state.AppContext,
-    tab: GenerateTab,
-    results: dict,
-    dropped: gr.File,
-) -> None:
-    """Pictures that were drawn before: the history, and a file that is dropped."""
+def _connect_history(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
+    """Pictures that were drawn before."""
     _connect_gallery(ctx, tab, results, "history")
-    outputs = list(tab.fields.values())
     of_history = [results[name] for name in ("history", "reuse_history", "shown_history")]
 
     @results["history_tab"].select(inputs=None, outputs=of_history, **state.AT_ONCE)
@@ -579,32 +559,16 @@ def _connect_earlier(
         pictures = list(ctx.workspace.history)
         return _items(pictures), gr.Button(interactive=bool(pictures)), pictures
 
-    @dropped.upload(inputs=dropped, outputs=outputs, **state.TELLING)
-    @state.as_gradio_error
-    def reuse_dropped(file: str | None) -> list:
-        return to_widgets(ctx, recipe_of(file)) if file else [gr.skip()] * len(outputs)
-
-
-def _picked(pictures: list[Picture], index: int) -> Path:
-    """The file of the chosen picture. Raises UserError while there is none."""
-    if not pictures:
-        raise UserError("there is no picture yet")
-    last = len(pictures) - 1
-    return pictures[min(max(int(index), 0), last)].path
-
 
 def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
     """The values of all fields, in order, that give the recipe again.
 
     Differences are shown as remarks.
     """
-    # Adapters by this page's names, then numbers within this page's ranges.
-    files = ctx.catalog.files()
-    settled, remarks = generate_values.match_adapters(recipe, files, ctx.public_name)
-    params, changes = generate_values.clamp_to_widgets(
-        settled, ctx.resolution_px, ctx.guidance_scale
-    )
-    for remark in (*remarks, *changes):
+    params = recipe.params
+    if params.guidance_scale is None:
+        params = replace(params, guidance_scale=ctx.guidance_scale)
+    for remark in generate_values.remarks_on(recipe, ctx.catalog.files(), ctx.public_name):
         gr.Warning(html.escape(state.sentence(remark), quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

@@ -111,6 +111,15 @@ def thumbnail(pixels: PIL.Image.Image, side_px: int = THUMBNAIL_PX) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def format_seconds(seconds: float) -> str:
+    """4.2 s, 1 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{int(seconds) // 3600} h {int(seconds) % 3600 // 60:02d} min"
+
+
 CSS = "\n" + static("page.css")
 """The looks of everything that the theme does not decide."""
 
@@ -165,8 +174,6 @@ HEAD = f"\n<script>\n{static('page.js')}</script>\n"
 
 LARGE_PREVIEW = static("large_preview.js").rstrip("\n")
 """From a `progress_card` to its large preview, or to ""."""
-NUMBERS = (gr.Slider, gr.Number)
-"""Widgets whose value is a number."""
 SHOWN = {
     "show_label": False,
     "format": "png",
@@ -176,30 +183,16 @@ SHOWN = {
 """Options of pictures that are only looked at."""
 
 
-def explain_bad_values(widget: gr.components.Component) -> None:
-    """Make the widget name itself and its expected type when it cannot take a value.
-
-    Gradio would take Python's spelling of a list for a text, and round what should be whole.
-    """
+def name_in_errors(widget: gr.components.Component) -> None:
+    """Make the widget name itself when it refuses a value, such as a number out of its range."""
     own = widget.preprocess
 
     def preprocess(value: object) -> object:
         try:
-            if isinstance(widget, gr.Textbox) and isinstance(value, list | dict):
-                raise TypeError
-            taken = own(value)
+            return own(value)
         except gr.Error as error:
-            words = f"{widget.label}: {error.message}"
-        except (TypeError, ValueError, OverflowError, AttributeError):
-            kind = "a number" if isinstance(widget, NUMBERS) else "text"
-            words = f"{widget.label} must be {kind}, not {value!r:.30}"
-        else:
-            is_whole = isinstance(widget, gr.Number) and widget.precision == 0
-            if not is_whole or value == taken:
-                return taken
-            # Gradio has rounded it.
-            words = f"{widget.label} must be a whole number, not {value!r:.30}"
-        raise gr.Error(html.escape(words, quote=False), duration=12, print_exception=False)
+            words = html.escape(f"{widget.label}: {error.message}", quote=False)
+            raise gr.Error(words, duration=12, print_exception=False) from error
 
     widget.preprocess = preprocess
 

@@ -13,7 +13,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import SCHEDULERS, Recipe
+from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
 from dreambooth_moslora.ui.generate_tab import PICTURES, GenerateTab, build_generate_tab, to_widgets
@@ -32,7 +32,7 @@ HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safet
 """What Inspect shows before anything is dropped."""
 
 
-def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
+def build_app(ctx: state.AppContext) -> gr.Blocks:
     """The page with its queue. A public one only draws; any other trains the queued runs, too."""
     with gr.Blocks(
         title="dreambooth_moslora",
@@ -46,7 +46,7 @@ def build_app(ctx: state.AppContext, templates: list[str]) -> gr.Blocks:
         # The tabs. A public page only draws.
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate = build_generate_tab(ctx, page, templates)
+                generate = build_generate_tab(ctx, page)
             if not ctx.public:
                 with gr.Tab("Train", id="train"):
                     trained = screen.build_train_tab(ctx, page, tabs, generate)
@@ -110,7 +110,7 @@ def connect_bases(
             base = ctx.bases[title]
             # The line counts the seconds while it loads.
             for seconds in ctx.choose(base):
-                line = f"Loading {title}: {base.about} … {generate_values.format_seconds(seconds)}"
+                line = f"Loading {title}: {base.about} … {html.format_seconds(seconds)}"
                 yield [gr.skip(), html.faint(line), *unchanged]
         except Exception as error:
             # The base of before is still there, and chosen again.
@@ -130,8 +130,6 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
         return gr.Dropdown(choices=sizes, value=sizes[0][1])
     if name == "guidance_scale":
         return ctx.guidance_scale
-    if name == "template":
-        return gr.Dropdown(choices=list(ctx.chosen.templates), value=None)
     if name == "negative_prompt":
         return gr.update(visible=ctx.facts.has_negative)
     if name == "scheduler":
@@ -203,7 +201,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
         if not file:
             return HINT, gr.Button(visible=False)
         is_picture = Path(file).suffix.lower() != ".safetensors"
-        found = recipe_facts(generate_values.recipe_of(file)) if is_picture else adapter_facts(file)
+        found = recipe_facts(read_recipe(file)) if is_picture else adapter_facts(file)
         return html.facts_table(found), gr.Button(visible=is_picture)
 
     # A picture's recipe goes into the Generate tab.
@@ -212,7 +210,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     def use_recipe(file: str | None) -> list:
         if not file:
             raise UserError("drop a picture first")
-        return [gr.Tabs(selected="generate"), *to_widgets(ctx, generate_values.recipe_of(file))]
+        return [gr.Tabs(selected="generate"), *to_widgets(ctx, read_recipe(file))]
 
 
 def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:

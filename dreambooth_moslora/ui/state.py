@@ -29,7 +29,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.disk import processes, run_folder
-from dreambooth_moslora.disk.paths import assets_folder, free_name
+from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
@@ -61,9 +61,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of the system when nothing more can be written."""
 
 logger = logging.getLogger(__name__)
-
-PROJECT = assets_folder().parent
-"""Where the project lies; files below it are shown by their path from there."""
 
 
 def check_suffix(file: Path) -> None:
@@ -106,23 +103,6 @@ class AdapterCatalog:
             known = ", ".join(files) or "none is there"
             raise UserError(f"there is no adapter {name!s:.60}; choose one of: {known}")
         return files[name]
-
-    def public_paths(self) -> dict[str, str]:
-        """Name -> the path for a program, such as `runs/dog/checkpoint-500`.
-
-        No folder of this machine is shown.
-        """
-        paths = {}
-        for name, file in self.files().items():
-            is_run = self.runs_dir is not None and file.is_relative_to(self.runs_dir)
-            wanted = file.parent if is_run else file
-            if wanted.is_relative_to(PROJECT):
-                paths[name] = wanted.relative_to(PROJECT).as_posix()
-            elif is_run:
-                paths[name] = f"runs/{wanted.relative_to(self.runs_dir).as_posix()}"
-            else:
-                paths[name] = file.name
-        return paths
 
     def add_upload(self, uploaded: str | Path) -> str:
         """Keep an uploaded file while the page is up; returns its name. Raises UserError."""
@@ -184,8 +164,6 @@ class PageBase:
     """May raise UserError."""
     about: str = ""
     """A sentence without its first word and full stop."""
-    templates: tuple[str, ...] = ()
-    """Prompts with `{}` for the subject."""
     public_name: str = ""
     """What its pictures say, if not the title."""
     is_remote: bool = False

@@ -35,7 +35,7 @@ def serve(
     base = PageBase("tiny", str(tiny_base), pipeline.resolution_px, lambda: pipeline)
     folders = {"adapters_dir": folder / "adapters", "runs_dir": folder / "runs"}
     ctx = AppContext(base, *others, **folders, workspace=new_workspace(), public=public)
-    page = build_app(ctx, ["a photo of {} in the jungle", "a red {}"])
+    page = build_app(ctx)
     options = launch_options(public=public) | launch
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **options)
     try:

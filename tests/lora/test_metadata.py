@@ -14,7 +14,7 @@ from dreambooth_moslora.lora import published_file, raw_file
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.training import explain, model_card
-from dreambooth_moslora.ui.generate_values import summary_of
+from dreambooth_moslora.ui.adapter_summary import summary_of
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_adapters import save_diffusers_lora
 

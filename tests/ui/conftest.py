@@ -193,7 +193,7 @@ def wait_for(condition, seconds: float = 40.0):
 
 def handler(ctx: AppContext, name: str, elem_id: str = ""):
     """What the page does at that event, or at that of the widget with this id."""
-    page = build_app(ctx, [])
+    page = build_app(ctx)
     numbers = {number for number, block in page.blocks.items() if elem_id in ("", block.elem_id)}
     events = (event for event in page.fns.values() if event.name == name)
     return next(
@@ -205,6 +205,7 @@ def handler(ctx: AppContext, name: str, elem_id: str = ""):
 
 def write_adapter(file: Path, trigger: str = "sks", class_word: str = "dog", **facts) -> Path:
     facts = {"trigger_words": [trigger], "class_word": class_word, "base_id": "toy"} | facts
+    facts = {"rank": 4, "alpha": 4.0} | facts
     return save_header(file, moslora=json.dumps(facts))
 
 

@@ -22,27 +22,22 @@ from dreambooth_moslora.generation.params import (
     Provenance,
     Recipe,
     Step,
-    check_size,
+    read_recipe,
 )
-from dreambooth_moslora.ui.generate_tab import ask_widgets, settings_widgets
+from dreambooth_moslora.ui.adapter_summary import summary_of
+from dreambooth_moslora.ui.drawing import compare, make_pictures
+from dreambooth_moslora.ui.generate_tab import ask_widgets
 from dreambooth_moslora.ui.generate_values import (
-    RANGES,
     GenerateForm,
-    clamp_to_widgets,
     code_snippet,
-    compare,
-    format_seconds,
-    make_pictures,
-    match_adapters,
-    recipe_of,
+    remarks_on,
     size_choices,
-    summary_of,
 )
-from dreambooth_moslora.ui.html import facts_table, notice
+from dreambooth_moslora.ui.html import facts_table, format_seconds, notice
 from dreambooth_moslora.ui.page import adapter_facts, build_app
 from dreambooth_moslora.ui.state import as_gradio_error
 from dreambooth_moslora.ui.workspace import Picture
-from tests.ui.conftest import PAGE, handler, save_header, write_adapter
+from tests.ui.conftest import PAGE, handler, write_adapter
 
 
 def test_the_form_and_the_parameters_are_each_others_inverse():
@@ -91,75 +86,6 @@ HALF = "a \ud800"
 """JSON can hold a lone surrogate."""
 
 
-@pytest.mark.parametrize(
-    "values, words",
-    [
-        *(
-            ({"steps": number}, "steps")
-            for number in (float("nan"), float("inf"), 1.5, True, None, "7", 10**400)
-        ),
-        *(({"scheduler": value}, "scheduler") for value in ([], ["euler"], {}, 5, "magic")),
-        *(({"adapter": value}, "adapter") for value in (["dog"], {"a": 1}, 5)),
-        *(({name: HALF}, "is not a character") for name in ("prompt", "negative_prompt")),
-    ],
-)
-def test_what_makes_no_sense_is_refused_in_words(values, words):
-    with pytest.raises(UserError, match=words) as told:
-        GenerateForm(**{"prompt": "a dog"} | values).params()
-    assert str(told.value).encode()
-
-
-@pytest.mark.parametrize(
-    "params, words",
-    [
-        (
-            GenerationParams("a", steps=200),
-            ["the number of steps 200 is beyond what the page offers; 100 is set"],
-        ),
-        (
-            GenerationParams("a", guidance_scale=50.0),
-            ["guidance 50 is beyond what the page offers; 30 is set"],
-        ),
-        (
-            GenerationParams("a", adapters=(("x", -10), ("y", 10))),
-            ["scale of x: -10", "scale of y: 10"],
-        ),
-        (
-            GenerationParams("a", text_options={"system_prompt": "b"}),
-            ["it was drawn with --system_prompt, which the page"],
-        ),
-        (GenerationParams("a", height_px=1024, width_px=1024), ["1024 x 1024 px is too large"]),
-        (
-            GenerationParams(
-                "a",
-                steps=100,
-                guidance_scale=0.0,
-                adapters=(("x", -2.0),),
-                height_px=64,
-                width_px=64,
-            ),
-            [],
-        ),
-    ],
-)
-def test_settings_beyond_the_page_become_the_nearest_with_a_remark(context, params, words):
-    found, remarks = clamp_to_widgets(params, 64, 4.0)
-    assert len(remarks) == len(words) and all(
-        word in remark for word, remark in zip(words, remarks)
-    )
-    assert replace(found, guidance_scale=params.guidance_scale) == params or words
-    assert found.guidance_scale == (
-        4.0 if params.guidance_scale is None else min(params.guidance_scale, 30)
-    )
-    ctx = context()
-    with gr.Blocks():
-        widgets = ask_widgets(ctx)[0] | settings_widgets(ctx)
-    form = GenerateForm.from_params(found)
-    taken = {name: widgets[name].preprocess(getattr(form, name)) for name in widgets}
-    check_size(GenerateForm.of(taken).params(), 64)
-    assert {widgets[name].maximum for name in RANGES} == {high for _, high in RANGES.values()}
-
-
 def picture(file: Path, name: str, text: str, **how) -> Path:
     (info := PngInfo()).add_text(name, text, **how)
     PIL.Image.new("RGB", (8, 8)).save(file, pnginfo=info)
@@ -184,21 +110,18 @@ def test_a_recipe_with_endless_or_odd_values_is_refused_in_a_short_line(tmp_path
     recipe |= {"adapter_sha256": {HALF: "x"}} if kind == "half a hash" else {}
     file = picture(tmp_path / "a.png", "dreambooth_moslora", json.dumps(recipe), zip=True)
     with pytest.raises(gr.Error) as told:
-        as_gradio_error(recipe_of)(file)
+        as_gradio_error(read_recipe)(file)
     assert len(told.value.message) < 400 and "server's log" not in told.value.message
     assert "half" not in kind or "damaged" in told.value.message
 
 
-def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_path):
-    for name, content in (("renamed", b"dog"), ("cat", b"another cat")):
-        (tmp_path / name).write_bytes(content)
-    files = {name: tmp_path / name for name in ("renamed", "cat")}
+def test_an_adapter_that_is_gone_or_changed_and_another_base_are_told(tmp_path):
+    for name in ("dog", "cat"):
+        (tmp_path / name).write_bytes(b"dog")
+    files = {name: tmp_path / name for name in ("dog", "cat")}
     sha = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("dog", "cat", "rex")}
     params = GenerationParams("x", adapters=(("dog", 0.5), ("cat", 1.0), ("rex", 1.0)))
-    settled, remarks = match_adapters(
-        Recipe(params, Provenance("toy", tuple(sha.items()))), files, "other"
-    )
-    assert settled.adapters == (("renamed", 0.5), ("cat", 1.0), ("rex", 1.0))
+    remarks = remarks_on(Recipe(params, Provenance("toy", tuple(sha.items()))), files, "other")
     words = ("cat here is another", "rex is not here", "base toy")
     assert all(word in remark for word, remark in zip(words, remarks, strict=True))
 
@@ -206,19 +129,20 @@ def test_a_recipes_adapter_is_found_by_content_and_a_changed_one_is_told(tmp_pat
 @pytest.mark.parametrize(
     "facts, said, subject",
     [
-        ({"rank": 8}, "rank 8", ""),
-        ({"rank": 4, "ranks": {"a": 1, "b": 23}}, "ranks 1 to 23", ""),
-        ({"rank": "8", "ranks": [1]}, "", ""),
+        ({}, "say “sks dog” · rank 4 · for toy", "sks dog"),
+        ({"ranks": {"a": 1, "b": 23}}, "say “sks dog” · ranks 1 to 23 · for toy", "sks dog"),
+        ({"rank": "4"}, "", ""),
         (
-            {"trigger_words": ["sks duck", "zwx rocket", 3]},
-            "say “sks duck” or “zwx rocket”",
+            {"trigger_words": ["sks duck", "zwx rocket"], "class_word": ""},
+            "say “sks duck” or “zwx rocket” · rank 4 · for toy",
             "sks duck",
         ),
     ],
 )
 def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
-    found = summary_of(save_header(tmp_path / "a.safetensors", moslora=json.dumps(facts)))
-    assert found.sentence() == said and (not subject or found.subject == subject)
+    facts = {"trigger_words": ["sks"], "class_word": "dog"} | facts
+    found = summary_of(write_adapter(tmp_path / "a.safetensors", **facts))
+    assert (found.sentence(), found.subject) == (said, subject)
 
 
 def test_choosing_an_adapter_renews_the_prompt_only_while_nobody_has_written_in_it(
@@ -253,7 +177,7 @@ def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_ma
 
 
 def test_a_refused_upload_leaves_the_scale_as_it_was_set(context):
-    events = build_app(context(), []).fns
+    events = build_app(context()).fns
     [after] = [
         event
         for event in events.values()
@@ -350,7 +274,7 @@ def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
         for n in range(2)
     ]
     events = [event for image in drawn for event in (Step(image.index, 2, 1, 1, 0.0), image)]
-    page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))), [])
+    page = build_app(context(lambda: SimpleNamespace(generate=lambda *_: iter(events))))
     generate = next(event for event in page.fns.values() if event.name == "generate")
     chosen = [frame[-1] for frame in generate.fn(PAGE, prompt="a dog", num_images=2)]
     assert [value for value in chosen if value != gr.skip()] == [0] and chosen.index(0) < len(
@@ -363,7 +287,7 @@ def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
 def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_shown(context):
     """A picture that was drawn since moved all by one place, and its neighbour's settings came."""
     ctx = context()
-    page = build_app(ctx, [])
+    page = build_app(ctx)
     history = next(event for event in page.fns.values() if event.name == "history")
     reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
     ctx.workspace.remember(one_drawn(ctx.workspace.root, "a dog"))
@@ -374,7 +298,7 @@ def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_s
 
 def test_the_code_draws_all_pictures_that_are_shown(context):
     ctx = context()
-    snippet = next(event for event in build_app(ctx, []).fns.values() if event.name == "snippet")
+    snippet = next(event for event in build_app(ctx).fns.values() if event.name == "snippet")
     drawn = one_drawn(ctx.workspace.root, "a dog")
     assert "num_images=3" in snippet.fn([drawn] * 3) and "num_images" not in snippet.fn([drawn])
     assert snippet.fn([]) == ""
@@ -385,7 +309,7 @@ def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_te
 ):
     """The page has a title without a slash for it, which `from_base` does not know."""
     ctx = context(title="owner_base", public_name="owner/base")
-    page, remarks = build_app(ctx, []), []
+    page, remarks = build_app(ctx), []
     monkeypatch.setattr(gr, "Warning", remarks.append)
     snippet, history = (
         next(event for event in page.fns.values() if event.name == n)
@@ -418,18 +342,3 @@ def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
     file = with_header(tmp_path / "odd.safetensors", header)
     with pytest.raises(UserError, match="odd"):
         adapter_facts(str(file))
-
-
-def test_a_header_is_parsed_once_until_the_file_changes(tmp_path, monkeypatch):
-    file = tmp_path / "a.safetensors"
-    write_adapter(file, "sks")
-    opened = []
-    monkeypatch.setattr(
-        "dreambooth_moslora.ui.generate_values.json.loads", lambda text: opened.append(text) or {}
-    )
-    for _ in range(3):
-        summary_of(file)
-    assert len(opened) == 1
-    write_adapter(file, "zwx the second")
-    summary_of(file)
-    assert len(opened) == 2

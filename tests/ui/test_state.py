@@ -19,12 +19,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.generate_values import (
-    AdapterSummary,
-    GenerateForm,
-    make_pictures,
-    summary_of,
-)
+from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
+from dreambooth_moslora.ui.drawing import make_pictures
+from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import (
     TELLS_PROMPTS,
@@ -60,28 +57,14 @@ def test_the_shelf_shows_all_runs_and_uploads_and_that_of_a_public_page_only_its
     assert list(shelf.files()) == [*names, "cat", "dog", "dog@100", "dog@20"]
     workspace.uploads.clear()
     public = replace(shelf, runs_dir=None)
-    assert public.public_paths() == {"cat": "cat.safetensors"}
+    assert list(public.files()) == ["cat"]
     with pytest.raises(UserError, match="there is no adapter"):
         public.path("dog")
 
 
-def test_files_are_named_as_they_lie_in_the_project_or_by_a_bare_name_of_their_own(
-    tmp_path, shelf, monkeypatch
-):
-    put(
-        tmp_path,
-        "adapters/cat.safetensors",
-        f"runs/dog/{PUBLISHED}",
-        f"runs/dog/checkpoint-20/{RAW}",
-    )
-    runs = {"dog": "runs/dog", "dog@20": "runs/dog/checkpoint-20"}
-    assert shelf.public_paths() == {"cat": "cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path)
-    assert shelf.public_paths() == {"cat": "adapters/cat.safetensors"} | runs
-    monkeypatch.setattr("dreambooth_moslora.ui.state.PROJECT", tmp_path.parent)
-    assert shelf.public_paths()["dog@20"] == f"{tmp_path.name}/runs/dog/checkpoint-20"
-    put(tmp_path, "adapters/dog.safetensors")
-    assert list(shelf.files()) == ["cat", "dog", "dog 2", "dog@20"]
+def test_a_file_of_a_taken_name_has_a_number(tmp_path, shelf):
+    put(tmp_path, "adapters/dog.safetensors", f"runs/dog/{PUBLISHED}")
+    assert list(shelf.files()) == ["dog", "dog 2"]
     assert shelf.path("dog 2") == tmp_path / "runs" / "dog" / PUBLISHED
 
 
@@ -121,7 +104,7 @@ def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
 def test_a_stop_is_of_all_that_waits_and_offered_until_the_last_has_ended(context):
     """Of two that waited the second was drawn, and the end of the first took the button away."""
     ctx = context()
-    fns = build_app(ctx, []).fns.values()
+    fns = build_app(ctx).fns.values()
     events = {fn.name: fn.fn for fn in fns}
     ended = [fn.fn for fn in fns if fn.name == "ended"]  # two of each work
     for is_stopped in (True, False):

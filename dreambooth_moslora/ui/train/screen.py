@@ -13,7 +13,8 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.disk.run_folder import NONE, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toys import is_toy
-from dreambooth_moslora.ui import generate_values, html, state
+from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import train_masks, train_photos, train_start, train_watch
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
@@ -152,7 +153,7 @@ def build_train_tab(
         """Adapters with new tokens are left out, as no run begins with them."""
         names = [NONE]
         for name, file in ctx.catalog.files().items():
-            if not generate_values.summary_of(file).new_tokens:
+            if not summary_of(file).new_tokens:
                 names.append(name)
         return gr.Dropdown(choices=names)
 
@@ -187,7 +188,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         return handler
 
     for widget in fields.values():
-        html.explain_bad_values(widget)
+        html.name_in_errors(widget)
     how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
     # What was chosen for the run goes through a state, which is hidden from programs: `/train`
     # returns two values.
@@ -266,9 +267,9 @@ def _connect_ended(
             raise UserError("there is no adapter yet")
         name = listed[0]
         # It is chosen there, with the words that call its subject.
-        summary = generate_values.summary_of(files[name])
+        summary = summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
-        prompt = generate_values.prompt_for(summary)
+        prompt = summary.prompt
         return gr.Tabs(selected="generate"), chosen, prompt, summary.scale
 
     outputs = [*fields.values(), parts["remarks"], parts["crops"], parts["cost"]]

@@ -22,7 +22,7 @@ from dreambooth_moslora.plan.choices import Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings import prompts, table
-from dreambooth_moslora.ui import generate_values, html, state
+from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train import train_form
@@ -251,7 +251,7 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
     time_needed = "time not known yet"
     if seconds:
-        time_needed = f"about {generate_values.format_seconds(seconds)}"
+        time_needed = f"about {html.format_seconds(seconds)}"
     disk = f"{plan.cost.disk_gib:.2f} GiB on the disk"
     return html.folded_card(f"{memory} · {time_needed} · {disk}", lines)
 

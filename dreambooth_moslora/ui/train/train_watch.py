@@ -14,7 +14,7 @@ from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
-from dreambooth_moslora.ui import generate_values, html
+from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
 from dreambooth_moslora.ui.state import (
     AT_ONCE,
@@ -473,7 +473,7 @@ def numbers_of(step: dict[str, Any]) -> str:
     """The numbers of a step's event, in one line; those that it has."""
     parts = []
     if step.get("eta_sec") is not None:
-        parts.append(f"about {generate_values.format_seconds(step['eta_sec'])} left")
+        parts.append(f"about {html.format_seconds(step['eta_sec'])} left")
     seconds = step.get("step_sec") or 0
     if seconds >= 1:
         parts.append(f"{seconds:.1f} s a step")

@@ -18,7 +18,8 @@ from dreambooth_moslora.extras.serving.front import Access, build_front
 from dreambooth_moslora.generation.grids import generate_grid, parse_axis
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.ui.app import context_of
-from dreambooth_moslora.ui.generate_values import GenerateForm, compare, make_pictures
+from dreambooth_moslora.ui.drawing import compare, make_pictures
+from dreambooth_moslora.ui.generate_values import GenerateForm
 from tests.extras.serving.conftest import TOKEN, shop_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 

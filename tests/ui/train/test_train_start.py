@@ -174,7 +174,7 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(page.jobs, "script", stand_in)
     add = next(
-        event.fn for event in build_app(page, []).fns.values() if event.api_name == "add_to_queue"
+        event.fn for event in build_app(page).fns.values() if event.api_name == "add_to_queue"
     )
 
     def take_with_the_other(*args):

@@ -60,7 +60,6 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
 ):
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
     assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
-    assert catalog.public_paths()["dog@best"] == "runs/dog/best"
     now = look()
     for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
         assert words in now["status"]

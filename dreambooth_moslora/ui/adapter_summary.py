@@ -1,0 +1,89 @@
+"""What the header of an adapter says of it, for the lists of the page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_moslora.disk import run_folder
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora.metadata import metadata_in
+from dreambooth_moslora.ui.generate_values import RANGES
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What a file's header says of the adapter; a value is empty if it does not say it.
+
+    `tokens` are the names of its missing files of new tokens. `others` are the words of further
+    subjects.
+    """
+
+    trigger: str = ""
+    class_word: str = ""
+    base: str = ""
+    rank: str = ""
+    mixer: str = ""
+    scale: float = 1.0
+    tokens: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    new_tokens: bool = False
+
+    @property
+    def subject(self) -> str:
+        """The words that call the subject, such as "sks dog"."""
+        if self.class_word in self.trigger:
+            return self.trigger
+        return f"{self.trigger} {self.class_word}".strip()
+
+    @property
+    def prompt(self) -> str:
+        """The prompt with which a page begins for this adapter."""
+        return f"a photo of a {self.subject}" if self.subject else ""
+
+    def sentence(self) -> str:
+        """All that is known, in one line."""
+        parts = []
+        if self.subject:
+            names = " or ".join(f"“{words}”" for words in (self.subject, *self.others))
+            parts.append(f"say {names}")
+        if self.rank:
+            parts.append(self.rank)
+        if self.mixer and self.mixer != "none":
+            parts.append(f"{self.mixer} mixer")
+        if self.base:
+            parts.append(f"for {self.base}")
+        if self.scale != 1:
+            parts.append(f"best at scale {self.scale:g}")
+        for name in self.tokens:
+            parts.append(f"its new tokens are missing: {name} belongs beside it")
+        return " · ".join(parts)
+
+
+def summary_of(file: Path) -> AdapterSummary:
+    """The summary; an empty one of a file that another program wrote, or that cannot be read.
+
+    Loading is the check, and the header only a hint.
+    """
+    try:
+        facts = metadata_in(run_folder.header_of(file))
+    except (UserError, OSError):
+        return AdapterSummary()
+    if facts is None:
+        return AdapterSummary()
+    first, *others = facts.trigger_words or ("",)
+    ranks = sorted({facts.rank, *facts.ranks.values()})
+    # A scale that the slider offers, or 1.
+    low, high = RANGES["scale"]
+    scale = facts.best_scale or 1.0
+    return AdapterSummary(
+        trigger=first,
+        class_word=facts.class_word,
+        base=facts.base_id,
+        rank=f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}",
+        mixer=facts.mixer,
+        scale=scale if low <= scale <= high else 1.0,
+        tokens=tuple(
+            note["file"] for note in facts.tokens if not (file.parent / note["file"]).is_file()
+        ),
+        others=tuple(others),
+        new_tokens=bool(facts.tokens),
+    )

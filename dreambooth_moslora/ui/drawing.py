@@ -1,0 +1,226 @@
+"""The actions of the Generate tab: pictures, a comparison, a grid. They stream `Frame`s."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from dreambooth_moslora.disk import processes
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation.params import (
+    GenerationParams,
+    about_black,
+    check_size,
+    check_steps,
+)
+from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.generate_values import GenerateForm
+from dreambooth_moslora.ui.html import format_seconds
+from dreambooth_moslora.ui.workspace import Picture, Workspace
+
+if TYPE_CHECKING:
+    from dreambooth_moslora.generation.params import Image, Step
+
+FRAME_SEC = 0.12
+"""Least seconds between two updates of the page; finished pictures are always shown."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One state of the result area. `pictures` is None when they have not changed."""
+
+    status: str
+    pictures: tuple[Picture, ...] | None = None
+    params: GenerationParams | None = None
+    sheet: Path | None = None
+
+
+def make_pictures(
+    ctx: state.AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
+) -> Iterator[Frame]:
+    """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and a sheet.
+
+    An axis is written like `scale=0, 0.5, 1`. Raises UserError.
+    """
+    parsed = ()
+    if axes:
+        state.import_libraries()
+        from dreambooth_moslora.generation.grids import parse_axis
+
+        parsed = tuple(map(parse_axis, axes))
+    yield from _run(ctx, form.params(), request, parsed)
+
+
+def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
+    """Draw the same seed without and with the adapters: two pictures, in this order.
+
+    Raises UserError without an adapter.
+    """
+    with_adapters = replace(form.params(), num_images=1).apply_tags()
+    if not with_adapters.adapters:
+        raise UserError("choose an adapter to compare the base with")
+    pictures: tuple[Picture, ...] = ()
+    halves = (
+        (replace(with_adapters, adapters=()), "Without the adapter, "),
+        (with_adapters, "With the adapter, "),
+    )
+    for number, (params, word) in enumerate(halves):
+        # A half's frames have its own picture alone: the first half's stays before it.
+        for frame in _run(ctx, params, request, axes=(), word=word):
+            pictures = (*pictures[:number], *(frame.pictures or ()))
+            yield replace(frame, pictures=pictures if frame.pictures else None)
+        # It was stopped.
+        if len(pictures) <= number:
+            return
+    line = "Without and with the adapter, at the same seed"
+    yield Frame(html.progress_card(line, pictures[1].caption), pictures)
+
+
+def _run(
+    ctx: state.AppContext,
+    params: GenerationParams,
+    request: gr.Request,
+    axes: tuple,
+    word: str = "",
+) -> Iterator[Frame]:
+    """Draw, and stream the state; an error is told on the card, too.
+
+    - `params` are those of the pictures, or of a grid's every cell.
+    - `request` names the page, which can stop its own work.
+    - `axes` are those of a grid; without any, pictures are drawn.
+    - `word` begins the line of state.
+    """
+    try:
+        # Wait for the base.
+        check_size(params, ctx.resolution_px)
+        if ctx.loaded() is None:
+            line = "Loading the base …"
+            yield Frame(html.progress_card(line, "the next pictures need not wait for it"))
+        # Prepare the stream of events; nothing is drawn yet.
+        with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
+            pipeline = ctx.pipeline()
+            if axes:
+                from dreambooth_moslora.generation.grids import generate_grid
+
+                def load(cell: GenerationParams) -> GenerationParams:
+                    # An axis may ask for more than the slider.
+                    check_steps(cell)
+                    return ctx.load_adapters(cell)
+
+                events = generate_grid(pipeline, params, axes, should_stop, load)
+            else:
+                params = ctx.load_adapters(params)
+                events = pipeline.generate(params, should_stop)
+            # Draw. A single picture grows in its place in the gallery.
+            yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
+            width_px = params.width_px or ctx.resolution_px
+            height_px = params.height_px or ctx.resolution_px
+            yield from _frames(
+                events=events,
+                workspace=ctx.workspace,
+                params=params,
+                word=word,
+                size_px=None if axes or word else (width_px, height_px),
+            )
+    except Exception as error:
+        told = state.as_user_error(error)
+        yield Frame(state.mistake_card(told))
+        raise told from error
+    finally:
+        # What a picture leaves of memory goes back to the system.
+        processes.give_freed_memory_back()
+
+
+def _frames(
+    events: Iterator,
+    workspace: Workspace,
+    params: GenerationParams,
+    word: str,
+    size_px: tuple[int, int] | None,
+) -> Iterator[Frame]:
+    """The state after each event.
+
+    - `events` are a pipeline's, or a grid's.
+    - `workspace` keeps the pictures.
+    - `params` are told in the last frame.
+    - `word` begins the line of state.
+    - `size_px` (width, height) makes the previews large.
+    """
+    from dreambooth_moslora.generation import grids, previews
+    from dreambooth_moslora.generation.params import Image, Step
+
+    started = shown_at = time.perf_counter()
+    step = None
+    total = params.num_images
+    pictures = []
+    black = []
+    sheet = None
+    for event in events:
+        # A step is told with the preview that follows it.
+        if isinstance(event, Step):
+            step = event
+            total = event.num_images
+        elif isinstance(event, Image):
+            pictures.append(_keep(event, workspace))
+            if about_black([event]):
+                black.append(event)
+            yield Frame(_status(step, word), tuple(pictures))
+        # One sheet is kept.
+        elif isinstance(event, grids.Sheet):
+            for old in workspace.folder.glob("grid_*.png"):
+                old.unlink(missing_ok=True)
+            sheet = event.save(workspace.folder / f"grid_{time.time_ns():x}.png")
+        # Previews come faster than a browser can show them.
+        elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
+            shown_at = time.perf_counter()
+            preview = html.thumbnail(event.pixels)
+            yield Frame(_status(step, word, preview, size_px))
+    # The end: how many, how long, and whether something is wrong with them.
+    status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
+    said = about_black(black)
+    if said:
+        status = html.notice(f"The pictures are done, but {said}.", "bad")
+    yield Frame(status, tuple(pictures), params, sheet)
+
+
+def _keep(image: "Image", workspace: Workspace) -> Picture:
+    """Write the PNG to the workspace and add it to the history."""
+    seed = image.params.seed
+    path = image.save(workspace.folder / f"{time.time_ns():x}_seed_{seed}.png")
+    scales = ", ".join(f"{name} at scale {scale:g}" for name, scale in image.params.adapters)
+    caption = f"seed {seed} · {scales}" if scales else f"seed {seed}"
+    picture = Picture(path, caption)
+    workspace.remember(picture)
+    return picture
+
+
+def _status(
+    step: "Step", word: str, picture: str = "", size_px: tuple[int, int] | None = None
+) -> str:
+    """The card of a step: which picture, how far, how long still, and a preview (a data URL)."""
+    which = f"picture {step.index + 1} of {step.num_images}, " if step.num_images > 1 else ""
+    line = f"{word}{which}step {step.step} of {step.steps}"
+    # NaN: not known yet.
+    is_known = step.eta_sec == step.eta_sec
+    done = step.index + step.step / step.steps
+    return html.progress_card(
+        line[:1].upper() + line[1:],
+        detail=f"about {format_seconds(step.eta_sec)} left" if is_known else "",
+        fraction=done / step.num_images,
+        picture=picture,
+        size_px=size_px,
+    )
+
+
+def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
+    """The card at the end; fewer pictures than `total` mean that it was stopped."""
+    if len(pictures) < total:
+        return html.progress_card(
+            "Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept"
+        )
+    plural = "s" if total != 1 else ""
+    detail = pictures[0].caption if not is_grid else "they are in the history, too"
+    return html.progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
