@@ -25,7 +25,6 @@ class AdapterSummary:
     scale: float = 1.0
     tokens: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
-    new_tokens: bool = False
 
     @property
     def subject(self) -> str:
@@ -85,5 +84,4 @@ def summary_of(file: Path) -> AdapterSummary:
             note["file"] for note in facts.tokens if not (file.parent / note["file"]).is_file()
         ),
         others=tuple(others),
-        new_tokens=bool(facts.tokens),
     )

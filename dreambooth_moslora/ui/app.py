@@ -28,8 +28,6 @@ DEPTH = 3
 """Levels below `bases_dir` in which bases are looked for."""
 CHECKPOINT_MARK = "model.diffusion_model."
 """Begins keys of a single-file checkpoint, and of no adapter."""
-MAX_PORT = 65535
-"""The last port of TCP."""
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
     "or start a page that only draws with --public"
@@ -121,10 +119,6 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
             print(f"note: {absent}, so the page offers {offered_instead}", file=sys.stderr)
     from dreambooth_moslora.ui import guard, page
 
-    if args.server_port is not None and not 1 <= args.server_port <= MAX_PORT:
-        raise UserError(
-            f"--server_port {args.server_port} is not a port; choose one from 1 to {MAX_PORT}"
-        )
     # Who may reach the page: others need a login, or a page that only draws.
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
     logins = [parse_login(text) for text in args.auth or ()]

@@ -441,12 +441,10 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
             return f"{prompt}|"
         if name != "adapter":
             return AXIS_VALUES.get(name, "")
-        names = list(ctx.catalog.files())
-        # All checkpoints of the chosen adapter's run, or else the first adapters.
-        chosen = str(adapter).split("@")[0]
-        run = [name for name in reversed(names) if name.split("@")[0] == chosen]
-        proposed = run if len(run) > 1 else names[:3]
-        return ", ".join(["none", *proposed])
+        # The checkpoints of the chosen adapter's run.
+        run = str(adapter).split("@")[0]
+        names = [name for name in ctx.catalog.files() if name.split("@")[0] == run]
+        return ", ".join(["none", *reversed(names)])
 
 
 def _connect_adapters(

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -51,8 +50,6 @@ TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility
 """Options of small events with a message: errors and remarks reach the page only through the queue.
 """
 
-MAX_WAITING = 1000
-"""Pages whose stop is remembered while their work waits."""
 LOOK_SEC = 0.5
 """How often the page tells how long a base has been loading."""
 MAX_SENTENCE = 300
@@ -120,8 +117,6 @@ class AdapterCatalog:
 
 _ONE_AT_A_TIME = threading.Lock()
 """Held by the thread that imports the libraries."""
-TELLS_PROMPTS = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl"
-"""The logger whose warning repeats the end of a prompt that is too long."""
 
 
 def import_libraries() -> None:
@@ -134,12 +129,6 @@ def import_libraries() -> None:
         # both are imported for what they import: torch, and the pipeline's libraries
         import dreambooth_moslora.generation.grids
         import dreambooth_moslora.lora.describe  # noqa: F401
-
-        logging.getLogger(TELLS_PROMPTS).addFilter(_tells_no_prompt)
-
-
-def _tells_no_prompt(record: logging.LogRecord) -> bool:
-    return "your input was truncated" not in str(record.msg)
 
 
 @cache
@@ -198,9 +187,8 @@ class AppContext:
         self.workspace = workspace
         self.public = public
         self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir, workspace)
-        # By a page's session: the stop of what runs now, and that of the works that wait, by name.
-        self._stops: dict[str, threading.Event] = {}
-        self._announced: OrderedDict[str, tuple[threading.Event, set[str]]] = OrderedDict()
+        # By a page's session: the stop of its works that run or wait, and their names.
+        self._works: dict[str, tuple[threading.Event, set[str]]] = {}
         self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
@@ -304,51 +292,43 @@ class AppContext:
 
         It can be stopped until it has `ended`, even before its turn.
         """
-        page = request.session_hash
-        new = (threading.Event(), set())
-        known = self._announced.pop(page, new)
+        stop, works = self._works_of(request)
         # What comes after a stop is not stopped by it.
-        stop, works = new if known[0].is_set() else known
-        self._announced[page] = stop, works | {work}
-        # Pages that were closed never end theirs: the oldest go.
-        while len(self._announced) > MAX_WAITING:
-            self._announced.popitem(last=False)
+        if stop.is_set():
+            stop, works = threading.Event(), set()
+        self._works[request.session_hash] = stop, works | {work}
 
     def ended(self, request: gr.Request, work: str) -> bool:
         """This page's `work` is done or has failed.
 
         Returns whether other work of the page is left.
         """
-        page = request.session_hash
-        stop, works = self._announced.pop(page, (threading.Event(), set()))
-        left = works - {work}
-        if left:
-            self._announced[page] = stop, left
-        return bool(left)
+        stop, works = self._works_of(request)
+        self._works[request.session_hash] = stop, works - {work}
+        if works <= {work}:
+            del self._works[request.session_hash]
+        return not works <= {work}
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
-        """`should_stop` of this page's work; what is announced after a stop gets a new one."""
-        page = request.session_hash
-        stop, _ = self._announced.get(page, (threading.Event(), set()))
-        self._stops[page] = stop
+        """`should_stop` of this page's work, which a program need not announce."""
+        stop, works = self._works_of(request)
         try:
             yield stop.is_set
         finally:
-            if self._stops.get(page) is stop:
-                del self._stops[page]
+            if not works:
+                self._works.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request) -> None:
         """Stop all of this page's own work, running or waiting.
 
         Another page's cannot be stopped.
         """
-        page = request.session_hash
-        running = self._stops.get(page)
-        waiting, _ = self._announced.get(page, (None, set()))
-        for stop in (running, waiting):
-            if stop:
-                stop.set()
+        if request.session_hash in self._works:
+            self._works[request.session_hash][0].set()
+
+    def _works_of(self, request: gr.Request) -> tuple[threading.Event, set[str]]:
+        return self._works.setdefault(request.session_hash, (threading.Event(), set()))
 
 
 BUSY = (

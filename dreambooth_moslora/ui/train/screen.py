@@ -105,8 +105,6 @@ def field_widget(name: str, base: str, **room: Any) -> gr.components.Component:
         return gr.Slider(0, row.limit, first, step=row.limit / 20, **look)
     if row.is_number:
         return gr.Number(first or 0, precision=0 if isinstance(first, int) else None, **look)
-    if row.kind == "list":
-        return gr.Dropdown([first], value=first, allow_custom_value=True, **look)
     if row.kind == "radio":
         return gr.Radio(list(row.values), value=first, **look)
     if row.values:
@@ -142,20 +140,6 @@ def build_train_tab(
     # The form's events.
     train_masks.connect_photos(ctx, page, fields | parts)
     _connect_start(ctx, fields, parts)
-
-    @gr.on(
-        [page.load, fields["begin_with"].focus],
-        inputs=None,
-        outputs=fields["begin_with"],
-        **state.AT_ONCE,
-    )
-    def starts() -> gr.Dropdown:
-        """Adapters with new tokens are left out, as no run begins with them."""
-        names = [NONE]
-        for name, file in ctx.catalog.files().items():
-            if not summary_of(file).new_tokens:
-                names.append(name)
-        return gr.Dropdown(choices=names)
 
     _connect_values(ctx, page, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)

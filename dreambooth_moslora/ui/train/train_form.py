@@ -15,7 +15,6 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
-from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.beside import MOST_BYTES, TOO_LONG
@@ -58,7 +57,7 @@ class FormField:
     most: float | None = None
     """The most that it takes (default: the setting's bound)."""
     kind: str = ""
-    """`radio`, `slider`, or `list` for names that the page knows; else by its values."""
+    """`radio` or `slider`; else by its values."""
     required: bool = False
     """Whether the API's argument has no default."""
     always: bool = False
@@ -202,7 +201,7 @@ class TrainForm:
     """All that the form asks.
 
     The fields' names and order are those of the API's arguments. 0 in a number, and None, mean what
-    the recipe says. `begin_with` names an adapter that can be chosen on the page.
+    the recipe says.
     """
 
     token: str = asked(
@@ -381,13 +380,6 @@ class TrainForm:
         box="token_box",
         title="learning rate of the new tokens",
         elem_id="tokens_rate",
-    )
-    begin_with: str = asked(
-        NONE,
-        label="Begin with",
-        info="an adapter to go on from, with these photos; “none”: from nothing",
-        line=14,
-        kind="list",
     )
 
     def checked(self, name: str) -> Any:

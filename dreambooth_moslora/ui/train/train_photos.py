@@ -75,7 +75,7 @@ def take_with_masks(files: list[str], workspace: Workspace, *, keep: bool = Fals
 def add_photos(files: list[str], workspace: Workspace) -> list[str]:
     """Take photos after the others; returns remarks.
 
-    Of equal ones the first stays, with the first mask. Raises UserError.
+    Of equal ones the first stays, with the newest mask. Raises UserError.
     """
     with workspace.changing:
         remarks = take_with_masks(files, workspace, keep=True)
@@ -86,24 +86,11 @@ def add_photos(files: list[str], workspace: Workspace) -> list[str]:
             if known == photo:
                 continue
             again.append(photo)
-            of_mask = with_mask_of(known, photo)
-            remarks.append(f"photo {number_of(known)} was added once more: it counts once{of_mask}")
+            remarks.append(f"photo {number_of(known)} was added once more: it counts once")
+            if beside(photo).is_file():
+                beside(photo).replace(beside(known))
         remove_photos(workspace.photos_dir, again)
     return remarks
-
-
-def with_mask_of(first: Path, again: Path) -> str:
-    """Give a photo that has no mask the one of its copy.
-
-    Returns what became of that mask, for the remark.
-    """
-    if not beside(again).is_file():
-        return ""
-    if not beside(first).is_file():
-        beside(again).rename(beside(first))
-        return ", now with the mask"
-    is_same = file_digest(beside(again)) == file_digest(beside(first))
-    return "" if is_same else ", with its first mask; for another, remove it first"
 
 
 def remove_photo(workspace: Workspace, digest: str) -> None:

@@ -14,10 +14,9 @@ from statistics import median
 from typing import Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora.metadata import check_start_file
 from dreambooth_moslora.plan.choices import Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
@@ -39,15 +38,13 @@ def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
     Raises UserError for settings that no form has.
     """
     config = table.TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
-    if config.subjects:
-        raise UserError("the run has several subjects, and the form has one")
+    if config.subjects or config.init_adapter:
+        raise UserError("the form has no place for several subjects, or for a file to begin with")
     # The fields that each fill one setting, but for the length, which is said by preset if it can.
     base = config.pretrained_model_name_or_path
     values = train_form.values_from(vars(config), base)
     values |= {"steps": 0, "scores": bool(config.evaluate_steps)}
     values |= length_of(config, photos_dir)
-    if config.init_adapter:
-        values["begin_with"] = Path(config.init_adapter).stem
     # The words, and the captions beside the photos: a photo without one has an empty line.
     subject = prompts.subject_of(config)
     captions = ""
@@ -93,8 +90,6 @@ def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 PAUSED = "; the queue is paused, which “Go on” there ends"
 """Why a run is not started; the second part where it applies."""
-BEGUN_WITH = "begun_with"
-"""Folder in a run, with a copy of the adapter that the run begins with."""
 
 # Lines of the cards.
 TIME_KNOWN = "time: at the pace of the last such run here"
@@ -158,55 +153,23 @@ def prepared(
         is_queued=is_queued,
     )
 
-    # The run reads its own copies: a queued run may begin when photos and uploads are gone.
-    begun_with = adapter_of(ctx, form)
-    places = {"instance_data_dir": str(run_dir / "photos")}
-    if begun_with is not None:
-        places["init_adapter"] = str(run_dir / BEGUN_WITH / f"{form.begin_with}.safetensors")
-    config = table.TrainConfig.from_dict(choices.all | places)
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError("another run of that name is just being started; try again") from error
+    # The run reads its own copies: a queued run may begin when the photos are gone.
+    config = table.TrainConfig.from_dict(
+        choices.all | {"instance_data_dir": str(run_dir / "photos")}
+    )
+    run_dir.mkdir(parents=True)
     try:
         with ctx.workspace.changing:
             shutil.copytree(photos, run_dir / "photos")
         form.write_captions(run_dir / "photos")
-        if begun_with is not None:
-            (run_dir / BEGUN_WITH).mkdir()
-            shutil.copyfile(begun_with, config.init_adapter)
         # What training would refuse is refused here, where the form can still be changed.
         base = Base.of(config)
         check_settings(replace(config, **family_settings(config, base)), base)
-        yield Prepared(run_dir=run_dir, settings=config.to_dict(), said=said_of(form, choices))
+        said = [words for words, _ in choices.said]
+        yield Prepared(run_dir=run_dir, settings=config.to_dict(), said=said)
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
-
-
-def adapter_of(ctx: state.AppContext, form: TrainForm) -> Path | None:
-    """The file that the run goes on from; None of “none”.
-
-    Raises UserError for a file that no run begins with, or that is not listed.
-    """
-    name = str(form.begin_with or run_folder.NONE)
-    if name == run_folder.NONE:
-        return None
-    file = ctx.catalog.path(name)
-    try:
-        check_start_file(file)
-    except UserError as error:
-        raise UserError(f"“Begin with” {name}: {error}") from error
-    return file
-
-
-def said_of(form: TrainForm, choices: Choices) -> list[str]:
-    """What a run of this form begins with, and what was chosen for it."""
-    said = [words for words, _ in choices.said]
-    name = str(form.begin_with or run_folder.NONE)
-    if name == run_folder.NONE:
-        return said
-    return [f"begins with what the adapter {name} has learnt", *said]
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
@@ -237,11 +200,10 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     )
     config = table.TrainConfig.from_dict(choices.all)
     plan = make_plan(config, free_gib=train_form.free_gib(), is_later=True)
-    adapter_of(ctx, form)
     # Line by line: the choices, the steps, the time, the memory, the card, and what could be
     # better.
     seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
-    lines = said_of(form, choices)
+    lines = [words for words, _ in choices.said]
     lines += step_lines(plan)
     lines.append(TIME_KNOWN if seconds else TIME_UNKNOWN)
     lines += cost_lines(plan)

@@ -10,7 +10,6 @@ import gradio as gr
 import pandas as pd
 
 from dreambooth_moslora.disk import events, run_folder
-from dreambooth_moslora.disk.queue import QueuedRun
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
@@ -377,7 +376,7 @@ def queue_changes(
     - `chosen` is the waiting run that was moved; it stays chosen.
     """
     waiting = ctx.queue.queue.waiting()
-    rows = [(f"{place} · {words_of(one)}", one.name) for place, one in enumerate(waiting, 1)]
+    rows = [(f"{place} · {one.name}", one.name) for place, one in enumerate(waiting, 1)]
     is_paused = ctx.queue.queue.is_paused
     names = run_names(ctx.jobs)
     now = (rows, is_paused, names)
@@ -401,17 +400,6 @@ def queue_changes(
         "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
         "run": runs,
     }
-
-
-def words_of(run: QueuedRun) -> str:
-    """A waiting run's name and length."""
-    steps = run.settings.get("max_train_steps")
-    exposures = run.settings.get("exposures_per_photo")
-    if steps:
-        return f"{run.name} · {steps} steps"
-    if exposures:
-        return f"{run.name} · each photo {exposures} times"
-    return run.name
 
 
 def best_of(job: Job, metrics: events.Metrics) -> str:

@@ -40,7 +40,7 @@ API = (
         "scores",
         "make_captions",
     ),
-    *("new_tokens", "tokens_begin_as", "tokens_learning_rate", "begin_with"),
+    *("new_tokens", "tokens_begin_as", "tokens_learning_rate"),
 )
 """The arguments of `/train` after the photos: programs may give them by their places."""
 

@@ -17,7 +17,6 @@ from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings
@@ -43,7 +42,7 @@ from dreambooth_moslora.ui.train.train_start import (
     take_photos_of_run,
 )
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import TRAINER, end_all, handler, recorded, save_header
+from tests.ui.conftest import TRAINER, end_all, handler, recorded
 
 DUCK = TrainForm("sks", "duck")
 CHANGED = {
@@ -259,63 +258,11 @@ def test_settings_that_no_form_has_are_told_in_words(tmp_path):
         "class_prompt": "a dog",
     }
     several = TrainConfig(subjects=[table]).to_dict()
-    for settings, words in (({"rnak": 3}, "rnak"), (several, "several subjects")):
+    begun = TrainConfig(init_adapter="a.safetensors").to_dict()
+    rows = (({"rnak": 3}, "rnak"), (several, "several subjects"), (begun, "to begin with"))
+    for settings, words in rows:
         with pytest.raises(UserError, match=words):
             form_of_run(settings, tmp_path)
-
-
-NOTE = {"word": "sks", "count": 2, "file": "moslora_emb.safetensors", "sha256": "0" * 64}
-
-
-def adapter(file: Path, **facts) -> Path:
-    return save_header(file, moslora=AdapterMetadata(rank=4, alpha=4, **facts).to_json())
-
-
-@pytest.fixture
-def begun(tab):
-    """The tab with the checkpoint of a run on its shelf."""
-    adapter(tab.runs_dir / "old duck" / "checkpoint-30" / "moslora_weights.safetensors")
-    return tab
-
-
-def test_a_run_that_begins_with_an_adapter_without_new_tokens_has_the_flags_config_and_its_own_copy(
-    begun, workspace, context, tmp_path
-):
-    with prepared(begun, replace(DUCK, begin_with="old duck@30")) as run:
-        copied = Path(run.settings["init_adapter"])
-        assert copied == run.run_dir / "begun_with" / "old duck@30.safetensors"
-        assert copied.read_bytes() == begun.catalog.path("old duck@30").read_bytes()
-        assert "begins with what the adapter old duck@30 has learnt" in run.said
-        assert form_of_run(run.settings, run.run_dir / "photos").begin_with == "old duck@30"
-        assert list(begun.catalog.files()) == ["old duck@30"]
-    with prepared(begun, DUCK) as plain:
-        own = {
-            name: run.settings[name] for name in ("output_dir", "instance_data_dir", "init_adapter")
-        }
-        assert TrainConfig.from_dict(plain.settings | own).to_dict() == run.settings
-        assert not (plain.run_dir / "begun_with").exists()
-    adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
-    assert [name for name, _ in handler(context(), "starts")().choices] == ["none", "old duck@30"]
-
-
-@pytest.mark.parametrize(
-    "form, words",
-    [
-        ({"begin_with": "../runs/old duck@30"}, "there is no adapter"),
-        ({"begin_with": "tokens"}, "“Begin with” tokens: .*learnt new tokens for 'sks'"),
-        ({"begin_with": "torn"}, "“Begin with” torn: .*not a safetensors file"),
-    ],
-)
-def test_an_adapter_that_cannot_be_used_is_named_before_anything_is_made(
-    begun, tmp_path, form, words
-):
-    adapter(tmp_path / "adapters" / "tokens.safetensors", tokens=NOTE)
-    (tmp_path / "adapters" / "torn.safetensors").write_text("an adapter")
-    form = replace(DUCK, **form)
-    for begin in (lambda: estimate_cost(begun, form), lambda: prepared(begun, form).__enter__()):
-        with pytest.raises(UserError, match=words):
-            begin()
-    assert [path.name for path in begun.runs_dir.iterdir()] == ["old duck"]
 
 
 WORDS_AND_PATHS = {
