@@ -17,6 +17,7 @@ from dreambooth_moslora.generation.params import (
     check_steps,
 )
 from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.events import as_user_error, mistake_card
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.html import format_seconds
 from dreambooth_moslora.ui.workspace import Picture, Workspace
@@ -126,8 +127,8 @@ def _run(
                 size_px=None if axes or word else (width_px, height_px),
             )
     except Exception as error:
-        told = state.as_user_error(error)
-        yield Frame(state.mistake_card(told))
+        told = as_user_error(error)
+        yield Frame(mistake_card(told))
         raise told from error
     finally:
         # What a picture leaves of memory goes back to the system.

@@ -16,6 +16,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, read_recipe
 from dreambooth_moslora.ui import drawing, generate_values, state
 from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
+from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, on, sentence
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.html import (
     LARGE_PREVIEW,
@@ -283,22 +284,17 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
     starts = [buttons["run"].click, tab.prompt.submit]
     outputs = [results[name] for name in ("gallery", "used_seed", "status", "shown", "selected")]
 
-    # The page runs a trigger's events in order: the immediate ones must come before the long one.
-    first = {"inputs": None, "outputs": [results["tabs"], buttons["stop"]], **state.AT_ONCE}
+    gr.on(
+        starts,
+        lambda: gr.Tabs(selected="pictures"),
+        inputs=None,
+        outputs=results["tabs"],
+        js="() => bringIntoView('results', 'gallery')",
+        **AT_ONCE,
+    )
 
-    @gr.on(starts, js="() => bringIntoView('results', 'gallery')", **first)
-    def announce(request: gr.Request) -> tuple:
-        ctx.announce(request, "generate")
-        return gr.Tabs(selected="pictures"), gr.Button(interactive=True)
-
-    @results["compare"].click(**first)
-    def announce_compare(request: gr.Request) -> tuple:
-        ctx.announce(request, "compare")
-        return gr.skip(), gr.Button(interactive=True)
-
-    @state.as_gradio_error
     def generate(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in drawing.make_pictures(ctx, GenerateForm.of(values), request):
+        for frame in drawing.make_pictures(ctx, GenerateForm(**values), request):
             seed = frame.params.seed if frame.params else gr.skip()
             if frame.pictures is None:
                 yield gr.skip(), seed, frame.status, gr.skip(), gr.skip()
@@ -310,19 +306,26 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     # The preview comes inside the card, and the browser takes it from there.
     status = results["status"]
-    status.change(None, status, results["preview"], js=LARGE_PREVIEW, **state.AT_ONCE)
-    options = _drawing(results) | {"inputs_kwargs": tab.fields, "outputs": outputs}
-    made = gr.on(starts, generate, api_name="generate", **options)
-    _without_stop(ctx, "generate", made, buttons["stop"])
+    status.change(None, status, results["preview"], js=LARGE_PREVIEW, **AT_ONCE)
+    drawn = _connect_drawing(
+        ctx,
+        "generate",
+        starts=starts,
+        handler=generate,
+        results=results,
+        stop=buttons["stop"],
+        inputs=tab.fields,
+        outputs=outputs,
+    )
 
     # What can be done with pictures, as soon as there are some.
     of_pictures = [results["reuse"], results["last_seed"]]
 
-    @results["shown"].change(inputs=results["shown"], outputs=of_pictures, **state.AT_ONCE)
+    @on(results["shown"].change, AT_ONCE, inputs=results["shown"], outputs=of_pictures)
     def usable(pictures: list[Picture]) -> list[gr.Button]:
         return [gr.Button(interactive=bool(pictures))] * 2
 
-    @made.then(inputs=results["shown"], outputs=results["code"], **state.AT_ONCE)
+    @on(drawn.then, AT_ONCE, inputs=results["shown"], outputs=results["code"])
     def snippet(pictures: list[Picture]) -> str:
         if not pictures:
             return ""
@@ -336,30 +339,62 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
 
     # Each Stop must count: but for this mode the page drops a click while the last one is not
     # answered.
-    @buttons["stop"].click(
-        inputs=None, outputs=None, queue=False, trigger_mode="multiple", api_name="stop"
+    @on(
+        buttons["stop"].click,
+        inputs=None,
+        outputs=None,
+        queue=False,
+        trigger_mode="multiple",
+        api_name="stop",
     )
     def stop(request: gr.Request) -> None:
         ctx.stop(request)
 
 
-def _without_stop(ctx: state.AppContext, work: str, made: Any, stop: gr.Button) -> None:
-    """Switch Stop off when the page has no other work left.
+def _connect_drawing(
+    ctx: state.AppContext,
+    work: str,
+    *,
+    starts: list[Callable],
+    handler: Callable,
+    results: dict,
+    stop: gr.Button,
+    inputs: dict,
+    outputs: list,
+) -> Any:
+    """Connect what draws: Stop is on from the first click, before its turn has come, to its end.
 
-    `made` is the event of this `work`, and `stop` the button.
+    - `work` is its name for a program, and `starts` are its events.
+    - `handler` draws, with `inputs` and `outputs`.
+
+    Returns the event.
     """
 
+    # The page runs a trigger's events in order: the immediate one must come before the long one.
+    @on(starts, AT_ONCE, inputs=None, outputs=stop)
+    def announce(request: gr.Request) -> gr.Button:
+        ctx.announce(request, work)
+        return gr.Button(interactive=True)
+
+    draws = on(
+        starts,
+        GPU,
+        api_name=work,
+        inputs_kwargs=inputs,
+        outputs=outputs,
+        show_progress="minimal",
+        show_progress_on=results["status"],
+    )
+    drawn = draws(handler)
+
+    # Stop is on while the page has other work left.
     def ended(request: gr.Request) -> gr.Button:
         return gr.Button(interactive=ctx.ended(request, work))
 
     # Gradio leaves out `then` where a stream ended in an error.
-    for after in (made.then, made.failure):
-        after(ended, None, stop, **state.AT_ONCE)
-
-
-def _drawing(results: dict) -> dict[str, Any]:
-    """Options of every event that draws."""
-    return {**state.GPU, "show_progress": "minimal", "show_progress_on": results["status"]}
+    for after in (drawn.then, drawn.failure):
+        after(ended, None, stop, **AT_ONCE)
+    return drawn
 
 
 def _connect_compare(
@@ -370,22 +405,23 @@ def _connect_compare(
 ) -> None:
     """The same seed is drawn without and with the adapter."""
 
-    @state.as_gradio_error
     def compare_both(request: gr.Request, **values) -> Iterator[tuple]:
-        for frame in drawing.compare(ctx, GenerateForm.of(values), request):
+        for frame in drawing.compare(ctx, GenerateForm(**values), request):
             shown = gr.skip()
             if frame.pictures and len(frame.pictures) == 2:
                 shown = tuple(str(picture.path) for picture in frame.pictures)
             yield shown, frame.status
 
-    compared = results["compare"].click(
-        compare_both,
-        api_name="compare",
-        inputs_kwargs=tab.fields,
+    _connect_drawing(
+        ctx,
+        "compare",
+        starts=[results["compare"].click],
+        handler=compare_both,
+        results=results,
+        stop=stop,
+        inputs=tab.fields,
         outputs=[results["slider"], results["status"]],
-        **_drawing(results),
     )
-    _without_stop(ctx, "compare", compared, stop)
 
 
 def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
@@ -400,12 +436,6 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
     for widget in axis.values():
         name_in_errors(results[widget])
 
-    @results["draw"].click(inputs=None, outputs=stop, **state.AT_ONCE)
-    def announce_grid(request: gr.Request) -> gr.Button:
-        ctx.announce(request, "grid")
-        return gr.Button(interactive=True)
-
-    @state.as_gradio_error
     def grid(
         rows: str,
         row_values: str,
@@ -417,22 +447,24 @@ def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: 
         axes = [f"{rows}={row_values}"]
         if columns != NONE:
             axes.append(f"{columns}={column_values}")
-        for frame in drawing.make_pictures(ctx, GenerateForm.of(values), request, axes):
+        for frame in drawing.make_pictures(ctx, GenerateForm(**values), request, axes):
             yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
 
-    drawn = results["draw"].click(
-        grid,
-        api_name="grid",
-        inputs_kwargs={name: results[widget] for name, widget in axis.items()} | tab.fields,
+    _connect_drawing(
+        ctx,
+        "grid",
+        starts=[results["draw"].click],
+        handler=grid,
+        results=results,
+        stop=stop,
+        inputs={name: results[widget] for name, widget in axis.items()} | tab.fields,
         outputs=[results["sheet"], results["status"]],
-        **_drawing(results),
     )
-    _without_stop(ctx, "grid", drawn, stop)
 
     # An axis that is chosen proposes values.
     def axis_of(place: str) -> dict[str, Any]:
         inputs = [results[place], tab.adapters[0], tab.prompt]
-        return {"inputs": inputs, "outputs": results[f"{place}_values"], **state.AT_ONCE}
+        return {"inputs": inputs, "outputs": results[f"{place}_values"], **AT_ONCE}
 
     @results["across"].input(**axis_of("across"))
     @results["down"].input(**axis_of("down"))
@@ -455,7 +487,7 @@ def _connect_adapters(
     prompt = tab.prompt
     about = buttons["about"]
 
-    @gr.api(api_name="adapters", queue=False)
+    @on(gr.api, api_name="adapters", queue=False)
     def listed() -> list[dict]:
         """Name and summary of every adapter."""
         found = ctx.catalog.files()
@@ -465,10 +497,10 @@ def _connect_adapters(
     def adapters() -> list:
         return [gr.Dropdown(choices=[NONE, *ctx.catalog.files()])] * len(tab.adapters)
 
-    buttons["refresh"].click(adapters, None, tab.adapters, **state.AT_ONCE)
-    page.load(adapters, None, tab.adapters, **state.AT_ONCE)
+    buttons["refresh"].click(adapters, None, tab.adapters, **AT_ONCE)
+    page.load(adapters, None, tab.adapters, **AT_ONCE)
 
-    @first.change(inputs=[first, prompt], outputs=[about, prompt], **state.AT_ONCE)
+    @on(first.change, AT_ONCE, inputs=[first, prompt], outputs=[about, prompt])
     def describe(name: str, old_prompt: str) -> tuple:
         files = ctx.catalog.files()
         if name not in files:
@@ -481,7 +513,7 @@ def _connect_adapters(
         renewed = summary.prompt if is_untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
-    first.input(_preset(ctx), first, tab.fields["scale"], **state.AT_ONCE)
+    first.input(_preset(ctx), first, tab.fields["scale"], **AT_ONCE)
 
 
 def _preset(ctx: state.AppContext) -> Callable:
@@ -500,7 +532,7 @@ def _preset(ctx: state.AppContext) -> Callable:
 def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadButton) -> None:
     """An uploaded adapter is loaded at once, to say now if it does not fit the base."""
 
-    @state.as_gradio_error
+    @on(button.upload, GPU, inputs=button, outputs=tab.adapters, api_visibility="private")
     def upload(file: str) -> tuple:
         name = ctx.catalog.add_upload(file)
         try:
@@ -513,8 +545,7 @@ def _connect_upload(ctx: state.AppContext, tab: GenerateTab, button: gr.UploadBu
         chosen = gr.Dropdown(choices=names, value=name)
         return chosen, gr.Dropdown(choices=names), gr.Dropdown(choices=names)
 
-    uploaded = button.upload(upload, button, tab.adapters, api_visibility="private", **state.GPU)
-    uploaded.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **state.AT_ONCE)
+    upload.success(_preset(ctx), tab.adapters[0], tab.fields["scale"], **AT_ONCE)
 
 
 def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict) -> None:
@@ -524,7 +555,7 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict) -> No
         lambda seed: seed if seed is not None else gr.skip(),
         results["used_seed"],
         tab.fields["seed"],
-        **state.AT_ONCE,
+        **AT_ONCE,
     )
 
 
@@ -534,12 +565,11 @@ def _connect_gallery(ctx: state.AppContext, tab: GenerateTab, results: dict, nam
     selected, shown = results[f"selected{end}"], results[f"shown{end}"]
     outputs = list(tab.fields.values())
 
-    @results[name].select(inputs=None, outputs=selected, **state.AT_ONCE)
+    @on(results[name].select, AT_ONCE, inputs=None, outputs=selected)
     def select(event: gr.SelectData) -> int:
         return event.index if isinstance(event.index, int) else 0
 
-    @results[f"reuse{end}"].click(inputs=[shown, selected], outputs=outputs, **state.TELLING)
-    @state.as_gradio_error
+    @on(results[f"reuse{end}"].click, TELLING, inputs=[shown, selected], outputs=outputs)
     def reuse(pictures: list[Picture], index: int) -> list:
         if not pictures:
             raise UserError("there is no picture yet")
@@ -551,7 +581,7 @@ def _connect_history(ctx: state.AppContext, tab: GenerateTab, results: dict) -> 
     _connect_gallery(ctx, tab, results, "history")
     of_history = [results[name] for name in ("history", "reuse_history", "shown_history")]
 
-    @results["history_tab"].select(inputs=None, outputs=of_history, **state.AT_ONCE)
+    @on(results["history_tab"].select, AT_ONCE, inputs=None, outputs=of_history)
     def history() -> tuple:
         """Pictures that are drawn later are not shown until the tab is opened again."""
         pictures = list(ctx.workspace.history)
@@ -567,6 +597,6 @@ def to_widgets(ctx: state.AppContext, recipe: Recipe) -> list:
     if params.guidance_scale is None:
         params = replace(params, guidance_scale=ctx.guidance_scale)
     for remark in generate_values.remarks_on(recipe, ctx.catalog.files(), ctx.public_name):
-        gr.Warning(html.escape(state.sentence(remark), quote=False))
+        gr.Warning(html.escape(sentence(remark), quote=False))
     form = GenerateForm.from_params(params)
     return [getattr(form, field.name) for field in fields(GenerateForm)]

@@ -5,7 +5,6 @@ recipe, of which differences are remarks.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.contents import file_digest
@@ -43,12 +42,6 @@ class GenerateForm:
     size: str = ""
     num_images: int = 1
     scheduler: str = ""  # the base's own
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "GenerateForm":
-        """The form of these values; what they do not name is as at first."""
-        known = [field.name for field in fields(cls) if field.name in values]
-        return cls(**{name: values[name] for name in known})
 
     def params(self) -> GenerationParams:
         """The parameters. A negative or empty seed is drawn here.

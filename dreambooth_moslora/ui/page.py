@@ -16,6 +16,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
+from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on
 from dreambooth_moslora.ui.generate_tab import PICTURES, GenerateTab, build_generate_tab, to_widgets
 from dreambooth_moslora.ui.train import screen, train_form
 
@@ -95,12 +96,13 @@ def connect_bases(
         values = [first_value(ctx, name) for name in widgets]
         return [gr.Dropdown(value=ctx.base), base_line(ctx), *values]
 
-    @chooser.input(
+    @on(
+        chooser.input,
+        GPU,
         inputs=chooser,
         outputs=outputs,
         api_visibility="private",
         show_progress="hidden",
-        **state.GPU,
     )
     def choose(title: str) -> Iterator[list]:
         unchanged = [gr.skip()] * len(widgets)
@@ -114,13 +116,13 @@ def connect_bases(
                 yield [gr.skip(), html.faint(line), *unchanged]
         except Exception as error:
             # The base of before is still there, and chosen again.
-            mistake = f"{title!s:.60} is not loaded: {state.as_user_error(error)}"
+            mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
             yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
         else:
             yield shown()
 
     # Another browser may have chosen since the page was built.
-    page.load(shown, None, outputs, **state.AT_ONCE)
+    page.load(shown, None, outputs, **AT_ONCE)
 
 
 def first_value(ctx: state.AppContext, name: str) -> Any:
@@ -189,14 +191,13 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
     fields = list(generate.fields.values())
 
     # A picture tells its recipe, an adapter its header.
-    @gr.on(
+    @on(
         [file.upload, file.clear],
         inputs=file,
         outputs=[facts, use],
         api_name="inspect",
         concurrency_limit=2,
     )
-    @state.as_gradio_error
     def inspect(file: str | None) -> tuple:
         if not file:
             return HINT, gr.Button(visible=False)
@@ -205,8 +206,7 @@ def build_inspect_tab(ctx: state.AppContext, tabs: gr.Tabs, generate: GenerateTa
         return html.facts_table(found), gr.Button(visible=is_picture)
 
     # A picture's recipe goes into the Generate tab.
-    @use.click(inputs=file, outputs=[tabs, *fields], show_progress_on=fields, **state.TELLING)
-    @state.as_gradio_error
+    @on(use.click, TELLING, inputs=file, outputs=[tabs, *fields], show_progress_on=fields)
     def use_recipe(file: str | None) -> list:
         if not file:
             raise UserError("drop a picture first")

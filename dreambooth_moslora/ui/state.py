@@ -4,11 +4,7 @@ The pipeline loads while the page is already up. Adapters are looked up by name:
 request names is never opened.
 """
 
-import errno
-import functools
 import gc
-import html
-import inspect
 import logging
 import shutil
 import tempfile
@@ -29,44 +25,20 @@ from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import free_name
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.plan.memory import SDXL
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.toys import guidance_of
 from dreambooth_moslora.ui import jobs
-from dreambooth_moslora.ui.html import notice
 from dreambooth_moslora.ui.workspace import Workspace
 
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
-"""Options of every event that computes: one at a time, the others wait in one queue."""
-AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events outside the queue, whose errors and remarks the page does not show: they
-must not raise."""
-TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Options of small events with a message: errors and remarks reach the page only through the queue.
-"""
-
 LOOK_SEC = 0.5
 """How often the page tells how long a base has been loading."""
-MAX_SENTENCE = 300
-"""Characters of a message on the page."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of the system when nothing more can be written."""
-
 logger = logging.getLogger(__name__)
-
-
-def check_suffix(file: Path) -> None:
-    """Raises UserError for anything but a safetensors file."""
-    if file.suffix != ".safetensors":
-        raise UserError(
-            f"{file.name} is not a .safetensors file; "
-            "other formats can carry code and are not opened"
-        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +76,11 @@ class AdapterCatalog:
     def add_upload(self, uploaded: str | Path) -> str:
         """Keep an uploaded file while the page is up; returns its name. Raises UserError."""
         source = Path(uploaded)
-        check_suffix(source)
+        if source.suffix != ".safetensors":
+            raise UserError(
+                f"{source.name} is not a .safetensors file; "
+                "other formats can carry code and are not opened"
+            )
         # Each upload has a folder of its own, so that no other file lies beside it.
         taken = {run_folder.NONE, *self.files()}
         name = free_name(run_folder.clean_name(source.stem), taken.__contains__, " ")
@@ -409,54 +385,3 @@ class GpuTurns:
                 del pipeline
                 self._ctx.unload()
             yield
-
-
-@contextmanager
-def _told_on_the_page() -> Iterator[None]:
-    """Raises gr.Error, which gradio shows on the page, for any error inside."""
-    try:
-        yield
-    except gr.Error:
-        raise
-    except Exception as error:
-        words = html.escape(sentence(as_user_error(error)), quote=False)
-        raise gr.Error(words, duration=12, print_exception=False) from error
-
-
-def as_gradio_error(handler: Callable) -> Callable:
-    """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped."""
-    if not inspect.isgeneratorfunction(handler):
-        return _told_on_the_page()(handler)
-
-    @functools.wraps(handler)
-    def guarded(*args, **kwargs):
-        with _told_on_the_page():
-            yield from handler(*args, **kwargs)
-
-    return guarded
-
-
-def mistake_card(error: Exception) -> str:
-    """The message of a handler's error as HTML, for a handler that shows it among its values."""
-    return notice(sentence(as_user_error(error)), "bad")
-
-
-def as_user_error(error: Exception) -> UserError:
-    """What the user is told of an error.
-
-    A UserError is told unchanged, and a full disk by name. Any other error is a bug: it goes to the
-    log, and the message refers to that.
-    """
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return UserError("the server's disk is full; free some space and try again")
-    logger.error("A handler of the page failed", exc_info=error)
-    return UserError("something went wrong; the server's log says what")
-
-
-def sentence(error: Exception | str) -> str:
-    """The text of an error or a remark, capitalised, in one line."""
-    # It may quote half a surrogate pair, which the server cannot send.
-    text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
-    return text[:1].upper() + text[1:]

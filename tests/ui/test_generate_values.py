@@ -26,6 +26,7 @@ from dreambooth_moslora.generation.params import (
 )
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.drawing import compare, make_pictures
+from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.generate_tab import ask_widgets
 from dreambooth_moslora.ui.generate_values import (
     GenerateForm,
@@ -35,7 +36,6 @@ from dreambooth_moslora.ui.generate_values import (
 )
 from dreambooth_moslora.ui.html import facts_table, format_seconds, notice
 from dreambooth_moslora.ui.page import adapter_facts, build_app
-from dreambooth_moslora.ui.state import as_gradio_error
 from dreambooth_moslora.ui.workspace import Picture
 from tests.ui.conftest import PAGE, handler, write_adapter
 

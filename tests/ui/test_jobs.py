@@ -16,8 +16,8 @@ from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import jobs as page_jobs
+from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.state import as_gradio_error
 from dreambooth_moslora.ui.train.train_watch import status_card
 from tests.ui.conftest import recorded, wait_for
 

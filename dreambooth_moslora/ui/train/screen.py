@@ -15,6 +15,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.train import train_masks, train_photos, train_start, train_watch
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
@@ -73,7 +74,7 @@ def line_widgets(names: list[str], fields: dict[str, Any], base: str) -> None:
         fields |= {name: field_widget(name, base, **NARROW) for name in names}
     if row.box:
         tick = fields[row.needs]
-        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **state.AT_ONCE)
+        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **AT_ONCE)
 
 
 def field_widget(name: str, base: str, **room: Any) -> gr.components.Component:
@@ -160,7 +161,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def with_photos(act: Callable[[TrainForm], Any]) -> Callable:
         """A handler of the form's values, after the photos were taken."""
 
-        @state.as_gradio_error
+        @as_gradio_error
         def handler(photos: list[str] | None, **values) -> Any:
             # Photos come only from a program; the page has sent its own when they were dropped.
             # Without the lock, the photos of another request could be used in their place.
@@ -177,8 +178,8 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     # What was chosen for the run goes through a state, which is hidden from programs: `/train`
     # returns two values.
     chosen = gr.State("")
-    chosen.change(lambda card: card, chosen, parts["cost"], **state.AT_ONCE).then(
-        None, js=SHOW_STATUS, **state.AT_ONCE
+    chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
+        None, js=SHOW_STATUS, **AT_ONCE
     )
 
     @with_photos
@@ -206,7 +207,10 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
     names = [name for name, row in rows().items() if row.by_recipe]
     shown = [parts["by_recipe"], *(fields[name] for name in names)]
 
-    @state.as_gradio_error
+    # Each time they may have changed: by another preset, or by the photos.
+    changes = [page.load, parts["more"].expand, fields["preset"].change]
+
+    @on(changes, AT_ONCE, inputs=fields["preset"], outputs=shown)
     def values(preset: str) -> list:
         found = train_start.recipe_values(ctx, preset)
         line = (
@@ -215,16 +219,13 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         )
         return [html.faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
 
-    # Each time they may have changed: by another preset, or by the photos.
-    changes = [page.load, parts["more"].expand, fields["preset"].change]
-    gr.on(changes, values, fields["preset"], shown, **state.AT_ONCE)
     # To a program 0 says “by recipe”: on the page these fields are empty from the start.
     page.load(
         None,
         shown[1:],
         shown[1:],
         js="(...numbers) => numbers.map((number) => number || null)",
-        **state.AT_ONCE,
+        **AT_ONCE,
     )
 
 
@@ -238,10 +239,13 @@ def _connect_ended(
     """
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
 
-    @parts["use"].click(
-        inputs=parts["run"], outputs=shown, show_progress_on=generate.prompt, **state.TELLING
+    @on(
+        parts["use"].click,
+        TELLING,
+        inputs=parts["run"],
+        outputs=shown,
+        show_progress_on=generate.prompt,
     )
-    @state.as_gradio_error
     def use(run: str | None) -> tuple:
         job = ctx.jobs.recorded(run or "")
         files = ctx.catalog.files()
@@ -258,10 +262,13 @@ def _connect_ended(
 
     outputs = [*fields.values(), parts["remarks"], parts["crops"], parts["cost"]]
 
-    @parts["reopen"].click(
-        inputs=parts["run"], outputs=outputs, show_progress_on=parts["cost"], **state.TELLING
+    @on(
+        parts["reopen"].click,
+        TELLING,
+        inputs=parts["run"],
+        outputs=outputs,
+        show_progress_on=parts["cost"],
     )
-    @state.as_gradio_error
     def reopen(run: str | None) -> tuple:
         # What the run was made from comes back.
         job = ctx.jobs.recorded(run or "")

@@ -15,6 +15,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
 from dreambooth_moslora.ui.html import CAPTIONS, photo_rows, with_cards
 from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
 from dreambooth_moslora.ui.train import train_form, train_photos
@@ -26,7 +27,7 @@ ABOUT_MASKS = (
     "its white part is learned most."
 )
 """Told below the photos."""
-PRIVATE = {"api_visibility": "private", **state.GPU}
+PRIVATE = {"api_visibility": "private", **GPU}
 """Options of events that compute, and that no program calls."""
 PROGRESS = gr.Progress()
 """Gradio gives a handler its bar in place of this default."""
@@ -67,8 +68,12 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
         **TAKING_PHOTOS,
     }
 
-    @added.upload(
-        inputs=[added, seed], outputs=[added, *shown], show_progress="minimal", **changing
+    @on(
+        added.upload,
+        inputs=[added, seed],
+        outputs=[added, *shown],
+        show_progress="minimal",
+        **changing,
     )
     def add(files: list[str] | None, seed: int) -> tuple:
         """The dropped files leave their field in any case: whatever is dropped next comes beside
@@ -77,40 +82,35 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
             told = train_photos.add_photos(files or [], ctx.workspace)
             return None, *review(ctx, seed, remarks=told)
         except Exception as error:
-            return None, gr.HTML(state.mistake_card(error), visible=True), gr.skip()
+            return None, gr.HTML(mistake_card(error), visible=True), gr.skip()
 
-    @rows.drop(inputs=seed, outputs=shown, show_progress="hidden", **changing)
-    @state.as_gradio_error
+    @on(rows.drop, inputs=seed, outputs=shown, show_progress="hidden", **changing)
     def drop(seed: int, event: gr.EventData) -> tuple:
         train_photos.remove_photo(ctx.workspace, photo_in(event))
         return review(ctx, seed)
 
     # The photos that a run would use, after a reload or a change of the seed.
-    @page.load(inputs=seed, outputs=shown, **state.AT_ONCE)
-    @seed.blur(inputs=seed, outputs=shown, **state.TELLING)
-    @state.as_gradio_error
+    @on([page.load, seed.blur], TELLING, inputs=seed, outputs=shown)
     def again(seed: int) -> tuple:
         return review(ctx, seed)
 
     # What is typed goes into the form at once, and is kept when a caption is finished.
-    rows.written(
-        None, rows, widgets["captions"], js=CAPTIONS, trigger_mode="multiple", **state.AT_ONCE
-    )
+    rows.written(None, rows, widgets["captions"], js=CAPTIONS, trigger_mode="multiple", **AT_ONCE)
 
-    @rows.keep(inputs=rows, outputs=None, trigger_mode="always_last", **state.AT_ONCE)
+    @on(rows.keep, AT_ONCE, inputs=rows, outputs=None, trigger_mode="always_last")
     def keep(said: Any) -> None:
         train_photos.keep_captions(ctx.workspace, said)
 
     # Captions leave out the subject, so its words are sent.
     words = {name: widgets[name] for name in ("token", "class_word")}
 
-    @rows.write(
+    @on(
+        rows.write,
         inputs_kwargs={"seed": seed, **words},
         outputs=shown,
         show_progress_on=remarks,
         **PRIVATE,
     )
-    @state.as_gradio_error
     def write(seed: int, token: str, class_word: str, progress: gr.Progress = PROGRESS) -> tuple:
         made = {}
         told = []
@@ -126,11 +126,11 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
         return review(ctx, seed, remarks=told, made=made)
 
     # What the words make of the prompts.
-    @gr.on(
+    @on(
         [word.change for word in words.values()],
+        AT_ONCE,
         inputs=list(words.values()),
         outputs=widgets["prompts"],
-        **state.AT_ONCE,
     )
     def prompts(token: str, class_word: str) -> gr.HTML:
         try:
@@ -262,14 +262,12 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         remarks = gr.HTML(html.remarks_card(lines, SHOWN), visible=True)
         return remarks, gr.Column(visible=False), *rows
 
-    @parts["crops"].masks(inputs_kwargs=fields, outputs=corrected, **making)
-    @state.as_gradio_error
+    @on(parts["crops"].masks, inputs_kwargs=fields, outputs=corrected, **making)
     def show(**values) -> tuple:
         return pictures(values)
 
     # “Mask” beside a photo opens the brush.
-    @parts["crops"].mask(inputs_kwargs=fields, outputs=edited, **making)
-    @state.as_gradio_error
+    @on(parts["crops"].mask, inputs_kwargs=fields, outputs=edited, **making)
     def edit(event: gr.EventData, **values) -> tuple:
         digest = photo_in(event)
         photo = train_photos.photo_with(ctx.workspace, digest)
@@ -279,10 +277,12 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         return gr.Column(visible=True), told, value, digest
 
     # Its buttons.
-    @parts["keep_mask"].click(
-        inputs_kwargs={"painted": parts["mask_editor"], **of_chosen}, outputs=corrected, **making
+    @on(
+        parts["keep_mask"].click,
+        inputs_kwargs={"painted": parts["mask_editor"], **of_chosen},
+        outputs=corrected,
+        **making,
     )
-    @state.as_gradio_error
     def keep(chosen: str, painted: dict | None, **values) -> tuple:
         if not (painted and painted["layers"]):
             raise UserError(train_photos.EMPTY)
@@ -290,8 +290,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         train_photos.keep_mask(ctx.workspace, photo, painted["layers"][0], settings(values))
         return pictures(values)
 
-    @parts["put_mask_back"].click(inputs_kwargs=of_chosen, outputs=corrected, **making)
-    @state.as_gradio_error
+    @on(parts["put_mask_back"].click, inputs_kwargs=of_chosen, outputs=corrected, **making)
     def back(chosen: str, **values) -> tuple:
         train_photos.put_back(ctx.workspace, train_photos.photo_with(ctx.workspace, chosen))
         return pictures(values)
@@ -300,7 +299,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def closed() -> tuple:
         return gr.HTML(visible=False), gr.Column(visible=False)
 
-    quietly = {"show_progress_on": parts["mask_remarks"], **state.AT_ONCE}
+    quietly = {"show_progress_on": parts["mask_remarks"], **AT_ONCE}
     closing = {"outputs": corrected[:2], **quietly}
     parts["close_mask"].click(lambda: gr.Column(visible=False), None, parts["mask_box"], **quietly)
     gr.on([parts["reopen"].click, parts["added"].upload], closed, None, **closing)

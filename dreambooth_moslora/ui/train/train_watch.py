@@ -14,14 +14,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
 from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
 from dreambooth_moslora.ui import html
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, on, sentence
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
-from dreambooth_moslora.ui.state import (
-    AT_ONCE,
-    TELLING,
-    AppContext,
-    as_gradio_error,
-    sentence,
-)
+from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.workspace import Workspace
 from dreambooth_moslora.values import is_finite_number
@@ -137,8 +132,7 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     _connect_control(ctx, stop, parts, action=ctx.jobs.stop, api_name="stop_training")
     _connect_control(ctx, resume, parts, action=ctx.jobs.resume, api_name="resume_training")
 
-    @gr.api(api_name="train_status")
-    @as_gradio_error
+    @on(gr.api, api_name="train_status")
     def status(run: str | None) -> dict:
         return status_of(ctx, run)
 
@@ -338,19 +332,16 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 def _connect_programs(ctx: AppContext) -> None:
     """The queue's endpoints for programs."""
 
-    @gr.api(api_name="queue", queue=False)
-    @as_gradio_error
+    @on(gr.api, api_name="queue", queue=False)
     def queue() -> list:
         return queued_runs(ctx)
 
-    @gr.api(api_name="move_in_queue", queue=False)
-    @as_gradio_error
+    @on(gr.api, api_name="move_in_queue", queue=False)
     def move_in_queue(run: str, place: str = "first") -> list:
         ctx.queue.queue.move(str(run), str(place))
         return queued_runs(ctx)
 
-    @gr.api(api_name="remove_from_queue", queue=False)
-    @as_gradio_error
+    @on(gr.api, api_name="remove_from_queue", queue=False)
     def remove_from_queue(run: str) -> list:
         ctx.queue.queue.remove(str(run))
         return queued_runs(ctx)

@@ -1,0 +1,107 @@
+"""How the page's events are connected: which wait, what is shown meanwhile, how errors are told.
+
+@on(button.click, TELLING, inputs=…, outputs=…)
+def handler(…): …
+
+"""
+
+import errno
+import functools
+import html
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.ui.html import notice
+
+logger = logging.getLogger(__name__)
+
+GPU = {"concurrency_id": "gpu", "concurrency_limit": 1}
+"""Options of every event that computes: one at a time, the others wait in one queue."""
+AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events outside the queue, whose errors and remarks the page does not show: they
+must not raise."""
+TELLING = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of small events with a message: errors and remarks reach the page only through the queue.
+"""
+
+MAX_SENTENCE = 300
+"""Characters of a message on the page."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the system when nothing more can be written."""
+
+
+@contextmanager
+def _told_on_the_page() -> Iterator[None]:
+    """Raises gr.Error, which gradio shows on the page, for any error inside."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        words = html.escape(sentence(as_user_error(error)), quote=False)
+        raise gr.Error(words, duration=12, print_exception=False) from error
+
+
+def on(
+    trigger: Callable | list[Callable], kind: Mapping[str, Any] | None = None, **options: Any
+) -> Callable:
+    """A decorator: connects a handler to an event of the page, or to several.
+
+    - `trigger` is gradio's, such as `button.click`; of several any may begin it.
+    - `kind` is one of the options above.
+    - `options` are further options of gradio's, such as `inputs` and `outputs`.
+
+    The handler's errors become messages (`as_gradio_error`).
+    """
+    listen = trigger if callable(trigger) else partial(gr.on, trigger)
+
+    def connect(handler: Callable) -> Any:
+        return listen(as_gradio_error(handler), **((kind or {}) | options))
+
+    return connect
+
+
+def as_gradio_error(handler: Callable) -> Callable:
+    """A decorator: a handler's error becomes a message on the page (`as_user_error`), escaped."""
+    if not inspect.isgeneratorfunction(handler):
+        return _told_on_the_page()(handler)
+
+    @functools.wraps(handler)
+    def guarded(*args, **kwargs):
+        with _told_on_the_page():
+            yield from handler(*args, **kwargs)
+
+    return guarded
+
+
+def mistake_card(error: Exception) -> str:
+    """The message of a handler's error as HTML, for a handler that shows it among its values."""
+    return notice(sentence(as_user_error(error)), "bad")
+
+
+def as_user_error(error: Exception) -> UserError:
+    """What the user is told of an error.
+
+    A UserError is told unchanged, and a full disk by name. Any other error is a bug: it goes to the
+    log, and the message refers to that.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return UserError("the server's disk is full; free some space and try again")
+    logger.error("A handler of the page failed", exc_info=error)
+    return UserError("something went wrong; the server's log says what")
+
+
+def sentence(error: Exception | str) -> str:
+    """The text of an error or a remark, capitalised, in one line."""
+    # It may quote half a surrogate pair, which the server cannot send.
+    text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
+    return text[:1].upper() + text[1:]
