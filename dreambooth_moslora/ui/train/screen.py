@@ -141,7 +141,6 @@ def build_train_tab(
     # The form's events.
     train_masks.connect_photos(ctx, page, fields | parts)
     _connect_start(ctx, fields, parts)
-
     _connect_values(ctx, page, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
     # The run's events.
