@@ -11,7 +11,7 @@ picture has.
     python -m toybox.make_subjects --individuals 60 --out runs/individuals
 
 writes that many others in the same form, drawn by chance with proportions as far from the usual
-ones as theirs: 01_bear, 02_train and so on. A basis for mixers is learnt over them.
+ones as theirs: 01_bear, 02_train and so on. A basis for mixers was learnt over them.
 """
 
 from __future__ import annotations

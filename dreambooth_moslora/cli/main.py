@@ -52,12 +52,8 @@ COMMANDS = {
         "A1111, InvokeAI",
     ),
     "compare": (
-        "extras.lab.commands",
+        "extras.lab.command_compare",
         "train and score several kinds of adapter at an equal budget: tables, intervals, plots",
-    ),
-    "basis": (
-        "extras.lab.commands",
-        "learn A and B that many subjects share, for studies",
     ),
     "fleet": (
         "extras.cluster.command_fleet",

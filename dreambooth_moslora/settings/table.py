@@ -1382,10 +1382,6 @@ def by_other_names() -> dict[str, str]:
 
 OTHER_NAMES = by_other_names()
 """What other trainers call a setting -> its name."""
-SAID_BY_SUBJECTS = tuple(
-    name for name, item in SETTINGS.items() if "subjects" in item.metadata["yields_to"]
-)
-"""What the tables of several subjects say instead of the run's own settings."""
 
 
 def given_values(table: Any) -> dict[str, str]:

@@ -150,12 +150,9 @@ ABSENT = {
     "train photos dog --like x": "--like x: there is no such file",
     "compare x dog": "x: there is no such folder",
     "compare --config x.toml": "--config x.toml: there is no such file",
-    "basis x --out basis.safetensors": "x: there is no such folder",
     "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
     "fleet status x": "{here}/x holds no fleet",
     "fleet status ~/x": "{here}/x holds no fleet",
-    "basis x --out ~/gone/basis.safetensors": "--out {here}/gone/basis.safetensors: "
-    "there is no folder",
     "queue remove x": "--runs_dir runs: there is no such folder",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
     "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: "

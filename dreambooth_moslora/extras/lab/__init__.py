@@ -1,4 +1,1 @@
-"""Studies: many runs whose differences are listed in a table.
-
-Also runs that train mixers alone on a frozen basis.
-"""
+"""Studies: many runs whose differences are listed in a table; the self-test of a machine."""

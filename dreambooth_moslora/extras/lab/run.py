@@ -46,8 +46,7 @@ from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
-from dreambooth_moslora.extras.lab.basis import train_on_basis
-from dreambooth_moslora.extras.lab.study import BASIS, Cell, Study
+from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
@@ -268,7 +267,7 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     found += [study.protocol.clip, study.protocol.dino]
     if study.base.is_toy:
         found.append(toys.DINO_FOLDER)
-    found += [settings.get(name) for name in (BASIS, *BEGUN_WITH)]
+    found += [settings.get(name) for name in BEGUN_WITH]
     return [Path(path) for path in found if path and Path(path).exists()]
 
 
@@ -547,7 +546,7 @@ def run_cell(
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
     try:
-        cost = train_cell(config, out, study.basis_of(cell.arm))
+        cost = train_cell(config, out)
         found = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
@@ -567,9 +566,9 @@ def run_cell(
     return cell, time.monotonic() - started, ""
 
 
-def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict[str, float]:
-    """Train, on a basis if one is given; returns seconds in total and per step (median), peak
-    memory and the number of trained parameters."""
+def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
+    """Train; returns seconds in total and per step (median), peak memory and the number of trained
+    parameters."""
     # the peak of this training alone, though the process has trained others
     processes.reset_peak_memory()
     if torch.cuda.is_available():
@@ -578,13 +577,13 @@ def train_cell(config: TrainConfig, out: Path, basis: str | None = None) -> dict
     started = time.monotonic()
     shared = {**encodings_folder(config, out), **class_folders(config, out)}
     whole = TrainConfig.from_dict({**config.to_dict(), **shared})
-    result = train_on_basis(whole, basis) if basis else train(whole)
+    result = train(whole)
     steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
     return {
         "seconds": time.monotonic() - started,
         "step_sec": median(event.step_sec for event in steps),
         "memory_gib": max(event.memory_gib or 0.0 for event in steps),
-        "parameters": count_parameters(config, config.rank, on_basis=bool(basis)),
+        "parameters": count_parameters(config, config.rank),
     }
 
 
@@ -649,26 +648,22 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
         step = 2 if config.mixer == "butterfly" else factor
 
         # the one that is nearest to the budget; the lower one at a tie
-        on_basis = bool(study.basis_of(arm))
         gaps = {}
         for real in range(step, rank * factor**2 + 1, step):
-            gaps[real] = abs(count_parameters(config, real, on_basis) - budget)
+            gaps[real] = abs(count_parameters(config, real) - budget)
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found
 
 
-def count_parameters(config: TrainConfig, rank: int, on_basis: bool = False) -> int:
-    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own rank.
-    On a basis the mixers alone are learnt."""
+def count_parameters(config: TrainConfig, rank: int) -> int:
+    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own
+    rank."""
     own = replace(config, rank=rank)
     found = 0
     for path, (inputs, outputs) in projections_of(own).items():
         own_rank, _ = rank_and_alpha(own, "unet", path)
-        if on_basis:
-            found += own_rank**2
-        else:
-            found += layer_parameters(own, own_rank, inputs + outputs)
-            found += outputs if config.use_dora else 0
+        found += layer_parameters(own, own_rank, inputs + outputs)
+        found += outputs if config.use_dora else 0
     return found
 
 

@@ -8,8 +8,7 @@ It is read from one TOML file:
     [train]       any setting of train_dreambooth.py, the same for every arm
     [arms.NAME]   the settings in which this arm differs;
                   config = "recipe.toml" reads them from a file;
-                  together = true trains each subject with its companions in one run;
-                  basis = "svd" or a file trains the mixers alone (see `basis.py`)
+                  together = true trains each subject with its companions in one run
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the
 others. An arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so
@@ -162,8 +161,6 @@ BUDGETS = ("parameters", "rank")
 """In what arms can be equal."""
 TOGETHER = "together"
 """Of an arm: each subject is trained with its companions."""
-BASIS = "basis"
-"""Of an arm: the basis on which the mixers alone are trained."""
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 """Lists of numbers -> their types, and the lowest number."""
 
@@ -300,10 +297,6 @@ class Study:
         own = self.arms[arm].get("learning_rate")
         return self.learning_rates if own is None else (float(own),)
 
-    def basis_of(self, arm: str) -> str | None:
-        """The basis on which the arm trains the mixers alone, if it does."""
-        return self.arms[arm].get(BASIS)
-
     def first_rates(self) -> dict[tuple[str, int], float]:
         """(arm, rank) -> the first of its rates, which is the only one of an arm with its own."""
         return {(arm, rank): self.rates_of(arm)[0] for arm, rank in product(self.arms, self.ranks)}
@@ -349,7 +342,6 @@ class Study:
         UserError."""
         subject = self.subject(cell.subject)
         shared = {**self.train, **self.arms[cell.arm]}
-        shared.pop(BASIS, None)
 
         # the subject alone, or with its companions at as many steps for each
         chosen = subject.settings
@@ -407,7 +399,7 @@ def load_study(path: Path) -> Study:
     # [train] and [arms]: settings of a training, and what only an arm can say
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
-        own = () if settings is shared else (TOGETHER, BASIS)
+        own = () if settings is shared else (TOGETHER,)
         check_each({name: value for name, value in settings.items() if name not in own})
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names

@@ -3,7 +3,6 @@ known."""
 
 import argparse
 import pickle
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import pytest
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.lab.commands import compare_arguments, config_of
-from dreambooth_moslora.extras.lab.commands import study_of as study_of_words
+from dreambooth_moslora.extras.lab.command_compare import compare_arguments
+from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
 from dreambooth_moslora.extras.lab.run import (
     Result,
     best_rates,
-    count_parameters,
     materials,
     outcomes,
     summaries,
@@ -216,8 +214,6 @@ def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
         assert "resolution" not in study.train, (
             "the digest of an arm that has a size is what it was"
         )
-    assert config_of(["a"], {"max_train_steps": 2}).resolution == 128, "a basis"
-    assert config_of(["a"], {"resolution": 64}).resolution == 64
 
 
 @pytest.mark.parametrize(
@@ -357,24 +353,6 @@ def test_each_arm_gets_the_rate_that_was_best_for_it():
     )
     # the lower one at a tie
     assert best_rates(study, results) == {("lora", 4): 1e-3, ("mix", 4): 1e-4}
-
-
-def test_an_arm_on_a_basis_learns_r_squared_numbers_a_layer(tmp_path):
-    for subject in ("01_duck", "02_house", "03_mushroom", "04_snowman"):
-        shutil.copytree("a", tmp_path / "runs" / "others" / subject)
-    study = load_study(MIXERS.with_name("basis.toml"))
-    assert [study.basis_of(arm) for arm in ("lora", "svd", "learnt")] == [
-        None,
-        "svd",
-        "runs/toys_basis.safetensors",
-    ]
-    (cell,) = [
-        one
-        for one in study.test_cells(study.first_rates())
-        if (one.arm, one.subject) == ("svd", "01_duck")
-    ]
-    config = study.config_of(cell, cell.rank, Path("run"))
-    assert count_parameters(config, 32, on_basis=True) == 149_504 < count_parameters(config, 2)
 
 
 def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
