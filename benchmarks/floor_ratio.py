@@ -11,6 +11,7 @@ does beside `accumulate_gradients`.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +26,16 @@ __all__ = ["main", "measure"]
 Step = Callable[[], object]
 
 
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules that shares all tensors, so that it takes almost no memory."""
+    # `deepcopy` takes what is in its memo for already copied
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
 def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
     """(floor, gradients of a step, update of the adapter)."""
     from benchmarks.precision import bf16_accelerator
-    from dreambooth_moslora.extras.cluster.stacked_adapters import twin
     from dreambooth_moslora.extras.lab.selftest import floor_step, random_materials
     from dreambooth_moslora.settings.table import TrainConfig
     from dreambooth_moslora.training.step import TrainStep

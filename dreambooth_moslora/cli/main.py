@@ -78,10 +78,6 @@ COMMANDS = {
 }
 """Each command: its module, which has `NAME_arguments(parser)` and `run_NAME(args)`, and its line
 of the help."""
-UNLISTED = {
-    "together": ("extras.cluster.together", "train several subjects of a fleet in one process")
-}
-"""What a fleet's worker starts for a group of subjects."""
 # The end of the help
 FIRST_STEPS = """
 first steps, with a folder of photos and a word for what they show:
@@ -126,19 +122,19 @@ def run_command(argv: list[str]) -> int:
         return app.main(rest, f"{program} app")
 
     # The others; only the module of the command is imported.
-    if name not in COMMANDS | UNLISTED:
+    if name not in COMMANDS:
         known = ("train", "app", *COMMANDS)
         close = nearest(name, known)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
         raise UserError(f"unknown command {name}: {hint}")
     add_arguments, run = command(name)
-    parser = Parser(prog=f"{program} {name}", description=(COMMANDS | UNLISTED)[name][1])
+    parser = Parser(prog=f"{program} {name}", description=COMMANDS[name][1])
     add_arguments(parser)
     return run(parser.parse_args(underscored(rest)))
 
 
 def command(name: str) -> tuple[Callable, Callable]:
     """What adds the command's arguments to a parser, and what runs it."""
-    place, _ = (COMMANDS | UNLISTED)[name]
+    place, _ = COMMANDS[name]
     module = import_module(f"dreambooth_moslora.{place}")
     return getattr(module, f"{name}_arguments"), getattr(module, f"run_{name}")

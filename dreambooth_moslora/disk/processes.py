@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -174,10 +174,10 @@ def end_process(pid: int) -> None:
             process.kill()
 
 
-def has_gone_silent(asked: float, run_dirs: Iterable[Path]) -> bool:
+def has_gone_silent(asked: float, run_dir: Path) -> bool:
     """Whether a process that was `asked` to stop at that time has written no event and no line of
-    its log for ANSWER_SEC in any of its runs."""
-    files = [run_dir / name for run_dir in run_dirs for name in ("metrics.jsonl", LOG_NAME)]
+    its log for ANSWER_SEC."""
+    files = [run_dir / name for name in ("metrics.jsonl", LOG_NAME)]
     written = [file.stat().st_mtime for file in files if file.exists()]
     return time.time() - max([asked, *written]) > ANSWER_SEC
 

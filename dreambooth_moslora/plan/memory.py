@@ -32,7 +32,7 @@ One process asks nobody, and then nothing here loads torch.
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -641,29 +641,21 @@ def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
     return plan
 
 
-def fitting(
-    config: table.TrainConfig,
-    size: BaseSize,
-    free_gib: float | None,
-    names: Collection[str] = tuple(table.PLANS),
-) -> str:
-    """The first of `names` that fits, or else the leanest possible plan; a later check refuses
-    that."""
+def fitting(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+    """The first plan that fits, or else the leanest possible one; a later check refuses that."""
     if free_gib is None:
         return "full"
-    needs = costs(config, size, names)
+    needs = costs(config, size)
     for name, cost in needs.items():
         if cost <= USABLE * free_gib:
             return name
     return list(needs)[-1]
 
 
-def costs(
-    config: table.TrainConfig, size: BaseSize, names: Collection[str] = tuple(table.PLANS)
-) -> dict[str, float]:
+def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Plan -> peak memory in GiB, for those that these settings and packages allow."""
     found = {}
-    for name in names:
+    for name in table.PLANS:
         if is_possible(name, config, size.family):
             tried = replace(config, **plan_settings(config, name))
             found[name] = estimate(tried, size, 1).peak_gib

@@ -236,7 +236,7 @@ class Jobs:
         if job is None or not processes.is_asked_to_stop(job.run_dir):
             return job
         asked = (job.run_dir / processes.STOP_NAME).stat().st_mtime
-        if processes.has_gone_silent(asked, [job.run_dir]):
+        if processes.has_gone_silent(asked, job.run_dir):
             processes.end_process(job.pid)
             logger.warning("%s did not answer the request to stop and was ended", job.name)
         return job

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from benchmarks import flow_step, gpu_step
-from benchmarks.batched_adapters import trained
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
 from benchmarks.host_peak import command_of
@@ -83,14 +82,6 @@ def test_the_trainer_takes_the_random_base(tmp_path):
     assert (
         proof.projections > 0 and (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
     )
-
-
-def test_subjects_on_one_base_are_timed():
-    figures = trained("small", count=2, steps=4)
-    assert figures["count"] == 2 and figures["an_hour"] == pytest.approx(
-        2 * 3600 / (480 * figures["step_sec"])
-    )
-    assert figures["cpu_sec"] > 0 and figures["peak_gib"] > 0
 
 
 def test_ratios_pair_arms_of_one_resolution():

@@ -1,5 +1,5 @@
-"""The fast path is PEFT's own forward, cheaper: layers alone, on a step's working copies, and
-several adapters on one base in one batch."""
+"""The fast path is PEFT's own forward, cheaper: layers alone, and on a step's working
+copies."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dreambooth_moslora.base.load import quantize
-from dreambooth_moslora.extras.cluster.stacked_adapters import StackedAdapters, twin
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
 from dreambooth_moslora.method.mixer import MixerLinear
@@ -29,7 +28,6 @@ RANK = 3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ROWS = 2
 WORDS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
-COUNT = 3
 
 
 class Block(nn.Module):
@@ -421,13 +419,6 @@ def test_a_compiled_block_is_one_graph():
     assert_same(step_on_copies(model, [pair_loss]), alone, 2e-6)
 
 
-def adapted_twins(base: nn.Module, **options) -> list[nn.Module]:
-    """COUNT models on one base, each with an adapter of its own."""
-    models = [randomize(adapted(twin(base), **options), seed=number) for number in range(COUNT)]
-    assert all(map(enable_fast_path, models))
-    return [model.train() for model in models]
-
-
 def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(number)
     shapes = [(ROWS, 4, 8, 8), (ROWS, 77, 48), (ROWS, 32)]
@@ -446,126 +437,3 @@ def prediction(unet: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return unet(
         latents, times, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
     ).sample
-
-
-def loss_of(number: int, outputs: Tensor) -> Tensor:
-    """Each adapter has another loss, as subjects have."""
-    return (1 + number) * outputs.square().mean()
-
-
-def gradients_alone(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
-    found, dtype = [], models[0].conv_in.weight.dtype
-    for number, model in enumerate(models):
-        inputs = [inputs_of(10 * turn + number, dtype) for turn in range(turns)]
-        found.append(
-            step_on_copies(
-                model, [lambda m, x=x, n=number: loss_of(n, prediction(m, x)) for x in inputs]
-            )
-        )
-        model.zero_grad()
-    return found
-
-
-def gradients_together(models: list[nn.Module], turns: int = 1) -> list[dict[str, Tensor]]:
-    dtype = models[0].conv_in.weight.dtype
-    with StackedAdapters(models).for_one_step() as copies:
-        for turn in range(turns):
-            each = [inputs_of(10 * turn + number, dtype) for number in range(len(models))]
-            outputs = prediction(models[0], tuple(map(torch.cat, zip(*each, strict=True)))).chunk(
-                len(models)
-            )
-            sum(map(loss_of, range(len(models)), outputs)).backward()
-            copies.collect()
-    found = [given(model) for model in models]
-    for model in models:
-        model.zero_grad()
-    return found
-
-
-FAST_STACKS = [("learnt mixer", True), ("convolutions", False)]
-SLOW_STACKS = [("convolutions", True), *((kind, False) for kind in KINDS if kind != "convolutions")]
-
-
-@pytest.mark.parametrize(
-    ("kind", "recomputed"),
-    [*FAST_STACKS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW_STACKS)],
-)
-def test_each_adapter_gets_the_gradients_that_it_gets_alone(kind, recomputed):
-    """Of two micro-batches, in fp64: exact to its rounding."""
-    models = adapted_twins(tiny_unet().double(), **KINDS[kind])
-    for model in models:
-        model.double()
-        if recomputed:
-            model.enable_gradient_checkpointing()
-    for together, alone in zip(
-        gradients_together(models, 2), gradients_alone(models, 2), strict=True
-    ):
-        assert_same(together, alone, 1e-9)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_stacked_fp32_adapters_get_fp32_gradients(dtype, tolerance):
-    models = adapted_twins(tiny_unet().to(dtype))
-    for together, alone in zip(gradients_together(models), gradients_alone(models), strict=True):
-        assert_same(together, alone, tolerance)
-        assert {grad.dtype for grad in together.values()} == {torch.float32}
-
-
-def test_stacked_adapters_on_a_base_in_4_bit_get_the_same_gradients():
-    models = adapted_twins(quantised_base("nf4", torch.float32))
-    rows = torch.randn(COUNT, 5, 64, generator=torch.Generator().manual_seed(1))
-    alone = [
-        plain_step(model, [lambda m, x=x: quantised_loss(m, x)])
-        for model, x in zip(models, rows, strict=True)
-    ]
-    for model in models:
-        model.zero_grad()
-    with StackedAdapters(models).for_one_step() as copies:
-        quantised_loss(models[0], rows.flatten(0, 1)).backward()
-        copies.collect()
-    for model, wanted in zip(models, alone, strict=True):
-        assert_same(given(model), wanted, 1e-5)
-
-
-def test_nan_in_one_adapter_stays_there_and_afterwards_each_model_is_as_before():
-    """Switched off, they give the base bit for bit."""
-    models = adapted_twins(tiny_unet())
-    wanted = gradients_together(models)
-    with torch.no_grad():
-        next(iter(adapter_layers(models[1]).values())).lora_A["default"].weight.fill_(torch.nan)
-    found = gradients_together(models)
-    assert all(grad.isnan().any() for grad in found[1].values())
-    for number in (0, 2):
-        assert all(torch.equal(found[number][name], grad) for name, grad in wanted[number].items())
-    base = tiny_unet()
-    models = adapted_twins(base, target_modules=["to_q", "conv1"])
-    one = inputs_of(0, torch.float32)
-    before = [prediction(model, one) for model in models]
-    with torch.no_grad(), StackedAdapters(models).for_one_step(), disabled(models[0]):
-        assert torch.equal(prediction(models[0], one), prediction(base, one))
-    with pytest.raises(RuntimeError), StackedAdapters(models).for_one_step():
-        raise RuntimeError
-    assert all(torch.equal(prediction(m, one), b) for m, b in zip(models, before, strict=True))
-    assert not any(given(model) for model in models)
-
-
-def test_models_that_do_not_fit_together_are_refused():
-    """A twin has its own adapter on the same weights."""
-    base = tiny_unet()
-    first, second = adapted(twin(base)), adapted(twin(base))
-    for one, other in zip(
-        adapter_layers(first).values(), adapter_layers(second).values(), strict=True
-    ):
-        assert one.base_layer.weight is other.base_layer.weight
-        assert one.lora_A["default"].weight is not other.lora_A["default"].weight
-    assert not any("lora" in name for name, _ in base.named_parameters())
-    dora, dropout = {"use_dora": True, "mixer": "none"}, {"lora_dropout": 0.1}
-    for models, said in (
-        ([first, adapted(tiny_unet())], "share their frozen weights"),
-        ([first, adapted(twin(base), target_modules=["to_k"])], "on the same layers"),
-        ([first], "no stack"),
-        ([adapted(twin(base), **dora) for _ in range(2)], "no dropout, no DoRA"),
-        ([adapted(twin(base), **dropout) for _ in range(2)], "no dropout, no DoRA"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            StackedAdapters(models)

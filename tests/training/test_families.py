@@ -33,8 +33,6 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
-from dreambooth_moslora.extras.cluster.fleet import needs_to_be_alone
-from dreambooth_moslora.extras.cluster.together import Member, train_together
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
@@ -555,17 +553,6 @@ def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
     if not case.facts.adapted_encoders:
         pytest.skip("it has none")
     case.train("words", train_text_encoder=True)
-
-
-def test_a_fleets_runs_share_their_steps(case):
-    runs = [case.config(str(seed), seed=seed) for seed in (1, 2)]
-    ended = {}
-    assert needs_to_be_alone(runs[0]) is None
-    members = [Member(make_plan(config)) for config in runs]
-    train_together(
-        members, 2, lambda member, result: ended.update({member.plan.config.seed: result.step})
-    )
-    assert ended == {1: 2, 2: 2}
 
 
 def test_one_word_takes_the_familys_recipe(case):

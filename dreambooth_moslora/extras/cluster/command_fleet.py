@@ -41,24 +41,17 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
         "a folder shared by all machines, or a URL such as s3://BUCKET/PATH"
     )
     parser.add_argument("--out", metavar="DIR", help=about)
-    per_gpu = (
-        "subjects that one process trains at once on one base "
-        "(default: a process each, as many as fit a GPU)"
-    )
-    add_cluster_flags(parser, per_gpu=per_gpu)
+    add_cluster_flags(parser)
     notes = {"pretrained_model_name_or_path": f" ({command_train.NEEDED})"}
     command_train.add_training_flags(parser, hidden=REFUSED, notes=notes)
 
 
-def add_cluster_flags(
-    parser: argparse.ArgumentParser,
-    of_one: str = "this machine alone",
-    per_gpu: str = "trainings at once on a GPU (default: as many as the estimate allows)",
-) -> None:
-    """The flags about machines. `of_one`: what is used without a cluster; `per_gpu`: its help."""
+def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machine alone") -> None:
+    """The flags about machines. `of_one`: what is used without a cluster."""
     about = f'the Ray cluster: "auto", HOST:PORT or ray://HOST:PORT (default: {of_one})'
     parser.add_argument("--ray_address", metavar="ADDRESS", help=about)
-    parser.add_argument("--per_gpu", metavar="N", type=int, help=per_gpu)
+    about = "trainings at once on a GPU (default: as many as the estimate allows)"
+    parser.add_argument("--per_gpu", metavar="N", type=int, help=about)
     about = "cores and threads of a training (default: 1)"
     parser.add_argument("--cpus", metavar="N", type=int, default=1, help=about)
 
@@ -98,12 +91,6 @@ def run_fleet(args: argparse.Namespace) -> int:
     from dreambooth_moslora.extras.cluster.fleet import missing
 
     with opened(args.out) as (out, url):
-        if url and (args.per_gpu or 1) > 1:
-            raise UserError(
-                f"--per_gpu {args.per_gpu}: "
-                "subjects that share a process need an --out that is a folder."
-            )
-
         # who is there, and who is not done yet
         subjects = read_subjects(Path(args.words[0]), shared, out)
         remote = fleet_behind(url, out)

@@ -1,12 +1,8 @@
-"""Trains one subject, or several in one process, on one machine.
+"""Trains one subject on one machine.
 
 A worker starts a command, and waits for its end. The training resumes from its newest checkpoint,
 so a lost machine costs only the steps since then. Nothing here imports torch: a worker is small and
 starts at once.
-
-The process of several is `python -m dreambooth_moslora together`. It writes each subject's record
-as the subject begins and ends. This module writes the records of subjects that the process did not
-live to end.
 
 `python -m dreambooth_moslora.extras.cluster.worker PID COMMAND …` is the command, begun by the
 process PID: when that is gone, the training finishes its step, writes a checkpoint and ends.
@@ -20,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,8 +48,6 @@ HELD_SEC = 120.0
 """How long a training whose worker is gone may take for its last step and checkpoint."""
 KILLED_MOST = 3
 """How many times one machine starts a training that was killed."""
-ENDED = ("done", "failed", "interrupted")
-"""States after which a subject is not started again by the same worker."""
 GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 """Arguments of Python by which a command ends with its worker."""
 
@@ -157,7 +151,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     started = time.monotonic()
     words = ("train", "--config", str(run_dir / processes.CONFIG_NAME))
     process = start_guarded(job, words, (hold.fileno(),))
-    code = watch(process, stop_path(run_dir.parent), [run_dir])
+    code = watch(process, stop_path(run_dir.parent), run_dir)
 
     # add what it has cost
     seconds = time.monotonic() - started
@@ -191,23 +185,22 @@ def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subpr
     return processes.start_logged(Path(job.run_dir), command, threads, folder, inherits=holds)
 
 
-def watch(process: subprocess.Popen, stop: Path, run_dirs: Sequence[Path]) -> int:
+def watch(process: subprocess.Popen, stop: Path, run_dir: Path) -> int:
     """Wait for its end. Once the fleet stops, or this task is cancelled, ask it to end with a
-    checkpoint; the first of its `run_dirs` is the one that it was started in. It is killed if it
-    does not answer."""
+    checkpoint. It is killed if it does not answer."""
     asked = 0.0
     try:
         while process.poll() is None:
             if not asked and stop.exists():
-                processes.ask_to_stop(run_dirs[0])
+                processes.ask_to_stop(run_dir)
                 asked = time.time()
-            if asked and processes.has_gone_silent(asked, run_dirs):
+            if asked and processes.has_gone_silent(asked, run_dir):
                 processes.end_process(process.pid)
             time.sleep(POLL_SEC)
         return process.returncode
     except BaseException:
         # Ray cancels a task by an exception in it
-        processes.ask_to_stop(run_dirs[0])
+        processes.ask_to_stop(run_dir)
         raise
 
 
@@ -225,89 +218,6 @@ def judged(run_dir: Path, code: int) -> Record:
     if code == MISTAKE and errors:
         return ended(run_dir, "failed", errors[-1])
     return ended(run_dir, "failed", processes.why_it_ended(code, log, was_asked=was_asked))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Subjects for one worker; at most `at_once` of them train at once. Each has the same share of
-    a machine."""
-
-    jobs: tuple[Job, ...]
-    at_once: int
-
-
-def train_work(work: Job | Group) -> Record | list[Record]:
-    """Train a worker's task, one subject or a group, to its end or a stop. Records are in the order
-    of `jobs`."""
-    if isinstance(work, Job):
-        return train_subject(work)
-    with ExitStack() as stack:
-        # hold the folder of each subject that is still to be trained
-        jobs: list[Job] = []
-        holds: list[int] = []
-        for job in work.jobs:
-            run_dir = Path(job.run_dir)
-            if is_finished(run_dir, job.mark):  # its machine was lost after it had finished
-                continue
-            run_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                holds.append(stack.enter_context(held_for_training(run_dir)).fileno())
-            except UserError as error:
-                ended(run_dir, "failed", str(error))
-            else:
-                known = read_record(run_dir)  # what it has cost so far is kept
-                if not goes_on(known, job):
-                    known = Record("waiting", job.mark, since=time.time())
-                write_record(run_dir, replace(known, state="waiting", message="", unit=job.unit))
-                jobs.append(job)
-
-        # the folders are held until the process has ended
-        train_to_their_ends(jobs, work.at_once, tuple(holds))
-    return [read_record(Path(job.run_dir)) or Record("failed", job.mark) for job in work.jobs]
-
-
-def train_to_their_ends(left: list[Job], at_once: int, holds: tuple[int, ...]) -> None:
-    """Run the process; if it is killed, start it again for the subjects that are `left`, a few
-    times."""
-    for _ in range(KILLED_MOST):
-        if not left:
-            return
-        first = Path(left[0].run_dir)
-        if stop_path(first.parent).exists():
-            for job in left:
-                ended(Path(job.run_dir), "interrupted", "stopped before it began")
-            return
-        # keep those that the process did not live to end
-        code = train_group_once(left, at_once, holds)
-        records = [(job, read_record(Path(job.run_dir))) for job in left]
-        left = [job for job, found in records if found is None or found.state not in ENDED]
-        if code >= 0 or stop_path(first.parent).exists():
-            break
-
-    # write how they ended in its place
-    was_asked = stop_path(first.parent).exists()
-    for job in left:
-        reason = processes.why_it_ended(code, processes.log_tail(first), was_asked=was_asked)
-        if was_asked and code >= 0:
-            reason = ""
-        ended(Path(job.run_dir), "interrupted" if was_asked else "failed", reason)
-
-
-def train_group_once(jobs: Sequence[Job], at_once: int, holds: tuple[int, ...]) -> int:
-    """Returns the exit status; it is negative for a signal."""
-    # the settings of each are in its run folder
-    run_dirs = [Path(job.run_dir) for job in jobs]
-    for job, run_dir in zip(jobs, run_dirs, strict=True):
-        before = read_record(run_dir)
-        resume = resumed(run_dir, before) if before.starts else {}
-        processes.write_settings(run_dir, {**job.settings, **resume})
-
-    # one process for all, which has the machine's share of one
-    share = jobs[0].gpus or jobs[0].cpus
-    words = ["together", "--at_once", str(at_once), "--share", str(share)]
-    words += [job.run_dir for job in jobs]
-    process = start_guarded(jobs[0], words, holds)
-    return watch(process, stop_path(run_dirs[0].parent), run_dirs)
 
 
 if __name__ == "__main__":

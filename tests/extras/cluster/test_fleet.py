@@ -1,15 +1,8 @@
-"""What a fleet gives to its machines and takes from them, without a cluster: one subject, or
-several of one process."""
+"""What a fleet gives to its machines and takes from them, without a cluster."""
 
 import json
-import os
-import signal
-import threading
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dreambooth_moslora.disk.events import RunStarted, record_of
@@ -18,9 +11,9 @@ from dreambooth_moslora.disk.queue import locked, take
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import fleet, worker
-from dreambooth_moslora.extras.cluster.fleet import Ending, GroupsUnderWay, Machines, tasks_of
+from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, tasks_of
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject
-from dreambooth_moslora.extras.cluster.ray_fleet import Lost, Resources, Task
+from dreambooth_moslora.extras.cluster.ray_fleet import Lost
 from dreambooth_moslora.extras.cluster.records import (
     Record,
     read_names,
@@ -28,10 +21,9 @@ from dreambooth_moslora.extras.cluster.records import (
     stop_path,
     write_record,
 )
-from dreambooth_moslora.extras.cluster.worker import Group, Job, judged, train_subject, train_work
+from dreambooth_moslora.extras.cluster.worker import Job, judged, train_subject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
 from dreambooth_moslora.settings.table import TrainConfig
-from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 CONFIG = TrainConfig(
     pretrained_model_name_or_path="someone/sdxl", resolution=1024, mixed_precision="bf16"
@@ -48,27 +40,14 @@ def test_a_training_takes_the_part_of_a_gpu_that_it_needs_and_so_many_share_one_
     assert Machines(80.0, 500.0, per_gpu=2).resources_for(CONFIG).gpus == 0.5
     three = Machines(80.0, 500.0, per_gpu=3).resources_for(CONFIG).gpus
     assert 3 * three <= 1 < 4 * three
-    config = replace(CONFIG, rank=16, train_batch_size=1)
-    assert [Machines(gib, 99.0, per_gpu=8).at_once(config) for gib in (8.0, 24.0, 80.0, None)] == [
-        1,
-        2,
-        8,
-        8,
-    ]
 
 
-def test_without_a_gpu_it_takes_cores_and_memory_that_there_are_and_a_group_less_than_each_alone():
+def test_without_a_gpu_it_takes_cores_and_memory_that_there_are():
     roomy, narrow = (Machines(None, gib, cpus=2).resources_for(CONFIG) for gib in (500.0, 3.0))
     assert (roomy.cpus, roomy.gpus) == (2, 0.0) and roomy.memory_gib == pytest.approx(
         NEED + fleet.PROCESS_GIB
     )
     assert narrow.memory_gib == 3.0
-    config, machines = tiny_config(Path("toy"), Path("."), Path("x")), Machines(None, 999.0)
-    one, four = (
-        machines.resources_for(config).memory_gib,
-        machines.resources_for_group(config, 4).memory_gib,
-    )
-    assert one < four < 4 * one
 
 
 def test_one_word_for_the_memory_means_the_same_on_all_machines(tmp_path):
@@ -127,128 +106,6 @@ def test_one_fleet_at_a_time_holds_a_folder_and_begins_without_an_old_stop(tmp_p
             pass
         assert read_names(tmp_path) == ["rex"] and stop_path(tmp_path).exists()
     assert not stop_path(tmp_path).exists()
-
-
-def tasks(folder: Path, changes: list[dict], machines: Machines, room: int) -> list[Task]:
-    settings = {
-        "pretrained_model_name_or_path": "toy",
-        "instance_data_dir": str(folder),
-        "instance_prompt": "x",
-    }
-    todo = [(Subject(f"s{n}", settings | own), f"m{n}") for n, own in enumerate(changes)]
-    return list(
-        fleet.grouped(
-            tasks_of(todo, folder, machines, print), machines, len(todo), lambda needs: room
-        )
-    )
-
-
-def test_subjects_of_one_shape_are_put_together_and_spread_over_the_machines_and_others_train_alone(
-    tmp_path,
-):
-    prior = {"with_prior_preservation": True, "class_prompt": "x", "prior_every": 2}
-    changes = [
-        {},
-        {"rank": 8},
-        {"use_dora": True},
-        {"seed": 5},
-        {"rank": 8},
-        {},
-        {"enable_bucket": True},
-        prior,
-    ]
-    found = tasks(tmp_path, changes, Machines(80.0, 99.0, per_gpu=2), room=1)
-    assert [task.key for task in found] == ["s2", "s6", "s7", ("s0", "s3", "s5"), ("s1", "s4")]
-    group = found[3].arguments[0]
-    assert group.at_once == 2 and [job.mark for job in group.jobs] == ["m0", "m3", "m5"]
-    assert found[3].resources == Resources(1, gpus=1.0) and {job.gpus for job in group.jobs} == {
-        1.0
-    }
-    sizes = [
-        len(t.key) for t in tasks(tmp_path, [{}] * 12, Machines(None, 99.0, per_gpu=2), room=3)
-    ]
-    assert sizes == [4, 4, 4]
-    assert len(tasks(tmp_path, [{}] * 40, Machines(None, 99.0, per_gpu=2), room=1)[0].key) == 16
-    alone = tasks(tmp_path, [{}] * 3, Machines(None, 99.0), room=1)
-    assert [task.key for task in alone] == ["s0", "s1", "s2"]
-
-
-def group_in(folder: Path) -> Task:
-    for name in "abc":
-        (folder / name).mkdir()
-    return Task(
-        ("a", "b", "c"), (Group(tuple(Job(str(folder / name), {}, "m") for name in "abc"), 2),)
-    )
-
-
-def test_of_a_lost_group_those_that_were_done_are_done(tmp_path):
-    task, groups, lost = group_in(tmp_path), GroupsUnderWay(print), Lost("its machine was lost")
-    write_record(tmp_path / "a", done := Record("done", "m", starts=1))
-    (tmp_path / "a" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
-    assert list(groups.noted([task])) == [task]
-    assert groups.untold(task, lost) == [("a", done), ("b", lost), ("c", lost)]
-
-
-def test_each_subject_of_a_group_is_told_once_as_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(fleet, "LOOK_SEC", 0)
-    task = group_in(tmp_path)
-    write_record(tmp_path / "c", failed := Record("failed", "m", "of the last time", starts=1))
-    told = []
-    groups = GroupsUnderWay(lambda name, record: told.append((name, record.state)))
-    assert list(groups.noted([task])) == [task]
-    write_record(tmp_path / "b", Record("done", "of other settings", starts=1))
-    groups.look()
-    assert not told
-    write_record(tmp_path / "b", done := Record("done", "m", starts=1))
-    groups.look()
-    groups.look()
-    assert told == [("b", "done")]
-    assert [name for name, _ in groups.untold(task, [failed, done, failed])] == ["a", "c"]
-
-
-def kill_at_a_checkpoint(out: Path) -> None:
-    """The process of the group, as the system would for want of memory."""
-    while not list(out.glob("*/checkpoint-2")):
-        time.sleep(0.02)
-    for child in psutil.Process().children(recursive=True):
-        if "together" in child.cmdline():
-            os.kill(child.pid, signal.SIGKILL)
-
-
-def test_a_group_that_ends_by_an_error_of_its_own_is_not_started_again(tmp_path, monkeypatch):
-    codes = []
-    monkeypatch.setattr(worker, "train_group_once", lambda *_: codes.append(1) or 1)
-    records = train_work(Group((Job(str(tmp_path / "out" / "a"), {}, "m"),), at_once=1))
-    assert codes == [1] and [record.state for record in records] == ["failed"]
-
-
-@pytest.mark.slow
-def test_a_group_that_is_killed_goes_on_and_a_bad_subject_fails_alone(
-    tiny_base, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    good = {"max_train_steps": 12, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
-    jobs, out = [], tmp_path / "out"
-    for number, own in enumerate((good, {"rank": 4}, good | {"seed": 4})):
-        photos = paint_photos(tmp_path / "photos" / str(number), number + 2)
-        settings = tiny_config(tiny_base, photos, out / str(number), **own).to_dict()
-        jobs.append(Job(str(out / str(number)), settings, f"mark {number}"))
-    for photo in (tmp_path / "photos" / "1").iterdir():
-        photo.unlink()
-    threading.Thread(target=kill_at_a_checkpoint, args=(out,), daemon=True).start()
-    records = train_work(Group(tuple(jobs), at_once=3))
-    assert [record.state for record in records] == ["done", "failed", "done"]
-    assert "no usable photo" in records[1].message and records[0].starts == records[2].starts == 2
-    assert records[0].seconds > 0 and records[0].unit == "CPU"
-    for name in ("0", "2"):
-        events = RunDir(out / name).read_metrics()
-        assert [event["step"] for event in events if event["type"] == "step"] == list(range(1, 13))
-        log = RunDir(out / name).log_path.read_text(encoding="utf-8")
-        assert "no usable photo" not in log and len(log.splitlines()) == len(set(log.splitlines()))
-    before = adapter_sha256(out / "0")
-    (out / "0" / CONFIG_NAME).unlink()
-    assert train_work(Group((jobs[0],), at_once=2))[0].state == "done"
-    assert adapter_sha256(out / "0") == before and not (out / "0" / CONFIG_NAME).exists()
 
 
 def rex(folder: Path, **settings) -> Job:
@@ -313,11 +170,8 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     ) == record
 
 
-@pytest.mark.parametrize(
-    "train", [train_subject, lambda job: train_work(Group((job,), at_once=1))[0]]
-)
 def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(
-    train, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
     """It went on from the last checkpoint of the run with other photos, and was done at once."""
     (script := tmp_path / "killed.py").write_text(
@@ -328,10 +182,7 @@ def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier
     run.append_metrics(record_of(RunStarted(2)))
     write_record(run.path, Record("done", "of other photos", starts=1))
     for is_its_own in (False, True):
-        assert train(job).state == "failed"
-        # a group's process counts them itself
-        write_record(run.path, replace(read_record(run.path), starts=3))
-        assert train(job).state == "failed"
+        assert train_subject(job).state == "failed"
         settings = json.loads((run.path / CONFIG_NAME).read_text())
         assert settings == ({"resume_from_checkpoint": "latest"} if is_its_own else {})
         run.append_metrics(record_of(RunStarted(2)))

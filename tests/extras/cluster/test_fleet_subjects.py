@@ -280,10 +280,6 @@ def test_a_damaged_record_is_none(tmp_path):
         (["pets", "--out", "x", *TOY, "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
-        (
-            ["pets", "--out", "gs://x", "--per_gpu", "2", *TOY],
-            "--per_gpu 2: subjects that share a process need an --out",
-        ),
         (["pets", "--out", "gs://x", *TOY], "pets: give a folder of subject"),
     ],
 )

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from tests.extras.cluster.test_s3 import trainings_of, worker_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import (
     adapter_sha256,
-    largest_difference,
     paint_photos,
     tiny_config,
 )
@@ -77,20 +75,6 @@ def test_a_fleet_that_is_stopped_and_loses_a_worker_ends_equal_to_trainings_with
         )
         assert adapter_sha256(out / name) == adapter_sha256(tmp_path / "alone" / name)
     assert [subject.name for subject, _ in missing(out, subjects)] == ["void"]
-
-
-def test_a_fleet_of_several_subjects_a_process_trains_each_as_alone(machines, tiny_base, tmp_path):
-    from dreambooth_moslora.training.loop import train
-
-    out, few = tmp_path / "out", {"max_train_steps": 3, "learning_rate": 1e-3}
-    subjects = subjects_of(tiny_base, tmp_path, {"rex": 2, "tom": 3, "zoe": 4}, **few)
-    states = ended(out, subjects, replace(machines, per_gpu=2), bool)
-    assert states == {"rex": "done", "tom": "done", "zoe": "done"} and not missing(out, subjects)
-    for name in states:
-        alone = train(
-            tiny_config(tiny_base, tmp_path / "photos" / name, tmp_path / "alone" / name, **few)
-        )
-        assert largest_difference(out / name, alone.run_dir) < few["learning_rate"] / 20
 
 
 def ended(
