@@ -26,9 +26,6 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-LoadBase = Callable[[TrainConfig, Base, torch.dtype, torch.device], DiffusionPipeline]
-"""What loads a base, as `load_base` does."""
-
 # What is said of a base whose precision is slow on this machine.
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: "

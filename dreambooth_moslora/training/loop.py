@@ -3,14 +3,13 @@ time.
 
 train(config) -> TrainResult    `set_up` is what comes before the loop, `fit` is the loop,
                                 `Training` has a method for each of its lines
-training(config)                the same as a generator, for a caller that computes the gradients
 """
 
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
     explain,
-    frozen_base,
     made_before,
     optimizer,
     reporter,
@@ -387,38 +385,6 @@ def train(
     Raises UserError for a mistake in the settings or files, and for a loss that is no longer
     finite.
     """
-    steps = training(config, on_event, should_stop, evaluator)
-    try:
-        run = next(steps)
-        while True:
-            run = advanced(steps, run.accumulate_gradients)
-    except StopIteration as end:
-        return end.value
-
-
-Steps = Generator[Training, StepLosses, TrainResult]
-"""A generator that trains a run: it yields the run before each step and is sent the step's losses.
-"""
-
-
-def advanced(steps: Steps, accumulate: Callable[[], StepLosses]) -> Training:
-    """Send the gradients' losses to the run, and return it before its next step. Raises
-    StopIteration at its end."""
-    try:
-        losses = accumulate()
-    except BaseException as error:
-        return steps.throw(error)
-    return steps.send(losses)
-
-
-def training(
-    config: TrainConfig | Plan,
-    on_event: Callable[[events.Event], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    evaluator: StepScorer | None = None,
-    load: frozen_base.LoadBase | None = None,
-) -> Steps:
-    """`train` as a generator: the caller computes the gradients. `load` loads the base."""
     # The plan. Folders are checked here because a plan can be made without them.
     if isinstance(config, TrainConfig):
         checks.check_folders(config)
@@ -442,7 +408,7 @@ def training(
 
         # However it ends, the log says how.
         try:
-            return (yield from fit(set_up(context, plan, evaluator, load)))
+            return fit(set_up(context, plan, evaluator))
         except StopRequestedError:
             if report.step:  # a resumed run can continue from its untouched checkpoint
                 report.release()
@@ -454,18 +420,12 @@ def training(
             raise
 
 
-def set_up(
-    context: reporter.RunContext,
-    plan: Plan,
-    evaluator: StepScorer | None,
-    load: frozen_base.LoadBase | None = None,
-) -> Training:
+def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | None) -> Training:
     """Everything before the first step.
 
     context: the run's folder, processes and reporter
     plan: its settings, base and photos
     evaluator: scores the adapter; None without scores
-    load: loads the base; the usual way without it
 
     Raises UserError and StopRequestedError.
     """
@@ -516,7 +476,6 @@ def set_up(
         sample_count=steps.total_steps * steps.photos_a_step,
         prompts=prompts,
         is_fresh=resumed_from is None,
-        load=load,
     )
     distributed.on_each(
         accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
@@ -570,7 +529,7 @@ def set_up(
     )
 
 
-def fit(run: Training) -> Steps:
+def fit(run: Training) -> TrainResult:
     """The loop. A step has five stages: draw, predict, compare, differentiate, update."""
     # A resumed run gets its earlier scores; a fresh one shows what the base draws.
     if run.step:
@@ -583,9 +542,8 @@ def fit(run: Training) -> Steps:
                 raise StopRequestedError
             return run.finish(interrupted=True)
 
-        # Draw, predict, compare, differentiate: `Training.accumulate_gradients` of this run, or of
-        # several runs together.
-        losses = yield run
+        # Draw, predict, compare, differentiate.
+        losses = run.accumulate_gradients()
         run.check_finite(losses)
 
         # Update. A step that fp16 skipped is repeated.

@@ -107,7 +107,6 @@ def prepare(
     sample_count: int,
     prompts: list[str],
     is_fresh: bool = True,
-    load: frozen_base.LoadBase | None = None,
 ) -> TrainInputs:
     """Load the base, generate class images, and encode photos and prompts.
 
@@ -118,7 +117,6 @@ def prepare(
     sample_count: how many photos the run draws; their crops are encoded
     prompts: what later samples and scores will ask for
     is_fresh: whether no adapter is resumed
-    load: loads the base; the usual way without it
 
     Raises UserError and StopRequestedError.
     """
@@ -128,12 +126,8 @@ def prepare(
     # The base. A flow model's denoiser waits where it can: with the encoders it would be too large.
     context.report.phase("loading")
     needs_both = config.keeps_text_encoders or config.draws_class_images
-    is_late = load is None and not needs_both and base.is_flow
-    if is_late:
-        load = partial(frozen_base.load_base, has_denoiser=False)
-    elif load is None:
-        load = frozen_base.load_base
-    pipeline = load(config, base, dtype, device)
+    is_late = base.is_flow and not needs_both
+    pipeline = frozen_base.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)

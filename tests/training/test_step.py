@@ -457,10 +457,10 @@ def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(gpu, tmp_pa
 
 
 @pytest.mark.slow
-def test_trained_text_encoders_read_as_many_tokens_as_the_run_says(photos, tmp_path):
+def test_trained_text_encoders_read_as_many_tokens_as_the_run_says(photos, tmp_path, monkeypatch):
     tiny_pipeline("flux", tmp_path / "files").save_pretrained(tmp_path / "base")
     options = {"train_text_encoder": True, "max_sequence_length": 8}
-    steps = loop.training(tiny_config(tmp_path / "base", photos, tmp_path / "run", **options))
-    (text,) = next(steps).train_step.texts(["a photo of sks dog"])
+    read = lambda run: run.train_step.texts(["a photo of sks dog"])  # noqa: E731
+    monkeypatch.setattr(loop, "fit", read)
+    (text,) = loop.train(tiny_config(tmp_path / "base", photos, tmp_path / "run", **options))
     assert len(text["prompt_embeds"]) == 8
-    steps.close()
