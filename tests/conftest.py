@@ -34,7 +34,6 @@ LONGEST = (
     "ui/train/test_train_form.py",
     "extras/serving/test_ray_serve.py",
     "test_wheel.py",
-    "extras/cluster/test_s3.py",
 )
 """Files whose slow tests take half a minute or more, by `python -m pytest -m slow --durations=0`.
 """

@@ -248,18 +248,12 @@ def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
 def files_by_name(
     files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
 ) -> dict[str, Path]:
-    """`named_files` without links out of `folders`."""
-    return named_files((file for file in files if is_file_inside(file, folders)), folders, taken)
-
-
-def named_files(
-    files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
-) -> dict[str, Path]:
-    """Name -> file, in order, with a number if `taken`; without tokens."""
+    """Name -> file, in order, with a number if `taken`; without tokens, and without links out of
+    `folders`."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
-        if file.name.endswith(TOKENS_SUFFIX):
+        if file.name.endswith(TOKENS_SUFFIX) or not is_file_inside(file, folders):
             continue
         name = free_name(name_of(file, folders), known.__contains__, " ")
         known.add(name)
@@ -292,15 +286,6 @@ def run_files(runs: Collection[Path]) -> list[Path]:
 
     checkpoints.sort(key=run_and_step)
     return [*finished, *checkpoints]
-
-
-def is_of_run(path: PurePath) -> bool:
-    """Whether `run_files` finds a path of at most three parts, relative to a run or to a folder of
-    runs."""
-    if path.name == RAW_NAME:
-        return checkpoint_step(path.parent) is not None
-    is_best = path.name == PUBLISHED_NAME and path.parent.name == BEST_NAME
-    return is_best or (path.name == PUBLISHED_NAME and len(path.parts) < 3)
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:

@@ -3,11 +3,9 @@ many machines."""
 
 import argparse
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,6 @@ from dreambooth_moslora.plan import choices
 
 if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.fleet import Ending
-    from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
 
 OWN_FLAGS = ("words", "out", "ray_address", "per_gpu", "cpus")
 """Flags of the fleet; all others are settings of each training."""
@@ -36,10 +33,7 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     about = "a folder of subject folders, or a .toml, .csv or .jsonl list; or: status DIR"
     parser.add_argument("words", metavar="SUBJECTS", nargs="+", help=about)
-    about = (
-        "a run folder for each subject: "
-        "a folder shared by all machines, or a URL such as s3://BUCKET/PATH"
-    )
+    about = "a run folder for each subject: a folder shared by all machines"
     parser.add_argument("--out", metavar="DIR", help=about)
     add_cluster_flags(parser)
     notes = {"pretrained_model_name_or_path": f" ({command_train.NEEDED})"}
@@ -90,98 +84,60 @@ def run_fleet(args: argparse.Namespace) -> int:
     shared = chosen.all
     from dreambooth_moslora.extras.cluster.fleet import missing
 
-    with opened(args.out) as (out, url):
-        # who is there, and who is not done yet
-        subjects = read_subjects(Path(args.words[0]), shared, out)
-        remote = fleet_behind(url, out)
-        if remote:
-            remote.fetch_all([subject.name for subject in subjects])
-        todo = missing(out, subjects)
-        done = len(subjects) - len(todo)
-        line = f"{len(subjects)} subjects: {done} are done, {len(todo)} are to be trained"
-        print(line, file=sys.stderr)
-        if is_dry:
-            lines = []
-            for subject, _ in todo:
-                reason = f": {subject.error}" if subject.error else ""
-                lines.append(subject.name + reason)
-            print(spelled_out("\n".join(lines)))
-            return 0
-        return train_all(subjects, todo, out, args, remote)
+    # who is there, and who is not done yet
+    out = user_path(args.out).resolve()
+    subjects = read_subjects(Path(args.words[0]), shared, out)
+    todo = missing(out, subjects)
+    done = len(subjects) - len(todo)
+    line = f"{len(subjects)} subjects: {done} are done, {len(todo)} are to be trained"
+    print(line, file=sys.stderr)
+    if is_dry:
+        lines = []
+        for subject, _ in todo:
+            reason = f": {subject.error}" if subject.error else ""
+            lines.append(subject.name + reason)
+        print(spelled_out("\n".join(lines)))
+        return 0
+    return train_all(subjects, todo, out, args)
 
 
 def check_places(source: str, out: str | None) -> None:
-    """Raises UserError without `--out`, and for photos behind a URL."""
+    """Raises UserError without `--out`, and for a URL."""
     if not out:
         raise UserError("missing: --out, the folder of all run folders.")
-    if "://" in source:
-        how = "photos are read from a folder; mount the bucket on all machines, and name that."
-        raise UserError(f"SUBJECTS {source}: {how}")
+    for place in (source, out):
+        if "://" in place:
+            raise UserError(f"{place}: give a folder; a bucket can be mounted on all machines.")
 
 
-@contextmanager
-def opened(place: str) -> Iterator[tuple[Path, str]]:
-    """A fleet's folder and its URL, or "". Behind a URL, the folder is a local view, empty at
-    first."""
-    scheme, is_url, path = place.partition("://")
-    if not is_url or (path and scheme in ("file", "local")):
-        yield user_path(path or place).resolve(), ""
-        return
-    with tempfile.TemporaryDirectory(prefix="fleet-") as view:
-        yield Path(view).resolve(), place
-
-
-def fleet_behind(url: str, view: Path) -> "RemoteFleet | None":
-    """None without a URL. Raises UserError for one that names no bucket, and when its library is
-    missing."""
-    if not url:
-        return None
-    from dreambooth_moslora.extras.cluster.bucket import Bucket
-    from dreambooth_moslora.extras.cluster.remote_output import RemoteFleet
-
-    return RemoteFleet(Bucket(url), view)
-
-
-def train_all(
-    subjects: list, todo: list, out: Path, args: argparse.Namespace, remote: "RemoteFleet | None"
-) -> int:
+def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -> int:
     """Train what is left, and close the fleet.
 
     subjects: all of them
     todo: those that are not done, with their marks
     out: the fleet's folder
     args: the flags
-    remote: the bucket behind `out`, if there is one
 
     Returns the exit code of `close`.
     """
     from dreambooth_moslora.extras.cluster.fleet import Machines, begun, run_fleet
     from dreambooth_moslora.extras.cluster.ray_fleet import connected
 
-    # the folder is held, and in a bucket the list is written, even when nothing is left to do
+    # the folder is held, and the list is written, even when nothing is left to do
     progress = FleetProgress(len(subjects), len(todo))
-    with begun(out, subjects), remote.begun() if remote else nullcontext():
+    with begun(out, subjects):
         if todo:
             with connected(args.ray_address), terminal.StopRequest() as stop:
                 machines = Machines.of_cluster(args.per_gpu, args.cpus)
-                run = remote.run if remote else run_fleet
-                run(todo, out, machines, on_end=progress, should_stop=stop)
-        return close(out, progress, remote)
+                run_fleet(todo, out, machines, on_end=progress, should_stop=stop)
+        return close(out, progress)
 
 
-def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") -> int:
-    """Write the index; returns the exit code: 0 all done, 1 some failed or the index was not sent,
-    130 stopped."""
+def close(out: Path, progress: "FleetProgress") -> int:
+    """Write the index; returns the exit code: 0 all done, 1 some failed, 130 stopped."""
     from dreambooth_moslora.extras.cluster.records import rows_of, write_index
 
-    # the trainings have ended: that the page was not sent must not hide how
-    index = write_index(out, rows_of(out))
-    is_sent = True
-    try:
-        print(remote.publish() if remote else index)
-    except UserError as error:
-        print(f"{index.name} was not sent, `fleet status` sends it: {error}", file=sys.stderr)
-        is_sent = False
+    print(write_index(out, rows_of(out)))
 
     # what is left to do
     if progress.failed:
@@ -189,21 +145,17 @@ def close(out: Path, progress: "FleetProgress", remote: "RemoteFleet | None") ->
     if progress.left > progress.failed:
         print("stopped; the same command continues", file=sys.stderr)
         return terminal.INTERRUPTED
-    return 1 if progress.failed or not is_sent else 0
+    return 1 if progress.failed else 0
 
 
 def show_status(place: str) -> int:
     """Print how each subject stands, and write the page of it. Raises UserError for no fleet."""
     from dreambooth_moslora.extras.cluster.records import rows_of, status_lines, write_index
 
-    with opened(place) as (out, url):
-        remote = fleet_behind(url, out)
-        if remote:
-            remote.fetch_all()
-        rows = rows_of(out)
-        print(spelled_out("\n".join(status_lines(rows))))
-        index = write_index(out, rows)
-        print(remote.publish() if remote else index)
+    out = user_path(place).resolve()
+    rows = rows_of(out)
+    print(spelled_out("\n".join(status_lines(rows))))
+    print(write_index(out, rows))
     return 0
 
 

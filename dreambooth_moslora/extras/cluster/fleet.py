@@ -152,18 +152,14 @@ def run_fleet(
     on_end: Callable[[Ending], None],
     should_stop: Callable[[], bool] = bool,
     train: Callable[[worker.Job], records.Record] = worker.train_subject,
-    check: Callable[[Path, records.Record | ray_fleet.Lost], records.Record] | None = None,
-    url: str = "",
 ) -> None:
     """Train all of `todo` on the connected cluster, within `begun`.
 
     todo: subjects and their marks
-    out: the fleet's folder, which may be a local view of `url`
+    out: the fleet's folder
     on_end: called with an `Ending` for each subject
     should_stop: once it says so, running trainings end at a checkpoint and none begins
     train: what a worker calls
-    check: compares a worker's answer with the files of its run folder; by default `checked`
-    url: of the bucket to which workers send the run folders (`remote_output`)
     """
 
     def stop() -> bool:
@@ -175,10 +171,10 @@ def run_fleet(
         on_end(Ending(task.key, records.Record("running", message=reason), is_again=True))
 
     # subjects become tasks as there is room for them
-    tasks = tasks_of(todo, out, machines, on_end=on_end, url=url)
+    tasks = tasks_of(todo, out, machines, on_end=on_end)
     endings = ray_fleet.run_tasks(train, tasks, should_stop=stop, on_retry=again)
     for task, result in endings:
-        on_end(Ending(task.key, (check or checked)(out / task.key, result)))
+        on_end(Ending(task.key, checked(out / task.key, result)))
 
 
 def tasks_of(
@@ -186,7 +182,6 @@ def tasks_of(
     out: Path,
     machines: Machines,
     on_end: Callable[[Ending], None],
-    url: str = "",
 ) -> Iterator[ray_fleet.Task]:
     """Make the tasks lazily, as there is room for them. A subject that cannot be trained ends
     here."""
@@ -211,18 +206,14 @@ def tasks_of(
             cpus=machines.cpus,
             gpus=needs.gpus,
             folder=os.getcwd(),
-            url=f"{url}/{subject.name}" if url else "",
         )
         yield ray_fleet.Task(subject.name, (job,), needs)
 
 
-def checked(
-    run_dir: Path, result: records.Record | ray_fleet.Lost, reason: str = NOT_SHARED
-) -> records.Record:
-    """The worker's answer, or a failure when its machine was lost or, for this `reason`, its
-    adapter is not here."""
+def checked(run_dir: Path, result: records.Record | ray_fleet.Lost) -> records.Record:
+    """The worker's answer, or a failure when its machine was lost or its adapter is not here."""
     if isinstance(result, ray_fleet.Lost):
         return records.ended(run_dir, "failed", result.reason)
     if result.state == "done" and not run_folder.RunDir(run_dir).adapter_path.is_file():
-        return records.ended(run_dir, "failed", reason.format(name=run_dir.name))
+        return records.ended(run_dir, "failed", NOT_SHARED.format(name=run_dir.name))
     return result

@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,13 +55,12 @@ GUARDED = ("-P", "-m", "dreambooth_moslora.extras.cluster.worker")
 class Job:
     """What a worker needs to train one subject.
 
-    run_dir: the run folder; with `url`, only its name is used
+    run_dir: the run folder
     settings: of the run
     mark: a digest of settings and photos (`fleet_subjects.mark_of`)
     cpus: cores and threads
     gpus: share of a GPU; 0 to train on the CPU
     folder: where relative paths begin; empty for the worker's own folder
-    url: of the run folder in a bucket (`remote_output`); empty without one
     """
 
     run_dir: str
@@ -71,7 +69,6 @@ class Job:
     cpus: int = 1
     gpus: float = 0.0
     folder: str = ""
-    url: str = ""
 
     @property
     def unit(self) -> str:
@@ -86,7 +83,8 @@ def train_subject(job: Job) -> Record:
         return read_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with held_for_training(run_dir) as hold:
+        hold = held(run_dir)
+        try:
             for _ in range(KILLED_MOST):  # one that is killed goes on from its newest checkpoint
                 if stop_path(run_dir.parent).exists():
                     return ended(run_dir, "interrupted", "stopped before it began")
@@ -94,18 +92,10 @@ def train_subject(job: Job) -> Record:
                 if code >= 0 or stop_path(run_dir.parent).exists():
                     break
             return judged(run_dir, code)
+        finally:
+            queue.release(run_dir / HOLD_NAME, hold)
     except UserError as error:
         return ended(run_dir, "failed", str(error))
-
-
-@contextmanager
-def held_for_training(run_dir: Path) -> Iterator[BinaryIO]:
-    """Hold the folder (`held`) for the length of the block. Raises UserError."""
-    hold = held(run_dir)
-    try:
-        yield hold
-    finally:
-        queue.release(run_dir / HOLD_NAME, hold)
 
 
 def held(run_dir: Path) -> BinaryIO:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
+from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
 
@@ -43,7 +44,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     # what is drawn, and who may ask
-    about = "folders of adapters and runs, or one bucket (s3://…, gs://…)"
+    about = "folders of adapters and runs"
     parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
     about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
     parser.add_argument(
@@ -78,17 +79,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until the process is ended. Raises UserError for all that can be seen to be wrong
     before Ray is started."""
-    for place in args.adapters:
-        if "://" not in place and not os.path.isdir(find_asset(place)):
-            raise UserError(f"--adapters {place}: there is no such folder.")
+    count = len(open_catalogue(args.adapters).names())
     Base.find(args.pretrained_model_name_or_path)
     settings = settings_of(args)
-
-    # what imports more than the settings need
-    from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
-    from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-
-    count = len(open_catalogue(settings.adapters).names())
 
     # try the port here, as Ray would only say that its proxy died
     if args.ray_address is None:

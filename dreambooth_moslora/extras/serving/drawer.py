@@ -166,7 +166,7 @@ class Drawer:
         RefusedError."""
         before = self.pipeline.adapters.get(ref.name)
         try:
-            self.pipeline.load_adapter(self.catalogue.local(ref), ref.name)
+            self.pipeline.load_adapter(ref.place, ref.name)
         except FileNotFoundError as error:
             raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
         self.adapter_loads += self.pipeline.adapters[ref.name] is not before

@@ -103,7 +103,7 @@ HIGHEST = {
 class ServeSettings:
     """The settings of a service.
 
-    adapters: folders, or the URL of one bucket
+    adapters: folders
     pretrained_model_name_or_path: the base
     host, port: where it listens
     replicas: processes that hold the base and draw
@@ -133,7 +133,7 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if not self.adapters:
-            raise UserError("missing: --adapters, a folder or bucket of adapters.")
+            raise UserError("missing: --adapters, a folder of adapters.")
         for name, high in HIGHEST.items():
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
@@ -313,7 +313,7 @@ class Front:
         order = parse_order(body)
         refs = []
         for name, _ in order.params.adapters:
-            # in a thread, as it may read a file or ask a bucket
+            # in a thread, as it may read a file
             refs.append(await asyncio.to_thread(self.catalogue.find, name))
         left_sec = self.request_timeout_sec - (time.monotonic() - started)
         return replace(order, adapters=tuple(refs), seconds=left_sec)

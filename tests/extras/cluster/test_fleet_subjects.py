@@ -273,18 +273,18 @@ def test_a_damaged_record_is_none(tmp_path):
     ("words", "says"),
     [
         (["pets"], "missing: --out"),
-        (["s3://pets", "--out", "x"], "mount the bucket"),
+        (["s3://pets", "--out", "x"], "s3://pets: give a folder"),
         (["pets", "more", "--out", "x"], "`more` belongs to no flag"),
         (["pets", "--out", "x"], "missing: --pretrained_model_name_or_path"),
         (["pets", "--out", "x", "--network_dim", "4"], "use --rank"),
         (["pets", "--out", "x", *TOY, "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
         (["pets", "--out", "x", "--cpus", "0"], "--cpus"),
-        (["pets", "--out", "gs://x", *TOY], "pets: give a folder of subject"),
+        (["pets", "--out", "gs://x", *TOY], "gs://x: give a folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_told_before_a_missing_library(words, says, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["fleet", *words]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dreambooth_moslora.extras.cluster.fleet import Ending, Machines, begun, missing, run_fleet
@@ -16,7 +17,6 @@ from dreambooth_moslora.extras.cluster.fleet_subjects import PLACES, Subject, re
 from dreambooth_moslora.extras.cluster.ray_fleet import Lost, Task, connected, run_tasks
 from dreambooth_moslora.extras.cluster.records import read_record, stop_path
 from dreambooth_moslora.extras.lab.study import Protocol, Study, StudySubject
-from tests.extras.cluster.test_s3 import trainings_of, worker_of
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import (
     adapter_sha256,
@@ -25,6 +25,7 @@ from tests.helpers.tiny_training import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.extra("ray")]
+GUARDED = "dreambooth_moslora.extras.cluster.worker"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,21 @@ def machines():
         patch.setenv("OMP_NUM_THREADS", "1")
         with connected(None):
             yield Machines.of_cluster()
+
+
+def trainings_of(run_dir: Path) -> list[psutil.Process]:
+    """The processes that a fleet's workers have begun in such a run folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if GUARDED in words and words[-1].endswith(f"{run_dir}/job_config.json"):
+            found.append(process)
+    return found
+
+
+def worker_of(training: psutil.Process) -> psutil.Process:
+    words = training.cmdline()
+    return psutil.Process(int(words[words.index(GUARDED) + 1]))
 
 
 def kill_a_worker(out: Path) -> None:

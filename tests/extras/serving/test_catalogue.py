@@ -5,7 +5,6 @@ import os
 import pickle
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
@@ -25,8 +24,7 @@ from dreambooth_moslora.extras.serving.drawer import Batches
 
 @pytest.fixture(autouse=True)
 def lists_are_never_old_enough(monkeypatch):
-    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", -1.0)
-    monkeypatch.setattr(catalogue_module, "BUCKET_SEC", -1.0)
+    monkeypatch.setattr(catalogue_module, "OLD_SEC", -1.0)
 
 
 @pytest.fixture
@@ -63,90 +61,20 @@ def test_a_name_is_looked_up_and_never_a_path(folder):
         assert error.value.status == 404, name
 
 
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_in_a_folder_or_a_bucket_a_new_file_is_seen_and_a_changed_one_has_another_version(
-    folder, scheme
-):
-    catalogue = open_catalogue([f"{scheme}{folder}"])
+def test_a_new_file_is_seen_and_a_changed_one_has_another_version(folder):
+    catalogue = open_catalogue([str(folder)])
     assert {"dog", "cat", "rex"} <= set(catalogue.names())
     cat = catalogue.find("cat")
-    local = catalogue.local(cat)
-    assert local.read_bytes() == b"cat.safetensors" and local.is_relative_to(folder) == (
-        scheme == ""
-    )
-    assert (local.parent / "cat_emb.safetensors").read_bytes() == b"cat_emb.safetensors"
-    assert catalogue.find("cat") == cat and catalogue.local(cat) == local
+    assert Path(cat.place) == folder / "cat.safetensors" and catalogue.find("cat") == cat
     facts = (folder / "cat.safetensors").stat()
     (folder / "cat.safetensors").write_bytes(b"CAT.safetensors")
-    # a bucket tells the time of writing, and not what was written
-    later_ns = 10**9 if scheme else 0
-    os.utime(folder / "cat.safetensors", ns=(facts.st_atime_ns, facts.st_mtime_ns + later_ns))
-    again = catalogue.find("cat")
-    assert (
-        again.version != cat.version and catalogue.local(again).read_bytes() == b"CAT.safetensors"
-    )
+    os.utime(folder / "cat.safetensors", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert catalogue.find("cat").version != cat.version
     (folder / "emu.safetensors").write_bytes(b"emu")
     assert catalogue.find("emu").name == "emu"
     (folder / "emu.safetensors").unlink()
     with pytest.raises(RefusedError, match="emu"):
         catalogue.find("emu")
-
-
-@pytest.mark.parametrize("place", [".", "rex"])
-def test_a_bucket_serves_the_adapters_of_a_folder_by_the_same_names(folder, place):
-    """It knew no best step, and served a run's file for other programs."""
-    (folder / "rex.safetensors").write_bytes(b"another rex")
-    (folder / "rex" / "best").mkdir()
-    files = ("rex.kohya.safetensors", f"best/{PUBLISHED_NAME}", "best/x.safetensors")
-    for name in files if place == "." else files[1:]:
-        (folder / "rex" / name).write_bytes(name.encode())
-    of_folder, of_bucket = (
-        open_catalogue([f"{scheme}{folder / place}"]) for scheme in ("", "file://")
-    )
-    read = [
-        {name: one.local(one.find(name)).read_bytes() for name in one.names()}
-        for one in (of_folder, of_bucket)
-    ]
-    assert read[0] == read[1] and len(read[0]) == (6 if place == "." else 3)
-
-
-def test_a_bucket_that_is_away_is_said_to_be(folder, monkeypatch):
-    catalogue = open_catalogue([f"file://{folder}"])
-    cat = catalogue.find("cat")
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
-    monkeypatch.setattr(catalogue.bucket, "url", "s3://away")
-    monkeypatch.setattr(
-        catalogue.bucket.files, "find", Mock(side_effect=ConnectionError("no network"))
-    )
-    assert catalogue.find("cat") == cat
-    with pytest.raises(RefusedError) as error:
-        catalogue.local(cat)
-    assert error.value.status == 503 and error.value.retry_sec
-
-
-def test_an_object_that_arrives_cut_short_is_not_kept_and_fetched_again(folder, monkeypatch):
-    catalogue = open_catalogue([f"file://{folder}"])
-    cat = catalogue.find("cat")
-    with monkeypatch.context() as cut:
-        cut.setattr(
-            catalogue.bucket.files,
-            "get_file",
-            lambda path, target: Path(target).write_bytes(b"cat."),
-        )
-        with pytest.raises(
-            RefusedError, match="the adapter cat has changed while it was fetched"
-        ) as error:
-            catalogue.local(cat)
-    assert error.value.status == 503 and catalogue.local(cat).read_bytes() == b"cat.safetensors"
-
-
-@pytest.mark.parametrize(
-    "places", [["/no/such/folder"], ["file:///no/such/folder"], ["a://b", "c"], ["nosuch://b"]]
-)
-def test_a_place_that_cannot_be_served_is_a_persons_mistake(places, monkeypatch):
-    monkeypatch.setattr("dreambooth_moslora.extras.cluster.bucket.TRIES", 1)
-    with pytest.raises(UserError, match="--adapters"):
-        open_catalogue(places)
 
 
 def test_the_command_tells_a_missing_folder_before_a_missing_library(

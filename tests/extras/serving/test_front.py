@@ -73,7 +73,7 @@ def pipeline(tiny_base) -> SubjectPipeline:
 
 @pytest.fixture
 def open_shop(pipeline, shelf, monkeypatch) -> Callable[..., Shop]:
-    monkeypatch.setattr(catalogue_module, "FOLDER_SEC", -1.0)
+    monkeypatch.setattr(catalogue_module, "OLD_SEC", -1.0)
     return lambda folder=shelf, **options: Shop(*shop_of(pipeline, folder, **options))
 
 
