@@ -1,8 +1,9 @@
 """Copies of sample subjects with another rare word: two subjects of one run need a word each, and
 all have `sks`.
 
-python -m tools.another_word rocket robot long_eared_rabbit --word zwx --out runs/zwx
-                                                        # for assets/studies/several_subjects.toml
+python -m tools.another_word rocket --word zwx --out runs/zwx
+
+It is for `assets/configs/two_subjects.toml`.
 """
 
 import argparse

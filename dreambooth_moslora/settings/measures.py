@@ -140,9 +140,8 @@ MEASURES = {
         ),
         summary=True,
         logged=True,
-        study="differences",
     ),
-    "confusion_base": Measure(summary=True, study="scores", column="Confusion of the base"),
+    "confusion_base": Measure(summary=True),
     # What only the embedded base has: the true picture in the place, and a judge of its toys.
     "truth": Measure(truth="Likeness to true renders in the place", logged=True, study="values"),
     "judge_kind": Measure(title="kind", kind="judge"),

@@ -1,19 +1,13 @@
-"""Runs a study: trains and scores each cell once, keeps the scores, and compares arms.
+"""Runs a study: trains and scores each cell once, and keeps the scores.
 
 Cells are trained in processes of this machine, or on a cluster.
 
     OUT/cells/NAME-DIGEST.json   scores and costs of a cell, written atomically when it is finished
     OUT/cells/NAME-DIGEST.jpg    its pictures in one strip, for the report
-    OUT/cache                    encoded photos (`encodings_folder`)
     OUT/running                  the run folder of the current training
 
 The file name has a digest of everything that the result depends on. A worker keeps the base, the
 encoders and each subject's base pictures in memory between cells.
-
-Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are
-taken pair by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss
-has the form of the MoSLoRA paper's human study (arXiv 2406.11909, section 4.3), with DINO and
-CLIP-T instead of people.
 """
 
 import hashlib
@@ -22,7 +16,6 @@ import os
 import platform
 import shutil
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -31,219 +24,26 @@ from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.pipelines import denoiser_of
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.evaluation import metrics, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
+from dreambooth_moslora.extras.lab.budget import budget_ranks, count_parameters
+from dreambooth_moslora.extras.lab.comparison import Result, best_rates, judged, rate_curves
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.lora import raw_file
-from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
-from dreambooth_moslora.plan.checks import family_settings
-from dreambooth_moslora.settings import measures, rows, toys
+from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import text_options_of
-from dreambooth_moslora.settings.table import (
-    BEGUN_WITH,
-    KRONECKER,
-    TrainConfig,
-    layer_parameters,
-    rank_and_alpha,
-)
+from dreambooth_moslora.settings.table import BEGUN_WITH, TrainConfig
 from dreambooth_moslora.training.loop import train
-
-
-def studied() -> list[str]:
-    """The measures that a study compares."""
-    return [name for name, row in measures.MEASURES.items() if row.study]
-
-
-def judged() -> list[str]:
-    """The measures by which a picture can win against another."""
-    return [name for name, row in measures.MEASURES.items() if row.pictures]
-
-
-Score = float | int | bool | None
-"""A number; whether there is an alarm; None where a measure has no value."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished cell.
-
-    scores: means, by measure
-    pictures: values (prompts × seeds,) of each picture, by those `judged`
-    cost: seconds, memory and parameters, see `train_cell`
-    """
-
-    cell: Cell
-    scores: dict[str, Score]
-    pictures: dict[str, list[Score]]
-    cost: dict[str, Score]
-
-
-@dataclass(frozen=True)
-class ArmSummary:
-    """One arm at one rank over all test subjects and seeds.
-
-    scores: means with intervals, by measure
-    cost: medians
-    """
-
-    arm: str
-    rank: int
-    learning_rate: float
-    scores: dict[str, metrics.Interval]
-    cost: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One arm against the reference at one rank.
-
-    differences: of scores, paired, by measure
-    wins: fractions of pictures that win, tie and lose, by measure
-    """
-
-    arm: str
-    rank: int
-    differences: dict[str, metrics.Interval]
-    wins: dict[str, tuple[float, float, float]]
-
-
-def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
-    """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the
-    lower one at a tie."""
-    best = study.first_rates()
-    for key, curve in rate_curves(study, results).items():
-        best[key] = max(sorted(curve), key=curve.__getitem__)
-    return best
-
-
-def rate_curves(
-    study: Study, results: Sequence[Result]
-) -> dict[tuple[str, int], dict[float, float]]:
-    """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
-    found: dict = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        cell = result.cell
-        if cell.stage == "tune":
-            found[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
-
-    # a rate whose training failed on a subject has too few scores, and is left out
-    curves: dict = defaultdict(dict)
-    for key, by_rate in found.items():
-        for rate, scores in by_rate.items():
-            if len(scores) == len(study.tuning_subjects):
-                curves[key][rate] = float(np.mean(scores))
-    return dict(curves)
-
-
-def seeds_of(results: Sequence[Result]) -> list[int]:
-    """The seeds of the comparison."""
-    return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
-
-
-def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
-    """The results without seeds that have fewer cells than others: one still running would make
-    each arm incomplete."""
-    counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
-    most = max(counts.values(), default=0)
-    return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
-
-
-def tables(
-    results: Sequence[Result], of: Callable[[Result], Any]
-) -> dict[tuple[str, int], np.ndarray]:
-    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
-    complete."""
-    tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
-    subjects = sorted({r.cell.subject for r in tested})
-    seeds = sorted({r.cell.seed for r in tested})
-
-    # the cells of each arm and rank
-    found: dict = defaultdict(dict)
-    for r in tested:
-        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
-
-    # the tables without a gap, so that any two can be compared pair by pair
-    made = {}
-    for key, own in found.items():
-        if len(own) < len(subjects) * len(seeds):
-            continue
-        table = np.array([[own[one, seed] for seed in seeds] for one in subjects])
-        if np.isfinite(table).all():
-            made[key] = table
-    return made
-
-
-def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
-    """Measure -> (arm, rank) -> scores (subjects, seeds)."""
-    return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
-
-
-def summaries(results: Sequence[Result]) -> list[ArmSummary]:
-    """Every arm and rank whose cells are complete."""
-    by_measure = score_tables_of(results)
-    found = []
-    for arm, rank in by_measure["score"]:
-        # intervals of what was measured on all cells; of seconds and memory the median
-        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
-        scores = {}
-        for measure, table in by_measure.items():
-            if (arm, rank) in table:
-                scores[measure] = metrics.bootstrap_mean(table[arm, rank])
-        found.append(
-            ArmSummary(
-                arm=arm,
-                rank=rank,
-                learning_rate=own[0].cell.learning_rate,
-                scores=scores,
-                cost={name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost},
-            )
-        )
-    return found
-
-
-def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
-    """Each arm against the reference, at each rank where both are complete."""
-    by_measure = score_tables_of(results)
-    pictures = {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
-    found = []
-    for arm, rank in by_measure["score"]:
-        ours = (arm, rank)
-        reference = (study.reference, rank)
-        if ours == reference or reference not in by_measure["score"]:
-            continue
-
-        # scores, pair by pair of equal subject and seed
-        differences = {}
-        for measure, table in by_measure.items():
-            if ours in table and reference in table:
-                differences[measure] = metrics.bootstrap_mean(table[ours] - table[reference])
-
-        # pictures, pair by pair of equal subject, seed, prompt and noise
-        wins = {}
-        for measure, table in pictures.items():
-            difference = table[ours] - table[reference]
-            margin = study.tie * table[reference].std()
-            signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
-            wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
-        found.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
-    return found
-
 
 WHOLE_BYTES = 64 << 20
 """A file up to this size is read as a whole to tell it from another."""
@@ -263,7 +63,6 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     mine = study.subject(cell.subject)
     settings = {**study.train, **study.arms[cell.arm]}
     found = [study.base.path, mine.photos]
-    found += [one.photos for one in mine.beside]
     found += [study.protocol.clip, study.protocol.dino]
     if study.base.is_toy:
         found.append(toys.DINO_FOLDER)
@@ -320,8 +119,7 @@ EVALUATORS: dict[str, score_tables.Evaluator] = {}
 
 
 def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
-    """Of the subject alone, whatever an arm trains beside it; it knows the photos of its
-    companions."""
+    """The evaluator of a subject, the same for all arms."""
     subject = study.subject(name)
     protocol = study.protocol
     base = study.base.name
@@ -329,7 +127,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     if key in EVALUATORS:
         return EVALUATORS[key]
 
-    # the subject alone, as the reference arm has it
+    # the subject as the reference arm has it
     cell = Cell(
         stage="test",
         arm=study.reference,
@@ -338,7 +136,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
         seed=0,
         learning_rate=1.0,
     )
-    config = study.config_of(cell, 1, Path("unused")).each_subject[0]
+    config = study.config_of(cell, 1, Path("unused"))
     photos = photo_report(config).photos
 
     # what is drawn and asked
@@ -363,9 +161,6 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
         masks=[open_mask(photo) for photo in photos],
         truth=truth,
     )
-    for one in subject.beside:
-        theirs = photo_report(replace(config, **one.settings)).photos
-        made.rivals[one.subject.words] = encoders.dino_images([open_rgb(photo) for photo in theirs])
     EVALUATORS[key] = made
     return made
 
@@ -575,9 +370,7 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
 
     started = time.monotonic()
-    shared = {**encodings_folder(config, out), **class_folders(config, out)}
-    whole = TrainConfig.from_dict({**config.to_dict(), **shared})
-    result = train(whole)
+    result = train(replace(config, caching="disk", **class_folder(config, out)))
     steps = events.events_of(events.StepDone, run_folder.RunDir(result.run_dir).read_metrics())
     return {
         "seconds": time.monotonic() - started,
@@ -587,31 +380,15 @@ def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:
     }
 
 
-def encodings_folder(config: TrainConfig, out: Path) -> dict[str, str]:
-    """Encoded photos are kept in `out`, unless files of the hub are sought in the same folder: a
-    base that the hub's cache has would be fetched once more."""
-    base = Base.of(config)
-    is_here = base.source == "folder" and not base.vae
-    own = {"cache_dir": str(out / "cache")} if is_here and not config.cache_dir else {}
-    return {"caching": "disk", **own}
-
-
-def class_folders(config: TrainConfig, out: Path) -> dict[str, Any]:
-    """Where each subject's class images are: made once by each process, the same for all arms."""
+def class_folder(config: TrainConfig, out: Path) -> dict[str, str]:
+    """Where the class images are: made once by each process, the same for all arms."""
     if not config.with_prior_preservation or config.class_data_dir:
         return {}
 
     # a folder of each process, as two must not write the same one
     mine = f"s{config.seed}-{platform.node()}-{os.getpid()}"
-    folders = [
-        str(out / "class_images" / f"{Path(one.instance_data_dir).name}-{mine}")
-        for one in config.each_subject
-    ]
-    if not config.subjects:
-        return {"class_data_dir": folders[0]}
-
-    tables = zip(config.subjects, folders, strict=True)
-    return {"subjects": [replace(one, class_data_dir=folder).to_dict() for one, folder in tables]}
+    name = f"{Path(config.instance_data_dir).name}-{mine}"
+    return {"class_data_dir": str(out / "class_images" / name)}
 
 
 def strip(pictures: Iterable[Image.Image]) -> Image.Image:
@@ -621,76 +398,3 @@ def strip(pictures: Iterable[Image.Image]) -> Image.Image:
     for number, picture in enumerate(some):
         sheet.paste(picture.resize((STRIP_PX, STRIP_PX)), (number * STRIP_PX, 0))
     return sheet
-
-
-def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
-    """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
-    found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
-    if study.budget == "rank":
-        return found
-    for arm, rank in found:
-        cell = Cell(
-            stage="test",
-            arm=arm,
-            rank=rank,
-            subject=study.subjects[0].name,
-            seed=0,
-            learning_rate=1.0,
-        )
-        config = study.config_of(cell, rank, Path("unused"))
-
-        # the budget: A and B of plain LoRA at the nominal rank
-        sides = projections_of(config).values()
-        budget = sum(rank * (inputs + outputs) for inputs, outputs in sides)
-
-        # the ranks that the mixer can have; Kronecker ties the numbers of factor**2 ranks
-        factor = config.mixer_factor if config.mixer == KRONECKER else 1
-        step = 2 if config.mixer == "butterfly" else factor
-
-        # the one that is nearest to the budget; the lower one at a tie
-        gaps = {}
-        for real in range(step, rank * factor**2 + 1, step):
-            gaps[real] = abs(count_parameters(config, real) - budget)
-        found[arm, rank] = min(gaps, key=gaps.__getitem__)
-    return found
-
-
-def count_parameters(config: TrainConfig, rank: int) -> int:
-    """Of A, B, a learnt mixer and DoRA's magnitudes, over all projections, each with its own
-    rank."""
-    own = replace(config, rank=rank)
-    found = 0
-    for path, (inputs, outputs) in projections_of(own).items():
-        own_rank, _ = rank_and_alpha(own, "unet", path)
-        found += layer_parameters(own, own_rank, inputs + outputs)
-        found += outputs if config.use_dora else 0
-    return found
-
-
-def projections_of(config: TrainConfig) -> dict[str, tuple[int, int]]:
-    """{path: (in, out)} of the layers that a training adapts."""
-    base = Base.of(config)
-    targets = family_settings(config, base).get("target_modules", config.target_modules)
-    return projections(base, targets)
-
-
-@lru_cache(maxsize=8)
-def projections(base: Base, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """{path: (in, out)} of every targeted layer of the denoiser, by its configuration; in·h·w for
-    convolutions."""
-    # an empty model of its configuration, where it has one
-    facts = base.facts
-    if facts is None or base.file:
-        denoiser = denoiser_of(pipeline_from(base).pipeline)
-    else:
-        sizes = getattr(diffusers, facts.model).load_config(
-            base.place, subfolder=facts.denoiser, **base.version
-        )
-        denoiser = raw_file.empty_model({"class": facts.model, "config": sizes})
-
-    found = {}
-    for path, layer in moslora.matrix_layers(denoiser).items():
-        if rows.is_adapted(path, targets):
-            shape = layer.weight.shape
-            found[path] = (shape[1:].numel(), shape[0])
-    return found

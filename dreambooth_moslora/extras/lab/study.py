@@ -7,24 +7,17 @@ It is read from one TOML file:
                   dino
     [train]       any setting of train_dreambooth.py, the same for every arm
     [arms.NAME]   the settings in which this arm differs;
-                  config = "recipe.toml" reads them from a file;
-                  together = true trains each subject with its companions in one run
+                  config = "recipe.toml" reads them from a file
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the
-others. An arm with its own learning rate keeps it. A run with k subjects gets k times the steps, so
-that each is shown as often as alone. A subject is its photos and prompts, and its companions:
+others. An arm with its own learning rate keeps it. A subject is its photos and prompts:
 
     "photos/duck"             with photos/duck/subject.json
     {photos = "photos/duck", instance_prompt = "a photo of a sks duck", class_prompt = "…"}
-    {photos = "photos/duck", beside = [{photos = "photos/cat", instance_prompt = "…"}]}
-
-Companions (`beside`) are trained with the subject in the arms that say `together = true`. In every
-arm their photos are what confusion is measured against.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -37,7 +30,7 @@ from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.fleet_subjects import prompts_of
 from dreambooth_moslora.plan import choices
-from dreambooth_moslora.settings import prompts, sources
+from dreambooth_moslora.settings import sources
 from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 
@@ -48,36 +41,11 @@ class StudySubject:
     photos: its folder
     instance_prompt: its prompt
     class_prompt: of its class; without one, prior preservation needs one in [train]
-    beside: its companions
-
-    Raises UserError for companions that cannot be told apart from it.
     """
 
     photos: str
     instance_prompt: str
     class_prompt: str | None = None
-    beside: tuple["StudySubject", ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.beside:
-            return
-        if nested := [one.photos for one in self.beside if one.beside]:
-            raise UserError(
-                f"the study's subject {nested[0]} stands beside another, "
-                "so it has no `beside` itself."
-            )
-
-        # each has a folder and a rare word of its own
-        found = (self, *self.beside)
-        folders = {os.path.realpath(one.photos) for one in found}
-        tokens = {one.subject.token for one in found}
-        for what, values in (("folder", folders), ("rare word", tokens)):
-            if len(values) < len(found):
-                names = " and ".join(one.photos for one in found)
-                raise UserError(
-                    f"the study's subjects {names}: "
-                    f"each needs a {what} of its own beside the other."
-                )
 
     @property
     def name(self) -> str:
@@ -85,44 +53,27 @@ class StudySubject:
         return Path(self.photos).resolve().name
 
     @property
-    def subject(self) -> prompts.Subject:
-        """What its prompts call it."""
-        config = TrainConfig(instance_prompt=self.instance_prompt, class_prompt=self.class_prompt)
-        return prompts.subject_of(config)
-
-    @property
     def settings(self) -> dict[str, str]:
-        """The settings of its training, alone or as one of several `subjects`."""
+        """The settings of its training."""
         found = {"instance_data_dir": self.photos, "instance_prompt": self.instance_prompt}
         if self.class_prompt:
             found["class_prompt"] = self.class_prompt
         return found
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a result depends on. Without companions, what it was before there were any."""
-        return {name: value for name, value in asdict(self).items() if name != "beside" or value}
-
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "StudySubject":
         """Raises UserError when the folder does not exist or does not name its subject."""
-        # a table of texts, with a list of the same
+        # a table of texts
         given = dict(entry) if isinstance(entry, Mapping) else {"photos": entry}
         names = [item.name for item in fields(cls)]
-        beside = given.pop("beside", [])
         is_known = given.keys() <= set(names)
         if not is_known or not all(isinstance(text, str) for text in given.values()):
             raise UserError(
                 f"the study's subject {entry!r}: a folder, or a table of texts, {', '.join(names)}."
             )
-        if not isinstance(beside, list):
-            raise UserError(
-                f"the study's subject {entry!r}: `beside` is a list of subjects, not {beside!r}."
-            )
         if not given.get("photos"):
             raise UserError(f"the study's subject {entry!r} has no photos: name their folder.")
         folder = Path(find_asset(given["photos"]))
-        companions = tuple(map(cls.of, beside))
         if not folder.is_dir():
             raise UserError(
                 f"the study's subject {folder}: no such folder; "
@@ -135,7 +86,6 @@ class StudySubject:
                 photos=str(folder),
                 instance_prompt=given["instance_prompt"],
                 class_prompt=given.get("class_prompt"),
-                beside=companions,
             )
         facts_path = folder / SUBJECT_FILE
         if not facts_path.is_file():
@@ -152,15 +102,13 @@ class StudySubject:
                 f"{facts_path} must name the token and the class_word, "
                 "or the study an instance_prompt."
             )
-        return cls(photos=str(folder), **prompts_of(token, word), beside=companions)
+        return cls(photos=str(folder), **prompts_of(token, word))
 
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 """The tables of the file."""
 BUDGETS = ("parameters", "rank")
 """In what arms can be equal."""
-TOGETHER = "together"
-"""Of an arm: each subject is trained with its companions."""
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
 """Lists of numbers -> their types, and the lowest number."""
 
@@ -268,18 +216,13 @@ class Study:
                 f"the study's budget {self.budget!r}: choose one of {', '.join(BUDGETS)}."
             )
 
-        # subjects, which must differ, and suit the arms
+        # subjects, which must differ
         names = [subject.name for subject in self.subjects + self.tuning_subjects]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(
                 f"the study names {', '.join(sorted(twice))} twice; "
                 "subjects must not be used for tuning."
             )
-        for subject in self.subjects + self.tuning_subjects:
-            if not subject.beside and any(arm.get(TOGETHER) for arm in self.arms.values()):
-                raise UserError(
-                    f"an arm trains subjects together, but {subject.name} has none `beside` it."
-                )
         if len(self.learning_rates) > 1 and not self.tuning_subjects:
             raise UserError("several learning rates need tuning_subjects to choose between them.")
 
@@ -340,22 +283,8 @@ class Study:
     def config_of(self, cell: Cell, rank: int, output_dir: Path) -> TrainConfig:
         """The settings of the cell's training at its real `rank`; arms share the seed. Raises
         UserError."""
-        subject = self.subject(cell.subject)
         shared = {**self.train, **self.arms[cell.arm]}
-
-        # the subject alone, or with its companions at as many steps for each
-        chosen = subject.settings
-        if shared.pop(TOGETHER, False):
-            steps = shared.get("max_train_steps")
-            if not steps:  # epochs and exposures count photos, and companions may have more
-                raise UserError(
-                    f"an arm with {TOGETHER} needs max_train_steps, the steps of one subject alone."
-                )
-            found = (subject, *subject.beside)
-            chosen = {
-                "subjects": [one.settings for one in found],
-                "max_train_steps": steps * len(found),
-            }
+        subject = self.subject(cell.subject)
 
         # the cell's own, and nothing that costs time beside the training
         own = {
@@ -367,12 +296,12 @@ class Study:
             "report_to": "none",
             "checkpointing_steps": 10**9,
         }
-        return TrainConfig.from_dict({**shared, **chosen, **own})
+        return TrainConfig.from_dict({**shared, **subject.settings, **own})
 
     def digest(self, cell: Cell, materials: Sequence[str] = ()) -> str:
         """Changes with anything that the cell's result depends on. `materials`: the content of its
         files."""
-        of_subject = self.subject(cell.subject).facts
+        of_subject = asdict(self.subject(cell.subject))
         protocol = asdict(self.protocol)
         facts = [*materials, self.train, self.arms[cell.arm], protocol, of_subject, self.budget]
         text = json.dumps(facts, sort_keys=True, default=str)
@@ -396,11 +325,10 @@ def load_study(path: Path) -> Study:
             raise UserError(f"--config {path}: study.{name} is a list of folders, not {folders!r}.")
         study[name] = tuple(map(StudySubject.of, folders))
 
-    # [train] and [arms]: settings of a training, and what only an arm can say
+    # [train] and [arms]: settings of a training
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     for settings in (shared, *arms.values()):
-        own = () if settings is shared else (TOGETHER,)
-        check_each({name: value for name, value in settings.items() if name not in own})
+        check_each(settings)
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
@@ -453,8 +381,6 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
     """The arm's settings, over those of the file that `config = "recipe.toml"` names. Raises
     UserError."""
     own = dict(arm)
-    if not isinstance(own.get(TOGETHER, False), bool):
-        raise UserError(f"the study's arms: {TOGETHER} is true or false, not {own[TOGETHER]!r}.")
     recipe = own.pop("config", None)
     return {**sources.load_settings(recipe), **own} if recipe else own
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,11 +16,12 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.evaluation.metrics import Interval
-from dreambooth_moslora.extras.lab import run
+from dreambooth_moslora.extras.lab import comparison, run
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
 from dreambooth_moslora.settings.measures import MEASURES, Measure
+from dreambooth_moslora.settings.table import SETTINGS
 
 WIN = "#2a6fdb"
 TIE = "#c9c9cf"
@@ -29,12 +29,12 @@ LOSS = "#d9822b"
 """Colours of a bar's parts; the first is also that of the differences."""
 
 
-def label(item: run.ArmSummary | run.Outcome) -> str:
+def label(item: comparison.ArmSummary | comparison.Outcome) -> str:
     """An arm at a rank, in a plot."""
     return f"{item.arm}, r{item.rank}"
 
 
-def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
+def difference_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     """Paired differences to the reference with 95 % intervals, one panel per measure that all
     outcomes have."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
@@ -54,7 +54,7 @@ def difference_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     return figure
 
 
-def win_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
+def win_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     """Fractions of pictures that win, tie and lose against the reference's, separately for subject
     and prompt."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
@@ -73,7 +73,7 @@ def win_plot(outcomes: Sequence[run.Outcome], reference: str) -> Figure:
     return figure
 
 
-def trade_off_plot(arms: Sequence[run.ArmSummary]) -> Figure:
+def trade_off_plot(arms: Sequence[comparison.ArmSummary]) -> Figure:
     """Subject fidelity against prompt fidelity; up and to the right is better."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -118,12 +118,12 @@ def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
     return figure
 
 
-def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> str:
+def write_comparison(study: Study, results: Sequence[comparison.Result], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
     # the numbers
-    results = run.of_whole_seeds(results)
-    arms = run.summaries(results)
-    against = run.outcomes(study, results)
+    results = comparison.of_whole_seeds(results)
+    arms = comparison.summaries(results)
+    against = comparison.outcomes(study, results)
     out.mkdir(parents=True, exist_ok=True)
     facts = results_json(study, results, arms, against)
     atomic_write(out / "results.json", json.dumps(facts, indent=1) + "\n")
@@ -143,7 +143,7 @@ def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> 
         plots["wins"] = win_plot(against, study.reference)
     if arms:
         plots["trade_off"] = trade_off_plot(arms)
-    if curves := run.rate_curves(study, results):
+    if curves := comparison.rate_curves(study, results):
         plots["learning_rates"] = rate_plot(curves)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
@@ -156,29 +156,24 @@ def write_comparison(study: Study, results: Sequence[run.Result], out: Path) -> 
     return finding(study, against)
 
 
-HIDDEN = {"pretrained_model_name_or_path", "cache_dir", "output_dir", "class_data_dir"}
+HIDDEN = {name for name, row in SETTINGS.items() if row.metadata["path"]}
 """Settings with paths of the machine."""
 
 
 def results_json(
-    study: Study, results, arms: Sequence[run.ArmSummary], against: Sequence[run.Outcome]
+    study: Study,
+    results,
+    arms: Sequence[comparison.ArmSummary],
+    against: Sequence[comparison.Outcome],
 ) -> dict:
     """Settings without paths, every cell, every arm, every difference."""
     # how it was done; the order of the names is the file's
-    facts: dict[str, Any] = {
-        "subjects": [subject.name for subject in study.subjects],
-        "tuning_subjects": [subject.name for subject in study.tuning_subjects],
-    }
-    beside = {}
-    for subject in study.subjects:
-        if subject.beside:
-            beside[subject.name] = [one.name for one in subject.beside]
-    if beside:
-        facts["beside"] = beside
     protocol = study.protocol
     judges = {"clip": public_name(protocol.clip), "dino": public_name(protocol.dino)}
-    facts |= {
-        "seeds": run.seeds_of(results),
+    facts = {
+        "subjects": [subject.name for subject in study.subjects],
+        "tuning_subjects": [subject.name for subject in study.tuning_subjects],
+        "seeds": comparison.seeds_of(results),
         "ranks": study.ranks,
         "learning_rates": study.learning_rates,
         "budget": study.budget,
@@ -200,7 +195,7 @@ def results_json(
     }
 
 
-def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def arm_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: scores with intervals over subjects and seeds, and the cost of each arm."""
     jobs = max((int(arm.cost.get("jobs", 1)) for arm in arms), default=1)
     pace = "ms a step" if jobs == 1 else f"ms a step, {jobs} trainings at once"
@@ -223,7 +218,7 @@ def arm_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]
     return header, rows
 
 
-def relative_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[str]]]:
+def relative_rows(arms: Sequence[comparison.ArmSummary]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores relative to their scales, where measured."""
     names = measured([arm.scores for arm in arms], lambda row: row.kind == "share")
     rows = []
@@ -232,17 +227,17 @@ def relative_rows(arms: Sequence[run.ArmSummary]) -> tuple[list[str], list[list[
     return ["Arm", "Rank", *(column(name) for name in names)], rows
 
 
-def outcome_rows(against: Sequence[run.Outcome]) -> tuple[list[str], list[list[str]]]:
+def outcome_rows(against: Sequence[comparison.Outcome]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences, and win/tie/loss in % by subject and by prompt."""
     names = measured(
         [outcome.differences for outcome in against], lambda row: row.study == "differences"
     )
-    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in run.judged()]
+    judges = [f"{MEASURES[name].curve.capitalize()} W/T/L %" for name in comparison.judged()]
     header = ["Arm", "Rank", *(f"Δ {column(name)}" for name in names), *judges]
     rows = []
     for found in sorted(against, key=lambda outcome: outcome.rank):
         wins = []
-        for name in run.judged():
+        for name in comparison.judged():
             wins.append(" / ".join(f"{100 * share:.0f}" for share in found.wins[name]))
         rows.append([found.arm, str(found.rank), *spans(found.differences, names, "+"), *wins])
     return header, rows
@@ -266,7 +261,7 @@ def spans(intervals: Mapping[str, Interval], names: Iterable[str], sign: str = "
     return [format(intervals[name], sign) if name in intervals else "" for name in names]
 
 
-def finding(study: Study, against: Sequence[run.Outcome]) -> str:
+def finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
     """The differences in score, without adjectives: an interval excludes zero, or it does not."""
     if not against:
         return f"nothing to compare yet: {study.reference} and one other arm must be complete."
@@ -295,7 +290,7 @@ def finding(study: Study, against: Sequence[run.Outcome]) -> str:
 
 
 def report_html(
-    study: Study, results, out: Path, tables, plots: dict, against: Sequence[run.Outcome]
+    study: Study, results, out: Path, tables, plots: dict, against: Sequence[comparison.Outcome]
 ) -> str:
     """The report as a page.
 
@@ -310,7 +305,7 @@ def report_html(
     protocol = study.protocol
 
     # how it was done, in one sentence
-    seeds = len(run.seeds_of(results))
+    seeds = len(comparison.seeds_of(results))
     ranks = ", ".join(str(rank) for rank in study.ranks)
     rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
     about = (
@@ -336,7 +331,7 @@ def report_html(
 
 
 def strips(
-    study: Study, results: Sequence[run.Result], out: Path
+    study: Study, results: Sequence[comparison.Result], out: Path
 ) -> Iterator[tuple[str, Image.Image]]:
     """A title and the strip of pictures of each cell that the report shows."""
     for subject in study.subjects:
@@ -346,13 +341,13 @@ def strips(
                 yield f"{cell.subject}: {cell.arm}, rank {cell.rank}", Image.open(path)
 
 
-def first_cells(study: Study, results: Sequence[run.Result], subject: str) -> list[Cell]:
+def first_cells(study: Study, results: Sequence[comparison.Result], subject: str) -> list[Cell]:
     """Of one subject in the comparison, at the first seed; the lowest rank first."""
     found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
     return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)
 
 
-def picture_rows(study: Study, results: Sequence[run.Result], out: Path) -> list[Row]:
+def picture_rows(study: Study, results: Sequence[comparison.Result], out: Path) -> list[Row]:
     """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and
     the first seed."""
     rows = []

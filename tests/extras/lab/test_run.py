@@ -14,8 +14,9 @@ import pytest
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.base.load import load_pipeline
-from dreambooth_moslora.extras.lab import run
-from dreambooth_moslora.extras.lab.run import Result, run_study, unfinished
+from dreambooth_moslora.extras.lab import budget, comparison, run
+from dreambooth_moslora.extras.lab.comparison import Result
+from dreambooth_moslora.extras.lab.run import run_study, unfinished
 from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubject
 from dreambooth_moslora.extras.lab.study_report import write_comparison
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -107,20 +108,6 @@ def test_it_goes_on_where_it_stopped(study, finished):
     )
 
 
-def test_a_base_of_the_hub_is_sought_where_it_is_and_not_beside_the_studys_encodings(
-    study, tmp_path
-):
-    """It was fetched once more, into the study's own cache."""
-    config = study.config_of(study.tuning_cells()[0], 4, tmp_path)
-    assert run.encodings_folder(config, tmp_path) == {
-        "caching": "disk",
-        "cache_dir": str(tmp_path / "cache"),
-    }
-    changes = {"pretrained_model_name_or_path": "someone/sdxl"}, {"cache_dir": "/data/hub"}
-    for own in (*changes, {"pretrained_vae_model_name_or_path": "someone/vae"}):
-        assert run.encodings_folder(replace(config, **own), tmp_path) == {"caching": "disk"}
-
-
 def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(
     study, tmp_path, monkeypatch
 ):
@@ -133,7 +120,7 @@ def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_in
     }
     study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
     cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
-    rank = run.budget_ranks(study)["mix", 4]
+    rank = budget.budget_ranks(study)["mix", 4]
     assert rank < 4 and run.run_cell(study, cell, rank, tmp_path, 1)[2] == ""
     (result,) = run.read_results(study, [cell], tmp_path)
     assert result.cost["rank"] == rank and result.cost["parameters"] > 0
@@ -166,42 +153,21 @@ def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
     assert len({first, second, path()}) == 3
 
 
-def test_a_subject_is_compared_alone_and_beside_another_and_an_arm_that_fails_is_told(
-    study, tmp_path
-):
-    beside = StudySubject(
-        str(paint_photos(tmp_path / "cat", count=2)), "a photo of zwx cat", "a photo of cat"
-    )
-    mine = replace(study.subjects[0], class_prompt="a photo of dog", beside=(beside,))
+def test_an_arm_that_fails_is_told_and_the_others_share_their_class_images(study, tmp_path):
     prior = {"with_prior_preservation": True, "prior": "class_images", "num_class_images": 1}
-    arms = {"both": {"together": True}, "alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
+    mine = replace(study.subjects[0], class_prompt="a photo of dog")
+    arms = {"alone": {}, "odd": {"target_modules": ["to_quarrel"]}}
     own = {"subjects": (mine,), "arms": arms, "reference": "alone", "budget": "rank"}
-    pairs = replace(
+    few = replace(
         study, **own, train=study.train | prior, tuning_subjects=(), learning_rates=(1e-2,)
     )
     seen, out = [], tmp_path / "out"
-    both, alone = run_study(pairs, out, 1, seen.append)
-    assert [bool(p.error) for p in seen] == [False, False, True] and "no such layer" in seen[
-        2
-    ].error
-    for result in (both, alone):
-        assert result.scores["confusion"] == result.scores["confusion_with zwx cat"]
-    # the same pictures of the base
-    assert both.scores["confusion_base"] == alone.scores["confusion_base"]
-    assert both.scores["dino"] != alone.scores["dino"]
-    assert {path.name.partition("-")[0] for path in (out / "class_images").iterdir()} == {
-        "test",
-        "cat",
-    }
-    assert [cell.arm for cell in unfinished(pairs, out)] == ["odd"]
-    write_comparison(pairs, [both, alone], out)
-    facts = json.loads((out / "results.json").read_text())
-    assert facts["study"]["beside"] == {"test": ["cat"]}
-    change = both.scores["confusion"] - alone.scores["confusion"]
-    assert facts["against_reference"][0]["differences"]["confusion"]["mean"] == pytest.approx(
-        change
-    )
-    assert "Δ Confusion" in (out / "table.md").read_text()
+    (alone,) = run_study(few, out, 1, seen.append)
+    assert alone.cell.arm == "alone" and [bool(p.error) for p in seen] == [False, True]
+    assert "no such layer" in seen[1].error
+    (folder,) = (out / "class_images").iterdir()
+    assert folder.name.startswith("test-")
+    assert [cell.arm for cell in unfinished(few, out)] == ["odd"]
 
 
 def test_workers_take_turns_on_the_gpus():
@@ -265,8 +231,8 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
 def made(study, arm: str, stage="test", seed=0, rate=1e-3, score=0.5, subject="test") -> Result:
     cost = {"rank": 4, "parameters": 1, "step_sec": 1, "memory_gib": 1, "jobs": 2}
     pictures, scores = (
-        {name: [score, score] for name in run.judged()},
-        dict.fromkeys(run.studied(), score),
+        {name: [score, score] for name in comparison.judged()},
+        dict.fromkeys(comparison.studied(), score),
     )
     return Result(Cell(stage, arm, 4, subject, seed, rate), scores, pictures, cost)
 
@@ -275,7 +241,7 @@ def test_a_rate_that_fails_is_not_chosen_and_does_not_hold_the_study_up(study):
     tune = {"stage": "tune", "subject": "tune"}
     good = [made(study, arm, rate=rate, **tune) for arm in study.arms for rate in (1e-3, 1e-2)]
     failed = [r for r in good if not (r.cell.arm == "mix" and r.cell.learning_rate == 1e-3)]
-    assert run.compared_cells(study, failed) and run.best_rates(study, failed) == {
+    assert run.compared_cells(study, failed) and comparison.best_rates(study, failed) == {
         ("lora", 4): 1e-3,
         ("mix", 4): 1e-2,
     }
@@ -301,15 +267,15 @@ def test_equal_budget_means_the_nearest_number_of_parameters(study):
     tied = {"mixer": "kronecker", "mixer_factor": 2}
     others = {"frozen": {"mixer": "orthogonal", "train_mixer": False}, "tied": tied}
     study = replace(study, arms=study.arms | others, ranks=(2, 16))
-    ranks = run.budget_ranks(study)
+    ranks = budget.budget_ranks(study)
     assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
     assert ranks["tied", 2] == 8  # a quarter of the numbers of its rank, and 4 of the mixer
 
     def config(arm: str, rank: int) -> TrainConfig:
         return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
 
-    budget = run.count_parameters(config("lora", 16), 16)
-    gaps = {r: abs(run.count_parameters(config("mix", 16), r) - budget) for r in range(1, 17)}
+    wanted = budget.count_parameters(config("lora", 16), 16)
+    gaps = {r: abs(budget.count_parameters(config("mix", 16), r) - wanted) for r in range(1, 17)}
     assert gaps[ranks["mix", 16]] == min(gaps.values())
 
 
@@ -324,4 +290,4 @@ def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
         unet = load_pipeline(tiny_base).unet
         add_adapters(config, {"unet": unet})
         real = sum(p.numel() for _, p in adapter_parameters(unet))
-        assert run.count_parameters(config, 4) == real
+        assert budget.count_parameters(config, 4) == real

@@ -2,7 +2,6 @@
 known."""
 
 import argparse
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +13,9 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.command_compare import compare_arguments
 from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
-from dreambooth_moslora.extras.lab.run import (
-    Result,
-    best_rates,
-    materials,
-    outcomes,
-    summaries,
-)
+from dreambooth_moslora.extras.lab.comparison import Result, best_rates, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.extras.lab.study_report import difference_plot, finding, outcome_rows
-from dreambooth_moslora.plan.plan import plan_steps
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 
@@ -49,23 +41,6 @@ ranks = [4]
 [train]
 resolution = 64
 {arms}"""
-
-
-ZWX = '[{photos = "b", instance_prompt = "a photo of a zwx duck"}]'
-
-
-def pairs_text(beside: str = ZWX) -> str:
-    """One subject, alone and with what is beside it."""
-    return f"""
-[study]
-subjects = [{{photos = "a", beside = {beside}}}]
-reference = "alone"
-[train]
-max_train_steps = 10
-[arms.alone]
-[arms.both]
-together = true
-"""
 
 
 def study_of(text: str) -> Study:
@@ -146,17 +121,6 @@ def test_the_digest_follows_every_setting_that_matters():
             "arm lora has another base",
         ),
         (study_text(arms="[arms.lora]\nrevision = 'fp16'"), "arm lora has another base"),
-        (pairs_text().replace("zwx duck", "sks duck"), "each needs a rare word of its own"),
-        (pairs_text(beside='["a"]'), "each needs a folder of its own"),
-        (pairs_text(beside="'b'"), "`beside` is a list of subjects, not 'b'"),
-        (pairs_text(beside=f'[{{photos = "t", beside = {ZWX}}}]'), "has no `beside` itself"),
-        (pairs_text(beside="[]"), "trains subjects together, but a has none `beside` it"),
-        (pairs_text().replace("together = true", "together = 'b'"), "together is true or false"),
-        (
-            pairs_text().replace("max_train_steps", "exposures_per_photo"),
-            "together needs max_train_steps",
-        ),
-        (pairs_text().replace("[train]", "[train]\ntogether = true"), "together"),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
         ("", "no subjects"),
@@ -167,47 +131,11 @@ def test_mistakes_are_found_before_the_first_training(text, complaint):
         study_of(text)
 
 
-def test_a_subject_is_shown_as_often_together_as_alone():
-    study = study_of(pairs_text())
-    alone, both = (
-        study.config_of(Cell("test", arm, 4, "a", 0, 1e-3), 4, Path("run"))
-        for arm in ("alone", "both")
-    )
-    assert not alone.subjects and (alone.max_train_steps, both.max_train_steps) == (10, 20)
-    prompts = [one.instance_prompt for one in both.each_subject]
-    assert prompts == ["a photo of a sks duck", "a photo of a zwx duck"]
-    for counts in ((5, 5), (5, 2), (2, 5)):
-        shown = [
-            plan_steps(alone, counts[0]).exposures_a_subject,
-            plan_steps(both, counts).exposures_a_subject,
-        ]
-        assert shown[0] == shown[1] > 0
-    assert pickle.loads(pickle.dumps(study)) == study  # as a cluster's tasks take it
-
-
-def test_a_result_depends_on_the_companions_in_every_arm():
-    study = study_of(pairs_text())
-    cells = [Cell("test", arm, 4, "a", 0, 1e-3) for arm in study.arms]
-    others = replace(
-        study,
-        subjects=(replace(study.subjects[0], beside=(StudySubject("b", "a photo of xyz duck"),)),),
-    )
-    assert len({one.digest(cell) for one in (study, others) for cell in cells}) == 4
-    assert {path.name for path in materials(study, cells[0])} >= {"a", "b"}
-    assert StudySubject("a", "a photo of sks duck").facts.keys() == {
-        "photos",
-        "instance_prompt",
-        "class_prompt",
-    }
-
-
 def test_runs_are_of_the_base_s_own_size_unless_it_is_given():
     """As `train` and a fleet have it; by the table's default a study would train the 128 px base at
     1024 px."""
-    for text, sides in (
-        (pairs_text(), [128, 128]),
-        (pairs_text() + "resolution = 64\n", [128, 64]),
-    ):
+    bare = study_text().replace("resolution = 64\n", "")
+    for text, sides in ((bare, [128, 128]), (bare + "resolution = 64\n", [128, 64])):
         study = study_of(text)
         cells = study.test_cells(study.first_rates())[:2]
         assert [study.config_of(cell, 4, Path("run")).resolution for cell in cells] == sides
@@ -308,15 +236,15 @@ def test_there_is_a_column_for_each_measure_taken_and_a_panel_where_every_arm_wa
     assert (
         len(header) == len(row)
         and "Δ DINO" in header
-        and not {"Δ Confusion", "Δ Leak"} & set(header)
+        and not {"Δ DINO, bare prompt", "Δ Leak"} & set(header)
     )
     assert titles(study, results) == ["subject (DINO)", "prompt (CLIP-T)", "score"]
     for result in results:
         result.scores.update(
-            dict.fromkeys(("confusion", "dino_bare"), 0.1 if result.cell.arm == "lora" else 0.3)
+            dict.fromkeys(("background_leak", "dino_bare"), 0.1 + 0.2 * (result.cell.arm != "lora"))
         )
     header, (row,) = outcome_rows(outcomes(study, results))
-    for name in ("Confusion", "DINO, bare prompt"):
+    for name in ("Leak", "DINO, bare prompt"):
         assert row[header.index(f"Δ {name}")] == "+0.200 [+0.200, +0.200]"
     assert titles(study, results) == [
         "subject (DINO)",

@@ -1,0 +1,45 @@
+"""The rank at which each arm of a study has as many parameters as plain LoRA."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth_moslora.extras.cluster.fleet import base_size
+from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.plan.memory import adapter_parameters
+from dreambooth_moslora.settings.table import KRONECKER, TrainConfig
+
+
+def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
+    """(arm, nominal rank) -> the rank that it trains at: see `Study.budget`."""
+    found = {(arm, rank): rank for arm in study.arms for rank in study.ranks}
+    if study.budget == "rank":
+        return found
+    for arm, rank in found:
+        cell = Cell(
+            stage="test",
+            arm=arm,
+            rank=rank,
+            subject=study.subjects[0].name,
+            seed=0,
+            learning_rate=1.0,
+        )
+        config = study.config_of(cell, rank, Path("unused"))
+
+        # the budget: A and B of plain LoRA at the nominal rank
+        budget = count_parameters(replace(config, mixer="none", rank_pattern=()), rank)
+
+        # the ranks that the mixer can have; Kronecker ties the numbers of factor**2 ranks
+        factor = config.mixer_factor if config.mixer == KRONECKER else 1
+        step = 2 if config.mixer == "butterfly" else factor
+
+        # the one that is nearest to the budget; the lower one at a tie
+        gaps = {}
+        for real in range(step, rank * factor**2 + 1, step):
+            gaps[real] = abs(count_parameters(config, real) - budget)
+        found[arm, rank] = min(gaps, key=gaps.__getitem__)
+    return found
+
+
+def count_parameters(config: TrainConfig, rank: int) -> int:
+    """Of A, B and learnt mixers, over all layers, each with its own rank."""
+    return adapter_parameters(replace(config, rank=rank), base_size(config))

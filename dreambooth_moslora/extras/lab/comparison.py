@@ -1,0 +1,198 @@
+"""What the cells of a study say: learning rates, intervals of each arm, and differences.
+
+Two arms share subject, seed, photos, noise, prompts and the noise of every picture. Differences are
+taken pair by pair, and resampled over subjects and seeds (`metrics.bootstrap_mean`). Win/tie/loss
+has the form of the MoSLoRA paper's human study (arXiv 2406.11909, section 4.3), with DINO and
+CLIP-T instead of people.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dreambooth_moslora.evaluation import metrics
+from dreambooth_moslora.extras.lab.study import Cell, Study
+from dreambooth_moslora.settings import measures
+
+
+def studied() -> list[str]:
+    """The measures that a study compares."""
+    return [name for name, row in measures.MEASURES.items() if row.study]
+
+
+def judged() -> list[str]:
+    """The measures by which a picture can win against another."""
+    return [name for name, row in measures.MEASURES.items() if row.pictures]
+
+
+Score = float | int | bool | None
+"""A number; whether there is an alarm; None where a measure has no value."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished cell.
+
+    scores: means, by measure
+    pictures: values (prompts × seeds,) of each picture, by those `judged`
+    cost: seconds, memory and parameters, see `train_cell`
+    """
+
+    cell: Cell
+    scores: dict[str, Score]
+    pictures: dict[str, list[Score]]
+    cost: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm at one rank over all test subjects and seeds.
+
+    scores: means with intervals, by measure
+    cost: medians
+    """
+
+    arm: str
+    rank: int
+    learning_rate: float
+    scores: dict[str, metrics.Interval]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm against the reference at one rank.
+
+    differences: of scores, paired, by measure
+    wins: fractions of pictures that win, tie and lose, by measure
+    """
+
+    arm: str
+    rank: int
+    differences: dict[str, metrics.Interval]
+    wins: dict[str, tuple[float, float, float]]
+
+
+def best_rates(study: Study, results: Sequence[Result]) -> dict[tuple[str, int], float]:
+    """(arm, rank) -> the learning rate with the highest mean score on the tuning subjects; the
+    lower one at a tie."""
+    best = study.first_rates()
+    for key, curve in rate_curves(study, results).items():
+        best[key] = max(sorted(curve), key=curve.__getitem__)
+    return best
+
+
+def rate_curves(
+    study: Study, results: Sequence[Result]
+) -> dict[tuple[str, int], dict[float, float]]:
+    """(arm, rank) -> learning rate -> mean score, for rates with a score on all tuning subjects."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        cell = result.cell
+        if cell.stage == "tune":
+            found[cell.arm, cell.rank][cell.learning_rate].append(result.scores["score"])
+
+    # a rate whose training failed on a subject has too few scores, and is left out
+    curves: dict = defaultdict(dict)
+    for key, by_rate in found.items():
+        for rate, scores in by_rate.items():
+            if len(scores) == len(study.tuning_subjects):
+                curves[key][rate] = float(np.mean(scores))
+    return dict(curves)
+
+
+def seeds_of(results: Sequence[Result]) -> list[int]:
+    """The seeds of the comparison."""
+    return sorted({r.cell.seed for r in results if r.cell.stage == "test"})
+
+
+def of_whole_seeds(results: Sequence[Result]) -> list[Result]:
+    """The results without seeds that have fewer cells than others: one still running would make
+    each arm incomplete."""
+    counts = Counter(r.cell.seed for r in results if r.cell.stage == "test")
+    most = max(counts.values(), default=0)
+    return [r for r in results if r.cell.stage == "tune" or counts[r.cell.seed] == most]
+
+
+def tables(
+    results: Sequence[Result], of: Callable[[Result], Any]
+) -> dict[tuple[str, int], np.ndarray]:
+    """(arm, rank) -> what `of` says of a result, (subjects, seeds, …), for the arms whose table is
+    complete."""
+    tested = [r for r in results if r.cell.stage == "test" and of(r) is not None]
+    subjects = sorted({r.cell.subject for r in tested})
+    seeds = sorted({r.cell.seed for r in tested})
+
+    # the cells of each arm and rank
+    found: dict = defaultdict(dict)
+    for r in tested:
+        found[r.cell.arm, r.cell.rank][r.cell.subject, r.cell.seed] = of(r)
+
+    # the tables without a gap, so that any two can be compared pair by pair
+    made = {}
+    for key, own in found.items():
+        if len(own) < len(subjects) * len(seeds):
+            continue
+        table = np.array([[own[one, seed] for seed in seeds] for one in subjects])
+        if np.isfinite(table).all():
+            made[key] = table
+    return made
+
+
+def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    """Measure -> (arm, rank) -> scores (subjects, seeds)."""
+    return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
+
+
+def summaries(results: Sequence[Result]) -> list[ArmSummary]:
+    """Every arm and rank whose cells are complete."""
+    by_measure = score_tables_of(results)
+    found = []
+    for arm, rank in by_measure["score"]:
+        # intervals of what was measured on all cells; of seconds and memory the median
+        own = [r for r in results if (r.cell.stage, r.cell.arm, r.cell.rank) == ("test", arm, rank)]
+        scores = {}
+        for measure, table in by_measure.items():
+            if (arm, rank) in table:
+                scores[measure] = metrics.bootstrap_mean(table[arm, rank])
+        found.append(
+            ArmSummary(
+                arm=arm,
+                rank=rank,
+                learning_rate=own[0].cell.learning_rate,
+                scores=scores,
+                cost={name: float(np.median([r.cost[name] for r in own])) for name in own[0].cost},
+            )
+        )
+    return found
+
+
+def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
+    """Each arm against the reference, at each rank where both are complete."""
+    by_measure = score_tables_of(results)
+    pictures = {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
+    found = []
+    for arm, rank in by_measure["score"]:
+        ours = (arm, rank)
+        reference = (study.reference, rank)
+        if ours == reference or reference not in by_measure["score"]:
+            continue
+
+        # scores, pair by pair of equal subject and seed
+        differences = {}
+        for measure, table in by_measure.items():
+            if ours in table and reference in table:
+                differences[measure] = metrics.bootstrap_mean(table[ours] - table[reference])
+
+        # pictures, pair by pair of equal subject, seed, prompt and noise
+        wins = {}
+        for measure, table in pictures.items():
+            difference = table[ours] - table[reference]
+            margin = study.tie * table[reference].std()
+            signs = np.where(np.abs(difference) < margin, 0, np.sign(difference))
+            wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
+        found.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
+    return found
