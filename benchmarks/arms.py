@@ -28,7 +28,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     keep_freed_memory()
     import torch
 
-    from dreambooth_moslora.extras.lab.selftest import random_materials
+    from dreambooth_moslora.extras.lab.full_step import random_materials
 
     materials = random_materials(size, resolution_px)
     unet, batch = (
@@ -57,7 +57,7 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     here."""
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
-    from dreambooth_moslora.extras.lab.selftest import random_materials
+    from dreambooth_moslora.extras.lab.full_step import random_materials
     from dreambooth_moslora.settings.table import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from benchmarks.sdxl_structure import SDXL
 from dreambooth_moslora.base.load import OUTPUTS_A_BLOCK, layers_of_blocks
 from dreambooth_moslora.base.pipelines import METHODS
+from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.plan.memory import CONTEXT_GIB, QUANTIZED_BYTES, estimate, size_of_shapes
 from dreambooth_moslora.settings.families import FAMILIES, Facts

@@ -36,7 +36,7 @@ def twin(model: torch.nn.Module) -> torch.nn.Module:
 def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step]:
     """(floor, gradients of a step, update of the adapter)."""
     from benchmarks.precision import bf16_accelerator
-    from dreambooth_moslora.extras.lab.selftest import floor_step, random_materials
+    from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
     from dreambooth_moslora.settings.table import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 

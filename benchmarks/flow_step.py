@@ -28,7 +28,7 @@ from benchmarks.gpu_step import WARM_UP, measured
 from benchmarks.precision import half_accelerator
 from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.base.pipelines import METHODS, filled
-from dreambooth_moslora.extras.lab.selftest import fill, materials_of, noise_of
+from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
 from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.plan.distributed import DTYPES
 from dreambooth_moslora.settings.families import Facts

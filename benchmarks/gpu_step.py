@@ -143,7 +143,7 @@ def kernels_of(step: Callable[[], None]) -> int:
 
 
 def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    from dreambooth_moslora.extras.lab.selftest import floor_step, random_materials
+    from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
     from dreambooth_moslora.plan.distributed import DTYPES
 
     materials = random_materials(options.size, options.resolution, DTYPES[options.precision])
@@ -156,7 +156,7 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
     from benchmarks.graphs import record_passes
     from dreambooth_moslora.base.load import quantize
-    from dreambooth_moslora.extras.lab.selftest import random_materials
+    from dreambooth_moslora.extras.lab.full_step import random_materials
     from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.plan.distributed import DTYPES
     from dreambooth_moslora.training.step import TrainStep

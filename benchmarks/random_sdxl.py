@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.extras.lab.selftest import WIDTHS, made, random_unet
+from dreambooth_moslora.extras.lab.full_step import WIDTHS, made, random_unet
 
 __all__ = ["random_sdxl", "random_text_encoders", "random_unet", "random_vae"]
 

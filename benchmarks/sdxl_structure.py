@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 from diffusers import UNet2DConditionModel
 
+from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
@@ -19,20 +20,6 @@ from dreambooth_moslora.method.moslora import (
 )
 
 RANKS = (4, 16, 64)
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "cross_attention_dim": 2048,
-}
 
 
 def sdxl_unet() -> UNet2DConditionModel:

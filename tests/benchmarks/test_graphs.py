@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.graphs import record_passes
 from benchmarks.precision import bf16_accelerator
-from dreambooth_moslora.extras.lab.selftest import random_materials
+from dreambooth_moslora.extras.lab.full_step import random_materials
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.step import TrainStep
 

@@ -14,7 +14,6 @@ from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
 from benchmarks.host_peak import command_of
 from benchmarks.random_sdxl import random_sdxl
-from benchmarks.startup import moments
 from benchmarks.train_step import cpu_flags, ratios
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.training.loop import train
@@ -95,16 +94,6 @@ def test_ratios_pair_arms_of_one_resolution():
     assert table["ours / floor"] == {"step_sec": 1.05, "cpu_sec": None, "peak_gb": 1.1}
     assert table["ours / diffusers-checkpointing"]["step_sec"] == 0.35
     assert "ours / diffusers" not in table and ratios(results, 1024) == {}
-
-
-def test_moments_of_a_run_are_counted_from_the_command():
-    phases = {"loading": 101.0, "caching": 103.0, "exporting": 107.5}
-    events = [{"type": "phase", "phase": phase, "time": at} for phase, at in phases.items()]
-    events[2:2] = [{"type": "step", "time": at, "step_sec": 1.0} for at in (106.0, 107.0)]
-    found = moments([*events, {"type": "end", "time": 109.0}], started=100.0)
-    assert found["first step"] == 6 and found["end"] == 9
-    assert found["in loading"] == 2 and found["in training"] == 2 and found["in exporting"] == 1.5
-    assert found["in caching"] == pytest.approx(2.5)
 
 
 SMALL = ["--size", "small", "--resolution", "64", "--steps", "1", "--rank", "2"]

@@ -4,6 +4,7 @@ CPU, and where a run fails."""
 
 import json
 import math
+import re
 import subprocess
 import sys
 from subprocess import PIPE
@@ -17,6 +18,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import selftest
+from dreambooth_moslora.extras.lab.full_step import random_materials
 from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
 from dreambooth_moslora.plan.memory import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
@@ -80,14 +82,6 @@ def test_a_run_that_is_resumed_is_judged_beside_two_equal_runs(
     ) == (len(weights) == 4)
 
 
-def test_the_page_says_which_of_the_readme_s_claims_hold_here():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert all(claim in readme for claim in selftest.CLAIMS.values())
-    page = selftest.as_page({}, [Finding("published", True, ""), Finding("resumed", False, "")])
-    assert "- each file is loaded again and compared before it is kept: holds here" in page
-    assert "- A stopped run resumes to the same bytes: **does not hold here**" in page
-
-
 def test_a_step_that_fp16_skips_is_no_loss(tmp_path):
     steps = [
         {"type": "step", "loss": math.inf, "skipped": True},
@@ -114,29 +108,23 @@ def test_compiled_blocks_are_compared_and_so_are_two_processes(tmp_path, monkeyp
 
 
 def test_a_step_of_full_size_is_left_out_where_memory_is_short(tmp_path):
-    [found] = SelfTest(tmp_path, env=ON_CPU).step(4.0)
+    found = SelfTest(tmp_path, env=ON_CPU).step(4.0)
     assert found.holds and found.said.startswith(
         "left out: 4.0 GiB are free; --memory at 512 px needs full "
     )
-    assert found.figures["full"] > found.figures["recompute"] > found.figures["nf4"] > 0
 
 
 @pytest.mark.slow
 def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
-    [step] = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
+    step = SelfTest(tmp_path, env=ON_CPU, compiles=True).step(99.0, size="small")
     assert step.holds and "(full); --memory at 512 px needs" in step.said, step
-    assert (
-        step.figures["floor_sec"] > 0
-        and step.figures["step_sec"] > 0
-        and 0 < step.figures["peak_gib"] < 8
-    )
+    numbers = re.match(r"([\d.]+) s at 512 px, the floor ([\d.]+) s, peak ([\d.]+) GiB", step.said)
+    assert all(0 < float(number) < 100 for number in numbers.groups())
 
 
 def test_random_materials_have_all_that_a_step_reads():
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
-    step = TrainStep(
-        config, selftest.random_materials("small", 64), bf16_accelerator(), max_train_steps=1
-    )
+    step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
     assert 0 < step.accumulate_gradients().total < 10
     assert step.update_adapter() > 0
 
@@ -148,7 +136,8 @@ def test_everything_holds_on_a_gpu_written_in_python_or_on_this_cpu(tmp_path):
     found = {finding.name: finding for finding in SelfTest(tmp_path, program=program).findings()}
     assert list(found) == ["losses, fp32", "published", "repeated", "resumed", "generated"]
     assert all(finding.holds for finding in found.values()), found
-    assert found["losses, fp32"].figures["relative_difference"] < 1e-4
+    far = float(re.search(r"at most (\S+) from", found["losses, fp32"].said)[1])
+    assert far < 1e-4
 
 
 ATTENTION, CONVOLUTIONS = (

@@ -18,7 +18,7 @@ def selftest_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_selftest(args: argparse.Namespace) -> int:
-    """Exit code 2 when a test fails. Writes selftest.json, and selftest.md for a bug report."""
+    """Exit code 2 when a test fails. Writes selftest.md for a bug report."""
     import psutil
     import torch
 
@@ -27,7 +27,6 @@ def run_selftest(args: argparse.Namespace) -> int:
         ON_CPU,
         ON_TWO_GPUS,
         SelfTest,
-        as_json,
         as_page,
     )
     from dreambooth_moslora.plan.memory import free_gib_of_gpu
@@ -71,7 +70,6 @@ def run_selftest(args: argparse.Namespace) -> int:
         found.append(finding)
 
     facts["seconds"] = f"{time.monotonic() - start:.0f}"
-    atomic_write(folder / "selftest.json", as_json(facts, found))
     atomic_write(folder / "selftest.md", as_page(facts, found))
     print(f"{facts['seconds']} s; paste {folder / 'selftest.md'} into a bug report")
     return 0 if all(finding.holds for finding in found) else 2
