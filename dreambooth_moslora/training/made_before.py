@@ -4,22 +4,16 @@ lack.
 Captions and masks (`--captions auto`, `--masks auto`) are made before the base is loaded.
 
 Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows
-of the class. A folder is topped up to the wanted number with generated images of the class prompt.
-`manifest.json` beside them records how each was made: prompt, seed, model, size, text options, and
-its SHA-256. The user's own images count and come first. Generated images of another prompt, model,
-size or encoding stay in the folder but are not used. A generated image is drawn again when its file
-or its entry in the manifest is damaged.
+of the class. A folder is topped up to the wanted number with generated images of the class prompt,
+and the user's own images come first. A generated image's name says what shaped it: those of another
+prompt, model, size or encoding stay in the folder but are not used. One that cannot be opened is
+drawn again.
 """
 
-import hashlib
-import json
 import logging
-import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -31,9 +25,7 @@ from PIL import Image
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options
-from dreambooth_moslora.disk import queue
-from dreambooth_moslora.disk.atomic import atomic_write, clean_stale, rename
-from dreambooth_moslora.disk.contents import file_digest, read_json
+from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.generation.fixed_seeds import generate_images
@@ -200,14 +192,6 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
     )
 
 
-MANIFEST = "manifest.json"
-"""How each class image of a folder was made."""
-DIGEST = "sha256"
-"""The manifest's field with the digest of an image's file."""
-LOCK_NAME = ".class_images.lock"
-"""Of a folder that several runs may share."""
-LOOK_SEC = 0.5
-"""Between two looks at a lock that another run holds."""
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 """The names of generated images."""
 
@@ -231,117 +215,32 @@ class ClassImages:
     size_px: tuple[int, int]
     text_options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def resolution(self) -> int | str:
-        """As the manifest writes it: the side of a square, else width x height."""
+    def path(self, index: int) -> Path:
+        """The file of an image. Its name says what shapes the image, but for the seed: images of
+        another prompt, base, size or encoding have other names."""
         height, width = self.size_px
-        return height if height == width else f"{width}x{height}"
+        size = height if height == width else f"{width}x{height}"
+        tag = seed_of(self.prompt, self.model, size, *map(str, self.text_options.values()))
+        return self.folder / f"class_{tag % 16**8:08x}_{index:05d}.png"
 
-    def name(self, index: int) -> str:
-        """The file's name; images of other facts have other names."""
-        tag = seed_of(*self.facts().values()) % 16**8
-        return f"class_{tag:08x}_{index:05d}.png"
-
-    def image_seed(self, index: int) -> int:
-        """The seed that this run draws the image with."""
-        return seed_of(self.seed, "class_image", index) % 2**32
-
-    def manifest(self) -> dict[str, dict]:
-        """File name -> {prompt, seed, model, resolution, perhaps sha256} of every generated image;
-        {} if damaged."""
-        with suppress(UserError):
-            return read_json(self.folder / MANIFEST, dict[str, dict[str, Any]])
-        return {}
-
-    def stale(self, paths: list[Path]) -> set[Path]:
-        """The generated images of another or unknown prompt, model or size."""
-        known, wanted = self.manifest(), self.facts().items()
-        found = set()
-        for path in self.generated(paths):
-            if not wanted <= known.get(path.name, {}).items():
-                found.add(path)
-        return found
-
-    def generated(self, paths: list[Path]) -> set[Path]:
-        """The images that were generated. Their names tell, even without the manifest."""
-        known = self.manifest()
-        return {path for path in paths if path.name in known or GENERATED.fullmatch(path.name)}
+    def is_there(self, index: int) -> bool:
+        """Whether the image was drawn, and opens."""
+        try:
+            open_image(self.path(index))
+        except UnreadableImageError:
+            return False
+        return True
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
         """The batches of the first `count` images in which one is missing, whole: last bits depend
         on neighbours."""
-        known = self.manifest()
         found = []
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
-            missing = tuple(index for index in indices if not self._is_as_made(index, known))
+            missing = tuple(index for index in indices if not self.is_there(index))
             if missing:
-                batch = ClassBatch(
-                    images=self,
-                    indices=tuple(indices),
-                    seeds=tuple(self._seed_of(index, known) for index in indices),
-                    missing=missing,
-                )
-                found.append(batch)
-
-        # A file that is there all the same was changed. One of them is named.
-        paths = [self.folder / self.name(index) for batch in found for index in batch.missing]
-        changed = [path for path in paths if os.path.lexists(path)]
-        if changed:
-            text = (
-                f"{changed[0]} has changed since it was made: it is drawn again, "
-                "like every other changed class image."
-            )
-            logger.warning("%s", spelled_out(text))
+                found.append(ClassBatch(images=self, indices=tuple(indices), missing=missing))
         return found
-
-    def facts(self) -> dict[str, object]:
-        """What shapes an image, but for its seed, as the manifest writes it."""
-        encoding = {name: str(value) for name, value in self.text_options.items()}
-        return {
-            "prompt": self.prompt,
-            "model": self.model,
-            "resolution": self.resolution,
-            **encoding,
-        }
-
-    def _seed_of(self, index: int, known: dict[str, dict]) -> int:
-        """The seed in the manifest, as another run may have drawn the image, else this run's."""
-        seed = known.get(self.name(index), {}).get("seed")
-        is_seed = type(seed) is int and 0 <= seed < 2**32
-        return seed if is_seed else self.image_seed(index)
-
-    def _is_as_made(self, index: int, known: dict[str, dict]) -> bool:
-        """Whether the file exists, opens, has the right size, and matches its manifest entry."""
-        path = self.folder / self.name(index)
-        made = known.get(self.name(index), {})
-        try:
-            fits = open_image(path).size == self.size_px[::-1]
-        except UnreadableImageError:
-            return False
-        if not fits or not self.facts().items() <= made.items():
-            return False
-        return made.get(DIGEST) in (None, file_digest(path))
-
-    def write(self, index: int, seed: int, content: bytes) -> None:
-        """Write the manifest's entry, then the image. An edited picture in its place goes to the
-        folder `changed`."""
-        path = self.folder / self.name(index)
-        facts = {**self.facts(), "seed": seed, DIGEST: hashlib.sha256(content).hexdigest()}
-        entries = {**self.manifest(), path.name: facts}
-
-        # Another picture in its place may be the user's work.
-        with suppress(UnreadableImageError):
-            open_image(path)
-            found = file_digest(path)
-            if found != facts[DIGEST]:
-                kept = self.folder / "changed"
-                kept.mkdir(exist_ok=True)
-                rename(path, kept / f"{path.stem}_{found[:8]}.png")
-
-        # The entry first: an image without one would count as another model's.
-        atomic_write(self.folder / MANIFEST, json.dumps(entries, indent=1, sort_keys=True))
-        atomic_write(path, content)
 
 
 @dataclass(frozen=True)
@@ -350,13 +249,11 @@ class ClassBatch:
 
     images: the set they belong to
     indices: their numbers in it
-    seeds: one each
     missing: the numbers of those that are kept
     """
 
     images: ClassImages
     indices: tuple[int, ...]
-    seeds: tuple[int, ...]
     missing: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -364,15 +261,19 @@ class ClassBatch:
 
     def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
         """Generate the batch; returns the missing images as PNG files."""
-        drawn = generate(self.images.prompt, list(self.seeds))
+        seeds = []
+        for index in self.indices:
+            seeds.append(seed_of(self.images.seed, "class_image", index) % 2**32)
+        drawn = generate(self.images.prompt, seeds)
         pictures = dict(zip(self.indices, drawn, strict=True))
         return [png_bytes(pictures[index]) for index in self.missing]
 
     def keep(self, files: list[bytes]) -> None:
-        """Write those files. One process does it: all images are listed in one manifest."""
-        seed_of_each = dict(zip(self.indices, self.seeds))
+        """Write those files. A run that shares the folder may have drawn an image meanwhile: the
+        first one stays, as that run may have read it."""
         for index, content in zip(self.missing, files, strict=True):
-            self.images.write(index, seed_of_each[index], content)
+            if not self.images.is_there(index):
+                atomic_write(self.images.path(index), content)
 
 
 Sets = list[tuple[ClassImages, int]]
@@ -405,44 +306,9 @@ def class_photos_of_each(
             continue
         own = [photo for photo in photos if keys[photo.subject] == key]
         sizes = Counter(rule.target(photo.size_px) for photo in own)
-
-        # Only a folder that is named may be another run's as well.
         folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-        with alone_in(folder, context) if subject.class_data_dir else nullcontext():
-            found[key] = top_up(folder, subject, base, context, pipeline, sizes)
+        found[key] = top_up(folder, subject, base, context, pipeline, sizes)
     return [found[key] for key in keys]
-
-
-@contextmanager
-def alone_in(folder: Path, context: reporter.RunContext) -> Iterator[None]:
-    """Let runs that share the folder draw one after the other, as they write one manifest and the
-    same names. A stop ends the wait. In a folder that cannot be written nothing is drawn, and
-    nobody waits."""
-    path = folder / LOCK_NAME
-    held = []
-
-    # The main process takes the lock for all. OSError: nothing can be written there.
-    def wait() -> None:
-        is_told = False
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            while not held:
-                context.raise_if_asked()
-                try:
-                    held.append(queue.take(path, "--class_data_dir"))
-                except UserError:
-                    if not is_told:
-                        text = f"{folder}: another run draws there, and this one waits"
-                        logger.warning("%s", spelled_out(text))
-                    is_told = True
-                    time.sleep(LOOK_SEC)
-
-    on_main(context.accelerator, wait)
-    try:
-        yield
-    finally:
-        for file in held:
-            queue.release(path, file)
 
 
 def top_up(
@@ -517,11 +383,11 @@ def planned(
         sets.append(images)
 
     # How many are wanted: what the user's own do not make up.
-    paths = []
+    own = 0
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
-        paths = [photo.path for photo in found]
-    wanted = max(0, config.num_class_images - len(paths) + len(sets[0].generated(paths)))
+        own = sum(not is_generated(photo) for photo in found)
+    wanted = max(0, config.num_class_images - own)
     counts = shares(sizes, wanted)
 
     # What is to be drawn of them.
@@ -539,17 +405,12 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
     be weaker."""
     report = find_photos(folder, config.class_prompt, config.resolution, alpha="white")
     found = usable_photos(report)
-    paths = [photo.path for photo in found]
+    usable = [photo for photo in found if not is_generated(photo)]
 
-    # Generated ones that a set of this run names, if the manifest has its prompt, model and size.
-    stale = set.intersection(*(images.stale(paths) for images, _ in sets))
+    # Generated ones of this run's sets; others are of another prompt, base or size.
     wanted = set()
     for images, count in sets:
-        wanted |= {folder / images.name(index) for index in range(count)}
-    wanted -= stale
-
-    generated = sets[0][0].generated(paths)
-    usable = [photo for photo in found if photo.path not in generated]
+        wanted |= {images.path(index) for index in range(count)}
     usable += [photo for photo in found if photo.path in wanted]
     usable = usable[: config.num_class_images]
     if len(usable) < config.num_class_images:
@@ -559,3 +420,8 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
             "or give another --class_data_dir."
         )
     return usable
+
+
+def is_generated(photo: Photo) -> bool:
+    """Whether a picture among the class images was generated, as its name tells."""
+    return GENERATED.fullmatch(photo.path.name) is not None

@@ -37,7 +37,6 @@ from dreambooth_moslora.photos.beside import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.checkpoint import read_position
-from dreambooth_moslora.training.made_before import ClassImages
 from dreambooth_moslora.ui.jobs import Job
 
 WRITER = """
@@ -170,7 +169,6 @@ REFUSED = {
 TAKEN_FOR_DAMAGED = {
     "last/position.json": lambda path: step_of(path.parent) == -1,
     "captions.json": lambda path: kept_captions(path) == {},
-    "manifest.json": lambda path: ClassImages(path.parent, "", "", 0, (8, 8)).manifest() == {},
     "job.json": lambda path: Job.load(path.parent) is None,
 }
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +13,8 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.cli import command_evaluate
-from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
@@ -269,36 +267,26 @@ def test_only_what_is_missing_or_cannot_be_read_is_generated_and_batches_stay_wh
     damage, tmp_path
 ):
     images = dogs(tmp_path)
-    top_up(images, 8)
-    before, path = pictures_in(tmp_path), tmp_path / images.name(5)
+    (_, drawn) = top_up(images, 8)
+    before, path = pictures_in(tmp_path), images.path(5)
     path.unlink() if damage is None else path.write_bytes(damage)
-    # each has its own seed noted
-    calls = top_up(dogs(tmp_path, seed=8) if damage == b"" else images, 8)
-    assert calls == [tuple(images.image_seed(i) for i in range(4, 8))]
+    assert top_up(images, 8) == [drawn]
     assert pictures_in(tmp_path) == before
     assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
 
 
-def test_images_of_another_prompt_or_size_are_known_as_stale_and_a_persons_own_are_not(tmp_path):
-    """Sets of several sizes stand beside each other, and their manifest says so."""
-    square, wide, cats = (
-        dogs(tmp_path),
-        dogs(tmp_path, size=(8, 16)),
-        ClassImages(tmp_path, "a cat", "toy", 7, (8, 8)),
-    )
-    top_up(square, 1)
-    assert wide.stale(list(tmp_path.glob("*.png"))) == set(tmp_path.glob("*.png")) != set()
-    top_up(wide, 2)
-    facts = json.loads((tmp_path / "manifest.json").read_text())
-    assert facts[square.name(0)]["resolution"] == 8 and facts[wide.name(1)]["resolution"] == "16x8"
-    assert Image.open(tmp_path / wide.name(1)).size == (16, 8)
+def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tmp_path):
+    """Sets of several sizes stand beside each other."""
+    square, wide = dogs(tmp_path), dogs(tmp_path, size=(8, 16))
+    cats = ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
+    for images, count in ((square, 1), (wide, 2), (cats, 2)):
+        top_up(images, count)
+    assert Image.open(wide.path(1)).size == (16, 8)
     assert top_up(wide, 2) == top_up(square, 1) == []
-    assert taken(tmp_path, (square, 1), (wide, 2)) == [square.name(0), wide.name(0), wide.name(1)]
-    top_up(cats, 2)
+    of_both = [square.path(0).name, wide.path(0).name, wide.path(1).name]
+    assert sorted(taken(tmp_path, (square, 1), (wide, 2))) == sorted(of_both)
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
-    paths = list(tmp_path.glob("*.png"))
-    assert {path.name for path in cats.stale(paths)} == {square.name(0), wide.name(0), wide.name(1)}
-    assert {path.name for path in set(paths) - cats.generated(paths)} == {"mine.png"}
+    assert taken(tmp_path, (cats, 2)) == ["mine.png", cats.path(0).name, cats.path(1).name]
 
 
 def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
@@ -306,71 +294,18 @@ def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
     plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
     for images in (plain, other):
         assert len(top_up(images, 3)) == 1
-        assert taken(tmp_path, (images, 3)) == [images.name(index) for index in range(3)]
+        assert taken(tmp_path, (images, 3)) == [images.path(index).name for index in range(3)]
     assert top_up(plain, 3) == top_up(other, 3) == []
 
 
-def test_a_generated_image_that_opens_with_other_pixels_is_drawn_again_and_said_once(
-    tmp_path, caplog
-):
-    images = dogs(tmp_path)
-    top_up(images, 4, batch_size=2)
-    assert caplog.text == ""
-    path = tmp_path / images.name(1)
-    whole = path.read_bytes()
-    Image.new("RGB", (8, 8), "grey").save(path)
-    changed = path.read_bytes()
-    assert len(top_up(images, 4, batch_size=2)) == 1 and path.read_bytes() == whole
-    (said,) = caplog.messages
-    assert images.name(1) in said and images.name(0) not in said and "\n" not in said
-    (kept,) = (tmp_path / "changed").iterdir()
-    assert kept.read_bytes() == changed, "a person may have painted in it"
-    assert taken(tmp_path, (images, 4)) == [images.name(index) for index in range(4)]
-    assert top_up(images, 4, batch_size=2) == []
-
-
-def test_a_damaged_manifest_makes_the_generated_images_stale_and_nobodys_own(tmp_path):
-    images, manifest = dogs(tmp_path), tmp_path / "manifest.json"
-    top_up(images, 2)
-    paths = list(tmp_path.glob("*.png"))
-    for text in ('{"class_', "[1, 2]", '{"a.png": 3}', "", "[" * 100_000):
-        manifest.write_text(text)
-        assert images.generated(paths) == images.stale(paths) == set(paths)
-        assert (
-            len(top_up(images, 2)) == 1
-            and images.stale(paths) == set()
-            and len(images.manifest()) == 2
-        )
-
-
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_runs_that_share_a_folder_of_class_images_draw_one_after_the_other(
-    is_stopped, tmp_path, caplog
-):
-    """A killed run holds it no longer, as the system releases its lock. A stop ends the wait."""
-    folder, ended, asked = tmp_path / "class", [], []
-    folder.mkdir()
-    alone = SimpleNamespace(is_main_process=True, num_processes=1)
-    context = reporter.RunContext(RunDir(tmp_path), alone, None, lambda: bool(asked))
-
-    def draw() -> None:
-        try:
-            with made_before.alone_in(folder, context):
-                ended.append("drawn")
-        except StopRequestedError:
-            ended.append("stopped")
-
-    other = queue.take(folder / made_before.LOCK_NAME, "--class_data_dir")
-    (waiting := Thread(target=draw)).start()
-    waiting.join(2 * made_before.LOOK_SEC)
-    assert ended == [] and caplog.messages == [
-        f"{folder}: another run draws there, and this one waits"
-    ]
-    asked.append(True) if is_stopped else other.close()
-    waiting.join()
-    assert ended == ["stopped" if is_stopped else "drawn"]
-    assert [path.name for path in folder.iterdir()] == [made_before.LOCK_NAME] * is_stopped
-    other.close()
+def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
+    """The other run may have read it already."""
+    first, second = dogs(tmp_path, seed=7), dogs(tmp_path, seed=8)
+    (late,) = second.lacking(2, batch_size=2)
+    top_up(first, 2)
+    before = pictures_in(tmp_path)
+    late.keep([b"another picture"] * 2)
+    assert pictures_in(tmp_path) == before
 
 
 def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):
@@ -393,8 +328,8 @@ def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tm
         taken(tmp_path, (images, 3))
     for number in range(2):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
-    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.name(0)]
-    (stale := tmp_path / ".manifest.json.999999999-5e526a9a.new").touch()
+    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.path(0).name]
+    (stale := tmp_path / ".class_1_00000.png.999999999-5e526a9a.new").touch()
     planned(tmp_path, wanted(1), {(8, 8): 1})
     assert not stale.exists()
 
