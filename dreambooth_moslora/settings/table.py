@@ -1105,10 +1105,9 @@ class TrainConfig:
     )
     dataloader_num_workers: int = of_memory(
         default=0,
-        help="processes that read photos when nothing is cached",
+        help="accepted: photos are encoded once, or with --caching off read by the step itself",
         low=0,
         high=1024,
-        idle=rows.where("while photos are cached", lambda run: run.caching != "off"),
         elsewhere="max_data_loader_n_workers",
     )
     allow_tf32: bool = of_memory(

@@ -16,7 +16,6 @@ one process shows.
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -60,7 +59,6 @@ class PhotoEncoder:
     vae: the encoder; None once it has left memory
     cache: what it gave; None to encode at each draw
     rule: how photos are cropped
-    readers: threads that open and crop photos ahead of time, without a cache
     unmasked_weight: the loss weight around the subject, in [0, 1]
     family: how its kind of latents is scaled
     alpha: what transparent places of a photo mean, as in `--alpha`
@@ -69,7 +67,6 @@ class PhotoEncoder:
     vae: torch.nn.Module
     cache: TensorCache | None
     rule: cropping.CropRule
-    readers: int = 0
     unmasked_weight: float = 0.0
     family: pipelines.Family = load.SDXL_FAMILY
     alpha: str = "mask"
@@ -84,12 +81,6 @@ class PhotoEncoder:
             constants=constants,
         )
         self._digest = lru_cache(maxsize=None)(file_digest)
-
-        # Crops that are being read, by photo and place.
-        self._readers = None
-        if self.readers and self.cache is None:
-            self._readers = ThreadPoolExecutor(self.readers)
-        self._reading: dict[tuple[photo_file.Photo, cropping.CropPlan], Future] = {}
 
     def encode(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
@@ -151,16 +142,10 @@ class PhotoEncoder:
         mask = photo.mask_path and self._digest(photo.mask_path)
         return self._digest(photo.path), mask, photo.captions, photo.bare_prompt
 
-    def read_ahead(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> None:
-        """Let a thread read the crop, if there are threads."""
-        if self._readers is not None and (photo, plan) not in self._reading:
-            self._reading[photo, plan] = self._readers.submit(self.load_crop, photo, plan)
-
     def _compute(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
         """Latents (4, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
         them."""
-        reading = self._reading.pop((photo, plan), None)
-        image, weights = reading.result() if reading else self.load_crop(photo, plan)
+        image, weights = self.load_crop(photo, plan)
         latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
 
         # A weight of a latent is the mean of its pixels'.
@@ -253,10 +238,6 @@ class PhotoStream:
         """Every caption that `at` may return, but for the empty one."""
         bare = {photo.bare_prompt for photo in self.photos if photo.bare_prompt and self.bare_share}
         return bare.union(*(photo.captions for photo in self.photos))
-
-    def read_ahead(self, position: int) -> None:
-        """Start reading a sample that `at` will need soon."""
-        self.encoder.read_ahead(*self._sample(position))
 
     def _sample(self, position: int) -> tuple[photo_file.Photo, cropping.CropPlan]:
         slot, crop, target = self._view(position)
@@ -372,10 +353,6 @@ class SubjectStreams:
         """The view at `position` >= 0, and its caption."""
         number, place = self._place(position)
         return self.streams[number].at(place)
-
-    def read_ahead(self, position: int) -> None:
-        number, place = self._place(position)
-        self.streams[number].read_ahead(place)
 
     def _place(self, position: int) -> tuple[int, int]:
         """(number of the stream, position in it)."""

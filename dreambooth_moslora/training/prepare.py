@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +80,14 @@ class TrainInputs:
     def denoiser(self) -> torch.nn.Module:
         return pipelines.denoiser_of(self.pipeline)
 
-    def batch_at(
-        self, micro_batch: int, size: int, next_micro_batch: int, has_prior: Callable[[int], bool]
-    ) -> photo_stream.TrainBatch:
-        """Micro-batch `micro_batch`: `size` instance images, and as many class images if it
-        `has_prior`; the next is read ahead."""
-
-        def places(number: int) -> Iterator[tuple[photo_stream.SubjectStreams, int]]:
-            streams = [self.instance]
-            if self.prior is not None and has_prior(number):
-                streams.append(self.prior)
-            return product(streams, range(number * size, (number + 1) * size))
-
-        samples = [stream.at(position) for stream, position in places(micro_batch)]
-        for stream, position in places(next_micro_batch):
-            stream.read_ahead(position)
-        return photo_stream.collate(samples, size)
+    def batch_at(self, positions: Iterable[int], has_prior: bool) -> photo_stream.TrainBatch:
+        """The instance images at these positions, and as many class images if there are any and
+        the batch `has_prior`."""
+        instance = [self.instance.at(position) for position in positions]
+        prior = []
+        if self.prior is not None and has_prior:
+            prior = [self.prior.at(position) for position in positions]
+        return photo_stream.collate([*instance, *prior], instance_count=len(instance))
 
 
 def prepare(
@@ -150,7 +141,6 @@ def prepare(
         vae=pipeline.vae.to(device),
         cache=cache_of(config),
         rule=crop_rule(config),
-        readers=config.dataloader_num_workers,
         unmasked_weight=config.unmasked_weight,
         family=family,
         alpha=config.alpha,

@@ -418,16 +418,15 @@ class TrainStep:
     def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
         """Micro-batch number `micro_batch` of the run, with its prior half if it has one."""
         size = self.config.train_batch_size
-        following = micro_batch + self.accelerator.num_processes
-        batch = self.inputs.batch_at(micro_batch, size, following, self.has_prior)
-        if not self.base_is_prior or not self.has_prior(micro_batch):
+        positions = range(micro_batch * size, (micro_batch + 1) * size)
+        has_prior = self.has_prior(micro_batch)
+        batch = self.inputs.batch_at(positions, has_prior)
+        if not self.base_is_prior or not has_prior:
             return batch
 
         # The base's own answer is the prior: the same pictures, with prompts of their class.
-        classes = []
-        for place in range(micro_batch * size, (micro_batch + 1) * size):
-            subject = self.inputs.instance.subject_at(place)
-            classes.append(self.class_prompts[subject])
+        subjects = map(self.inputs.instance.subject_at, positions)
+        classes = [self.class_prompts[subject] for subject in subjects]
         return batch.with_base_as_prior(prior_prompts(self.config, classes, micro_batch))
 
     def predict(self, rows: Rows) -> torch.Tensor:

@@ -76,7 +76,7 @@ PRODIGY, ADAFACTOR = (
     {"optimizer": "Prodigy", "learning_rate": 1.0},
     CONVOLUTIONS | {"optimizer": "Adafactor"},
 )
-UNCACHED = {"caching": "off", "dataloader_num_workers": 1}
+UNCACHED = {"caching": "off"}
 TOKENS, KRONECKER = (
     {"train_text_encoder_ti": True},
     {"mixer": "kronecker", "rank": 8, "mixer_factor": 4},

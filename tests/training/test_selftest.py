@@ -166,7 +166,7 @@ TRAININGS = {
         "target_modules": CONVOLUTIONS,
         "recompute_feed_forward": True,
     },
-    "EDM, uncached": {"do_edm_style_training": True, "caching": "off", "dataloader_num_workers": 2},
+    "EDM, uncached": {"do_edm_style_training": True, "caching": "off"},
     "text cached, samples": CACHED | {"num_validation_images": 1, "validation_steps": 2},
 }
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")

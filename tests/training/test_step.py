@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
@@ -23,7 +21,7 @@ from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.plan.memory import speed_of
 from dreambooth_moslora.seeds import generator
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, loop, prepare
+from dreambooth_moslora.training import loop, prepare
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -142,7 +140,7 @@ def one_draw(monkeypatch):
     passed."""
     passed, batch_at, predict = [], prepare.TrainInputs.batch_at, TrainStep.predict
     draw = lambda seed, kind, number, what: generator(seed, kind, 0, what)  # noqa: E731
-    of_first = lambda self, number, size, _, has: batch_at(self, 0, size, 0, lambda _: has(number))  # noqa: E731
+    of_first = lambda self, places, has_prior: batch_at(self, range(len(places)), has_prior)  # noqa: E731
     monkeypatch.setattr(train_step, "generator", draw)
     monkeypatch.setattr(prepare.TrainInputs, "batch_at", of_first)
     monkeypatch.setattr(
@@ -244,38 +242,6 @@ def drawn_by(unet) -> torch.Tensor:
     torch.manual_seed(0)
     added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
     return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
-
-
-def test_attention_and_residual_blocks_without_a_division_by_one_give_the_same_bytes():
-    unet, found = tiny_unet(), []
-    for _ in range(2):
-        unet.zero_grad()
-        answer = drawn_by(unet)
-        answer.square().sum().backward()
-        found.append([answer, *(p.grad for p in unet.parameters())])
-        adapters.drop_divisions(unet)
-    kinds = {type(getattr(module, "processor", module)) for module in unet.modules()}
-    assert {adapters.PlainAttention, adapters.PlainResnet} < kinds and not {
-        AttnProcessor2_0,
-        ResnetBlock2D,
-    } & kinds
-    assert all(map(torch.equal, *found))
-
-
-def test_blocks_that_do_more_than_divide_by_one_are_left_alone():
-    odd = [{"output_scale_factor": 2.0}, {"skip_time_act": True}, {"temb_channels": None}]
-    odd += [{"time_embedding_norm": "scale_shift"}, {"up": True}, {"down": True}]
-    resnets = [ResnetBlock2D(in_channels=8, groups=4, **{"temb_channels": 8} | one) for one in odd]
-    odd = [{"rescale_output_factor": 2.0}, {"residual_connection": True}, {"norm_num_groups": 4}]
-    odd += [
-        {"spatial_norm_dim": 32},
-        {"cross_attention_norm": "layer_norm"},
-        {"qk_norm": "layer_norm"},
-    ]
-    attentions = [Attention(32, cross_attention_dim=32, **one) for one in odd]
-    adapters.drop_divisions(torch.nn.ModuleList([*resnets, *attentions]))
-    assert {type(block) for block in resnets} == {ResnetBlock2D}
-    assert {type(attention.processor) for attention in attentions} == {AttnProcessor2_0}
 
 
 CHOSEN = [

@@ -159,7 +159,6 @@ def materials_of(
     shown = photo_stream.EncodedView(latents, ids, None), "a photo of sks dog"
     stream = SimpleNamespace(
         at=lambda position: shown,
-        read_ahead=lambda position: None,
         subject_at=lambda position: 0,
     )
     return prepare.TrainInputs(
