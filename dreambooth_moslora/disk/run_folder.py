@@ -168,7 +168,7 @@ class Position:
     seed: int  # names every draw
     optimizer: str = ""  # `optimizer_kind`
     base: str = ""  # the denoiser: how it is held, and its fingerprint
-    shown: str = ""  # digest of the photos and words that the steps learn from (`digest_of_shown`)
+    shown: str = ""  # of earlier versions: photos and words; their digest covers it
     digest: str = ""  # of the position and the files beside it (`digest_of`)
 
 

@@ -1151,7 +1151,7 @@ class TrainConfig:
     )
     num_validation_images: int | None = of_samples(
         default=None,
-        help="sample images each time (default: 4; none on a CPU with a base as large as SDXL)",
+        help="sample images each time (default: 4)",
         low=0,
         high=1000,
     )

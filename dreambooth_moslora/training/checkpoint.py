@@ -27,8 +27,7 @@ from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import Position
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import metadata, new_tokens, raw_file
-from dreambooth_moslora.plan.checks import last_name
-from dreambooth_moslora.settings import optimizer_kinds, prompts, rows, table
+from dreambooth_moslora.settings import optimizer_kinds, prompts, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -91,30 +90,13 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     return content_key(**asdict(replace(position, digest="")), files=files)
 
 
-def digest_of_shown(config: table.TrainConfig, vae: str, photos: Sequence[object]) -> str:
-    """The digest of the photos' and the VAE's identity, and of the words that are no photo's
-    caption."""
-    names = ("class_prompt", "prior_prompts", "system_prompt", "complex_human_instruction")
-    words = [[getattr(subject, name) for name in names] for subject in config.each_subject]
-    return content_key(words=words, vae=vae, photos=photos)
-
-
-def read_position(checkpoint: Path) -> Position:
-    """The checkpoint's position. Raises UserError for a file that holds none."""
+def check_whole(checkpoint: Path) -> Position:
+    """The checkpoint's position. Raises UserError when that cannot be read, and when its files were
+    changed or belong to different checkpoints."""
     try:
-        return read_json(checkpoint / POSITION, Position)
+        position = read_json(checkpoint / POSITION, Position)
     except UserError as error:
         raise damaged(checkpoint, POSITION, error) from error
-
-
-def check_whole(checkpoint: Path) -> Position:
-    """The checkpoint's position. Raises UserError when its files were changed, or belong to
-    different checkpoints."""
-    position = read_position(checkpoint)
-    if min(position.step, position.seed) < 0:
-        raise damaged(checkpoint, POSITION, "step and seed are below 0")
-    if run_folder.checkpoint_step(checkpoint) not in (None, position.step):
-        raise damaged(checkpoint, POSITION, f"it is of step {position.step}")
     if position.digest != digest_of(checkpoint, position):
         raise damaged(
             checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint"
@@ -143,8 +125,6 @@ def load_states(checkpoint: Path, name: str) -> dict:
         states = torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise whatever they like on damaged bytes
         raise damaged(checkpoint, name, error) from error
-    if not isinstance(states, dict):
-        raise damaged(checkpoint, name, "no states of an optimizer")
     return states
 
 
@@ -210,13 +190,9 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
         else:
             return checkpoint
 
-    # None: the run starts anew, and the warning names the folders that look like one.
-    incomplete = ", ".join(path.name for path in run_dir.named_checkpoints())
-    there = str(run_dir.path)
-    if incomplete:
-        there += f" ({incomplete}: not complete, or another program's)"
     logger.warning(
-        "--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.", there
+        "--resume_from_checkpoint latest: no complete checkpoint in %s; starting at step 0.",
+        run_dir.path,
     )
     return None
 
@@ -323,15 +299,6 @@ def settings_of_both(
         if name not in ignored:
             yield name, getattr(facts, name), getattr(config, name)
 
-    # The layers of the denoiser: each that is asked for is there, and no other.
-    asked = config.target_modules
-    denoisers = [module for module in modules if not module.startswith("text_encoder")]
-    adapted = [module.partition(".")[2] for module in denoisers]
-    is_met = all(any(rows.is_target(module, target) for module in adapted) for target in asked)
-    if not is_met or not all(rows.is_adapted(module, asked) for module in adapted):
-        there = sorted({last_name(module) for module in adapted})
-        yield "target_modules", " ".join(there), " ".join(asked)
-
 
 def shown(value: object) -> str:
     """A setting as a message writes it."""
@@ -429,14 +396,10 @@ def claim_run_folder(
     if report.waiting is None or not context.accelerator.is_main_process:
         return
 
-    # A run goes on in its own folder: what came after the checkpoint is of an abandoned run. Files
-    # under an earlier name would not be replaced.
+    # A run goes on in its own folder: what came after the checkpoint is of an abandoned run.
     is_own = checkpoint is not None and checkpoint.resolve().parent == run_dir.path.resolve()
     if is_own:
         archive_checkpoints_after(run_dir, step)
-        own = {run_dir.kohya_path, *run_dir.tokens_paths}
-        renamed = [path for path in published_as(run_dir) if path not in own]
-        move(renamed, run_dir, "held files with an earlier name of the folder")
     elif has_previous_run(run_dir):
         earlier = present(*files_of_run(run_dir), *report.earlier_curves)
         move(earlier, run_dir, "held an earlier run")

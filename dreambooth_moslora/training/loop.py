@@ -36,18 +36,13 @@ from dreambooth_moslora.training import (
     reporter,
     results,
 )
-from dreambooth_moslora.training.prepare import prepare, too_slow_for_samples
+from dreambooth_moslora.training.prepare import prepare
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20
 """Steps in a row that fp16 may skip; its scale has then fallen by a factor of a million."""
-NO_SAMPLES = (
-    "No sample images are drawn: on a CPU each takes minutes with a base of this size. "
-    "--num_validation_images 4 draws them all the same."
-)
-"""Said once, before training; it names the flag that asks for them."""
 
 
 class StepScorer(Protocol):
@@ -480,10 +475,6 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     distributed.on_each(
         accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
     )
-    if too_slow_for_samples(config, inputs.pipeline, accelerator.device):
-        samples.requests = []
-        samples.contexts = []
-        logger.warning(NO_SAMPLES)
 
     # What trains, draws and publishes the adapter.
     train_step = TrainStep(
@@ -509,7 +500,6 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
         samples=samples,
         sampler=sampler,
         max_train_steps=steps.total_steps,
-        checkpoint=resumed_from,
     )
 
     # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.

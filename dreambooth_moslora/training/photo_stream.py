@@ -137,11 +137,6 @@ class PhotoEncoder:
 
         return key, compute
 
-    def identity_of(self, photo: photo_file.Photo) -> tuple[object, ...]:
-        """All of the photo that shapes the weights: its content, its mask's, and its captions."""
-        mask = photo.mask_path and self._digest(photo.mask_path)
-        return self._digest(photo.path), mask, photo.captions, photo.bare_prompt
-
     def _compute(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
         """Latents (4, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
         them."""
@@ -339,11 +334,6 @@ class SubjectStreams:
     def encoder(self) -> PhotoEncoder:
         """The one that all streams share."""
         return self.streams[0].encoder
-
-    @property
-    def identity(self) -> list[tuple[object, ...]]:
-        """The identity of all photos, in their order."""
-        return [self.encoder.identity_of(photo) for photo in self.photos]
 
     def subject_at(self, position: int) -> int:
         """The number of the subject that is shown there."""

@@ -27,8 +27,7 @@ from diffusers import (
 
 from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.base.load import TextProducts, default_resolution
+from dreambooth_moslora.base.load import TextProducts
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.disk.paths import default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
@@ -288,17 +287,6 @@ def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     low, high = config["base_shift"], config["max_shift"]
     slope = (high - low) / (most - least)
     return slope, low - slope * least
-
-
-def too_slow_for_samples(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, device: torch.device
-) -> bool:
-    """Whether samples would take minutes each, on a CPU with a large base, and nobody asked for
-    them."""
-    prompts = [subject.validation_prompt for subject in config.each_subject]
-    asked = (config.num_validation_images, *prompts, config.validation_steps)
-    is_large = default_resolution(pipeline) > SMALL_BASE_PX
-    return device.type == "cpu" and is_large and all(setting is None for setting in asked)
 
 
 def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:

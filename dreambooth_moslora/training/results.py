@@ -5,7 +5,6 @@ draws new contexts: the subject where no photo shows it. The pictures of step 0 
 run folder, so that a resumed run has them as well.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -42,9 +41,6 @@ from dreambooth_moslora.settings import measures, prompts, table
 from dreambooth_moslora.training import explain, prepare
 from dreambooth_moslora.training.checkpoint import (
     Position,
-    digest_of_shown,
-    read_position,
-    trained_modules,
 )
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.optimizer import optimizer_kind
@@ -221,7 +217,6 @@ class Publisher:
     samples: the pictures at fixed seeds
     sampler: draws new contexts at the end
     max_train_steps: optimizer steps of the whole run
-    checkpoint: what the run goes on from, if anything
     scores: the evaluator's latest
     best: the best step so far, if any was scored
     """
@@ -233,7 +228,6 @@ class Publisher:
     samples: ValidationSamples
     sampler: Sampler
     max_train_steps: int
-    checkpoint: Path | None = None
     scores: dict[str, float] = field(default_factory=dict)
     best: explain.BestStep | None = None
 
@@ -241,35 +235,16 @@ class Publisher:
         self.learnt = self.train_step.learnt
         self.tokens = self.learnt.tokens if self.learnt else ()
 
-        # What a checkpoint notes of the run: among it, what the run shows the adapter.
-        instance, prior = self.inputs.instance, self.inputs.prior
-        shown = [instance.identity]
-        if prior is not None:
-            shown.append(prior.identity)
+        # What a checkpoint notes of the run.
         self.position = Position(
             step=self.train_step.step,
             seed=self.config.seed,
             optimizer=optimizer_kind(self.config),
             base=self.inputs.base,
-            shown=digest_of_shown(self.config, instance.encoder.vae_identity, shown),
         )
 
         # What the headers of its files say.
         self.facts = facts_of(self.config, self.inputs, self.train_step)
-        if self.checkpoint is not None:
-            self.tell_what_changed(self.checkpoint)
-
-    def tell_what_changed(self, checkpoint: Path) -> None:
-        """Warn of a checkpoint from a run with other settings, photos or words."""
-        names = changed_names(checkpoint, self.facts, self.position.shown)
-        if names:
-            logger.warning(
-                "goes on from %s (step %d), which had other settings: %s; "
-                "for a new run leave --resume_from_checkpoint out.",
-                checkpoint.name,
-                self.position.step,
-                ", ".join(names),
-            )
 
     @property
     def facts_now(self) -> metadata.AdapterMetadata:
@@ -360,23 +335,6 @@ def facts_of(
     if accelerator.mixed_precision != "no":
         config = replace(config, mixed_precision=accelerator.mixed_precision)
     return metadata.with_recipe(config, facts)
-
-
-def changed_names(checkpoint: Path, facts: metadata.AdapterMetadata, digest: str) -> list[str]:
-    """What a resumed run has otherwise than its checkpoint: one from the start would give other
-    weights."""
-    there, _ = trained_modules(checkpoint)
-    before, now = settings_in(there), settings_in(facts)
-    names = [name for name in before | now if before.get(name) != now.get(name)]
-    if read_position(checkpoint).shown != digest:
-        names.append("photos or words")
-    return names
-
-
-def settings_in(facts: metadata.AdapterMetadata) -> dict[str, object]:
-    """What files tell of the settings that a resumed run should share with its checkpoint."""
-    stored = json.loads(facts.to_json())
-    return stored.get("recipe", {}) | {"processes": stored.get("processes")}
 
 
 def write_card(

@@ -474,11 +474,11 @@ class TrainStep:
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
 
-    def train_mode(self, training: bool = True) -> None:
-        """Set the mode where it differs; `train()` walks over thousands of modules."""
+    def train_mode(self) -> None:
+        """Set it where it is off; `train()` walks over thousands of modules."""
         for module in self.components.values():
-            if module.training != training:
-                module.train(training)
+            if not module.training:
+                module.train()
 
     @property
     def base_is_prior(self) -> bool:

@@ -36,7 +36,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.checkpoint import read_position
+from dreambooth_moslora.training.checkpoint import check_whole
 from dreambooth_moslora.ui.jobs import Job
 
 WRITER = """
@@ -164,7 +164,7 @@ REFUSED = {
     "README.md": lambda path: RunDir(path.parent).read_card(),
     "train_config.json": read_json,
     "adapter_config.json": read_json,
-    "position.json": lambda path: read_position(path.parent),
+    "position.json": lambda path: check_whole(path.parent),
 }
 TAKEN_FOR_DAMAGED = {
     "last/position.json": lambda path: step_of(path.parent) == -1,

@@ -31,7 +31,6 @@ from dreambooth_moslora.training.prepare import (
     fill,
     prompt_cache,
     same_everywhere,
-    too_slow_for_samples,
 )
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps
@@ -457,25 +456,3 @@ def test_a_file_that_cannot_be_gone_on_from_is_said_before_the_base_is_loaded(co
     assert "it is not a safetensors file" in said()
     file.unlink()
     assert "there is no such file or folder" in said()
-
-
-def test_on_a_cpu_with_a_large_base_there_are_no_samples_unless_they_are_asked_for(
-    subject, tmp_path
-):
-    """The tiny base, said to draw 512 px. Only the default is left out."""
-
-    def is_left_out(device="cpu", px=64, **asked):
-        subject.pipeline.unet.register_to_config(sample_size=px)
-        config = tiny_config(
-            tmp_path, tmp_path, tmp_path, **{"num_validation_images": None} | asked
-        )
-        assert config.sample_count == 4
-        return too_slow_for_samples(config, subject.pipeline, torch.device(device))
-
-    assert is_left_out() and not is_left_out(device="cuda") and not is_left_out(px=16)
-    for asked in (
-        {"num_validation_images": 4},
-        {"validation_prompt": "a dog"},
-        {"validation_steps": 9},
-    ):
-        assert not is_left_out(**asked)

@@ -205,11 +205,11 @@ def test_a_resumed_run_has_each_step_once_the_new_learning_rate_and_the_seed_it_
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(tiny_base, photos, tmp_path, caplog):
-    """A dry run names what is not complete."""
+    """A dry run says it too."""
     config = tiny_config(tiny_base, photos, tmp_path, resume_from_checkpoint="latest")
     (tmp_path / "checkpoint-4").mkdir()
     dry_run.describe_run(config)
-    assert "(checkpoint-4: not complete, or another program's); starting at step 0" in caplog.text
+    assert f"latest: no complete checkpoint in {tmp_path}; starting at step 0" in caplog.text
     (tmp_path / "checkpoint-4").rmdir()
     caplog.clear()
     assert train(config).step == 5
@@ -295,7 +295,6 @@ CHANGES = {
     "mixer": ("identity", "has orthogonal; you ask for identity"),
     "train_mixer": (False, "has True; you ask for False"),
     "lora_dropout": (0.5, "has 0; you ask for 0.5"),
-    "target_modules": (("to_q", "to_out.0"), "has to_q; you ask for to_q to_out.0"),
     "seed": (4, "has 3; you ask for 4"),
 }
 OFF = ("use_rslora", "use_dora", "use_ema", "train_text_encoder")
@@ -333,18 +332,15 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
 
 
 @pytest.fixture
-def goes_on(finished, checkpoint, caplog):
-    """Goes on from its first checkpoint, in a folder of its own; returns whether it says that
-    settings are others."""
+def goes_on(finished, checkpoint):
+    """Goes on from its first checkpoint, in a folder of its own."""
 
     def go_on(**changes):
-        caplog.clear()
         place = {
             "resume_from_checkpoint": str(checkpoint),
             "output_dir": str(checkpoint.with_name("goes_on")),
         }
         train(finished[1](**place, **changes))
-        return "goes on from checkpoint-1 (step 1), which had other settings: " in caplog.text
 
     return go_on
 
@@ -353,7 +349,7 @@ def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_preci
     tiny_base, goes_on, tmp_path
 ):
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
-    assert not goes_on(pretrained_model_name_or_path=str(other))
+    goes_on(pretrained_model_name_or_path=str(other))
     (file,) = (other / "unet").glob("*.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(
@@ -361,22 +357,7 @@ def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_preci
         match="checkpoint-1 was trained on a base with other weights: resume with that one",
     ):
         goes_on(pretrained_model_name_or_path=str(other))
-    assert goes_on(mixed_precision="bf16")
-
-
-def test_a_run_that_goes_on_with_other_photos_captions_or_masks_says_so(goes_on, photos, tmp_path):
-    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
-    assert not goes_on(instance_data_dir=str(mine))
-    for name, content in (("0.txt", b"a red dog"), ("0.mask.png", (mine / "0.png").read_bytes())):
-        (mine / name).write_bytes(content)
-        assert goes_on(instance_data_dir=str(mine))
-        (mine / name).unlink()
-    (mine / "0.png").unlink()
-    assert goes_on(instance_data_dir=str(mine))
-
-
-def test_a_run_that_goes_on_with_other_words_says_so(goes_on):
-    assert goes_on(instance_prompt="a photo of sks cat")
+    goes_on(mixed_precision="bf16")
 
 
 TEXTS = (
@@ -511,9 +492,8 @@ def test_what_another_program_left_under_our_names_is_set_aside(source, finished
     assert (run / "checkpoint-2" / "position.json").is_file()
 
 
-@pytest.mark.parametrize("resume", [None, "latest"])
-def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_files_stay(
-    finished, tmp_path, resume
+def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_another_name(
+    finished, tmp_path
 ):
     folder, config = finished
     moved = tmp_path / "moved"
@@ -522,17 +502,14 @@ def test_an_earlier_run_goes_aside_and_of_a_renamed_folder_only_the_new_names_fi
     judged = "evaluation", "mixers_evaluation"
     for name in judged:
         (moved / name).mkdir()
-    train(config(output_dir=moved, max_train_steps=3, resume_from_checkpoint=resume))
+    train(config(output_dir=moved, max_train_steps=3))
     assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
     home = max(moved.glob("earlier_run_*"))
-    assert {"run.kohya.safetensors", "run_emb.safetensors"} <= {
-        path.name for path in home.iterdir()
-    }
-    assert all((moved if resume else home).joinpath(name).is_dir() for name in judged)
-    if not resume:
-        assert not [*moved.glob("*evaluation")]
-        assert adapter_sha256(home) == adapter_sha256(folder)
-        assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
+    aside = {path.name for path in home.iterdir()}
+    assert {"run.kohya.safetensors", "run_emb.safetensors", *judged} <= aside
+    assert not [*moved.glob("*evaluation")]
+    assert adapter_sha256(home) == adapter_sha256(folder)
+    assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]
 
 
 def test_an_earlier_runs_curves_go_aside_and_those_of_a_run_that_goes_on_stay(finished, tmp_path):
