@@ -5,8 +5,8 @@ and the page.
 
 A given setting always wins.
 
-The base decides the recipe from `assets/configs`; on a GPU its free memory decides which of the
-family's.
+The base's family decides the recipe from `assets/configs`; how memory is saved is left to
+`--memory auto`.
 """
 
 import shlex
@@ -24,7 +24,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
-from dreambooth_moslora.settings.table import OF_PLANS, TrainConfig, checked_setting
+from dreambooth_moslora.settings.table import TrainConfig, checked_setting
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -107,7 +107,7 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
     Returns the exposures of each photo in the recipe.
     """
     base = choices.base
-    name, recipe = recipe_settings(base, free_gib)
+    name, recipe = recipe_settings(base)
 
     # Its steps are for five photos; what is kept of them is how often each photo is shown.
     photos_a_step = recipe["train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
@@ -115,8 +115,6 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
     # What of the recipe is another run's, or chosen by other settings.
     left_out = set(OWN)
-    if choices.given.get("memory") is not None:
-        left_out.update(OF_PLANS)
     if not base.is_toy and free_gib is None and not machine.has_gpu():
         left_out.update(OF_SAMPLES)
     if choices.given.get("do_edm_style_training"):
@@ -127,14 +125,12 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
         left_out.update(key for key in recipe if "prior" in key)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}
 
-    # A recipe that several families share does not say the size of their pictures.
-    if base.facts and not base.is_toy and not (base.is_flow and base.facts.recipes):
+    # A UNet may have been trained at another size than the models that its recipe is for.
+    if base.facts and not base.is_toy and not base.is_flow:
         recipe["resolution"] = base.resolution_px
 
     # What the person is told of it.
-    is_by_card = free_gib is not None and name.endswith("gb.toml")
-    with_memory = f" for {free_gib:.0f} GiB of free GPU memory" if is_by_card else ""
-    choices.add(f"recipe: assets/configs/{name}{with_memory}", "config", **recipe)
+    choices.add(f"recipe: assets/configs/{name}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
         lacks = "this CPU has no bf16"
         if machine.has_gpu():
@@ -153,11 +149,10 @@ def choose_resolution(choices: Choices) -> None:
             choices.add(f"resolution: {own} px, the base's own", "resolution", resolution=own)
 
 
-def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, Any]]:
-    """The file in `assets/configs` for this base, and its settings, with what the recipes leave
-    open: bases without fp16 files, and the precision that the GPU, or the CPU where there is none,
-    computes fast. A flow family has recipes by GB: the largest that needs at most nine tenths of
-    the card is taken; without a GPU, for 12 GB."""
+def recipe_settings(base: Base) -> tuple[str, dict[str, Any]]:
+    """The file in `assets/configs` for this base's family, and its settings, with what the recipes
+    leave open: bases without fp16 files, and the precision that the GPU, or the CPU where there is
+    none, computes fast."""
     folder = assets_folder() / "configs"
     if base.is_toy:
         name = "toy_zimage.toml" if base.is_flow else "toy.toml"
@@ -165,21 +160,14 @@ def recipe_settings(base: Base, free_gib: float | None) -> tuple[str, dict[str, 
     facts = base.facts
 
     # The precision.
-    is_on_gpu = machine.has_gpu()
     precision = "no"
-    if is_on_gpu:
+    if machine.has_gpu():
         precision = machine.half_precision_of(facts)
     elif machine.has_fast_bf16():
         precision = "bf16"
 
-    # The file: SDXL's, or the family's for a card of this size.
-    name = "sdxl.toml"
-    if facts and facts.recipes:
-        most = 12 if free_gib is None else free_gib / 0.9
-        if is_on_gpu and precision == "no":  # they are for bf16
-            most /= 2
-        fitting = [gb for gb in facts.recipes if gb <= most]
-        name = f"{facts.name}_{max(fitting, default=min(facts.recipes))}gb.toml"
+    # The file: the family's, or SDXL's where the family is not known.
+    name = f"{facts.name if facts else 'sdxl'}.toml"
     recipe = sources.load_settings(folder / name)
     if base.name != STOCK_SDXL:  # the only one that is known to have fp16 files
         recipe["variant"] = None

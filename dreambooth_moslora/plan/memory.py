@@ -426,16 +426,18 @@ def disk_gib(
 
 def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory
-    than is free."""
+    than can be used, by the same bound as `--memory auto`."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
     if need < SMALL_GIB or not is_known:
         return
     free = free_gib_of_gpu()
-    if free is not None and need > free:
+    if free is not None and need > USABLE * free:
         of = f" of {size.family.title}" if size.family.memory else ""
-        lack = f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free"
-        raise UserError(f"{lack}: {way_out(config, size, free)}")
+        raise UserError(
+            f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free, "
+            f"of which it can use {USABLE * free:.1f}: {way_out(config, size, free)}"
+        )
 
 
 def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
@@ -453,7 +455,7 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
-    """The fewest changes to these settings that fit, and the recipe for such a card."""
+    """The fewest changes to these settings that fit."""
     # A resumed run's plan is kept by the same word, so that another word must be named.
     is_kept = config.memory == "auto" and kept_plan(config) is not None
     start = without_plan(config) if is_kept else config
@@ -464,7 +466,7 @@ def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
         word = plan_name(tried, size, free_gib) if is_kept else "auto"
         tried = replace(tried, **fitting_settings(tried, size, free_gib))
         cost = estimate(tried, size, 1).peak_gib
-        if cost > free_gib:
+        if cost > USABLE * free_gib:
             continue
 
         # It fits: say the flags, or the one to leave out.
@@ -474,17 +476,8 @@ def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
             said = "leave out --images_at_once"
             if flags:
                 said += f" and give{flags}"
-        recipe = recipe_for(size.family, free_gib)
-        return f"{said} (then {cost:.1f} GiB){recipe}."
+        return f"{said} (then {cost:.1f} GiB)."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."
-
-
-def recipe_for(facts: families.Facts, free_gib: float) -> str:
-    """The end of a sentence, with the recipe for such a card; "" without one."""
-    for card in facts.recipes:
-        if card * 0.9 <= free_gib:  # a tenth is the desktop's
-            return f", or start from assets/configs/{facts.name}_{card}gb.toml"
-    return ""
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ their in + out."""
 
 @dataclass(frozen=True)
 class Facts:
-    """One family. `name` begins its recipes' file names; `title` is for sentences, cards and the
-    page."""
+    """One family. `name` is that of its recipe in `assets/configs`; `title` is for sentences, cards
+    and the page."""
 
     name: str
     title: str
@@ -108,9 +108,6 @@ class Facts:
     """Why ComfyUI, "it", does not read the published file; "" where it does."""
     # What the pipeline's call needs beside a prompt, in the snippet of a model card.
     call: str = ""
-    recipes: tuple[int, ...] = ()
-    """GB of the cards that the recipes `assets/configs/NAME_…gb.toml` are for; UNets share SDXL's,
-    which is for all."""
 
     @property
     def denoiser_name(self) -> str:
@@ -194,7 +191,6 @@ FAMILIES = (
                 encoders=CLIP_L,
             ),
         ),
-        recipes=(6,),
         **UNET,
     ),
     Facts(
@@ -217,7 +213,6 @@ FAMILIES = (
             parameters=2.243e9,
             text_tokens=333,
         ),
-        recipes=(24, 12, 8),
         models=(
             Model(
                 hub_id="stabilityai/stable-diffusion-3.5-medium",
@@ -256,7 +251,6 @@ FAMILIES = (
             drawing_gib=0.457,
             parameters=11.901e9,
         ),
-        recipes=(24, 12),
         models=(
             Model(
                 hub_id="black-forest-labs/FLUX.1-dev",
@@ -291,7 +285,6 @@ FAMILIES = (
             drawing_gib=0.574,
             parameters=3.876e9,
         ),
-        recipes=(12, 8),
         models=(
             Model(
                 hub_id="black-forest-labs/FLUX.2-klein-base-4B",
@@ -327,7 +320,6 @@ FAMILIES = (
             parameters=6.155e9,
             text_tokens=64,
         ),
-        recipes=(24, 16, 8),
         models=(
             Model(
                 hub_id="Tongyi-MAI/Z-Image",
@@ -356,7 +348,6 @@ FAMILIES = (
             parameters=20.430e9,
             text_tokens=64,
         ),
-        recipes=(24,),
         models=tuple(
             Model(
                 hub_id=name,
@@ -387,7 +378,6 @@ FAMILIES = (
             parameters=12.820e9,
             text_tokens=64,
         ),
-        recipes=(24,),
         models=(
             Model(
                 hub_id="krea/Krea-2-Raw",
@@ -408,7 +398,6 @@ FAMILIES = (
         text_options=("max_sequence_length", "system_prompt"),
         file_mark="layers.0.adaLN_modulation.1.weight",
         licence="Apache-2.0",
-        recipes=(12,),
         not_in_comfyui="it has q, k and v of Lumina 2 in one matrix, and maps none of these names",
         memory=Memory(
             full_gib=18.880,
@@ -448,7 +437,6 @@ FAMILIES = (
             parameters=1.604e9,
             text_tokens=0,
         ),
-        recipes=(8,),
         models=tuple(
             Model(
                 hub_id=f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers",

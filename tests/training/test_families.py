@@ -547,8 +547,8 @@ def test_text_encoders_are_trained_where_the_family_has_small_ones(case):
 
 
 def test_one_word_takes_the_familys_recipe(case):
-    name, recipe = recipe_settings(Base.find(case.base), 8.0)
-    assert name.startswith(case.facts.name)
+    name, recipe = recipe_settings(Base.find(case.base))
+    assert name == f"{case.facts.name}.toml"
     words = [
         str(case.photos),
         "dog",

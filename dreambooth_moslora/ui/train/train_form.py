@@ -578,7 +578,7 @@ def crop_config(
     - `photos_dir` has `photos`, which need no words yet.
     - `seed` is the form's. Raises UserError for one that is no whole number.
     """
-    _, recipe = plan.recipe_settings(Base.find(base), free_for(base))
+    _, recipe = plan.recipe_settings(Base.find(base))
     own = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": str(photos_dir),
