@@ -28,6 +28,10 @@ ENCODER_BYTES_A_PIXEL = 2600
 TILES_PX = (512, 256)
 """Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
 
+PLACES = 2
+"""Blocks on the device where blocks are streamed: the one that computes, and the next on its way.
+"""
+
 
 def process_count() -> int:
     """Processes that a launcher started for this run."""

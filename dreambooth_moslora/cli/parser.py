@@ -49,6 +49,7 @@ FOREIGN = {
     "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
     # its scripts for other models
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",
+    "blocks_to_swap": "use --stream_blocks",
     "do_fp8_training": "not supported: --base_quantization int8 is nearest",
     "skip_final_inference": "use --num_validation_images 0, which draws no samples at all",
     "final_validation_prompt": (

@@ -32,11 +32,14 @@ One process asks nobody, and then nothing here loads torch.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TypeVar
+
+import psutil
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
@@ -82,15 +85,18 @@ SDXL = families.facts_of("StableDiffusionXLPipeline")
 STOCK = SDXL.models[0]
 STOCK_SDXL = STOCK.hub_id
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
-"""Paths of a transformer's repeated blocks, whose linear layers are quantised."""
+UNET_BLOCKS = re.compile(r".*transformer_blocks\.\d+\.")
+"""Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured
 here: others report about a minute to compile the blocks, and a tenth of a second saved per image.
 """
-OF_A_LOADED_BASE = ("recompute_ff", "recompute", "nf4")
+OF_A_LOADED_BASE = ("recompute_ff", "recompute", "nf4", "nf4_stream")
 """The plans that a run can change to before its first update, from the fastest to the leanest."""
 # Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
 USABLE = 0.9
+# Of the host's memory, for streamed blocks: as much as Windows lets a driver pin.
+HOST_SHARE = 0.5
 Result = TypeVar("Result")
 
 
@@ -99,10 +105,13 @@ class BaseSize:
     """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers`
     that get an adapter. `projections` counts the UNet's parameters that quantisation replaces,
     `text_projections` those of cross-attention's to_k and to_v, which have `text_outputs` outputs
-    together. For a convolution (out, in, h, w), in is in·h·w."""
+    together, `streamed` those that `--stream_blocks` keeps on the host, and `largest_block` those
+    of one block. For a convolution (out, in, h, w), in is in·h·w."""
 
     unet: int = STOCK.parameters
     projections: int = STOCK.in_blocks
+    streamed: int = STOCK.in_blocks
+    largest_block: int = STOCK.largest_block
     text_projections: int = 340_787_200
     text_outputs: int = 166_400
     text_encoders: int = STOCK.encoders
@@ -163,6 +172,8 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     return BaseSize(
         unet=model.parameters,
         projections=model.in_blocks,
+        streamed=model.streamed or model.in_blocks,
+        largest_block=model.largest_block,
         text_projections=0,
         text_outputs=0,
         text_encoders=model.encoders,
@@ -197,13 +208,16 @@ def size_of_shapes(
         if rows.is_adapted(path, target_modules)
     )
 
-    # Those that quantisation replaces, as `base.load` chooses them.
-    is_flow = facts.style == "flow"
-    in_block = BLOCKS.match if is_flow else re.compile("transformer_blocks").search
-    projections = 0
+    # Those of each block that quantisation replaces, as `base.load` chooses them.
+    pattern = BLOCKS if facts.style == "flow" else UNET_BLOCKS
+    blocks: Counter[str] = Counter()
     for path, shape in layers.items():
-        if in_block(f"{path}.weight") and len(shape) == 2 and shape[0] % 32 == 0:
-            projections += math.prod(shape)
+        block = pattern.match(path)
+        if block and len(shape) == 2 and shape[0] % 32 == 0:
+            blocks[block[0]] += math.prod(shape)
+
+    # Of these, the blocks that `base.streaming` streams.
+    streamed = [number for block, number in blocks.items() if "refiner" not in block]
 
     # Those that `--cache_cross_attention` keeps off the GPU.
     of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
@@ -217,7 +231,9 @@ def size_of_shapes(
 
     return BaseSize(
         unet=count[facts.denoiser],
-        projections=projections,
+        projections=sum(blocks.values()),
+        streamed=sum(streamed),
+        largest_block=max(streamed, default=0),
         text_projections=sum(map(math.prod, of_text)),
         text_outputs=sum(shape[0] for shape in of_text),
         text_encoders=texts,
@@ -249,6 +265,8 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     bytes_each = optimizer_kinds.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
     optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
+    if config.stream_blocks:
+        on_host += streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
     weights = unet - on_host + optimized + (texts if config.keeps_text_encoders else 0)
 
     # Before the first step, photos and texts are encoded.
@@ -279,6 +297,14 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
+
+
+def streamed_gib(config: table.TrainConfig, size: BaseSize, blocks: int | None = None) -> float:
+    """The weights of so many blocks that are streamed, or of all. Scales of weights in 4 bit stay
+    on the device."""
+    number = 0.5 if config.base_quantization == "nf4" else BYTES[precision_of(config)]
+    count = size.streamed if blocks is None else blocks * size.largest_block
+    return min(count, size.streamed) * number / machine.GIB
 
 
 def preparing_gib(
@@ -649,19 +675,32 @@ def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Plan -> peak memory in GiB, for those that these settings and packages allow."""
     found = {}
     for name in table.PLANS:
-        if is_possible(name, config, size.family):
-            tried = replace(config, **plan_settings(config, name))
-            found[name] = estimate(tried, size, 1).peak_gib
+        if not is_possible(name, config, size.family):
+            continue
+        tried = replace(config, **plan_settings(config, name))
+        # Blocks in half precision may need more than the host has; those in 4 bit take a quarter.
+        if name == "stream" and streamed_gib(tried, size) > HOST_SHARE * host_gib():
+            continue
+        found[name] = estimate(tried, size, 1).peak_gib
     return found
+
+
+def host_gib() -> float:
+    """The memory of this machine, GiB."""
+    return psutil.virtual_memory().total / machine.GIB
 
 
 def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
     """Whether a run can take this plan, with its settings, its family and the packages here."""
     plan = table.PLANS[name]
-    # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes.
-    if machine.is_on_apple() and (name == "nf4" or "gradient_checkpointing" not in plan):
+    # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
+    # its GPU computes in the host's memory.
+    is_nf4, is_streamed = "base_quantization" in plan, "stream_blocks" in plan
+    if machine.is_on_apple():
+        return "gradient_checkpointing" in plan and not is_nf4 and not is_streamed
+    if is_nf4 and (config.cache_cross_attention or not find_spec("bitsandbytes")):
         return False
-    if name == "nf4" and (config.cache_cross_attention or not find_spec("bitsandbytes")):
+    if is_streamed and (config.base_quantization == "int8" or config.use_dora):
         return False
     if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
         return False
@@ -678,8 +717,9 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
         return f"--images_at_once {images}", {"images_at_once": images}
 
     plans = [name for name in OF_A_LOADED_BASE if is_possible(name, config, facts)]
-    if config.use_dora:  # its magnitudes are those of the dense weights
-        plans = [name for name in plans if name != "nf4"]
+    # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
+    if config.use_dora or config.stream_blocks:
+        plans = [name for name in plans if "nf4" not in name]
 
     # Go on after the leanest plan whose settings the run has.
     later = plans

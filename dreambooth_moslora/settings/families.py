@@ -30,17 +30,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class Model:
-    """A published model: its parameters, those in linear layers of its blocks, the number of its
-    layers that get an adapter by default and the sum of their inputs and outputs, and the
-    parameters of its text encoders and VAE."""
+    """A published model: its parameters, those in linear layers of its blocks and of the largest
+    block, the number of its layers that get an adapter by default and the sum of their inputs and
+    outputs, and the parameters of its text encoders and VAE."""
 
     hub_id: str
     parameters: int
     in_blocks: int
+    largest_block: int
     adapted_layers: int
     adapted_widths: int
     encoders: int
     vae: int = 83_653_863
+    streamed: int | None = None
+    """Of `in_blocks`, those that `--stream_blocks` streams: all, but for blocks that refine."""
 
 
 # Parameters of text encoders that several models have.
@@ -162,6 +165,7 @@ FAMILIES = (
                 hub_id="stabilityai/stable-diffusion-xl-base-1.0",
                 parameters=2_567_463_684,
                 in_blocks=2_183_987_200,
+                largest_block=34_734_080,
                 adapted_layers=560,
                 adapted_widths=1_451_520,
                 encoders=CLIP_L + CLIP_G,
@@ -186,6 +190,7 @@ FAMILIES = (
                 hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
                 parameters=859_520_964,
                 in_blocks=242_196_480,
+                largest_block=31_457_280,
                 adapted_layers=128,
                 adapted_widths=199_296,
                 encoders=CLIP_L,
@@ -218,6 +223,7 @@ FAMILIES = (
                 hub_id="stabilityai/stable-diffusion-3.5-medium",
                 parameters=2_243_171_520,
                 in_blocks=2_222_456_832,
+                largest_block=101_449_728,
                 adapted_layers=191,
                 adapted_widths=586_752,
                 encoders=CLIP_L + CLIP_G + T5_XXL,
@@ -226,6 +232,7 @@ FAMILIES = (
                 hub_id="stabilityai/stable-diffusion-3.5-large",
                 parameters=8_056_627_520,
                 in_blocks=8_014_315_520,
+                largest_block=212_926_464,
                 adapted_layers=303,
                 adapted_widths=1_473_792,
                 encoders=CLIP_L + CLIP_G + T5_XXL,
@@ -256,6 +263,7 @@ FAMILIES = (
                 hub_id="black-forest-labs/FLUX.1-dev",
                 parameters=11_901_408_320,
                 in_blocks=11_834_228_736,
+                largest_block=339_738_624,
                 adapted_layers=342,
                 adapted_widths=2_801_664,
                 encoders=CLIP_L + T5_XXL,
@@ -290,6 +298,7 @@ FAMILIES = (
                 hub_id="black-forest-labs/FLUX.2-klein-base-4B",
                 parameters=3_875_544_576,
                 in_blocks=3_680_501_760,
+                largest_block=245_366_784,
                 adapted_layers=60,
                 adapted_widths=1_044_480,
                 encoders=QWEN3_4B,
@@ -298,6 +307,7 @@ FAMILIES = (
                 hub_id="black-forest-labs/FLUX.2-klein-base-9B",
                 parameters=9_078_581_248,
                 in_blocks=8_724_152_320,
+                largest_block=436_207_616,
                 adapted_layers=80,
                 adapted_widths=1_736_704,
                 encoders=QWEN3_8B,
@@ -325,6 +335,8 @@ FAMILIES = (
                 hub_id="Tongyi-MAI/Z-Image",
                 parameters=6_154_908_736,
                 in_blocks=6_142_033_920,
+                largest_block=180_879_360,
+                streamed=5_426_380_800,
                 adapted_layers=136,
                 adapted_widths=1_044_480,
                 encoders=QWEN3_4B,
@@ -353,6 +365,7 @@ FAMILIES = (
                 hub_id=name,
                 parameters=20_430_401_088,
                 in_blocks=20_384_317_440,
+                largest_block=339_738_624,
                 adapted_layers=240,
                 adapted_widths=1_474_560,
                 encoders=8_292_166_656,
@@ -383,6 +396,7 @@ FAMILIES = (
                 hub_id="krea/Krea-2-Raw",
                 parameters=12_820_073_036,
                 in_blocks=12_155_092_992,
+                largest_block=434_110_464,
                 adapted_layers=128,
                 adapted_widths=1_200_128,
                 encoders=4_437_815_808,
@@ -411,6 +425,8 @@ FAMILIES = (
                 hub_id="Alpha-VLLM/Lumina-Image-2.0",
                 parameters=2_609_769_152,
                 in_blocks=2_599_944_192,
+                largest_block=87_293_952,
+                streamed=2_269_642_752,
                 adapted_layers=120,
                 adapted_widths=460_800,
                 encoders=GEMMA2_2B,
@@ -442,6 +458,7 @@ FAMILIES = (
                 hub_id=f"Efficient-Large-Model/Sana_1600M_1024px_{kind}diffusers",
                 parameters=1_604_462_752,
                 in_blocks=802_816_000,
+                largest_block=40_140_800,
                 adapted_layers=120,
                 adapted_widths=537_600,
                 encoders=GEMMA2_2B,

@@ -65,6 +65,7 @@ EXCLUDED: dict[str, dict[str, str]] = {
         "use_dora": "DoRA reads the weights",
         "base_quantization": "it quantises these weights",
     },
+    "stream_blocks": {"use_dora": "DoRA reads the weights"},
     "images_at_once": {name: ONE_PASS for name in ("train_text_encoder", "train_text_encoder_ti")},
 }
 """Setting -> settings that a run cannot change beside it, and why."""
@@ -145,6 +146,12 @@ def check_together(config: Config) -> None:
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
     if config.early_stopping and not config.evaluate_steps:
         raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
+
+    # A block is brought again when it is recomputed; bitsandbytes holds its own copies in 8 bit.
+    if config.stream_blocks and not config.gradient_checkpointing:
+        raise UserError("--stream_blocks needs --gradient_checkpointing.")
+    if config.stream_blocks and config.base_quantization == "int8":
+        raise UserError("--stream_blocks cannot stream --base_quantization int8: give nf4.")
 
     # What the optimizer cannot do.
     kind = optimizer_kinds.optimizer_of(config)

@@ -38,6 +38,12 @@ PLANS: dict[str, dict[str, object]] = {
     "recompute": {"gradient_checkpointing": True},
     "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+    "stream": {"gradient_checkpointing": True, "stream_blocks": True},
+    "nf4_stream": {
+        "gradient_checkpointing": True,
+        "base_quantization": "nf4",
+        "stream_blocks": True,
+    },
 }
 """The words of `--memory`, from the fastest to the leanest."""
 OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
@@ -1074,6 +1080,15 @@ class TrainConfig:
         help=(
             "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is "
             "computed once"
+        ),
+        publish="if_changed",
+        yields_to=("memory",),
+    )
+    stream_blocks: bool = of_memory(
+        default=False,
+        help=(
+            "keep the blocks of the UNet or transformer in the host's memory: each is copied to "
+            "the GPU while the one before it computes"
         ),
         publish="if_changed",
         yields_to=("memory",),

@@ -28,6 +28,7 @@ from diffusers import (
 from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts
+from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.disk.paths import default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
@@ -171,6 +172,8 @@ def prepare(
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
     products = TextProducts(denoiser, device) if config.cache_cross_attention else None
+    if config.stream_blocks:
+        StreamedBlocks(denoiser, device)
     denoiser.to(device)
     return TrainInputs(
         pipeline=pipeline,

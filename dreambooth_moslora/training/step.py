@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.plan import distributed, memory
@@ -111,7 +112,7 @@ class TrainStep:
         for module in self.components.values():
             self.parameters += [weight for _, weight in moslora.adapter_parameters(module)]
             self.lora_layers += moslora.lora_layers(module)
-        self.copies = fast_linear.WorkingCopies(*self.components.values())
+        self.copies = self.working_copies()
 
         # New tokens, which are learnt beside it.
         self.learnt: adapters.LearntTokens | None = None
@@ -146,6 +147,11 @@ class TrainStep:
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
+
+    def working_copies(self) -> fast_linear.WorkingCopies:
+        """The adapter's copies. Weights that are streamed do not lie in one buffer."""
+        joint = False if self.config.stream_blocks else None
+        return fast_linear.WorkingCopies(*self.components.values(), joint=joint)
 
     def compile_blocks(self) -> None:
         """Compile the denoiser's transformer blocks in place, each at its first call."""
@@ -285,9 +291,12 @@ class TrainStep:
         for module in self.components.values():
             adapters.recompute(config, module)
 
+        if config.stream_blocks and not self.config.stream_blocks:
+            StreamedBlocks(inputs.denoiser, self.device)
+
         # The copies know the layers' weights, and what a step that broke off has left.
-        self.copies = fast_linear.WorkingCopies(*self.components.values())
         self.config = config
+        self.copies = self.working_copies()
 
     def begin(self) -> None:
         """Before a step: dropout is on, and no gradients are left."""

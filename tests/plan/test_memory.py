@@ -59,8 +59,10 @@ SDXL = TrainConfig(
 
 @pytest.fixture
 def card(gpu, monkeypatch):
-    """A GPU with so much free beside CUDA's context; bitsandbytes is there."""
+    """A GPU with so much free beside CUDA's context, in a machine with 32 GiB; bitsandbytes is
+    there."""
     monkeypatch.setattr(memory, "find_spec", lambda name: True)
+    monkeypatch.setattr(memory, "host_gib", lambda: 32.0)
     return lambda free_gib, capability=8: gpu(capability, free_gib)
 
 
@@ -386,7 +388,8 @@ def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny
         ),
         (7.4, r"give --memory auto \(then 6\.\d GiB\)\."),
         (2.9, r"give --memory auto \(then 3\.0 GiB\)\."),
-        (2.0, r"give a smaller --resolution than 1024"),
+        (1.9, r"give --memory auto \(then 2\.1 GiB\)\."),
+        (1.0, r"give a smaller --resolution than 1024"),
     ],
 )
 def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, free_gib, says):
@@ -454,8 +457,10 @@ def test_a_known_model_is_what_its_denoiser_counts(facts, model):
             }
         }
         size = memory.size_of_shapes(facts, shapes, facts.targets)
-        found.append((size.unet, size.projections, size.adapted_layers, size.adapted_widths))
-    assert (model.parameters, model.in_blocks, model.adapted_layers, model.adapted_widths) in found
+        blocks = (size.projections, size.streamed, size.largest_block)
+        found.append((size.unet, *blocks, size.adapted_layers, size.adapted_widths))
+    blocks = (model.in_blocks, model.streamed or model.in_blocks, model.largest_block)
+    assert (model.parameters, *blocks, model.adapted_layers, model.adapted_widths) in found
 
 
 @pytest.mark.parametrize(("facts", "model"), KNOWN, ids=[model.hub_id for _, model in KNOWN])
@@ -472,35 +477,44 @@ def test_a_model_that_is_not_fetched_is_known_by_its_id_without_a_network(
     assert size.unet * 2 / 2**30 < estimate(config, size, 1).training_gib
 
 
-def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card):
+def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monkeypatch):
     facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
     size = replace(
-        BaseSize(), unet=6_154_908_736, projections=6_142_033_920, family=facts, is_measured=True
+        BaseSize(),
+        unet=6_154_908_736,
+        projections=6_142_033_920,
+        streamed=5_426_380_800,
+        largest_block=180_879_360,
+        family=facts,
+        is_measured=True,
     )
     run = replace(
         SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0
     )
-    assert [memory.fitting(run, size, free) for free in (48.0, 18.0, 8.0)] == [
-        "full",
-        "recompute",
-        "nf4",
-    ]
     card(8.0)
+    plans = {48.0: "full", 18.0: "recompute", 8.0: "nf4", 6.2: "stream", 5.0: "nf4_stream"}
+    assert {free: memory.fitting(run, size, free) for free in plans} == plans
+
+    # What half of the host's memory cannot hold is streamed in 4 bit.
+    monkeypatch.setattr(memory, "host_gib", lambda: 16.0)
+    assert memory.fitting(run, size, 6.2) == "nf4_stream"
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
         memory.check_memory(run, size)
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 BY_HALVES = {"train_batch_size": 3, "gradient_accumulation_steps": 2, "images_at_once": 6}
+NF4 = ("nf4", "nf4_stream")
 LEANER = [
-    ("sdxl", BY_HALVES, ["at_once 3", "at_once 2", "at_once 1", "ff", "recompute", "nf4"]),
-    ("flux", {"train_batch_size": 2}, ["at_once 1", "recompute", "nf4"]),
-    ("sdxl", {"train_text_encoder": True, "train_batch_size": 2}, ["ff", "recompute", "nf4"]),
+    ("sdxl", BY_HALVES, ["at_once 3", "at_once 2", "at_once 1", "ff", "recompute", *NF4]),
+    ("flux", {"train_batch_size": 2}, ["at_once 1", "recompute", *NF4]),
+    ("sdxl", {"train_text_encoder": True, "train_batch_size": 2}, ["ff", "recompute", *NF4]),
     ("sdxl", {"use_dora": True}, ["ff", "recompute"]),
     ("sdxl", {"cache_cross_attention": True}, ["ff", "recompute"]),
     ("sdxl", {"base_quantization": "int8"}, ["ff", "recompute"]),
     ("sdxl", {"base_quantization": "int8"} | CHECKPOINTED, []),
-    ("z_image", CHECKPOINTED, ["nf4"]),
+    ("z_image", CHECKPOINTED, [*NF4]),
+    ("z_image", CHECKPOINTED | {"stream_blocks": True}, []),
 ]
 
 
@@ -526,12 +540,13 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     assert (run.memory, run.rank, run.resolution) == ("auto", 16, facts.resolution_px)
     run = replace(run, **family_settings(run, Base.of(run)))
     size = size_of_base(Base.of(run), facts.targets)
-    fits = estimate(planned(run), size, 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert size.family is facts and fits == (facts.name not in TOO_LARGE.get(free_gib, ()))
+    found = planned(run)
+    assert size.family is facts and estimate(found, size, 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert found.stream_blocks == (facts.name in STREAMED.get(free_gib, ()))
 
 
-TOO_LARGE = {7.5: ("flux", "qwen_image", "krea2"), 11.4: ("qwen_image", "krea2")}
-"""Which of them do not fit."""
+STREAMED = {7.5: ("flux", "qwen_image", "krea2"), 11.4: ("qwen_image", "krea2")}
+"""Whose blocks do not fit, by the card."""
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):

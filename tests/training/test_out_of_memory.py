@@ -46,11 +46,16 @@ FEED_FORWARD, RECOMPUTED = {"recompute_feed_forward": True}, {"gradient_checkpoi
 IN_4_BIT = RECOMPUTED | {"base_quantization": "nf4"}
 TO_FEWER, TO_FEED_FORWARD = "--images_at_once 1", "--memory recompute_ff"
 TO_RECOMPUTED, TO_4_BIT = "--memory recompute", "--memory nf4"
+STREAMED, TO_STREAMED = IN_4_BIT | {"stream_blocks": True}, "--memory nf4_stream"
 slow = pytest.mark.slow
 
 
 def is_recomputed(unet: nn.Module, z: torch.Tensor) -> bool:
     return unet.is_gradient_checkpointing
+
+
+def is_streamed(unet: nn.Module, z: torch.Tensor) -> bool:
+    return any(part._forward_pre_hooks for part in unet.modules())
 
 
 def is_single(unet: nn.Module, z: torch.Tensor) -> bool:
@@ -67,6 +72,7 @@ WAYS = [
     (LAYERS, has_layers("RecomputedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD]),
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
+    pytest.param(LAYERS | IN_4_BIT, is_streamed, STREAMED, [TO_STREAMED], marks=slow),
     (
         PAIR | LAYERS,
         has_layers("Linear4bit"),
@@ -95,7 +101,7 @@ def test_the_first_step_is_done_again_as_by_a_run_that_began_with_less(
 
 
 LOST = {
-    "nothing is left": (RECOMPUTED | {"base_quantization": "nf4"}, 0),
+    "nothing is left": (STREAMED, 0),
     "the adapter was updated": ({}, 1),
 }
 

@@ -1,0 +1,173 @@
+"""Blocks of the frozen base that stay in the host's memory and come to the device to compute.
+
+    host      block 0 | block 1 | block 2 | …     pinned where there is CUDA
+    device    place 0 | place 1                   block n comes to place n mod 2
+
+While a block computes, the next one is copied beside it. Nothing is written back, as the base is
+frozen. Adapters, norms and biases, and the scales of weights in 4 bit, stay on the device.
+
+It is for blocks that are recomputed (gradient checkpointing), which read nothing between the two
+passes. A block comes before its forward, and again when the first gradient of its outputs is there.
+It has the same addresses each time, so that it does not matter when a view of its weights was
+taken: bitsandbytes keeps one from the forward pass, and reads it before anything is recomputed.
+
+diffusers' group offloading lets a block go when its forward ends, before the backward pass has
+read it, and puts back each weight as it was, the trained ones too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dreambooth_moslora.base.machine import PLACES
+from dreambooth_moslora.base.pipelines import block_classes
+
+ALIGNED = 256
+"""Bytes between which a weight begins: kernels read several numbers at once."""
+PIECE = 2**24
+"""Bytes of a piece of a block on the host. PyTorch rounds each pinned buffer up to a power of two.
+"""
+
+
+class Copies(Protocol):
+    """How a block comes to the device."""
+
+    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> Any:
+        """Begin to fill `place` (bytes,) with the pieces. Returns what `wait` takes."""
+
+    def wait(self, copy: Any) -> None:
+        """Let nothing compute before that copy has ended."""
+
+
+class AtOnce:
+    """Copies that have ended when they have begun, for devices without streams."""
+
+    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> None:
+        copy_pieces(place, pieces)
+
+    def wait(self, copy: None) -> None:
+        """Nothing is left to wait for."""
+
+
+class SideStream:
+    """Copies beside the computation, on a GPU of Nvidia or AMD."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> torch.cuda.Event:
+        # What was queued up to now may still read the block that lay there before.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            copy_pieces(place, pieces)
+        return self.stream.record_event()
+
+    def wait(self, copy: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(copy)
+
+
+def copy_pieces(place: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Fill the beginning of `place` (bytes,) with the pieces, without waiting where they are
+    pinned."""
+    for target, piece in zip(place.split(PIECE), pieces):
+        target[: len(piece)].copy_(piece, non_blocking=piece.is_pinned())
+
+
+class StreamedBlocks:
+    """Moves the matrices of a denoiser's blocks to the host, and brings them when they compute.
+
+    denoiser: changed in place; it may be on the host or on the device, in 4 bit too, and all but
+        these matrices is the caller's to move
+    device: where it computes
+    copies: how blocks come there; by default on a stream of their own where there is CUDA
+
+    `held` are the numbers of the blocks on the device.
+    """
+
+    def __init__(self, denoiser: nn.Module, device: torch.device, copies: Copies | None = None):
+        is_cuda = device.type == "cuda"
+        self.copies = copies or (SideStream(device) if is_cuda else AtOnce())
+        blocks = streamed_blocks(denoiser)
+
+        # The places, as large as the largest block.
+        largest = max(sum(map(room_of, weights)) for _, weights in blocks)
+        self.places = []
+        for _ in range(PLACES):
+            self.places.append(torch.empty(largest, dtype=torch.uint8, device=device))
+        self.held: list[int | None] = [None] * PLACES
+        self.begun: list[Any] = [None] * PLACES
+        self.last = -1
+
+        # Each block moves to the host, and comes again whenever its forward is called. A compiler
+        # must not look into that.
+        self.pieces: list[list[Tensor]] = []
+        enter = torch.compiler.disable(self.enter)
+        leave = torch.compiler.disable(self.leave)
+        for number, (block, weights) in enumerate(blocks):
+            packed = self.laid_into(self.places[number % PLACES], weights).split(PIECE)
+            self.pieces.append([piece.pin_memory() if is_cuda else piece for piece in packed])
+            block.register_forward_pre_hook(partial(enter, number))
+            block.register_forward_hook(partial(leave, number))
+
+    def laid_into(self, place: Tensor, weights: Sequence[nn.Parameter]) -> Tensor:
+        """Make the weights views of `place` (bytes,). Returns their bytes, on the host."""
+        host = torch.empty(sum(map(room_of, weights)), dtype=torch.uint8)
+        start = 0
+        for weight in weights:
+            end = start + weight.nbytes
+            host[start:end].copy_(weight.data.contiguous().view(-1).view(torch.uint8))
+            weight.data = place[start:end].view(weight.dtype).view(weight.shape)
+            start += room_of(weight)
+        return host
+
+    def enter(self, number: int, *_: Any) -> None:
+        """Called before block `number` computes, forwards or backwards: it waits for that block,
+        and begins to bring the next one, which in a backward pass is the one before."""
+        self.bring(number)
+        self.copies.wait(self.begun[number % PLACES])
+        ahead = number + 1 if number > self.last else number - 1
+        self.last = number
+        if 0 <= ahead < len(self.pieces):
+            self.bring(ahead)
+
+    def leave(self, number: int, block: nn.Module, inputs: tuple, outputs: Any) -> None:
+        """Called after block `number` has computed: it enters again with the outputs' gradients."""
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(partial(self.enter, number))
+
+    def bring(self, number: int) -> None:
+        """Begin to copy a block to its place, unless it is there."""
+        place = number % PLACES
+        if self.held[place] != number:
+            self.held[place] = number
+            self.begun[place] = self.copies.start(self.places[place], self.pieces[number])
+
+
+def streamed_blocks(denoiser: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """The blocks that are streamed, each with its frozen matrices, in the order of the model. The
+    few blocks that refine an input are not: Lumina 2 does not recompute them."""
+    kinds = block_classes(denoiser)
+    found = []
+    for name, block in denoiser.named_modules():
+        if type(block).__name__ not in kinds or "refiner" in name:
+            continue
+
+        # An adapter's own matrices stay, where it is there already.
+        weights = []
+        for path, layer in block.named_modules():
+            is_matrix = type(layer).__name__ in ("Linear", "Linear4bit")
+            if is_matrix and ".lora_" not in path:
+                weights.append(layer.weight)
+        if weights:
+            found.append((block, weights))
+    return found
+
+
+def room_of(weight: Tensor) -> int:
+    """Bytes that a weight takes of a block."""
+    return -(-weight.nbytes // ALIGNED) * ALIGNED
