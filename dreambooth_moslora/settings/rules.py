@@ -11,14 +11,14 @@ from importlib import metadata
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import optimizer_kinds, rows, subjects, toys
+from dreambooth_moslora.settings import lr_schedules, optimizer_kinds, rows, subjects, toys
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
 
 def schedules_twice(run: Config) -> bool:
     is_schedule_free = run.optimizer == optimizer_kinds.SCHEDULE_FREE
-    return is_schedule_free and not run.lr_scheduler.startswith("constant")
+    return is_schedule_free and not lr_schedules.schedule_of(run).is_constant
 
 
 def is_slow_prodigy(run: Config) -> bool:
@@ -32,8 +32,8 @@ def prompts_the_toys_net(run: Config) -> bool:
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
-        f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler constant or "
-        "constant_with_warmup"
+        f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler "
+        f"{' or '.join(lr_schedules.CONSTANT)}"
     ): schedules_twice,
     "Prodigy needs --learning_rate near 1.0": is_slow_prodigy,
     (

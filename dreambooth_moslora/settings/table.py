@@ -21,7 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from dreambooth_moslora.disk.paths import default_cache_dir, find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import optimizer_kinds, rows, rules, subjects
+from dreambooth_moslora.settings import lr_schedules, optimizer_kinds, rows, rules, subjects
 from dreambooth_moslora.values import is_number
 
 KRONECKER = "kronecker"
@@ -54,6 +54,16 @@ NO_ADAM = rows.where(
     lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run),
 )
 NO_PRODIGY = rows.unless(optimizer="Prodigy")
+
+
+def unless_scheduled(setting: str) -> rows.Idle:
+    """No effect with schedules of the learning rate that do not take the setting."""
+    return rows.where(
+        f"without --lr_scheduler {lr_schedules.that_take(setting)}",
+        lambda run: not lr_schedules.schedule_of(run).takes(setting),
+    )
+
+
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
@@ -716,14 +726,7 @@ class TrainConfig:
     lr_scheduler: str = of_training(
         default="constant",
         help="schedule of the learning rate",
-        choices=(
-            "linear",
-            "cosine",
-            "cosine_with_restarts",
-            "polynomial",
-            "constant",
-            "constant_with_warmup",
-        ),
+        choices=lr_schedules.LR_SCHEDULES,
         publish="always",
         kohya="ss_lr_scheduler",
     )
@@ -733,8 +736,8 @@ class TrainConfig:
         low=0,
         publish="always",
         idle=rows.where(
-            "with --lr_scheduler constant",
-            lambda run: run.lr_scheduler == "constant" and run.lr_warmup_steps,
+            "with --lr_scheduler {lr_scheduler}",
+            lambda run: run.lr_warmup_steps and not lr_schedules.has_warm_up(run),
         ),
         kohya="ss_lr_warmup_steps",
     )
@@ -743,14 +746,14 @@ class TrainConfig:
         help="restarts of cosine_with_restarts",
         low=1,
         publish="always",
-        idle=rows.unless(lr_scheduler="cosine_with_restarts"),
+        idle=unless_scheduled("lr_num_cycles"),
     )
     lr_power: float = of_training(
         default=1.0,
         help="power of the polynomial schedule",
         above=0,
         publish="always",
-        idle=rows.unless(lr_scheduler="polynomial"),
+        idle=unless_scheduled("lr_power"),
     )
     snr_gamma: float | None = of_training(
         default=None,

@@ -17,7 +17,7 @@ from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precision_of, speed_here
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan, shares
-from dreambooth_moslora.settings import rules, table
+from dreambooth_moslora.settings import lr_schedules, rules, table
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import DEFAULTS
 
@@ -33,7 +33,7 @@ def advice(plan: Plan) -> list[str]:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
     warm_up = config.lr_warmup_steps
-    if config.lr_scheduler != "constant" and warm_up >= steps.total_steps:
+    if lr_schedules.has_warm_up(config) and warm_up >= steps.total_steps:
         lines.append(
             f"the learning rate rises for {warm_up} steps, and the run has {steps.total_steps}: "
             "set --lr_warmup_steps"

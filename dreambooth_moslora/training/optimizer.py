@@ -15,13 +15,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.settings import families, optimizer_kinds, table
+from dreambooth_moslora.settings import families, lr_schedules, optimizer_kinds, table
 
 
 def parameter_groups(
@@ -84,9 +83,8 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 
     # Its package is imported only for a run that uses it.
     home = kind.in_8_bit if is_8_bit else kind.home
-    module, _, name = home.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        found = imported(home)
     except ImportError as error:
         package = "bitsandbytes" if is_8_bit else kind.package
         flag = "--use_8bit_adam" if is_8_bit else f"--optimizer {config.optimizer}"
@@ -102,23 +100,27 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 
 def make_lr_schedule(
     config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int
-) -> LRScheduler:
-    """A learning-rate schedule of diffusers, in optimizer steps of any number of processes. Raises
-    UserError for a rate below that at which the polynomial schedule ends."""
+) -> LambdaLR:
+    """The learning-rate schedule of `config.lr_scheduler`, by its row of the table, in optimizer
+    steps of any number of processes.
+
+    `checkpoint.restore_optimizer` reads its `lr_lambdas`, so it is a LambdaLR. Raises UserError
+    for a rate below that at which the polynomial schedule ends.
+    """
     # polynomial divides by the steps after the warm-up, after the run's last step too
     steps = max(max_train_steps, config.lr_warmup_steps + 1)
+    kind = lr_schedules.schedule_of(config)
     try:
-        return get_scheduler(
-            config.lr_scheduler,
-            optimizer=optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
+        return imported(kind.home)(optimizer, **kind.options(config, steps))
     except ValueError as error:  # polynomial ends above zero
         other = "give a greater --learning_rate, or another schedule"
         raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}; {other}.") from error
+
+
+def imported(home: str) -> Any:
+    """What `module:name` names. Raises ImportError."""
+    module, _, name = home.partition(":")
+    return getattr(import_module(module), name)
 
 
 def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, OptimizerKind
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop, results
+from dreambooth_moslora.training import checkpoint, loop, results
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.optimizer import (
     MovingAverage,
+    make_lr_schedule,
     make_optimizer,
     parameter_groups,
 )
@@ -170,6 +172,40 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"
     ):
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_a_schedule_goes_on_at_the_rate_at_which_it_stopped(name, tmp_path):
+    settings = TrainConfig(
+        lr_scheduler=name,
+        lr_warmup_steps=2,
+        lr_num_cycles=3,
+        lr_power=2.0,
+        learning_rate=1e-3,
+        text_encoder_lr=1e-4,
+    )
+
+    def begun():
+        optimizer = make_optimizer(settings, parameter_groups(settings, components()))
+        return optimizer, make_lr_schedule(settings, optimizer, max_train_steps=10)
+
+    # Five steps, a checkpoint after the third, and the rates of each.
+    optimizer, schedule = begun()
+    rates = {}
+    for step in range(1, 6):
+        optimizer.step()
+        schedule.step()
+        rates[step] = [group["lr"] for group in optimizer.param_groups]
+        if step == 3:
+            torch.save(optimizer.state_dict(), tmp_path / checkpoint.OPTIMIZER)
+
+    # A run that goes on from there has the same rates.
+    optimizer, schedule = begun()
+    checkpoint.restore_optimizer(tmp_path, 3, optimizer, schedule)
+    for step in (3, 4, 5):
+        assert [group["lr"] for group in optimizer.param_groups] == rates[step]
+        optimizer.step()
+        schedule.step()
 
 
 def bytes_of(tensors) -> set[bytes]:
