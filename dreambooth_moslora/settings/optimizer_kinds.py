@@ -4,12 +4,17 @@ Optimizers that only save memory are left out: Adam's states take a third of a G
 16.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 SCHEDULE_FREE = "AdamWScheduleFree"  # The one that needs no schedule of the learning rate.
+
+
+def named(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of an argument, which has one or a tuple of them."""
+    return (given,) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)
@@ -17,54 +22,77 @@ class OptimizerKind:
     """One optimizer: where it is, its arguments, and what its state costs."""
 
     home: str  # `module:name`, imported when a run begins
-    options: Callable[[Config], dict[str, Any]]  # its arguments besides the groups and the rate
+    about: str  # how the help goes on after its name
+    # its argument -> the setting that gives it, or the settings of a pair. The others that belong
+    # to an optimizer have no effect with it.
+    arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    # further arguments, the same in each run; not those of the class in 8 bit
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     package: str | None = None  # what pip installs for it
     in_8_bit: str | None = None
     # the values of a group that its steps change, which a checkpoint keeps
     learns: tuple[str, ...] = ()
     bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
     one_rate: bool = False  # all groups share one learning rate
-    averages: bool = False  # it publishes the average of its steps
+    averages: bool = False  # it publishes the average of its steps; the rate needs no schedule
+    finds_rate: bool = False  # the given rate multiplies the one that it finds
+
+    def options(self, config: Config) -> dict[str, Any]:
+        """Its arguments besides the groups and the rate."""
+        found: dict[str, Any] = {}
+        for argument, given in self.arguments.items():
+            is_one = isinstance(given, str)
+            values = tuple(getattr(config, name) for name in named(given))
+            found[argument] = values[0] if is_one else values
+        is_8_bit = config.use_8bit_adam and self.in_8_bit
+        return found if is_8_bit else found | self.fixed
+
+    def takes(self, setting: str) -> bool:
+        return any(setting in named(given) for given in self.arguments.values())
 
 
-def of_adam(config: Config) -> dict[str, Any]:
-    return {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-
-
-# Its arguments, each the setting `--prodigy_NAME`.
-OF_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
 # By the name that `--optimizer` takes.
 OPTIMIZERS = {
     "AdamW": OptimizerKind(
         home="torch.optim:AdamW",
-        # fused: one kernel for the hundreds of small matrices takes a quarter of the loop's time on
-        # a CPU
-        options=lambda run: of_adam(run) | ({} if run.use_8bit_adam else {"fused": True}),
+        about="is the usual one",
+        arguments=ADAM,
+        # one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
+        fixed={"fused": True},
         in_8_bit="bitsandbytes.optim:AdamW8bit",
     ),
-    # finds its rate (Mishchenko and Defazio 2023); the given one multiplies it
+    # Mishchenko and Defazio 2023
     "Prodigy": OptimizerKind(
         home="prodigyopt:Prodigy",
-        options=lambda run: (
-            of_adam(run) | {name: getattr(run, f"prodigy_{name}") for name in OF_PRODIGY}
-        ),
+        about="finds its rate",
+        arguments=ADAM
+        | {
+            "beta3": "prodigy_beta3",
+            "decouple": "prodigy_decouple",
+            "use_bias_correction": "prodigy_use_bias_correction",
+            "safeguard_warmup": "prodigy_safeguard_warmup",
+        },
         package="prodigyopt",
         one_rate=True,
+        finds_rate=True,
         learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
         bytes_each=24,  # two states more than Adam
     ),
     # Defazio et al. 2024, arXiv 2405.15682
     SCHEDULE_FREE: OptimizerKind(
         home="schedulefree:AdamWScheduleFree",
-        options=of_adam,
+        about="needs no schedule",
+        arguments=ADAM,
         package="schedulefree",
         averages=True,
-        learns=("k", "weight_sum", "lr_max"),
+        learns=("k", "weight_sum", "lr_max", "scheduled_lr"),
     ),
     # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
     "Adafactor": OptimizerKind(
         home="transformers.optimization:Adafactor",
-        options=lambda run: {"scale_parameter": False, "relative_step": False},
+        about="is without momentum",
+        fixed={"scale_parameter": False, "relative_step": False},
     ),
 }
 BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.

@@ -17,12 +17,12 @@ Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file
 
 
 def schedules_twice(run: Config) -> bool:
-    is_schedule_free = run.optimizer == optimizer_kinds.SCHEDULE_FREE
-    return is_schedule_free and not lr_schedules.schedule_of(run).is_constant
+    averages = optimizer_kinds.optimizer_of(run).averages
+    return averages and not lr_schedules.schedule_of(run).is_constant
 
 
-def is_slow_prodigy(run: Config) -> bool:
-    return run.optimizer == "Prodigy" and run.learning_rate <= 0.1
+def slows_what_finds_its_rate(run: Config) -> bool:
+    return optimizer_kinds.optimizer_of(run).finds_rate and run.learning_rate <= 0.1
 
 
 def prompts_the_toys_net(run: Config) -> bool:
@@ -32,10 +32,10 @@ def prompts_the_toys_net(run: Config) -> bool:
 
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
-        f"--optimizer {optimizer_kinds.SCHEDULE_FREE} works best with --lr_scheduler "
+        "--optimizer {optimizer} works best with --lr_scheduler "
         f"{' or '.join(lr_schedules.CONSTANT)}"
     ): schedules_twice,
-    "Prodigy needs --learning_rate near 1.0": is_slow_prodigy,
+    "{optimizer} needs --learning_rate near 1.0": slows_what_finds_its_rate,
     (
         "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little "
         "memory and is used"
@@ -44,7 +44,7 @@ REMARKS: dict[str, Callable[[Config], object]] = {
         "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg"
     ): prompts_the_toys_net,
 }
-"""Sentence -> whether it is said of a run."""
+"""Sentence, with the run's values in braces -> whether it is said of a run."""
 
 
 # The reasons of EXCLUDED.
@@ -81,7 +81,10 @@ def remarks(config: Config) -> list[str]:
         for words, applies in item.metadata["idle"]:
             if applies(config):
                 found.append(f"--{item.name} has no effect {words.format_map(vars(config))}")
-    return found + [line for line, applies in REMARKS.items() if applies(config)]
+    for line, applies in REMARKS.items():
+        if applies(config):
+            found.append(line.format_map(vars(config)))
+    return found
 
 
 def given_flag(config: Config, name: str) -> str:

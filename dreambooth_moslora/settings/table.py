@@ -48,12 +48,14 @@ PLANS: dict[str, dict[str, object]] = {
 """The words of `--memory`, from the fastest to the leanest."""
 OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
 """What a word of `--memory` decides beside the precision."""
-# When the settings of one optimizer have no effect.
-NO_ADAM = rows.where(
-    "with --optimizer {optimizer}",
-    lambda run: "betas" not in optimizer_kinds.optimizer_of(run).options(run),
-)
-NO_PRODIGY = rows.unless(optimizer="Prodigy")
+
+
+def unless_optimized(setting: str) -> rows.Idle:
+    """No effect with optimizers that do not take the setting."""
+    return rows.where(
+        "with --optimizer {optimizer}",
+        lambda run: not optimizer_kinds.optimizer_of(run).takes(setting),
+    )
 
 
 def unless_scheduled(setting: str) -> rows.Idle:
@@ -943,10 +945,7 @@ class TrainConfig:
     # The optimizer. A row is idle with the kinds that do not read it.
     optimizer: str = of_optimizer(
         default="AdamW",
-        help=(
-            "Prodigy finds its rate, AdamWScheduleFree needs no schedule, Adafactor is without "
-            "momentum"
-        ),
+        help=", ".join(f"{name} {kind.about}" for name, kind in optimizer_kinds.OPTIMIZERS.items()),
         choices=optimizer_kinds.OPTIMIZERS,
         publish="always",
         packages={
@@ -977,7 +976,7 @@ class TrainConfig:
         low=0,
         below=1,
         publish="always",
-        idle=NO_ADAM,
+        idle=unless_optimized("adam_beta1"),
     )
     adam_beta2: float = of_optimizer(
         default=0.999,
@@ -985,14 +984,14 @@ class TrainConfig:
         low=0,
         below=1,
         publish="always",
-        idle=NO_ADAM,
+        idle=unless_optimized("adam_beta2"),
     )
     adam_epsilon: float = of_optimizer(
         default=1e-8,
         help="epsilon of Adam and Prodigy",
         above=0,
         publish="always",
-        idle=NO_ADAM,
+        idle=unless_optimized("adam_epsilon"),
     )
     adam_weight_decay: float = of_optimizer(
         default=1e-4,
@@ -1012,25 +1011,25 @@ class TrainConfig:
         low=0,
         high=1,
         publish="always",
-        idle=NO_PRODIGY,
+        idle=unless_optimized("prodigy_beta3"),
     )
     prodigy_decouple: bool = of_optimizer(
         default=True,
         help="Prodigy: AdamW-style weight decay",
         publish="always",
-        idle=NO_PRODIGY,
+        idle=unless_optimized("prodigy_decouple"),
     )
     prodigy_use_bias_correction: bool = of_optimizer(
         default=True,
         help="Prodigy: bias correction",
         publish="always",
-        idle=NO_PRODIGY,
+        idle=unless_optimized("prodigy_use_bias_correction"),
     )
     prodigy_safeguard_warmup: bool = of_optimizer(
         default=True,
         help="Prodigy: no lr in the denominator of D, for warm-ups",
         publish="always",
-        idle=NO_PRODIGY,
+        idle=unless_optimized("prodigy_safeguard_warmup"),
     )
 
     # Memory and speed. Most of these change a result only by rounding.

@@ -13,8 +13,13 @@ from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS, OptimizerKind
+from dreambooth_moslora.settings.optimizer_kinds import (
+    BYTES_IN_8_BIT,
+    OPTIMIZERS,
+    OptimizerKind,
+)
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import checkpoint, loop, results
 from dreambooth_moslora.training import optimizer as optimizers
@@ -99,16 +104,35 @@ def test_the_schedule_free_average_is_what_the_library_evaluates():
     assert all(map(torch.equal, ours, weights))
 
 
-# with what is not averaged
-FREE = pytest.param("AdamWScheduleFree", 16, marks=pytest.mark.extra("schedulefree"))
+def each_optimizer():
+    """A case for each row, which is skipped where its package is not installed."""
+    for name, kind in OPTIMIZERS.items():
+        marks = [pytest.mark.extra(kind.package)] if kind.package else []
+        yield pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize(
-    ("name", "in_checkpoint"), [("AdamW", 12), ("Prodigy", 20), ("Adafactor", 12), FREE]
-)
-def test_the_estimate_counts_what_an_optimizer_keeps(name, in_checkpoint):
+def of_groups(optimizer):
+    """The values of each group, without its parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    return [{name: group[name] for name in group.keys() - {"params"}} for group in groups]
+
+
+@pytest.mark.parametrize("name", each_optimizer())
+def test_the_estimate_counts_what_an_optimizer_keeps_and_its_row_names_what_it_learns(name):
     """Prodigy keeps two states more, a third of a GiB for SDXL at rank 32."""
+    kind = OPTIMIZERS[name]
     _, weights, optimizer = stepped(name)
+
+    # What its steps change in a group. Without it a resumed run would go on with the first values.
+    settings = TrainConfig(adam_weight_decay=0, learning_rate=1e-2, optimizer=name)
+    fresh = make_optimizer(settings, parameter_groups(settings, components()))
+    for group, before in zip(of_groups(optimizer), of_groups(fresh), strict=True):
+        changed = {value for value in group if group[value] != before.get(value)}
+        assert changed <= {*kind.learns}
+
+    # What it keeps of each parameter. In a checkpoint there are no gradients, and with an average
+    # there are the weights behind it too.
+    in_checkpoint = kind.bytes_each - 4 + (4 if kind.averages else 0)
     kept = [
         tensor
         for weight in weights
@@ -117,10 +141,10 @@ def test_the_estimate_counts_what_an_optimizer_keeps(name, in_checkpoint):
     size = sum(
         tensor.nbytes for tensor in kept if isinstance(tensor, torch.Tensor) and tensor.dim()
     )
-    assert size <= OPTIMIZERS[name].bytes_each * sum(weight.numel() for weight in weights)
+    assert size <= kind.bytes_each * sum(weight.numel() for weight in weights)
     for in_8_bit, expected in (
         (False, in_checkpoint),
-        (True, 6 if name == "AdamW" else in_checkpoint),
+        (True, BYTES_IN_8_BIT - 4 if kind.in_8_bit else in_checkpoint),
     ):
         cost = estimate(TrainConfig(optimizer=name, use_8bit_adam=in_8_bit), BaseSize(), 1)
         assert cost.checkpoint_gib * 2**30 == pytest.approx(expected * cost.adapter_parameters)
@@ -131,7 +155,10 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
 ):
     """A library that is missing is one line."""
     kind = OptimizerKind(
-        "torch.optim:RAdam", lambda config: {"betas": (0.8, config.adam_beta2)}, bytes_each=1000
+        home="torch.optim:RAdam",
+        about="is rectified",
+        arguments={"betas": ("adam_beta1", "adam_beta2")},
+        bytes_each=1000,
     )
     monkeypatch.setitem(OPTIMIZERS, "RAdam", kind)
     words = [
@@ -146,9 +173,10 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         estimate(replace(flagged, optimizer=name), BaseSize(), 1) for name in ("RAdam", "AdamW")
     )
     assert known.training_gib > other.training_gib
-    with pytest.raises(
-        UserError, match="choose one of AdamW, Prodigy, AdamWScheduleFree, Adafactor, RAdam"
-    ):
+    assert rules.remarks(replace(flagged, adam_beta1=0.8, adam_epsilon=1e-7)) == [
+        "--adam_epsilon has no effect with --optimizer RAdam"
+    ]
+    with pytest.raises(UserError, match=f"choose one of {', '.join(OPTIMIZERS)}"):
         replace(flagged, optimizer="Lion")
     photos, sizes = (
         paint_photos(tmp_path / "photos", count=2),
