@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings import weightings
 
 
 @dataclass(frozen=True)
@@ -470,15 +471,14 @@ FAMILIES = (
 )
 OF_UNETS = (
     "do_edm_style_training",
-    "snr_gamma",
-    "debiased_estimation_loss",
+    *weightings.settings_of("ddpm"),
     "timestep_bias_strategy",
     "noise_offset",
     "cache_cross_attention",
     "recompute_feed_forward",
 )
 """Settings that only UNets obey."""
-OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
+OF_FLOWS = (*weightings.settings_of("flow"), "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""
 # Settings that some pipeline's `encode_prompt` takes.
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))

@@ -11,7 +11,14 @@ from importlib import metadata
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import lr_schedules, optimizer_kinds, rows, subjects, toys
+from dreambooth_moslora.settings import (
+    lr_schedules,
+    optimizer_kinds,
+    rows,
+    subjects,
+    toys,
+    weightings,
+)
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
 
@@ -48,16 +55,11 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 
 
 # The reasons of EXCLUDED.
-EDM_WEIGHS = "EDM weighs noise levels itself"
 TEXT_CHANGES = "the text of a prompt changes from step to step"
 ONE_PASS = "a text's gradient comes from one pass"
 EXCLUDED: dict[str, dict[str, str]] = {
-    "snr_gamma": {
-        "do_edm_style_training": EDM_WEIGHS,
-        "debiased_estimation_loss": "each weighs noise levels",
-    },
-    "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
-    "loss_type": {"do_edm_style_training": EDM_WEIGHS},
+    **weightings.exclusions(),
+    "loss_type": {weightings.EDM_SWITCH: weightings.EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
     "cache_cross_attention": {
         "train_text_encoder": TEXT_CHANGES,
@@ -107,7 +109,7 @@ def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
 def weighting_flags(config: Config) -> list[str]:
     """The given flags that weigh errors of noise or velocity, which EDM's errors of latents
     exclude."""
-    weighting = [name for name, others in EXCLUDED.items() if "do_edm_style_training" in others]
+    weighting = [name for name, others in EXCLUDED.items() if weightings.EDM_SWITCH in others]
     flags = [given_flag(config, name) for name in weighting]
     return [flag for flag in flags if flag]
 

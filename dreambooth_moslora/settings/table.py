@@ -21,7 +21,14 @@ from typing import Any, get_args, get_type_hints
 
 from dreambooth_moslora.disk.paths import default_cache_dir, find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import lr_schedules, optimizer_kinds, rows, rules, subjects
+from dreambooth_moslora.settings import (
+    lr_schedules,
+    optimizer_kinds,
+    rows,
+    rules,
+    subjects,
+    weightings,
+)
 from dreambooth_moslora.values import is_number
 
 KRONECKER = "kronecker"
@@ -761,7 +768,7 @@ class TrainConfig:
         default=None,
         help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
         above=0,
-        replaces=("debiased_estimation_loss",),
+        replaces=weightings.rivals_of("snr_gamma"),
         publish="always",
         kohya="ss_min_snr_gamma",
         elsewhere="min_snr_gamma",
@@ -769,7 +776,7 @@ class TrainConfig:
     debiased_estimation_loss: bool = of_training(
         default=False,
         help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
-        replaces=("snr_gamma",),
+        replaces=weightings.rivals_of("debiased_estimation_loss"),
         publish="if_changed",
         kohya="ss_debiased_estimation",
     )
@@ -841,7 +848,7 @@ class TrainConfig:
     do_edm_style_training: bool = of_training(
         default=False,
         help="EDM preconditioning of the loss (arXiv 2206.00364)",
-        replaces=("snr_gamma", "debiased_estimation_loss", "loss_type"),
+        replaces=(*weightings.settings_of("ddpm"), "loss_type"),
         publish="always",
     )
     weighting_scheme: str | None = of_training(

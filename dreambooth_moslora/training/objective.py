@@ -21,11 +21,12 @@ The error at a position is the square of the difference d, or grows like |d| bey
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from dreambooth_moslora.settings import weightings
 from dreambooth_moslora.settings.table import TrainConfig
 
 Pointwise = Callable[[torch.Tensor], torch.Tensor]
@@ -263,11 +264,11 @@ def prediction_of(
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
 
 
-Weighting = Callable[[NoiseSchedule, torch.Tensor, float], torch.Tensor]
-"""(schedule, index (B,), min-SNR's gamma) -> weights (B,) of the images' squared errors."""
+# Formulas of `settings.weightings`: schedule, index (B,) and the parameters of the row -> weights
+# (B,) of the images' squared errors.
 
 
-def error_of_noise(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+def error_of_noise(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """1/sigma²: turns an error of the latents, EDM's, into one of the noise. It is 1 for EDM's own
     bases."""
     snr = schedule.snr(index)
@@ -280,7 +281,7 @@ def min_snr(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch
     return clipped if schedule.prediction_type == "epsilon" else clipped + 1
 
 
-def debiased(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+def debiased(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """As kohya's: 1/sqrt(SNR) for noise, 1/(SNR + 1) for velocity, SNR at most 1000. The noise's
     error becomes that of the latents, up to a power (Yu et al. 2023, "Debias the Training of
     Diffusion Models", arXiv 2310.08442)."""
@@ -288,72 +289,63 @@ def debiased(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torc
     return snr.rsqrt() if schedule.prediction_type == "epsilon" else 1 / (snr + 1)
 
 
-def sigma_sqrt(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+def sigma_sqrt(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """1/s² for the share s of noise in a flow (Esser et al. 2024)."""
     return schedule.noise_share(index) ** -2
 
 
-def cosmap(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+def cosmap(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """2/(pi·(1 - 2s + 2s²)) for the share s of noise in a flow (Esser et al. 2024)."""
     share = schedule.noise_share(index)
     return 2 / (math.pi * (1 - 2 * share + 2 * share**2))
 
 
-def error_of_latents(schedule: NoiseSchedule, index: torch.Tensor, gamma: float) -> torch.Tensor:
+def error_of_latents(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
     """s²: turns an error of a flow's velocity v into one of the latents z - s·v that it implies."""
     return schedule.noise_share(index) ** 2
 
 
-WEIGHTINGS: dict[str, Weighting] = {
-    "edm": error_of_noise,
-    "min_snr": min_snr,
-    "debiased": debiased,
-    "sigma_sqrt": sigma_sqrt,
-    "cosmap": cosmap,
-    "preconditioned": error_of_latents,
+FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
+    formula.__name__: formula
+    for formula in (
+        error_of_noise,
+        min_snr,
+        debiased,
+        sigma_sqrt,
+        cosmap,
+        error_of_latents,
+    )
 }
-"""Ways to weigh the loss by the noise level, as diffusers' scripts do. `weightings_of` names them.
-"""
-OF_THE_SUBJECT = ("min_snr",)
-"""Those that weigh the subject's images alone, and leave the prior's as they are."""
 
 
 def weightings_of(config: TrainConfig, schedule: NoiseSchedule) -> tuple[str, ...]:
-    """The rows of WEIGHTINGS that the settings ask for; their products weigh the loss."""
-    if schedule.style == "flow":
-        # logit_normal and mode change which levels are drawn, not what their errors weigh.
-        names = []
-        if config.weighting_scheme in WEIGHTINGS:
-            names.append(config.weighting_scheme)
-        if config.precondition_outputs:
-            names.append("preconditioned")
-        return tuple(names)
-    if config.debiased_estimation_loss:
-        return ("debiased",)
-    if schedule.style == "edm":
-        return ("edm",)
-    return ("min_snr",) if config.snr_gamma is not None else ()
+    """The rows of `weightings.WEIGHTINGS` that the settings ask for; their product weighs the loss.
+
+    The words `logit_normal` and `mode` have none: they change which levels are drawn.
+    """
+    rows = weightings.WEIGHTINGS.items()
+    return tuple(name for name, row in rows if row.is_asked_for(config, schedule.style))
 
 
 def weights_of(
-    names: Iterable[str],
+    config: TrainConfig,
     schedule: NoiseSchedule,
     index: torch.Tensor,
     instance_count: int,
-    gamma: float | None = None,
 ) -> torch.Tensor:
-    """Weights (B,) of the images' squared errors: the product of some of WEIGHTINGS.
+    """Weights (B,) of the images' squared errors, by the settings.
 
-    names: which of them
+    config: asks for weightings, and has their parameters
     schedule: the base's noise levels
     index: (B,) into the schedule
     instance_count: how many images are the subject's, which come first
-    gamma: of `min_snr`
     """
     weights = torch.ones_like(schedule.snr(index))
-    for name in names:
-        found = WEIGHTINGS[name](schedule, index, gamma or 0.0)
-        if name in OF_THE_SUBJECT:
+    for name in weightings_of(config, schedule):
+        row = weightings.WEIGHTINGS[name]
+        parameters = [getattr(config, setting) for setting in row.parameters]
+        found = FORMULAS[name](schedule, index, *parameters)
+        if row.spares_prior:
             found[instance_count:] = 1
         weights = weights * found
     return weights

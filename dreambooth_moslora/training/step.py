@@ -235,11 +235,10 @@ class TrainStep:
 
         # What an error weighs at its noise level, and how it grows with the difference.
         weights = objective.weights_of(
-            objective.weightings_of(config, schedule),
+            config,
             schedule,
             index,
             instance_count=micro.instance_count,
-            gamma=config.snr_gamma,
         )
         pointwise = objective.pointwise_error(
             schedule,

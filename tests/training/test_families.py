@@ -46,7 +46,6 @@ from dreambooth_moslora.training.objective import (
     add_noise,
     flow_levels,
     loss_target,
-    weightings_of,
     weights_of,
 )
 from dreambooth_moslora.training.prepare import noise_schedule
@@ -284,8 +283,8 @@ def test_the_draws_and_weights_of_a_flow_are_those_of_diffusers():
         )
         assert torch.equal(index, (theirs * 1000).long())
         share = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[index]
-        names = weightings_of(TrainConfig(weighting_scheme=scheme), schedule)
-        weights = weights_of(names, schedule, index, len(index))
+        config = TrainConfig(weighting_scheme=scheme)
+        weights = weights_of(config, schedule, index, len(index))
         torch.testing.assert_close(weights, compute_loss_weighting_for_sd3(scheme, share))
         latents, noise = torch.randn(2, 64, 4, 8, 8)
         z = add_noise(schedule, latents, noise, index)
@@ -330,10 +329,8 @@ def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3
         weights = compute_loss_weighting_for_sd3(scheme, share)
         theirs = (weights * (noisy.unet_input - share * answer - latents) ** 2).mean((1, 2, 3))
         errors = (answer - loss_target(schedule, latents, noise, index)).square().mean((1, 2, 3))
-        names = weightings_of(
-            TrainConfig(weighting_scheme=scheme, precondition_outputs=True), schedule
-        )
-        torch.testing.assert_close(weights_of(names, schedule, index, 3) * errors, theirs)
+        config = TrainConfig(weighting_scheme=scheme, precondition_outputs=True)
+        torch.testing.assert_close(weights_of(config, schedule, index, 3) * errors, theirs)
 
 
 def test_the_plan_takes_layers_and_levels_of_the_family_and_blocks_are_chosen_by_number(

@@ -12,6 +12,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
+from dreambooth_moslora.settings import weightings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import objective, prepare
 from dreambooth_moslora.training.objective import NoiseSchedule
@@ -44,12 +45,12 @@ def test_ddpm_noise_and_velocity_equal_diffusers_and_zero_terminal_snr_stays_fin
     noisy = objective.add_noise(plan, latents, noise, index)
     assert torch.equal(noisy.latents[2], noise[2])
     assert torch.equal(objective.loss_target(plan, latents, noise, index)[2], -latents[2])
-    assert objective.weights_of(["min_snr"], plan, index, ALL, 5.0)[2] == 2
+    assert objective.weights_of(TrainConfig(snr_gamma=5.0), plan, index, ALL)[2] == 2
 
 
 def weights(plan, index):
     """Those of a run without settings about the loss."""
-    return objective.weights_of(objective.weightings_of(TrainConfig(), plan), plan, index, ALL)
+    return objective.weights_of(TrainConfig(), plan, index, ALL)
 
 
 def learnt(plan, drawn, index=INDEX):
@@ -101,7 +102,7 @@ def test_min_snr_is_that_of_diffusers_script(kind, extra, drawn):
     weights = [min(snr, gamma) / snr + extra for snr in compute_snr(truth, EARLIER).tolist()]
     instance = (weights[0] * errors[0] + weights[1] * errors[1]) / 2
     target = objective.loss_target(plan, latents, noise, EARLIER)
-    clipped = objective.weights_of(["min_snr"], plan, EARLIER, subjects, gamma)
+    clipped = objective.weights_of(TrainConfig(snr_gamma=gamma), plan, EARLIER, subjects)
     got = objective.loss(output, target, clipped, subjects, 0.25)
     wanted = [instance, errors[2], instance + 0.25 * errors[2]]
     assert [float(loss) for loss in (got.instance, got.prior, got.total)] == pytest.approx(
@@ -163,10 +164,10 @@ def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
     """1/sqrt(SNR), and 1/(SNR + 1) for velocity; kohya counts the SNR up to 1000."""
     index = torch.tensor([0, 400, 999])
     snr = compute_snr(SCHEDULER, index).clamp(max=1000)
-    assert objective.WEIGHTINGS["debiased"](schedule(), index, 0.0).tolist() == pytest.approx(
+    assert objective.debiased(schedule(), index).tolist() == pytest.approx(
         snr.rsqrt().tolist(), rel=1e-4
     )
-    velocity = objective.WEIGHTINGS["debiased"](schedule("v_prediction"), index, 0.0)
+    velocity = objective.debiased(schedule("v_prediction"), index)
     assert velocity.tolist() == pytest.approx((1 / (snr + 1)).tolist(), rel=1e-4) and snr[0] == 1000
 
 
@@ -208,12 +209,12 @@ def test_huber_losses_are_those_of_sd_scripts(kind, course, drawn):
         ("ddpm", {}, ()),
         ("ddpm", {"snr_gamma": 5.0}, ("min_snr",)),
         ("ddpm", {"debiased_estimation_loss": True}, ("debiased",)),
-        ("edm", {}, ("edm",)),
+        ("edm", {}, ("error_of_noise",)),
         ("flow", {"weighting_scheme": "logit_normal"}, ()),
         ("flow", {"weighting_scheme": "cosmap"}, ("cosmap",)),
-        ("flow", {"weighting_scheme": "none", "precondition_outputs": True}, ("preconditioned",)),
+        ("flow", {"weighting_scheme": "none", "precondition_outputs": True}, ("error_of_latents",)),
     ],
 )
 def test_each_setting_about_the_loss_is_a_row_of_the_weightings(style, settings, names):
     found = objective.weightings_of(TrainConfig(**settings), schedule(style=style))
-    assert found == names and set(found) <= objective.WEIGHTINGS.keys()
+    assert found == names and objective.FORMULAS.keys() == weightings.WEIGHTINGS.keys()
