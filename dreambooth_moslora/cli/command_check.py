@@ -164,6 +164,7 @@ def draw(
 ) -> str | None:
     """Draw the picture of the crops and return a line about it; if it cannot be written, say so and
     return None."""
+    from dreambooth_moslora.photos import augment
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
@@ -184,7 +185,7 @@ def draw(
         print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
         return None
 
-    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
+    is_drawn = augment.asked_for(config) or config.crop_zoom > 1 or not config.center_crop
     if is_drawn and config.seed is None:
         return f"the crops: {path} (of seed 0: without --seed, training draws others)"
     return f"the crops: {path}"

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from dreambooth_moslora.photos import augment
 from dreambooth_moslora.settings import rows, table
 
 # `--image_interpolation_mode` -> Pillow's filter
@@ -29,7 +30,7 @@ class CropPlan:
     resized: tuple[int, int]  # after scaling
     crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
     target_size: tuple[int, int]  # (h, w) of the crop
-    flip: bool
+    changes: augment.Changes = ()  # at random, once it is cut
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -45,7 +46,7 @@ class CropPlan:
         top, left = self.crop_top_left
 
         # The plan counts from the left of the mirrored photo.
-        if self.flip:
+        if augment.MIRROR in dict(self.changes):
             left = whole_width - crop_width - left
 
         # From px of the resized photo to px of the shown one
@@ -99,7 +100,7 @@ class CropRule:
 
     resolution_px: int  # side of the square
     center_crop: bool = False
-    random_flip: bool = False
+    augmentations: augment.Asked = ()
     interpolation: str = "lanczos"
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
@@ -121,12 +122,14 @@ class CropRule:
         self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None
     ) -> CropPlan:
         """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
-        Draws four numbers."""
-        # Always all four, so that a setting does not move the draws of the others
-        flip = rng.random()
+        Draws three numbers, and one for each augmentation."""
+        # Always all, so that a setting does not move the draws of the others. That of the first
+        # augmentation comes first.
+        first = rng.random()
         down = rng.random()
         right = rng.random()
         closer = rng.random()
+        drawn = [first, *(rng.random() for _ in range(len(augment.AUGMENTATIONS) - 1))]
 
         # The zoom, bounded by the photo's own pixels: enlarging would only blur
         target_height, target_width = target = target or self.target(size_px)
@@ -151,7 +154,7 @@ class CropRule:
             resized=(height, width),
             crop_top_left=(top, left),
             target_size=target,
-            flip=self.random_flip and flip < 0.5,
+            changes=augment.changes_of(self.augmentations, drawn),
         )
 
 
@@ -161,7 +164,7 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     return CropRule(
         resolution_px=config.resolution,
         center_crop=config.center_crop,
-        random_flip=config.random_flip,
+        augmentations=augment.asked_for(config),
         interpolation=config.image_interpolation_mode,
         # Without a cache each exposure is encoded anew, so it may as well be a new crop.
         crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
@@ -171,10 +174,15 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     )
 
 
-def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
-    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
-    resampled."""
+def apply_crop(
+    image: Image.Image,
+    plan: CropPlan,
+    interpolation: str = "lanczos",
+    is_mask: bool = False,
+) -> Image.Image:
+    """The crop, of `target_size`, of the photo or its mask at any scale, with its changes. Only the
+    crop is resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
-    return ImageOps.mirror(crop) if plan.flip else crop
+    return augment.changed(crop, plan.changes, is_mask=is_mask)

@@ -73,6 +73,8 @@ def unless_scheduled(setting: str) -> rows.Idle:
     )
 
 
+# Of every augmentation.
+CHANGED_ONCE = "a crop that is kept is changed once for all (--crops_per_photo, --caching off)"
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
@@ -319,7 +321,7 @@ class TrainConfig:
     )
     random_flip: bool = of_photos(
         default=False,
-        help="mirror photos at random",
+        help=f"mirror crops at random; {CHANGED_ONCE}",
         publish="always",
         kohya="ss_flip_aug",
         check=True,

@@ -85,7 +85,7 @@ def test_latents_are_those_of_the_crop_and_every_photo_keeps_its_own_size_and_ca
         assert facts[size] == prompt and ids[4:].tolist() == [64, 64]
         photo = next(p for p in read if p.size_px == size)
         plan = CropPlan(
-            size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64), False
+            size, resized_size(size, (64, 64)), tuple(int(x) for x in ids[2:4]), (64, 64)
         )
         alone = PhotoEncoder(pipeline.vae, None, RULE).encode(photo, plan)
         assert torch.equal(alone.latents, latents)
