@@ -52,9 +52,14 @@ PLANS: dict[str, dict[str, object]] = {
         "stream_blocks": True,
     },
 }
-"""The words of `--memory`, from the fastest to the leanest."""
+"""The words of `--memory`, from the fastest to the leanest; the last is taken when none fits."""
 OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "images_at_once")
 """What a word of `--memory` decides beside the precision."""
+
+
+def plan_sets(word: str | None, setting: str) -> bool:
+    """Whether a word of `--memory` decides the setting; `auto` by itself decides none."""
+    return setting in PLANS.get(word or "", {})
 
 
 def unless_optimized(setting: str) -> rows.Idle:

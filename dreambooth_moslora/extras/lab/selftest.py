@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw, ImageStat
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.step import GOES_ON
 
@@ -49,8 +50,10 @@ FULL_PX = 1024
 """Resolution of the step that is measured on a GPU."""
 CPU_PX = 512
 """Resolution of the step that is measured on a CPU."""
-STEP_PLANS = ("full", "recompute")
-"""Memory plans with which it is tried, the fastest first."""
+STEP_PLANS = tuple(
+    name for name, plan in table.PLANS.items() if plan.keys() <= {"gradient_checkpointing"}
+)
+"""Memory plans with which it is tried, the fastest first: those that leave the base as it is."""
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 ON_TWO_GPUS = (*LAUNCHER, "--multi_gpu", "--num_processes", "2", "-m", "dreambooth_moslora")
 """The words that start the command in two processes."""

@@ -251,8 +251,7 @@ def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float
         "train_batch_size",
         "gradient_accumulation_steps",
         "with_prior_preservation",
-        "gradient_checkpointing",
-        "base_quantization",
+        *table.OF_PLANS,
     )
     for job in jobs.all():
         metrics = jobs.metrics(job)
