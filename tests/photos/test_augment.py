@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.photos import augment
-from dreambooth_moslora.photos.photo_file import CropRule, apply_crop
+from dreambooth_moslora.photos.cropping import CropRule, apply_crop
 from dreambooth_moslora.settings import table
 
 FLIPPED = ((augment.MIRROR, True),)
