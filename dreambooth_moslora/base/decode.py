@@ -1,4 +1,4 @@
-"""Latents to pictures, also by a VAE that overflows in half precision, as SDXL's own does in fp16.
+"""Latents to pictures.
 
 Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 

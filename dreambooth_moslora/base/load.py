@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from dreambooth_moslora.base import decode, files, machine, pipelines, scaled_fp8
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk.processes import page_out
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import Facts, facts_of
@@ -232,9 +231,6 @@ class TextProducts:
         for layer in self.layers:
             weight = layer.host_weight.to(text.device, text.dtype)
             found.append(F.linear(text, weight, layer.bias))
-
-            # Weights that are mapped from a file need not stay in the memory between two texts.
-            page_out(layer.host_weight)
         return torch.cat(found, -1)
 
 

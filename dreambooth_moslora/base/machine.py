@@ -67,20 +67,19 @@ def apple_gib() -> tuple[float, float]:
     return torch.mps.recommended_max_memory() / GIB, torch.mps.current_allocated_memory() / GIB
 
 
-def free_gib(device: Any, *, is_later: bool = False) -> float | None:
-    """GiB that this process can still use on a GPU; None for other devices. With `is_later` it is
-    the whole GPU's memory, for a run that waits until the others have ended."""
+def free_gib(device: Any) -> float | None:
+    """GiB that this process can still use on a GPU; None for other devices."""
     if device.type == "mps":
         most, used = apple_gib()
-        return most if is_later else most - used
+        return most - used
     if device.type != "cuda":
         return None
     import torch
 
     # The driver counts as used what the allocator keeps, though it has room for this process.
-    free, whole = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (whole if is_later else free + kept) / GIB
+    return (free + kept) / GIB
 
 
 def device_of(model: Any) -> Any:

@@ -2,7 +2,6 @@
 photos without one."""
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli import command_train, terminal
-from dreambooth_moslora.disk.paths import find_asset, user_path
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import (
@@ -50,12 +49,8 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
         "what they show: judge them for the base and the size that `train DIR WORD` would choose"
     )
     parser.add_argument("word", metavar="WORD", nargs="?", help=about_word)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    about_picture = (
-        "where the picture of the crops goes (default: NAME_crops.png, not among the photos)"
-    )
-    parser.add_argument("--picture", metavar="FILE", help=about_picture)
-    parser.add_argument("--no_picture", action="store_true", help="draw none")
+    about_picture = "draw no NAME_crops.png"
+    parser.add_argument("--no_picture", action="store_true", help=about_picture)
     about_masks = "write name.mask.png beside photos without a mask"
     parser.add_argument("--make_masks", action="store_true", help=about_masks)
     parser.add_argument("--config", metavar="FILE", help="take the settings below from a recipe")
@@ -111,19 +106,14 @@ def run_check(args: argparse.Namespace) -> int:
     config = replace(config, **own_bucket_step(config, Base.of(config)))
     crops = None
     if report.photos and not args.no_picture:
-        crops = draw(report.photos, config, args, folder)
+        crops = draw(report.photos, config, folder)
 
     # What was found
-    if args.json:
-        print(json.dumps(as_json(report), indent=1))
-    else:
-        has_words = bool(known.get("instance_prompt"))
-        print(spelled_out(as_text(report, crops, has_words)))
+    has_words = bool(known.get("instance_prompt"))
+    print(spelled_out(as_text(report, crops, has_words)))
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
-    if args.json and crops:
-        print(spelled_out(crops), file=sys.stderr)
-    if known[BASE] == STOCK_SDXL and not (args.json or args.word or "resolution" in sized.all):
+    if known[BASE] == STOCK_SDXL and not (args.word or "resolution" in sized.all):
         terminal.say([f"note: judged for SDXL at {config.resolution} px; {WITH_WORD}"])
     return 0
 
@@ -150,62 +140,28 @@ def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
     from dreambooth_moslora.base.machine import best_device
     from dreambooth_moslora.photos.masks import load_segmenter, make_beside
 
-    try:
-        for made in make_beside(photos, load_segmenter(config, best_device())):
-            done = f"{made.path.name} is written" if made.path else ""
-            line = "; ".join(filter(None, [done, made.remark]))
-            print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
-    except OSError as error:
-        raise UserError(f"--make_masks: a mask cannot be written: {error.strerror}") from error
+    for made in make_beside(photos, load_segmenter(config, best_device())):
+        done = f"{made.path.name} is written" if made.path else ""
+        line = "; ".join(filter(None, [done, made.remark]))
+        print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
 
 
-def draw(
-    photos: Sequence["Photo"], config: table.TrainConfig, args: argparse.Namespace, folder: Path
-) -> str | None:
-    """Draw the picture of the crops and return a line about it; if it cannot be written, say so and
-    return None."""
+def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> str:
+    """Draw the picture of the crops, NAME_crops.png in the current folder; returns a line about it.
+    It never lies among the photos, where it would be taken for one of them."""
     from dreambooth_moslora.photos import augment
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
-    # Not among the photos, where it would be taken for one of them
-    photos_dir = folder.resolve()
-    path = user_path(args.picture or f"{photos_dir.name or 'photos'}_crops.png")
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    if not args.picture and path.parent.resolve() == photos_dir:
-        path = photos_dir.parent / path.name
-    try:
-        if path.parent.resolve() == photos_dir:
-            raise OSError(None, "among the photos it would be one of them; name another folder")
-        if path.suffix.lower() != ".png":
-            raise OSError(None, "it is drawn as a PNG; name it so")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
-    except OSError as error:
-        print(spelled_out(f"no picture: {path}: {error.strerror}"), file=sys.stderr)
-        return None
-
+    folder = folder.resolve()
+    path = Path(f"{folder.name or 'photos'}_crops.png")
+    if path.parent.resolve() == folder:
+        path = folder.parent / path.name
+    draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
     is_drawn = augment.asked_for(config) or config.crop_zoom > 1 or not config.center_crop
     if is_drawn and config.seed is None:
         return f"the crops: {path} (of seed 0: without --seed, training draws others)"
     return f"the crops: {path}"
-
-
-def as_json(report: "PhotoReport") -> dict[str, Any]:
-    """{"photos": [{"path", "usable", "reasons", "size_px": [h, w] or null}], "usable": n}, by file
-    name."""
-    found = [(photo, True, list(photo.reasons)) for photo in report.photos]
-    found += [(item, False, [item.reason]) for item in report.skipped]
-    rows = []
-    for one, usable, reasons in sorted(found, key=lambda row: str(row[0].path)):
-        row = {
-            "path": str(one.path),
-            "usable": usable,
-            "reasons": reasons,
-            "size_px": list(one.size_px) if one.size_px else None,
-        }
-        rows.append(row)
-    return {"photos": rows, "usable": len(report.photos)}
 
 
 def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) -> str:
@@ -264,13 +220,8 @@ def verdict(report: "PhotoReport") -> str:
 def caption_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `caption`."""
     parser.add_argument("folder", metavar="DIR", help="folder with the photos")
-    words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument(
-        "--subject", metavar="TEXT", help='rare word and class, "sks dog": "a photo of a sks dog …"'
-    )
-    words.add_argument(
-        "--instance_prompt", metavar="TEXT", help="instead, the whole beginning of each caption"
-    )
+    about_subject = 'rare word and class, "sks dog": "a photo of a sks dog …"'
+    parser.add_argument("--subject", required=True, metavar="TEXT", help=about_subject)
     about_base = (
         'the base to be trained: "toy" reads places by its own CLIP; '
         "for others a language model writes"
@@ -286,14 +237,9 @@ def run_caption(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.captions import load_captioner, make_beside
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
-    # The beginning of each caption, by one of the two flags
-    flag = "instance_prompt" if args.subject is None else "subject"
-    if not getattr(args, flag).strip():
-        raise UserError(f"--{flag}: it has no words.")
-    prompt = args.instance_prompt or f"a photo of a {args.subject.strip()}"
     config = table.TrainConfig(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        instance_prompt=prompt,
+        instance_prompt=f"a photo of a {args.subject.strip()}",
         caption_model=args.caption_model,
     )
 
@@ -305,11 +251,8 @@ def run_caption(args: argparse.Namespace) -> int:
     captioner = load_captioner(config, best_device())
     captions = make_beside(report.photos, captioner, config.instance_prompt)
     count = 0
-    try:
-        for made in captions:
-            count += made.caption is not None
-            print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
-    except OSError as error:
-        raise UserError(f"{folder}: a caption cannot be written: {error.strerror}") from error
+    for made in captions:
+        count += made.caption is not None
+        print(spelled_out(f"  {made.photo.path.name}  {made.caption or made.remark}"))
     print(f"{len(report.photos)} photos, {count} captions written")
     return 0

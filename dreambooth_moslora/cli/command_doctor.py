@@ -1,19 +1,17 @@
 """`doctor`: is this machine ready to train?"""
 
 import argparse
-import json
 import os
 import platform
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from dreambooth_moslora.disk.paths import clone_folder
 from dreambooth_moslora.precision import half_precision
@@ -45,17 +43,16 @@ class Findings:
     warnings: list[str] = field(default_factory=list)  # likewise
 
 
-def doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `doctor`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def doctor_arguments(_: argparse.ArgumentParser) -> None:
+    """It takes none."""
 
 
-def run_doctor(args: argparse.Namespace) -> int:
+def run_doctor(_: argparse.Namespace) -> int:
     """Look for problems and print what was found. Exit code 2 when something will fail."""
     found = Findings()
     examine_versions(found)
     examine_machine(found)
-    print(json.dumps(asdict(found), indent=1) if args.json else as_text(found))
+    print(as_text(found))
     return 2 if found.problems else 0
 
 
@@ -80,8 +77,14 @@ def examine_versions(found: Findings) -> None:
         )
 
     # An untested version may work; a missing library does not.
-    for line in out_of_range(versions):
-        (found.problems if "missing" in line else found.warnings).append(line)
+    for name, ranges in needed_ranges().items():
+        wanted = name + ",".join(sorted(map(str, ranges), reverse=True))
+        if versions[name] is None:
+            found.problems.append(f'{name} is missing; pip install "{wanted}"')
+        # A release candidate counts as its release.
+        elif not ranges.contains(Version(versions[name]).base_version):
+            untried = f"{name} {versions[name]} was not tried with this program"
+            found.warnings.append(f"{untried}; it was run with {wanted}")
 
 
 def needed_ranges() -> dict[str, SpecifierSet]:
@@ -101,29 +104,6 @@ def needed_ranges() -> dict[str, SpecifierSet]:
         if item.marker is None and item.name not in OPTIONAL:
             ranges[item.name] = item.specifier
     return ranges
-
-
-def is_within(version: str | None, versions: SpecifierSet) -> bool:
-    """Whether a version is in a range. A release candidate counts as its release; None is in no
-    range."""
-    try:
-        return versions.contains(Version(version or "").base_version)
-    except InvalidVersion:
-        return False
-
-
-def out_of_range(installed: Mapping[str, str | None]) -> list[str]:
-    """One line for each needed library that is missing or has an untested version."""
-    lines = []
-    for name, versions in needed_ranges().items():
-        version = installed.get(name)
-        wanted = name + ",".join(sorted(map(str, versions), reverse=True))
-        if version is None:
-            lines.append(f'{name} is missing; pip install "{wanted}"')
-        elif not is_within(version, versions):
-            untried = f"{name} {version} was not tried with this program"
-            lines.append(f"{untried}; it was run with {wanted}")
-    return lines
 
 
 def examine_machine(found: Findings) -> None:

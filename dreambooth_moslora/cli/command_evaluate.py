@@ -14,23 +14,16 @@ from tqdm import tqdm
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
-from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import read_json, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
-from dreambooth_moslora.disk.run_folder import (
-    KOHYA_SUFFIX,
-    RunDir,
-    find_weights,
-    is_card,
-    subject_name,
-)
+from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import measures, sources, table
 from dreambooth_moslora.settings.families import text_options_of
-from dreambooth_moslora.training import explain, model_card
+from dreambooth_moslora.training import explain
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
@@ -78,26 +71,21 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--prompts", default="auto", help=about)
     group.add_argument(
-        "--num_prompts", type=positive, help="how many of them to use, evenly spread (default: all)"
+        "--num_prompts", type=int, help="how many of them to use, evenly spread (default: all)"
     )
     about = "pictures of each, of seeds 0, 1, … (default: 4)"
-    group.add_argument("--images_per_prompt", type=positive, default=4, help=about)
+    group.add_argument("--images_per_prompt", type=int, default=4, help=about)
     group.add_argument(
-        "--class_images", type=positive, default=16, help="pictures of the bare class (default: 16)"
+        "--class_images", type=int, default=16, help="pictures of the bare class (default: 16)"
     )
     group.add_argument(
-        "--inference_steps", type=positive, default=25, help="denoising steps (default: 25)"
+        "--inference_steps", type=int, default=25, help="denoising steps (default: 25)"
     )
     about_guidance = "how closely to follow prompts (default: the base's own)"
-    group.add_argument("--guidance_scale", type=guidance, help=about_guidance)
+    group.add_argument("--guidance_scale", type=float, help=about_guidance)
     group.add_argument(
-        "--scale", type=strength, default=1.0, help="the adapter's strength (default: 1)"
+        "--scale", type=float, default=1.0, help="the adapter's strength (default: 1)"
     )
-    about = (
-        "score it at scales 0.4 to 1.2 too, and write the best into the header of our files "
-        "and into the card"
-    )
-    group.add_argument("--sweep_scale", action="store_true", help=about)
     group.add_argument(
         "--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)"
     )
@@ -107,32 +95,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)",
     )
     group.add_argument(
-        "--batch_size", type=positive, default=4, help="pictures drawn at once (default: 4)"
+        "--batch_size", type=int, default=4, help="pictures drawn at once (default: 4)"
     )
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on. Raises ArgumentTypeError."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too few; at least 1")
-    return number
-
-
-def guidance(text: str) -> float:
-    """A guidance scale. Raises ArgumentTypeError."""
-    number = float(text)
-    if not 0 <= number <= 50:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; 0 to 50")
-    return number
-
-
-def strength(text: str) -> float:
-    """An adapter's scale. Raises ArgumentTypeError."""
-    number = float(text)
-    if not -10 <= number <= 10:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; -10 to 10, and 1 is as trained")
-    return number
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -173,8 +137,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         followed = load.default_guidance(pipeline.pipeline)
 
     # Pictures and scores, with one bar over all of them
-    count = sum(picture_count(plan, args.sweep_scale) for plan in plans)
-    choice = None
+    count = sum(map(picture_count, plans))
     with tqdm(
         total=count,
         desc="drawing pictures",
@@ -186,21 +149,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
             score_tables.evaluate_adapter,
             pipeline,
             name,
+            scale=args.scale,
             on_picture=bar.update,
             batch_size=args.batch_size,
             guidance_scale=followed,
             text_options=text_options_of(config),
         )
-        found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
-
-        # The sweep needs the pictures of the subject alone.
-        if args.sweep_scale:
-            smaller = [evaluator.of_subject() for evaluator in evaluators]
-            by_scale = {}
-            for scale in explain.SCALES:
-                swept = [judge(evaluator, scale=scale) for evaluator in smaller]
-                by_scale[scale] = report.pooled(swept).score
-            choice = explain.choose_scale(by_scale)
+        found = [judge(evaluator) for evaluator in evaluators]
 
     # The files, and the figures on the terminal
     about = report.ReportContext(
@@ -209,13 +164,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         encoders=encoders.names,
         inference_steps=plans[0].inference_steps,
         guidance_scale=followed,
-        scale=choice,
         adapter_scale=args.scale,
     )
     report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
     print(summary(report.pooled(found)))
-    if args.sweep_scale:
-        print(note_strength(Path(find_asset(args.adapter)), choice))
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
 
@@ -231,39 +183,10 @@ def check_paths(args: argparse.Namespace) -> None:
         Base.find(args.base)
 
 
-def picture_count(plan: "EvaluationPlan", sweeps: bool) -> int:
-    """How many pictures are drawn: by the adapter and the base, and by the adapter at each scale of
-    a sweep."""
-    swept = len(explain.SCALES) * len(plan.subject_requests) if sweeps else 0
+def picture_count(plan: "EvaluationPlan") -> int:
+    """How many pictures are drawn, by the adapter and by the base."""
     by_both = len(plan.subject_requests) + plan.class_images + len(plan.unrelated_requests)
-    return 2 * by_both + len(plan.bare_requests) + swept
-
-
-def note_strength(path: Path, choice: explain.ScaleChoice | None) -> str:
-    """Write the sweep's result into the adapter's files and card; returns a line about it."""
-    from dreambooth_moslora.lora.published_file import note_scale
-
-    if choice is None:
-        return "no scale shows the subject, so none is recommended"
-    run_dir = RunDir(path if path.is_dir() else path.parent)
-    files = [path]
-    if path.is_dir():
-        files = [run_dir.adapter_path, *run_dir.path.glob(f"*{KOHYA_SUFFIX}")]
-
-    # The headers of the files that this program published
-    usable = (choice.low, choice.high)
-    noted = []
-    for file in files:
-        if file.is_file() and note_scale(file, choice.best, usable):
-            noted.append(file.name)
-
-    # The card beside them, unless the user has written another one
-    card = run_dir.read_card() if path.is_dir() and noted else None
-    if card is not None and is_card(card):
-        atomic_write(run_dir.card_path, model_card.with_strength(card, choice.best, usable))
-        noted.append(run_dir.card_path.name)
-    names = ", ".join(noted) or "no file, as this program published none of them"
-    return f"{choice.sentence()}; written into {names}"
+    return 2 * by_both + len(plan.bare_requests)
 
 
 def resolve(args: argparse.Namespace) -> table.TrainConfig:
@@ -271,18 +194,13 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
     Raises UserError."""
     known = known_of(Path(find_asset(args.adapter))) | text_options_of(args)
 
-    # One of several subjects
-    if known.get("subjects") and (args.photos or args.instance_prompt or args.class_word):
-        named = {}
-        for subject in table.TrainConfig.from_dict(known).each_subject:
-            named[subject.instance_prompt] = subject
-        if args.instance_prompt not in named:
-            prompts = ", ".join(map(repr, named))
-            raise UserError(f"--instance_prompt: it has several subjects; name one of {prompts}.")
-        known = named[args.instance_prompt].to_dict()
-
-    # All of them, as the run has them
+    # Several subjects, as the run has them
     if known.get("subjects"):
+        if args.photos or args.instance_prompt or args.class_word:
+            raise UserError(
+                "it has several subjects, which are judged together: leave out --photos, "
+                "--instance_prompt and --class_word."
+            )
         if args.base:
             known = known | {"pretrained_model_name_or_path": args.base}
         return table.TrainConfig.from_dict(known)
@@ -374,18 +292,12 @@ def plan_of(
 
 def usual_folder(args: argparse.Namespace) -> Path:
     """Where the report goes by default. That of `best/` or of a checkpoint lies beside it, as the
-    run replaces or removes these; that of one of several subjects lies in the report of all."""
+    run replaces or removes these."""
     path = user_path(args.adapter)
     home = RunDir(path)
     parent = RunDir(path.parent)
     is_whole = path.is_dir() and (home.config_path.is_file() or not parent.config_path.is_file())
-    beside = home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
-    if args.instance_prompt:
-        known = known_of(Path(find_asset(args.adapter)))
-        prompts = [subject["instance_prompt"] for subject in known.get("subjects", ())]
-        if len(prompts) > 1 and args.instance_prompt in prompts:
-            return beside / subject_name(prompts.index(args.instance_prompt) + 1)
-    return beside
+    return home.evaluation_dir if is_whole else path.with_name(f"{path.stem}_evaluation")
 
 
 def summary(found: "Evaluation") -> str:

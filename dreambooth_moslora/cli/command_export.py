@@ -3,8 +3,6 @@
 
 import argparse
 import json
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 from dreambooth_moslora.disk.paths import find_asset, user_path
@@ -14,10 +12,9 @@ from dreambooth_moslora.disk.run_folder import (
     RAW_NAME,
     RunDir,
     check_name,
-    header_of,
     tokens_name,
 )
-from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.errors import UserError
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +26,10 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Describe each file; a broken one is reported, and the others are still described."""
-    failed = False
+    """Describe each file. Raises UserError for the first that is broken."""
     for number, name in enumerate(args.files):
         path = Path(find_asset(name))
-        try:
-            facts = facts_of(path / PUBLISHED_NAME if path.is_dir() else path)
-        except UserError as error:
-            print(f"error: {spelled_out(' '.join(str(error).split()))}", file=sys.stderr)
-            failed = True
-            continue
+        facts = facts_of(path / PUBLISHED_NAME if path.is_dir() else path)
         if args.json:
             print(json.dumps(facts))
             continue
@@ -47,7 +38,7 @@ def run_info(args: argparse.Namespace) -> int:
 
         separator = "\n" if number else ""
         print(separator + "\n".join(lines(facts)))
-    return 2 if failed else 0
+    return 0
 
 
 def facts_of(file: Path) -> dict[str, object]:
@@ -87,6 +78,8 @@ def run_export(args: argparse.Namespace) -> int:
     out = user_path(args.out)
     from dreambooth_moslora.lora import new_tokens, published_file, raw_file
 
+    refuse_to_replace(out)
+
     # What lies beside the raw weights
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
@@ -99,7 +92,6 @@ def run_export(args: argparse.Namespace) -> int:
     token_files = [tokens_name(name, number) for number in range(len(tokens))]
 
     # Models that have the adapter's layers but not the base's weights, which the files do not need
-    refuse_to_replace(out, source, facts.step)
     components = {}
     for part, structure in facts.structures.items():
         components[part] = raw_file.empty_model(structure)
@@ -124,25 +116,13 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_to_replace(out: Path, source: Path, step: int | None) -> None:
-    """Raises UserError when `out` is a run, or its best/, and the adapter there is another run's or
-    step's."""
-    from dreambooth_moslora.lora.metadata import metadata_in
-
+def refuse_to_replace(out: Path) -> None:
+    """Raises UserError when `out` is a run, or its best/: the run's own adapter would go."""
     run_dir = RunDir(out.parent if out.name == BEST_NAME else out)
-    file = out / PUBLISHED_NAME
-    if not (run_dir.config_path.is_file() and file.is_file()):
-        return
-    there = None
-    with suppress(UserError):  # a damaged file may be replaced
-        there = metadata_in(header_of(file))
-
-    # The same step of the same run gives the same adapter again.
-    is_its_own = source.resolve().is_relative_to(run_dir.path.resolve())
-    if there is not None and not (is_its_own and there.step == step):
+    if run_dir.config_path.is_file():
         raise UserError(
-            f"--out {out}: it is a run's folder, and another adapter would replace its own "
-            f"{PUBLISHED_NAME}; give another folder, such as {run_dir.path}_export."
+            f"--out {out}: it is a run's folder, and its own {PUBLISHED_NAME} would be replaced; "
+            f"give another folder, such as {run_dir.path}_export."
         )
 
 

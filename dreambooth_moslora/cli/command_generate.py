@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli.terminal import hush, say
@@ -16,8 +15,8 @@ from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
-from dreambooth_moslora.settings import table, toys
-from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts, text_options_of
+from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
@@ -81,10 +80,8 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
     for name in TEXT_OPTIONS:
         what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
         about = f"{what} (default: as in the adapter's training)"
-        if table.FIELD_TYPES[name][0] is tuple:
-            parser.add_argument(f"--{name}", nargs="+", metavar="N", help=about)
-        else:
-            parser.add_argument(f"--{name}", help=about)
+        count = "+" if table.FIELD_TYPES[name][0] is tuple else None
+        parser.add_argument(f"--{name}", nargs=count, help=about)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -111,11 +108,10 @@ def run_generate(args: argparse.Namespace) -> int:
             path, scale = _split_scale(text)
             adapters.append(given_adapter(path, scale, recipe))
     if not adapters:
-        say([without_adapter(base, values["prompt"])])
+        say(["note: without --adapter the base draws alone"])
 
     # The base
     pipeline = SubjectPipeline.from_base(base)
-    say(without_effect(values, pipeline.family.facts))
     if recipe and recipe.provenance.base not in ("", pipeline.base_name):
         made_with = f"the picture was made with the base {recipe.provenance.base}"
         say([f"note: {made_with}, and this is {pipeline.base_name}"])
@@ -147,46 +143,15 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
             file = RunDir(folder).config_path
             if not file.is_file():
                 continue
-            known = settings_in(file)
+            known = read_json(file)
             base = known.get("pretrained_model_name_or_path")
-            if not isinstance(base, str):
+            if not base:
                 continue
             if base != "toy":
                 say([f"base: {base}, which the run in {folder} was trained on (--base)"])
             told = {name: known[name] for name in SETTINGS.values() if name in known}
             return Base.of_run(table.TrainConfig.from_dict(told))
     return Base.find("toy")
-
-
-def settings_in(file: Path) -> dict[str, Any]:
-    """A run's settings. Raises UserError for a damaged file."""
-    try:
-        return read_json(file)
-    except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}; give --base instead.") from error
-
-
-def without_adapter(base: Base, prompt: str) -> str:
-    """A line that the base draws alone. The embedded one draws a toy for a word that is no token of
-    its own."""
-    note = "note: without --adapter the base draws alone"
-    unknown = toys.unknown_words(prompt) if base.is_toy else []
-    if not unknown:
-        return note
-    return f"{note}; it has never read {', '.join(unknown)}, and draws one of its toys instead"
-
-
-def without_effect(values: dict, facts: Facts) -> list[str]:
-    """A line for each parameter that this family's pictures do not obey."""
-    title = f"{facts.title}'s pictures"
-    lines = []
-
-    # A flow's own scheduler is called Euler in a PNG.
-    if facts.style == "flow" and values.get("scheduler") not in (None, "euler"):
-        lines.append(f"note: --scheduler has no effect: {title} are drawn with the base's own")
-    if not facts.has_negative and values.get("negative_prompt"):
-        lines.append(f"note: --negative_prompt has no effect: {title} are drawn without one")
-    return lines
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -208,8 +173,8 @@ def _split_scale(text: str) -> tuple[str, float | None]:
 
 
 def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> dict:
-    """Parameters of the picture, overridden by the given ones. Raises UserError without a prompt,
-    and for a seed that is below -1."""
+    """Parameters of the picture, overridden by the given ones. Raises UserError without a
+    prompt."""
     values = recipe.params.to_dict() if recipe else {}
     given = {
         "prompt": args.prompt,
@@ -225,8 +190,6 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
         if value is not None:
             values[name] = value
     if args.seed is not None:
-        if args.seed < -1:
-            raise UserError(f"--seed {args.seed}: give 0 or more, or -1 for any")
         values["seed"] = params.draw_seed(args.seed)
 
     # A single option of the command line leaves the picture's others as they are.

@@ -33,13 +33,11 @@ from dreambooth_moslora.cli.terminal import (
     say,
 )
 from dreambooth_moslora.disk.paths import (
-    MAX_WORD_CHARACTERS,
     SUBJECT_FILE,
     find_asset,
     free_name,
     public_name,
 )
-from dreambooth_moslora.disk.processes import uncollected
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.plan import choices, memory
@@ -99,13 +97,12 @@ METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Su
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`python train_dreambooth.py …`, alone or under `accelerate launch`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: train_or_queue(words))
+    return exit_code(lambda: run_train(words))
 
 
-def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
-    """Describe, queue or train the run of a command line; returns the exit code. Raises
-    UserError."""
-    config, is_queued, chosen = parse_training(argv, prog)
+def run_train(argv: list[str], prog: str = SCRIPT) -> int:
+    """Describe or train the run of a command line; returns the exit code. Raises UserError."""
+    config, chosen = parse_training(argv, prog)
     report = chosen.photo_report
 
     # Only say what would be trained
@@ -113,14 +110,6 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
         from dreambooth_moslora.training.dry_run import describe_run
 
         print(spelled_out(describe_run(config, report)))
-        print(set_apart(chosen.last_words), end="")
-        return DONE
-
-    # Put it at the end of the queue
-    if is_queued:
-        from dreambooth_moslora.cli.command_queue import enqueue
-
-        print(spelled_out(enqueue(config, argv)))
         print(set_apart(chosen.last_words), end="")
         return DONE
 
@@ -142,11 +131,8 @@ def train_or_queue(argv: list[str], prog: str = SCRIPT) -> int:
             code = run_trainer(config, stop, report, chosen.last_words)
             file_only.info("ended: %s", "stopped" if code == INTERRUPTED else "done")
             return code
-        except UserError as error:
-            file_only.error("%s", error)
-            raise
-        except Exception:
-            file_only.error("stopped by an error", exc_info=True)
+        except Exception as error:
+            file_only.error("stopped: %s", error, exc_info=not isinstance(error, UserError))
             raise
 
 
@@ -166,12 +152,6 @@ def build_train_parser(prog: str = SCRIPT) -> Parser:
     parser.add_argument("-h", "--help", action="version", version=short, help=about)
     parser.add_argument("--help_all", action="help", help="all flags")
     parser.add_argument("--version", action="version", version=__version__)
-
-    about = (
-        "put the run at the end of the queue beside its --output_dir and return; "
-        "`queue start` or the page trains it"
-    )
-    parser.add_argument("--queue", action="store_true", help=about)
     add_training_flags(parser, notes=WITHOUT_WORDS)
     return parser
 
@@ -256,8 +236,8 @@ def parse_train_config(argv: Sequence[str], prog: str = SCRIPT) -> table.TrainCo
 def parse_training(
     argv: Sequence[str],
     prog: str = SCRIPT,
-) -> tuple[table.TrainConfig, bool, choices.Choices]:
-    """Settings, whether the run waits in the queue, and what was chosen. Raises UserError."""
+) -> tuple[table.TrainConfig, choices.Choices]:
+    """Settings, and what was chosen for them. Raises UserError."""
     # All processes of a launcher must have been given the same.
     given = memory.same_for_all(
         lambda: given_by(argv, prog),
@@ -274,7 +254,7 @@ def parse_training(
     rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if rank != -1:
         settings = settings | {"local_rank": rank}
-    return table.TrainConfig.from_dict(settings), given.is_queued, chosen
+    return table.TrainConfig.from_dict(settings), chosen
 
 
 class Given(NamedTuple):
@@ -283,7 +263,6 @@ class Given(NamedTuple):
     words: list[str]
     settings: dict[str, Any]
     has_recipe: bool  # a file replaces the recipe
-    is_queued: bool  # the run will have the whole GPU
 
 
 def given_by(argv: Sequence[str], prog: str) -> Given:
@@ -307,10 +286,8 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
         unknown = []
     if unknown:
         raise UserError(unknown_flag_message(unknown[0]))
-    flags = vars(found)
-    is_queued = flags.pop("queue")
-    settings, has_recipe = settings_of(flags, without_words=bool(words))
-    return Given(words=words, settings=settings, has_recipe=has_recipe, is_queued=is_queued)
+    settings, has_recipe = settings_of(vars(found), without_words=bool(words))
+    return Given(words=words, settings=settings, has_recipe=has_recipe)
 
 
 def settings_of(
@@ -321,11 +298,6 @@ def settings_of(
     flags = dict(flags)
     file = flags.pop("config")
     like = flags.pop("like")
-
-    # Empty as a variable of the shell that is not set
-    for name, value in (("config", file), ("like", like)):
-        if value == "":
-            raise UserError(f"--{name} is empty: name a file, or leave it out.")
 
     # The recipe's file
     recipe = sources.load_settings(file) if file else {}
@@ -354,14 +326,11 @@ def settings_of(
 
 def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
+    said = table.SAID_BY_SUBJECTS if settings.get("subjects") else ()
     missing = []
-    for item in table.SETTINGS.values():
-        if not item.metadata["required"]:
-            continue
-        is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
-        is_given = str(settings.get(item.name, "")).strip()
-        if not is_said_by_subjects and not is_given:
-            missing.append(f"--{item.name}")
+    for name in table.named("required"):
+        if name not in said and not str(settings.get(name, "")).strip():
+            missing.append(f"--{name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
@@ -394,7 +363,7 @@ def choose(given: Given) -> choices.Choices:
         chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
 
     # The recipe that fits the GPU's memory
-    free_gib = None if chosen.base.is_toy else memory.least_free_gib(is_later=given.is_queued)
+    free_gib = None if chosen.base.is_toy else memory.least_free_gib()
     if free_gib is not None and memory.is_alone():
         count = machine.gpu_count()
         if count > 1:
@@ -466,9 +435,6 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
         raise UserError(unknown_flag_message(word))
     if not word or "/" in word:
         raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
-    if len(word) > MAX_WORD_CHARACTERS:
-        most = f"at most {MAX_WORD_CHARACTERS} are allowed"
-        raise UserError(f"the word has {len(word)} letters; {most}, {AS_ONE_WORD}.")
     if len(words) > 2:
         said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
         raise UserError(f"{said}, {AS_ONE_WORD}.")
@@ -489,7 +455,7 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     if not resumed_from:
         return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
 
-    # `latest`: dog, dog_2, … dog_10. One without a checkpoint may wait in the queue.
+    # `latest`: dog, dog_2, … dog_10. One without a checkpoint may wait in the page's queue.
     own = re.compile(rf"{re.escape(name)}(_\d+)?")
     there = [path for path in RUNS.glob("*") if own.fullmatch(path.name)]
     there = [path for path in there if RunDir(path).latest_checkpoint()] or there
@@ -515,8 +481,7 @@ def run_trainer(
 
     # The plan refuses the run, if it must, before torch is imported.
     plan = make_plan(config, report)
-    with uncollected():
-        from dreambooth_moslora.training.loop import train
+    from dreambooth_moslora.training.loop import train
 
     warn_about(plan)
     if is_main_process():
@@ -582,6 +547,7 @@ def start_log(config: table.TrainConfig) -> logging.Logger:
     warnings.filterwarnings("ignore", category=FutureWarning)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk: no traceback for each record
 
     # One process writes; the others only say errors.
     terminal = logging.StreamHandler()
@@ -604,27 +570,9 @@ class SpelledOut(logging.Formatter):
         return spelled_out(super().format(record))
 
 
-class LogFile(logging.FileHandler):
-    """A log file that reports a failed write once, as on a full disk, instead of a traceback for
-    each record."""
-
-    is_lost = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        if not self.is_lost:
-            error = sys.exc_info()[1]
-            print(f"note: {self.baseFilename} cannot be written: {error}", file=sys.stderr)
-        self.is_lost = True
-
-
 def log_file(run_dir: RunDir) -> logging.Handler:
-    """The handler for the run's log. Raises UserError when the folder cannot be written."""
-    try:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
-        handler = LogFile(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {run_dir.path}: cannot be written: {error.strerror}."
-        ) from error
+    """The handler for the run's log. Raises OSError when the folder cannot be written."""
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir.log_path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(SpelledOut("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

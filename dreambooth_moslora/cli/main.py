@@ -25,10 +25,6 @@ COMMANDS = {
         "cli.command_check",
         "write captions for photos that have none: the subject's words and the surroundings",
     ),
-    "queue": (
-        "cli.command_queue",
-        "list, order and train the runs that wait; `train … --queue` adds one",
-    ),
     "explain": (
         "cli.command_evaluate",
         "say what a run's figures mean, and which flag to try next",
@@ -115,7 +111,7 @@ def run_command(argv: list[str]) -> int:
 
     # Commands that parse their own arguments, as their scripts do
     if name == "train":
-        return command_train.train_or_queue(rest, f"{program} train")
+        return command_train.run_train(rest, f"{program} train")
     if name == "app":
         from dreambooth_moslora.ui import app
 
@@ -128,7 +124,11 @@ def run_command(argv: list[str]) -> int:
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(known)}."
         raise UserError(f"unknown command {name}: {hint}")
     add_arguments, run = command(name)
-    parser = Parser(prog=f"{program} {name}", description=COMMANDS[name][1])
+    parser = Parser(
+        prog=f"{program} {name}",
+        usage=f"{program} {name} [ARGUMENT …] [--FLAG VALUE …]",
+        description=COMMANDS[name][1],
+    )
     add_arguments(parser)
     return run(parser.parse_args(underscored(rest)))
 

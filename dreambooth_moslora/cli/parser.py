@@ -144,8 +144,6 @@ def foreign_flags() -> dict[str, str]:
 
 
 FOREIGN_FLAGS = foreign_flags()
-# With more arguments the usage names only the needed ones
-MOST_IN_USAGE = 8
 
 
 def name_of(flag: str) -> str:
@@ -180,18 +178,6 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
-
-    def format_help(self) -> str:
-        """The help. Its usage names only the needed ones of many flags: each is explained below."""
-        if self.usage is None and len(self._actions) > MOST_IN_USAGE:
-            needed = []
-            for action in self._actions:
-                if action.required or not action.option_strings:
-                    needed.append(action)
-            formatter = self._get_formatter()
-            formatter.add_usage(None, needed, [], prefix="")
-            self.usage = f"{formatter.format_help().strip()} [--FLAG VALUE …]"
-        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, in place of argparse's usage of many lines and exit."""

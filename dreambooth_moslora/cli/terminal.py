@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.machine import is_main_process
 from dreambooth_moslora.disk import events, processes
-from dreambooth_moslora.disk.atomic import IS_OPEN
 from dreambooth_moslora.errors import UserError, is_out_of_memory, shortened, spelled_out
 from dreambooth_moslora.settings.measures import curves
 
@@ -60,17 +59,12 @@ def is_of_use(record: logging.LogRecord) -> bool:
     return "should be kept in float32: []" not in record.getMessage()
 
 
-# Errors for lack of room
-IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 class BreakableStream:
-    """A text stream that drops its output once a write has failed: then it goes to the null device.
-    `is_full` says whether that was for lack of room."""
+    """A text stream that drops its output once a write has failed: then it goes to the null
+    device."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.is_full = False
 
     def write(self, text: str) -> int:
         """Write, or drop the text."""
@@ -84,9 +78,7 @@ class BreakableStream:
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except OSError as error:
-            self.is_full = self.is_full or error.errno in IS_FULL
-
+        except OSError:
             # What is still buffered, and all that follows, goes to the null device.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -198,7 +190,6 @@ class TerminalProgress:
         self.total_steps = 0
         self._bar: tqdm | None = None
         self._phase = ""
-        self._has_begun = False
 
     def __call__(self, event: events.Event) -> None:
         match event:
@@ -269,9 +260,6 @@ class TerminalProgress:
         self.write(f"step {event.step}: {', '.join(said)}")
 
     def _show_step(self, event: events.StepDone) -> None:
-        if event.step > 1 and not self._has_begun:
-            self.write(f"goes on from step {event.step - 1}")
-        self._has_begun = True
         if self._phase != TRAINING:
             self._open(TRAINING, self.total_steps, event.step - 1, "step")
 
@@ -294,39 +282,8 @@ class TerminalProgress:
 DONE = 0
 OUR_BUG = 1
 MISTAKE = 2
-FILE_MISTAKES = (
-    errno.EBUSY,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
-    errno.EROFS,
-    errno.ESTALE,
-)
-"""Errors of files that the person can put right; the system's own words say what is wrong."""
-NO_NAME = (123, 161, 206)
-"""Errors of Windows for names and paths that it does not allow, and for those that are too long."""
-# In place of a file's name, where the system does not tell it
-WHILE_WRITING = ", while a file was written"
-# Errors of the machine -> what to do
-SYSTEM_ERRORS = {
-    errno.ENOSPC: "the disk is full{place}; free some and resume.",
-    errno.EDQUOT: "your quota of the disk is used up{place}; free some and resume.",
-    errno.EFBIG: (
-        "a file would be larger than the system allows{place}; "
-        "raise the limit (`ulimit -f`) and resume."
-    ),
-    errno.EIO: (
-        "the disk could not be read or written{place} (input/output error); "
-        "look after it, then resume."
-    ),
-    errno.EMFILE: "too many files are open{place}; raise the limit (`ulimit -n`) and resume.",
-    errno.ENOMEM: "the system has no memory left{place}; close some programs and resume.",
-    errno.ENFILE: "the system has too many open files{place}; close some programs and resume.",
-}
+# Errors for lack of room
+IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY = (
     "out of memory: try --gradient_checkpointing, --train_batch_size 1, --mixed_precision bf16 "
     "(fp16 on Nvidia GPUs before Ampere), a smaller --resolution or --base_quantization nf4; "
@@ -348,11 +305,6 @@ def exit_code(run: Callable[[], int]) -> int:
         try:
             code = run()
             output.flush()
-            if output.is_full:
-                raise UserError(
-                    "the disk is full, and the printed answer is not complete; "
-                    "free some and repeat."
-                )
             return code
         except UserError as error:
             return print_user_error(str(error))
@@ -389,21 +341,12 @@ def message_for_known_error(error: Exception) -> str | None:
             "if there is one."
         )
 
-    # The system
-    if not isinstance(error, OSError):
+    # The system, in its own words
+    if not isinstance(error, OSError) or not error.strerror:
         return None
-    place = f": {error.filename}" if error.filename else ""
-    if error.errno in SYSTEM_ERRORS:
-        return SYSTEM_ERRORS[error.errno].format(place=place)
-
-    # Windows, then permissions and names anywhere
-    if getattr(error, "winerror", None) in IS_OPEN:
-        file = error.filename2 or error.filename
-        return f"another program has {file} open, or a file in it; close it and resume."
-    if getattr(error, "winerror", None) in NO_NAME:
-        return f"{error.strerror}{place}."
-    if isinstance(error, PermissionError):
-        return f"permission denied{place or WHILE_WRITING}."
-    if error.errno in FILE_MISTAKES:
-        return f"{error.strerror}{place or WHILE_WRITING}."
-    return None
+    # Of a rename that fails, the second name is the one that the person knows.
+    name = error.filename2 or error.filename
+    place = f": {name}" if name else ", while a file was written"
+    if error.errno in IS_FULL:
+        return f"{error.strerror}{place}; free some of the disk and resume."
+    return f"{error.strerror}{place}."

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import TypedDict
 
-from dreambooth_moslora.disk.contents import check_size, from_json, stored_text
+from dreambooth_moslora.disk.contents import from_json, stored_text
 from dreambooth_moslora.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
@@ -69,48 +69,35 @@ def parse_event(line: str | bytes) -> dict[str, Any] | None:
 
 @dataclass
 class Metrics:
-    """The events, read from where the last reading stopped. A resumed run replaces the file, and a
-    folder's name may be used again: the last line read, which holds its time, must still be there,
-    else everything is read again."""
+    """The events, read again when their file has changed."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""  # why a file that is there was not read
-    _offset: int = 0
-    _last_line: bytes = b""
+    _seen: tuple[int, ...] = ()  # the file that was read: its number, size and time
 
     def refresh(self) -> "Metrics":
-        """Read what is new. `problem` says why a file was not read."""
-        self.problem = ""
+        """Read the file if it has changed. `problem` says why one that is there was not read."""
         try:
-            check_size(self.path, MOST_BYTES)
-            with self.path.open("rb") as file:
-                # The last line tells whether it is still the same file.
-                file.seek(self._offset - len(self._last_line))
-                if file.read(len(self._last_line)) != self._last_line:
-                    self._forget()
-                    file.seek(0)
-                data = file.read()
-        except OSError as error:
-            self._forget()
-            if not isinstance(error, FileNotFoundError):
-                self.problem = f"{self.path.name}: {error.strerror}"
+            now = self.path.stat()
+        except OSError:
+            self.events = []
+            self.problem = ""
+            self._seen = ()
+            return self
+        seen = (now.st_ino, now.st_size, now.st_mtime_ns)
+        if seen == self._seen:
             return self
 
-        # A line without its end is still being written, and is read the next time.
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.splitlines(keepends=True)
-        self._offset += len(whole)
-        if lines:
-            self._last_line = lines[-1]
-        found = map(parse_event, lines)
-        self.events += [event for event in found if event]
-        return self
-
-    def _forget(self) -> None:
+        # A resumed run replaces the file, so all of it is read.
         self.events = []
-        self._offset = 0
-        self._last_line = b""
+        self.problem = ""
+        self._seen = seen
+        try:
+            self.events = read_events(self.path)
+        except UserError as error:
+            self.problem = str(error)
+        return self
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind."""

@@ -1,65 +1,39 @@
-"""This process: its threads, memory and imports. The process that trains: how it is started, and
-why it ended.
+"""This process: its memory. The process that trains: how it is started, and why it ended.
 
 A step on CPU allocates and frees gigabytes of activations. By default glibc maps each large block
 from the kernel and returns it when it is freed, so that every step faults its pages in again, 4 KiB
-at a time. Reusing them, in pages of 2 MiB, saves a fifth of a step's time at SDXL's size. Sources:
-mallopt(3), madvise(2).
+at a time. Source: mallopt(3).
 """
 
 import ctypes
-import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreambooth_moslora.disk.paths import import_environment
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# From <malloc.h> and <sys/mman.h>.
+# From <malloc.h>.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-M_ARENA_MAX = -8
-MADV_HUGEPAGE = 14
-MADV_PAGEOUT = 21
-
-KEEP_MEMORY = "DREAMBOOTH_KEEP_MEMORY"  # Environment variable; 0 turns `keep_freed_memory` off.
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed memory in this process from now on. Returns whether it does: not without glibc,
-    nor if KEEP_MEMORY is 0."""
-    if not sys.platform.startswith("linux") or os.environ.get(KEEP_MEMORY) == "0":
-        return False
+    """Keep freed memory in this process from now on. Returns whether it does: not without
+    glibc."""
     # Nothing is returned to the kernel, and nothing is mapped apart from the heap.
     try:
         libc = ctypes.CDLL(None)
-        kept = bool(libc.mallopt(M_TRIM_THRESHOLD, -1)) and bool(libc.mallopt(M_MMAP_MAX, 0))
-    except (AttributeError, OSError):
+        return bool(libc.mallopt(M_TRIM_THRESHOLD, -1)) and bool(libc.mallopt(M_MMAP_MAX, 0))
+    except (AttributeError, OSError, TypeError):
         return False
-    if kept:
-        # Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask
-        # for huge pages there, and free it again: it is no longer trimmed, so later allocations
-        # come from this range.
-        page = os.sysconf("SC_PAGE_SIZE")
-        size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
-        libc.malloc.restype = ctypes.c_void_p
-        block = libc.malloc(ctypes.c_size_t(size))
-        if block:
-            start = -(-block // page) * page
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - page), MADV_HUGEPAGE)
-            libc.free(ctypes.c_void_p(block))
-    return kept
 
 
 def give_freed_memory_back() -> None:
@@ -69,32 +43,6 @@ def give_freed_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         return
-
-
-def page_out(tensor: "Tensor") -> None:
-    """Let a host tensor's pages leave memory until they are read again, by madvise(2); only Linux
-    since 5.4."""
-    if not sys.platform.startswith("linux") or tensor.device.type != "cpu":
-        return
-
-    # The whole pages of the tensor: those at its ends may hold others' data.
-    page = os.sysconf("SC_PAGE_SIZE")
-    start = tensor.data_ptr()
-    first = -(-start // page) * page
-    end = (start + tensor.nbytes) // page * page
-    if end > first:
-        length = ctypes.c_size_t(end - first)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, MADV_PAGEOUT)
-
-
-def share_heaps() -> bool:
-    """Let all threads share one of glibc's arenas: for a server, before there are threads. Each
-    thread may else begin its own, and what it leaves there (tens of MiB) serves no other.
-    mallopt(3); False without glibc."""
-    try:
-        return sys.platform.startswith("linux") and bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1))
-    except (AttributeError, OSError):
-        return False
 
 
 def peak_memory_gib() -> float | None:
@@ -121,20 +69,6 @@ def avoid_fragmentation() -> None:
     """Let PyTorch grow its blocks of GPU memory, unless the user chose. Before it is imported."""
     if sys.platform.startswith("linux") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """For large imports: the garbage collector, a sixth of their time, pauses and never examines
-    the objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def when_orphaned(parent: int, then: Callable[[], object]) -> None:
@@ -202,15 +136,9 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
         return "It was stopped before training had begun."
 
     # The system kills a process for want of memory without a word.
-    is_memory = not was_asked and code in (None, KILLED)
-    cause = ", perhaps for want of memory" if is_memory else ""
-    unanswered = ". It had not answered the request to stop." if was_asked else ""
-    if code is not None and code < 0:
-        return f"The process was killed by {signal.Signals(-code).name}{cause}{unanswered or '.'}"
-
-    # On Windows, and without an exit status, only the log tells.
-    if was_killed(code, log_tail) and (code is None or was_asked):
-        return f"The process was killed{cause}; its last words: {words or 'none'}{unanswered}"
+    if was_killed(code, log_tail):
+        cause = "" if was_asked else ", perhaps for want of memory"
+        return f"The process was killed{cause}; its last words: {words or 'none'}"
     return words or "The process ended without a word."
 
 
@@ -233,7 +161,6 @@ its path."""
 ANSWER_SEC = 1200.0
 """How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
 in minutes."""
-KILLED = -9
 STOPPED_EARLY = (-signal.SIGTERM, signal.SIGTERM)
 """Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
 LOG_TAIL_LINES = 40  # What `log_tail` gives,

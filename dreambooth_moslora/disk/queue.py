@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 LOCK_NAME = "run.lock"  # The file that a run locks.
 OWNER_NAME = "run.owner"
 """Which process holds the folder. Not in the locked file: Windows lets nobody else read that."""
-OWNER_BYTES = 200  # Most of it that is read.
+OWNER_LETTERS = 200  # Most of it that is said.
 HOLD_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
 WRITTEN_TO = (
@@ -142,16 +142,14 @@ def remark_no_locks(folder: Path, reason: str) -> None:
 def owner_of(folder: Path) -> str:
     """Who holds the folder, in its own words. Of a pipe there, reading would have no end."""
     path = folder / OWNER_NAME
-    words = b""
-    with suppress(OSError):
-        if path.is_file():
-            with path.open("rb") as file:
-                words = file.read(OWNER_BYTES)
-    return words.decode(errors="replace").strip() or "another process"
+    words = ""
+    if path.is_file():
+        with suppress(OSError):
+            words = path.read_text(encoding="utf-8", errors="replace").strip()
+    return words[:OWNER_LETTERS] or "another process"
 
 
 QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.
-PLACES = ("up", "down", "first", "last")  # Where a person can move a waiting run.
 HELD_SEC = 30.0  # How long another process may hold the order,
 POLL_SEC = 0.02  # and how often it is tried again.
 
@@ -161,11 +159,8 @@ class QueuedRun:
     """A run in the queue: a file there, until the run has ended."""
 
     name: str
-    folder: str = ""  # that paths in the settings are relative to
-    argv: tuple[str, ...] = ()  # the words of the command that added it; () of the page
     # checked; {} if its file could not be read
     settings: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = False  # its run folder was made for it
     queued: float = 0.0  # time, s
     started: float = 0.0  # time, s
     killed: int = 0  # how often since its last checkpoint
@@ -231,45 +226,35 @@ class RunQueue:
         return sorted(self._all("started"), key=lambda run: run.started)
 
     def move(self, name: str, place: str) -> None:
-        """Move a run to `place`, one of PLACES or a number from 1. Raises UserError."""
+        """Move a run to `place`, up, down, first or last. Raises UserError."""
         with self._held():
             self._set_order(with_place([run.name for run in self.waiting()], name, place))
 
     def remove(self, name: str) -> QueuedRun:
-        """Remove a waiting run, and its new folder if nothing was trained there. Raises UserError
-        for a run that does not wait."""
+        """Remove a waiting run, and its folder, which was made for it, if nothing was trained
+        there. Raises UserError for a run that does not wait."""
         with self._held():
             run = next((run for run in self.waiting() if run.name == name), None)
             if run is None:
                 raise UserError(not_waiting(name))
             self._path("waiting", name).unlink()
-
-        # A run of the command line may have the person's own files in its folder; one of the page
-        # has none.
         run_dir = run_folder.RunDir(self.runs_dir / name)
-        if run.is_new and not run_dir.metrics_path.exists():
-            if run.argv:
-                with suppress(OSError):  # it is not empty
-                    run_dir.path.rmdir()
-            else:
-                shutil.rmtree(run_dir.path, ignore_errors=True)
+        if not run_dir.metrics_path.exists():
+            shutil.rmtree(run_dir.path, ignore_errors=True)
         return run
 
     @contextmanager
     def turn(self) -> Iterator[bool]:
         """Whether this process may start and end runs of the queue, for the length of the block."""
-        if not self.folder.is_dir():
-            yield False
-            return
+        held = None
+        if self.folder.is_dir():
+            with suppress(UserError):
+                held = take(self.folder / "turn.lock", "--runs_dir")
         try:
-            lock = take(self.folder / "turn.lock", "--runs_dir")
-        except UserError:
-            yield False
-            return
-        try:
-            yield True
+            yield held is not None
         finally:
-            lock.close()
+            if held is not None:
+                held.close()
 
     def claim(self) -> QueuedRun | None:
         """Move the first waiting run to `started` and return it; None when none waits, or the queue
@@ -342,14 +327,10 @@ def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
         raise UserError(not_waiting(name))
     rest = [one for one in names if one != name]
     now = list(names).index(name)
-    if place.isdecimal() and int(place[:9]) > 0:  # nine digits, as Python refuses very long ones
-        index = int(place[:9]) - 1
-    elif place in PLACES:
-        index = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}[place]
-    else:
-        raise UserError(
-            f"{place!r:.20} is not a place in the queue: {', '.join(PLACES)}, or a number from 1"
-        )
+    places = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}
+    if place not in places:
+        raise UserError(f"{place!r:.20} is not a place in the queue: {', '.join(places)}")
+    index = places[place]
     return [*rest[:index], name, *rest[index:]]
 
 

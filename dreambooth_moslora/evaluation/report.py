@@ -28,7 +28,6 @@ from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.explain import ScaleChoice
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class ReportContext:
     encoders: tuple[str, str]  # names of CLIP and DINO
     inference_steps: int
     guidance_scale: float
-    scale: ScaleChoice | None = None  # the result of --sweep_scale
     adapter_scale: float = 1.0  # of the pictures
 
 
@@ -71,7 +69,6 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "score": round(found.score, 4),
-        **({"scale": asdict(about.scale)} if about.scale else {}),
         "per_prompt": per_prompt(found),
         "seconds": round(found.seconds, 1),
     }

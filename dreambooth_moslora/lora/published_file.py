@@ -45,19 +45,6 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.families import DENOISERS
 
-
-def note_scale(path: Path, best: float, usable: tuple[float, float]) -> bool:
-    """Write the scale into a published file's header; False for a file of another program. Raises
-    UserError for a broken file, and OSError."""
-    tensors, header = raw_file.read_tensors(path)
-    facts = metadata_in(header)
-    if facts is None or raw_file.RAW_KEY in tensors:
-        return False
-    facts = replace(facts, best_scale=best, usable_scales=usable)
-    raw_file.write_file(path, tensors, header | facts.header)
-    return True
-
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The name of a setting -> the dtype of a published file."""
 

@@ -8,7 +8,6 @@ refused. The first config with a mixer wraps a method of PEFT's LoraModel, for t
 process: `add_adapter` can be called at any later time, and PEFT has no hook there.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -74,13 +73,6 @@ def value_pattern(values: Mapping[str, float], common: float) -> dict[str, float
         if value != common:
             paths.setdefault(value, []).append(re.escape(path))
     return {f"^(?:{'|'.join(names)})": value for value, names in paths.items()}
-
-
-def narrowest_sides(layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The fewer of each layer's inputs and outputs. A convolution's inputs count once per position
-    of its kernel."""
-    sizes = {path: weight_size(layer) for path, layer in layers.items()}
-    return {path: min(outputs, math.prod(inputs)) for path, (outputs, *inputs) in sizes.items()}
 
 
 def weight_size(module: nn.Module | None) -> tuple[int, ...]:

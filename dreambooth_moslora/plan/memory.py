@@ -466,7 +466,7 @@ def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
         )
 
 
-def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
+def free_gib_of_gpu() -> float | None:
     """`machine.free_gib` of this process's GPU; None without a GPU, or when accelerate is told to
     use the CPU. It includes the CUDA context, which asking the driver creates."""
     if machine.asks_accelerate("ACCELERATE_USE_CPU"):
@@ -475,9 +475,9 @@ def free_gib_of_gpu(*, is_later: bool = False) -> float | None:
 
     device = machine.best_device()
     if device.type != "cuda":
-        return machine.free_gib(device, is_later=is_later)
+        return machine.free_gib(device)
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return machine.free_gib(own, is_later=is_later) + (0.0 if is_later else CONTEXT_GIB)
+    return machine.free_gib(own) + CONTEXT_GIB
 
 
 def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
@@ -792,10 +792,10 @@ def in_lines(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def least_free_gib(*, is_later: bool = False) -> float | None:
+def least_free_gib() -> float | None:
     """`free_gib_of_gpu` of the process that has the least, so that all choose the same. All must
     call it."""
-    own = free_gib_of_gpu(is_later=is_later)
+    own = free_gib_of_gpu()
     if is_alone():
         return own
     from dreambooth_moslora.plan.distributed import exchange, joined

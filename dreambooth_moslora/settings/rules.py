@@ -16,7 +16,6 @@ from dreambooth_moslora.settings import (
     optimizer_kinds,
     rows,
     subjects,
-    toys,
     weightings,
 )
 
@@ -32,11 +31,6 @@ def slows_what_finds_its_rate(run: Config) -> bool:
     return optimizer_kinds.optimizer_of(run).finds_rate and run.learning_rate <= 0.1
 
 
-def prompts_the_toys_net(run: Config) -> bool:
-    is_toys = toys.is_toy(run.pretrained_model_name_or_path) and not run.mask_model
-    return run.masks == "auto" and bool(run.mask_prompt) and is_toys
-
-
 REMARKS: dict[str, Callable[[Config], object]] = {
     (
         "--optimizer {optimizer} works best with --lr_scheduler "
@@ -47,9 +41,6 @@ REMARKS: dict[str, Callable[[Config], object]] = {
         "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little "
         "memory and is used"
     ): lambda run: run.enable_xformers_memory_efficient_attention,
-    (
-        "--mask_prompt has no effect with the embedded base's own net; --mask_model names a CLIPSeg"
-    ): prompts_the_toys_net,
 }
 """Sentence, with the run's values in braces -> whether it is said of a run."""
 
@@ -61,6 +52,8 @@ EXCLUDED: dict[str, dict[str, str]] = {
     **weightings.exclusions(),
     "loss_type": {weightings.EDM_SWITCH: weightings.EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
+    "instance_data_dir": {"dataset_name": "each says where the photos are"},
+    "train_text_encoder": {"train_text_encoder_ti": "train adapters or new tokens"},
     "cache_cross_attention": {
         "train_text_encoder": TEXT_CHANGES,
         "train_text_encoder_ti": TEXT_CHANGES,
@@ -132,9 +125,7 @@ def check_together(config: Config) -> None:
             f"--bucket_reso_steps {step}: must be at most --resolution {config.resolution}."
         )
 
-    # Where photos come from, and the words of a class that is preserved.
-    if config.instance_data_dir and config.dataset_name:
-        raise UserError("--instance_data_dir and --dataset_name: give one of them, not both.")
+    # Several subjects, and the words of a class that is preserved.
     if config.subjects:
         subjects.check_subjects(config)
     elif config.with_prior_preservation and not config.class_prompt:
@@ -149,8 +140,6 @@ def check_together(config: Config) -> None:
             continue
         for other, why in excluded_by(name, config):
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
-    if config.early_stopping and not config.evaluate_steps:
-        raise UserError("--early_stopping needs --evaluate_steps: it stops by the scores.")
 
     # A block is brought again when it is recomputed; bitsandbytes holds its own copies in 8 bit.
     if config.stream_blocks and not config.gradient_checkpointing:
@@ -171,11 +160,6 @@ def check_together(config: Config) -> None:
         raise UserError(
             f"--optimizer {config.optimizer} averages its steps itself: leave out {flag}."
         )
-    if config.train_text_encoder and config.train_text_encoder_ti:
-        raise UserError(
-            "--train_text_encoder and --train_text_encoder_ti: train adapters or new tokens; "
-            "give one."
-        )
     if kind.averages and config.train_text_encoder_ti:
         raise UserError(
             f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new "
@@ -194,11 +178,6 @@ def check_together(config: Config) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
             rows.parse_pattern(name, text)
-    for layer in config.text_encoder_out_layers:
-        if not rows.NUMBER.fullmatch(layer):
-            raise UserError(
-                f"--text_encoder_out_layers {layer}: expected numbers of layers, such as 9 18 27."
-            )
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 

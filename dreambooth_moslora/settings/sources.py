@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
-
-from typing_extensions import TypedDict
+from typing import Any
 
 from dreambooth_moslora.disk.contents import from_json, read_json, reason_of, small_text
 from dreambooth_moslora.disk.paths import find_asset
@@ -76,7 +74,6 @@ RECIPE = named("publish", "always")
 TOLD_IF_CHANGED = named("publish", "if_changed")
 LAYERS = tuple(name for name in RECIPE if FIELD_TYPES[name][0] is tuple)
 DEFAULTS = TrainConfig().to_dict()
-MOST_LETTERS = 50_000  # Of a list of layers: every layer of SDXL by name takes less.
 # A name of layers, with a value if it is a pattern. It cannot hold text of the user's.
 LAYER = re.compile(r"[A-Za-z0-9_.*\[\]?!-]{1,100}(\s*[=:]\s*[0-9.eE+-]{1,20})?")
 
@@ -100,8 +97,6 @@ def checked_recipe(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         try:
             if name not in (*RECIPE, *TOLD_IF_CHANGED):
                 raise UserError(f"`{name:.40}` is not a setting of a recipe")
-            if name in LAYERS and len(str(value)) > MOST_LETTERS:
-                raise UserError(f"--{name} names too many layers")
             # A run with this setting alone checks it; prior preservation also needs a class.
             config = TrainConfig(class_prompt="a class", **{name: value})
             found = getattr(config, name)
@@ -123,20 +118,6 @@ FACT = re.compile(
     r"|total_batch_size)"
 )
 """Keys of kohya's that state facts, not settings."""
-OF_DATASETS = (
-    "batch_size_per_device",
-    "resolution",
-    "enable_bucket",
-    "min_bucket_reso",
-    "max_bucket_reso",
-    "flip_aug",
-    "color_aug",
-    "random_crop",
-    "shuffle_caption",
-    "keep_tokens",
-)
-"""What a header says in `ss_datasets`, for each data set or subset, if kohya's --dataset_config was
-given."""
 
 
 def by_kohya_key() -> dict[str, dict[str, Any]]:
@@ -184,10 +165,6 @@ def settings_like(path: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
         found = recipe_in_file(file)
     except UserError as error:
         raise UserError(f"--like {path}: {error}.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--like {path}: it is not a safetensors file: {one_line(error)}."
-        ) from None
     settings = unless_given(found.settings, given)
     said = f"settings like {Path(path).name}: {len(settings)} (--like; flags and --config win)"
     return settings, [said, *found.remarks]
@@ -238,19 +215,9 @@ def unless_given(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Values of the `ss_*` keys that have an equivalent, by this program's names, and the keys
     without one."""
-    # What the data sets agree on counts as if the header itself said it.
-    of_datasets = told_by_datasets(header.get("ss_datasets", "[]"))
-    agreed = {}
-    meaningless = []
-    for key, texts in of_datasets.items():
-        if len(texts) == 1:
-            agreed[key] = texts[0]
-        else:
-            meaningless.append(f"several values of {key}")
-    header = agreed | header
-
     # A key without an equivalent is named only if it switches something on.
     values = {}
+    meaningless = []
     for key in sorted(header):
         if not key.startswith("ss_") or FACT.match(key):
             continue
@@ -263,24 +230,3 @@ def from_kohya(header: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     if "(" in header.get("ss_optimizer", "").removesuffix("()"):
         meaningless.append("the arguments in ss_optimizer")
     return values, meaningless
-
-
-class DataSet(TypedDict):
-    """A data set's settings in a header of kohya's, with those of its subsets."""
-
-    subsets: NotRequired[list[dict[str, Any]]]
-
-
-DataSet.__pydantic_config__ = {"extra": "allow"}
-
-
-def told_by_datasets(text: str) -> dict[str, list[str]]:
-    """`ss_resolution` and its like -> the different values that the data sets have; {} for a text
-    that is broken."""
-    found: dict[str, dict[str, None]] = {}
-    with suppress(UserError):
-        for dataset in from_json(text, list[DataSet]):
-            for table in (dataset, *dataset.get("subsets", ())):
-                for name in table.keys() & set(OF_DATASETS):
-                    found.setdefault(f"ss_{name}", {})[str(table[name])] = None
-    return {key: list(found[key]) for key in sorted(found)}

@@ -9,7 +9,6 @@ In a --config file:
 With --subjects photos:
 
     photos/sks duck/       "a photo of a sks duck", class "a photo of a duck"
-    photos/sks duck.txt    or two lines: its prompt, its class prompt
 
 A table overrides the run's other settings. A run without tables has one subject, described by its
 settings.
@@ -23,7 +22,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.disk.contents import read_json, small_text
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 
@@ -73,29 +72,17 @@ def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
 
 
 def prompts_of(folder: Path) -> dict[str, str]:
-    """Instance and class prompt: the lines of `name.txt` beside the folder, else from its name.
-    Raises UserError."""
-    file = folder.with_name(f"{folder.name}.txt")
-    if file.is_file():
-        # The user's own words, as he wrote them.
-        try:
-            lines = [line.strip() for line in small_text(file).splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--subjects: {file} is not a text file.") from error
-        if len(lines) not in (1, 2):
-            raise UserError(
-                f"--subjects: {file} needs one line, the prompt of the subject, or two, then "
-                "its class."
-            )
-    else:
-        # `sks duck`: the first word is the token, the others say what it is.
-        words = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
-        token = words[0]
-        noun = " ".join(words[1:])
-        lines = [f"a photo of {token}"]
-        if noun:
-            lines = [f"a photo of a {token} {noun}", f"a photo of a {noun}"]
-    return dict(zip(("instance_prompt", "class_prompt"), lines))
+    """Instance and class prompt from the name of a subject's folder, `sks duck`: the first word is
+    the token, the others say what it is."""
+    words = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
+    token = words[0]
+    noun = " ".join(words[1:])
+    if not noun:
+        return {"instance_prompt": f"a photo of {token}"}
+    return {
+        "instance_prompt": f"a photo of a {token} {noun}",
+        "class_prompt": f"a photo of a {noun}",
+    }
 
 
 def stream_of(name: str, number: int) -> str:
@@ -135,10 +122,3 @@ def check_subjects(config: Config) -> None:
             raise UserError(
                 f"--subjects: {count} of them have the {name} {value!r}; each needs its own."
             )
-
-    # A folder of class images has those of one class.
-    classes: dict[str, str | None] = {}
-    for one in found:
-        folder = one.class_data_dir
-        if folder and classes.setdefault(folder, one.class_prompt) != one.class_prompt:
-            raise UserError(f"--class_data_dir {folder}: two classes cannot share it.")

@@ -1213,6 +1213,7 @@ class TrainConfig:
         default=None,
         help="stop when the score has not risen for this many evaluations (default: only warn)",
         low=1,
+        idle=rows.where("without --evaluate_steps", lambda run: not run.evaluate_steps),
     )
 
     # The run folder: what is written there, and how often.
@@ -1615,17 +1616,3 @@ def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
             f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} "
             f"blocks: {cure}"
         )
-
-
-def ranks_in_vain(config: TrainConfig, component: str, narrowest: Mapping[str, int]) -> str | None:
-    """A warning where a layer's rank exceeds the fewer of its inputs and outputs (`narrowest`, by
-    path); else None."""
-    ranks = {path: rank_and_alpha(config, component, path)[0] for path in narrowest}
-    wide = [path for path, rank in ranks.items() if rank > narrowest[path]]
-    if not wide:
-        return None
-    first = f"{wide[0]} has rank {ranks[wide[0]]} and {narrowest[wide[0]]} inputs or outputs"
-    return (
-        f"A rank above the number of a layer's inputs or outputs adds nothing: {first} "
-        f"({len(wide)} such layers)."
-    )

@@ -5,8 +5,6 @@ They are small models, each of one family, that train in minutes without a GPU. 
 toys in sixteen places, and they know no other words (`toybox` renders the world and trains them).
 """
 
-import json
-import re
 from pathlib import Path
 
 from dreambooth_moslora.disk.paths import assets_folder
@@ -75,11 +73,3 @@ def is_toy(base: str | Path) -> bool:
 def guidance_of(base: str | Path, facts: Facts) -> float:
     """A base's default guidance: its family's, unless it is embedded."""
     return facts.no_guidance + GUIDANCE if is_toy(base) else facts.guidance
-
-
-def unknown_words(prompt: str) -> list[str]:
-    """Words of a prompt that the embedded bases have never read."""
-    vocabulary = CLIP_FOLDER / "tokenizer" / "vocab.json"
-    known = json.loads(vocabulary.read_text(encoding="utf-8"))
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
-    return [word for word in words if f"{word}</w>" not in known]

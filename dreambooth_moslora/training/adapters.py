@@ -25,7 +25,7 @@ from dreambooth_moslora.settings.families import DENOISERS, Facts
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted
 from dreambooth_moslora.settings.subjects import stream_of
-from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
@@ -116,12 +116,6 @@ def fresh_adapters(
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     for name, module in components.items():
         paths = target_paths(config, name, module)
-
-        # A rank above a layer's narrower side gives nothing more.
-        layers = moslora.matrix_layers(module)
-        narrowest = moslora.narrowest_sides({path: layers[path] for path in paths})
-        if line := ranks_in_vain(config, name, narrowest):
-            logger.warning("%s", line)
 
         # A pattern may give a layer its own.
         ranks: dict[str, int] = {}

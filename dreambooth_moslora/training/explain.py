@@ -86,14 +86,6 @@ class ScaleChoice:
     high: float
     scores: dict[float, float]
 
-    def sentence(self) -> str:
-        """The choice and its scores, in one line."""
-        around = "no other comes near it"
-        if self.low < self.high:
-            around = f"usable from {self.low:g} to {self.high:g}"
-        tried = ", ".join(f"{scale:g}: {score:.3f}" for scale, score in self.scores.items())
-        return f"the adapter's best scale is {self.best:g}, {around} (scores {tried})"
-
 
 def choose_scale(scores: Mapping[float, float]) -> ScaleChoice | None:
     """Choose from scale -> score. None when no scale shows the subject."""

@@ -165,19 +165,6 @@ def strength(
     return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
 
 
-def with_strength(text: str, best: float, usable: tuple[float, float]) -> str:
-    """A card with this `strength` instead of an earlier one, or before the training table."""
-    kept = re.sub(rf"{STRENGTH}\n\n[^\n]*\n\n", "", text)
-
-    # The card's own code says which family it is of.
-    family = families.FAMILIES[0]
-    for facts in families.FAMILIES:
-        if f"import {facts.pipeline}\n" in text:
-            family = facts
-            break
-    return kept.replace("## Training\n", f"{strength(best, usable, family)}\n\n## Training\n", 1)
-
-
 def score_table(facts: CardFacts) -> str:
     """The scores as a section of the card; "" without any."""
     if not facts.scores:

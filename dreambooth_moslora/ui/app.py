@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
-from dreambooth_moslora.disk.processes import avoid_fragmentation, share_heaps
+from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
@@ -87,7 +87,6 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     """The program: 0 when the page was stopped, 2 for a mistake in its arguments."""
     # Before any library allocates memory.
     avoid_fragmentation()
-    share_heaps()
     about = "A web page to generate with adapters and train them."
     parser = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s [--FLAG VALUE …]", description=about

@@ -1,8 +1,8 @@
 """Training runs as processes: they go on when the page is closed or the app is restarted.
 
 `runs/<name>/job.json` names the process; `metrics.jsonl` has the progress. A file stops a run after
-its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any page or
-`queue start` trains its runs, one after the other.
+its step, with a checkpoint (`processes.ask_to_stop`). The queue's state is on the disk: any page
+trains its runs, one after the other.
 """
 
 import json
@@ -57,8 +57,6 @@ class Job:
     """What tells the process from others of its number."""
     stop_asked: float = 0.0
     """When it was asked to stop, s; 0: it was not."""
-    folder: str = ""
-    """Paths in its settings are relative to this folder."""
     began: float = 0.0
     """The clock just before the process was made, s."""
 
@@ -154,12 +152,12 @@ class Jobs:
         self._metrics: dict[Path, Metrics] = {}
         self._lock = threading.Lock()
 
-    def start(self, name: str, config: dict[str, Any], folder: str = "") -> Job:
+    def start(self, name: str, config: dict[str, Any]) -> Job:
         """Start training into `runs_dir`/`name`. Raises UserError while another run is going on."""
         run_dir = self.run_dir(name)
         run_dir.mkdir(parents=True, exist_ok=True)
         processes.write_settings(run_dir, config)
-        return self._launch(run_dir, folder)
+        return self._launch(run_dir)
 
     def resume(self, name: str) -> Job:
         """Resume from the last checkpoint.
@@ -171,7 +169,7 @@ class Jobs:
             raise UserError(f"the run {job.name} is still going on")
         config = job.settings | {"resume_from_checkpoint": "latest"}
         processes.write_settings(job.run_dir, config)
-        return self._launch(job.run_dir, job.folder)
+        return self._launch(job.run_dir)
 
     def stop(self, name: str) -> Job:
         """Ask the trainer to end with a checkpoint; when asked again after 30 s, kill it.
@@ -311,7 +309,7 @@ class Jobs:
         events = self.metrics(job).since_start()
         return list(dropwhile(lambda event: event.get("time", 0) < job.began, events))
 
-    def _launch(self, run_dir: Path, folder: str) -> Job:
+    def _launch(self, run_dir: Path) -> Job:
         """Start the trainer on the settings in `run_dir`, and record its process.
 
         Raises UserError while another run is going on.
@@ -324,13 +322,13 @@ class Jobs:
             command = processes.TRAIN if self.script is None else [str(self.script)]
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
             began = time.time()
-            child = processes.start_logged(run_dir, words, folder=folder or None)
+            child = processes.start_logged(run_dir, words)
             self._children[child.pid] = child
             self._exits.pop(child.pid, None)
             # Record it.
             try:
                 birth = birth_of(child.pid)
-                job = Job(run_dir, child.pid, birth=birth, folder=folder, began=began)
+                job = Job(run_dir, child.pid, birth=birth, began=began)
                 job.save()
             except BaseException:
                 # An unrecorded process could not be stopped.
@@ -398,7 +396,8 @@ class QueueTurns:
             # A run that was cut off goes on, unless it is killed again and again at one place.
             was_asked = processes.is_asked_to_stop(job.run_dir)
             is_killed = state.state != "interrupted" and not was_asked
-            has_progress = self._has_checkpoint_since(run.started, run)
+            newest = run_folder.RunDir(job.run_dir).latest_checkpoint()
+            has_progress = newest is not None and newest.stat().st_mtime >= run.started
             killed = 0 if has_progress else run.killed + is_killed
             if killed >= KILLED_MOST:
                 self.queue.end(run, "failed", KILLED)
@@ -425,21 +424,14 @@ class QueueTurns:
 
     def _start(self, run: queue.QueuedRun) -> None:
         """Start the run, from the newest checkpoint if it has been started before."""
-        # Does it go on? A checkpoint from before it was queued is another run's. That of a new
-        # folder is its own, whatever a clock says that was put back.
-        since = 0.0 if run.is_new else run.queued
-        goes_on = bool(run.started) and self._has_checkpoint_since(since, run)
+        # Does it go on? A checkpoint in its folder, which was made for it, is its own.
+        goes_on = bool(run.started) and run_folder.RunDir(run_dir).latest_checkpoint() is not None
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         # Start it. What fails here fails for good, but for another run that was faster.
         self.queue.note(replace(run, started=time.time()))
         try:
-            self.jobs.start(run.name, settings, run.folder)
+            self.jobs.start(run.name, settings)
         # UserError is a ValueError; so is the error of an impossible path.
         except (OSError, ValueError) as error:
             if not self.jobs.current():
                 self.queue.end(run, "failed", one_line(error))
-
-    def _has_checkpoint_since(self, when: float, run: queue.QueuedRun) -> bool:
-        """Whether the run's newest checkpoint is from after that time (s)."""
-        newest = run_folder.RunDir(self.jobs.runs_dir / run.name).latest_checkpoint()
-        return newest is not None and newest.stat().st_mtime >= when

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import nn as bnb
-from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from peft import LoraConfig
 from peft.tuners.lora import bnb as peft_bnb

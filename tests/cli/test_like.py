@@ -152,36 +152,6 @@ def test_a_header_of_kohya(capsys):
     assert meaningless.endswith(": ss_clip_skip, the arguments in ss_optimizer")
 
 
-def test_a_header_of_kohya_whose_data_sets_were_configured(capsys):
-    """sd-scripts then writes what it says of photos as JSON, for each data set and each of its
-    subsets."""
-    subsets = [
-        {"flip_aug": True, "color_aug": False, "keep_tokens": kept, "image_dir": "alice"}
-        for kept in (1, 2)
-    ]
-    datasets = [
-        {
-            "batch_size_per_device": 1,
-            "resolution": [768, 768],
-            "enable_bucket": True,
-            "subsets": subsets,
-        }
-    ]
-    header = {
-        "ss_network_dim": "8",
-        "ss_datasets": json.dumps([*datasets, {"min_bucket_reso": 256}]),
-    }
-    found = differing(parse_train_config([*NEEDED, "--like", file_of(header)]))
-    told = {"train_batch_size": 1, "resolution": 768, "enable_bucket": True, "random_flip": True}
-    assert found == told | {"rank": 8}
-    assert capsys.readouterr().err.endswith(
-        "equivalent here: several values of ss_keep_tokens, ss_min_bucket_reso\n"
-    )
-    for broken in ("", "[", "7", "[7]", '[{"subsets": 7}]', "[" * 100_000):
-        config = parse_train_config([*NEEDED, "--like", file_of(header | {"ss_datasets": broken})])
-        assert differing(config) == {"rank": 8}
-
-
 def test_flags_and_files_win(tmp_path):
     like = file_of(
         ours(
@@ -277,7 +247,6 @@ UNUSABLE = {
         b"\x80\x02}q",
         b"\xff" * 64,
         b"\x08" + b"\0" * 7 + b'{"a": 1}',
-        "x" * 5000,
     ),
     "no such file": ("missing", "dog", "a\0b"),
 }

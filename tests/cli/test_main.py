@@ -4,7 +4,6 @@ and the preview."""
 import errno
 import io
 import json
-import logging
 import os
 import resource
 import signal
@@ -18,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.command_train import log_file, print_ending, run_trainer, train_main
+from dreambooth_moslora.cli.command_train import print_ending, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, main
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
@@ -153,7 +152,6 @@ ABSENT = {
     "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
     "fleet status x": "{here}/x holds no fleet",
     "fleet status ~/x": "{here}/x holds no fleet",
-    "queue remove x": "--runs_dir runs: there is no such folder",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
     "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: "
     "{here}/dog.safetensors is a",
@@ -250,46 +248,17 @@ OUT_OF_MEMORY = (
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("ours"), 1, "Traceback"),
-        (OSError(28, "No space left on device", "a.bin"), 2, "the disk is full"),
         (
-            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            OSError(28, "No space left on device", "a.bin"),
             2,
-            "your quota of the disk is used up; free some",
+            "No space left on device: a.bin; free",
         ),
-        (
-            OSError(errno.EFBIG, "File too large", "a.bin"),
-            2,
-            "larger than the system allows: a.bin; raise the limit",
-        ),
-        (
-            OSError(errno.EIO, "Input/output error"),
-            2,
-            "the disk could not be read or written (input/output error)",
-        ),
-        (
-            OSError(errno.EMFILE, "Too many open files", "a.bin"),
-            2,
-            "too many files are open: a.bin; raise the limit",
-        ),
-        (
-            OSError(errno.ENOMEM, "Cannot allocate memory"),
-            2,
-            "the system has no memory left; close some programs",
-        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "while a file was written; free some"),
+        (OSError(errno.EFBIG, "File too large", "a.bin"), 2, "File too large: a.bin.\n"),
         (
             PermissionError(errno.EPERM, "Operation not permitted"),
             2,
-            "permission denied, while a file was written.",
-        ),
-        (
-            OSError(errno.EROFS, "Read-only file system"),
-            2,
-            "Read-only file system, while a file was written.",
-        ),
-        (
-            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"),
-            2,
-            "No such file or directory: a.png",
+            "Operation not permitted, while a file was written.",
         ),
         (type("_ArrayMemoryError", (MemoryError,), {})("numpy's"), 2, "out of memory: try"),
         *((RuntimeError(text), 2, "out of memory: try") for text in OUT_OF_MEMORY),
@@ -300,7 +269,7 @@ OUT_OF_MEMORY = (
         ),
         (RuntimeError("HIP error: invalid argument"), 1, "Traceback"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), 1, "Traceback"),
-        (PermissionError(13, "no", "/x"), 2, "permission denied"),
+        (OSError("a library's own"), 1, "Traceback"),
     ],
 )
 def test_ends_have_their_codes(error, code, says, capsys):
@@ -350,7 +319,7 @@ def test_a_run_that_may_write_no_large_file_ends_in_one_line(photos, tiny_base, 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "error: a file would be larger than the system allows" in done.stderr
+    assert "error: File too large" in done.stderr
 
 
 @pytest.mark.slow
@@ -447,18 +416,6 @@ def test_help_without_a_reader_is_no_failure(ending):
         ["bash", "-c", f"set -o pipefail; {command}"], env=ENVIRONMENT, capture_output=True
     )
     assert done.returncode == 0 and done.stderr == b""
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
-def test_an_answer_that_a_full_disk_cuts_off_is_a_failure(monkeypatch, capsys):
-    """It ended with 0, as if a reader had gone."""
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert main(["--version"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(
-        "error: the disk is full, and the printed answer is not complete"
-    )
 
 
 def test_a_bug_ends_with_1_and_its_traceback_once_on_the_terminal_and_in_the_log(
@@ -600,12 +557,10 @@ def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of
     """There were fourteen of the program's own names in it."""
     seen = shown(RunStarted(100), StepDone(41, loss=1.0, lr=1e-4, eta_sec=125.0))
     assert "41/100" in seen and "0/100" not in seen.replace("40/100", "")
-    assert (
-        seen.count("goes on from step 40\n") == 1 and "left=02:05" in seen and "step/s" not in seen
-    )
+    assert "left=02:05" in seen and "step/s" not in seen
     scores = StepEvaluated(1, {"dino": 0.5, "dino_base": 0.1, "clip_t": 0.25, "score": 0.75})
     seen = shown(RunStarted(2), StepDone(1, loss=1.0, lr=1e-4), scores)
-    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in seen and "goes on" not in seen
+    assert "step 1: subject 0.500, prompt 0.250, score 0.750\n" in seen
 
 
 @pytest.mark.parametrize(
@@ -624,14 +579,3 @@ def test_a_run_says_before_it_begins_what_will_go_badly(
     config = tiny_config(tiny_base, photos, tmp_path / "run", **changes)
     assert run_trainer(config, stop=lambda: True) == INTERRUPTED
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
-def test_a_log_on_a_full_disk_is_said_once_and_without_a_traceback(tmp_path, capsys):
-    (tmp_path / "train.log").symlink_to("/dev/full")
-    logger = logging.Logger("a run")
-    logger.addHandler(log_file(RunDir(tmp_path)))
-    for word in ("one", "two"):
-        logger.warning(word)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("note: ") and "No space left on device" in said

@@ -1,22 +1,15 @@
 """`keep_freed_memory` is measured from inside a process of its own: page faults of rounds of the
 same allocations."""
 
-import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from dreambooth_moslora.disk.processes import (
-    KEEP_MEMORY,
-    keep_freed_memory,
-    page_out,
     peak_memory_gib,
-    uncollected,
 )
 
 ROUNDS = """
@@ -46,13 +39,11 @@ def printed(code: str, *words: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_freed_memory_is_found_again_by_the_next_round_unless_that_is_turned_off(monkeypatch):
+def test_freed_memory_is_found_again_by_the_next_round():
     """Three rounds of 160 MiB are 120 thousand pages; with the memory kept they fault in almost
     none."""
     kept, default = (int(printed(ROUNDS, mode)[0]) for mode in ("keep", "default"))
     assert kept * 20 < default
-    monkeypatch.setenv(KEEP_MEMORY, "0")
-    assert not keep_freed_memory()
 
 
 ALLOCATOR = """
@@ -108,28 +99,6 @@ def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spin
     assert f"GOMP_SPINCOUNT = '{spins}'" in said
 
 
-HUGE = """
-import re, sys
-from pathlib import Path
-from dreambooth_moslora.disk.processes import keep_freed_memory
-before = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-if not keep_freed_memory():
-    sys.exit(77)
-after = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-block = bytearray(b"1") * (64 << 20)
-huge = int(re.search(r"AnonHugePages:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
-print(after - before, huge)
-"""
-
-
-def test_the_heap_is_in_huge_pages_and_asking_takes_no_memory():
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this kernel gives no huge pages")
-    taken_kib, huge_kib = map(int, printed(HUGE))
-    assert taken_kib < 16 << 10 and huge_kib > 32 << 10
-
-
 def test_the_peak_counts_what_was_held():
     before = peak_memory_gib()
     if before is None:
@@ -160,33 +129,6 @@ def test_a_phase_that_is_over_gives_its_memory_back():
     """Kept until then; 10 blocks of 20 MB, below one that stays."""
     full, kept, left = map(int, printed(PHASE))
     assert full - kept < 20e6 and kept - left > 150e6
-
-
-def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path):
-    numbers = torch.arange(4_000_000, dtype=torch.float32)
-    numbers.numpy().tofile(tmp_path / "numbers")
-    mapped = torch.from_file(str(tmp_path / "numbers"), size=len(numbers))
-    assert torch.equal(mapped, numbers)
-    before = psutil.Process().memory_info().rss
-    page_out(mapped[1:])
-    assert sys.platform != "linux" or psutil.Process().memory_info().rss < before - 12e6
-    assert torch.equal(mapped, numbers)
-
-
-def test_what_is_imported_at_once_is_not_looked_at_by_the_collector_which_stays_off_where_it_was():
-    frozen, rounds = gc.get_freeze_count(), gc.get_stats()[0]["collections"]
-    with pytest.raises(ImportError), uncollected():
-        kept = [[] for _ in range(10_000)]
-        assert gc.get_stats()[0]["collections"] <= rounds + 1
-        raise ImportError
-    assert gc.isenabled() and gc.get_freeze_count() >= frozen + len(kept)
-    gc.disable()
-    try:
-        with uncollected():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
 
 
 CHILD = """

@@ -90,7 +90,7 @@ def test_a_file_that_stays_open_is_one_line(tmp_path, monkeypatch, capsys):
     (sheet := tmp_path / "contact_sheet.png").write_text("old")
     with sheet.open():
         assert exit_code(lambda: atomic_write(sheet, "new")) == 2
-    said = f"error: another program has {sheet} open, or a file in it; close it and resume.\n"
+    said = f"error: The process cannot access the file: {sheet}.\n"
     assert capsys.readouterr().err == said
     assert os.listdir(tmp_path) == [sheet.name]
 
@@ -148,7 +148,7 @@ def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was
     (job.run_dir / processes.LOG_NAME).write_text("training")
     jobs._exits[job.pid] = 15
     state, says = (
-        ("failed", "training. It had not answered")
+        ("failed", "killed; its last words: training")
         if has_begun
         else ("interrupted", "before training had")
     )

@@ -2,7 +2,6 @@
 wants."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,13 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import published_file, raw_file
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
-from dreambooth_moslora.training import explain, model_card
-from dreambooth_moslora.ui.adapter_summary import summary_of
-from tests.helpers.tiny import tiny_unet
-from tests.helpers.tiny_adapters import save_diffusers_lora
+from dreambooth_moslora.training import explain
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 STRANGE = [("best_scale", "much"), ("usable_scales", [1]), ("usable_scales", ["a", "b"])]
@@ -47,37 +42,7 @@ def test_a_strangers_header_may_only_hold_what_a_file_tells(name, value):
 def test_the_best_scale_and_the_range_around_it(scores, best, usable):
     found = explain.choose_scale(scores)
     assert (found.best, (found.low, found.high)) == (best, usable)
-    assert f"best scale is {best:g}" in found.sentence()
     assert explain.choose_scale(dict.fromkeys(scores, 0.0)) is None, "none shows the subject"
-
-
-def test_a_published_file_keeps_its_tensors_and_the_page_and_the_card_name_its_scale(dog, tmp_path):
-    file = shutil.copy(dog[0] / "dog.kohya.safetensors", tmp_path / "dog.safetensors")
-    tensors = raw_file.read_tensors(file)[0]
-    assert summary_of(file).scale == 1
-    assert published_file.note_scale(file, 0.6, (0.4, 0.8)) and published_file.note_scale(
-        file, 0.7, (0.4, 0.8)
-    )
-    after, header = raw_file.read_tensors(file)
-    facts = AdapterMetadata.from_json(header["moslora"])
-    assert facts.best_scale == 0.7 and facts.usable_scales == (0.4, 0.8)
-    assert summary_of(file).scale == 0.7 and "best at scale 0.7" in summary_of(file).sentence()
-    assert list(after) == list(tensors) and all(
-        torch.equal(after[name], tensors[name]) for name in tensors
-    )
-    # beyond the slider
-    assert published_file.note_scale(file, 1e9, (0.4, 0.8)) and summary_of(file).scale == 1
-    foreign = save_diffusers_lora(tiny_unet(), tmp_path)
-    before = foreign.read_bytes()
-    assert (
-        not published_file.note_scale(foreign, 0.8, (0.6, 1.0)) and foreign.read_bytes() == before
-    )
-    card = "# dog\n\n## Use\n\ncode\n\n## Training\n\n| | |\n"
-    once = model_card.with_strength(card, 0.8, (0.6, 1.0))
-    assert "Scale 0.8 scored best; from 0.6 to 1 the score stays near it" in once
-    assert once.replace(once[once.index("## Strength") : once.index("## Training")], "") == card
-    again = model_card.with_strength(once, 1.2, (1.2, 1.2))
-    assert again.count("## Strength") == 1 and "Scale 1.2 scored best. In diffusers" in again
 
 
 def pair() -> dict[str, torch.Tensor]:

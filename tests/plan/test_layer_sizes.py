@@ -8,7 +8,7 @@ from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.raw_file import read_raw
-from dreambooth_moslora.settings.table import rank_and_alpha, ranks_in_vain
+from dreambooth_moslora.settings.table import rank_and_alpha
 from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
@@ -45,20 +45,6 @@ def config(tiny_base, tmp_path_factory):
 def run(config):
     train(config())
     return RunDir(config().output_dir)
-
-
-def test_a_rank_above_what_a_layer_can_use_is_said_in_one_line(config, caplog):
-    rank = {"rank_pattern": ("mid_block=4096",), "target_modules": ("to_q",), "max_train_steps": 1}
-    assert ranks_in_vain(
-        config(**rank), "unet", {"mid_block.attentions.0.to_q": 64, "up_blocks.0.to_q": 4}
-    ) == (
-        "A rank above the number of a layer's inputs or outputs adds nothing: "
-        "mid_block.attentions.0.to_q has rank 4096 and 64 inputs or outputs (1 such layers)."
-    )
-    assert ranks_in_vain(config(), "unet", {"up_blocks.0.to_q": 4}) is None
-    train(config(rank_pattern=("mid_block=80",), target_modules=("to_q",), max_train_steps=1))
-    (line,) = [record.message for record in caplog.records if "adds nothing" in record.message]
-    assert "mid_block.attentions.0" in line and "has rank 80" in line
 
 
 def test_the_first_pattern_that_fits_counts_and_alpha_follows_the_rank(config):

@@ -104,13 +104,6 @@ def test_mistakes_in_files_name_the_place_and_are_named_before_what_is_missing(
         assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", ["--config", "--like"])
-def test_an_empty_name_of_a_file_of_settings_is_refused(flag):
-    """As of a variable of the shell that is not set: the run was trained by other settings."""
-    with pytest.raises(UserError, match=f"{flag} is empty: name a file"):
-        parse_train_config([*NEEDED, flag, ""])
-
-
 def test_the_json_of_a_run_is_taken_back_and_holds_no_secret(tmp_path):
     config = parse_train_config(
         [*NEEDED, "--hub_token", "hf_secret", "--rank", "3", "--target_modules", "to_q"]

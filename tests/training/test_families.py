@@ -505,7 +505,7 @@ def test_evaluate_judges_the_run_and_its_file_alone(trained, photos, tmp_path, m
         "--inference_steps",
         "2",
     ]
-    few += ["--clip", clip, "--dino", dino, "--sweep_scale"]
+    few += ["--clip", clip, "--dino", dino]
     for place in [run], [file, "--base", config.pretrained_model_name_or_path, "--photos", photos]:
         assert main(["evaluate", *map(str, place), *few]) == 0
         scores.append(json.loads(Path(capsys.readouterr().out.split()[-1]).read_text())["scores"])

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
@@ -44,11 +43,11 @@ def turns(jobs) -> QueueTurns:
     return QueueTurns(jobs)
 
 
-def added(queue: RunQueue, name: str, argv: tuple[str, ...] = (), **settings) -> QueuedRun:
+def added(queue: RunQueue, name: str, **settings) -> QueuedRun:
     """A run of the stand-in for the trainer, of two steps."""
     (queue.runs_dir / name).mkdir()
     settings = {"mode": "good", "steps": 2, "output_dir": str(queue.runs_dir / name)} | settings
-    run = QueuedRun(name, argv=argv, settings=settings, is_new=True, queued=time.time())
+    run = QueuedRun(name, settings=settings, queued=time.time())
     queue.add(run)
     return run
 
@@ -83,10 +82,8 @@ def test_the_order_is_on_the_disk(queue):
         ("d", "up", "abdc"),
         ("c", "first", "cabd"),
         ("c", "down", "acbd"),
-        ("b", "1", "bacd"),
+        ("b", "first", "bacd"),
         ("a", "last", "bcda"),
-        ("b", "9" * 5000, "cdab"),
-        ("b", "2", "cbda"),
     ):
         queue.move(name, place)
         assert "".join(names(RunQueue(queue.runs_dir))) == order
@@ -103,40 +100,28 @@ def test_the_order_is_on_the_disk(queue):
 
 
 def test_a_removed_run_takes_its_new_folder_along_but_nothing_that_was_trained(queue):
-    command = ("train", "--queue")
-    runs = {"new": (), "trained": (), "empty": command, "noted": command}
-    for name, argv in runs.items():
-        added(queue, name, argv)
+    for name in ("new", "trained"):
+        added(queue, name)
     (queue.runs_dir / "trained" / "metrics.jsonl").write_text("")
-    (queue.runs_dir / "noted" / "notes.txt").write_text("mine")
-    for name in runs:
+    for name in ("new", "trained"):
         queue.remove(name)
-    assert [(queue.runs_dir / name).exists() for name in runs] == [
-        False,
-        True,
-        False,
-        True,
-    ] and names(queue) == []
-    assert (queue.runs_dir / "noted" / "notes.txt").read_text() == "mine"
+    assert {path.name for path in queue.runs_dir.iterdir()} == {".queue", "trained"}
+    assert names(queue) == []
 
 
 def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
-    for name, mode in (("cat", "good"), ("bad", "crash"), ("gone", "good")):
+    for name, mode in (("cat", "good"), ("bad", "crash")):
         added(turns.queue, name, mode=mode)
-    turns.queue._write("waiting", replace(added(turns.queue, "odd"), folder="a\0b"))
     (turns.queue.folder / "waiting" / "torn.json").write_text('{"name": "to')
     added(turns.queue, "dog")
     turns.queue.move("dog", "first")
-    gone = next(run for run in turns.queue.waiting() if run.name == "gone")
-    turns.queue._write("waiting", replace(gone, folder="/no/such/folder"))
     states = trained(turns)
-    assert [name for name in states if name != "torn"] == ["dog", "cat", "bad", "gone", "odd"]
+    assert [name for name in states if name != "torn"] == ["dog", "cat", "bad"]
     assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
-        ("bad", "gone", "odd", "torn"), "failed"
+        ("bad", "torn"), "failed"
     )
     words = {event["name"]: event["message"] for event in turns.queue.ended()}
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
-    assert "/no/such/folder" in words["gone"]
     assert starts_of(turns.queue, "dog")[0]["time"] < starts_of(turns.queue, "cat")[0]["time"]
 
 
@@ -213,7 +198,7 @@ def test_a_run_that_saves_and_ends_again_and_again_as_the_queue_does_is_not_kill
     added(RunQueue(jobs.runs_dir), "dog", steps=500)
 
     def stopped() -> QueueTurns:
-        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # `queue start` once more
+        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page once more
         turns.take()
         wait_for(lambda: (job := turns.jobs.current()) and turns.jobs.state(job).step)
         turns.jobs.ask_to_stop(turns.jobs.current())  # as Ctrl-C does
@@ -230,7 +215,7 @@ def test_a_run_that_the_queue_ends_before_it_has_begun_is_not_killed(jobs):
     added(RunQueue(jobs.runs_dir), "dog")
 
     def stopped() -> QueueTurns:
-        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # `queue start` once more
+        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page once more
         turns.take()
         if job := turns.jobs.current():
             turns.jobs.ask_to_stop(job)  # as Ctrl-C does
@@ -239,19 +224,6 @@ def test_a_run_that_the_queue_ends_before_it_has_begun_is_not_killed(jobs):
 
     turns = [stopped() for _ in range(KILLED_MOST + 1)][-1]
     assert not turns.queue.ended() and turns.current().killed == 0
-
-
-def test_the_command_stops_the_run_in_progress_which_leaves_the_queue_to_the_next(
-    jobs, turns, capsys
-):
-    stop = ["queue", "stop", "--runs_dir", str(jobs.runs_dir)]
-    assert main(stop) == 2 and "no run of the queue is trained now" in capsys.readouterr().err
-    added(turns.queue, "dog", steps=500)
-    added(turns.queue, "cat")
-    turns.take()
-    wait_for(lambda: (job := jobs.current()) and jobs.state(job).step)
-    assert main(stop) == 0 and "dog finishes its step" in capsys.readouterr().out
-    assert trained(turns) == {"dog": "interrupted", "cat": "done"}
 
 
 def test_nothing_is_started_beside_a_run(jobs, turns):
@@ -317,7 +289,7 @@ def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
     name, card = add_to_queue(page, replace(FORM, steps=7))
     assert name == "dog-2" and "dog-2 waits, number 2 in the queue" in card
     assert len(list((runs_dir / "dog-2" / "photos").iterdir())) == 2
-    added(queue, "bear", ("train", "--queue"))
+    added(queue, "bear")
     shown = queue_changes(page, None, None)
     words = ["1 · dog", "2 · dog-2", "3 · bear"]
     assert shown["queued"].choices == list(zip(words, ("dog", "dog-2", "bear")))

@@ -122,7 +122,7 @@ def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
     """
     with prepared(ctx, form, is_queued=True) as run:
         name = run.run_dir.name
-        queued = queue.QueuedRun(name, settings=run.settings, is_new=True, queued=time.time())
+        queued = queue.QueuedRun(name, settings=run.settings, queued=time.time())
         place = ctx.queue.queue.add(queued)
     return name, html.remarks_card(run.said, f"{name} waits, number {place} in the queue. {CHOSEN}")
 

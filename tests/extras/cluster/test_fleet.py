@@ -156,7 +156,7 @@ def test_a_training_holds_its_folder_from_before_its_start_and_without_its_worke
             -9,
             "step 3\n",
             "failed",
-            "The process was killed by SIGKILL, perhaps for want of memory.",
+            "The process was killed, perhaps for want of memory; its last words: step 3",
         ),
         (1, "Traceback\nZeroDivisionError: ours\n", "failed", "ZeroDivisionError: ours"),
     ],

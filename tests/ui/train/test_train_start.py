@@ -301,7 +301,7 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
         n: config.to_dict()[n] for n in recipe.keys() - own
     }
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    monkeypatch.setattr(memory, "least_free_gib", lambda **later: 0.95 * gb)
+    monkeypatch.setattr(memory, "least_free_gib", lambda: 0.95 * gb)
     command = parse_train_config(
         [str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"]
     )
