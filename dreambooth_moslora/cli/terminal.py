@@ -9,7 +9,6 @@ between two steps. So does a file that a page, a queue or a fleet's worker makes
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -88,9 +87,9 @@ class BreakableStream:
 
 
 @contextmanager
-def survive_broken_pipes() -> Iterator[BreakableStream]:
-    """In this block `sys.stdout`, which it gives, and `sys.stderr` survive their reader, and escape
-    what cannot be encoded."""
+def survive_broken_pipes() -> Iterator[None]:
+    """In this block `sys.stdout` and `sys.stderr` survive their reader, and escape what cannot be
+    encoded."""
     before = sys.stdout, sys.stderr
 
     # A process without a terminal may have no streams at all.
@@ -100,7 +99,7 @@ def survive_broken_pipes() -> Iterator[BreakableStream]:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = map(BreakableStream, streams)
     try:
-        yield sys.stdout
+        yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -290,10 +289,6 @@ OUT_OF_MEMORY = (
     "--dry_run estimates the need."
 )
 
-NO_FIXED_ORDER = re.compile(r"(\S+) does not have a deterministic implementation")
-"""What PyTorch says of an operation where `--deterministic` asks for kernels that sum in one order.
-"""
-
 
 def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not
@@ -301,11 +296,9 @@ def exit_code(run: Callable[[], int]) -> int:
     processes.avoid_fragmentation()
     # it warns without a GPU, even if unused
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with survive_broken_pipes() as output:
+    with survive_broken_pipes():
         try:
-            code = run()
-            output.flush()
-            return code
+            return run()
         except UserError as error:
             return print_user_error(str(error))
         except KeyboardInterrupt:
@@ -328,18 +321,11 @@ def print_user_error(text: str) -> int:
 
 
 def message_for_known_error(error: Exception) -> str | None:
-    """One line for an error of the machine (memory, kernels, disk, permissions); None for any other
+    """One line for an error of the machine (memory, disk, permissions); None for any other
     error."""
     # PyTorch
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    found = NO_FIXED_ORDER.search(str(error))
-    if found:
-        return (
-            f"--deterministic: PyTorch has no kernel of {found[1]} here that sums in one order; "
-            "leave the flag out; --resume_from_checkpoint latest goes on from a checkpoint, "
-            "if there is one."
-        )
 
     # The system, in its own words
     if not isinstance(error, OSError) or not error.strerror:

@@ -13,11 +13,8 @@ from dreambooth_moslora.base.base import Base, asked_of_hub
 from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.queue import locked
-from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.settings.table import SETTINGS
-from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny import RESOLUTION_PX
 from tests.helpers.tiny_training import paint_photos
 
@@ -218,44 +215,3 @@ def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path
         assert train_main(words) == 2
     assert "is training there" in capsys.readouterr().err
     assert train_main(words) == 0
-
-
-def test_deterministic_ends_in_one_line_where_pytorch_has_no_such_kernel_and_the_run_can_go_on(
-    flags, tiny_base, tmp_path, monkeypatch, capsys
-):
-    losses = TrainStep.losses
-
-    def unordered(step: TrainStep, micros, share):
-        if step.step:
-            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
-        return losses(step, micros, share)
-
-    words = [
-        *flags,
-        "--pretrained_model_name_or_path",
-        str(tiny_base),
-        "--resolution",
-        "64",
-        "--report_to",
-        "none",
-    ]
-    words += [
-        "--max_train_steps",
-        "2",
-        "--checkpointing_steps",
-        "1",
-        "--num_validation_images",
-        "0",
-    ]
-    monkeypatch.setattr(TrainStep, "losses", unordered)
-    try:
-        assert train_main([*words, "--deterministic"]) == 2
-    finally:
-        compute_exactly(False)
-    [line] = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert (
-        line.startswith("error: --deterministic: PyTorch has no kernel of put_ here")
-        and "Traceback" not in line
-    )
-    assert RunDir(tmp_path / "run").latest_checkpoint().name == "checkpoint-1"
-    assert train_main([*words, "--resume_from_checkpoint", "latest"]) == 0
