@@ -425,7 +425,9 @@ class QueueTurns:
     def _start(self, run: queue.QueuedRun) -> None:
         """Start the run, from the newest checkpoint if it has been started before."""
         # Does it go on? A checkpoint in its folder, which was made for it, is its own.
-        goes_on = bool(run.started) and run_folder.RunDir(run_dir).latest_checkpoint() is not None
+        goes_on = bool(run.started) and (
+            run_folder.RunDir(self.jobs.runs_dir / run.name).latest_checkpoint() is not None
+        )
         settings = run.settings | ({"resume_from_checkpoint": "latest"} if goes_on else {})
         # Start it. What fails here fails for good, but for another run that was faster.
         self.queue.note(replace(run, started=time.time()))
