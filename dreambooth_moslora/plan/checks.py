@@ -15,7 +15,7 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
-from dreambooth_moslora.disk.paths import default_cache_dir, user_path
+from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora.metadata import check_start_file
 from dreambooth_moslora.photos.folder import require_folder_of_photos
@@ -178,23 +178,16 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
 
 def check_places(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Raises UserError when a place that the run writes to is a file or cannot be written."""
-    is_kept = config.caching == "disk" or config.dataset_name is not None
-    cache = config.cache_dir
-    if is_kept and not cache:
-        cache = str(default_cache_dir())
-    places = {
-        "output_dir": config.output_dir,
-        "class_data_dir": config.class_data_dir,
-        "cache_dir": cache,
-    }
-    written = {"output_dir", "cache_dir"} if is_kept else {"output_dir"}
-    for name, value in places.items():
-        if not value:
-            continue
-        require_folder(name, value, Path(value))
-        # A folder that is there may be read alone: class images, a cache of the base.
-        if name in written or not Path(value).exists():
-            require_writable(name, value)
+    for name, folder in config.written_folders.items():
+        require_folder(name, str(folder), folder)
+        require_writable(name, str(folder))
+
+    # Class images that are there may lie where nobody can write.
+    images = config.class_data_dir
+    if images:
+        require_folder("class_data_dir", images, Path(images))
+        if not Path(images).exists():
+            require_writable("class_data_dir", images)
     if config.report_to in ("tensorboard", "all"):
         require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
 

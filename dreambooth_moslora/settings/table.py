@@ -1304,6 +1304,21 @@ class TrainConfig:
         return Path(self.cache_dir) if self.cache_dir else default_cache_dir()
 
     @property
+    def cache_folder(self) -> Path:
+        """Where encodings and the photos of data sets are kept. Raises UserError where the user
+        has no home folder."""
+        return Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+
+    @property
+    def written_folders(self) -> dict[str, Path]:
+        """The folders that the run writes to, but for class images, by the settings that name
+        them. Raises UserError as `cache_folder` does."""
+        found = {"output_dir": Path(self.output_dir)}
+        if self.caching == "disk" or self.dataset_name is not None:
+            found["cache_dir"] = self.cache_folder
+        return found
+
+    @property
     def draws_class_images(self) -> bool:
         return self.with_prior_preservation and self.prior == "class_images"
 

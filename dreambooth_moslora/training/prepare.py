@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.disk.contents import content_key
-from dreambooth_moslora.disk.paths import default_cache_dir
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file
@@ -298,8 +296,7 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
         return None
     if config.caching == "memory":
         return frozen_base.TensorCache()
-    home = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    return frozen_base.TensorCache(home / "encoded")
+    return frozen_base.TensorCache(config.cache_folder / "encoded")
 
 
 def prompt_cache(

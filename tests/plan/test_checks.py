@@ -80,7 +80,7 @@ def test_where_the_file_system_refuses_a_folder_or_the_default_cache_is_said_bef
     tmp_path, monkeypatch
 ):
     photos, run = paint_photos(tmp_path / "photos"), tmp_path / "run"
-    for name in ("output_dir", "class_data_dir", "cache_dir"):
+    for name in ("output_dir", "class_data_dir"):
         places = {"output": run, name.replace("output_dir", "output"): "/proc/no/such"}
         with pytest.raises(UserError, match=rf"--{name} /proc/no/such: cannot be written"):
             check(**places, photos=photos)
