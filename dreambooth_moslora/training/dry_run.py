@@ -3,6 +3,7 @@
 `plan.checks` holds what forbids a run.
 """
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ from dreambooth_moslora.lora.metadata import dora_note
 from dreambooth_moslora.photos import captions, cropping, folder, masks, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import BYTES, BaseSize, plan_lines, precision_of, speed_here
-from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan, shares
+from dreambooth_moslora.plan.memory import BaseSize, plan_lines, speed_here
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.settings import lr_schedules, rules, table
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import DEFAULTS
@@ -112,19 +113,17 @@ def changed_lines(config: table.TrainConfig) -> list[str]:
 
 def as_toml(value: object) -> str:
     """A setting's value, as a configuration file has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {as_toml(one)}" for name, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(as_toml, value)) + "]"
-    return repr(value)
+
+    # JSON writes the others as TOML does.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
-    """A line for each photo; with `--enable_bucket` the sizes of the crops, and of class images."""
+    """A line for each photo; with `--enable_bucket` the sizes of the crops."""
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
@@ -136,21 +135,11 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
     if config.enable_bucket:
         rule = cropping.crop_rule(config)
         counts = Counter(rule.target(photo.size_px) for photo in report.photos)
-        lines.append(f"cropped to {sizes_in_words(counts)}")
-        if config.draws_class_images:
-            drawn = Counter(shares(counts, config.num_class_images))
-            lines.append(
-                "class images, where none are given, in the same proportion: "
-                f"{sizes_in_words(drawn)}"
-            )
+        sizes = []
+        for (height, width), count in counts.most_common():
+            sizes.append(f"{width} x {height} px ({count})")
+        lines.append(f"cropped to {', '.join(sizes)}")
     return lines
-
-
-def sizes_in_words(counts: Counter[tuple[int, int]]) -> str:
-    """Sizes (h, w) in px with their counts, the most frequent first."""
-    return ", ".join(
-        f"{width} x {height} px ({count})" for (height, width), count in counts.most_common()
-    )
 
 
 def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
@@ -202,7 +191,11 @@ def step_lines(plan: Plan) -> list[str]:
         if config.prior == "adapter_off" and config.prior_prompts:
             count = len(config.prior_prompts)
             prompts += f" or, for about half of them, to one of --prior_prompts ({count})"
-        lines.append(f"as many prior examples beside {beside(config)}, from {source} to {prompts}")
+        beside = "them"
+        if config.prior_every > 1:
+            many = f"{config.prior_every} micro-batches, at {config.prior_every} times the weight"
+            beside = f"one of {many}"
+        lines.append(f"as many prior examples beside {beside}, from {source} to {prompts}")
 
     # The words of each subject.
     for one, count in zip(subjects, steps.photo_counts):
@@ -215,17 +208,6 @@ def step_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def beside(config: table.TrainConfig) -> str:
-    """What has prior examples beside it, and where some have none, the images that a process passes
-    in a step."""
-    if config.prior_every == 1:
-        return "them"
-    mean = config.mean_images_a_micro_batch * config.gradient_accumulation_steps
-    whole = config.images_a_micro_batch * config.gradient_accumulation_steps
-    share = f"one of {config.prior_every} micro-batches, at {config.prior_every} times the weight"
-    return f"{share} ({mean:g} images a step instead of {whole})"
-
-
 def cost_lines(plan: Plan) -> list[str]:
     """The adapter's size, and the memory and disk that the run needs."""
     cost, size = plan.cost, plan.cost.size
@@ -236,19 +218,11 @@ def cost_lines(plan: Plan) -> list[str]:
         layers += size.text_layers
     parameters = f"{cost.adapter_parameters:,} parameters on {layers} layers"
 
-    # Memory. A flow model's text encoders are as large as its denoiser.
+    # Memory, and disk.
     memory = (
         f"encoding {cost.encoding_gib:.2f} GiB, training {cost.training_gib:.2f} GiB, "
         f"samples {cost.sampling_gib:.2f} GiB"
     )
-    if size.family.style == "flow":
-        encoders = size.text_encoders * BYTES[precision_of(plan.config)] / GIB
-        memory += (
-            f"; text encoders {encoders:.2f} GiB, gone before training, "
-            "on the CPU where the GPU lacks that"
-        )
-
-    # Disk.
     disk = f"{cost.disk_gib:.2f} GiB, {cost.checkpoint_gib:.3f} GiB a checkpoint"
     return [
         f"adapter: {parameters}; base: {base_in_words(size)}",
