@@ -20,7 +20,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 NOT_DECLARED = {"tokenizers"}
 """The first is used where it is there; the second comes with transformers and made the base's
 tokenizer."""
-EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "prometheus_client", "grpc"})}
+EXTRAS = {"cluster": ("fleet", {"ray"}), "serving": ("serve", {"ray", "grpc"})}
 """Package of the program -> the extra that brings what it alone may import."""
 
 

@@ -107,7 +107,7 @@ def check_places(source: str, out: str | None) -> None:
         raise UserError("missing: --out, the folder of all run folders.")
     for place in (source, out):
         if "://" in place:
-            raise UserError(f"{place}: give a folder; a bucket can be mounted on all machines.")
+            raise UserError(f"{place}: give a folder, which all machines share.")
 
 
 def train_all(subjects: list, todo: list, out: Path, args: argparse.Namespace) -> int:

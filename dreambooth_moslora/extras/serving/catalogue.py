@@ -76,24 +76,6 @@ class Order:
         return (adapters, scales, self.params.height_px, self.params.width_px)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A finished picture, and the state of the replica that drew it.
-
-    png: the file's bytes, with the recipe
-    replica: its name
-    adapter_loads: since its start
-    memory_bytes: its resident memory
-    batch_size: orders of this picture's batch
-    """
-
-    png: bytes
-    replica: str
-    adapter_loads: int
-    memory_bytes: int
-    batch_size: int
-
-
 def parse_order(body: bytes) -> Order:
     """Parse a JSON object with the fields of GenerationParams. `adapter` and `scale` may stand for
     one of `adapters`; `adapter_sha256` is as in a picture's recipe. A missing seed is drawn at

@@ -26,7 +26,7 @@ EPILOG = """example:
       -d '{"prompt": "a photo of sks dog", "adapter": "rex", "seed": 1}' -o rex.png"""
 INSTALL = 'pip install "ray[serve]>=2.60,<3"'
 """How a person gets what is needed."""
-NEEDED = ("ray", "grpc_reflection", "prometheus_client")
+NEEDED = ("ray", "grpc_reflection")
 """Modules: `ray[default]` includes Ray Serve's code but not all of its dependencies."""
 FIELDS = ServeSettings.__dataclass_fields__
 """Most flags have the names of settings."""

@@ -12,13 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.serving.catalogue import (
     AdapterRef,
-    Catalogue,
-    Drawn,
     Order,
     RefusedError,
     too_late,
@@ -76,8 +72,6 @@ class Drawer:
     """Draws orders, one at a time.
 
     pipeline: holds the base, and the adapters that were loaded last
-    catalogue: finds an adapter's file
-    name: of the replica
     batch: most orders of a batch
     load: awaited with each adapter's key before an order is drawn. It must call `load_now`,
         directly or through a cache that Ray Serve's router knows
@@ -86,24 +80,19 @@ class Drawer:
     def __init__(
         self,
         pipeline: SubjectPipeline,
-        catalogue: Catalogue,
         *,
-        name: str = "",
         batch: int = 8,
         load: Callable[[str], Awaitable[object]] | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.catalogue = catalogue
-        self.name = name
         self.batches = Batches(batch)
-        self.adapter_loads = 0
         self._load = load or self.load_now
         self._refs: dict[str, AdapterRef] = {}  # of the order that is being drawn, by key
         self._thread = ThreadPoolExecutor(1, "draw")  # one: pictures are drawn one at a time
         self._work: asyncio.Task | None = None
 
-    async def draw(self, order: Order) -> Drawn:
-        """Raises RefusedError, and UserError for an order that cannot be drawn."""
+    async def draw(self, order: Order) -> bytes:
+        """A PNG. Raises RefusedError, and UserError for an order that cannot be drawn."""
         # refuse what can never be drawn
         check_size(order.params, self.pipeline.resolution_px)
         most = self.pipeline.resident_adapters
@@ -128,9 +117,9 @@ class Drawer:
     async def _draw_all(self) -> None:
         while batch := self.batches.take():
             for waiting in batch:
-                await self._draw_one(waiting, len(batch))
+                await self._draw_one(waiting)
 
-    async def _draw_one(self, waiting: Waiting, batch_size: int) -> None:
+    async def _draw_one(self, waiting: Waiting) -> None:
         """Draw one, and answer it with the picture or the error."""
         answer = waiting.answer
         try:
@@ -141,16 +130,9 @@ class Drawer:
                 self._refs[ref.key] = ref
                 await self._load(ref.key)
             png = await self._in_thread(self._png, waiting)
-            result = Drawn(
-                png=png,
-                replica=self.name,
-                adapter_loads=self.adapter_loads,
-                memory_bytes=psutil.Process().memory_info().rss,
-                batch_size=batch_size,
-            )
             # the client may have gone meanwhile
             if not answer.done():
-                answer.set_result(result)
+                answer.set_result(png)
         except Exception as error:
             if not answer.done():
                 answer.set_exception(error)
@@ -164,12 +146,10 @@ class Drawer:
     def _bring(self, ref: AdapterRef) -> None:
         """Load the adapter, unless it is in the model and its file has not changed. Raises
         RefusedError."""
-        before = self.pipeline.adapters.get(ref.name)
         try:
             self.pipeline.load_adapter(ref.place, ref.name)
         except FileNotFoundError as error:
             raise RefusedError(404, f"the adapter {ref.name} was taken away") from error
-        self.adapter_loads += self.pipeline.adapters[ref.name] is not before
 
     def _png(self, waiting: Waiting) -> bytes:
         """The picture as a file. Raises RefusedError, and UserError."""

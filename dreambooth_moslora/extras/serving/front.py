@@ -4,7 +4,6 @@ drawn.
 POST /generate   {"prompt", "adapter", "seed", …} -> PNG with its recipe
 GET  /adapters   names
 GET  /healthz    the base, and whether a replica answers
-GET  /metrics    for Prometheus
 
 Who holds a token may ask. Without tokens, only programs of this machine may ask, over the loopback.
 Web pages never may.
@@ -14,7 +13,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,14 +22,13 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.serving.catalogue import (
     Catalogue,
-    Drawn,
     Order,
     RefusedError,
     parse_order,
@@ -168,51 +165,12 @@ def tokens_of(given: Any) -> tuple[str, ...]:
     return (*(given or ()), *([own] if own else ()))
 
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Prometheus' text format."""
-SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
-"""Upper bounds of the buckets for a request's time, in seconds."""
-BATCH = (1, 2, 4, 8, 16, 32)
-"""Upper bounds of the buckets for a batch's size."""
-
-
-class Telemetry:
-    """Metrics of one front. They contain no prompt, adapter name or client."""
-
-    def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
-        # a registry of its own, so that two fronts in one process do not clash
-        self.registry = CollectorRegistry()
-        own = {"registry": self.registry, "namespace": "dreambooth"}
-        self.requests = Counter("requests", "Answers to /generate", ["status"], **own)
-        self.pictures = Counter("pictures", "Pictures drawn", **own)
-        self.seconds = Histogram(
-            "request_seconds", "From request to picture", buckets=SECONDS, **own
-        )
-        self.batch = Histogram("batch_size", "Orders of a picture's batch", buckets=BATCH, **own)
-        self.inside = Gauge("requests_inside", "Requests that wait or are drawn", **own)
-
-        # of each replica
-        self.loads = Gauge(
-            "adapter_loads", "Adapters loaded since the replica's start", ["replica"], **own
-        )
-        self.memory = Gauge(
-            "replica_memory_bytes", "Resident memory at its last picture", ["replica"], **own
-        )
-
-    def text(self) -> bytes:
-        from prometheus_client import generate_latest
-
-        return generate_latest(self.registry)
-
-
 HEALTH_SEC = 10.0
 """How long a replica may take to report its health."""
 BODY_SEC = 10.0
 """How long a body may take to arrive."""
-MOST_RETRY_SEC = 60
-"""Latest time at which a client is told to ask again."""
+RETRY_SEC = 5
+"""When a client is told to ask again."""
 MAX_BODY_BYTES = 64 * 1024
 """A body fits two prompts of the longest kind with every letter escaped."""
 logger = logging.getLogger(__name__)
@@ -222,7 +180,7 @@ logger = logging.getLogger(__name__)
 class Front:
     """Answers the requests.
 
-    draw: sends an order to a replica
+    draw: has an order drawn by a replica, as a PNG
     facts: asks a replica about the base
     catalogue: the adapters that a request may name
     access: who may ask
@@ -230,7 +188,7 @@ class Front:
     request_timeout_sec: until a request is given up
     """
 
-    draw: Callable[[Order], Awaitable[Drawn]]
+    draw: Callable[[Order], Awaitable[bytes]]
     facts: Callable[[], Awaitable[dict]]
     catalogue: Catalogue
     access: Access
@@ -238,35 +196,15 @@ class Front:
     request_timeout_sec: float
 
     def __post_init__(self) -> None:
-        self.telemetry = Telemetry()
         self.inside = 0
-        self.seconds = 1.0  # running mean of a request's time
-
-    async def generate(self, request: Request) -> Response:
-        """A PNG. Every answer is counted by its status."""
-        status = 500
-        try:
-            response = await self._generate(request)
-            status = response.status_code
-            return response
-        except (ClientDisconnect, asyncio.CancelledError):
-            status = 499  # nginx's status for a client that has left
-            raise
-        except UserError as error:
-            status = getattr(error, "status", 400)
-            raise
-        finally:
-            self.telemetry.requests.labels(status).inc()
 
     def _refuse_if_full(self) -> None:
         """Raises RefusedError (503)."""
         if self.inside >= self.max_inside:
-            # until about the next place is free
-            next_sec = math.ceil(self.seconds / max(1, self.max_inside))
-            retry_sec = max(1, min(MOST_RETRY_SEC, next_sec))
-            raise RefusedError(503, "the queue is full; ask again later", retry_sec)
+            raise RefusedError(503, "the queue is full; ask again later", RETRY_SEC)
 
-    async def _generate(self, request: Request) -> Response:
+    async def generate(self, request: Request) -> Response:
+        """A PNG. Raises UserError."""
         # read the body before a place is taken: slow senders would hold all places
         self._refuse_if_full()
         started = time.monotonic()
@@ -275,27 +213,16 @@ class Front:
 
         # draw within the time limit, which began with the request
         self.inside += 1
-        self.telemetry.inside.set(self.inside)
         try:
             async with asyncio.timeout(self.request_timeout_sec):
                 order = await self._order_of(body, started)
-                drawn = await self.draw(order)
+                png = await self.draw(order)
         except TimeoutError as error:
             raise too_late() from error
         finally:
             self.inside -= 1
-            self.telemetry.inside.set(self.inside)
 
-        # note how it went
-        seconds = time.monotonic() - started
-        self.seconds += (seconds - self.seconds) / 16
-        telemetry = self.telemetry
-        telemetry.pictures.inc()
-        telemetry.seconds.observe(seconds)
-        telemetry.batch.observe(drawn.batch_size)
-        telemetry.loads.labels(drawn.replica).set(drawn.adapter_loads)
-        telemetry.memory.labels(drawn.replica).set(drawn.memory_bytes)
-        return Response(drawn.png, media_type="image/png", headers={"Cache-Control": "no-store"})
+        return Response(png, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     async def _body_of(self, request: Request) -> bytes:
         """Raises RefusedError for what is no JSON, too long, or too slow."""
@@ -327,11 +254,8 @@ class Front:
             async with asyncio.timeout(HEALTH_SEC):
                 facts = await self.facts()
         except TimeoutError as error:
-            raise RefusedError(503, "no replica answers", 5) from error
+            raise RefusedError(503, "no replica answers", RETRY_SEC) from error
         return JSONResponse({"status": "ok", **facts})
-
-    async def metrics(self, request: Request) -> Response:
-        return Response(self.telemetry.text(), media_type=CONTENT_TYPE)
 
 
 async def body_of(request: Request) -> bytes:
@@ -364,7 +288,6 @@ def build_front(front: Front) -> Starlette:
         Route("/generate", guarded(front.generate), methods=["POST"]),
         Route("/adapters", guarded(front.adapters)),
         Route("/healthz", guarded(front.healthz)),
-        Route("/metrics", guarded(front.metrics)),
     ]
     handlers = dict.fromkeys((UserError, HTTPException, Exception), told)
     app = Starlette(routes=routes, exception_handlers=handlers)

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.extras.serving.catalogue import Drawn, Order, RefusedError, open_catalogue
+from dreambooth_moslora.extras.serving.catalogue import Order, RefusedError, open_catalogue
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
 
 APP_NAME = "dreambooth_moslora"
@@ -63,8 +63,6 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
             pipeline.resident_adapters = settings.resident_adapters
             self.drawer = Drawer(
                 pipeline,
-                open_catalogue(settings.adapters),
-                name=serve.get_replica_context().replica_id.unique_id,
                 batch=settings.batch,
                 load=self.load,
             )
@@ -73,7 +71,7 @@ def replica_class(settings: ServeSettings, *, alone: bool) -> type:
         async def load(self, key: str) -> str:
             return await self.drawer.load_now(key)
 
-        async def draw(self, order: Order) -> Drawn | UserError:
+        async def draw(self, order: Order) -> bytes | UserError:
             """Returns a refusal instead of raising it: Ray would wrap a raised error and log a
             traceback."""
             try:
@@ -136,7 +134,7 @@ def application(settings: ServeSettings, *, alone: bool = False) -> serve.Applic
     return front.bind(replica.bind())
 
 
-async def drawn_by(handle: Any, order: Order) -> Drawn:
+async def drawn_by(handle: Any, order: Order) -> bytes:
     """Draw on the replica that Ray Serve chooses. A cancelled order is cancelled there, too. Raises
     UserError."""
     key = order.adapters[0].key if order.adapters else ""

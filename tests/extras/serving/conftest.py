@@ -16,13 +16,14 @@ NAMES = ("dog", "cat", "emu")
 
 def shop_of(pipeline: SubjectPipeline, folder: Path, **options) -> tuple[Front, Drawer]:
     """The service in this process, without Ray."""
-    drawer = Drawer(pipeline, open_catalogue([str(folder)]), name="one", batch=2)
+    drawer = Drawer(pipeline, batch=2)
+    catalogue = open_catalogue([str(folder)])
 
     async def facts() -> dict:
         return {"base": pipeline.base_name, "resolution_px": pipeline.resolution_px}
 
     given = {"access": Access(()), "max_inside": 16, "request_timeout_sec": 60.0} | options
-    return Front(drawer.draw, facts, drawer.catalogue, **given), drawer
+    return Front(drawer.draw, facts, catalogue, **given), drawer
 
 
 @pytest.fixture(scope="module")

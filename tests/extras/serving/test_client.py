@@ -23,8 +23,6 @@ from dreambooth_moslora.ui.generate_values import GenerateForm
 from tests.extras.serving.conftest import TOKEN, shop_of
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
-needs_counts = pytest.mark.extra("prometheus_client")
-
 
 @pytest.fixture(scope="module")
 def place(base, shelf):
@@ -52,7 +50,6 @@ def params(**values) -> GenerationParams:
     return GenerationParams("a photo of a dog", **given)
 
 
-@needs_counts
 def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place):
     base.load_adapter(place.shelf / "dog.safetensors")
     asked = params(num_images=2)
@@ -63,7 +60,6 @@ def test_remote_pictures_are_the_files_of_the_pipeline_here(remote, base, place)
     assert list(remote.generate(params(), lambda: True)) == []
 
 
-@needs_counts
 def test_a_wrong_token_another_base_program_or_file_and_an_unknown_name_are_told(
     place, remote, base, tmp_path
 ):
@@ -99,7 +95,6 @@ def test_a_backend_that_is_away_is_one_line_without_the_token(free_port):
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
 
 
-@needs_counts
 def test_the_page_generates_and_compares_by_the_backend_and_says_when_it_is_away(
     place, tiny_base, tmp_path, free_port
 ):
