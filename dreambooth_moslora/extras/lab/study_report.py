@@ -1,6 +1,6 @@
 """A comparison as files.
 
-They are `results.json`, `table.md` for a README, `report.html`, and its plots and pictures as PNG.
+They are `results.json`, `table.md` for a README, `report.html`, and its plots as PNG.
 """
 
 import json
@@ -18,8 +18,7 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import comparison, run
 from dreambooth_moslora.extras.lab.study import Cell, Study
-from dreambooth_moslora.photos import folder, photo_file
-from dreambooth_moslora.pictures import Row, draw_contact_sheet, render
+from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.table import SETTINGS
 
@@ -73,51 +72,6 @@ def win_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
     return figure
 
 
-def trade_off_plot(arms: Sequence[comparison.ArmSummary]) -> Figure:
-    """Subject fidelity against prompt fidelity; up and to the right is better."""
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for arm in arms:
-        # a cross at the means, as wide and high as the intervals
-        x = arm.scores["clip_t"]
-        y = arm.scores["dino"]
-        axis.errorbar(
-            x.mean,
-            y.mean,
-            xerr=[[end] for end in x.reach],
-            yerr=[[end] for end in y.reach],
-            fmt="o",
-            capsize=2,
-            alpha=0.8,
-            label=label(arm),
-        )
-    axis.set(xlabel="prompt fidelity, CLIP-T", ylabel="subject fidelity, DINO")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def rate_plot(curves: dict[tuple[str, int], dict[float, float]]) -> Figure:
-    """Score on the tuning subjects by learning rate, one panel per rank."""
-    ranks = sorted({rank for _, rank in curves})
-    figure = Figure(figsize=(5 * len(ranks), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
-    for axis, rank in zip(axes, ranks):
-        for (arm, own), curve in curves.items():
-            if own == rank:
-                rates = sorted(curve)
-                axis.plot(rates, [curve[rate] for rate in rates], "o-", label=arm)
-        axis.set(
-            title=f"rank {rank}",
-            xscale="log",
-            xlabel="learning rate",
-            ylabel="score on the tuning subjects",
-        )
-        axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize="small")
-    return figure
-
-
 def write_comparison(study: Study, results: Sequence[comparison.Result], out: Path) -> str:
     """Write all files for the finished cells; returns the findings, one sentence per arm."""
     # the numbers
@@ -141,16 +95,10 @@ def write_comparison(study: Study, results: Sequence[comparison.Result], out: Pa
     if against:
         plots["differences"] = difference_plot(against, study.reference)
         plots["wins"] = win_plot(against, study.reference)
-    if arms:
-        plots["trade_off"] = trade_off_plot(arms)
-    if curves := comparison.rate_curves(study, results):
-        plots["learning_rates"] = rate_plot(curves)
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
 
-    # the pictures, and the report with all of it
-    if rows := picture_rows(study, results, out):
-        draw_contact_sheet(rows, out / "pictures.png", tile_px=run.STRIP_PX)
+    # the report with all of it, and the pictures
     page = report_html(study, results, out, tables=tables, plots=plots, against=against)
     atomic_write(out / "report.html", page)
     return finding(study, against)
@@ -345,32 +293,3 @@ def first_cells(study: Study, results: Sequence[comparison.Result], subject: str
     """Of one subject in the comparison, at the first seed; the lowest rank first."""
     found = [r.cell for r in results if (r.cell.stage, r.cell.seed) == ("test", study.seeds[0])]
     return sorted((cell for cell in found if cell.subject == subject), key=lambda cell: cell.rank)
-
-
-def picture_rows(study: Study, results: Sequence[comparison.Result], out: Path) -> list[Row]:
-    """A row per subject: its first photo, then the reference arm's pictures at the lowest rank and
-    the first seed."""
-    rows = []
-    for subject in study.subjects:
-        # the reference's pictures of this subject, if they are drawn
-        cells = first_cells(study, results, subject.name)
-        of_reference = [cell for cell in cells if cell.arm == study.reference]
-        if not of_reference:
-            continue
-        cell = of_reference[0]
-        path = run.result_path(study, cell, out).with_suffix(".jpg")
-        if not path.is_file():
-            continue
-
-        # from the strip, one picture of each prompt
-        strip = Image.open(path)
-        step = study.protocol.images_per_prompt * run.STRIP_PX
-        tiles = []
-        for left in range(0, strip.width, step):
-            tiles.append(strip.crop((left, 0, left + run.STRIP_PX, run.STRIP_PX)))
-
-        place = Path(subject.photos)
-        found = folder.find_photos(place, subject.instance_prompt, run.STRIP_PX)
-        title = f"{subject.name}: a photo, then {cell.arm} at rank {cell.rank}"
-        rows.append(Row(title, [photo_file.open_rgb(found.photos[0]), *tiles]))
-    return rows

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab import budget, comparison, run
@@ -211,17 +209,7 @@ def test_the_report_is_one_file_without_network_or_paths(study, finished):
     assert "mix r4 against lora" in line
     html, facts = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
     assert not re.search(r"""(src|href)=["'](?!data:)""", html) and not re.search("https?:", html)
-    assert html.count("data:image/png") == 4 and html.count("data:image/jpeg") == 2
-    sheet = Image.open(out / "pictures.png")
-    photo = ImageOps.fit(
-        Image.open(sorted(Path(study.subjects[0].photos).glob("*.png"))[0]), (128, 128)
-    )
-    assert ImageStat.Stat(ImageChops.difference(sheet.crop((20, 39, 148, 167)), photo)).rms == [
-        0,
-        0,
-        0,
-    ]
-    assert sheet.width == 40 + 136 * (1 + study.protocol.num_prompts) - 8
+    assert html.count("data:image/png") == 2 and html.count("data:image/jpeg") == 2
     assert len(facts["cells"]) == 6 and facts["against_reference"][0]["arm"] == "mix"
     for text in (html, json.dumps(facts)):
         assert str(out.parent) not in text
