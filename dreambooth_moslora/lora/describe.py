@@ -112,6 +112,8 @@ def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
         down, up, alpha = (parts.get(part) for part in ("down", "up", "alpha"))
         if "mixer" in parts or (down is None and up is None):
             continue
+        if alpha is not None and alpha.numel() != 1:
+            raise UserError(f"{name} is broken: {module.name:.100}.alpha is not one number")
         has_both = down is not None and up is not None and min(up.ndim, down.ndim) >= 2
         if not has_both or not up.shape[1] == down.shape[0] > 0:
             raise UserError(
