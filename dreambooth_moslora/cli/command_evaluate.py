@@ -16,7 +16,7 @@ from dreambooth_moslora.cli.command_generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
 from dreambooth_moslora.disk.contents import read_json, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
-from dreambooth_moslora.disk.run_folder import RunDir, find_weights
+from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
@@ -237,8 +237,7 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
 def known_of(path: Path) -> dict:
     """The settings of the run with the file or folder; else those in the header of a file that we
     published."""
-    hush()
-    from dreambooth_moslora.lora.published_file import load_published
+    from dreambooth_moslora.lora.metadata import metadata_in
 
     # A run's folder, which may have been moved, or one in it
     for folder in (path, path.parent):
@@ -247,7 +246,7 @@ def known_of(path: Path) -> dict:
             return read_json(config) | {"output_dir": str(folder)}
 
     # A file alone
-    _, facts = load_published(find_weights(path))
+    facts = metadata_in(header_of(find_weights(path)))
     if facts is None or not facts.trigger_words:
         return {}
     base = "toy" if facts.base_id == "toy-sdxl" else facts.base_id

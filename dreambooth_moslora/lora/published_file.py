@@ -287,13 +287,3 @@ def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) ->
         file_proofs=proofs,
         notes=tuple(notes),
     )
-
-
-def load_published(path: str | Path) -> tuple[Tensors, AdapterMetadata | None]:
-    """Tensors of a LoRA file, and its metadata if this program wrote it. Raises UserError for a
-    broken file."""
-    path = Path(path)
-    file = path / PUBLISHED_NAME if path.is_dir() else path
-    tensors, header = raw_file.read_tensors(file)
-    raw_file.check_finite(tensors, path.name)
-    return tensors, metadata_in(header)

@@ -21,13 +21,13 @@ from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import prompts, table
 from dreambooth_moslora.training.explain import BestStep, best_of
 from dreambooth_moslora.training.loop import train
+from tests.helpers.folding import load_published
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import save_tiny_encoders

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.lora.key_names import kohya_name
-from dreambooth_moslora.lora.published_file import load_published, publish
-from dreambooth_moslora.lora.raw_file import adapter_metadata
+from dreambooth_moslora.lora.metadata import AdapterMetadata, metadata_in
+from dreambooth_moslora.lora.published_file import publish
+from dreambooth_moslora.lora.raw_file import adapter_metadata, read_tensors
 from dreambooth_moslora.method.moslora import (
     ATTENTION_PROJECTIONS,
     MoSLoraConfig,
@@ -96,6 +97,12 @@ def loaded_by_diffusers(unet: UNet2DConditionModel, file: Path) -> UNet2DConditi
     )
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     return unet
+
+
+def load_published(path: Path) -> tuple[dict[str, Tensor], AdapterMetadata | None]:
+    """Tensors of a LoRA file, or of that in a folder, and its metadata if we wrote it."""
+    tensors, header = read_tensors(path / PUBLISHED_NAME if path.is_dir() else path)
+    return tensors, metadata_in(header)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.photos.captions import MadeCaption, keep
 from dreambooth_moslora.photos.cropping import CropRule, bucket_of, crop_rule
 from dreambooth_moslora.photos.examine import plans_of
@@ -21,6 +20,7 @@ from dreambooth_moslora.settings import table
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoStream, SubjectStreams, instance_streams
 from dreambooth_moslora.training.step import TrainStep
+from tests.helpers.folding import load_published
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")

@@ -20,7 +20,6 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
-from dreambooth_moslora.lora.published_file import load_published
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
@@ -31,6 +30,7 @@ from dreambooth_moslora.training.checkpoint import (
     find_checkpoint,
 )
 from dreambooth_moslora.training.loop import train
+from tests.helpers.folding import load_published
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
 from tests.training.conftest import flipped, stop_at
