@@ -34,10 +34,6 @@ BASE = "pretrained_model_name_or_path"
 # Settings that decide how photos are used
 OF_PHOTOS = (*table.named("check"), *SETTINGS.values())
 WITH_WORD = "`check DIR WORD` judges for the base and the size that `train DIR WORD` would choose"
-# Reasons to leave a photo out
-FAULTS = ("blurred", "near-duplicate", "too small")
-# Fewest good photos that are enough
-FEWEST = 3
 # Most photos in the picture of the crops
 MAX_PICTURED = 48
 
@@ -172,6 +168,7 @@ def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) ->
     has_words: whether there are words of the subject. Without them only a photo's own captions are
         shown
     """
+    from dreambooth_moslora.photos.faults import faults_of
     from dreambooth_moslora.photos.photo_file import quoted
 
     # Each file, with what the user should know of it
@@ -179,7 +176,7 @@ def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) ->
     for photo in report.photos:
         height, width = photo.size_px
         remarks = [*photo.reasons, "has a mask"] if photo.has_mask_file else photo.reasons
-        mark = "bad" if is_faulty(photo) else "ok "
+        mark = "bad" if faults_of(photo) else "ok "
         line = f"  {mark}   {photo.path.name}  {width} x {height}  {'; '.join(remarks)}"
         lines.append(line.rstrip())
         if has_words or photo.is_captioned:
@@ -198,14 +195,12 @@ def as_text(report: "PhotoReport", crops: str | None, has_words: bool = True) ->
     return "\n".join(lines)
 
 
-def is_faulty(photo: "Photo") -> bool:
-    """Whether it should be left out."""
-    return any(reason.startswith(FAULTS) for reason in photo.reasons)
-
-
 def verdict(report: "PhotoReport") -> str:
     """Which photos to leave out, and whether the others are enough."""
-    faulty = [photo.path.name for photo in filter(is_faulty, report.photos)]
+    from dreambooth_moslora.photos.examine import FEWEST
+    from dreambooth_moslora.photos.faults import faults_of
+
+    faulty = [photo.path.name for photo in filter(faults_of, report.photos)]
     good = len(report.photos) - len(faulty)
     if not good:  # --leave_out takes no names of all
         return f"verdict: no good photo is there: take {FEWEST} to 10 of the subject"
@@ -213,7 +208,7 @@ def verdict(report: "PhotoReport") -> str:
     if faulty:
         advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); "
     rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
-    enough = "enough to train" if good >= FEWEST else f"too few: take {FEWEST} to 10 of the subject"
+    enough = "; ".join(report.remarks) or "enough to train"
     return f"verdict: {advice}{rest}, {enough}"
 
 

@@ -33,7 +33,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names, new_tokens, raw_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
-from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, metadata_in, most_common
+from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, most_common
 from dreambooth_moslora.lora.proof import (
     BOUNDS,
     FileProof,

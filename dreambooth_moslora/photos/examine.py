@@ -8,6 +8,7 @@ the sharpest tenth decides, so that a plain or blurred background is fine. Real 
 percent, brighter or smaller has 0.93 to 1.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -15,10 +16,13 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from dreambooth_moslora.photos import cropping, folder, photo_file
+from dreambooth_moslora.errors import spelled_out
+from dreambooth_moslora.photos import cropping, faults, folder, photo_file
 from dreambooth_moslora.pictures import Row
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import subjects, table
+
+logger = logging.getLogger(__name__)
 
 # The picture of training's crops: colour of the frames, side of each cell, most crops of a photo
 FRAME_COLOUR = (232, 64, 44)
@@ -89,13 +93,18 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
     return Image.composite(image, dark, mask.resize(image.size))
 
 
-# A fault, as its reason begins. Of two equal photos the one with it is the duplicate
-BLURRED = "blurred"
+# Fewest good photos that are enough
+FEWEST = 3
+# Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
+BRIGHTEST = 64
+# Where a larger share is pure white, the light has burnt it out, or the subject is small
+WHITE = 250
+MOST_WHITE = 0.75
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
-    """The report with what is wrong with a photo as its reasons. Of equal photos the worse ones are
-    duplicates."""
+    """The report with what is wrong with a photo as its reasons, and with the whole set as remarks.
+    Of equal photos the worse ones are duplicates."""
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos = []
     thumbnails = []
@@ -104,11 +113,10 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
         opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
-        reasons = []
+        reasons = exposure(image, opaque)
         sharp = sharpness(image, look_px)
         if sharp < MIN_SHARPNESS:
-            usual = f"sharp photos have {MIN_SHARPNESS} and more"
-            reasons.append(f"{BLURRED}: sharpness {sharp:.2f}, {usual}")
+            reasons.append(faults.reason("blurred", sharpness=sharp, usual=MIN_SHARPNESS))
         thumbnails.append(thumbnail(image, opaque))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
 
@@ -118,16 +126,49 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
         better = best_first[:place]
         nearest = max(better, key=lambda n: thumbnails[n] @ thumbnails[number])
         if thumbnails[nearest] @ thumbnails[number] > MAX_LIKENESS:
-            reasons = (*photos[number].reasons, f"near-duplicate of {photos[nearest].path.name}")
+            equal = faults.reason("near-duplicate", name=photos[nearest].path.name)
+            reasons = (*photos[number].reasons, equal)
             photos[number] = replace(photos[number], reasons=reasons)
-    return replace(report, photos=photos)
+
+    # What is to be said of all of them.
+    good = sum(not faults.faults_of(photo) for photo in photos)
+    remarks = (f"too few: take {FEWEST} to 10 of the subject",) if good < FEWEST else ()
+    return replace(report, photos=photos, remarks=remarks)
+
+
+def log_faults(report: folder.PhotoReport) -> None:
+    """Say in one line of the log what is wrong with the photos of an examined report."""
+    found = list(report.remarks)
+    for photo in report.photos:
+        reasons = faults.faults_of(photo)
+        if reasons:
+            found.append(f"{photo.path.name} ({', '.join(reasons)})")
+    if found:
+        logger.warning("%s", spelled_out(f"the photos: {'; '.join(found)}"))
 
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
-    """Greater for the one of equal photos that is kept: a sharp one, then with more pixels."""
-    is_good = not any(reason.startswith(BLURRED) for reason in photo.reasons)
+    """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
     height, width = photo.size_px
-    return is_good, height * width
+    return not faults.is_lesser(photo), height * width
+
+
+def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
+    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque`
+    (L)."""
+    # Shrinking averages the noise away.
+    pixels = shrunk(image, THUMBNAIL_PX * 16)
+    if opaque is not None:
+        share = shrunk(opaque, THUMBNAIL_PX * 16)
+        pixels = pixels[share >= share.max()]
+
+    brightest = np.percentile(pixels.max(-1), 95)
+    if brightest < BRIGHTEST:
+        return [faults.reason("too dark", brightest=brightest / 255)]
+    white = (pixels.min(-1) >= WHITE).mean()
+    if white > MOST_WHITE:
+        return [faults.reason("overexposed", white=white)]
+    return []
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.photos import faults, photo_file
 from dreambooth_moslora.photos.beside import (
     MASK_SUFFIX,
     METADATA,
@@ -49,6 +49,7 @@ class PhotoReport:
     photos: list[photo_file.Photo] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     sidecars: list[Path] = field(default_factory=list)  # captions and masks in use
+    remarks: tuple[str, ...] = ()  # on all photos together, once they are examined
 
 
 def log_strays(report: PhotoReport) -> None:
@@ -219,8 +220,8 @@ def read_photo(
         reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"
         return Skipped(path, reason, is_photo=True, size_px=(height, width))
     if shorter < resolution_px:
-        enlarged = f"{width} x {height} px is enlarged {resolution_px / shorter:.1f} times"
-        reasons.append(f"too small for the resolution: {enlarged}")
+        times = resolution_px / shorter
+        reasons.append(faults.reason("too small", width=width, height=height, times=times))
 
     # What lies beside it
     beside = captions.sidecars.get((path.stem, MASK_SUFFIX))

@@ -130,6 +130,7 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
         about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
+    lines += report.remarks
 
     # What buckets make of their shapes.
     if config.enable_bucket:

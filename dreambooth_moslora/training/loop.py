@@ -24,6 +24,7 @@ from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_m
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos import folder, photo_file, shown_captions
+from dreambooth_moslora.photos.examine import examine, log_faults
 from dreambooth_moslora.plan import checks, distributed, memory
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import half_precision
@@ -445,6 +446,10 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     distributed.on_main(
         accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps)
     )
+
+    # What is wrong with the photos, said once.
+    if step == 0 and accelerator.is_main_process:
+        log_faults(examine(plan.photo_report, config.resolution))
 
     # What the photos lack. It is made before the base is loaded, whose memory its models need.
     made_before.make_captions(config, context, photos)

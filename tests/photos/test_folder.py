@@ -11,13 +11,12 @@ import datasets
 import numpy as np
 import pytest
 from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import augment, cropping, photo_file
 from dreambooth_moslora.photos.cropping import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.data_set import image_bytes
-from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
@@ -25,7 +24,6 @@ from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, pic
 from tests.helpers.tiny_training import paint_photos
 
 PROMPT = "a photo of sks toy"
-SUBJECTS = sorted((Path(__file__).parents[2] / "assets" / "subjects").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -159,47 +157,6 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
     assert all(item.reason.startswith(complaints[item.path.name]) for item in report.skipped)
 
 
-def scene(seed: int, light: float = 1.0) -> Image.Image:
-    tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3))
-    tiles = (tiles * light).astype(np.uint8)
-    return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
-
-
-def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
-    photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
-    photos["d"] = scene(3).filter(ImageFilter.GaussianBlur(5))
-    photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
-    for name, photo in photos.items():
-        photo.save(tmp_path / f"{name}.png")
-    verdicts = {
-        p.path.stem: "; ".join(p.reasons) for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
-    }
-    assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
-    assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith(
-        "; near-duplicate of a.png"
-    )
-    assert verdicts["1-smaller"] == "near-duplicate of a.png", (
-        "the largest is kept, though it is not the first"
-    )
-    assert verdicts["d"].startswith("blurred")
-
-
-def test_the_white_behind_a_cut_out_is_not_its_likeness(tmp_path):
-    """Nine tenths of each are transparent, and the subject is in the same place."""
-    for name, photo in {
-        "a": scene(1),
-        "b": scene(1, 0.8),
-        "c": scene(2),
-    }.items():
-        cut_out = Image.new("RGBA", (300, 300))
-        cut_out.paste(photo.resize((100, 100)), (100, 100))
-        cut_out.save(tmp_path / f"{name}.png")
-    verdicts = {
-        p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
-    }
-    assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
-
-
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
@@ -291,14 +248,6 @@ def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path)
     with pytest.raises(UserError, match=r"is not a file of the data set"):
         photo_report(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache" / "photos").exists()
-
-
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
-def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
-    for path in sorted(subject.glob("*.jpg")):
-        image = Image.open(path).convert("RGB")
-        assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
-        assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
 
 
 @pytest.mark.skipif(

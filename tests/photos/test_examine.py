@@ -1,0 +1,95 @@
+"""What is found in the pixels of photos: blur, bad light, equal ones; and where it is told."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from dreambooth_moslora.cli.command_check import as_text
+from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
+from dreambooth_moslora.photos.faults import FAULTS, faults_of
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.training import loop
+from tests.helpers.tiny_training import tiny_config
+
+PROMPT = "a photo of sks toy"
+SUBJECTS = sorted((Path(__file__).parents[2] / "assets" / "subjects").iterdir())
+
+
+def scene(seed: int, light: float = 1.0) -> Image.Image:
+    tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3))
+    tiles = (tiles * light).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
+
+
+def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
+    photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
+    photos |= {
+        "d": scene(3).filter(ImageFilter.GaussianBlur(5)),
+        "e": scene(4, light=0.08),
+        "f": scene(5, light=6.0),
+    }
+    photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
+    for name, photo in photos.items():
+        photo.save(tmp_path / f"{name}.png")
+    report = examine(find_photos(tmp_path, PROMPT, 64))
+    verdicts = {p.path.stem: "; ".join(p.reasons) for p in report.photos}
+    assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
+    assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith(
+        "; near-duplicate of a.png"
+    )
+    assert verdicts["1-smaller"] == "near-duplicate of a.png", (
+        "the largest is kept, though it is not the first"
+    )
+    assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
+    assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
+
+    # Each is a row of the table, by which `check` marks the photo; every row is among them.
+    named = {name for name in FAULTS for words in verdicts.values() if name in words}
+    assert named == FAULTS.keys()
+    bad = {photo.path.stem for photo in report.photos if faults_of(photo)}
+    assert bad == {stem for stem, words in verdicts.items() if words}
+    assert as_text(report, None).count("  bad   ") == len(bad)
+
+
+def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_path):
+    """Nine tenths of each are transparent, and the subject is in the same place."""
+    for name, photo in {
+        "a": scene(1),
+        "b": scene(1, 0.8),
+        "c": scene(2),
+        "d": scene(3, 6.0),
+    }.items():
+        cut_out = Image.new("RGBA", (300, 300))
+        cut_out.paste(photo.resize((100, 100)), (100, 100))
+        cut_out.save(tmp_path / f"{name}.png")
+    verdicts = {
+        p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
+    }
+    assert verdicts.pop("d")[0].startswith("overexposed: ")
+    assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
+def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
+    for path in sorted(subject.glob("*.jpg")):
+        image = Image.open(path).convert("RGB")
+        assert sharpness(image, 512) < MIN_SHARPNESS < sharpness(image, 128)
+        assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
+
+
+def test_a_training_says_once_what_is_wrong_with_its_photos(tiny_base, tmp_path, caplog):
+    """Of each photo, and of the whole set; a run that goes on does not say it again."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    scene(1).save(photos / "a.png")
+    shutil.copy(photos / "a.png", photos / "b.png")
+    small = {"max_train_steps": 1, "learning_rate": 1e-3}
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **small))
+    line = "the photos: too few: take 3 to 10 of the subject; b.png (near-duplicate of a.png)"
+    assert [text for text in caplog.messages if text.startswith("the photos: ")] == [line]
+    again = small | {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **again))
+    assert caplog.text.count("the photos: ") == 1
