@@ -12,13 +12,13 @@ from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import (
     assets_folder,
-    default_cache_dir,
     find_asset,
     free_name,
     public_name,
 )
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.values import is_finite_number, is_number
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +81,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     # as in a container that does not know its user
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        default_cache_dir()
+        _ = TrainConfig().cache_folder
 
 
 def test_the_first_free_name():

@@ -6,21 +6,6 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from dreambooth_moslora.errors import UserError
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/dreambooth_moslora`, or `~/.cache/…`, for all runs. Raises UserError where
-    neither is known."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        raise UserError(
-            "this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir."
-        ) from None
-    return caches / "dreambooth_moslora"
-
-
 # The folder of the program's own modules.
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -25,7 +25,7 @@ def dataset_folder(config: TrainConfig) -> Path:
 
     # All folders that may hold its files: a row may name no file outside of them.
     places = [
-        config.cache_home,
+        config.cache_folder,
         datasets.config.HF_DATASETS_CACHE,
         datasets.config.DOWNLOADED_DATASETS_PATH,
         HF_HUB_CACHE,
@@ -47,7 +47,7 @@ def dataset_folder(config: TrainConfig) -> Path:
             digest.update(sha256(content).digest() + "\0".join(captions).encode())
 
     # The same data set is written once; another revision gets another folder.
-    folder = config.cache_home / "photos" / digest.hexdigest()[:16]
+    folder = config.cache_folder / "photos" / digest.hexdigest()[:16]
     if not folder.is_dir():
         with atomic_directory(folder) as new:
             write_rows(new, rows)

@@ -10,6 +10,7 @@ in `docs/settings.md` are made from the rows. A rule between several settings is
 
 import math
 import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from dreambooth_moslora.disk.paths import default_cache_dir, find_asset
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import (
     lr_schedules,
@@ -1299,15 +1300,19 @@ class TrainConfig:
         return tuple(replace(self, subjects=(), **table.to_dict()) for table in self.subjects)
 
     @property
-    def cache_home(self) -> Path:
-        """The folder of all that is kept for other runs. Raises UserError where none is known."""
-        return Path(self.cache_dir) if self.cache_dir else default_cache_dir()
-
-    @property
     def cache_folder(self) -> Path:
-        """Where encodings and the photos of data sets are kept. Raises UserError where the user
-        has no home folder."""
-        return Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+        """Where encodings and the photos of data sets are kept for all runs: `--cache_dir`, else
+        `dreambooth_moslora` in `$XDG_CACHE_HOME` or `~/.cache`. Raises UserError where none of
+        them is known."""
+        if self.cache_dir:
+            return Path(self.cache_dir)
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:
+            raise UserError(
+                "this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir."
+            ) from None
+        return caches / "dreambooth_moslora"
 
     @property
     def written_folders(self) -> dict[str, Path]:
