@@ -23,7 +23,6 @@ import pytest
 TESTS = Path(__file__).parent
 LONGEST = (
     "ui/test_browser.py",
-    "ui/test_subjects_in_browser.py",
     "training/test_selftest.py",
     "training/test_resume.py",
     "training/test_processes.py",

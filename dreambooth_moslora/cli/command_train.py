@@ -326,11 +326,14 @@ def settings_of(
 
 def require(settings: Mapping[str, Any]) -> None:
     """Raises UserError for missing settings."""
-    said = table.SAID_BY_SUBJECTS if settings.get("subjects") else ()
     missing = []
-    for name in table.named("required"):
-        if name not in said and not str(settings.get(name, "")).strip():
-            missing.append(f"--{name}")
+    for item in table.SETTINGS.values():
+        if not item.metadata["required"]:
+            continue
+        is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
+        is_given = str(settings.get(item.name, "")).strip()
+        if not is_said_by_subjects and not is_given:
+            missing.append(f"--{item.name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:

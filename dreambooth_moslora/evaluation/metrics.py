@@ -138,15 +138,18 @@ def load_encoders(
     is_toy = toys.is_toy(base)
 
     # CLIP: the toy world's own is part of its base.
-    clip_name = public_name(clip or CLIP)
     if is_toy and not clip:
-        clip = toys.CLIP_FOLDER
+        towers = clip_in_pipeline(toys.CLIP_FOLDER, device)
         clip_name = f"{toys.CLIP_FOLDER.name} CLIP"
+    else:
+        clip = clip or CLIP
+        towers = load_clip(clip, device)
+        clip_name = public_name(clip)
 
     # DINO
     dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
     return Encoders(
-        clip=load_clip(clip or CLIP, device),
+        clip=towers,
         dino=frozen(transformers.AutoModel, dino, FLAG, device, dtype=torch.float32),
         dino_processor=loaded(transformers.AutoImageProcessor, dino, FLAG),
         names=(clip_name, public_name(dino)),
@@ -154,19 +157,40 @@ def load_encoders(
 
 
 def load_clip(name: str | Path, device: str | torch.device) -> Clip:
-    """Both halves of a CLIP model, or of that in a pipeline's folder: its image encoder, and its
-    second text encoder. Raises UserError."""
-    parts = [name] * 4
-    if (Path(name) / "model_index.json").is_file():
-        inside = ("image_encoder", "text_encoder_2", "tokenizer_2", "feature_extractor")
-        parts = [Path(name) / part for part in inside]
-    of_images, of_texts, of_words, of_pixels = parts
+    """A CLIP model with both halves. Raises UserError."""
+    # Its output of either half is not projected yet.
+    model = frozen(transformers.CLIPModel, name, FLAG, device, dtype=torch.float32)
 
+    def embed_images(pixels: torch.Tensor) -> torch.Tensor:
+        return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    def embed_texts(words: Any) -> torch.Tensor:
+        read = model.text_model(words.input_ids, words.attention_mask)
+        return model.text_projection(read.pooler_output)
+
+    return Clip(
+        embed_images=embed_images,
+        embed_texts=embed_texts,
+        tokenizer=loaded(transformers.CLIPTokenizer, name, FLAG),
+        processor=loaded(transformers.CLIPImageProcessor, name, FLAG),
+    )
+
+
+def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
+    """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
     vision = frozen(
-        transformers.CLIPVisionModelWithProjection, of_images, FLAG, device, dtype=torch.float32
+        transformers.CLIPVisionModelWithProjection,
+        folder / "image_encoder",
+        FLAG,
+        device,
+        dtype=torch.float32,
     )
     text = frozen(
-        transformers.CLIPTextModelWithProjection, of_texts, FLAG, device, dtype=torch.float32
+        transformers.CLIPTextModelWithProjection,
+        folder / "text_encoder_2",
+        FLAG,
+        device,
+        dtype=torch.float32,
     )
 
     def embed_images(pixels: torch.Tensor) -> torch.Tensor:
@@ -178,8 +202,8 @@ def load_clip(name: str | Path, device: str | torch.device) -> Clip:
     return Clip(
         embed_images=embed_images,
         embed_texts=embed_texts,
-        tokenizer=loaded(transformers.CLIPTokenizer, of_words, FLAG),
-        processor=loaded(transformers.CLIPImageProcessor, of_pixels, FLAG),
+        tokenizer=loaded(transformers.CLIPTokenizer, folder / "tokenizer_2", FLAG),
+        processor=loaded(transformers.CLIPImageProcessor, folder / "feature_extractor", FLAG),
     )
 
 
@@ -202,7 +226,10 @@ class Interval:
     @property
     def reach(self) -> tuple[float, float]:
         """How far the interval goes below the mean and above it."""
-        return (0.0, 0.0) if self.low is None else (self.mean - self.low, self.high - self.mean)
+        if self.low is None:
+            return 0.0, 0.0
+        # Of equal values the ends are the mean but for rounding.
+        return max(self.mean - self.low, 0.0), max(self.high - self.mean, 0.0)
 
     def __format__(self, sign: str) -> str:
         """`0.512 [0.480, 0.544]` or `0.512, no interval`; with "+", each number has its sign."""

@@ -112,7 +112,7 @@ class TrainStep:
         for module in self.components.values():
             self.parameters += [weight for _, weight in moslora.adapter_parameters(module)]
             self.lora_layers += moslora.lora_layers(module)
-        self.copies = self.working_copies()
+        self.copies = fast_linear.WorkingCopies(*self.components.values())
 
         # New tokens, which are learnt beside it.
         self.learnt: adapters.LearntTokens | None = None
@@ -147,11 +147,6 @@ class TrainStep:
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.trained)
         self.optimizer = accelerator.prepare(optimizer)
-
-    def working_copies(self) -> fast_linear.WorkingCopies:
-        """The adapter's copies. Weights that are streamed do not lie in one buffer."""
-        joint = False if self.config.stream_blocks else None
-        return fast_linear.WorkingCopies(*self.components.values(), joint=joint)
 
     def compile_blocks(self) -> None:
         """Compile the denoiser's transformer blocks in place, each at its first call."""
@@ -295,7 +290,7 @@ class TrainStep:
 
         # The copies know the layers' weights, and what a step that broke off has left.
         self.config = config
-        self.copies = self.working_copies()
+        self.copies = fast_linear.WorkingCopies(*self.components.values())
 
     def begin(self) -> None:
         """Before a step: dropout is on, and no gradients are left."""

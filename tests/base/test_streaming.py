@@ -56,7 +56,7 @@ def gradients(
     )
     family = pipelines.family_of(pipeline)
     adapters.add_adapters(config, {family.facts.denoiser: denoiser})
-    copied = fast_linear.WorkingCopies(denoiser, joint=False)
+    copied = fast_linear.WorkingCopies(denoiser)
 
     # The pass of the prior without gradients, then a step.
     words = family.arguments(family.texts(pipeline, ["a dog"]))

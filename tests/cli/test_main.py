@@ -436,7 +436,7 @@ LATE_MISTAKES = {
     "run folder": (["--output_dir", "photos"], "is the folder of --instance_data_dir"),
     "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
     "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
-    "cache_dir": (["--cache_dir", "file"], "file is a file, not a folder"),
+    "cache_dir": (["--caching", "disk", "--cache_dir", "file"], "file is a file, not a folder"),
     "logging_dir": (
         ["--report_to", "tensorboard", "--logging_dir", "../file"],
         "file is a file, not a folder",

@@ -258,7 +258,7 @@ def by_folder(folders) -> metrics.Encoders:
 def test_another_model_is_no_encoder_with_made_up_weights(folders, by_folder, tmp_path):
     assert by_folder.names == ("clip", "dino"), "names carry no path"
     for clip, dino, said in (
-        (folders[1], folders[1], "is no CLIPVisionModelWithProjection: it has no "),
+        (folders[1], folders[1], "is no CLIPModel: it has no "),
         (tmp_path / "nowhere", folders[1], "is not here and cannot be fetched"),
     ):
         with pytest.raises(UserError, match=said):

@@ -342,7 +342,7 @@ def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photo
 
 @pytest.mark.parametrize(
     ("free_gib", "words", "is_tight"),
-    [(40.0, "without", False), (7.0, "with", False), (2.5, "with", True)],
+    [(40.0, "without", False), (7.0, "with", False), (1.5, "with", True)],
 )
 def test_the_cost_says_each_choice_and_names_the_card(
     gpu, workspace, context, free_gib, words, is_tight
