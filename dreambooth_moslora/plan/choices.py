@@ -46,9 +46,8 @@ OWN = (
 """What a recipe names that is another run's, or is chosen here."""
 PRACTICE = "the practice model (a 128 px toy)"
 """What a person is told of the embedded base that is trained on photographs."""
-OF_SAMPLES = ("num_validation_images", "validation_steps")
-"""Left out on a CPU: with a large base, the trainer then draws no samples, as each takes minutes.
-"""
+NO_SAMPLES = {"num_validation_images": 0, "validation_steps": None}
+"""Chosen on a CPU, where each picture of a large base takes minutes."""
 
 
 @dataclass
@@ -115,8 +114,6 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
     # What of the recipe is another run's, or chosen by other settings.
     left_out = set(OWN)
-    if not base.is_toy and free_gib is None and not machine.has_gpu():
-        left_out.update(OF_SAMPLES)
     if choices.given.get("do_edm_style_training"):
         left_out.add("snr_gamma")
     if base.facts and not base.is_toy and base.is_flow:
@@ -130,6 +127,10 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
         recipe["resolution"] = base.resolution_px
 
     # What the person is told of it.
+    if not base.is_toy and free_gib is None and not machine.has_gpu():
+        line = "samples: none, as each takes minutes on a CPU"
+        choices.add(line, "num_validation_images", **NO_SAMPLES)
+        recipe = {key: value for key, value in recipe.items() if key not in NO_SAMPLES}
     choices.add(f"recipe: assets/configs/{name}", "config", **recipe)
     if choices.settings.get("mixed_precision") == "no":
         lacks = "this CPU has no bf16"

@@ -334,7 +334,7 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     assert chosen.mixed_precision == "no"
     assert "precision: fp32, as this CPU has no bf16 (--mixed_precision)" in capsys.readouterr().err
     # the trainer draws none there
-    assert chosen.num_validation_images is chosen.validation_steps is None
+    assert (chosen.num_validation_images, chosen.validation_steps) == (0, None)
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
 
 
