@@ -192,9 +192,10 @@ class SubjectPipeline:
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
-            # Already loaded
+            # Already loaded, with all files of tokens that its header names
             known = self.adapters.get(name)
-            if known is not None and known.stamp == stamp:
+            is_same = known is not None and known.stamp == stamp
+            if is_same and len(known.tokens) >= len(metadata.notes_in(known.header)):
                 self._touch(name)
                 return name
 
