@@ -5,7 +5,8 @@
     lora_unet_     mid_block_attentions_0_…_attn1_to_q     .lora_down.weight   kohya
     lora_unet_     double_blocks_0_img_attn_qkv            .lokr_w1            in an original layout
 
-Any prefix may go with any ending. Another tool costs a row here and a row of the test's table.
+Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. The
+first prefix that fits is taken, so none may stand behind one that begins it.
 Which layer of a base a path means is in `named_layers`.
 
 A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
@@ -55,7 +56,14 @@ PREFIXES = (
     Prefix(PEFT_PREFIX, "PEFT", COMPONENTS),
     Prefix("", DIFFUSERS, COMPONENTS),  # its `save_lora_adapter`
 )
-KOHYA_PREFIXES = {row.components[0]: row.text for row in PREFIXES if row.tool == KOHYA}
+# What is written, whatever the order of the rows that are read.
+WRITTEN_PREFIXES = {
+    "unet": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
+WRITTEN_ALONE = "lora_te_"
+"""For a text encoder that is the only one."""
 
 
 class Ending(NamedTuple):
@@ -64,6 +72,7 @@ class Ending(NamedTuple):
     text: str
     part: str
     tool: str  # as `info` calls such keys
+    is_written: bool = True  # One row for each tool and part.
 
 
 PEFT_KEYS, KOHYA_KEYS, OLD_KEYS = "PEFT keys", "kohya keys", "old diffusers keys"
@@ -82,7 +91,7 @@ ENDINGS = (
     Ending(".lora_B.weight", "up", PEFT_KEYS),
     Ending(".lora_B.bias", "bias", PEFT_KEYS),
     Ending(".lora_magnitude_vector", "magnitude", PEFT_KEYS),
-    Ending(".lora_magnitude_vector.weight", "magnitude", PEFT_KEYS),
+    Ending(".lora_magnitude_vector.weight", "magnitude", PEFT_KEYS, is_written=False),
     Ending(".lora_down.weight", "down", KOHYA_KEYS),
     Ending(".lora_up.weight", "up", KOHYA_KEYS),
     Ending(".alpha", "alpha", KOHYA_KEYS),
@@ -98,6 +107,7 @@ ENDINGS = (
     Ending(".lora_linear_layer.up.bias", "bias", ENCODER_KEYS),
 )
 BY_TEXT = {row.text: row for row in ENDINGS}
+WRITTEN_ENDINGS = {(row.tool, row.part): row.text for row in ENDINGS if row.is_written}
 ENDED = re.compile(f"(.+?)({'|'.join(re.escape(text) for text in BY_TEXT)})")
 PAIRED = {row.tool for row in ENDINGS if row.part == "down"}
 """Tools whose files hold an up and a down matrix a layer; of the others `info` tells the kind."""
@@ -182,8 +192,8 @@ def dotted(module: Module) -> str:
 
 
 def spell(tool: str, name: str, part: str) -> str:
-    """The key of a part of the layer that a file calls `name`, with the tool's first ending."""
-    return name + next(row.text for row in ENDINGS if (row.tool, row.part) == (tool, part))
+    """The key of a part of the layer that a file calls `name`, as the tool writes it."""
+    return name + WRITTEN_ENDINGS[tool, part]
 
 
 def published_path(component: str, path: str) -> str:
@@ -197,7 +207,8 @@ def kohya_name(component: str, path: str, components: Collection[str] = COMPONEN
     """`unet`, `mid_block.attentions.0` -> `lora_unet_mid_block_attentions_0`, in a file with these
     components."""
     is_alone = component == "text_encoder" and "text_encoder_2" not in components
-    return ("lora_te_" if is_alone else KOHYA_PREFIXES[component]) + path.replace(".", "_")
+    prefix = WRITTEN_ALONE if is_alone else WRITTEN_PREFIXES[component]
+    return prefix + path.replace(".", "_")
 
 
 WIDTHS = (2048, 768)  # of the text in SDXL and in Stable Diffusion 1.5

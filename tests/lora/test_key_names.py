@@ -53,3 +53,21 @@ def test_what_is_spelled_is_read_again(row):
     text = key_names.spell(row.tool, "transformer.a.to_q", row.part)
     key = key_names.parse(text)
     assert (key.module.name, key.part, key.tool) == ("transformer.a.to_q", row.part, row.tool)
+
+
+def test_no_prefix_stands_behind_one_that_hides_it():
+    texts = [row.text for row in key_names.PREFIXES]
+    for place, text in enumerate(texts):
+        assert not any(text.startswith(earlier) for earlier in texts[:place]), text
+
+
+def test_one_spelling_of_each_part_is_written_and_it_is_named():
+    """Before, the first row of a tool was written, and the last prefix of a component."""
+    written = [(row.tool, row.part) for row in key_names.ENDINGS if row.is_written]
+    assert len(written) == len(set(written))
+    assert set(written) == {(row.tool, row.part) for row in key_names.ENDINGS}
+
+    read = {row.text: row for row in key_names.PREFIXES}
+    for component, text in key_names.WRITTEN_PREFIXES.items():
+        assert component in read[text].components
+    assert read[key_names.WRITTEN_ALONE].components == ("text_encoder",)
