@@ -59,7 +59,7 @@ CLIP_LAYERS = {"text_encoder": (48, 73_728), "text_encoder_2": (128, 327_680)}
 their in + out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """One family. `name` is that of its recipe in `assets/configs`; `title` is for sentences, cards
     and the page."""
@@ -68,6 +68,7 @@ class Facts:
     title: str
     pipeline: str  # Class of the pipeline.
     model: str  # Class of the model that denoises.
+    memory: Memory | None  # None for UNets alone, which are counted by SDXL's.
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
@@ -102,7 +103,6 @@ class Facts:
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
-    memory: Memory | None = None  # None for UNets, which are counted by SDXL's.
     file_mark: str = ""
     """A tensor that only this family's single files have, in the layout of its authors. "" for
     SDXL's, which are those without another's mark."""
@@ -143,6 +143,7 @@ UNET = {
     "style": "ddpm",
     "multiple_px": 8,
     "text_options": (),
+    "memory": None,
 }
 
 # One row for each family. The base's own files say which of them it is.

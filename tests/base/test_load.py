@@ -39,7 +39,7 @@ from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.single_file import clip_layout, save_single_file, unet_layout, vae_layout
 from tests.helpers.tiny import embeds_of, pooled_of
-from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 KINDS = {
@@ -702,33 +702,17 @@ def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_fami
         load.load_pipeline(file)
 
 
-FOUND = {
-    "sd3": {"sd35_large": ["joint_blocks.37.x_block.mlp.fc1.weight"]},
-    "flux": {
-        "flux-dev": [
-            "double_blocks.0.img_attn.norm.key_norm.scale",
-            "guidance_in.in_layer.bias",
-            "img_in.weight",
-        ]
-    },
-    "flux2": {"flux-2-dev": ["double_blocks.0.img_attn.norm.key_norm.scale"]},
-    "z_image": {"z-image-turbo": ["cap_embedder.0.weight"]},
-    "krea2": {"krea2": []},
-    "lumina2": {"lumina2": ["cap_embedder.0.weight"]},
-    "sana": {"sana": []},
-}
-"""Family -> diffusers' word for it, and what else such a file has."""
-
-
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", [name for name, row in TINY_FAMILIES.items() if row.file_type])
 def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
     facts = next(facts for facts in FAMILIES if facts.name == name)
-    ((word, others),) = FOUND[name].items()
+    row = TINY_FAMILIES[name]
     for prefix in ("", PREFIX):
-        tensors = {prefix + key: torch.zeros(64, 64) for key in (facts.file_mark, *others)}
+        tensors = {prefix + key: torch.zeros(64, 64) for key in (facts.file_mark, *row.file_keys)}
         save_file(tensors, tmp_path / "one.safetensors")
         assert Base.find(tmp_path / "one.safetensors").facts is facts
-        assert infer_diffusers_model_type(tensors) == word or (prefix and name in ("flux", "sana"))
+        assert infer_diffusers_model_type(tensors) == row.file_type or (
+            prefix and name in ("flux", "sana")
+        )
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])

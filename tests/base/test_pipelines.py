@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreambooth_moslora.base.pipelines import METHODS, family_of, packed, unpacked
+from dreambooth_moslora.base.pipelines import METHODS, encoding_options, family_of, packed, unpacked
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.method.moslora import (
@@ -23,28 +23,25 @@ from dreambooth_moslora.method.moslora import (
     matrix_layers,
     switched_off,
 )
-from dreambooth_moslora.settings.families import FAMILIES, facts_of
+from dreambooth_moslora.settings.families import FAMILIES, Facts, facts_of
 from dreambooth_moslora.settings.rows import is_adapted
-from tests.helpers.tiny_families import MAKERS, OPTIONS, tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 
 FAST = ("flux", "z_image")
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+NAMES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TINY_FAMILIES
+]
 PX = 64
 PROMPTS = ["a photo of sks dog", "a much longer photo of a cat on the moon"]
-INSTRUCTED = {
-    "lumina2": {"system_prompt": "Draw well."},
-    "sana": {"complex_human_instruction": ["Draw well: "]},
-}
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
 each = pytest.mark.parametrize("made", NAMES, indirect=True)
 
 
 @pytest.fixture
 def made(request, tmp_path):
-    pipe = tiny_pipeline(request.param, tmp_path)
-    return pipe, family_of(
-        pipe, told_guidance=3.5, options=(OPTIONS | INSTRUCTED).get(request.param)
-    )
+    pipe, row = tiny_pipeline(request.param, tmp_path), TINY_FAMILIES[request.param]
+    options = encoding_options(row.settings) | row.instructed
+    return pipe, family_of(pipe, told_guidance=3.5, options=options)
 
 
 def pixels() -> Tensor:
@@ -53,7 +50,7 @@ def pixels() -> Tensor:
 
 def as_taken(family, z: Tensor) -> Tensor:
     """Latents as the pipeline's argument `latents`."""
-    return packed(z) if family.facts.name in ("flux", "qwen_image", "krea2") else z
+    return packed(z) if TINY_FAMILIES[family.facts.name].is_packed else z
 
 
 def as_latents(rows: Tensor, like: Tensor) -> Tensor:
@@ -302,7 +299,7 @@ def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
 
 
 def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
-    assert {facts.name for facts in FAMILIES} == METHODS.keys() == MAKERS.keys()
+    assert {facts.name for facts in FAMILIES} == METHODS.keys() == TINY_FAMILIES.keys()
     for facts in FAMILIES:
         kind = getattr(diffusers, facts.pipeline)
         assert {facts.denoiser, *facts.encoders} <= inspect.signature(
@@ -311,6 +308,9 @@ def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_re
         assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
         assert set(facts.text_options) <= inspect.signature(kind.encode_prompt).parameters.keys()
         assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
+        assert (facts.memory is None) == (facts.denoiser == "unet")
+    with pytest.raises(TypeError, match="memory"):
+        Facts(name="new", title="New", pipeline="NewPipeline", model="NewTransformer2DModel")
     with pytest.raises(
         UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"
     ):

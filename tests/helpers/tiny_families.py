@@ -1,6 +1,10 @@
-"""A random pipeline of each family, small enough to run in a second, made without the hub."""
+"""A random pipeline of each family, small enough to run in a second, made without the hub, and what
+the tests know of it."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -336,16 +340,149 @@ def sana(folder: Path) -> DiffusionPipeline:
     return diffusers.SanaPipeline(transformer=transformer, **parts)
 
 
-OTHERS = (sd1, sd3, flux, flux2, z_image, qwen_image, krea2, lumina2, sana)
-MAKERS = {"sdxl": tiny_sdxl, **{make.__name__: make for make in OTHERS}}
-OPTIONS = {"flux2": {"text_encoder_out_layers": (1, 2, 3)}}
-"""What the little encoders need of `encode_prompt`."""
+@dataclass(frozen=True)
+class TinyFamily:
+    """What the tests know of one family.
+
+    make: makes its tiny pipeline; gets a folder for files of tokenizers
+    one_layer: that diffusers' own tests train alone, by its path; "" for UNets
+    settings: of a run, that the little encoders need
+    instructed: arguments of `encode_prompt` that put an instruction before a prompt
+    is_packed: whether its pipeline takes latents as tokens
+    file_type: diffusers' word for a single file of it; "" where it has none
+    file_keys: what such a file has beside the family's mark
+    streams_at_gib: on a card with at most so much free, its recipe streams the blocks
+    original: layer of its original layout -> the layers of diffusers that its rows are, in their
+        order, as the tools map them; empty where the tools know no other layout
+    """
+
+    make: Callable[[Path], DiffusionPipeline]
+    one_layer: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    instructed: Mapping[str, Any] = field(default_factory=dict)
+    is_packed: bool = False
+    file_type: str = ""
+    file_keys: tuple[str, ...] = ()
+    streams_at_gib: float = 0.0
+    original: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def three(block: str, *names: str) -> tuple[str, ...]:
+    """The layers that one of q, k and v is in diffusers."""
+    return tuple(f"{block}.{name}" for name in names or ("to_q", "to_k", "to_v"))
+
+
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+TINY_FAMILIES = {
+    "sdxl": TinyFamily(
+        make=tiny_sdxl,
+    ),
+    "sd1": TinyFamily(
+        make=sd1,
+    ),
+    "sd3": TinyFamily(
+        make=sd3,
+        one_layer="transformer_blocks.0.attn.to_k",
+        file_type="sd35_large",
+        file_keys=("joint_blocks.37.x_block.mlp.fc1.weight",),
+        original={
+            "joint_blocks.0.x_block.attn.qkv": three("transformer_blocks.0.attn"),
+            "joint_blocks.1.context_block.attn.qkv": three("transformer_blocks.1.attn", *ADDED),
+            "joint_blocks.1.x_block.attn.proj": ("transformer_blocks.1.attn.to_out.0",),
+            "joint_blocks.0.context_block.mlp.fc1": ("transformer_blocks.0.ff_context.net.0.proj",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        },
+    ),
+    "flux": TinyFamily(
+        make=flux,
+        one_layer="single_transformer_blocks.0.attn.to_k",
+        is_packed=True,
+        file_type="flux-dev",
+        file_keys=(
+            "double_blocks.0.img_attn.norm.key_norm.scale",
+            "guidance_in.in_layer.bias",
+            "img_in.weight",
+        ),
+        streams_at_gib=7.5,
+        original={
+            "double_blocks.0.img_attn.qkv": three("transformer_blocks.0.attn"),
+            "double_blocks.1.txt_attn.proj": ("transformer_blocks.1.attn.to_add_out",),
+            "single_blocks.0.linear2": ("single_transformer_blocks.0.proj_out",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        },
+    ),
+    "flux2": TinyFamily(
+        make=flux2,
+        one_layer="single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+        settings={"text_encoder_out_layers": ("1", "2", "3")},
+        file_type="flux-2-dev",
+        file_keys=("double_blocks.0.img_attn.norm.key_norm.scale",),
+        original={
+            "double_blocks.0.img_attn.qkv": three("transformer_blocks.0.attn"),
+            "double_blocks.1.txt_attn.qkv": three("transformer_blocks.1.attn", *ADDED),
+            "double_blocks.1.txt_mlp.0": ("transformer_blocks.1.ff_context.linear_in",),
+            "single_blocks.1.linear1": ("single_transformer_blocks.1.attn.to_qkv_mlp_proj",),
+            "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+        },
+    ),
+    "z_image": TinyFamily(
+        make=z_image,
+        one_layer="layers.0.attention.to_k",
+        file_type="z-image-turbo",
+        file_keys=("cap_embedder.0.weight",),
+        original={
+            "layers.0.attention.qkv": three("layers.0.attention"),
+            "noise_refiner.0.attention.out": ("noise_refiner.0.attention.to_out.0",),
+            "layers.1.adaLN_modulation.0": ("layers.1.adaLN_modulation.0",),
+            "final_layer.linear": ("all_final_layer.2-1.linear",),
+        },
+    ),
+    "qwen_image": TinyFamily(
+        make=qwen_image,
+        one_layer="transformer_blocks.0.attn.to_k",
+        is_packed=True,
+        streams_at_gib=11.4,
+        original={  # its original layout is diffusers'
+            "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
+            "transformer_blocks.1.img_mlp.net.0.proj": ("transformer_blocks.1.img_mlp.net.0.proj",),
+        },
+    ),
+    "krea2": TinyFamily(
+        make=krea2,
+        one_layer="transformer_blocks.0.attn.to_k",
+        is_packed=True,
+        file_type="krea2",
+        streams_at_gib=11.4,
+        original={
+            "blocks.0.attn.wq": ("transformer_blocks.0.attn.to_q",),
+            "blocks.1.attn.wo": ("transformer_blocks.1.attn.to_out.0",),
+            "blocks.1.attn.gate": ("transformer_blocks.1.attn.to_gate",),
+            "blocks.0.mlp.gate": ("transformer_blocks.0.ff.gate",),
+            "txtfusion.refiner_blocks.0.attn.wk": ("text_fusion.refiner_blocks.0.attn.to_k",),
+            "tproj.1": ("time_mod_proj",),
+        },
+    ),
+    "lumina2": TinyFamily(
+        make=lumina2,
+        one_layer="layers.0.attn.to_k",
+        instructed={"system_prompt": "Draw well."},
+        file_type="lumina2",
+        file_keys=("cap_embedder.0.weight",),
+    ),
+    "sana": TinyFamily(
+        make=sana,
+        one_layer="transformer_blocks.0.attn1.to_k",
+        instructed={"complex_human_instruction": ["Draw well: "]},
+        file_type="sana",
+    ),
+}
+"""The facts' name -> what the tests know. A new family is one more row."""
 
 
 def tiny_pipeline(name: str, folder: Path) -> DiffusionPipeline:
     """The family's pipeline, frozen. `folder` receives files of tokenizers."""
     torch.manual_seed(0)
-    pipe = MAKERS[name](folder)
+    pipe = TINY_FAMILIES[name].make(folder)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

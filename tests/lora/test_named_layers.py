@@ -13,55 +13,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file, proof, raw_file
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.method import moslora
-from tests.helpers.tiny_families import MAKERS, tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, three, tiny_pipeline
 
-
-def three(block: str, *names: str) -> tuple[str, ...]:
-    """The layers that one of q, k and v is in diffusers."""
-    return tuple(f"{block}.{name}" for name in names or ("to_q", "to_k", "to_v"))
-
-
-ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-FAMILIES = {  # original layer -> the layers of diffusers that its rows are, in their order
-    "sd3": {
-        "joint_blocks.0.x_block.attn.qkv": three("transformer_blocks.0.attn"),
-        "joint_blocks.1.context_block.attn.qkv": three("transformer_blocks.1.attn", *ADDED),
-        "joint_blocks.1.x_block.attn.proj": ("transformer_blocks.1.attn.to_out.0",),
-        "joint_blocks.0.context_block.mlp.fc1": ("transformer_blocks.0.ff_context.net.0.proj",),
-        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    },
-    "flux": {
-        "double_blocks.0.img_attn.qkv": three("transformer_blocks.0.attn"),
-        "double_blocks.1.txt_attn.proj": ("transformer_blocks.1.attn.to_add_out",),
-        "single_blocks.0.linear2": ("single_transformer_blocks.0.proj_out",),
-        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    },
-    "flux2": {
-        "double_blocks.0.img_attn.qkv": three("transformer_blocks.0.attn"),
-        "double_blocks.1.txt_attn.qkv": three("transformer_blocks.1.attn", *ADDED),
-        "double_blocks.1.txt_mlp.0": ("transformer_blocks.1.ff_context.linear_in",),
-        "single_blocks.1.linear1": ("single_transformer_blocks.1.attn.to_qkv_mlp_proj",),
-        "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    },
-    "krea2": {
-        "blocks.0.attn.wq": ("transformer_blocks.0.attn.to_q",),
-        "blocks.1.attn.wo": ("transformer_blocks.1.attn.to_out.0",),
-        "blocks.1.attn.gate": ("transformer_blocks.1.attn.to_gate",),
-        "blocks.0.mlp.gate": ("transformer_blocks.0.ff.gate",),
-        "txtfusion.refiner_blocks.0.attn.wk": ("text_fusion.refiner_blocks.0.attn.to_k",),
-        "tproj.1": ("time_mod_proj",),
-    },
-    "z_image": {
-        "layers.0.attention.qkv": three("layers.0.attention"),
-        "noise_refiner.0.attention.out": ("noise_refiner.0.attention.to_out.0",),
-        "layers.1.adaLN_modulation.0": ("layers.1.adaLN_modulation.0",),
-        "final_layer.linear": ("all_final_layer.2-1.linear",),
-    },
-    "qwen_image": {  # its original layout is diffusers'
-        "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
-        "transformer_blocks.1.img_mlp.net.0.proj": ("transformer_blocks.1.img_mlp.net.0.proj",),
-    },
-}
+FAMILIES = {name: row.original for name, row in TINY_FAMILIES.items() if row.original}
 SWAPPED = {"final_layer.adaLN_modulation.1"}
 """Their halves, shift and scale, change places in diffusers."""
 TOOLS = {
@@ -282,8 +236,3 @@ def test_a_layer_under_two_names_is_refused(pipelines, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"it has layers\.0\.attention\.to_q under two names"):
         lora_file.read_adapter(tmp_path / "x.safetensors", pipelines("z_image"))
-
-
-def test_every_family_with_a_transformer_is_in_the_table_or_has_no_tool_of_its_own():
-    without = {"sdxl", "sd1", "sana", "lumina2"}
-    assert set(MAKERS) - without == set(FAMILIES)

@@ -43,7 +43,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.ui.train.train_start import card_lines
-from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 GIB = 2**30
@@ -442,6 +442,11 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
 KNOWN = [(facts, model) for facts in FAMILIES for model in facts.models]
 
 
+def test_each_family_is_counted_on_its_published_models():
+    counted = {family for family, *_ in family_memory.MODELS.values()}
+    assert counted == {facts.name for facts in FAMILIES}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("facts", "model"), KNOWN)
 def test_a_known_model_is_what_its_denoiser_counts(facts, model):
@@ -542,11 +547,7 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
     size = size_of_base(Base.of(run), facts.targets)
     found = planned(run)
     assert size.family is facts and estimate(found, size, 1).peak_gib <= USABLE * (free_gib + 0.5)
-    assert found.stream_blocks == (facts.name in STREAMED.get(free_gib, ()))
-
-
-STREAMED = {7.5: ("flux", "qwen_image", "krea2"), 11.4: ("qwen_image", "krea2")}
-"""Whose blocks do not fit, by the card."""
+    assert found.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
 
 
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):

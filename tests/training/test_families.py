@@ -51,15 +51,14 @@ from dreambooth_moslora.training.objective import (
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_encoders import save_tiny_encoders
-from tests.helpers.tiny_families import MAKERS, tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("two_steps")
-OF_FAMILY = {"flux2": {"text_encoder_out_layers": ("1", "2", "3")}}
 FAST = ("z_image",)
 NAMES = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in MAKERS
+    for name in TINY_FAMILIES
     if name != "sdxl"
 ]
 
@@ -82,7 +81,7 @@ def facts_named(name):
 
 
 def settings_of(name, **changes):
-    usual = {"target_modules": rows.ATTENTION, "max_train_steps": 3, **OF_FAMILY.get(name, {})}
+    usual = {"target_modules": rows.ATTENTION, "max_train_steps": 3, **TINY_FAMILIES[name].settings}
     return usual | changes
 
 
@@ -439,7 +438,7 @@ class Case:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in MAKERS]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in TINY_FAMILIES]
 )
 def case(request, base_of, tmp_path_factory):
     return Case(request.param, base_of(request.param), tmp_path_factory.mktemp(request.param))
@@ -560,20 +559,8 @@ def test_one_word_takes_the_familys_recipe(case):
     assert make_plan(config, is_later=True).config.prior == "adapter_off" and recipe
 
 
-ONE_LAYER = {
-    "sd3": "transformer_blocks.0.attn.to_k",
-    "flux": "single_transformer_blocks.0.attn.to_k",
-    "flux2": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
-    "z_image": "layers.0.attention.to_k",
-    "qwen_image": "transformer_blocks.0.attn.to_k",
-    "krea2": "transformer_blocks.0.attn.to_k",
-    "lumina2": "layers.0.attn.to_k",
-    "sana": "transformer_blocks.0.attn1.to_k",
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_LAYER)
+@pytest.mark.parametrize("name", [name for name, row in TINY_FAMILIES.items() if row.one_layer])
 def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_ask_for(
     name, base_of, photos, tmp_path
 ):
@@ -605,12 +592,10 @@ def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_a
         "constant",
         "--lr_warmup_steps=0",
     ]
-    words += ["--cache_latents", "--lora_layers", ONE_LAYER[name], "--max_sequence_length", "16"]
-    words += (
-        ["--text_encoder_out_layers", *OF_FAMILY[name]["text_encoder_out_layers"]]
-        if name == "flux2"
-        else []
-    )
+    row = TINY_FAMILIES[name]
+    words += ["--cache_latents", "--lora_layers", row.one_layer, "--max_sequence_length", "16"]
+    for setting, values in row.settings.items():
+        words += [f"--{setting}", *values]
     assert train_main([*words, "--max_train_steps=4"]) == 0
     limited = [
         "--resume_from_checkpoint=checkpoint-4",
@@ -621,8 +606,8 @@ def test_the_flags_that_diffusers_own_tests_give_its_scripts_do_here_what_they_a
     assert {path.name for path in tmp_path.glob("checkpoint*")} == {"checkpoint-6", "checkpoint-8"}
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as opened:
         keys, header = set(opened.keys()), json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{ONE_LAYER[name]}"}
-    assert header["transformer.target_modules"] == [ONE_LAYER[name]]
+    assert {key.rpartition(".lora_")[0] for key in keys} == {f"transformer.{row.one_layer}"}
+    assert header["transformer.target_modules"] == [row.one_layer]
 
 
 @pytest.mark.slow

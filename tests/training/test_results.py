@@ -20,6 +20,7 @@ from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.lora.proof import FileProof, Proof
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.plan.checks import check_push
+from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import FIELD_TYPES, SETTINGS, TrainConfig
 from dreambooth_moslora.training import model_card as hub
 from dreambooth_moslora.training import reporter, results
@@ -72,17 +73,16 @@ def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_tex
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        ("QwenImageTransformer2DModel", "ComfyUI reads the same file."),
-        ("Lumina2Transformer2DModel", "ComfyUI does not read this file: it has q, k and v"),
-        ("SanaTransformer2DModel", "ComfyUI does not read this file: it has no Sana."),
-    ],
+    "family",
+    [facts for facts in FAMILIES if facts.denoiser == "transformer"],
+    ids=lambda family: family.name,
 )
-def test_the_card_says_whether_comfyui_reads_the_familys_file(model, said):
-    structures = {"transformer": {"class": model, "config": {}}}
+def test_the_card_says_whether_comfyui_reads_the_familys_file(family):
+    structures = {"transformer": {"class": family.model, "config": {}}}
     facts = AdapterMetadata(rank=4, alpha=4.0, structures=structures)
-    reads = "does not" not in said
+    reads, said = not family.not_in_comfyui, "ComfyUI reads the same file."
+    if not reads:
+        said = f"ComfyUI does not read this file: {family.not_in_comfyui}."
     assert said in card(adapter=facts)
     assert ("drops DoRA's magnitudes" in card(use_dora=True, adapter=facts)) == reads
     assert (said in card(use_dora=True, adapter=facts)) != reads
