@@ -191,6 +191,15 @@ class Base:
         return self.facts is not None and self.facts.style == "flow"
 
     @cached_property
+    def distilled(self) -> str:
+        """Why it is a distilled base, which is not one to train; "" for another."""
+        if self.facts is None:
+            return ""
+        # A model that is known is no distilled one, so its index need not be asked for.
+        index = None if self.known else self.index
+        return families.distilled(index or {}, self.name, self.facts)
+
+    @cached_property
     def tensors(self) -> Shapes:
         """Tensor's name -> shape in a single file; {} for a format that does not tell them. Raises
         UserError for a damaged file."""

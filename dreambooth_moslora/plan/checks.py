@@ -268,6 +268,8 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
         check_start(config.init_adapter)
+    if config.companion and not Path(config.companion).exists():
+        raise UserError(f"--companion {config.companion}: there is no such file.")
 
     # The base, and the layers that get an adapter. They are not known before its files are here.
     base.check()
@@ -294,11 +296,11 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
     if facts.style == "ddpm":
         return {}
 
-    # A model that is known is no distilled one, so its index need not be asked for.
-    index = None if base.known else base.index
-    reason = families.distilled(index or {}, base.name, facts)
-    if reason:
-        raise UserError(f"--pretrained_model_name_or_path {base.name}: {reason}.")
+    if base.distilled and not config.companion:
+        raise UserError(
+            f"--pretrained_model_name_or_path {base.name}: {base.distilled}, "
+            "or give the LoRA that undoes it as --companion."
+        )
     check_sides(config, facts)
 
     # The family's own choices.

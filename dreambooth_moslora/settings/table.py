@@ -37,7 +37,7 @@ KRONECKER = "kronecker"
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
 """How the r x r matrix between A and B starts; `none` is a plain LoRA."""
 # Files whose content decides a result.
-BEGUN_WITH = ("init_adapter", "pretrained_vae_model_name_or_path")
+BEGUN_WITH = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "full_cached": {"cache_cross_attention": True},
@@ -649,6 +649,14 @@ class TrainConfig:
         help="begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
         path=find_asset,
         elsewhere="network_weights init_lora",
+    )
+    companion: str | None = of_adapter(
+        default=None,
+        help=(
+            "a LoRA file that lies under the adapter in training and samples and is no part of "
+            "what is published, such as one that undoes a base's distillation"
+        ),
+        path=find_asset,
     )
 
     # The training: steps, rates, and the loss.

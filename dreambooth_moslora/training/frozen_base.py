@@ -22,6 +22,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import companion
 from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def load_base(
     vae_dtype = dtype if base.vae or base.is_flow else torch.float32
     pipeline = load.load_pipeline(base, dtype=dtype, vae_dtype=vae_dtype, has_denoiser=has_denoiser)
     if has_denoiser:
-        load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
+        finish_denoiser(config, pipeline, dtype, device)
 
     # Pictures as prompts are never trained.
     if hasattr(pipeline, "image_encoder"):
@@ -79,7 +80,17 @@ def load_denoiser_of(
     """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. The
     arguments are as for `load_base`. Raises UserError for a base that cannot be loaded."""
     load.load_denoiser(pipeline, base, dtype)
-    load.quantize(pipelines.denoiser_of(pipeline), config.base_quantization, dtype, device)
+    finish_denoiser(config, pipeline, dtype, device)
+
+
+def finish_denoiser(
+    config: TrainConfig, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Add the companion, if there is one, to the weights, and quantise them. Raises UserError."""
+    denoiser = pipelines.denoiser_of(pipeline)
+    if config.companion:
+        companion.add(companion.read(config.companion, pipeline), denoiser)
+    load.quantize(denoiser, config.base_quantization, dtype, device)
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:

@@ -80,6 +80,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         dora_table=dora_table(),
         strength=strength(adapter.best_scale, adapter.usable_scales, family_in(facts)),
         began_with=public_name(config.init_adapter or ""),
+        companion=public_name(config.companion or ""),
         scores=score_table(facts),
         signature=f"{run_folder.SIGNATURE} {__version__}.",
     )

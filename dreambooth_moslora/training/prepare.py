@@ -28,8 +28,9 @@ from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import TextProducts
 from dreambooth_moslora.base.streaming import StreamedBlocks
-from dreambooth_moslora.disk.contents import content_key
+from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.processes import give_freed_memory_back
+from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file
 from dreambooth_moslora.method import moslora
@@ -201,11 +202,15 @@ def check_weightings(config: table.TrainConfig, schedule: objective.NoiseSchedul
 
 
 def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:
-    """How the base is held, and the denoiser's fingerprint: what a checkpoint notes of it."""
+    """How the base is held, the denoiser's fingerprint, and which companion it has: what a
+    checkpoint notes of it."""
     # Two devices may round quantised weights differently, so those have no fingerprint.
     is_exact = config.base_quantization == "none"
     weights = frozen_base.fingerprint(denoiser) if is_exact else ""
-    return f"{dtype} {config.base_quantization} {config.variant} {weights}"
+    held = f"{dtype} {config.base_quantization} {config.variant} {weights}"
+    if config.companion:
+        held += f" {file_digest(find_weights(config.companion))}"
+    return held
 
 
 def check_denoiser(

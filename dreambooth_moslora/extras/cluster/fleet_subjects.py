@@ -240,7 +240,8 @@ def mark_of(settings: Mapping[str, Any]) -> str:
     # what the training begins with, such as another adapter
     for name in table.BEGUN_WITH:
         path = user_path(settings.get(name) or "")
-        if name == "init_adapter" and settings.get(name) and path.is_dir():
+        is_adapter = name in ("init_adapter", "companion")
+        if is_adapter and settings.get(name) and path.is_dir():
             path = find_weights(path)
         if path.is_file():
             files.append((name, digest_of(path, path.stat().st_mtime_ns)))

@@ -1,0 +1,87 @@
+"""A companion: a LoRA that lies under the adapter while it is trained, such as one that undoes the
+distillation of a base.
+
+    y = (W0 + C)·x + s·B·M·A·x        C = the companion's ΔW, frozen
+
+It is added to the base's weights before these are quantised. So a step costs what it costs without
+one, and nothing of it can get into the adapter.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import lora_file
+from dreambooth_moslora.method import moslora
+from dreambooth_moslora.method.mixer import LowRank
+from dreambooth_moslora.settings.families import facts_of
+
+Layers = dict[str, LowRank]
+"""Module path of the denoiser -> the companion's matrices there, with its scale in `up`."""
+
+
+def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
+    """The companion in a LoRA file. Raises UserError for another base's, and for more than a plain
+    LoRA of the denoiser."""
+    try:
+        weights = lora_file.read_adapter(path, pipeline)
+        lora_file.check_fits(weights, pipeline)
+    except UserError as error:
+        raise UserError(f"--companion: {error}") from error
+
+    facts = facts_of(type(pipeline).__name__)
+    found = {}
+    for component, (layers, scales) in weights.parts.items():
+        for name, layer in layers.items():
+            is_plain = layer.bias is None and layer.magnitude is None
+            if component != facts.denoiser or not is_plain:
+                raise UserError(
+                    f"--companion {weights.file_name}: give a plain LoRA of {facts.denoiser_name} "
+                    f"alone, without DoRA and biases; it has {component}.{name:.100}."
+                )
+            found[name] = LowRank(layer.down, scales.of(name, layer.rank) * layer.up)
+    return found
+
+
+@torch.no_grad()
+def add(companion: Layers, denoiser: nn.Module) -> None:
+    """Add it to the weights of a dense denoiser, in place."""
+    layers = moslora.matrix_layers(denoiser)
+    for path, matrices in companion.items():
+        weight = layers[path].weight
+        weight += matrices.delta.to(weight.device, weight.dtype)
+
+
+@contextmanager
+def taken_away(companion: Layers, denoiser: nn.Module) -> Iterator[None]:
+    """In this block the denoiser, to which it was added, answers without it, but for rounding."""
+    bases = moslora.matrix_layers(denoiser)
+    hooks = []
+    for path, matrices in companion.items():
+        subtract = partial(without, bases[path], matrices)
+        hooks.append(denoiser.get_submodule(path).register_forward_hook(subtract))
+    try:
+        # What is compiled does not look for hooks.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def without(
+    base: nn.Module, matrices: LowRank, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor
+) -> Tensor:
+    """A hook: the layer's answer (…, out), or (B, out, h, w), minus the companion's part of it."""
+    down, up = (matrix.to(answer.device, answer.dtype) for matrix in (matrices.down, matrices.up))
+    x = inputs[0].to(answer.dtype)
+    if down.ndim == 2:
+        return answer - F.linear(F.linear(x, down), up)
+    return answer - F.conv2d(F.conv2d(x, down, stride=base.stride, padding=base.padding), up)

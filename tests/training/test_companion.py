@@ -1,0 +1,116 @@
+"""A companion lies under the adapter in training and samples, and is not in what is published."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import companion
+from dreambooth_moslora.method import moslora
+from dreambooth_moslora.plan.plan import make_plan
+from dreambooth_moslora.settings import rows
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_training import largest_difference, paint_photos, tiny_config
+
+pytestmark = pytest.mark.usefixtures("two_steps")
+LAYERS = ("layers.0.attention.to_q", "layers.1.feed_forward.w1", "noise_refiner.0.attention.to_k")
+
+
+def save_companion(file: Path, denoiser: torch.nn.Module, **more: torch.Tensor) -> Path:
+    """A LoRA of some layers, one of which the adapter has too."""
+    draws = torch.Generator().manual_seed(1)
+    tensors = {}
+    for path in LAYERS:
+        outputs, inputs = moslora.weight_size(denoiser.get_submodule(path))
+        name = f"transformer.{path}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, inputs, generator=draws)
+        tensors[f"{name}.lora_B.weight"] = 0.2 * torch.randn(outputs, 4, generator=draws)
+    save_file(tensors | more, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A base whose name says that it is distilled, its companion, and the same base with that
+    added."""
+    folder = tmp_path_factory.mktemp("bases")
+    pipeline = tiny_pipeline("z_image", folder / "files")
+    pipeline.save_pretrained(folder / "tiny-turbo")
+    file = save_companion(folder / "undo.safetensors", pipeline.transformer)
+    companion.add(companion.read(file, pipeline), pipeline.transformer)
+    pipeline.save_pretrained(folder / "merged")
+    return folder / "tiny-turbo", file, folder / "merged"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishes(
+    quantization, bases, tmp_path
+):
+    """So the companion was on and frozen, and the published change has none of it."""
+    base, file, merged = bases
+    photos = paint_photos(tmp_path / "photos")
+    usual = {
+        "target_modules": rows.ATTENTION,
+        "base_quantization": quantization,
+        "num_validation_images": 1,
+        "max_train_steps": 2,
+    }
+    with_it, without_it = tmp_path / "with", tmp_path / "without"
+    train(tiny_config(base, photos, with_it, companion=str(file), **usual))
+    train(tiny_config(merged, photos, without_it, **usual))
+    assert largest_difference(with_it, without_it) < 1e-7
+
+    # Samples are drawn with it, and one more row without it.
+    one, other = (folder / "samples" / "step_000002_0.png" for folder in (with_it, without_it))
+    assert one.read_bytes() == other.read_bytes()
+    heights = [
+        Image.open(RunDir(folder).contact_sheet_path).height for folder in (with_it, without_it)
+    ]
+    assert heights[0] > heights[1]
+    assert "Companion in training, no part of the file | undo.safetensors" in (
+        RunDir(with_it).read_card()
+    )
+
+
+@torch.no_grad()
+def test_without_its_companion_a_denoiser_with_an_adapter_answers_as_before(bases):
+    base, file, _ = bases
+    pipeline = load.load_pipeline(base)
+    family, denoiser = pipelines.family_of(pipeline), pipeline.transformer
+    words = family.arguments(family.texts(pipeline, ["a dog"]))
+    z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def answer() -> torch.Tensor:
+        return family.predict(denoiser, z, torch.tensor([500.0]), None, **words)
+
+    moslora.inject(denoiser, moslora.MoSLoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    of_base = answer()
+    under = companion.read(file, pipeline)
+    companion.add(under, denoiser)
+    of_both = answer()
+    with companion.taken_away(under, denoiser):
+        torch.testing.assert_close(answer(), of_base, rtol=0, atol=1e-4)
+    assert torch.equal(answer(), of_both)
+    assert (of_both - of_base).abs().max() > 1e-2
+
+
+def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora(bases, tmp_path):
+    base, _, _ = bases
+    photos = paint_photos(tmp_path / "photos")
+    run = {"target_modules": rows.ATTENTION}
+    with pytest.raises(UserError, match=r"distilled to a few steps: .*as --companion"):
+        make_plan(tiny_config(base, photos, tmp_path / "run", **run))
+    with pytest.raises(UserError, match="--companion nowhere: there is no such file"):
+        make_plan(tiny_config(base, photos, tmp_path / "run", companion="nowhere", **run))
+
+    pipeline = load.load_pipeline(base)
+    bias = {f"transformer.{LAYERS[0]}.lora_B.bias": torch.zeros(32)}
+    file = save_companion(tmp_path / "odd.safetensors", pipeline.transformer, **bias)
+    with pytest.raises(UserError, match="give a plain LoRA of Z-Image's transformer alone"):
+        companion.read(file, pipeline)
