@@ -873,7 +873,7 @@ class TrainConfig:
             "flow models: which noise levels are drawn, or how they are weighed (default: as in "
             "diffusers' script)"
         ),
-        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
+        choices=("none", "logit_normal", "mode", *weightings.words_of("weighting_scheme")),
         publish="if_changed",
     )
     logit_mean: float = of_training(

@@ -70,15 +70,23 @@ def settings_of(style: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def words_of(setting: str) -> tuple[str, ...]:
+    """The values of a setting that ask for weightings, in the table's order."""
+    return tuple(row.word for row in WEIGHTINGS.values() if row.setting == setting and row.word)
+
+
 def rivals_of(setting: str) -> tuple[str, ...]:
-    """The settings of other weightings of its style, beside which a setting cannot stand."""
-    styles = {row.style for row in WEIGHTINGS.values() if row.setting == setting}
+    """The settings of other weightings of its style, beside which a setting cannot stand: it stands
+    alone, or they do."""
+    own = [row for row in WEIGHTINGS.values() if row.setting == setting]
+    styles = {row.style for row in own}
+    is_alone = any(row.stands_alone for row in own)
     found = []
     for row in WEIGHTINGS.values():
-        is_rival = row.style in styles and row.stands_alone and row.setting
-        if is_rival and row.setting != setting:
+        is_other = row.style in styles and row.setting and row.setting != setting
+        if is_other and (is_alone or row.stands_alone):
             found.append(row.setting)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def exclusions() -> dict[str, dict[str, str]]:
