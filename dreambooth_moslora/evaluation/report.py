@@ -115,8 +115,8 @@ def report_html(
 
 
 def score_rows(found: score_tables.Evaluation) -> list[tuple]:
-    """Title, the adapter's mean, the base's, the photos' own, and the meaning of each measure; ""
-    where there is none."""
+    """Title, the adapter's mean, the base's, the photos' own, the meaning of each measure, and
+    what is better; "" where there is none."""
     rows = []
     for name, row in MEASURES.items():
         if not row.title or row.kind != "score" or name not in found.tables:
@@ -125,7 +125,7 @@ def score_rows(found: score_tables.Evaluation) -> list[tuple]:
         own = ""
         if name == "dino" and not math.isnan(found.photo_fidelity):
             own = found.photo_fidelity
-        rows.append((row.title, found.interval(name), base, own, row.help))
+        rows.append((row.title, found.interval(name), base, own, row.help, row.better))
     return rows
 
 

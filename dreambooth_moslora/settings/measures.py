@@ -23,6 +23,7 @@ class Measure:
     kind: Literal["score", "share", "judge"] = "score"
     base: str = ""  # the measure of the base's own pictures that stands beside it
     help: str = ""  # what it means
+    better: str = ""  # higher, lower, or near which value
     share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
     # its title beside the toy's true renders (NAME_ceiling) and other individuals (NAME_floor)
     truth: str = ""
@@ -45,6 +46,7 @@ MEASURES = {
         title="DINO",
         base="dino_base",
         help="likeness to the photos; tells subjects of one class apart",
+        better="higher",
         truth="DINO to the photos",
         summary=True,
         logged=True,
@@ -60,7 +62,8 @@ MEASURES = {
     "dino_bare": Measure(
         title="DINO, bare prompt",
         base="pres_base",
-        help="likeness at the instance prompt alone; near DINO is good",
+        help="likeness at the instance prompt alone, without a place",
+        better="near DINO",
         summary=True,
         logged=True,
         curve="bare prompt",
@@ -72,6 +75,7 @@ MEASURES = {
         title="CLIP-I",
         base="clip_i_base",
         help="likeness to the photos, as CLIP sees it",
+        better="higher",
         summary=True,
         logged=True,
         study="values",
@@ -80,6 +84,7 @@ MEASURES = {
         title="CLIP-T",
         base="clip_t_base",
         help="does the picture show what the prompt says? (token left out)",
+        better="higher",
         truth="CLIP-T",
         summary=True,
         logged=True,
@@ -92,7 +97,8 @@ MEASURES = {
     "diversity": Measure(
         title="DIV",
         base="diversity_base",
-        help="difference between pictures of one prompt; higher is more varied",
+        help="difference between pictures of one prompt",
+        better="near the base's",
         summary=True,
         logged=True,
         study="scores",
@@ -100,7 +106,8 @@ MEASURES = {
     "pres": Measure(
         title="PRES",
         base="pres_base",
-        help="likeness of the bare class to the subject; near the base's is good",
+        help="likeness of the bare class to the subject",
+        better="lower",
         summary=True,
         logged=True,
         study="differences",
@@ -109,12 +116,14 @@ MEASURES = {
     "class_diversity": Measure(
         title="DIV of the class",
         base="class_diversity_base",
-        help="difference between pictures of the bare class, by DINO; near the base's is good",
+        help="difference between pictures of the bare class, by DINO",
+        better="near the base's",
     ),
     "drift": Measure(
         title="Drift",
         base="drift_base_spread",
         help="change of unrelated pictures; beside it, the base's own from seed to seed",
+        better="lower",
         summary=True,
         logged=True,
         study="differences",
@@ -123,10 +132,12 @@ MEASURES = {
     "copy_index": Measure(
         title="Copy index",
         help="0: no nearer to a photo than the photos are to each other; 1: it is the photo",
+        better="lower",
     ),
     "background_leak": Measure(
         title="Background leak",
-        help="nearness to the photos' backgrounds gained over the base; 0 is none",
+        help="nearness to the photos' backgrounds gained over the base; needs masks",
+        better="near zero",
         logged=True,
         study="differences",
         column="Leak",
@@ -138,6 +149,7 @@ MEASURES = {
             "with the adapter's other subjects; 0: told apart as the photos are, 1: as if the "
             "other had been asked for"
         ),
+        better="lower",
         summary=True,
         logged=True,
     ),
@@ -220,8 +232,7 @@ MEASURES = {
         sentence="a bare {class_word} went {class_moved:.0%} of the way to yours (PRES)"
     ),
 }
-"""By the name that `scores.json` and a run's events give it. For PRES, drift, confusion and copies,
-less is better."""
+"""By the name that `scores.json` and a run's events give it."""
 
 
 def curves() -> dict[str, str]:

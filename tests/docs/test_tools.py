@@ -1,5 +1,5 @@
-"""The tools behind the docs and the studies: copies of subjects, bare photos, sheets, the list of
-settings."""
+"""The tools behind the docs and the studies: copies of subjects, bare photos, sheets, the
+tables."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from tools import another_word, bare_photos, pictures, systems
-from tools.settings_table import OUT, page
+from tools import another_word, bare_photos, pictures, systems, tables
 
 
 def test_only_the_word_differs(tmp_path, monkeypatch):
@@ -91,10 +91,19 @@ def test_a_picture_is_drawn_from_the_run_that_is_there(tmp_path):
     assert drawn["quick_start"].size == (1032, 200) and drawn["check_crops"].width == 900
 
 
-def test_the_page_lists_each_setting_once_and_is_up_to_date():
-    text = OUT.read_text(encoding="utf-8")
-    assert text == page(), "run: python -m tools.settings_table"
-    assert [text.count(f"| `--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
+def test_what_the_docs_say_of_the_tables_is_up_to_date_and_each_setting_is_listed_once():
+    for page, text in tables.pages().items():
+        assert page.read_text(encoding="utf-8") == text, "run: python -m tools.tables"
+    listed = tables.settings_page()
+    assert [listed.count(f"| `--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
+
+
+def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it(monkeypatch):
+    text = "".join(page.read_text(encoding="utf-8") for page in tables.DOCS.glob("*.md"))
+    marked = [name for _, name, _ in tables.MARKED.findall(text)]
+    assert sorted(marked) == sorted(tables.TABLES)
+    monkeypatch.setitem(MEASURES, "smile", Measure("Smile", help="does it smile?", better="higher"))
+    assert "| Smile | `smile` | does it smile? | higher |" in tables.measures()
 
 
 @pytest.mark.slow

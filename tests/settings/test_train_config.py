@@ -291,7 +291,7 @@ from dreambooth_moslora.cli.command_train import build_train_parser, parse_train
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
-from tools.settings_table import page
+from tools.tables import settings_page
 
 NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x"]
 NEEDED += ["--instance_prompt", "a sks dog"]
@@ -326,7 +326,7 @@ json.dump({
     "remarks": rules.remarks(TrainConfig(haze=1.0)),
     "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
     "subject": SubjectTable(haze=2).to_dict(),
-    "docs": [line for line in page().splitlines() if "haze" in line],
+    "docs": [line for line in settings_page().splitlines() if "haze" in line],
 }, sys.stdout)
 """
 

@@ -1,0 +1,113 @@
+"""Writes what the docs say of the program's tables: `docs/settings.md`, the list of all settings,
+and the tables between marks in other pages.
+
+    python -m tools.tables
+
+A page has `<!-- table: measures -->` before such a table and `<!-- end of table -->` after it. A
+test fails while a page differs from the program's tables.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+
+from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.rows import Prompt, Subject
+from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, TrainConfig
+
+__all__ = ["main", "pages", "settings_page"]
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+HEAD = """# All settings
+
+`python -m tools.tables` writes this page from `dreambooth_moslora/settings/table.py`. Each
+setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
+and a line of `--help`. The last column says whether a published adapter tells its value, which
+`--like` then takes: always, or only if it differs from the default.
+"""
+COLUMNS = ("flag", "values", "default", "meaning", "in published files")
+KINDS = {
+    bool: "switch",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    tuple: "names",
+    Prompt: "texts",
+} | {Subject: "tables"}
+TOLD = {"always": "always", "if_changed": "if changed", None: ""}
+
+
+def main() -> None:
+    for page, text in pages().items():
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(f"written: {page}")
+
+
+def pages() -> dict[Path, str]:
+    """Each page of the docs -> its text, with its tables made anew."""
+    made = {}
+    for page in sorted(DOCS.glob("*.md")):
+        made[page] = MARKED.sub(
+            lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}",
+            page.read_text(encoding="utf-8"),
+        )
+    return made | {DOCS / "settings.md": settings_page()}
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown, with an end of line after each row."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for cells in rows:
+        escaped = [cell.replace("|", "\\|").replace("*", "\\*") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join([*lines, ""])
+
+
+def measures() -> str:
+    """What the reports of an evaluation explain."""
+    rows = []
+    for name, row in MEASURES.items():
+        if row.help:
+            rows.append((row.title, f"`{name}`", row.help, row.better))
+    return table(("measure", "in `scores.json`", "meaning", "better"), rows)
+
+
+# By the name in the mark of a page.
+TABLES = {"measures": measures}
+
+
+def settings_page() -> str:
+    parts = [HEAD]
+    for group in GROUPS:
+        rows = [cells(item) for item in fields(TrainConfig) if item.metadata["group"] == group]
+        parts += [f"## {group.capitalize()}\n", table(COLUMNS, rows)]
+    return "\n".join(parts)
+
+
+def cells(item: Field) -> list[str]:
+    """The row of a setting."""
+    facts, default = item.metadata, item.default
+    shown = (
+        " ".join(default) if isinstance(default, tuple) else "" if default is None else str(default)
+    )
+    default = (
+        "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
+    )
+    return [f"`--{item.name}`", values(item), default, facts["help"], TOLD[facts["publish"]]]
+
+
+def values(item: Field) -> str:
+    """The choices, or the kind of value and its bounds: `whole number from 1 to 4096`."""
+    facts = item.metadata
+    if facts["choices"]:
+        return ", ".join(f"`{choice}`" for choice in facts["choices"])
+    said = {"low": "from", "above": "above", "high": "to", "below": "below"}
+    bounds = [f"{word} {facts[name]}" for name, word in said.items() if facts[name] is not None]
+    return " ".join(["path" if facts["path"] else KINDS[FIELD_TYPES[item.name][0]], *bounds])
+
+
+if __name__ == "__main__":
+    main()
