@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
+from dreambooth_moslora.settings.families import OF_UNETS
 from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.settings.rows import Prompt, Subject
-from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, TrainConfig
+from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, PLANS, TrainConfig
 
 __all__ = ["main", "pages", "settings_page"]
 
@@ -75,8 +77,28 @@ def measures() -> str:
     return table(("measure", "in `scores.json`", "meaning", "better"), rows)
 
 
+def memory() -> str:
+    """The plans of `--memory`, as the flags that would be given by hand."""
+    rows = []
+    for name, plan in PLANS.items():
+        flags = [
+            f"`--{setting}`" if on is True else f"`--{setting} {on}`"
+            for setting, on in plan.items()
+        ]
+        is_of_unets = any(setting in OF_UNETS for setting in plan)
+        rows.append((f"`{name}`", " ".join(flags), "" if is_of_unets else "yes"))
+    return table(("`--memory`", "the same by hand", "for transformers too"), rows)
+
+
+def optimizers() -> str:
+    rows = []
+    for name, kind in OPTIMIZERS.items():
+        rows.append((f"`{name}`", kind.about, f"`{kind.package}`" if kind.package else ""))
+    return table(("`--optimizer`", "about", "package"), rows)
+
+
 # By the name in the mark of a page.
-TABLES = {"measures": measures}
+TABLES = {"measures": measures, "memory": memory, "optimizers": optimizers}
 
 
 def settings_page() -> str:

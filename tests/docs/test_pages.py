@@ -16,7 +16,7 @@ from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.extras.lab.study import load_study
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import PLANS, SETTINGS
+from dreambooth_moslora.settings.table import SETTINGS
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
 
@@ -102,15 +102,6 @@ def test_each_family_has_its_ids_licence_and_recipe_on_the_page(facts):
     base = load_settings(recipe)["pretrained_model_name_or_path"]
     assert base in {model.hub_id for model in facts.models}
     assert "not run by us on a card" in recipe.read_text(encoding="utf-8")
-
-
-def test_each_list_of_memory_plans_has_all_of_them_in_their_order():
-    page, speed = (
-        (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("page", "memory-and-speed")
-    )
-    assert SPAN.findall(re.search(r"`memory` is (.+?);", page, re.DOTALL)[1]) == ["auto", *PLANS]
-    table = speed.partition("| `--memory` |")[2].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [*PLANS]
 
 
 @pytest.mark.parametrize(

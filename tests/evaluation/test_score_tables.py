@@ -351,6 +351,28 @@ SAID = {"help": "does it smile?", "sentence": "it smiles on {smile:.0%} of the p
 SMILE = Measure("Smile", base="smile_base", summary=True, logged=True, curve="smiles", **SAID)
 
 
+# Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys,
+# and the one that `explain` computes from others.
+OF_SOME = {
+    "dino_bare",
+    "background_leak",
+    "confusion",
+    "confusion_base",
+    "truth",
+    "dino_of_ceiling",
+    "clip_t_of_ceiling",
+    "sharpness_of_ceiling",
+    "class_moved",
+}
+
+
+def test_every_measure_is_computed_by_its_name(encoders, photos):
+    """One whose name no table has would be shown nowhere, and nothing would tell."""
+    found = Evaluator(PLAN, encoders, photos)(stub_pictures).means()
+    judged = {name for name, row in MEASURES.items() if row.kind == "judge"}
+    assert MEASURES.keys() - found.keys() - judged == OF_SOME
+
+
 def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
     """Every measure that has a scale or a base names tables that exist."""
     known = {*MEASURES, "clip_i_base", "diversity_base", "class_diversity_base", "sharpness"}
