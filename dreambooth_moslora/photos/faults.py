@@ -1,6 +1,7 @@
 """What can be wrong with a photo, so that it should be left out: one row each.
 
-The words of a photo's reason begin with the row's name, by which it is known again.
+Of a photo's reasons those that are a `Reason` are its faults. The others are mild: they tell what
+was done, such as turning it.
 """
 
 from dataclasses import dataclass
@@ -40,17 +41,24 @@ FAULTS = {
 }
 
 
-def reason(name: str, /, **found: object) -> str:
+class Reason(str):
+    """The words of a fault that a photo has; `fault` is the name of its row."""
+
+    fault: str
+
+
+def reason(name: str, /, **found: object) -> Reason:
     """A fault of the table with what was found, as a photo's reason."""
-    return name + FAULTS[name].sentence.format_map(found)
+    words = Reason(name + FAULTS[name].sentence.format_map(found))
+    words.fault = name
+    return words
 
 
-def faults_of(photo: Photo) -> list[str]:
-    """Those of its reasons that are faults. Others tell what was done, such as turning it."""
-    return [words for words in photo.reasons if words.startswith(tuple(FAULTS))]
+def faults_of(photo: Photo) -> list[Reason]:
+    """Those of its reasons that are faults."""
+    return [words for words in photo.reasons if isinstance(words, Reason)]
 
 
 def is_lesser(photo: Photo) -> bool:
     """Whether it has a fault that makes it the duplicate of two equal photos."""
-    lesser = tuple(name for name, fault in FAULTS.items() if fault.is_lesser)
-    return any(words.startswith(lesser) for words in photo.reasons)
+    return any(FAULTS[words.fault].is_lesser for words in faults_of(photo))

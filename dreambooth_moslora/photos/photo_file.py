@@ -200,7 +200,8 @@ class Photo:
     size_px: tuple[int, int]  # (h, w) upright
     captions: tuple[str, ...]  # each exposure uses one
     mask_path: Path | None = None  # `path` if the transparency is the mask
-    reasons: tuple[str, ...] = ()  # remarks for the user; none forbids its use
+    # remarks for the user; none forbids its use. Those of `faults` are a `faults.Reason`
+    reasons: tuple[str, ...] = ()
     is_captioned: bool = False  # the captions are its own
     # the instance prompt, if no caption is it (`--instance_prompt_share`)
     bare_prompt: str | None = None

@@ -1,6 +1,7 @@
 """What is found in the pixels of photos: blur, bad light, equal ones; and where it is told."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.command_check import as_text
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.faults import FAULTS, faults_of
+from dreambooth_moslora.photos.faults import FAULTS, faults_of, is_lesser
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.training import loop
 from tests.helpers.tiny_training import tiny_config
@@ -47,11 +48,22 @@ def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are
     assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
 
     # Each is a row of the table, by which `check` marks the photo; every row is among them.
-    named = {name for name in FAULTS for words in verdicts.values() if name in words}
+    named = {words.fault for photo in report.photos for words in faults_of(photo)}
     assert named == FAULTS.keys()
     bad = {photo.path.stem for photo in report.photos if faults_of(photo)}
     assert bad == {stem for stem, words in verdicts.items() if words}
     assert as_text(report, None).count("  bad   ") == len(bad)
+
+
+def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):
+    """Turning a photo upright is none, also where a fault of the table has such a name."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    scene(1).save(tmp_path / "a.png", exif=turned)
+    (photo,) = examine(find_photos(tmp_path, PROMPT, 64)).photos
+    assert photo.reasons == ("rotated by EXIF: turned upright",) and faults_of(photo) == []
+    said = replace(photo, reasons=("blurred edges were cut off",))
+    assert faults_of(said) == [] and not is_lesser(said)
 
 
 def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_path):
