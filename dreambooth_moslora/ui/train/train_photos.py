@@ -340,7 +340,7 @@ def review_kept(
 ) -> PhotoReview:
     """Judge the clean copies, each by its first crop in a run of this form.
 
-    - `remarks` come before those on the photos.
+    - `remarks` come before those on all photos together, and those before those on single ones.
     - `seed` is the form's, which decides the crops.
     - `masks` are those that a run would use, by photo, if not those beside the photos.
     """
@@ -354,7 +354,7 @@ def review_kept(
             photos=report.photos,
             seed=seed,
         )
-        lines = list(remarks)
+        lines = [*remarks, *report.remarks]
         crops = {}
         # Photos that no run uses are shown whole.
         for skipped in report.skipped:

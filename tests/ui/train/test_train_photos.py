@@ -84,7 +84,7 @@ def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_faul
         "photo 3: near-duplicate of photo_02",
         "photo 4: blurred",
     )
-    for words in (*faults, "photo 5: too small"):
+    for words in (*faults, "photo 5: too small", "too few: take 3 to 10"):
         assert words in found.remarks, (words, found.remarks)
     assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
     TrainForm("sks", "dog", captions="first\n\nthird").write_captions(workspace.photos_dir)
