@@ -33,9 +33,9 @@ from dreambooth_moslora.settings.families import FAMILIES, Facts
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
-__all__ = ["MODELS", "PLANS", "deviations", "main"]
+__all__ = ["MODELS", "COUNTED", "deviations", "main"]
 
-PLANS = {
+COUNTED = {
     "full": {},
     "recompute": {"gradient_checkpointing": True},
     "int8": {"gradient_checkpointing": True, "base_quantization": "int8"},
@@ -167,7 +167,7 @@ def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfi
         "target_modules": facts.targets,
         "mixed_precision": "bf16",
     }
-    return TrainConfig(**usual, **settings, **PLANS[plan])
+    return TrainConfig(**usual, **settings, **COUNTED[plan])
 
 
 def facts_named(family: str) -> Facts:
@@ -212,7 +212,7 @@ def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Coun
 
 def saved_gib(denoiser: nn.Module, plan: str) -> float:
     """What quantisation takes off the weights."""
-    kind = PLANS[plan].get("base_quantization")
+    kind = COUNTED[plan].get("base_quantization")
     layers = [layer for _, layer in layers_of_blocks(denoiser) if isinstance(layer, nn.Linear)]
     numbers = sum(
         layer.weight.numel() for layer in layers if layer.out_features % OUTPUTS_A_BLOCK == 0
@@ -221,9 +221,9 @@ def saved_gib(denoiser: nn.Module, plan: str) -> float:
 
 
 def deviations(name: str, resolution: int, rank: int) -> list[float]:
-    """Print a line for each of `PLANS`; returns |estimate / count - 1| of each."""
+    """Print a line for each of `COUNTED`; returns |estimate / count - 1| of each."""
     found, counts = [], {}
-    for plan in PLANS:
+    for plan in COUNTED:
         gc.collect()
         facts, denoiser = denoiser_of(name)
         config = config_of(facts, resolution, rank, plan)
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, rank in itertools.product(options.models, options.ranks):
         for resolution in options.resolutions or [facts_named(MODELS[name][0]).resolution_px]:
             found[name, resolution, rank] = deviations(name, resolution, rank)
-    for plan, of_plan in zip(PLANS, zip(*found.values(), strict=True), strict=True):
+    for plan, of_plan in zip(COUNTED, zip(*found.values(), strict=True), strict=True):
         print(f"largest deviation of the estimate, {plan}: {max(of_plan):.1%}")
 
 

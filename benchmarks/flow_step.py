@@ -23,7 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.family_memory import MODELS, PLANS, config_of, facts_named
+from benchmarks.family_memory import COUNTED, MODELS, config_of, facts_named
 from benchmarks.gpu_step import WARM_UP, measured
 from benchmarks.precision import half_accelerator
 from dreambooth_moslora.base.load import quantize
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
     options.add_argument("--model", choices=SMALL, default="Z-Image")
     options.add_argument("--arms", nargs="+", choices=ARMS, default=["ours"], help=arms)
-    options.add_argument("--plan", choices=PLANS, default="recompute", help="a word of --memory")
+    options.add_argument("--plan", choices=COUNTED, default="recompute", help="a word of --memory")
     options.add_argument("--size", choices=("full", "small"), default="full")
     options.add_argument("--resolution", type=int, default=1024)
     options.add_argument("--batch", type=int, default=1)
@@ -98,7 +98,7 @@ def trainer_step(
     """The trainer's step of one random photo with its update, as the arm and the plan say."""
     facts, dtype = facts_named(MODELS[options.model][0]), DTYPES[options.precision]
     denoiser = random_denoiser(options.model, facts, options.size, dtype, accelerator.device)
-    quantize(denoiser, PLANS[options.plan].get("base_quantization", "none"), dtype)
+    quantize(denoiser, COUNTED[options.plan].get("base_quantization", "none"), dtype)
     materials = random_materials(options.model, facts, denoiser, options.resolution, dtype)
     if arm == "masked":
         family = materials.family
