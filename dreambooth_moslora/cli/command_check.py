@@ -58,7 +58,10 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     about_base = (
         'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
     )
-    group.add_argument(f"--{BASE}", metavar="TEXT", default=argparse.SUPPRESS, help=about_base)
+    names = table.flags_of(BASE)
+    group.add_argument(
+        *names, dest=BASE, metavar="TEXT", default=argparse.SUPPRESS, help=about_base
+    )
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -221,7 +224,8 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
         'the base to be trained: "toy" reads places by its own CLIP; '
         "for others a language model writes"
     )
-    parser.add_argument(f"--{BASE}", metavar="TEXT", default=STOCK_SDXL, help=about_base)
+    names = table.flags_of(BASE)
+    parser.add_argument(*names, dest=BASE, metavar="TEXT", default=STOCK_SDXL, help=about_base)
     about_model = table.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
 

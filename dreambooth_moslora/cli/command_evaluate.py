@@ -48,7 +48,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="the real photos (default: those that the run was trained on)",
     )
     parser.add_argument(
-        "--base",
+        *table.flags_of("pretrained_model_name_or_path"),
+        dest="base",
+        metavar="BASE",
         help='base model (default: what the run or the file says; "toy" is the embedded one)',
     )
     parser.add_argument(

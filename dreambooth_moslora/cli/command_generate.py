@@ -38,15 +38,16 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`. Parameters have no defaults here: those that are not given
     are the recipe's of `--from_png`, or else `GenerationParams`'s own."""
 
-    def add(name: str, **options) -> None:
-        parser.add_argument(f"--{name}", **options)
+    def add(*names: str, **options) -> None:
+        flags = [f"--{name}" for name in names]
+        parser.add_argument(*flags, dest=names[0], **options)
 
     parser.epilog = EPILOG
     about_base = (
         "the base: a folder, a hub id, a .safetensors file, or toy "
         "(default: that of the adapter's run, else toy)"
     )
-    add("base", help=about_base)
+    add("base", "pretrained_model_name_or_path", metavar="BASE", help=about_base)
     add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
     add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
     add("negative_prompt", help="what to keep out")
@@ -56,7 +57,13 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="take all parameters from a PNG; other options override them",
     )
     add("seed", type=int, help="of a picture's noise (default 0); -1: any; image i has seed + i")
-    add("steps", type=int, help=f"denoising steps (default {DEFAULTS['steps']})")
+    add(
+        "steps",
+        "num_inference_steps",
+        type=int,
+        metavar="N",
+        help=f"denoising steps (default {DEFAULTS['steps']})",
+    )
     add(
         "guidance_scale",
         type=float,
@@ -64,7 +71,8 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("height", type=int, help="of a picture, px (default: the base's own size)")
     add("width", type=int, help="of a picture, px (default: the base's own size)")
-    add("num_images", type=int, help="how many, with consecutive seeds (default 1)")
+    about_number = "how many, with consecutive seeds (default 1)"
+    add("num_images", "num_images_per_prompt", type=int, metavar="N", help=about_number)
     add(
         "scheduler",
         choices=list(params.SCHEDULERS),

@@ -59,7 +59,7 @@ SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog
       a folder and a word: the program chooses and prints the rest, and any flag below overrides it
-  {command} --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \\
+  {command} --base stabilityai/stable-diffusion-xl-base-1.0 \\
     --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" \\
     --output_dir runs/dog --max_train_steps 500
   {command} --config assets/configs/quickstart.toml
@@ -211,7 +211,7 @@ def add_flag(group: Any, item: Field, note: str = "", *, is_hidden: bool = False
     about = argparse.SUPPRESS if is_hidden else (facts["help"] + note).replace("%", "%%")
 
     # A flag that is not given leaves nothing behind: a file's setting is then seen.
-    names = [f"--{name}" for name in (item.name, *facts["also"].split())]
+    names = table.flags_of(item.name)
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
@@ -333,7 +333,11 @@ def require(settings: Mapping[str, Any]) -> None:
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
         is_given = str(settings.get(item.name, "")).strip()
         if not is_said_by_subjects and not is_given:
-            missing.append(f"--{item.name}")
+            missing.append(f"--{table.shown_flag(item.name)}")
+||||||| parent of c030be4b (Name the base by --base in every command and file, and answer --steps, --lr and their like: half of the commands called it otherwise, and a guess was told nothing)
+    for name in table.named("required"):
+        if name not in said and not str(settings.get(name, "")).strip():
+            missing.append(f"--{name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:
@@ -410,7 +414,7 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
         line = "" if is_given else machine.unused_gpu()
         if line:
             without = "without it only the embedded base is trained, which knows toys alone"
-            raise UserError(f"{line.rstrip('.')}; {without}: --pretrained_model_name_or_path toy")
+            raise UserError(f"{line.rstrip('.')}; {without}: --base toy")
         base = "toy"
         said = "the embedded one, as there is no GPU here, and the embedded base knows toys alone"
         is_for_lack = not is_given

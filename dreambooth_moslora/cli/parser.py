@@ -5,7 +5,7 @@ instead.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from dreambooth_moslora.errors import UserError
@@ -130,6 +130,17 @@ FOREIGN = {
 """Flags of other trainers -> what to give instead."""
 
 
+GUESSES = {
+    "steps": "max_train_steps",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "model": "base",
+    "prompt": "instance_prompt",
+}
+"""What people try first -> the flag that they mean."""
+DEVICE = "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
+
+
 def foreign_flags() -> dict[str, str]:
     """Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that
     settings of ours have elsewhere."""
@@ -151,19 +162,25 @@ def name_of(flag: str) -> str:
     return flag.partition("=")[0].lstrip("-")
 
 
-def unknown_flag_message(word: str) -> str:
-    """What to give in place of a word of the command line that is not understood."""
+def unknown_flag_message(word: str, known: Collection[str] = ()) -> str:
+    """What to give in place of a word of the command line that is not understood. `known`: the
+    command's own flags, without their hyphens; those of a training if there are none."""
     if not word.startswith("-"):
         return f"`{word}` belongs to no flag: a prompt of several words goes in quotes."
     flag = word.partition("=")[0]
     name = name_of(word)
 
     # Another trainer's flag, then a mistyped one of ours
-    if name in FOREIGN_FLAGS:
+    if name in FOREIGN_FLAGS and not known:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
-    close = rows.nearest(name.removeprefix("no_"), table.FIELD_TYPES)
+    if name in ("device", "gpu", "gpus"):
+        return f"unknown flag {flag}: {DEVICE}."
+    known = known or {*table.SETTINGS, *table.ALIASES}
+    close = GUESSES.get(name)
+    if close not in known:
+        close = rows.nearest(name.removeprefix("no_"), known)
     if close:
-        return f"unknown flag {flag}: did you mean --{close}?"
+        return f"unknown flag {flag}: did you mean --{table.shown_flag(close)}?"
     return f"unknown flag {flag}; see --help."
 
 
@@ -185,8 +202,9 @@ class Parser(argparse.ArgumentParser):
         word = next(iter(unknown.split()), "")
         if not word:
             raise UserError(f"an argument is empty; see {self.prog} --help.")
-        if unknown != message and self.is_of_training:
-            raise UserError(unknown_flag_message(word))
+        if unknown != message and (self.is_of_training or word.startswith("-")):
+            own = [] if self.is_of_training else map(name_of, self._option_string_actions)
+            raise UserError(unknown_flag_message(word, list(own)))
         raise UserError(f"{message}; see {self.prog} --help.")
 
 

@@ -298,7 +298,7 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
 
     if base.distilled and not config.companion:
         raise UserError(
-            f"--pretrained_model_name_or_path {base.name}: {base.distilled}, "
+            f"--base {base.name}: {base.distilled}, "
             "or give the LoRA that undoes it as --companion."
         )
     check_sides(config, facts)

@@ -24,7 +24,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
-from dreambooth_moslora.settings.table import TrainConfig, checked_setting
+from dreambooth_moslora.settings.table import TrainConfig, checked_setting, shown_flag
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -77,7 +77,7 @@ class Choices:
         """The sentences with their flags, for the terminal."""
         found = []
         for words, flags in self.said:
-            named = ", ".join(f"--{flag}" for flag in flags)
+            named = ", ".join(f"--{shown_flag(flag)}" for flag in flags)
             found.append(f"{words} ({named})" if flags else words)
         return found
 

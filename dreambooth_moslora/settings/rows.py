@@ -150,6 +150,7 @@ class Row:
     # its value from such a key's text; None if the key does not set it
     of_kohya: Callable[[str], Any] = str
     elsewhere: str = ""  # flags of other trainers that mean the same
+    flag: str = ""  # the name of its flag that is shown, if another than its own is
     also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
 
 

@@ -23,6 +23,7 @@ from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, header_of
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.table import (
+    ALIASES,
     FIELD_TYPES,
     SETTINGS,
     TrainConfig,
@@ -57,11 +58,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Nested tables as one table. Raises UserError for a name that is given twice."""
+    """Nested tables as one table. Raises UserError for a setting that is given twice."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         is_table = isinstance(value, dict)
-        inner = flatten(value, path) if is_table else {name.replace("-", "_"): value}
+        plain = name.replace("-", "_")
+        inner = flatten(value, path) if is_table else {ALIASES.get(plain, plain): value}
         twice = flat.keys() & inner.keys()
         if twice:
             raise UserError(f"--config {path}: {', '.join(sorted(twice))} is given twice.")

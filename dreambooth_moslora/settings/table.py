@@ -123,6 +123,7 @@ class TrainConfig:
         ),
         required=True,
         path=expanduser,
+        flag="base",
     )
     pretrained_vae_model_name_or_path: str | None = of_base(
         default=None,
@@ -1430,17 +1431,31 @@ def named(fact: str, value: Any = True) -> tuple[str, ...]:
     return tuple(name for name, item in SETTINGS.items() if item.metadata[fact] == value)
 
 
-def by_other_names() -> dict[str, str]:
+def by_names_in(*facts: str) -> dict[str, str]:
+    """Each name that a row has in these facts -> its setting."""
     found = {}
     for name, item in SETTINGS.items():
-        others = f"{item.metadata['also']} {item.metadata['elsewhere']}"
-        for other in others.split():
-            found[other] = name
+        for fact in facts:
+            found |= dict.fromkeys(item.metadata[fact].split(), name)
     return found
 
 
-OTHER_NAMES = by_other_names()
-"""What other trainers call a setting -> its name."""
+ALIASES = by_names_in("flag", "also")
+"""Further names of a setting, as a flag and in a file -> its name."""
+OTHER_NAMES = ALIASES | by_names_in("elsewhere")
+"""The same with what other trainers call it."""
+
+
+def flags_of(name: str) -> list[str]:
+    """The flags that mean the setting; the first one is shown."""
+    facts = SETTINGS[name].metadata
+    names = [*facts["flag"].split(), name, *facts["also"].split()]
+    return [f"--{one}" for one in names]
+
+
+def shown_flag(name: str) -> str:
+    """The setting's flag as a person is told it, without its hyphens; other words stay."""
+    return SETTINGS[name].metadata["flag"] or name if name in SETTINGS else name
 
 
 def given_values(table: Any) -> dict[str, str]:

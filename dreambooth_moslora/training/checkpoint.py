@@ -235,7 +235,7 @@ def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
     held, _, here = base.rpartition(" ")
     if checkpoint is not None and held_there == held and there != here:
         raise UserError(
-            f"--pretrained_model_name_or_path: {checkpoint.name} was trained on a base with "
+            f"--base: {checkpoint.name} was trained on a base with "
             "other weights: resume with that one, or start a new run."
         )
 

@@ -18,6 +18,7 @@ from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.table import flags_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `app.py`, each with underscores and with dashes."""
 
     def add(name: str, **options) -> None:
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        names = flags_of("pretrained_model_name_or_path") if name == "base" else [f"--{name}"]
+        spellings = dict.fromkeys([*names, *(f"--{one[2:].replace('_', '-')}" for one in names)])
         parser.add_argument(*spellings, dest=name, **options)
 
     add(

@@ -14,7 +14,7 @@ from dreambooth_moslora.cli.command_train import parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.settings.table import SETTINGS, flags_of
 from tests.helpers.tiny import RESOLUTION_PX
 from tests.helpers.tiny_training import paint_photos
 
@@ -41,9 +41,9 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_requires_none_that
             main(words.split())
         shown[words] = capsys.readouterr().out
     daily, each = shown["train --help"], shown["train --help_all"]
-    assert all(f"  --{name} " in each for name in SETTINGS) and len(daily.splitlines()) < 60 < len(
-        each.splitlines()
-    )
+    assert all(f"  {flags_of(name)[0]} " in each for name in SETTINGS) and len(
+        daily.splitlines()
+    ) < 60 < len(each.splitlines())
     assert "train photos/dog dog" in daily and "--help_all" in daily
     assert "the next flags" not in daily, "they are not shown there"
     exceptions = (

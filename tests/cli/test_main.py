@@ -17,8 +17,14 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.command_train import print_ending, run_trainer, train_main
-from dreambooth_moslora.cli.main import COMMANDS, main
+from dreambooth_moslora.cli.command_train import (
+    parse_train_config,
+    print_ending,
+    run_trainer,
+    train_main,
+)
+from dreambooth_moslora.cli.main import COMMANDS, command, main
+from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.paths import assets_folder
@@ -193,8 +199,7 @@ UNFINISHED = {
     "check": "the following arguments are required",
     "train": "say which photos to train, and what they show, as in `train photos/dog dog`; "
     "--help shows the flags.\n",
-    "train --rank 4": "missing: --pretrained_model_name_or_path, --instance_prompt, "
-    "--instance_data_dir",
+    "train --rank 4": "missing: --base, --instance_prompt, --instance_data_dir",
 }
 
 
@@ -224,6 +229,70 @@ def test_a_flag_that_is_none_is_no_word_of_the_subject(command, flag, said, tmp_
     assert main([command, str(tmp_path), flag]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
+
+
+GUESSED = {
+    "train photos dog --steps 9": "did you mean --max_train_steps?",
+    "train photos dog --lr 1": "did you mean --learning_rate?",
+    "train photos dog --epochs 9": "did you mean --num_train_epochs?",
+    "train photos dog --model x": "did you mean --base?",
+    "train photos dog --prompt x": "did you mean --instance_prompt?",
+    "train photos dog --gpu 1": "CUDA_VISIBLE_DEVICES in the environment chooses one",
+    "fleet photos --device cuda": "CUDA_VISIBLE_DEVICES in the environment chooses one",
+    "generate --model x": "did you mean --base?",
+    "generate --setps 9": "did you mean --steps?",
+    "doctor --verbose": "see --help",
+}
+
+
+@pytest.mark.parametrize("words", GUESSED)
+def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(words, capsys):
+    """`train --steps` was said to be unknown, and `--base` to be `--base_quantization`."""
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    flag = next(word for word in words.split() if word.startswith("--"))
+    assert error.startswith(f"error: unknown flag {flag}") and error.count("\n") == 1
+    assert GUESSED[words] in error
+
+
+@pytest.mark.parametrize("flag", ["--base", "--pretrained_model_name_or_path"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train {photos} dog",
+        "check {photos}",
+        "compare {photos} dog",
+        "generate --prompt dog",
+        "evaluate dog.safetensors",
+        "serve --adapters .",
+        "app",
+    ],
+)
+def test_every_command_takes_the_base_by_both_names(words, flag, photos, monkeypatch, capsys):
+    """Its name was `--base` in one half of them, and diffusers' in the other."""
+    monkeypatch.chdir(photos.parent)
+    Path("dog.safetensors").touch()
+    assert main([*words.format(photos=photos).split(), flag, "my models/x"]) == 2
+    assert "the base my models/x does not exist" in capsys.readouterr().err
+
+
+def test_a_file_names_the_base_as_a_flag_does_and_once(photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos.parent)
+    for name in ("base", "pretrained_model_name_or_path"):
+        Path("a.toml").write_text(f'{name} = "toy"\n[photos]\nlora_layers = "to_q"')
+        config = parse_train_config([str(photos), "dog", "--config", "a.toml"])
+        assert config.pretrained_model_name_or_path == "toy" and config.target_modules == ("to_q",)
+    Path("a.toml").write_text('base = "toy"\npretrained_model_name_or_path = "toy"')
+    assert main(["train", str(photos), "dog", "--config", "a.toml"]) == 2
+    assert "pretrained_model_name_or_path is given twice" in capsys.readouterr().err
+
+
+def test_generate_takes_the_names_that_diffusers_gives_its_parameters(tmp_path):
+    add_arguments, _ = command("generate")
+    add_arguments(parser := Parser())
+    words = "--num_inference_steps 9 --guidance_scale 2 --num_images_per_prompt 3"
+    args = parser.parse_args(words.split())
+    assert (args.steps, args.guidance_scale, args.num_images) == (9, 2.0, 3)
 
 
 def fail(error):

@@ -247,10 +247,7 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     assert another.variant is None and another.mixed_precision == "bf16"
     monkeypatch.setattr(memory, "least_free_gib", lambda: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
-    assert (
-        "the embedded base knows toys alone (--pretrained_model_name_or_path)"
-        in capsys.readouterr().err
-    )
+    assert "the embedded base knows toys alone (--base)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

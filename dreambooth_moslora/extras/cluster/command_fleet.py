@@ -76,9 +76,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
     shared, _ = command_train.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
-        raise UserError(
-            "missing: --pretrained_model_name_or_path; give it as a flag or in a --config file."
-        )
+        raise UserError("missing: --base; give it as a flag or in a --config file.")
     chosen = choices.Choices(shared)
     choices.choose_resolution(chosen)
     shared = chosen.all

@@ -17,7 +17,9 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
 from dreambooth_moslora.plan import choices, memory
-from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.settings.table import MIXERS, flags_of
+
+BASE = "pretrained_model_name_or_path"
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     about = "of the arms, the first of which is the reference"
     parser.add_argument("--mixers", nargs="+", metavar="MIXER", help=about)
     about = "base of a study of a folder (default: as `train` chooses)"
-    parser.add_argument("--pretrained_model_name_or_path", metavar="BASE", help=about)
+    parser.add_argument(*flags_of(BASE), dest="base", metavar="BASE", help=about)
     about = "a whole study instead: see assets/studies/mixers.toml"
     parser.add_argument("--config", metavar="FILE", help=about)
 
@@ -87,7 +89,7 @@ def given(args: argparse.Namespace) -> bool:
         raise UserError(
             "give a folder and a word, as in `compare photos/dog dog`, or a study by --config."
         )
-    if args.config and (args.mixers or args.pretrained_model_name_or_path):
+    if args.config and (args.mixers or args.base):
         raise UserError(
             "--config names the arms and the base of its study; leave out --mixers and the base."
         )
@@ -107,8 +109,8 @@ def study_of(args: argparse.Namespace) -> Study:
         raise UserError(f"--mixers {unknown[0]}: choose from {', '.join(MIXERS)}.")
 
     # what `train` would choose
-    base = args.pretrained_model_name_or_path
-    chosen = choices.Choices({"pretrained_model_name_or_path": base} if base else {})
+    base = args.base
+    chosen = choices.Choices({BASE: base} if base else {})
     command_train.choose_base(chosen, folder)
     free_gib = None if chosen.base.is_toy else memory.least_free_gib()
     exposures = choices.choose_recipe(chosen, free_gib)

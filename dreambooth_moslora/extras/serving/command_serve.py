@@ -19,7 +19,9 @@ from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
+from dreambooth_moslora.settings.table import flags_of
 
+BASE = "pretrained_model_name_or_path"
 EPILOG = """example:
   serve --adapters runs/pets --replicas 2
   curl http://127.0.0.1:8000/generate -H 'Content-Type: application/json' \\
@@ -47,9 +49,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     about = "folders of adapters and runs"
     parser.add_argument("--adapters", metavar="DIR", nargs="+", required=True, help=about)
     about = "the base: a folder, a hub id, a .safetensors file, or toy (default)"
-    parser.add_argument(
-        "--pretrained_model_name_or_path", metavar="BASE", default="toy", help=about
-    )
+    parser.add_argument(*flags_of(BASE), dest=BASE, metavar="BASE", default="toy", help=about)
     about = "address to listen on (default: this machine only)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
     number("port", "port to listen on")

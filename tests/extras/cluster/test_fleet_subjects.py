@@ -275,7 +275,7 @@ def test_a_damaged_record_is_none(tmp_path):
         (["pets"], "missing: --out"),
         (["s3://pets", "--out", "x"], "s3://pets: give a folder"),
         (["pets", "more", "--out", "x"], "`more` belongs to no flag"),
-        (["pets", "--out", "x"], "missing: --pretrained_model_name_or_path"),
+        (["pets", "--out", "x"], "missing: --base"),
         (["pets", "--out", "x", "--network_dim", "4"], "use --rank"),
         (["pets", "--out", "x", *TOY, "--output_dir", "y"], "--output_dir"),
         (["pets", "--out", "x", "--per_gpu", "0"], "--per_gpu"),
