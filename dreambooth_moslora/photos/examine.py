@@ -1,11 +1,13 @@
-"""A folder's pixels, examined: blurred photos, nearly equal pairs, and a picture of
-training's crops.
+"""A folder's pixels, examined: blurred photos, nearly equal pairs, one background behind most
+photos, and a picture of training's crops.
 
 Sharpness compares second differences with first ones at edges, √mean L² / √mean |∇|², over tiles;
 the sharpest tenth decides, so that a plain or blurred background is fine. Real photos have 1.8 to
 3.2; blurred by a Gaussian of 3 px at 1024 px they have 0.5 to 0.8. Likeness is the correlation of
-16 × 16 thumbnails: different photos of one subject have up to 0.8; a copy that is cropped by a few
-percent, brighter or smaller has 0.93 to 1.
+the middles of 16 × 16 thumbnails, so that a head that turns before one wall is no copy: different
+photos of one subject have up to 0.8; a copy that is cropped by a few percent, brighter or smaller
+has 0.93 to 1. Backgrounds are compared by their colours, in what the middle leaves, or outside of
+the masks: photos before one wall differ by up to 0.1, others by 0.11 and more.
 """
 
 import logging
@@ -37,6 +39,10 @@ MIN_LOOK_PX = 128
 # Sides of the tiles of the sharpness, and of the thumbnails of the likeness
 TILE_PX = 16
 THUMBNAIL_PX = 16
+# The middle of a thumbnail, without a frame of three cells
+MIDDLE = (slice(3, -3), slice(3, -3))
+# Two backgrounds whose colours differ by less on average, of 0 to 1, are the same
+SAME_BACKGROUND = 0.1
 # Tiles with steeper steps than this share of all tiles are edges; of these, this one decides
 EDGE_PERCENTILE = 80
 SHARPEST_PERCENTILE = 90
@@ -108,16 +114,20 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     look_px = min(LOOK_PX, max(MIN_LOOK_PX, resolution_px))
     photos = []
     thumbnails = []
+    backgrounds = []
 
     # Faults of single photos
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
-        opaque = photo_file.open_mask(photo) if photo.mask_path == photo.path else None
+        mask = photo_file.open_mask(photo)
+        opaque = mask if photo.mask_path == photo.path else None
         reasons = exposure(image, opaque)
         sharp = sharpness(image, look_px)
         if sharp < MIN_SHARPNESS:
             reasons.append(faults.reason("blurred", sharpness=sharp, usual=MIN_SHARPNESS))
         thumbnails.append(thumbnail(image, opaque))
+        # What is behind a cut-out is not learnt.
+        backgrounds.append(background(image, mask) * (opaque is None))
         photos.append(replace(photo, reasons=(*photo.reasons, *reasons)))
 
     # Near-duplicates: each photo is compared with the better ones, so that the best is kept.
@@ -131,9 +141,17 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
             photos[number] = replace(photos[number], reasons=reasons)
 
     # What is to be said of all of them.
-    good = sum(not faults.faults_of(photo) for photo in photos)
-    remarks = (f"too few: take {FEWEST} to 10 of the subject",) if good < FEWEST else ()
-    return replace(report, photos=photos, remarks=remarks)
+    remarks = []
+    good = [number for number, photo in enumerate(photos) if not faults.faults_of(photo)]
+    if len(good) < FEWEST:
+        remarks.append(f"too few: take {FEWEST} to 10 of the subject")
+    same = most_alike([backgrounds[number] for number in good])
+    if same >= FEWEST and same > len(good) / 2:
+        remarks.append(
+            f"{same} of {len(good)} have the same background, which is learnt with the subject: "
+            "take some elsewhere"
+        )
+    return replace(report, photos=photos, remarks=tuple(remarks))
 
 
 def log_faults(report: folder.PhotoReport) -> None:
@@ -204,12 +222,13 @@ def tile_energy(squares: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(image: Image.Image, opaque: Image.Image | None = None) -> np.ndarray:
-    """Colours at 16 × 16 as a vector (768,) with mean 0 and length 1; zeros for a single flat
-    colour. The white behind parts that are not `opaque` (L) counts as the mean of the others."""
-    values = shrunk(image, THUMBNAIL_PX).astype(np.float32)
+    """Colours of the middle at 16 × 16 as a vector (300,) with mean 0 and length 1; zeros for a
+    single flat colour. The white behind parts that are not `opaque` (L) counts as the mean of the
+    others."""
+    values = shrunk(image, THUMBNAIL_PX).astype(np.float32)[MIDDLE]
     share = np.float32(1)
     if opaque is not None:
-        share = shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[..., None] / 255
+        share = shrunk(opaque, THUMBNAIL_PX).astype(np.float32)[MIDDLE][..., None] / 255
 
     # Take the white away that lies behind, then the mean of what is opaque.
     values -= 255 * (1 - share)
@@ -219,6 +238,34 @@ def thumbnail(image: Image.Image, opaque: Image.Image | None = None) -> np.ndarr
     values = values.ravel()
     length = float(np.linalg.norm(values))
     return values / length if length > 1e-3 else values * 0
+
+
+def background(image: Image.Image, mask: Image.Image | None = None) -> np.ndarray:
+    """(16, 16, 4): colours from 0 to 1, and how much of each cell is background: what lies outside
+    the mask (L), or without one outside the middle."""
+    outside = np.ones((THUMBNAIL_PX, THUMBNAIL_PX))
+    if mask is None:
+        outside[MIDDLE] = 0
+    else:
+        outside -= shrunk(mask, THUMBNAIL_PX) / 255
+    return np.dstack([shrunk(image, THUMBNAIL_PX) / 255, outside])
+
+
+def most_alike(backgrounds: list[np.ndarray]) -> int:
+    """The most photos whose backgrounds are the same as that of one of them, itself too; 0 for
+    none."""
+    counts = [0]
+    for one in backgrounds:
+        same = [is_same_background(one, other) for other in backgrounds]
+        counts.append(sum(same))
+    return max(counts)
+
+
+def is_same_background(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two backgrounds have the same colours where both are seen."""
+    seen = one[..., 3] * other[..., 3]
+    apart = np.abs(one[..., :3] - other[..., :3]).mean(-1)
+    return bool((seen * apart).sum() < SAME_BACKGROUND * seen.sum())
 
 
 def shrunk(image: Image.Image, side_px: int) -> np.ndarray:

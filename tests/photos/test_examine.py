@@ -84,6 +84,40 @@ def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_pa
     assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
 
 
+def before_a_wall(head: int, place: int = 0) -> Image.Image:
+    """A figure before a wall that is darker on one side; `head` and `place` of it change."""
+    wall = np.linspace((90, 80, 70), (200, 190, 180), 300, dtype=np.uint8)
+    photo = Image.fromarray(np.tile(wall, (300, 1, 1)))
+    photo.paste(scene(7).resize((100, 120)), (100 + place, 140))
+    photo.paste(scene(head).resize((80, 70)), (110 + place, 70))
+    return photo
+
+
+def test_a_head_that_turns_before_one_wall_is_no_copy_and_the_wall_behind_most_is_told(tmp_path):
+    """It was `bad`, and nobody said that the wall would be learnt."""
+    for number in range(4):
+        before_a_wall(head=number, place=4 * number).save(tmp_path / f"{number}.png")
+    scene(9).save(tmp_path / "4.png")
+    report = examine(find_photos(tmp_path, PROMPT, 64))
+    assert [photo.reasons for photo in report.photos] == [()] * 5
+    (said,) = report.remarks
+    assert said.startswith("4 of 5 have the same background")
+
+    # A mask says what is background, and a part of the photos may share one.
+    for number in range(4):
+        Image.new("L", (300, 300), 255).save(tmp_path / f"{number}.mask.png")
+    assert examine(find_photos(tmp_path, PROMPT, 64)).remarks == ()
+    for file in tmp_path.glob("[23]*"):
+        file.unlink()
+    assert examine(find_photos(tmp_path, PROMPT, 64)).remarks == ()
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
+def test_the_sample_subjects_stand_in_different_places(subject):
+    report = examine(find_photos(subject, PROMPT, 128), 128)
+    assert report.remarks == () and not any(map(faults_of, report.photos))
+
+
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda path: path.name)
 def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
     for path in sorted(subject.glob("*.jpg")):
