@@ -3,6 +3,7 @@
 The names below are imported on first use, so that `import dreambooth_moslora` costs nothing.
 """
 
+import logging
 import os
 from importlib import import_module
 
@@ -39,6 +40,8 @@ def wait_briefly() -> None:
 
 
 wait_briefly()
+# It warns of kernels and of a missing GPU as soon as PEFT imports it, even if nothing uses it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str):

@@ -57,12 +57,11 @@ def run_doctor(_: argparse.Namespace) -> int:
 
 
 def as_text(found: Findings) -> str:
-    """The findings as lines: facts, then problems and warnings."""
-    lines = [f"  {name:16} {value}" for name, value in found.facts.items()]
-    lines += [f"PROBLEM  {line}" for line in found.problems]
+    """The findings as lines: problems and warnings, then facts."""
+    lines = [f"PROBLEM  {line}" for line in found.problems]
     lines += [f"warning  {line}" for line in found.warnings]
-    if not (found.problems or found.warnings):
-        lines.append("no problems found")
+    lines = lines or ["no problems found"]
+    lines += [f"  {name:16} {value}" for name, value in found.facts.items()]
     return "\n".join(lines).rstrip()
 
 

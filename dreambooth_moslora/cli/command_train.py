@@ -59,9 +59,7 @@ SCRIPT = "train_dreambooth.py"
 EXAMPLE = """examples:
   {command} photos/dog dog
       a folder and a word: the program chooses and prints the rest, and any flag below overrides it
-  {command} --base stabilityai/stable-diffusion-xl-base-1.0 \\
-    --instance_data_dir photos/dog --instance_prompt "a photo of sks dog" \\
-    --output_dir runs/dog --max_train_steps 500
+  {command} photos/dog dog --base stabilityai/stable-diffusion-xl-base-1.0
   {command} --config assets/configs/quickstart.toml
 
 Flags are those of diffusers' train_dreambooth_lora_sdxl.py, and more. Switches are undone by
@@ -72,10 +70,19 @@ DAILY = {
         "instance_data_dir",
         "instance_prompt",
         "class_prompt",
+        "token",
+        "masks",
     ),
-    "how long and how strong": ("max_train_steps", "learning_rate", "rank", "mixer", "resolution"),
+    "how long and how strong": (
+        "max_train_steps",
+        "exposures_per_photo",
+        "learning_rate",
+        "rank",
+        "mixer",
+        "resolution",
+    ),
     "what is kept": ("output_dir", "resume_from_checkpoint", "seed"),
-    "before it begins": ("memory", "dry_run"),
+    "before it begins, and all other flags": ("memory", "dry_run"),
 }
 """Title -> the settings that `--help` shows."""
 NEEDED = "needed as a flag or by --config"
@@ -90,6 +97,8 @@ RUNS = Path("runs")
 # The end of messages about PHOTOS WORD
 AS_ONE_WORD = "as in `train photos/dog dog`"
 CONFIG_HELP = "settings from a .toml or .json file; flags override them"
+# In characters, of what the short help shows
+LONGEST_METAVAR = 30
 # Type of a setting -> what its help calls a value
 METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "NAME", Prompt: "TEXT", Subject: "DIR"}
 
@@ -163,10 +172,17 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
         group = parser.add_argument_group(title)
         for name in names:
             add_flag(group, table.SETTINGS[name], WITHOUT_WORDS.get(name, ""))
-    group = parser.add_argument_group("the other flags")
     group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     about = f"all {len(table.SETTINGS)} settings, by topic"
     group.add_argument("--help_all", action="help", help=about)
+
+    # It parses nothing: each flag has one name here, and long lists of words are left out.
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]
+        if len(str(action.metavar)) > LONGEST_METAVAR:
+            action.metavar = "WORD"
+        if action.nargs == "?":
+            action.nargs = 0
     return parser.format_help()
 
 
@@ -444,7 +460,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
         raise UserError(f"{words[0]}: say in one word what it shows, {AS_ONE_WORD}.")
     if len(words) > 2:
         said = f"`{words[2]}` belongs to no flag: a class of several words goes in quotes"
-        raise UserError(f"{said}, {AS_ONE_WORD}.")
+        raise UserError(f'{said}, as in `train {words[0]} "{" ".join(words[1:])}"`.')
     return folder, word
 
 
@@ -488,6 +504,12 @@ def run_trainer(
 
     # The plan refuses the run, if it must, before torch is imported.
     plan = make_plan(config, report)
+    from dreambooth_moslora.training.dry_run import lack_of_disk
+
+    # What a run that goes on writes is partly there.
+    lack = lack_of_disk(plan)
+    if lack and not config.resume_from_checkpoint:
+        raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
     from dreambooth_moslora.training.loop import train
 
     warn_about(plan)

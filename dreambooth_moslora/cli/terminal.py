@@ -265,9 +265,7 @@ class TerminalProgress:
         shown = {}
         if event.eta_sec is not None:
             shown["left"] = tqdm.format_interval(event.eta_sec)
-        shown |= {"loss": f"{event.loss:.4f}", "lr": f"{event.lr:.2g}"}
-        if event.loss_prior is not None:
-            shown |= {"instance": f"{event.loss_instance:.4f}", "prior": f"{event.loss_prior:.4f}"}
+        shown["loss"] = f"{event.loss:.3f}"
         self._bar.set_postfix(shown, refresh=False)
         self._advance(event.step)
 
@@ -294,8 +292,6 @@ def exit_code(run: Callable[[], int]) -> int:
     """Run, and return the exit code. An error becomes one line; a closed pipe (`| head`) does not
     end the run."""
     processes.avoid_fragmentation()
-    # it warns without a GPU, even if unused
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with survive_broken_pipes():
         try:
             return run()

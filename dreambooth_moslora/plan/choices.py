@@ -118,6 +118,9 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
         left_out.add("snr_gamma")
     if base.facts and not base.is_toy and base.is_flow:
         left_out.update(families.OF_UNETS)
+    layers = recipe.get("target_modules")
+    if layers and choices.given.get("use_dora"):  # which is of projections alone
+        recipe["target_modules"] = [name for name in layers if "conv" not in name]
     if choices.given.get("with_prior_preservation") is False:
         left_out.update(key for key in recipe if "prior" in key)
     recipe = {key: value for key, value in recipe.items() if key not in left_out}

@@ -512,21 +512,16 @@ class Speed:
 
     compiled: whether the blocks are
     searches: whether cuDNN searches algorithms
-    images: of 1024 px, that a process still has to pass through the UNet
     """
 
     compiled: bool
     searches: bool
-    images: float
 
     def sentence(self) -> str:
         """The same in words, for a dry run and the log."""
-        length = (
-            f"the work of {self.images:.0f} images of 1024 px; on a GPU it pays from "
-            f"{WORTH_IMAGES} on"
-        )
-        compiled = "compiled" if self.compiled else "not compiled"
-        said = f"transformer blocks {compiled} ({length})"
+        said = "transformer blocks compiled, which makes later steps faster"
+        if not self.compiled:
+            said = "transformer blocks not compiled, which pays in a longer run on a GPU"
         if self.searches:
             said += ", cuDNN searches algorithms"
         return said
@@ -545,7 +540,6 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
     return Speed(
         compiled=config.compile == "on" or by_itself,
         searches=searches,
-        images=images,
     )
 
 

@@ -48,17 +48,21 @@ def advice(plan: Plan) -> list[str]:
             f"{flag} has no effect with {facts.title}, which is told no guidance in training"
         )
 
-    # The disk, and who can load the files.
-    needed, free = plan.cost.disk_gib, free_disk_gib(config)
-    if free < needed:
-        lines.append(
-            f"the disk has too little room: the run writes {needed:.2f} GiB, "
-            f"{free:.1f} GiB are free"
-        )
+    # Who can load the files.
     if config.use_dora:
         is_unet = facts is None or facts.denoiser == "unet"
         lines.append(dora_note(has_kohya_file=is_unet))
     return lines
+
+
+def lack_of_disk(plan: Plan) -> list[str]:
+    """A sentence if the disk has no room for the run."""
+    needed, free = plan.cost.disk_gib, free_disk_gib(plan.config)
+    if needed <= free:
+        return []
+    return [
+        f"the disk has too little room: the run writes {needed:.2f} GiB, {free:.1f} GiB are free"
+    ]
 
 
 def free_disk_gib(config: table.TrainConfig) -> float:
@@ -83,6 +87,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     config = plan.config
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
+        "not enough room": lack_of_disk(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "steps": step_lines(plan),
         "photos": [*photo_lines(config, report), *made_lines(config, report)],

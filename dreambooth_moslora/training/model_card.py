@@ -71,6 +71,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         adapter=adapter,
         prompts=prompts,
         family=family_in(facts),
+        kind=kind_of(facts),
         call=call_of(facts),
         front=front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
@@ -130,6 +131,14 @@ def family_in(facts: CardFacts) -> families.Facts:
         if model:
             return families.facts_of_model(model["class"], model["config"])
     return families.FAMILIES[0]
+
+
+def kind_of(facts: CardFacts) -> str:
+    """What it is an adapter of, for the title."""
+    if toys.is_toy(facts.adapter.base_id):
+        return f"a practice adapter of the embedded base `{facts.adapter.base_id}`"
+    family = family_in(facts)
+    return f"{family.article} {family.title} adapter"
 
 
 def call_of(facts: CardFacts) -> str:

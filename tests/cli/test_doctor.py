@@ -30,6 +30,7 @@ def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=3 * 2**30))
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
+    assert not said.startswith(" "), "what to do stands before the versions"
     facts = {line.split()[0]: line for line in said.splitlines() if line}
     assert {"python", "torch", "peft", "device", "bf16", "compile"} <= facts.keys()
     assert facts["processor"].endswith(" cores, 3.0 GiB") and "PROBLEM" not in said

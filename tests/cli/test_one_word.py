@@ -159,6 +159,14 @@ def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys)
     assert f"\n{said}" in capsys.readouterr().err
 
 
+def test_dora_leaves_the_convolutions_of_the_recipe_out():
+    """It was refused for layers that nobody had named."""
+    layers = parse_train_config([*TOYS, "--use_dora"]).target_modules
+    assert {*layers} == {*parse_train_config(TOYS).target_modules} - {"conv1", "conv2"}
+    given = parse_train_config([*TOYS, "--use_dora", "--target_modules", "conv1"])
+    assert given.target_modules == ("conv1",)
+
+
 def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_that_are_chosen(
     capsys,
 ):
@@ -362,7 +370,7 @@ MISTAKES = [
 ]
 MISTAKES += [(["dog"], "dog: say in one word what it shows"), (["dog", " "], "say in one word")]
 MISTAKES += [
-    (["dog", "stuffed", "animal"], "`animal` belongs to no flag"),
+    (["dog", "stuffed", "animal"], 'as in `train dog "stuffed animal"`.'),
     (["empty", "dog"], "no usable photo"),
 ]
 MISTAKES += [

@@ -58,6 +58,9 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
         and "stopped at step 120" in card(step=120)
     )
     assert "sks\": dog').images[0]\n```" in card() and "Licence" not in card()
+    assert "# dog: an SDXL adapter for “a photo" in card()
+    toy = AdapterMetadata(rank=4, alpha=4.0, base_id="toy")
+    assert "# dog: a practice adapter of the embedded base `toy` for “a" in card(adapter=toy)
 
 
 def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_text():

@@ -189,7 +189,7 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     Raises UserError for whatever training would refuse.
     """
     from dreambooth_moslora.plan.plan import make_plan
-    from dreambooth_moslora.training.dry_run import advice, cost_lines, step_lines
+    from dreambooth_moslora.training.dry_run import advice, cost_lines, lack_of_disk, step_lines
 
     # The run's plan. Its folder is not made.
     choices = form.choices(
@@ -203,7 +203,7 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     # Line by line: the choices, the steps, the time, the memory, the card, and what could be
     # better.
     seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
-    lines = [words for words, _ in choices.said]
+    lines = [*lack_of_disk(plan), *(words for words, _ in choices.said)]
     lines += step_lines(plan)
     lines.append(TIME_KNOWN if seconds else TIME_UNKNOWN)
     lines += cost_lines(plan)
