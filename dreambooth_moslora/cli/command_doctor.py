@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import clone_folder
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.rules import version_of
@@ -117,6 +118,7 @@ def examine_machine(found: Findings) -> None:
         found.warnings.append(
             f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}"
         )
+    say_loading()
     try:
         import torch
     except Exception as error:  # a broken installation may raise any error

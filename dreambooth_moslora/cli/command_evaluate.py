@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_generate import text_option_arguments
-from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush
+from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
 from dreambooth_moslora.disk.contents import read_json, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
@@ -107,6 +107,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
     folder = output_folder(args.output_dir or usual_folder(args))
     config = resolve(args)
+    say_loading()
     from dreambooth_moslora.base import load, pipelines
     from dreambooth_moslora.evaluation import metrics, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline

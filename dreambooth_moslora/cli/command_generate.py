@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dreambooth_moslora.base.base import SETTINGS, Base
-from dreambooth_moslora.cli.terminal import hush, say
+from dreambooth_moslora.cli.terminal import hush, say, say_loading
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
@@ -99,6 +99,7 @@ def run_generate(args: argparse.Namespace) -> int:
     values = _recipe_values(args, recipe)
     base = base_of_runs(args.adapter, args.base)
     check_paths(args)
+    say_loading()
     from dreambooth_moslora.generation.adapter_files import adapters_of_picture, given_adapter
     from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline

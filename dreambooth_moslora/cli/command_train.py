@@ -31,6 +31,7 @@ from dreambooth_moslora.cli.terminal import (
     TerminalProgress,
     exit_code,
     say,
+    say_loading,
 )
 from dreambooth_moslora.disk.paths import (
     SUBJECT_FILE,
@@ -379,7 +380,9 @@ def choose(given: Given) -> choices.Choices:
     if base:
         Base.find(base)
 
-    # The base
+    # The base. For photos of one's own the GPU is asked, which needs PyTorch.
+    if not (folder / SUBJECT_FILE).is_file():
+        say_loading()
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
         said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
@@ -510,6 +513,7 @@ def run_trainer(
     lack = lack_of_disk(plan)
     if lack and not config.resume_from_checkpoint:
         raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
+    say_loading()
     from dreambooth_moslora.training.loop import train
 
     warn_about(plan)

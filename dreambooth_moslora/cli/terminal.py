@@ -39,6 +39,13 @@ def say(lines: list[str]) -> None:
             print(spelled_out(line), file=sys.stderr)
 
 
+def say_loading() -> None:
+    """Tell a person who waits that PyTorch is being imported, which takes a minute on a busy
+    machine; nothing once it is there, and in a file."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        say(["loading PyTorch …"])
+
+
 def hush() -> None:
     """No bars while a base is loaded (but of downloads), and none of the libraries' notes that ask
     for nothing."""

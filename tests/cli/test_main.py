@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,6 +356,33 @@ class Interrupter:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupter())
 """
+
+
+SLOW = [
+    ["train", "photos", "dog"],
+    ["generate", "--prompt", "dog"],
+    ["evaluate", "dog.safetensors", "--photos", "photos", "--instance_prompt", "a sks dog"],
+    ["doctor"],
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a terminal")
+@pytest.mark.parametrize("words", SLOW, ids=lambda words: words[0])
+def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp_path):
+    """On a busy machine nothing was said for two minutes. The import is interrupted here."""
+    (tmp_path / "sitecustomize.py").write_text(
+        INTERRUPTER.replace("dreambooth_moslora.errors", "torch")
+    )
+    shutil.copy(assets_folder() / "adapters" / "rocket.safetensors", tmp_path / "dog.safetensors")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "dreambooth_moslora", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=theirs)
+    os.close(theirs)
+    assert process.wait(timeout=100) == INTERRUPTED
+    said = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert said == "loading PyTorch …\r\ninterrupted\r\n"
 
 
 @pytest.mark.parametrize(
