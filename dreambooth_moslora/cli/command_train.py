@@ -401,8 +401,10 @@ def choose(given: Given) -> choices.Choices:
 
     # Prompts and the run's folder
     choices.choose_words(chosen, word)
-    output = run_folder(word, settings.get("resume_from_checkpoint"))
-    chosen.add(f"output: {output}", "output_dir", output_dir=str(output))
+    resumed_from = settings.get("resume_from_checkpoint")
+    output = run_folder(word, resumed_from)
+    goes_on = ", which goes on" if resumed_from and output.exists() else ""
+    chosen.add(f"output: {output}{goes_on}", "output_dir", output_dir=str(output))
 
     # The photos are judged by the resolution; a recipe has it, a file may lack it.
     choices.choose_resolution(chosen)
@@ -469,7 +471,7 @@ def folder_and_word(words: list[str]) -> tuple[Path, str]:
 
 def run_folder(word: str, resumed_from: str | None = None) -> Path:
     """`runs/dog`, or a free name like it; for a resumed run the folder of the named checkpoint,
-    else the latest one, with a checkpoint if any has one; for several processes the first."""
+    else the one that was stopped last; for several processes the first."""
     # A named checkpoint lies in its run.
     if resumed_from not in (None, "latest") and is_checkpoint(Path(resumed_from)):
         return Path(resumed_from).parent
@@ -479,13 +481,31 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     if not memory.is_alone():
         return RUNS / name
     if not resumed_from:
-        return RUNS / free_name(name, lambda taken: (RUNS / taken).exists())
+        return RUNS / free_name(name, lambda taken: is_kept(RunDir(RUNS / taken)))
 
-    # `latest`: dog, dog_2, … dog_10. One without a checkpoint may wait in the page's queue.
+    # `latest`: of dog, dog_2, … dog_10 the one whose checkpoint is the newest, rather than one that
+    # is done. One without a checkpoint may wait in the page's queue.
     own = re.compile(rf"{re.escape(name)}(_\d+)?")
-    there = [path for path in RUNS.glob("*") if own.fullmatch(path.name)]
-    there = [path for path in there if RunDir(path).latest_checkpoint()] or there
-    return max(there, key=lambda path: (len(path.name), path.name), default=RUNS / name)
+    there = [RunDir(path) for path in RUNS.glob("*") if own.fullmatch(path.name)]
+    saved = [run for run in there if run.latest_checkpoint()]
+    stopped = [run for run in saved if run.ending() != "done"]
+    found = max(stopped or saved or there, key=newness, default=RunDir(RUNS / name))
+    return found.path
+
+
+def newness(run: RunDir) -> tuple[float, int, str]:
+    """Greater for the run that saved later; of equal ones for the later name."""
+    saved = run.latest_checkpoint() or run.path
+    return saved.stat().st_mtime, len(run.path.name), run.path.name
+
+
+def is_kept(run: RunDir) -> bool:
+    """Whether a new run leaves the folder alone: it is there, and no run that ended in it without
+    saving anything."""
+    if not run.path.exists():
+        return False
+    is_empty = not (run.adapter_path.exists() or run.named_checkpoints())
+    return not (is_empty and run.ending() in ("interrupted", "failed"))
 
 
 def run_trainer(
@@ -533,25 +553,23 @@ def run_trainer(
 def print_ending(plan: "Plan", result: "TrainResult") -> None:
     """Say where the adapter is, and of a run that was not stopped the most important advice of
     `explain`."""
+    from dreambooth_moslora.training.explain import closing_advice, figures_of, to_go_on
+
     folder = result.run_dir
     step = result.step
-    if not result.interrupted:
-        load = f'pipe.load_lora_weights("{folder}") loads the adapter'
-        text = f"done: {step} steps. {load}; {folder}/README.md says more."
-    elif step:
-        text = (
-            f"stopped at step {step}: the adapter so far is in {folder}; "
-            "--resume_from_checkpoint latest goes on."
-        )
-    else:
-        text = "stopped before the first step: nothing was saved."
-    print(text, file=sys.stderr)
-    if result.interrupted:
+    if result.interrupted and not step:
+        print("stopped before the first step: nothing was saved.", file=sys.stderr)
         return
 
-    from dreambooth_moslora.training.explain import closing_advice, figures_of
+    figures = figures_of(RunDir(folder), plan.photos)
+    if result.interrupted:
+        text = f"stopped at step {step}: the adapter so far is in {folder}; {to_go_on(figures)}"
+        print(text, file=sys.stderr)
+        return
 
-    figures = figures_of(RunDir(plan.config.output_dir), plan.photos)
+    load = f'pipe.load_lora_weights("{folder}") loads the adapter'
+    text = f"done: {step} steps. {load}; {folder}/README.md says more."
+    print(text, file=sys.stderr)
     for line in closing_advice(figures):
         print(f"try next: {spelled_out(line)}", file=sys.stderr)
 

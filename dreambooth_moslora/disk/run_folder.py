@@ -17,7 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_moslora.disk.atomic import recover, remove_directory
 from dreambooth_moslora.disk.contents import read_json, stored_text
-from dreambooth_moslora.disk.events import StepEvaluated, append_event, events_of, read_events
+from dreambooth_moslora.disk.events import (
+    RunEnded,
+    StepEvaluated,
+    append_event,
+    events_of,
+    read_events,
+)
 from dreambooth_moslora.disk.paths import free_name, user_path
 from dreambooth_moslora.errors import UserError, one_line
 
@@ -108,6 +114,11 @@ class RunDir:
 
     def read_metrics(self, kind: str = "") -> list[dict[str, Any]]:
         return read_events(self.metrics_path, kind) if self.metrics_path.is_file() else []
+
+    def ending(self) -> str:
+        """How its last run ended: `done`, `interrupted` or `failed`; "" if it has not."""
+        last = self.read_metrics()[-1:]
+        return last[0]["state"] if last and last[0]["type"] == RunEnded.kind else ""
 
     def read_scores(self) -> list[StepEvaluated]:
         return events_of(StepEvaluated, self.read_metrics(StepEvaluated.kind))

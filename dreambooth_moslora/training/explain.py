@@ -563,11 +563,16 @@ def leads(run: Figures) -> list[str]:
     if is_over or BROKEN.search(run.message):
         return found
     if run.saved:
-        found.append(f"to go on: {command_of(run)} --resume_from_checkpoint latest")
+        found.append(to_go_on(run))
     else:
         made = "saved" if run.step else "trained"
         found.append(f"nothing was {made}; to start again: {command_of(run)}")
     return found
+
+
+def to_go_on(run: Figures) -> str:
+    """The whole command that resumes a stopped run."""
+    return f"to go on: {command_of(run)} --resume_from_checkpoint latest"
 
 
 def command_of(run: Figures) -> str:

@@ -33,6 +33,8 @@ from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir, step_of
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
 from dreambooth_moslora.plan import distributed
+from dreambooth_moslora.plan.plan import make_plan
+from dreambooth_moslora.training.checkpoint import write_settings
 from dreambooth_moslora.training.loop import TrainResult, train
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -645,9 +647,21 @@ def shown(*events) -> str:
     return stream.getvalue()
 
 
-def test_a_stopped_run_says_where_its_adapter_is(capsys):
-    print_ending(None, TrainResult(Path("run"), 4, interrupted=True, proof=None))
-    assert "stopped at step 4: the adapter so far is in run; " in capsys.readouterr().err
+def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
+    photos, tiny_base, tmp_path, capsys
+):
+    """It named a flag, and nobody knew to which command it belongs."""
+    config = tiny_config(tiny_base, photos, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    write_settings(config, RunDir(tmp_path / "run"))
+    result = TrainResult(tmp_path / "run", 4, interrupted=True, proof=None)
+    print_ending(make_plan(config), result)
+    said = capsys.readouterr().err
+    assert f"stopped at step 4: the adapter so far is in {tmp_path / 'run'}; " in said
+    command = f"train --config {tmp_path / 'run' / 'train_config.json'}"
+    assert (
+        f"to go on: python -m dreambooth_moslora {command} --resume_from_checkpoint latest" in said
+    )
 
 
 def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of_scores_has_words():

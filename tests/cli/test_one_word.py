@@ -16,7 +16,7 @@ from dreambooth_moslora.cli.command_train import build_train_parser, parse_train
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import INTERRUPTED
 from dreambooth_moslora.disk.processes import STOP_FILE
-from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 from dreambooth_moslora.plan import memory
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.plan.plan import plan_steps
@@ -341,6 +341,32 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     # the trainer draws none there
     assert (chosen.num_validation_images, chosen.validation_steps) == (0, None)
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
+
+
+def run_of(name: str, state: str, at: float | None = None) -> None:
+    """A run's folder that ended so; with a checkpoint of the time `at`, if there is one."""
+    run = RunDir(Path("runs") / name)
+    run.append_metrics({"type": "end", "state": state, "step": 4})
+    if at is not None:
+        checkpoint = run.checkpoint_path(4)
+        checkpoint.mkdir()
+        for file in CHECKPOINT_FILES:
+            (checkpoint / file).write_text("x")
+        os.utime(checkpoint, (at, at))
+
+
+def test_the_run_that_was_stopped_last_goes_on_and_one_that_saved_nothing_is_used_again(
+    photos, capsys
+):
+    """It was the one of the highest number, and folders of no use stayed."""
+    run_of("dog", "interrupted", at=200)
+    run_of("dog_2", "interrupted", at=100)
+    run_of("dog_3", "done", at=300)
+    run_of("dog_4", "failed")
+    resumed = [*photos, "--resume_from_checkpoint", "latest"]
+    assert parse_train_config(resumed).output_dir == "runs/dog"
+    assert "output: runs/dog, which goes on (--output_dir)" in capsys.readouterr().err
+    assert parse_train_config(photos).output_dir == "runs/dog_4"
 
 
 def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(photos, monkeypatch):
