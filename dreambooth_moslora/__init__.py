@@ -20,6 +20,7 @@ _HOME = {
     "fold": "method.moslora",
     "SubjectPipeline": "generation.pipeline",
     "train": "training.loop",
+    "train_subject": "cli.command_train",
     "evaluate_adapter": "evaluation.score_tables",
 }
 
@@ -42,6 +43,10 @@ def wait_briefly() -> None:
 wait_briefly()
 # It warns of kernels and of a missing GPU as soon as PEFT imports it, even if nothing uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str):

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +30,7 @@ from dreambooth_moslora.cli.terminal import (
     StopRequest,
     TerminalProgress,
     exit_code,
+    hush,
     say,
     say_loading,
 )
@@ -46,6 +47,7 @@ from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
 
 if TYPE_CHECKING:
+    from dreambooth_moslora.disk.events import Event
     from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
     from dreambooth_moslora.photos.folder import PhotoReport
     from dreambooth_moslora.plan.plan import Plan
@@ -124,14 +126,9 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         return DONE
 
     # Train it here
-    from dreambooth_moslora.plan.checks import check_folders
-
     with StopRequest() as stop:
         # Before the log file creates or changes a folder
-        check_folders(config)
-        refusal = Base.of(config).unreachable
-        if refusal:
-            raise UserError(refusal)
+        check_beforehand(config)
 
         # The log of the run folder also says how the run ended.
         file_only = start_log(config)
@@ -144,6 +141,80 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         except Exception as error:
             file_only.error("stopped: %s", error, exc_info=not isinstance(error, UserError))
             raise
+
+
+def train_subject(
+    photos: str | Path,
+    word: str,
+    *,
+    base: str | None = None,
+    on_event: "Callable[[Event], None] | None" = None,
+    should_stop: Callable[[], bool] | None = None,
+    **settings: Any,
+) -> "TrainResult":
+    """Teach a base one subject, as `train photos/dog dog` does: the program chooses all else.
+
+    photos: the folder of photos
+    word: what they show, such as "dog"
+    base: a folder, a hub id, a .safetensors file or "toy"; without it SDXL on a GPU, else "toy"
+    on_event: gets every event of the run; without it a bar on standard error shows the progress
+    should_stop: whether the run should stop after this step, and save
+    settings: any of `TrainConfig`; a given one wins
+
+    The adapter is in the `run_dir` of what is returned, `runs/dog` or a free name like it. Raises
+    UserError.
+    """
+    if base is not None:
+        settings["pretrained_model_name_or_path"] = str(base)
+    given = Given(words=[str(photos), word], settings=table.check_each(settings), has_recipe=False)
+    chosen = choose(given)
+    for line in chosen.last_words:
+        logging.getLogger(__name__).warning("%s", line)
+    config = table.TrainConfig.from_dict(chosen.all)
+    check_beforehand(config)
+
+    progress = on_event or TerminalProgress()
+    try:
+        return train_plan(plan_with_room(config, chosen.photo_report), progress, should_stop)
+    finally:
+        if on_event is None:
+            progress.close()
+
+
+def check_beforehand(config: table.TrainConfig) -> None:
+    """Raises UserError for folders and a base that cannot be used, before anything is written."""
+    from dreambooth_moslora.plan.checks import check_folders
+
+    check_folders(config)
+    refusal = Base.of(config).unreachable
+    if refusal:
+        raise UserError(refusal)
+
+
+def plan_with_room(config: table.TrainConfig, report: "PhotoReport | None") -> "Plan":
+    """The plan of a run. Raises UserError, also for a disk that it would fill."""
+    from dreambooth_moslora.plan.plan import make_plan
+    from dreambooth_moslora.training.dry_run import lack_of_disk
+
+    plan = make_plan(config, report)
+
+    # What a run that goes on writes is partly there.
+    lack = lack_of_disk(plan)
+    if lack and not config.resume_from_checkpoint:
+        raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
+    return plan
+
+
+def train_plan(
+    plan: "Plan", on_event: "Callable[[Event], None]", should_stop: Callable[[], bool] | None
+) -> "TrainResult":
+    """Train, with the scores that the run's settings ask for. Raises UserError."""
+    from dreambooth_moslora.training.loop import train
+
+    # The encoders that score load with a bar each.
+    hush()
+    evaluator = make_evaluator(plan) if plan.config.is_scored else None
+    return train(plan, on_event, should_stop, evaluator)
 
 
 def build_train_parser(prog: str = SCRIPT) -> Parser:
@@ -262,7 +333,10 @@ def parse_training(
     )
 
     # PHOTOS WORD leaves the rest to the program.
-    chosen = choose(given) if given.words else choices.Choices(given.settings)
+    chosen = choices.Choices(given.settings)
+    if given.words:
+        chosen = choose(given, say_loading)
+        say(chosen.lines)
     require(chosen.all)
     choices.choose_resolution(chosen)
 
@@ -364,9 +438,9 @@ def require(settings: Mapping[str, Any]) -> None:
         )
 
 
-def choose(given: Given) -> choices.Choices:
-    """All settings for the photos and the class in the given words, each choice printed. Raises
-    UserError."""
+def choose(given: Given, before_torch: Callable[[], None] = lambda: None) -> choices.Choices:
+    """All settings for the photos and the class in the given words; `before_torch` is called where
+    PyTorch may have to be loaded. Raises UserError."""
     from dreambooth_moslora.photos.folder import photo_report
 
     # The words, and a wrong base before PyTorch is imported to ask for the GPU's memory
@@ -382,7 +456,7 @@ def choose(given: Given) -> choices.Choices:
 
     # The base. For photos of one's own the GPU is asked, which needs PyTorch.
     if not (folder / SUBJECT_FILE).is_file():
-        say_loading()
+        before_torch()
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
         said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
@@ -414,7 +488,6 @@ def choose(given: Given) -> choices.Choices:
     # Steps and scores depend on how many photos there are.
     choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
     choices.choose_scores(chosen, chosen.photo_report.photos)
-    say(chosen.lines)
     return chosen
 
 
@@ -523,26 +596,15 @@ def run_trainer(
 
     Returns the exit code. Raises UserError.
     """
-    from dreambooth_moslora.plan.plan import make_plan
-
     # The plan refuses the run, if it must, before torch is imported.
-    plan = make_plan(config, report)
-    from dreambooth_moslora.training.dry_run import lack_of_disk
-
-    # What a run that goes on writes is partly there.
-    lack = lack_of_disk(plan)
-    if lack and not config.resume_from_checkpoint:
-        raise UserError(f"{lack[0]}: free some of it, or give --output_dir on another disk.")
+    plan = plan_with_room(config, report)
     say_loading()
-    from dreambooth_moslora.training.loop import train
-
     warn_about(plan)
     if is_main_process():
         print(set_apart(last_words), end="", file=sys.stderr)
     progress = TerminalProgress()
-    evaluator = make_evaluator(plan) if config.is_scored else None
     try:
-        result = train(plan, progress, stop, evaluator)
+        result = train_plan(plan, progress, stop)
     finally:
         progress.close()
     if is_main_process():

@@ -99,7 +99,7 @@ class GenerationParams:
     seed: of the first image; image i has `seed + i`, whatever `num_images` is
     guidance_scale, scheduler: None means the base's own
     height_px, width_px: px; None means the base's own
-    adapters: pairs of a name and a scale
+    adapters: a name, or several, or pairs of a name and a scale; kept as pairs
     text_options: settings of training, such as max_sequence_length. Without them those of the
         adapters' runs are taken; an empty one is the base's own
 
@@ -310,11 +310,14 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
 
 
 def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
+    # A name alone stands for the adapter at its full strength.
+    given = [adapters] if isinstance(adapters, str) else adapters
     try:
-        pairs = tuple((name, float(scale)) for name, scale in adapters)
+        named = [(one, 1.0) if isinstance(one, str) else one for one in given]
+        pairs = tuple((name, float(scale)) for name, scale in named)
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"adapters must be pairs of name and scale, not {adapters!r:.60}"
+            f"adapters must be names, or pairs of name and scale, not {adapters!r:.60}"
         ) from error
     if len(pairs) > MAX_ADAPTERS:
         raise UserError(

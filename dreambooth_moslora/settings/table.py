@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
 from os.path import expanduser
@@ -1378,6 +1378,11 @@ class TrainConfig:
         """Sample images each time, unless `loop.set_up` leaves them out."""
         return 4 if self.num_validation_images is None else self.num_validation_images
 
+    def __new__(cls, *_: Any, **values: Any) -> "TrainConfig":
+        """Raises UserError for a name that is no setting, with the one that was meant."""
+        check_names(values)
+        return super().__new__(cls)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Settings by name, as from a file. Raises UserError for an unknown name and suggests the
@@ -1602,15 +1607,20 @@ def check_number(name: str, value: float, **bounds: float | None) -> None:
 
 def check_each(values: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings, each checked. Raises UserError."""
+    check_names(values)
     for name, value in values.items():
-        if name in SETTINGS:
-            checked_setting(name, value)
-        else:
+        checked_setting(name, value)
+    return dict(values)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises UserError for a name that is no setting, with the one that was meant."""
+    for name in names:
+        if name not in SETTINGS:
             plain = name.replace("-", "_")
             close = OTHER_NAMES.get(plain) or rows.nearest(plain, SETTINGS)
             advice = f": did you mean `{close}`?" if close else "; see --help."
             raise UserError(f"unknown setting `{name}`{advice}")
-    return dict(values)
 
 
 def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int, float]:

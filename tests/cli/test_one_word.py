@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dreambooth_moslora import UserError, train_subject
 from dreambooth_moslora.base import machine as precision
 from dreambooth_moslora.cli import command_train as one_word
 from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config, train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import INTERRUPTED
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 from dreambooth_moslora.plan import memory
@@ -341,6 +343,33 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     # the trainer draws none there
     assert (chosen.num_validation_images, chosen.validation_steps) == (0, None)
     assert parse_train_config([*words, "--mixed_precision", "bf16"]).mixed_precision == "bf16"
+
+
+SAME = (
+    *("rank", "instance_prompt", "class_prompt", "class_word", "instance_data_dir", "output_dir"),
+    *("exposures_per_photo", "evaluate_steps", "masks", "learning_rate", "prior", "find_scale"),
+)
+
+
+def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, capsys):
+    """It is stopped before its first step."""
+    wanted = parse_train_config([*photos, "--base", "toy", "--rank", "3"])
+    events = []
+    capsys.readouterr()
+    result = train_subject(
+        *photos, base="toy", rank=3, on_event=events.append, should_stop=lambda: True
+    )
+    assert result.interrupted and str(result.run_dir) == "runs/dog" and events
+    assert capsys.readouterr() == ("", "")
+    found = read_json(RunDir(result.run_dir).config_path)
+    assert {name: found[name] for name in SAME} == {name: getattr(wanted, name) for name in SAME}
+    for words, settings, said in (
+        (["nowhere", "dog"], {}, "there is no such folder"),
+        (photos, {"rnak": 3}, "did you mean `rank`"),
+        (photos, {"base": "my models/x"}, "does not exist"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train_subject(*words, **settings)
 
 
 def run_of(name: str, state: str, at: float | None = None) -> None:

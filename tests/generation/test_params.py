@@ -80,7 +80,7 @@ WRONG += [
 ]
 WRONG += [({"text_options": {"max_sequence_length": 0}}, "1")]
 WRONG += [
-    ({"adapters": "abc"}, "pairs"),
+    ({"adapters": 5}, "pairs"),
     ({"adapters": [("a", 10**400)]}, "pairs of name and scale"),
 ]
 WRONG += [({"adapters": [("a", 1), ("a", 2)]}, "twice"), ({"surprise": 1}, "surprise")]
@@ -124,6 +124,12 @@ def test_files_that_are_no_png_or_say_nothing_are_refused(name, tmp_path):
         write_png(file, {"dreambooth_moslora": content} if content else {})
     with pytest.raises(UserError, match=word):
         read_recipe(file)
+
+
+@pytest.mark.parametrize("given", ["rex", ["rex"], (("rex", 1.0),), [["rex", 1]]])
+def test_an_adapter_is_given_by_its_name_or_with_a_scale(given):
+    """`((name, 1.0),)` invited a missing comma."""
+    assert GenerationParams("dog", adapters=given).adapters == (("rex", 1.0),)
 
 
 def test_tags_become_adapters_and_leave_the_prompt_and_each_image_has_its_own_seed():

@@ -3,15 +3,17 @@ setting needs."""
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+import dreambooth_moslora
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
@@ -254,6 +256,16 @@ def test_a_row_says_only_words_that_are_known(name):
         assert words.format_map(vars(TrainConfig())) and isinstance(
             bool(applies(TrainConfig())), bool
         )
+
+
+def test_a_mistyped_setting_of_a_program_is_an_error_with_the_one_that_was_meant():
+    """It was a bare TypeError, and `dir` listed `os` in place of the public names."""
+    with pytest.raises(UserError, match="`rnak`: did you mean `rank`"):
+        TrainConfig(rnak=3)
+    assert replace(TrainConfig(rank=3), seed=1) == pickle.loads(
+        pickle.dumps(TrainConfig(rank=3, seed=1))
+    )
+    assert dir(dreambooth_moslora) == sorted(dreambooth_moslora.__all__)
 
 
 @pytest.mark.parametrize("seed", [123456789012345678, 2**63 - 1])
