@@ -16,7 +16,7 @@ from dreambooth_moslora.settings.families import OF_UNETS
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.settings.rows import Prompt, Subject
-from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, PLANS, TrainConfig
+from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, PLANS, TrainConfig, flags_of
 
 __all__ = ["main", "pages", "settings_page"]
 
@@ -118,7 +118,9 @@ def cells(item: Field) -> list[str]:
     default = (
         "none; `train PHOTOS WORD` chooses" if facts["required"] else f"`{shown}`" if shown else ""
     )
-    return [f"`--{item.name}`", values(item), default, facts["help"], TOLD[facts["publish"]]]
+    names = flags_of(item.name) if facts["flag"] else [f"--{item.name}"]
+    flags = ", ".join(f"`{name}`" for name in names)
+    return [flags, values(item), default, facts["help"], TOLD[facts["publish"]]]
 
 
 def values(item: Field) -> str:
