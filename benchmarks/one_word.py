@@ -48,7 +48,7 @@ COLUMNS = {
     "seconds": "training, s",
 }
 RECIPE = 0.947
-"""Likeness of the recipe on these subjects (docs/method.md)."""
+"""Likeness of the recipe on these subjects (docs/studies.md)."""
 
 
 def run_command(*arguments: str, flags: Sequence[str] = ()) -> None:

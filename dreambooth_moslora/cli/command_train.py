@@ -425,10 +425,6 @@ def require(settings: Mapping[str, Any]) -> None:
         is_given = str(settings.get(item.name, "")).strip()
         if not is_said_by_subjects and not is_given:
             missing.append(f"--{table.shown_flag(item.name)}")
-||||||| parent of c030be4b (Name the base by --base in every command and file, and answer --steps, --lr and their like: half of the commands called it otherwise, and a guess was told nothing)
-    for name in table.named("required"):
-        if name not in said and not str(settings.get(name, "")).strip():
-            missing.append(f"--{name}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
         missing.append("--instance_data_dir (or --dataset_name)")
     if missing:

@@ -250,7 +250,7 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
     """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos
-    followed the prompts less on the sample subjects (`docs/photos.md`)."""
+    followed the prompts less on the sample subjects (`docs/studies.md`)."""
     if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
         choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 

@@ -81,7 +81,7 @@ def unless_scheduled(setting: str) -> rows.Idle:
 
 # Of every augmentation.
 CHANGED_ONCE = "a crop that is kept is changed once for all (--crops_per_photo, --caching off)"
-NO_GAIN = "no gain was shown on three sample subjects"  # `docs/training.md` has the figures.
+NO_GAIN = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
     "tensorboard",
