@@ -95,7 +95,7 @@ def test_what_the_docs_say_of_the_tables_is_up_to_date_and_each_setting_is_liste
     for page, text in tables.pages().items():
         assert page.read_text(encoding="utf-8") == text, "run: python -m tools.tables"
     listed = tables.settings_page()
-    assert [listed.count(f"| `--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
+    assert [listed.count(f"`--{name}` |") for name in SETTINGS] == [1] * len(SETTINGS)
 
 
 def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it(monkeypatch):
