@@ -30,8 +30,17 @@ FOLDERS = r"assets|tests|benchmarks|toybox|tools|dreambooth_moslora|notebooks|do
 FILE = re.compile(rf"`((?:{FOLDERS})/[^`\s]*)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-OTHER_PROGRAMS = ("accelerate", "ACCELERATE", "python", "mkdocs", "pip", "pre-commit", "docker")
-MAX_WORDS = 835
+OTHER_PROGRAMS = (
+    "git",
+    "accelerate",
+    "ACCELERATE",
+    "python",
+    "mkdocs",
+    "pip",
+    "pre-commit",
+    "docker",
+)
+MAX_WORDS = 700
 PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
 """A row of the table "where to put what": its package and its files."""
 

@@ -8,28 +8,44 @@ from it once more. The page is photographed with the sample adapter, which is th
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
 QUALITY = 88
-KEPT_SHARE = 0.9
-"""Of each update's energy in the sample adapter, which then has a third of the size."""
 
 
-def program(*words: str | Path) -> None:
-    """Run a Python program of the project. Raises CalledProcessError if it fails."""
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+STRIP_PROMPTS = {
+    "a photo of a sks rocket in the desert": 1,
+    "a photo of a sks rocket in the snow": 1,
+    "a photo of a sks rocket on a stage with red curtains": 0,
+    "a photo of a sks rocket on autumn leaves": 0,
+}
+"""Prompts of README's first picture, and their seeds: of two each, chosen by eye."""
+TILE_PX, GAP_PX, CAPTION_PX, LABEL_PX = 256, 8, 96, 110
+FONT_PX = 22
+
+
+def program(*words: str | Path, folder: Path = ROOT) -> None:
+    """Run a Python program of the project in a folder. Raises CalledProcessError if it fails."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, *map(str, words)]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
 def trained(work: Path, name: str, *flags: str | Path) -> Path:
@@ -39,6 +55,48 @@ def trained(work: Path, name: str, *flags: str | Path) -> Path:
         config = ASSETS / "configs" / f"{name}.toml"
         program("train_dreambooth.py", "--config", config, "--output_dir", run, *flags)
     return run
+
+
+def strip(work: Path) -> Path:
+    """One photo of the rocket, and what the base draws in four places before and after training:
+    the same prompts and noise, without and with the sample adapter."""
+    pipeline = SubjectPipeline.from_base("toy")
+    rocket = pipeline.load_adapter(ASSETS / "adapters" / "rocket.safetensors")
+    rows = {"before": (), "after": ((rocket, 1.0),)}
+
+    # The left column: the photo, between the two rows
+    step = TILE_PX + GAP_PX
+    pictures_left = step + LABEL_PX
+    size = (pictures_left + len(STRIP_PROMPTS) * step, CAPTION_PX + len(rows) * step)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=FONT_PX)
+    photo_top = CAPTION_PX + step // 2
+    with Image.open(ASSETS / "subjects" / "rocket" / "00.jpg") as photo:
+        sheet.paste(enlarged(photo), (0, photo_top))
+    draw.text((0, photo_top - FONT_PX - GAP_PX), "one of 5 photos", "black", font)
+
+    # A column for each prompt, a row without and one with the adapter
+    for column, (prompt, seed) in enumerate(STRIP_PROMPTS.items()):
+        left = pictures_left + column * step
+        caption = textwrap.fill(prompt, width=22)
+        draw.text((left, CAPTION_PX - GAP_PX), caption, "black", font, anchor="ld")
+        for row, adapters in enumerate(rows.values()):
+            params = GenerationParams(prompt, seed=seed, guidance_scale=2.5, adapters=adapters)
+            (image,) = pipeline.draw(params)
+            sheet.paste(enlarged(image.pixels), (left, CAPTION_PX + row * step))
+    for row, label in enumerate(rows):
+        middle = (pictures_left - LABEL_PX // 2, CAPTION_PX + row * step + TILE_PX // 2)
+        draw.text(middle, label, "black", font, anchor="mm")
+
+    picture = work / "strip.png"
+    sheet.save(picture)
+    return picture
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """The picture as a tile of the strip."""
+    return picture.convert("RGB").resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
 
 
 def quick_start(work: Path) -> Path:
@@ -71,17 +129,9 @@ def scores_while_training(work: Path) -> Path:
 
 
 def check_crops(work: Path) -> Path:
-    picture = work / "check_crops.png"
-    program(
-        "-m",
-        "dreambooth_moslora",
-        "check",
-        "assets/subjects/rocket",
-        "rocket",
-        "--picture",
-        picture,
-    )
-    return picture
+    photos = ASSETS / "subjects" / "rocket"
+    program("-m", "dreambooth_moslora", "check", photos, "rocket", folder=work)
+    return work / "rocket_crops.png"
 
 
 def toy_base(work: Path) -> Path:
@@ -109,6 +159,7 @@ def recipe(work: Path) -> Path:
 
 
 JPEGS: dict[str, tuple[Callable[[Path], Path], int]] = {
+    "strip": (strip, 1200),
     "quick_start": (quick_start, 1032),
     "toy_zimage": (toy_zimage, 1032),
     "toy_base": (toy_base, 1280),
@@ -123,7 +174,7 @@ JPEGS: dict[str, tuple[Callable[[Path], Path], int]] = {
 def sample_adapter(work: Path, out: Path) -> None:
     """OUT/adapters/rocket.safetensors, by the recipe for the embedded base."""
     exported = work / "rocket"
-    options = ["--keep", KEPT_SHARE, "--dtype", "fp16", "--out", exported]
+    options = ["--dtype", "fp16", "--out", exported]
     program("-m", "dreambooth_moslora", "export", trained(work, "toy"), *options)
     (out / "adapters").mkdir(exist_ok=True)
     shutil.copy(RunDir(exported).adapter_path, out / "adapters" / "rocket.safetensors")
