@@ -237,7 +237,7 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     # SDXL's segmenter is a download, which needs the user's consent
     elif bare and "masks" not in choices.given:
-        choices.say("masks: made for none, as CLIPSeg comes from the hub", "masks auto")
+        choices.say("masks: off, as they need a download", "masks auto")
 
     # The crops, then the steps, which the other choices do not change any more.
     choose_shapes(choices, photos)

@@ -82,10 +82,7 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
         parse_train_config([*photos, "--pretrained_model_name_or_path", STOCK_SDXL]).masks
         == "given"
     )
-    assert (
-        "masks: made for none, as CLIPSeg comes from the hub (--masks auto)"
-        in capsys.readouterr().err
-    )
+    assert "masks: off, as they need a download (--masks auto)" in capsys.readouterr().err
 
 
 def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):

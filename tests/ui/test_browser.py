@@ -347,7 +347,7 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         web.add_photos(page, noise_photos(tmp_path, 3), "dog")
         assert not page.locator("#token").is_visible()
         page.click("#start")
-        web.says(page, "cost", "masks: made for none, as CLIPSeg comes from the hub")
+        web.says(page, "cost", "masks: off, as they need a download")
         page.wait_for_function(f"({PLACE})('#train_status').seen")
         assert "recipe: assets/configs/sdxl.toml" in page.inner_text("#cost")
         web.open_box(page, "more_training")
