@@ -92,7 +92,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         "steps": step_lines(plan),
         "photos": [*photo_lines(config, report), *made_lines(config, report)],
         "settings that are not the defaults (--help_all shows those)": changed_lines(config),
-        "remarks": advice(plan),
+        "remarks": [*report.remarks, *advice(plan)],
     }
     blocks = []
     for title, lines in sections.items():
@@ -135,7 +135,6 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
         about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
-    lines += report.remarks
 
     # What buckets make of their shapes.
     if config.enable_bucket:

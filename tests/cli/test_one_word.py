@@ -158,6 +158,15 @@ def test_the_lines_say_what_flags_and_choices_give_together(flags, said, capsys)
     assert f"\n{said}" in capsys.readouterr().err
 
 
+def test_a_dry_run_ends_in_what_check_says_of_all_photos(photos, capsys):
+    """It stood in the middle, below the names of the photos."""
+    for number in range(1, 5):
+        Path(f"dog/{number}.png").unlink()
+    assert main(["train", *photos, "--base", "toy", "--dry_run"]) == 0
+    remarks = capsys.readouterr().out.partition("\nremarks\n")[2]
+    assert "  too few: take 3 to 10 of the subject" in remarks
+
+
 def test_dora_leaves_the_convolutions_of_the_recipe_out():
     """It was refused for layers that nobody had named."""
     layers = parse_train_config([*TOYS, "--use_dora"]).target_modules
