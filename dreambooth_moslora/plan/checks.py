@@ -298,8 +298,7 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
 
     if base.distilled and not config.companion:
         raise UserError(
-            f"--base {base.name}: {base.distilled}, "
-            "or give the LoRA that undoes it as --companion."
+            f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
         )
     check_sides(config, facts)
 

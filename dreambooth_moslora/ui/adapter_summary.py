@@ -39,15 +39,11 @@ class AdapterSummary:
         return f"a photo of a {self.subject}" if self.subject else ""
 
     def sentence(self) -> str:
-        """All that is known, in one line."""
+        """What one has to know to use it, in one line."""
         parts = []
         if self.subject:
             names = " or ".join(f"“{words}”" for words in (self.subject, *self.others))
             parts.append(f"say {names}")
-        if self.rank:
-            parts.append(self.rank)
-        if self.mixer and self.mixer != "none":
-            parts.append(f"{self.mixer} mixer")
         if self.base:
             parts.append(f"for {self.base}")
         if self.scale != 1:

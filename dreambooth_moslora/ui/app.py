@@ -8,25 +8,27 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base import files
-from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.base import Base, asked_of_hub
 from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.table import flags_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
 
-HUB_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-"""Offered when its files are here."""
 DEPTH = 3
 """Levels below `bases_dir` in which bases are looked for."""
+BYTES_A_PARAMETER = 2
+"""Of weights that are fetched, in half precision."""
 CHECKPOINT_MARK = "model.diffusion_model."
 """Begins keys of a single-file checkpoint, and of no adapter."""
 NEEDS_LOGIN = (
@@ -173,6 +175,8 @@ def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppC
     has_one = args.public or draw_by is not None
     found = {first.public_name: first} if has_one else offered(first, bases_dir)
     bases = [page_base(title, base, draw_by) for title, base in found.items()]
+    # Only the base that was asked for is looked for on the hub, which takes seconds.
+    bases[0] = replace(bases[0], problem=first.unreachable or "")
     adapters_dir = user_path(args.adapters_dir).resolve()
     return state.AppContext(
         *bases,
@@ -193,8 +197,12 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
             return draw_by(base)
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-        # found anew: its files may have come since
-        return SubjectPipeline.from_base(base.name, resting=True)
+        # Found anew: its files, or a connection, may have come since.
+        asked_of_hub.cache_clear()
+        now = Base.find(base.name)
+        if now.unreachable:
+            raise UserError(now.unreachable)
+        return SubjectPipeline.from_base(as_fetched(now), resting=True)
 
     is_named = base.path is None or base.name in toys.TOYS
     return state.PageBase(
@@ -203,6 +211,7 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
         resolution_px=base.resolution_px,
         load=load,
         about=about(base),
+        note=note(base),
         public_name=base.public_name,
         is_remote=draw_by is not None,
     )
@@ -247,12 +256,9 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
-    """Title -> each base: the operator's `first`, the toys, SDXL if it is here, and those below
-    `bases_dir`."""
-    bases = [first, *map(Base.find, toys.TOYS)]
-    sdxl = Base.find(HUB_SDXL)
-    if sdxl.folder:
-        bases.append(sdxl)
+    """Title -> each base: the operator's `first`, the toys, SDXL, and those below `bases_dir`."""
+    sdxl = Base.find(STOCK_SDXL)
+    bases = [first, *map(Base.find, toys.TOYS), sdxl]
     if bases_dir:
         bases += map(Base.find, bases_below(bases_dir))
     # The same files are offered once, under the first of their names.
@@ -260,11 +266,34 @@ def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
     for base in bases:
         places.setdefault(os.path.realpath(base.place), base)
     # Two bases of the same name are told apart by a number.
+    from dreambooth_moslora.ui.state import SDXL_TITLE
+
     found: dict[str, Base] = {}
     for base in places.values():
-        title = free_name(clean_name(base.public_name), found.__contains__, " ")
+        name = SDXL_TITLE if base is sdxl else clean_name(base.public_name)
+        title = free_name(name, found.__contains__, " ")
         found[title] = base
     return found
+
+
+def as_fetched(base: Base) -> Base:
+    """The base with the files that are fetched for it: half as many bytes, where the hub has
+    them."""
+    is_stock = base.name == STOCK_SDXL and base.folder is None
+    return replace(base, variant="fp16") if is_stock else base
+
+
+def note(base: Base) -> str:
+    """What stands beside its title in the list; "" if nothing has to be known."""
+    if base.is_toy:
+        return "practice only"
+    if base.folder or base.file:
+        return ""
+    if base.known is None:
+        return "a download"
+    model = base.known[1]
+    parameters = model.parameters + model.encoders + model.vae
+    return f"a download of {BYTES_A_PARAMETER * parameters / 1e9:.1f} GB"
 
 
 def about(base: Base) -> str:
@@ -272,7 +301,7 @@ def about(base: Base) -> str:
     if base.is_toy:
         return toys.ABOUT.format(base.facts.title)
     if not (base.folder or base.file):
-        return "fetched from the hub when it is loaded for the first time"
+        return f"{note(base)} when it is first used; it wants a GPU"
     is_small = base.resolution_px <= files.SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:

@@ -14,6 +14,7 @@ import gradio as gr
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, GenerationParams, Recipe, read_recipe
+from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import drawing, generate_values, state
 from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, on, sentence
@@ -46,10 +47,10 @@ AXIS_LABELS = [
 
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is asked of each drawing: the fields by name, and the other widgets by name."""
-    # The first adapter is chosen at first, and its words are in the prompt.
+    # An adapter for the base is chosen at first, and its words are in the prompt.
     files = ctx.catalog.files()
-    first = next(iter(files), NONE)
-    summary = summary_of(files[first]) if files else AdapterSummary()
+    first = fitting_adapter(ctx)
+    summary = summary_of(files[first]) if first in files else AdapterSummary()
     words = summary.sentence()
     fields: dict[str, Any] = {}
     parts: dict[str, Any] = {}
@@ -101,6 +102,14 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
             min_width=80,
         )
     return fields, parts
+
+
+def fitting_adapter(ctx: state.AppContext) -> str:
+    """The first adapter that may be for the page's base: a toy's is for toys alone."""
+    for name, file in ctx.catalog.files().items():
+        if is_toy(summary_of(file).base) == is_toy(ctx.base_name):
+            return name
+    return NONE
 
 
 def slider(name: str, value: float, label: str, **look: Any) -> gr.Slider:
@@ -179,7 +188,9 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                     language="python", label="Python", buttons=["copy"], elem_id="code"
                 )
         with gr.Tab("Compare", id="compare"):
-            parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
+            parts["compare"] = gr.Button(
+                "Compare at the same seed", variant="primary", elem_id="compare"
+            )
             gr.HTML(faint("Left without, right with the adapter."))
             parts["slider"] = gr.ImageSlider(
                 label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN
@@ -222,7 +233,7 @@ def _grid_widgets() -> dict[str, Any]:
             AXIS_VALUES["seed"], label="Column values", min_width=120
         )
     gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
-    parts["draw"] = gr.Button("Draw the grid", elem_id="draw_grid")
+    parts["draw"] = gr.Button("Draw the grid", variant="primary", elem_id="draw_grid")
     parts["sheet"] = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
     return parts
 
@@ -254,7 +265,7 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
     ordered = {field.name: widgets[field.name] for field in fields(GenerateForm)}
     for widget in ordered.values():
         name_in_errors(widget)
-    named = ("size", "guidance_scale", "negative_prompt", "scheduler")
+    named = ("adapter", "size", "guidance_scale", "negative_prompt", "scheduler")
     tab = GenerateTab(
         fields=ordered,
         adapters=[widgets[f"adapter{n}"] for n in ("", "_2", "_3")],
@@ -317,6 +328,12 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         inputs=tab.fields,
         outputs=outputs,
     )
+
+    # One primary button at a time: Compare and Grid have their own.
+    @on(results["tabs"].select, AT_ONCE, inputs=None, outputs=buttons["run"])
+    def primary(event: gr.SelectData) -> gr.Button:
+        is_other = event.value in ("Compare", "Grid")
+        return gr.Button(variant="secondary" if is_other else "primary")
 
     # What can be done with pictures, as soon as there are some.
     of_pictures = [results["reuse"], results["last_seed"]]

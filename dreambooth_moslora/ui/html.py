@@ -1,4 +1,4 @@
-"""How the page looks: HTML, CSS, theme, keys, and the rows of photos.
+"""How the page looks: HTML, CSS, theme, keys, and the grid of photos.
 
 What came from a user or a file is escaped. The browser fetches nothing from elsewhere.
 """
@@ -197,40 +197,54 @@ def name_in_errors(widget: gr.components.Component) -> None:
     widget.preprocess = preprocess
 
 
-EMPTY_CAPTION = "Caption; empty: the words of step 2"
+EMPTY_CAPTION = "What this photo shows. Empty: the words of step 2."
 """What an empty caption shows in grey."""
 ROWS = (
     ("\n" + static("photo_rows.html"))
     .replace("MOST_BYTES", str(MOST_BYTES))
     .replace("EMPTY_CAPTION", escape(EMPTY_CAPTION))
 )
-"""A row for each photo of a subject: as it is cropped, its caption to edit, and buttons for its
-mask and to remove it.
+"""The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit, and
+the button for its mask.
 
-One component holds all rows and shows twelve at a time. The server sends `cards`: {photo, picture,
-remark, caption, made}, where `photo` is the digest of the clean copy, `picture` a data URL,
-`caption` what was kept for it, and `made` what the captioner wrote. The browser sends back its
-value, [[photo, caption], …] in the cards' order. What was typed stays with its photo whatever cards
-come; `made` fills only an empty caption. A new word in `reset` drops what was typed.
+One component holds all. The server sends `cards`: {photo, picture, remark, caption, made}, where
+`photo` is the digest of the clean copy, `picture` a data URL, `caption` what was kept for it, and
+`made` what the captioner wrote. The browser sends back its value, [[photo, caption], …] in the
+cards' order. What was typed stays with its photo whatever cards come; `made` fills only an empty
+caption. A new word in `reset` drops what was typed.
 
 Events: `written` (the value has changed), `keep` (a caption is finished), `mask` and `drop` (of
 `event.photo`), `write` (captions are wanted), `masks` (masks are to be shown).
 """
 ROWS_SCRIPT = "\n" + static("photo_rows.js")
-"""What moves in the rows; `element`, `props`, `trigger` and `watch` are gradio's."""
+"""What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
 CAPTIONS = static("captions.js").rstrip("\n")
 """The value as the field `captions`: a photo may be removed elsewhere, so each line names its own.
 """
 
 
 def photo_rows(elem_id: str) -> gr.HTML:
-    """The rows; hidden until there are photos."""
+    """The grid; hidden until there are photos."""
     script = {"html_template": ROWS, "js_on_load": ROWS_SCRIPT, "apply_default_css": False}
     return gr.HTML(label="Photos", visible=False, elem_id=elem_id, cards=[], reset="", **script)
 
 
 def with_cards(cards: list[dict[str, Any]], *, is_reset: bool = False) -> gr.HTML:
-    """The rows of these cards; with `is_reset`, their captions replace what was typed."""
+    """The grid of these cards; with `is_reset`, their captions replace what was typed."""
     # Any new word is a sign to the browser.
     reset = {"reset": secrets.token_hex(4)} if is_reset else {}
     return gr.HTML(visible=bool(cards), cards=cards, **reset)
+
+
+def run_list(elem_id: str) -> gr.HTML:
+    """The list of runs; hidden until there are some.
+
+    The server sends `cards`: {run, picture, state, date, kind}, and which is `chosen`. Its event is
+    `choose` (of `event.run`).
+    """
+    script = {
+        "html_template": "\n" + static("runs.html"),
+        "js_on_load": "\n" + static("runs.js"),
+        "apply_default_css": False,
+    }
+    return gr.HTML(label="Runs", visible=False, elem_id=elem_id, cards=[], chosen="", **script)

@@ -27,6 +27,7 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.training.explain import is_held
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def phase_of(events: list[dict[str, Any]]) -> str:
     return ""
 
 
+IN_TERMINAL = "this run was begun in a terminal: stop it there with Ctrl-C"
+"""Why the page does not stop a run."""
 JOB_NAME = "job.json"
 """The record of a run's process, in the run's folder."""
 
@@ -64,6 +67,14 @@ class Job:
     def name(self) -> str:
         return self.run_dir.name
 
+    @property
+    def changed(self) -> float:
+        """When it was started, or in a terminal last told something, s."""
+        record = self.run_dir / JOB_NAME
+        if not record.is_file():
+            record = run_folder.RunDir(self.run_dir).metrics_path
+        return record.stat().st_mtime
+
     def save(self) -> None:
         """Write the record whole, or leave the old one. Raises OSError."""
         facts = {key: value for key, value in asdict(self).items() if key != "run_dir"}
@@ -73,7 +84,13 @@ class Job:
 
     @classmethod
     def load(cls, run_dir: Path) -> "Job | None":
-        """The record in the folder; None when it is missing or cannot be read."""
+        """The run in the folder; None where there is none.
+
+        A run that was begun in a terminal has no record here, and no process that is known.
+        """
+        if not (run_dir / JOB_NAME).is_file():
+            is_run = run_folder.RunDir(run_dir).metrics_path.is_file()
+            return cls(run_dir, pid=0, birth="") if is_run else None
         try:
             facts = read_json(run_dir / JOB_NAME)
             known = facts.keys() & (cls.__dataclass_fields__.keys() - {"run_dir"})
@@ -83,6 +100,11 @@ class Job:
 
     @property
     def is_alive(self) -> bool:
+        """Whether it trains: its process is there, or a terminal's holds the folder."""
+        return self.has_process or is_held(run_folder.RunDir(self.run_dir))
+
+    @property
+    def has_process(self) -> bool:
         """Whether the started process still exists (a zombie does not count)."""
         try:
             # Another process may have its number by now.
@@ -94,7 +116,12 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that it was started with. Raises UserError for a file that holds none."""
-        return read_json(self.run_dir / processes.CONFIG_NAME)
+        started = self.run_dir / processes.CONFIG_NAME
+        if started.is_file():
+            return read_json(started)
+        # A terminal's run may have been moved since.
+        told = read_json(run_folder.RunDir(self.run_dir).config_path)
+        return told | {"output_dir": str(self.run_dir)}
 
     def log_tail(self) -> str:
         """The end of the trainer's log."""
@@ -179,6 +206,8 @@ class Jobs:
         job = self.recorded(name)
         if not job.is_alive:
             raise UserError(f"the run {job.name} has already ended")
+        if not job.has_process:
+            raise UserError(IN_TERMINAL)
         if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
             processes.end_process(job.pid)
             return job
@@ -210,7 +239,7 @@ class Jobs:
         """The run of that name. Raises UserError where there is none."""
         job = Job.load(self.run_dir(name))
         if job is None:
-            raise UserError(f"there is no run called {name!r:.60} of a page or of the queue")
+            raise UserError(f"there is no run called {name!r:.60}")
         return job
 
     def run_dir(self, name: str) -> Path:
@@ -221,17 +250,16 @@ class Jobs:
         return self.runs_dir / name
 
     def all(self) -> list[Job]:
-        """All runs of the page and of the queue, the newest first."""
-        records = self.runs_dir.glob(f"*/{JOB_NAME}")
-        newest_first = sorted(records, key=lambda path: -path.stat().st_mtime)
-        found = [Job.load(record.parent) for record in newest_first]
-        return [job for job in found if job is not None]
+        """All runs of the folder, the newest first, however they were begun."""
+        found = list(filter(None, map(Job.load, self.runs_dir.glob("*/"))))
+        return sorted(found, key=lambda job: job.changed, reverse=True)
 
     def current(self) -> Job | None:
         """The run in progress. One that was asked to stop and does not answer is ended."""
         self._reap()
         job = next((job for job in self.all() if job.is_alive), None)
-        if job is None or not processes.is_asked_to_stop(job.run_dir):
+        is_asked = job is not None and processes.is_asked_to_stop(job.run_dir)
+        if not (is_asked and job.has_process):
             return job
         asked = (job.run_dir / processes.STOP_NAME).stat().st_mtime
         if processes.has_gone_silent(asked, job.run_dir):

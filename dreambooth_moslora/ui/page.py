@@ -16,8 +16,14 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
-from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on
-from dreambooth_moslora.ui.generate_tab import PICTURES, GenerateTab, build_generate_tab, to_widgets
+from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on, sentence
+from dreambooth_moslora.ui.generate_tab import (
+    PICTURES,
+    GenerateTab,
+    build_generate_tab,
+    fitting_adapter,
+    to_widgets,
+)
 from dreambooth_moslora.ui.train import screen, train_form
 
 MAX_SESSIONS = 256
@@ -42,6 +48,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
     ) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
+            switch = gr.Button(**switch_look(ctx), elem_id="switch_base", size="sm", min_width=120)
             chooser = base_chooser(ctx)
         about = gr.HTML(base_line(ctx), elem_id="about_base")
         # The tabs. A public page only draws.
@@ -56,7 +63,8 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
         # What depends on the base changes with it, in every tab.
         if chooser is not None:
             widgets = generate.of_base | trained
-            connect_bases(ctx, page, chooser=chooser, about=about, widgets=widgets)
+            parts = {"chooser": chooser, "about": about, "switch": switch}
+            connect_bases(ctx, page, parts=parts, widgets=widgets)
     # The queue of pictures, and the thread that trains the queued runs.
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
@@ -72,38 +80,47 @@ def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
     if len(ctx.bases) == 1:
         return None
     look = {"show_label": False, "container": False, "min_width": 280, "elem_id": "base"}
-    return gr.Dropdown(list(ctx.bases), value=ctx.base, label="Base", **look)
+    choices = [(base.label, title) for title, base in ctx.bases.items()]
+    return gr.Dropdown(choices, value=ctx.base, label="Base", **look)
+
+
+def switch_look(ctx: state.AppContext) -> dict[str, Any]:
+    """Value and visibility of the button from the toy to a base for photographs."""
+    offered = ctx.bases.get(state.SDXL_TITLE)
+    is_shown = offered is not None and is_toy(ctx.base_name)
+    return {"value": f"Switch to {offered.label}" if offered else "", "visible": is_shown}
 
 
 def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     """One sentence: what the base is and needs, after a mistake, if there was one."""
-    about = f", {ctx.chosen.about}" if ctx.chosen.about else ""
-    told = html.faint(f"base: {ctx.base}{about}")
-    return html.notice(mistake, "bad") + told if mistake else told
+    about = f": {ctx.chosen.about}" if ctx.chosen.about else ""
+    told = html.faint(f"{sentence(ctx.base)}{about}.")
+    if is_toy(ctx.base_name):
+        told = f'<div class="of-toy">{told}</div>'
+    if not mistake and ctx.loaded() is None:
+        mistake = ctx.chosen.problem
+    return html.notice(sentence(mistake), "bad") + told if mistake else told
 
 
 def connect_bases(
-    ctx: state.AppContext, page: gr.Blocks, chooser: gr.Dropdown, about: gr.HTML, widgets: dict
+    ctx: state.AppContext, page: gr.Blocks, parts: dict[str, Any], widgets: dict
 ) -> None:
     """Load the base that is chosen; it becomes that of every page.
 
-    - `chooser` is the list of bases, and `about` the line below it.
+    - `parts` are the `chooser`, the line `about` it, and the button to `switch` from the toy.
     - `widgets`, by name, show other values for another base (`first_value`).
     """
-    outputs = [chooser, about, *widgets.values()]
+    chooser = parts["chooser"]
+    outputs = [*parts.values(), *widgets.values()]
+
+    def shown_base(mistake: str = "") -> list:
+        line = base_line(ctx, mistake)
+        return [gr.Dropdown(value=ctx.base), line, gr.Button(**switch_look(ctx))]
 
     def shown() -> list:
         values = [first_value(ctx, name) for name in widgets]
-        return [gr.Dropdown(value=ctx.base), base_line(ctx), *values]
+        return [*shown_base(), *values]
 
-    @on(
-        chooser.input,
-        GPU,
-        inputs=chooser,
-        outputs=outputs,
-        api_visibility="private",
-        show_progress="hidden",
-    )
     def choose(title: str) -> Iterator[list]:
         unchanged = [gr.skip()] * len(widgets)
         try:
@@ -113,13 +130,17 @@ def connect_bases(
             # The line counts the seconds while it loads.
             for seconds in ctx.choose(base):
                 line = f"Loading {title}: {base.about} … {html.format_seconds(seconds)}"
-                yield [gr.skip(), html.faint(line), *unchanged]
+                yield [gr.skip(), html.faint(line), gr.skip(), *unchanged]
         except Exception as error:
             # The base of before is still there, and chosen again.
             mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
-            yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
+            yield [*shown_base(mistake), *unchanged]
         else:
             yield shown()
+
+    loading = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", **GPU}
+    on(chooser.input, inputs=chooser, **loading)(choose)
+    on(parts["switch"].click, inputs=gr.State(state.SDXL_TITLE), **loading)(choose)
 
     # Another browser may have chosen since the page was built.
     page.load(shown, None, outputs, **AT_ONCE)
@@ -130,6 +151,8 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
     if name == "size":
         sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         return gr.Dropdown(choices=sizes, value=sizes[0][1])
+    if name == "adapter":
+        return fitting_adapter(ctx)
     if name == "guidance_scale":
         return ctx.guidance_scale
     if name == "negative_prompt":

@@ -36,6 +36,8 @@ from dreambooth_moslora.ui.workspace import Workspace
 if TYPE_CHECKING:
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
+SDXL_TITLE = "SDXL"
+"""Of the base that is offered for photographs, whether or not its files are here."""
 LOOK_SEC = 0.5
 """How often the page tells how long a base has been loading."""
 logger = logging.getLogger(__name__)
@@ -129,10 +131,19 @@ class PageBase:
     """May raise UserError."""
     about: str = ""
     """A sentence without its first word and full stop."""
+    note: str = ""
+    """Beside its title in the list, if something has to be known."""
+    problem: str = ""
+    """Why it could not be found when the page started."""
     public_name: str = ""
     """What its pictures say, if not the title."""
     is_remote: bool = False
     """Whether a service draws with it."""
+
+    @property
+    def label(self) -> str:
+        """The title and the note."""
+        return f"{self.title} ({self.note})" if self.note else self.title
 
     @property
     def is_small(self) -> bool:

@@ -156,8 +156,30 @@ def press(page: Page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).first.click()
 
 
+def open_photo(page: Page, number: int) -> None:
+    """Open the caption and the buttons of a photo of the grid, from 1."""
+    tile = page.locator("#crops .photo").nth(number - 1)
+    tile.wait_for()
+    if "photo-chosen" not in (tile.get_attribute("class") or ""):
+        tile.locator(".photo-pick").click()
+    page.locator(f"#crops textarea[aria-label='Caption of photo {number}']").wait_for()
+
+
+def caption(page: Page, number: int) -> str:
+    open_photo(page, number)
+    return page.input_value("#crops textarea")
+
+
+def write_caption(page: Page, number: int, words: str) -> None:
+    """Type it, and leave the field, which keeps it."""
+    open_photo(page, number)
+    page.fill("#crops textarea", words)
+    page.locator("#crops textarea").blur()
+
+
 def open_mask_of(page: Page, number: int) -> dict[str, float]:
     """The rectangle of that photo of the first subject, which is a square, in the editor."""
+    open_photo(page, number)
     press(page, f"Mask: photo {number}")
     canvas = page.locator("#mask_editor canvas").last
     canvas.wait_for()

@@ -153,14 +153,15 @@ def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_ne
 ):
     toy = Base.find("toy")
     assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
-    assert list(app.offered(toy, shelf)) == ["toy", "toy-zimage", "mine", "one.safetensors"]
+    assert list(app.offered(toy, shelf)) == ["toy", "toy-zimage", "SDXL", "mine", "one.safetensors"]
     assert list(app.offered(Base.find(shelf / "a" / ".." / "mine"), shelf)) == [
         "mine",
         "toy",
         "toy-zimage",
+        "SDXL",
         "one.safetensors",
     ]
-    assert list(app.offered(toy, shelf / "nowhere")) == ["toy", "toy-zimage"]
+    assert list(app.offered(toy, shelf / "nowhere")) == ["toy", "toy-zimage", "SDXL"]
     assert app.about(toy) == toys.ABOUT.format("SDXL")
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
     assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
@@ -190,7 +191,7 @@ def test_a_public_page_has_the_operators_base_alone(shelf, tmp_path, public):
     ctx = app.context_of(parser.parse_args(words))
     ctx.workspace.close()
     assert list(ctx.bases) == (
-        ["toy"] if public else ["toy", "toy-zimage", "mine", "one.safetensors"]
+        ["toy"] if public else ["toy", "toy-zimage", "SDXL", "mine", "one.safetensors"]
     )
     wait([ctx._pipeline])
 

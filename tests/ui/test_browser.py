@@ -188,6 +188,7 @@ def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is
     web.says(page, "prompts", "a photo of a sks dog")
     web.open_box(page, "more_training")
     web.set_number(page, "train_steps", 5000)
+    web.open_box(page, "expert_training")
     page.locator("#new_tokens input").check()
     page.click("#start")
     web.says(page, "train_status", "of 5000")
@@ -232,7 +233,7 @@ def test_a_second_browser_has_the_photos_watches_the_run_and_stops_it(
     with web.visit(browser, served.url) as second:
         web.open_tab(second.page, "Train")
         second.page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
-        assert second.page.input_value("#run_picker input") == "owl"
+        assert second.page.inner_text("#runs .run-chosen b") == "owl"
         web.says(second.page, "train_status", "of 5000")
         second.page.click("#stop_training:not([disabled])")
         web.says(second.page, "train_status", "Stopped; a checkpoint is written.")
@@ -271,7 +272,7 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(
         page.click("#add_to_queue")
         web.says(page, "cost", f"{word} waits, number")
     web.says(page, "train_status", "of 5000")
-    assert page.input_value("#run_picker input") == "first"
+    page.locator("#runs .run-chosen", has_text="first").wait_for()
     page.wait_for_function("document.querySelectorAll('#queued label').length === 3")
     page.locator("#queued label", has_text="third").click()
     page.click("#queue_up")
@@ -285,7 +286,7 @@ def test_runs_wait_are_moved_and_removed_and_the_next_begins_when_one_ends(
     page.click("#stop_training:not([disabled])")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
     served.ctx.queue.queue.pause(False)
-    page.wait_for_function("document.querySelector('#run_picker input').value === 'third'")
+    page.locator("#runs .run-chosen", has_text="third").wait_for()
     web.says(page, "train_status", "of 5000")
     served.ctx.queue.queue.remove("fourth")
     page.wait_for_selector("#queue_box", state="hidden")
@@ -329,7 +330,7 @@ def test_another_base_is_chosen_and_draws_and_the_old_one_stays_where_one_fails(
             page.get_by_label("New tokens").count() == page.get_by_label("Scheduler").count() == 0
         )
         choose(page, "base", "toy")
-        web.says(page, "about_base", "base: toy, a 128 px practice model")
+        web.says(page, "about_base", "Toy: a 128 px practice model")
         page.wait_for_selector("#negative")
         assert page.input_value("#size input") == "Square 128 × 128"
         choose(page, "adapter", "none")
@@ -347,12 +348,12 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         web.add_photos(page, noise_photos(tmp_path, 3), "dog")
         assert not page.locator("#token").is_visible()
         page.click("#start")
-        web.says(page, "cost", "masks: off, as they need a download")
+        web.says(page, "cost", "Photos without a mask are learned whole")
         page.wait_for_function(f"({PLACE})('#train_status').seen")
-        assert "recipe: assets/configs/sdxl.toml" in page.inner_text("#cost")
         web.open_box(page, "more_training")
+        web.open_box(page, "expert_training")
         web.says(page, "by_recipe", "Trained at 64 px, the base's own size.")
-        steps = re.search(r"steps: (\d+)", page.inner_text("#cost"))[1]
+        steps = re.search(r"(\d+) steps at 64 px, from 3 photos", page.inner_text("#cost"))[1]
         for field, value in {"rank": "16", "learning_rate": "0.0001", "train_steps": steps}.items():
             page.locator(f"#{field} input[placeholder='{value}']").wait_for()
             assert page.input_value(f"#{field} input") == ""
@@ -363,7 +364,7 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         web.set_number(page, "prior_weight", 3)
         web.set_number(page, "unmasked_weight", 0.5)
         page.click("#start")
-        web.says(page, "cost", "scores: every 60 steps")
+        web.says(page, "cost", "Likeness is measured every 60 steps")
         for size in web.SIZES:
             web.resize(page, size)
             boxes = [
@@ -483,6 +484,7 @@ def test_a_phone_has_the_results_under_the_button_a_dark_page_if_asked_and_whole
         for tab in ("Generate", "Inspect", "Train"):
             web.open_tab(page, tab)
             assert web.fits(page), tab
+        web.open_box(page, "log_box")
         plot = page.locator("#fidelity svg")
         plot.locator(".mark-line path").first.wait_for(state="attached")
         frame = plot.locator("path.background").first.bounding_box()

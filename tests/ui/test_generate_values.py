@@ -129,17 +129,17 @@ def test_an_adapter_that_is_gone_or_changed_and_another_base_are_told(tmp_path):
 @pytest.mark.parametrize(
     "facts, said, subject",
     [
-        ({}, "say “sks dog” · rank 4 · for toy", "sks dog"),
-        ({"ranks": {"a": 1, "b": 23}}, "say “sks dog” · ranks 1 to 23 · for toy", "sks dog"),
+        ({}, "say “sks dog” · for toy", "sks dog"),
+        ({"ranks": {"a": 1, "b": 23}}, "say “sks dog” · for toy", "sks dog"),
         ({"rank": "4"}, "", ""),
         (
             {"trigger_words": ["sks duck", "zwx rocket"], "class_word": ""},
-            "say “sks duck” or “zwx rocket” · rank 4 · for toy",
+            "say “sks duck” or “zwx rocket” · for toy",
             "sks duck",
         ),
     ],
 )
-def test_an_adapter_says_its_ranks_and_the_words_of_each_subject(tmp_path, facts, said, subject):
+def test_an_adapter_says_the_words_of_each_subject(tmp_path, facts, said, subject):
     facts = {"trigger_words": ["sks"], "class_word": "dog"} | facts
     found = summary_of(write_adapter(tmp_path / "a.safetensors", **facts))
     assert (found.sentence(), found.subject) == (said, subject)

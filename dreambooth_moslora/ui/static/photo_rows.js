@@ -1,8 +1,9 @@
-const PER_PAGE = 12;
-const [list, template, pages, range] = [".photo-rows", "template", ".row-pages", ".row-range"]
+const [grid, hint, panel, template] = [".photo-grid", ".photo-hint", ".photo-open", "template"]
   .map((name) => element.querySelector(name));
-const typed = new Map(props.value || []), rows = new Map();
-let page = 0, reset = props.reset;
+const [box, remarkLine, maskButton] = ["textarea", ".photo-remark", "[data-event=mask]"]
+  .map((name) => panel.querySelector(name));
+const typed = new Map(props.value || []), tiles = new Map();
+let open = "", reset = props.reset;
 
 const cards = () => props.cards || [];
 const inOneLine = (text) => text.replace(/[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+/g, " ");
@@ -12,40 +13,48 @@ function say() {
   trigger("written");
 }
 
-function rowOf(photo) {
-  if (!rows.has(photo)) {
-    const row = template.content.firstElementChild.cloneNode(true);
-    const box = row.querySelector("textarea");
-    box.addEventListener("input", () => { typed.set(photo, inOneLine(box.value)); say(); });
-    box.addEventListener("change", () => trigger("keep"));
-    row.addEventListener("click", ({target}) => {
-      const {event} = target.closest("button")?.dataset || {};
-      if (event === "mask") trigger("mask", {photo});
-      if (event === "drop") { row.classList.add("row-leaves"); trigger("drop", {photo}); }
+function tileOf(photo) {
+  if (!tiles.has(photo)) {
+    const tile = template.content.firstElementChild.cloneNode(true);
+    tile.querySelector(".photo-pick").addEventListener("click", () => {
+      open = open === photo ? "" : photo;
+      draw();
+      if (open) box.focus({preventScroll: true});
     });
-    rows.set(photo, row);
+    tile.querySelector(".photo-drop").addEventListener("click", () => {
+      tile.classList.add("photo-leaves");
+      trigger("drop", {photo});
+    });
+    tiles.set(photo, tile);
   }
-  return rows.get(photo);
+  return tiles.get(photo);
 }
 
 function draw() {
-  const last = Math.max(0, Math.ceil(cards().length / PER_PAGE) - 1), typing = document.activeElement;
-  page = Math.min(Math.max(page, 0), last);
-  const first = page * PER_PAGE, shown = cards().slice(first, first + PER_PAGE);
-  list.replaceChildren(...shown.map(({photo, picture, remark}, place) => {
-    const row = rowOf(photo), name = `photo ${first + place + 1}`, box = row.querySelector("textarea");
-    row.classList.remove("row-leaves");
-    Object.assign(row.querySelector("img"), {src: picture, alt: `${name}, as it is cropped`});
-    if (box.value !== (typed.get(photo) || "")) box.value = typed.get(photo) || "";
-    box.setAttribute("aria-label", `Caption of ${name}`);
-    for (const button of row.querySelectorAll("button"))
-      button.setAttribute("aria-label", `${button.textContent}: ${name}`);
-    row.querySelector(".row-remark").textContent = `${first + place + 1} · ${remark}`;
-    return row;
+  const typing = document.activeElement;
+  grid.replaceChildren(...cards().map(({photo, picture, remark}, place) => {
+    const tile = tileOf(photo), name = `photo ${place + 1}`, isGood = remark === "good";
+    tile.classList.remove("photo-leaves");
+    tile.classList.toggle("photo-chosen", photo === open);
+    tile.classList.toggle("photo-bad", !isGood);
+    tile.title = isGood ? typed.get(photo) || "no caption yet" : remark;
+    Object.assign(tile.querySelector("img"), {src: picture, alt: `${name}, as it is cropped`});
+    tile.querySelector(".photo-number").textContent = place + 1 + (typed.get(photo) ? " ✎" : "") + (isGood ? "" : " !");
+    tile.querySelector(".photo-pick").setAttribute("aria-label", `Open ${name}`);
+    tile.querySelector(".photo-drop").setAttribute("aria-label", `Remove: ${name}`);
+    return tile;
   }));
-  if (list.contains(typing)) typing.focus();
-  pages.hidden = last === 0;
-  range.textContent = `${first + 1}–${first + shown.length} of ${cards().length}`;
+  if (grid.contains(typing)) typing.focus();
+  // The chosen photo's caption and mask, below all photos.
+  const place = cards().findIndex(({photo}) => photo === open);
+  panel.hidden = place < 0;
+  hint.hidden = place >= 0;
+  if (place < 0) return;
+  const words = typed.get(open) || "";
+  if (box.value !== words) box.value = words;
+  box.setAttribute("aria-label", `Caption of photo ${place + 1}`);
+  maskButton.setAttribute("aria-label", `Mask: photo ${place + 1}`);
+  remarkLine.textContent = `Photo ${place + 1}: ${cards()[place].remark}`;
 }
 
 function take(isNew) {
@@ -60,11 +69,16 @@ function take(isNew) {
   draw();
 }
 
-element.querySelector(".row-tools").addEventListener("click", ({target}) => {
-  const {event, step} = target.closest("button")?.dataset || {};
+box.addEventListener("input", () => { typed.set(open, inOneLine(box.value)); say(); });
+box.addEventListener("change", () => { trigger("keep"); draw(); });
+maskButton.addEventListener("click", () => {
+  document.body.classList.add("opens-mask");
+  trigger("mask", {photo: open});
+});
+element.querySelector(".photo-tools").addEventListener("click", ({target}) => {
+  const {event} = target.closest("button")?.dataset || {};
   if (event === "write") trigger("write");
   if (event === "masks") trigger("masks");
-  if (step) { page += Number(step); draw(); }
 });
 watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), () => take(true));
 take(!props.value);

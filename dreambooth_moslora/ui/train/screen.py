@@ -10,14 +10,20 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.disk.paths import public_name
-from dreambooth_moslora.disk.run_folder import NONE, RunDir
+from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, on
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.train import train_masks, train_photos, train_start, train_watch
+from dreambooth_moslora.ui.train import (
+    train_form,
+    train_masks,
+    train_photos,
+    train_start,
+    train_watch,
+)
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
 
 FROM_HUB = "; {} from the hub once"
@@ -31,15 +37,14 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     # What every run needs: photos, and a word for what they show.
     gr.Markdown("### 1 · Photos", elem_classes="step")
     others = train_masks.photo_widgets() | train_masks.mask_widgets()
-    gr.Markdown("### 2 · One word", elem_classes="step")
+    gr.Markdown("### 2 · What they show", elem_classes="step")
     fields = {"class_word": field_widget("class_word", base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
     # What can be done with the form.
     with gr.Row(elem_classes="tight"):
-        start = gr.Button("Start training", variant="primary", elem_id="start")
-    with gr.Row(elem_classes="tight"):
-        queue = gr.Button("Add to queue", min_width=132, elem_id="add_to_queue")
-        estimate = gr.Button("Estimate cost", min_width=132, elem_id="estimate")
+        start = gr.Button("Start training", variant="primary", elem_id="start", min_width=150)
+        queue = gr.Button("Add to queue", min_width=136, scale=0, elem_id="add_to_queue")
+        estimate = gr.Button("Estimate cost", min_width=136, scale=0, elem_id="estimate")
     cost = gr.HTML("", label="Cost", elem_id="cost")
     others |= {
         "prompts": prompts,
@@ -48,22 +53,29 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "estimate": estimate,
         "cost": cost,
     }
-    # The further fields, line by line as the table has them.
+    # The further fields, line by line as the table has them; what few people change is folded once
+    # more.
+    lines = sorted({row.line for row in rows().values()} - {0})
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         others["more"] = more
         others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
-        for line in sorted({row.line for row in rows().values()} - {0}):
-            names = [name for name, row in rows().items() if row.line == line]
-            line_widgets(names, fields, base)
+        for line in lines:
+            if line < train_form.EXPERT:
+                line_widgets(line, fields, base)
+        with gr.Accordion("For experts", open=False, elem_id="expert_training"):
+            for line in lines:
+                if line >= train_form.EXPERT:
+                    line_widgets(line, fields, base)
     return {name: fields[name] for name in rows()}, others
 
 
-def line_widgets(names: list[str], fields: dict[str, Any], base: str) -> None:
-    """Make the widgets of one line.
+def line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
+    """Make the widgets of one line of the table.
 
-    - `names` are the line's fields, whose widgets go into `fields`.
+    - The widgets of its fields go into `fields`.
     - `base` is the name of the page's base.
     """
+    names = [name for name, row in rows().items() if row.line == line]
     row = rows()[names[0]]
     # One field over the whole width.
     if len(names) == 1 and not row.box:
@@ -118,10 +130,6 @@ def field_widget(name: str, base: str, **room: Any) -> gr.components.Component:
     return gr.Textbox(None if row.required else first, **look)
 
 
-SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
-"""Once the choices are on the page: on a phone they stand above the run."""
-
-
 def build_train_tab(
     ctx: state.AppContext, page: gr.Blocks, tabs: gr.Tabs, generate: GenerateTab
 ) -> dict[str, Any]:
@@ -155,50 +163,91 @@ def build_train_tab(
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """The three buttons that take the whole form: start, queue, and estimate."""
+    """The three buttons that take the whole form: start, queue, and estimate.
 
-    def with_photos(act: Callable[[TrainForm], Any]) -> Callable:
-        """A handler of the form's values, after the photos were taken."""
-
-        @as_gradio_error
-        def handler(photos: list[str] | None, **values) -> Any:
-            # Photos come only from a program; the page has sent its own when they were dropped.
-            # Without the lock, the photos of another request could be used in their place.
-            with ctx.workspace.changing if photos else nullcontext():
-                if photos:
-                    train_photos.take_with_masks(photos, ctx.workspace)
-                return act(TrainForm(**values))
-
-        return handler
-
+    What was chosen for the run goes through a state, which is hidden from programs: `/train`
+    returns two values.
+    """
     for widget in fields.values():
         html.name_in_errors(widget)
-    how = {"inputs_kwargs": {"photos": parts["photos"], **fields}, **train_masks.TAKING_PHOTOS}
-    # What was chosen for the run goes through a state, which is hidden from programs: `/train`
-    # returns two values.
     chosen = gr.State("")
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
-        None, js=SHOW_STATUS, **AT_ONCE
+        None, js=train_watch.SHOW_STATUS, **AT_ONCE
     )
 
-    @with_photos
     def train(form: TrainForm) -> tuple:
-        job, chosen = train_start.start_run(ctx, form)
-        names = gr.Dropdown(choices=train_watch.run_names(ctx.jobs), value=job.name)
-        return names, html.notice(f"The run {job.name} is starting."), chosen
+        job, said = train_start.start_run(ctx, form)
+        return job.name, html.notice(f"The run {job.name} is starting."), said
+
+    def queue(form: TrainForm) -> tuple:
+        return (train_start.add_to_queue(ctx, form)[1],)
+
+    def estimate(form: TrainForm) -> tuple:
+        return (train_start.estimate_cost(ctx, form),)
 
     started = [parts["run"], parts["status"], chosen]
-    parts["start"].click(train, api_name="train", outputs=started, **how)
+    of_form = (
+        ("train", parts["start"], train, started),
+        ("add_to_queue", parts["queue"], queue, [parts["cost"]]),
+        ("estimate", parts["estimate"], estimate, [parts["cost"]]),
+    )
+    for_programs = gr.Button(visible=False)
+    for name, button, act, outputs in of_form:
+        _connect_form(ctx, act, fields, parts, button=button, outputs=outputs)
+        for_programs.click(
+            _with_photos(ctx, act),
+            api_name=name,
+            inputs_kwargs={"photos": parts["photos"], **fields},
+            outputs=outputs,
+            **train_masks.TAKING_PHOTOS,
+        )
 
-    @parts["queue"].click(api_name="add_to_queue", outputs=parts["cost"], **how)
-    @with_photos
-    def queue(form: TrainForm) -> str:
-        return train_start.add_to_queue(ctx, form)[1]
 
-    @parts["estimate"].click(api_name="estimate", outputs=parts["cost"], **how)
-    @with_photos
-    def estimate(form: TrainForm) -> str:
-        return train_start.estimate_cost(ctx, form)
+def _with_photos(ctx: state.AppContext, act: Callable[[TrainForm], tuple]) -> Callable:
+    """A program's handler of the form's values, after its photos were taken."""
+
+    @as_gradio_error
+    def handler(photos: list[str] | None, **values) -> Any:
+        # Without the lock, the photos of another request could be used in their place.
+        with ctx.workspace.changing if photos else nullcontext():
+            if photos:
+                train_photos.take_with_masks(photos, ctx.workspace)
+            done = act(TrainForm(**values))
+        return done if len(done) > 1 else done[0]
+
+    return handler
+
+
+def _connect_form(
+    ctx: state.AppContext,
+    act: Callable[[TrainForm], tuple],
+    fields: dict,
+    parts: dict,
+    button: gr.Button,
+    outputs: list,
+) -> None:
+    """A button of the page, whose mistakes are told beside the field that has to change.
+
+    - `act` does it with the form, and gives the values of `outputs`.
+    - `fields` and `parts` are the tab's widgets.
+    """
+    places = [parts[name] for name in ("remarks", "prompts", "cost")]
+
+    def on_page(**values) -> dict:
+        form = TrainForm(**values)
+        try:
+            return dict(zip(outputs, act(form)))
+        except Exception as error:
+            place = train_start.place_of_mistake(ctx, form)
+            return {parts[place]: gr.HTML(mistake_card(error), visible=True)}
+
+    button.click(
+        on_page,
+        inputs_kwargs=fields,
+        outputs=list(dict.fromkeys([*outputs, *places])),
+        api_visibility="private",
+        **train_masks.TAKING_PHOTOS,
+    )
 
 
 def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
@@ -214,7 +263,7 @@ def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         found = train_start.recipe_values(ctx, preset)
         line = (
             f"Trained at {ctx.resolution_px} px, the base's own size. "
-            "An empty field has the value in grey."
+            "Leave a field empty to take the value that it shows in grey."
         )
         return [html.faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
 
@@ -248,7 +297,7 @@ def _connect_ended(
     def use(run: str | None) -> tuple:
         job = ctx.jobs.recorded(run or "")
         files = ctx.catalog.files()
-        adapter = RunDir(job.run_dir).adapter_path
+        adapter = train_watch.best_folder(RunDir(job.run_dir)) / PUBLISHED_NAME
         listed = [name for name, file in files.items() if file == adapter]
         if not listed:
             raise UserError("there is no adapter yet")

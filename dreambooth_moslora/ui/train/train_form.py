@@ -31,8 +31,8 @@ PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
 TOKENS_RATE = 1e-3
 """Learning rate of new tokens. The trainer's own default, diffusers', hardly moves them."""
-BY_RECIPE = "empty: by recipe"
-"""Help of a number that the recipe decides."""
+EXPERT = 20
+"""Lines of the table from this one on are folded below “For experts”."""
 NEW_TOKENS = (
     "learns the token anew in both text encoders, beside the adapter; "
     "on the toys likeness did not rise"
@@ -207,34 +207,34 @@ class TrainForm:
     token: str = asked(
         plan.TOKEN,
         label="Token",
-        info="a rare word",
-        line=2,
+        info="the rare word that calls your subject",
+        line=20,
     )
     class_word: str = asked(
         "",
-        label="What the photos show",
+        label="In one word",
         required=True,
-        look={"placeholder": "dog"},
+        look={"placeholder": "dog, teapot, woman, drawing …"},
     )
     run_name: str = asked(
         "",
         label="Name of the run",
-        info="may be empty",
-        line=2,
+        info="of the run and its files; or empty",
+        line=3,
     )
     preset: str = asked(
         "standard",
         label="Length",
-        info="half, once, twice the recipe's",
-        line=5,
+        info="how often each photo is shown: half the usual, the usual, twice",
+        line=2,
         choices=PRESETS,
         kind="radio",
     )
     prior_preservation: bool = asked(
         True,
         label="Keep the class",
-        info="without it, its whole kind turns into yours; slower",
-        line=7,
+        info="other dogs stay other dogs; without it all turn into yours; slower",
+        line=8,
         setting="with_prior_preservation",
         elem_id="prior",
     )
@@ -242,30 +242,30 @@ class TrainForm:
         "",
         label="Captions",
         info="one line for each photo, in order; may be left out",
-        line=3,
+        line=7,
         look={"visible": False},
     )
     rank: int = asked(
         0,
         label="Rank",
-        info=BY_RECIPE,
-        line=15,
+        info="room for detail; more makes a larger file",
+        line=23,
         setting="rank",
         most=256,
     )
     learning_rate: float = asked(
         0.0,
         label="Learning rate",
-        info=BY_RECIPE,
-        line=15,
+        info="size of a step; too much burns the pictures",
+        line=23,
         setting="learning_rate",
         most=10,
     )
     steps: int = asked(
         0,
         label="Steps",
-        info="empty: by length",
-        line=6,
+        info="or an exact number of steps; empty: as the length says",
+        line=4,
         setting="max_train_steps",
         most=100_000,
         elem_id="train_steps",
@@ -273,16 +273,16 @@ class TrainForm:
     mixer: str = asked(
         "orthogonal",
         label="Mixer",
-        info="“none”: LoRA",
-        line=16,
+        info="how the two halves are joined; “none” is plain LoRA",
+        line=24,
         setting="mixer",
         always=True,
     )
     seed: int = asked(
         0,
         label="Seed",
-        info="also of the crops",
-        line=6,
+        info="another number, another run and other crops",
+        line=20,
         setting="seed",
         most=2**32 - 1,
         always=True,
@@ -292,7 +292,7 @@ class TrainForm:
         None,
         label="Make masks",
         info="finds the subject in photos that have none",
-        line=9,
+        line=5,
         setting="masks",
         words=("given", "auto"),
         at_first=toys.is_toy,
@@ -301,8 +301,8 @@ class TrainForm:
     memory: str = asked(
         "auto",
         label="Memory",
-        info="nf4 needs least",
-        line=16,
+        info="what to save memory with; “nf4” needs least",
+        line=24,
         setting="memory",
         always=True,
         of_files=True,
@@ -311,7 +311,7 @@ class TrainForm:
         "adapter_off",
         label="Kept by",
         info="the base's own answers, or pictures of the class",
-        line=8,
+        line=21,
         setting="prior",
         choices={"adapter_off": "the base", "class_images": "class images"},
         needs="prior_preservation",
@@ -320,8 +320,8 @@ class TrainForm:
     prior_weight: float = asked(
         0.0,
         label="Prior weight",
-        info=BY_RECIPE,
-        line=8,
+        info="how firmly the class is kept",
+        line=21,
         setting="prior_loss_weight",
         most=100,
         needs="prior_preservation",
@@ -330,7 +330,7 @@ class TrainForm:
         0.2,
         label="Weight outside the mask",
         info="0: the surroundings are not learned at all",
-        line=10,
+        line=22,
         setting="unmasked_weight",
         always=True,
         kind="slider",
@@ -338,16 +338,16 @@ class TrainForm:
     scores: bool | None = asked(
         None,
         label="Scores",
-        info="measures on the way and keeps the best step",
-        line=11,
+        info="measures likeness on the way and keeps the best step",
+        line=9,
         at_first=plan.encoders_are_here,
         fetched="CLIP and DINOv2 are not here and come, 2 GB,",
     )
     make_captions: bool = asked(
         False,
         label="Write captions at the start",
-        info="says the surroundings of photos without a line",
-        line=4,
+        info="says what surrounds the subject in photos without a caption",
+        line=6,
         setting="captions",
         words=("given", "auto"),
         fetched="Qwen3-VL comes",
@@ -356,7 +356,7 @@ class TrainForm:
         False,
         label="New tokens",
         info=NEW_TOKENS,
-        line=12,
+        line=25,
         setting="train_text_encoder_ti",
         of_family="has_new_tokens",
     )
@@ -364,7 +364,7 @@ class TrainForm:
         "",
         label="They begin as",
         info="words like it; or empty",
-        line=13,
+        line=26,
         needs="new_tokens",
         box="token_box",
     )
@@ -372,7 +372,7 @@ class TrainForm:
         TOKENS_RATE,
         label="Their learning rate",
         info="1e-4 to 1e-3",
-        line=13,
+        line=26,
         setting="text_encoder_lr",
         most=10,
         always=True,

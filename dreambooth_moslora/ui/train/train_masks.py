@@ -1,7 +1,7 @@
-"""The widgets of photos in the Train tab: a row for each, and a brush to correct their masks.
+"""The widgets of photos in the Train tab: a grid of them, and a brush to correct their masks.
 
 What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they
-are dropped, and captions are written in the rows.
+are dropped, and captions are written below the grid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,9 @@ from dreambooth_moslora.ui.train import train_form, train_photos
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: an estimate need not wait for a start."""
 ABOUT_MASKS = (
-    "A mask, if you have one, goes along as name.mask.png beside name.jpg: "
-    "its white part is learned most."
+    "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
 )
-"""Told below the photos."""
+"""Told while there are no photos."""
 PRIVATE = {"api_visibility": "private", **GPU}
 """Options of events that compute, and that no program calls."""
 PROGRESS = gr.Progress()
@@ -46,11 +45,10 @@ def photo_widgets() -> dict[str, Any]:
         "file_types": PHOTO_TYPES,
         "label": "3 to 10 photos of one subject",
     }
-    widgets = {"added": gr.File(height=130, elem_id="photos", **files)}
-    gr.HTML(html.faint(ABOUT_MASKS))
-    # What is said of the photos, of their masks, and the rows themselves.
+    widgets = {"added": gr.File(height=84, elem_id="photos", **files)}
+    # What is said of the photos, of their masks, and the grid itself.
     widgets["photos"] = gr.File(visible=False, **files)
-    widgets["remarks"] = gr.HTML(visible=False, elem_id="remarks")
+    widgets["remarks"] = gr.HTML(html.faint(ABOUT_MASKS), elem_id="remarks")
     widgets["mask_remarks"] = gr.HTML("", visible=False, elem_id="mask_remarks")
     widgets["crops"] = photo_rows("crops")
     return widgets
@@ -107,11 +105,15 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
     @on(
         rows.write,
         inputs_kwargs={"seed": seed, **words},
-        outputs=shown,
+        outputs=[*shown, widgets["prompts"]],
         show_progress_on=remarks,
         **PRIVATE,
     )
     def write(seed: int, token: str, class_word: str, progress: gr.Progress = PROGRESS) -> tuple:
+        try:
+            train_form.prompts_of(token, class_word)
+        except UserError as error:
+            return gr.skip(), gr.skip(), gr.HTML(mistake_card(error), visible=True)
         made = {}
         told = []
         line = WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}"
@@ -123,7 +125,7 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
                 made[digest] = caption
                 if remark:
                     told.append(remark)
-        return review(ctx, seed, remarks=told, made=made)
+        return *review(ctx, seed, remarks=told, made=made), gr.skip()
 
     # What the words make of the prompts.
     @on(
@@ -138,7 +140,7 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
         except UserError:
             return gr.HTML(visible=False)
         learns = f"Learns “{instance}” and tells it from “{class_prompt}”."
-        return gr.HTML(html.notice(learns), visible=True)
+        return gr.HTML(html.faint(learns), visible=True)
 
 
 def photo_in(event: gr.EventData) -> str:
@@ -164,7 +166,7 @@ def review(
     - With `is_reset` kept captions replace what was typed.
     """
     if not kept_photos(ctx.workspace.photos_dir):
-        return gr.HTML(visible=False), with_cards([])
+        return html.faint(ABOUT_MASKS), with_cards([])
     found = train_photos.review_kept(ctx, remarks=remarks, seed=seed, masks=masks)
     cards = train_photos.cards_of(ctx.workspace, found, made or {})
     return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
@@ -208,8 +210,10 @@ def mask_editor() -> gr.ImageEditor:
 
 PAINT = "green is learned. The brush has green to add, and red to take away."
 """Told above the editor, after the photo's name."""
-SHOWN = "The masks are shown: what is dark is outside. “Mask” beside a photo corrects its own."
-"""Told above the rows while they show masks."""
+OPENED = "() => document.body.classList.remove('opens-mask')"
+"""The browser no longer says that the brush opens."""
+SHOWN = "What is inside the line is learned most. Click a photo and “Mask” to correct it."
+"""Told above the grid while it shows masks."""
 
 
 def mask_widgets() -> dict[str, Any]:
@@ -266,8 +270,7 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def show(**values) -> tuple:
         return pictures(values)
 
-    # “Mask” beside a photo opens the brush.
-    @on(parts["crops"].mask, inputs_kwargs=fields, outputs=edited, **making)
+    # “Mask” below a photo opens the brush. The browser says so until it is open.
     def edit(event: gr.EventData, **values) -> tuple:
         digest = photo_in(event)
         photo = train_photos.photo_with(ctx.workspace, digest)
@@ -275,6 +278,9 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         told = html.notice(f"Photo {train_photos.number_of(photo)}: {PAINT}")
         value = {"background": picture, "layers": [], "composite": None}
         return gr.Column(visible=True), told, value, digest
+
+    opening = on(parts["crops"].mask, inputs_kwargs=fields, outputs=edited, **making)(edit)
+    opening.then(None, js=OPENED, **AT_ONCE)
 
     # Its buttons.
     @on(

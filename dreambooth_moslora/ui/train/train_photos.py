@@ -12,6 +12,7 @@ from pathlib import Path
 
 import PIL.Image
 import PIL.ImageChops
+import PIL.ImageFilter
 
 from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.disk.contents import file_digest
@@ -20,7 +21,7 @@ from dreambooth_moslora.photos.beside import MOST_BYTES, one_space
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.cropping import apply_crop
-from dreambooth_moslora.photos.examine import examine, masked, plans_of
+from dreambooth_moslora.photos.examine import examine, plans_of
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.masks import load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo_file import Photo, open_again, open_mask, open_rgb, to_rgb
@@ -43,8 +44,12 @@ TINT = 0.5
 """How much of `LEARNED` lies over the white part of the present mask."""
 PAINTED = 64
 """A pixel with at least this alpha counts as painted; the brush is more opaque, its edge less."""
-ROW_PX = 256
-"""Longer side of the picture beside a caption."""
+TILE_PX = 256
+"""Longer side of a picture in the grid."""
+OUTLINE = (45, 240, 200)
+"""Colour of the line around the part that a mask teaches most."""
+LINES = 120
+"""Widths of that line in a photo's longer side."""
 
 # What is told of a photo or of its mask.
 NO_MASK = "no mask: all of it is learned"
@@ -358,33 +363,47 @@ def review_kept(
         crops = {}
         # Photos that no run uses are shown whole.
         for skipped in report.skipped:
-            lines.append(f"{Path(skipped.path).name}: {skipped.reason}")
             if skipped.is_photo:
+                lines.append(f"photo {number_of(Path(skipped.path))}: {skipped.reason}")
                 whole = to_rgb(open_again(skipped.path))
                 crops[Path(skipped.path)] = whole, f"not used: {skipped.reason}"
-        # The others are cropped, with their surroundings dimmed where a mask leaves them out.
+        # The others are cropped, with a line around what their masks teach most.
         for place, photo in enumerate(report.photos):
             plan = next(plans_of(photo, place, config))
             shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
-            pixels = masked(open_rgb(photo), open_mask(shown))
+            pixels = outlined(open_rgb(photo), open_mask(shown))
             crop = apply_crop(pixels, plan, config.image_interpolation_mode)
             reasons = ", ".join(photo.reasons)
             crops[photo.path] = crop, reasons or "good"
             if reasons:
                 lines.append(f"photo {number_of(photo.path)}: {reasons}")
-    # The title says how many can be used, and how they are shown.
-    each = config.crops_per_photo
-    how = "shown as they will be cropped"
-    if each > 1:
-        how = f"each shown by the first of its {each} crops"
-    count = len(report.photos)
-    plural = "" if count == 1 else "s"
     photos = sorted(crops)
     return PhotoReview(
         photos=photos,
         crops=[crops[photo] for photo in photos],
-        remarks=html.remarks_card(lines, f"{count} photo{plural}, {how}."),
+        remarks=told_of(len(report.photos), lines),
     )
+
+
+def told_of(count: int, faults: list[str]) -> str:
+    """What is said of all photos, as HTML: `count` are usable, and `faults` are a line each."""
+    plural = "" if count == 1 else "s"
+    title = f"{count} photo{plural}, shown as the run will crop them"
+    if not faults:
+        return html.faint(f"{title}.")
+    return html.remarks_card(faults, f"{title}. Worth a look:")
+
+
+def outlined(photo: PIL.Image.Image, mask: PIL.Image.Image | None) -> PIL.Image.Image:
+    """The photo with a line around the white part of its mask; the photo itself without one."""
+    if mask is None:
+        return photo
+    # A line of the same width in every preview, inside and outside the edge.
+    white = mask.resize(photo.size).point(as_black_or_white)
+    width = max(1, round(max(photo.size) / LINES))
+    outer = white.filter(PIL.ImageFilter.GaussianBlur(width)).point(lambda value: 255 * (value > 8))
+    line = PIL.ImageChops.subtract(outer, white)
+    return PIL.Image.composite(PIL.Image.new("RGB", photo.size, OUTLINE), photo, line)
 
 
 def cards_of(
@@ -396,7 +415,7 @@ def cards_of(
         digest = file_digest(photo)
         card = {
             "photo": digest,
-            "picture": html.thumbnail(picture, ROW_PX),
+            "picture": html.thumbnail(picture, TILE_PX),
             "remark": remark,
             "caption": caption_of(workspace, digest),
             "made": made.get(digest, ""),

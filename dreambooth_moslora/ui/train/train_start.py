@@ -94,7 +94,7 @@ PAUSED = "; the queue is paused, which “Go on” there ends"
 # Lines of the cards.
 TIME_KNOWN = "time: at the pace of the last such run here"
 TIME_UNKNOWN = "time: not known before the first run here; the page shows it after a few steps"
-CHOSEN = "Chosen; “More settings” changes it."
+CHOSEN = "“More settings” changes this:"
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,41 @@ def prepared(
         # What training would refuse is refused here, where the form can still be changed.
         base = Base.of(config)
         check_settings(replace(config, **family_settings(config, base)), base)
-        said = [words for words, _ in choices.said]
-        yield Prepared(run_dir=run_dir, settings=config.to_dict(), said=said)
+        yield Prepared(run_dir=run_dir, settings=config.to_dict(), said=chosen_lines(config))
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
+
+
+def chosen_lines(config: table.TrainConfig) -> list[str]:
+    """What a run of the page does, in a sentence each."""
+    count = len(kept_photos(Path(config.instance_data_dir)))
+    total = plan_steps(config, [max(1, count)]).total_steps
+    lines = [f"{total} steps at {config.resolution} px, from {count} photo{'s' * (count != 1)}."]
+    lines.append(f"“{config.instance_prompt}” will show your subject.")
+    if config.with_prior_preservation and config.class_prompt:
+        lines.append(f"“{config.class_prompt}” stays as the base draws it.")
+    if config.masks == "auto":
+        lines.append("The subject is found in photos without a mask.")
+    else:
+        lines.append("Photos without a mask are learned whole; “Make masks” finds the subject.")
+    if config.evaluate_steps:
+        lines.append(f"Likeness is measured every {config.evaluate_steps} steps; the best is kept.")
+    else:
+        lines.append("Likeness is not measured; “Scores” does it.")
+    return lines
+
+
+def place_of_mistake(ctx: state.AppContext, form: TrainForm) -> str:
+    """The widget beside which the form's mistake is told: below the photos, the word, or the
+    buttons."""
+    if not kept_photos(ctx.workspace.photos_dir):
+        return "remarks"
+    try:
+        train_form.prompts_of(form.token, form.class_word)
+    except UserError:
+        return "prompts"
+    return "cost"
 
 
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
@@ -189,7 +219,7 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     Raises UserError for whatever training would refuse.
     """
     from dreambooth_moslora.plan.plan import make_plan
-    from dreambooth_moslora.training.dry_run import advice, cost_lines, lack_of_disk, step_lines
+    from dreambooth_moslora.training.dry_run import advice, cost_lines, lack_of_disk
 
     # The run's plan. Its folder is not made.
     choices = form.choices(
@@ -200,15 +230,14 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     )
     config = table.TrainConfig.from_dict(choices.all)
     plan = make_plan(config, free_gib=train_form.free_gib(), is_later=True)
-    # Line by line: the choices, the steps, the time, the memory, the card, and what could be
+    # Line by line: what it does, the time, the memory, the card, and what could be
     # better.
     seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
-    lines = [*lack_of_disk(plan), *(words for words, _ in choices.said)]
-    lines += step_lines(plan)
+    lines = [*lack_of_disk(plan), *chosen_lines(plan.config)]
     lines.append(TIME_KNOWN if seconds else TIME_UNKNOWN)
     lines += cost_lines(plan)
     lines += card_lines(plan.config, plan.cost)
-    lines += advice(plan)
+    lines += map(train_form.in_the_forms_words, advice(plan))
     # The three numbers that decide.
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
     time_needed = "time not known yet"

@@ -1,21 +1,39 @@
-"""The right half of the Train tab: a run's progress and its buttons, and the runs that wait."""
+"""The right half of the Train tab: all runs, the chosen one's progress, and the runs that wait."""
 
 import os
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
+import PIL.Image
 
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
-from dreambooth_moslora.training.explain import closing_advice, figures_from, known_config
+from dreambooth_moslora.training.explain import (
+    LEAST_LIKENESS,
+    NOTHING,
+    closing_advice,
+    figures_from,
+    known_config,
+)
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, on, sentence
-from dreambooth_moslora.ui.jobs import Job, Jobs, JobState
+from dreambooth_moslora.ui.events import (
+    AT_ONCE,
+    TELLING,
+    as_gradio_error,
+    mistake_card,
+    on,
+    sentence,
+)
+from dreambooth_moslora.ui.jobs import IN_TERMINAL, Job, Jobs, JobState
+from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.workspace import Workspace
@@ -23,25 +41,62 @@ from dreambooth_moslora.values import is_finite_number
 
 POLL_SEC = 2.0
 """How often the page looks at the run, s."""
-NO_RUN = html.notice("No run yet. Add photos, say what they show, start.")
+NO_RUN = html.remarks_card(
+    [
+        "Add 3 to 10 photos of one subject, in several places.",
+        "Say in one word what they show, such as dog.",
+        "Start training. Pictures come here while it learns, and you can stop it at any time.",
+    ],
+    "No run yet. Here you will watch it learn.",
+)
 GONE = "This run is not there any more."
 """States without a run."""
+MOST_LISTED = 30
+"""Runs in the list; the oldest are left out."""
+LISTED_PX = 96
+"""Longer side of a run's picture in the list."""
+STATES = {
+    "starting": "starting",
+    "running": "training",
+    "stopping": "stopping",
+    "done": "done",
+    "interrupted": "stopped",
+    "failed": "failed",
+}
+"""State of a run -> its word in the list."""
 HEADROOM = 1.1
 """Height of a plot, as a multiple of its highest value."""
 DOWNLOADS = {
-    "download": ("Download the adapter", "download_adapter"),
-    "download_kohya": ("… for ComfyUI, A1111", "download_kohya"),
-    "download_tokens": ("… its new tokens", "download_tokens"),
+    "download": ("Download for diffusers", "download_adapter"),
+    "download_kohya": ("For ComfyUI", "download_kohya"),
+    "download_tokens": ("Its new tokens", "download_tokens"),
 }
 """Name -> label and id of a button."""
-PICTURES = ("loss", "fidelity", "samples", "sheet")
+PICTURES = ("samples", "sheet", "details", "loss", "fidelity")
 """Widgets that are hidden until there is something in them."""
-WATCHED = ("run", "seen", "status", "stop", "resume", "use", "reopen", *DOWNLOADS, *PICTURES, "log")
+WATCHED = (
+    "run",
+    "seen",
+    "status",
+    "stop",
+    "resume",
+    "use",
+    "reopen",
+    *DOWNLOADS,
+    *PICTURES,
+    "log",
+)
 """Widgets that show the run."""
+LEARNED = "It learned your subject: likeness to the photos rose from {:.0%} to {:.0%}."
+NOT_LEARNED = "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
+LOOK_YOURSELF = "Nothing was measured. Are the new pictures like your photos?"
+"""Verdicts on a finished run; the first two with likeness before and now."""
 PLOT_POINTS = 200
 """About how many points of the loss are drawn."""
 SMOOTHING_STEPS = 25
 """Steps over which the loss is averaged."""
+BEFORE = "before"
+"""Caption of pictures that were drawn before the first step."""
 MAX_SAMPLES_SHOWN = 24
 """Sample pictures that are shown at most."""
 PHASES = {
@@ -64,34 +119,22 @@ ENDINGS = {
 
 
 def watch_widgets() -> dict[str, Any]:
-    """The widgets of the run and of the queue, by name."""
+    """The widgets of the runs and of the queue, by name."""
     parts: dict[str, Any] = {"timer": gr.Timer(POLL_SEC), "seen": gr.State(None)}
-    # Which run, and how far it is.
-    with gr.Row(elem_classes="tight"):
-        look = {"allow_custom_value": True, "elem_id": "run_picker", "min_width": 110}
-        parts["run"] = gr.Dropdown([], value=None, label="Run", **look)
-        look = {"interactive": False, "scale": 0}
-        parts["stop"] = gr.Button(
-            "Stop", variant="stop", min_width=76, elem_id="stop_training", **look
-        )
-        parts["resume"] = gr.Button("Resume", min_width=88, elem_id="resume", **look)
+    # All runs, and how far the chosen one is. Programs and events know it by its name.
+    parts["runs"] = html.run_list("runs")
+    parts["run"] = gr.Textbox("", label="Run", visible=False)
     parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
-    parts |= queue_widgets()
-    # What can be done with a run that has ended.
-    with gr.Row(elem_classes="tight"):
-        parts["use"] = gr.Button(
-            "Use this adapter", variant="primary", visible=False, elem_id="use_adapter"
-        )
-        parts["reopen"] = gr.Button("Change and train again", visible=False, elem_id="reopen")
-    with gr.Row(elem_classes="tight"):
+    # What can be done with it, as it trains and when it has ended.
+    button = {"visible": False, "min_width": 76}
+    with gr.Row(elem_classes="tight ended"):
+        parts["stop"] = gr.Button("Stop", variant="stop", elem_id="stop_training", **button)
+        parts["use"] = gr.Button("Draw with it", elem_id="use_adapter", **button)
+        parts["resume"] = gr.Button("Resume", elem_id="resume", **button)
+        parts["reopen"] = gr.Button("Change and train again", elem_id="reopen", **button)
         for name, (label, elem_id) in DOWNLOADS.items():
-            parts[name] = gr.DownloadButton(label, visible=False, elem_id=elem_id)
-    # Its curves, pictures and log.
-    plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
-    parts["loss"] = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
-    parts["fidelity"] = gr.LinePlot(
-        y="score", color="measure", title="Fidelity", elem_id="fidelity", **plot
-    )
+            parts[name] = gr.DownloadButton(label, elem_id=elem_id, **button)
+    # Its pictures: the newest while it trains, and before and after when it has ended.
     parts["samples"] = gr.Gallery(
         label="Samples",
         columns=4,
@@ -102,12 +145,28 @@ def watch_widgets() -> dict[str, Any]:
         **html.SHOWN,
     )
     parts["sheet"] = gr.Image(
-        label="Contact sheet", type="filepath", visible=False, elem_id="sheet_of_run", **html.SHOWN
+        label="Before and after",
+        type="filepath",
+        visible=False,
+        elem_id="sheet_of_run",
+        **html.SHOWN,
     )
-    with gr.Accordion("Log", open=False, elem_id="log_box"):
+    parts |= queue_widgets()
+    # For whoever wants to know more.
+    look = {"open": False, "visible": False, "elem_id": "log_box"}
+    with gr.Accordion("Curves and log", **look) as parts["details"]:
+        plot = {"x": "step", "height": 230, "buttons": [], "visible": False}
+        parts["loss"] = gr.LinePlot(y="loss", color="part", title="Loss", elem_id="loss", **plot)
+        parts["fidelity"] = gr.LinePlot(
+            y="score", color="measure", title="Scores", elem_id="fidelity", **plot
+        )
         look = {"show_line_numbers": False, "wrap_lines": True, "max_lines": 20}
         parts["log"] = gr.Code(language=None, label="Log", elem_id="log", **look)
     return parts
+
+
+SHOW_STATUS = "() => setTimeout(() => bringIntoView('train_watch', 'train_status'), 200)"
+"""Once it is on the page: on a phone it stands below the form."""
 
 
 def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
@@ -115,10 +174,13 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     inputs = [parts["run"], parts["seen"]]
     outputs = [parts[name] for name in WATCHED]
 
-    def attach() -> gr.Dropdown:
-        """The newest run is shown."""
-        names = run_names(ctx.jobs)
-        return gr.Dropdown(choices=names, value=names[0] if names else None)
+    def attach() -> str:
+        """The run that trains is shown, or else the newest."""
+        current = ctx.jobs.current()
+        listed = listed_runs(ctx.jobs)
+        if current is None and not listed:
+            return ""
+        return current.name if current else listed[0][0].name
 
     def look(run: str | None, seen: tuple | None) -> dict:
         changes = watched(ctx.jobs, run, seen, ctx.workspace) or {"seen": gr.skip()}
@@ -128,6 +190,12 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     page.load(attach, None, parts["run"], **AT_ONCE).then(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
     parts["run"].change(look, inputs, outputs, **AT_ONCE)
+
+    @on(parts["runs"].choose, AT_ONCE, inputs=None, outputs=parts["run"])
+    def choose(event: gr.EventData) -> str:
+        return str(event._data.get("run")) if isinstance(event._data, dict) else ""
+
+    parts["runs"].choose(None, js=SHOW_STATUS, **AT_ONCE)
     stop, resume = parts["stop"], parts["resume"]
     _connect_control(ctx, stop, parts, action=ctx.jobs.stop, api_name="stop_training")
     _connect_control(ctx, resume, parts, action=ctx.jobs.resume, api_name="resume_training")
@@ -174,13 +242,18 @@ def _connect_control(
 
     """
 
-    @as_gradio_error
-    def control(run: str | None) -> str:
+    def act(run: str | None) -> str:
         job = action(run or "")
         return html.notice(f"{'Stopping' if job.stop_asked else 'Going on with'} {job.name} …")
 
-    button.click(control, parts["run"], parts["status"], **TELLING)
-    gr.api(control, api_name=api_name, queue=False)
+    def on_page(run: str | None) -> str:
+        try:
+            return act(run)
+        except Exception as error:
+            return mistake_card(error)
+
+    button.click(on_page, parts["run"], parts["status"], **TELLING)
+    gr.api(as_gradio_error(act), api_name=api_name, queue=False)
 
 
 def watched(
@@ -201,10 +274,7 @@ def watched(
         job = jobs.recorded(run)
     except UserError:
         # Its folder was deleted.
-        return {
-            "run": gr.Dropdown(choices=run_names(jobs), value=None),
-            "status": html.notice(GONE, "bad"),
-        }
+        return {"run": "", "status": html.notice(GONE, "bad")}
     state = jobs.state(job)
     now = (job.name, job.began, state, len(jobs.metrics(job).events))
     if now == seen:
@@ -216,30 +286,44 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
     """Values of the widgets for a run as it is now."""
     run_dir = run_folder.RunDir(job.run_dir)
     metrics = jobs.metrics(job)
-    ready = run_dir.adapter_path.is_file() and not state.is_active
-    # The contact sheet: the photos, and pictures before and after.
+    is_over = not state.is_active
+    ready = run_dir.adapter_path.is_file() and is_over
+    # The contact sheet has the photos, and pictures before and after: it takes the samples' place.
     has_sheet = ready and run_dir.contact_sheet_path.is_file()
     sheet = str(link_into(workspace, run_dir.contact_sheet_path, job.name)) if has_sheet else None
-    samples = samples_of(job, metrics, workspace)
+    samples = [] if has_sheet else samples_of(job, metrics, workspace)
     # The state, and what to make of it.
-    status = status_card(state, metrics, best_of(job, metrics))
+    status = status_card(state, metrics)
     if state.state == "done":
-        status += advice_card(metrics)
+        status += verdict_card(metrics, has_best=best_folder(run_dir) != run_dir.path)
+    can_stop = state.is_active and job.has_process
+    if state.is_active and not can_stop:
+        status += html.faint(sentence(IN_TERMINAL) + ".")
+    files = run_dir if not ready else run_folder.RunDir(best_folder(run_dir))
+    kohya = files.path / run_dir.kohya_path.name
+    tokens = run_folder.tokens_files(files.path, run_dir.name) or run_dir.tokens_paths
     return {
         "status": status,
-        "stop": gr.Button(interactive=state.is_active),
-        "resume": gr.Button(interactive=not state.is_active and state.state != "done"),
+        "stop": gr.Button(visible=can_stop),
+        "resume": gr.Button(visible=is_over and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "reopen": gr.Button(visible=not state.is_active),
-        "download": _download([run_dir.adapter_path], ready, job, workspace),
-        "download_kohya": _download([run_dir.kohya_path], ready, job, workspace),
-        "download_tokens": _download(run_dir.tokens_paths, ready, job, workspace),
-        "loss": _plot(loss_table(metrics), "loss"),
-        "fidelity": _plot(fidelity_table(metrics), "score"),
+        "reopen": gr.Button(visible=is_over and (job.run_dir / "photos").is_dir()),
+        "download": _download([files.adapter_path], ready, job, workspace),
+        "download_kohya": _download([kohya], ready, job, workspace),
+        "download_tokens": _download(tokens, ready, job, workspace),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=has_sheet),
+        "details": gr.Accordion(visible=True),
+        "loss": _plot(loss_table(metrics), "loss"),
+        "fidelity": _plot(fidelity_table(metrics), "score"),
         "log": job.log_tail(),
     }
+
+
+def best_folder(run_dir: run_folder.RunDir) -> Path:
+    """Where the run's best adapter lies: of its best step, if scores have kept one."""
+    is_kept = (run_dir.best_dir / run_folder.PUBLISHED_NAME).is_file()
+    return run_dir.best_dir if is_kept else run_dir.path
 
 
 def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
@@ -264,12 +348,55 @@ def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:
     return gr.LinePlot(table, y_lim=y_lim, visible=table.step.nunique() > 1)
 
 
-def run_names(jobs: Jobs) -> list[str]:
-    """The runs of the page and of the queue, the newest first."""
-    return [job.name for job in jobs.all()]
+def listed_runs(jobs: Jobs) -> list[tuple[Job, JobState]]:
+    """The newest runs, however they were begun, but those that have ended and saved nothing."""
+    found = []
+    for job in jobs.all():
+        state = jobs.state(job)
+        folder = run_folder.RunDir(job.run_dir)
+        if state.is_active or folder.adapter_path.is_file() or folder.latest_checkpoint():
+            found.append((job, state))
+        if len(found) == MOST_LISTED:
+            break
+    return found
 
 
-OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "queue_pause")
+def run_cards(jobs: Jobs) -> list[dict[str, str]]:
+    """The cards of `html.run_list`."""
+    cards = []
+    for job, state in listed_runs(jobs):
+        word = STATES.get(state.state, state.state)
+        at = f" · step {state.step}" if state.step else ""
+        cards.append(
+            {
+                "run": job.name,
+                "picture": picture_of(job.run_dir),
+                "state": f"{word}{at}",
+                "kind": state.state,
+                "date": time.strftime("%d %b, %H:%M", time.localtime(job.changed)).lstrip("0"),
+            }
+        )
+    return cards
+
+
+def picture_of(run_dir: Path) -> str:
+    """A small picture for the list: the newest sample, or a photo; "" without both."""
+    samples = run_folder.RunDir(run_dir).samples_dir.glob("*.png")
+    newest = sorted(samples, key=lambda file: file.stat().st_mtime)[-1:]
+    for file in newest + kept_photos(run_dir / "photos")[:1]:
+        with suppress(OSError):
+            return small_picture(file, file.stat().st_mtime_ns)
+    return ""
+
+
+@lru_cache(maxsize=4 * MOST_LISTED)
+def small_picture(file: Path, changed_ns: int) -> str:
+    """The file as a small data URL, made once while it is unchanged. Raises OSError."""
+    with PIL.Image.open(file) as image:
+        return html.thumbnail(image.convert("RGB"), LISTED_PX)
+
+
+OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "runs", "queue_pause")
 """Widgets that show the queue."""
 PAUSED = "Paused: what trains goes on to its end, and no next run starts."
 """Told below a paused queue."""
@@ -326,6 +453,7 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
     page.load(look, inputs, outputs, **AT_ONCE)
     parts["timer"].tick(look, inputs, outputs, **AT_ONCE)
+    parts["run"].change(look, inputs, outputs, **AT_ONCE)
     _connect_programs(ctx)
 
 
@@ -369,17 +497,14 @@ def queue_changes(
     waiting = ctx.queue.queue.waiting()
     rows = [(f"{place} · {one.name}", one.name) for place, one in enumerate(waiting, 1)]
     is_paused = ctx.queue.queue.is_paused
-    names = run_names(ctx.jobs)
-    now = (rows, is_paused, names)
+    cards = run_cards(ctx.jobs)
+    now = (rows, is_paused, run, cards)
     if now == seen:
         return {}
     # A run that the page has not seen yet has just begun: watch it.
     current = ctx.jobs.current()
-    known = (run, *(seen[-1] if seen else ()))
-    if current is not None and current.name not in known:
-        runs = gr.Dropdown(choices=names, value=current.name)
-    else:
-        runs = gr.Dropdown(choices=names)
+    known = [run, *(card["run"] for card in (seen[-1] if seen else ()))]
+    is_new = current is not None and current.name not in known
     # A run that does not wait any more cannot stay chosen.
     if chosen not in [one.name for one in waiting]:
         chosen = None
@@ -389,33 +514,42 @@ def queue_changes(
         "queue_rest": html.faint(PAUSED) if is_paused else "",
         "queue_seen": now,
         "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
-        "run": runs,
+        "run": current.name if is_new else gr.skip(),
+        # Gradio replaces all that the list was told, so both go together.
+        "runs": gr.HTML(cards=cards, chosen=run, visible=bool(cards)),
     }
 
 
-def best_of(job: Job, metrics: events.Metrics) -> str:
-    """The best step and the name of its adapter on the page; "" without scores."""
-    best = metrics.last("evaluation").get("best")
-    is_kept = (run_folder.RunDir(job.run_dir).best_dir / run_folder.PUBLISHED_NAME).is_file()
-    if not (isinstance(best, dict) and is_kept):
-        return ""
-    return f" The best was step {best.get('step')}: {job.name}@best."
+def verdict_card(metrics: events.Metrics, has_best: bool) -> str:
+    """What became of a finished run, in words, and what to do next.
 
-
-def advice_card(metrics: events.Metrics) -> str:
-    """What to try after a scored run, the most important first; "" for other runs.
-
-    Advice for the command line is said in the form's words.
+    With `has_best` its best step was kept. Advice for the command line is said in the form's words.
     """
-    config = known_config(metrics.last("start").get("config") or {})
-    card = ""
-    for line in closing_advice(figures_from(metrics.events, config)):
-        card += html.faint(f"Try next: {train_form.in_the_forms_words(line)}.")
-    return card
+    figures = figures_from(metrics.events, known_config(metrics.last("start").get("config") or {}))
+    # Did it learn the subject?
+    before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))
+    if now is None or before is None:
+        verdict = LOOK_YOURSELF
+    else:
+        said = LEARNED if now - before >= LEAST_LIKENESS else NOT_LEARNED
+        verdict = said.format(max(before, 0), max(now, 0))
+    lines = [verdict]
+    best = metrics.last("evaluation").get("best")
+    if has_best and isinstance(best, dict):
+        lines.append(
+            f"Step {best.get('step')} was the best: it is what you draw with and download."
+        )
+    # What next?
+    advice = [line for line in closing_advice(figures) if line != NOTHING]
+    for line in advice:
+        lines.append(f"Try next: {train_form.in_the_forms_words(line)}.")
+    if not advice:
+        lines.append("Next: “Draw with it”, in places that the photos do not show.")
+    return html.remarks_card(lines)
 
 
-def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str:
-    """One line of state and one of numbers; `best` is said of a run that has ended."""
+def status_card(state: JobState, metrics: events.Metrics) -> str:
+    """One line of state and one of numbers."""
     # It has ended.
     if state.state in ENDINGS:
         detail = state.message or f"Step {state.step} of {state.max_train_steps}."
@@ -423,7 +557,7 @@ def status_card(state: JobState, metrics: events.Metrics, best: str = "") -> str
         if state.state == "interrupted" and state.message:
             return html.notice(f"{sentence(state.message)}.", "good")
         kind = "bad" if state.state == "failed" else "good"
-        return html.notice(f"{ENDINGS[state.state]} {detail}{best}", kind)
+        return html.notice(f"{ENDINGS[state.state]} {detail}", kind)
     # It begins, or is about to end.
     if state.state == "starting":
         return html.progress_card("Starting …", "loading the libraries", 0.0)
@@ -498,28 +632,28 @@ def fidelity_table(metrics: events.Metrics) -> pd.DataFrame:
 
 
 def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[tuple[str, str]]:
-    """(Link in the workspace, caption) of the sample pictures, by step.
+    """(Link in the workspace, caption) of the sample pictures, the newest first.
 
-    If there are too many, step 0 and the newest are shown: the base's pictures are the reference
-    for the others.
+    If there are too many, the newest and those before the training are shown.
     """
     # File -> caption. A resumed run draws some anew.
     found: dict[str, str] = {}
     for event in metrics.of("sample"):
         for name in event.get("files") or ():
-            found[Path(str(name)).name] = f"step {event.get('step')}"
+            step = event.get("step")
+            found[Path(str(name)).name] = f"step {step}" if step else BEFORE
 
-    # Those that are there, at the beginning and at the end.
+    # Those that are there; within a step in their order.
     there = []
     for name, caption in found.items():
         file = job.run_dir / "samples" / name
         if file.is_file():
             there.append((file, caption))
-    first = [item for item in there if item[1] == "step 0"]
-    first = first[: MAX_SAMPLES_SHOWN // 2]
-    others = [item for item in there if item not in first]
-    newest = others[-(MAX_SAMPLES_SHOWN - len(first)) :]
-    shown = first + newest
+    first = [item for item in there if item[1] == BEFORE][: MAX_SAMPLES_SHOWN // 2]
+    others = [item for item in there if item[1] != BEFORE]
+    steps = list(dict.fromkeys(caption for _, caption in reversed(others)))
+    newest = [item for caption in steps for item in others if item[1] == caption]
+    shown = newest[: MAX_SAMPLES_SHOWN - len(first)] + first
     return [(str(link_into(workspace, file, job.name)), caption) for file, caption in shown]
 
 

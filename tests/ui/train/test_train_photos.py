@@ -178,7 +178,8 @@ def test_a_photo_that_is_not_used_has_a_row_and_captions_after_it_stay_with_thei
     ]
     keep_captions_of(workspace, "\nof the noise")
     assert [card["caption"] for card in cards_of(workspace, found, {})] == ["", "of the noise"]
-    assert "1 photo," in found.remarks and "photo 2: too small" in found.remarks
+    for words in ("1 photo,", "photo 1: ", "photo 2: too small"):
+        assert words in found.remarks
 
 
 @pytest.mark.slow
@@ -210,7 +211,6 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
         True,
         False,
     ]
-    assert ("first of its 12 crops" in found.remarks) == (base == "toy")
 
 
 @pytest.fixture
@@ -263,13 +263,13 @@ def test_masks_are_shown_as_the_run_has_them(masked, tab):
     # the run makes it, as it was shown
     assert not (masked.photos_dir / "photo_02.mask.png").exists()
     (of_given, _), (bare, _) = review_kept(tab).crops
-    (same, _), (dark, _) = review_kept(
+    (same, _), (lined, _) = review_kept(
         tab, masks={mask.photo: mask.path for mask in (given, made)}
     ).crops
-    assert (
-        np.array_equal(pixels(of_given), pixels(same))
-        and pixels(dark).mean() < 0.8 * pixels(bare).mean()
-    )
+    assert np.array_equal(pixels(of_given), pixels(same))
+    # A line around the subject, and nothing else, is of another colour.
+    changed = np.abs(pixels(lined).astype(int) - pixels(bare)).max(axis=2) > 60
+    assert 0.005 < changed.mean() < 0.15
     bare = shown_masks(config_of(masked, make_masks=False), masked)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
 

@@ -96,14 +96,14 @@ def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_three_numbe
         folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.said)
         assert len(list(folder.glob("*.png"))) == 5
         assert (folder / "photo_01.txt").read_text() == "a yellow duck"
-    for words in ("photos: 5, 0 with a mask", "words: “a photo of a sks duck”"):
+    for words in ("from 5 photos.", "“a photo of a sks duck” will show your subject."):
         assert words in said
     cost = estimate_cost(tab, form)
     title, _, rest = cost.partition("<details>")
     assert re.fullmatch(
         r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title
     )
-    assert "recipe: assets/configs/toy.toml" in rest and "time: not known before" in rest
+    assert "480 steps at 128 px" in rest and "time: not known before" in rest
 
 
 @pytest.mark.parametrize(
@@ -355,6 +355,5 @@ def test_the_cost_says_each_choice_and_names_the_card(
         f"{words} gradient"
     )
     assert card_line in cost and ("too little memory" in cost) == is_tight
-    recipe = "recipe: assets/configs/sdxl.toml"
-    for said in ("photos: 5, 0 with a mask", recipe, "which show each photo", "scores: none, as"):
+    for said in ("at 1024 px, from 5 photos.", "learned whole", "Likeness is not measured"):
         assert said in cost, (said, cost)

@@ -11,12 +11,15 @@ import pytest
 
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
+from dreambooth_moslora.disk.queue import locked
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
 from dreambooth_moslora.ui.train.train_form import in_the_forms_words
 from dreambooth_moslora.ui.train.train_watch import (
     fidelity_table,
     loss_table,
+    run_cards,
     samples_of,
     status_card,
     watched,
@@ -61,8 +64,9 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
     assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
     now = look()
-    for words in ("step 20", "dog@best", "Try next: the score fell from 0.50 at step 20"):
+    for words in ("Step 20 was the best", "Try next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
+    assert "@" not in now["status"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
     later = {"download_tokens": "dog_emb.safetensors", "sheet": "contact_sheet.png"}
     assert all(
@@ -78,7 +82,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     recorded(run, {"type": "end", "state": "done"})
     now = look()
     assert now["download"].visible and not now["download_kohya"].visible
-    assert "@best" not in now["status"] and "Try next" not in now["status"]
+    assert "Nothing was measured" in now["status"] and "Try next" not in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
     assert set(catalog.files()) == {"best", "best@best"}
 
@@ -108,11 +112,10 @@ def test_a_run_that_is_gone_is_told(tmp_path, workspace):
     recorded(tmp_path / "dog", birth=birth_of(os.getpid()))
     recorded(tmp_path / "other")
     seen = watched(jobs, "dog", None, workspace)
-    assert seen["stop"].interactive and watched(jobs, "dog", seen["seen"], workspace) == {}
+    assert seen["stop"].visible and watched(jobs, "dog", seen["seen"], workspace) == {}
     shutil.rmtree(tmp_path / "dog")
     now = watched(jobs, "dog", seen["seen"], workspace)
-    assert "not there any more" in now["status"] and now["run"].value is None
-    assert [value for _, value in now["run"].choices] == ["other"]
+    assert "not there any more" in now["status"] and now["run"] == ""
     assert watched(jobs, None, None, workspace) == {}
 
 
@@ -169,18 +172,38 @@ def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tm
     assert list(table[table.part == "subject"].step) == [1, 2, 3]
 
 
-def test_scores_and_samples_are_shown_step_0_first_and_of_many_the_newest(tmp_path, workspace):
+def test_scores_are_shown_and_samples_newest_first_and_from_before_last(tmp_path, workspace):
     scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
     metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
     assert fidelity_table(metrics).to_dict("records") == [
         {"step": 10, "score": 0.7, "measure": "prompt"}
     ]
     shown = samples_of(Job(tmp_path, 1, ""), metrics, workspace)
-    assert [caption for _, caption in shown] == ["step 0", "step 10"]
+    assert [caption for _, caption in shown] == ["step 10", "before"]
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
     shown = [caption for _, caption in samples_of(Job(tmp_path, 1, ""), metrics, workspace)]
-    assert (
-        shown == ["step 0", *(f"step {s}" for s in range(40 - len(shown) + 1, 40))]
-        and len(shown) < 40
-    )
+    assert shown == [*(f"step {s}" for s in range(39, 40 - len(shown), -1)), "before"]
+    assert 1 < len(shown) < 40
+
+
+def test_runs_of_a_terminal_are_listed_and_those_that_saved_nothing_are_not(tmp_path):
+    jobs = Jobs(tmp_path)
+    started = {"type": "start", "max_train_steps": 30, "time": 1.0}
+    ended = {"type": "end", "state": "interrupted", "step": 20, "time": 2.0}
+    for name, saved in (("empty", None), ("terminal", PUBLISHED)):
+        run = recorded(tmp_path / name, started, {"type": "step", "step": 20}, ended).run_dir
+        (run / "job.json").unlink()
+        if saved:
+            (run / saved).write_text("x")
+            (run / "samples").mkdir()
+    PIL.Image.new("RGB", (300, 200)).save(tmp_path / "terminal" / "samples" / "0.png")
+    (card,) = run_cards(jobs)
+    assert (card["run"], card["state"]) == ("terminal", "stopped · step 20")
+    assert card["picture"].startswith("data:image/jpeg") and card["date"]
+    # While a terminal trains, it holds the folder, and the page cannot stop it.
+    with locked(tmp_path / "empty"):
+        states = {card["run"]: card["state"] for card in run_cards(jobs)}
+        assert states["empty"] == "training · step 20" and jobs.current().name == "empty"
+        with pytest.raises(UserError, match="begun in a terminal"):
+            jobs.stop("empty")
