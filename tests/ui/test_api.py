@@ -197,7 +197,7 @@ def test_a_run_answers_with_its_name_has_an_estimate_and_follows_the_recipe(
 ):
     files = list(map(handle_file, noise_photos(tmp_path, 1)))
     run, status = client.predict(photos=files, class_word="hen", api_name="/train")
-    assert run["value"] == "hen" and "is starting" in status
+    assert run == "hen" and "is starting" in status
     assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (
         16,
         "adapter_off",
