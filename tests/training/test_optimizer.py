@@ -105,9 +105,10 @@ def test_the_schedule_free_average_is_what_the_library_evaluates():
 
 
 def each_optimizer():
-    """A case for each row, which is skipped where its package is not installed."""
+    """A case for each row, which is skipped where its module is not installed."""
     for name, kind in OPTIMIZERS.items():
-        marks = [pytest.mark.extra(kind.package)] if kind.package else []
+        module = kind.home.partition(":")[0].partition(".")[0]
+        marks = [pytest.mark.extra(module)] if kind.package else []
         yield pytest.param(name, marks=marks)
 
 
@@ -200,6 +201,33 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         UserError, match="AdamWScheduleFree needs schedulefree: pip install schedulefree"
     ):
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
+
+
+# Shares of the rate at steps 1, 6 and 9 of 10: two steps of warm-up, three cycles, power 2.
+SHARES = {
+    "linear": (0.5, 0.5, 0.125),
+    "cosine": (0.5, 0.5, 0.0381),
+    "cosine_with_restarts": (0.5, 0.5, 0.3087),
+    "polynomial": (0.5, 0.25, 0.0156),
+    "constant": (1, 1, 1),
+    "constant_with_warmup": (0.5, 1, 1),
+}
+
+
+def test_each_schedule_has_the_rates_of_its_name():
+    assert SHARES.keys() == LR_SCHEDULES.keys()
+    for name, shares in SHARES.items():
+        settings = TrainConfig(
+            lr_scheduler=name,
+            lr_warmup_steps=2,
+            lr_num_cycles=3,
+            lr_power=2.0,
+            learning_rate=1e-3,
+        )
+        optimizer = make_optimizer(settings, parameter_groups(settings, components()))
+        schedule = make_lr_schedule(settings, optimizer, max_train_steps=10)
+        rates = [schedule.lr_lambdas[0](step) for step in (1, 6, 9)]
+        assert rates == pytest.approx(shares, abs=2e-4), name
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)
