@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from tests.conftest import LONGEST, TESTS, pytest_runtest_setup
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,14 @@ def test_every_package_that_is_imported_is_declared(folder):
     for name in sorted(foreign):
         brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
         assert brought_by & declared.keys(), f"{name} is imported and not declared"
+
+
+def test_the_package_of_each_optimizer_is_declared_and_ci_installs_it():
+    extra = ranges(PROJECT["project"]["optional-dependencies"]["optimizers"])
+    packages = {kind.package for kind in OPTIMIZERS.values() if kind.package}
+    assert packages <= ranges(NEEDED).keys() | extra.keys()
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert '["optional-dependencies"]["optimizers"]' in ci and "$optimizers" in ci
 
 
 def test_each_extra_brings_what_its_package_imports():

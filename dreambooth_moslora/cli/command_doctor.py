@@ -16,6 +16,7 @@ from packaging.version import Version
 from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import clone_folder
 from dreambooth_moslora.precision import half_precision
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.settings.rules import version_of
 
 MIN_PYTHON = (3, 11)
@@ -23,8 +24,7 @@ MIN_PYTHON = (3, 11)
 NEEDED_DISK_GIB = 10
 OPTIONAL = (
     "bitsandbytes",
-    "prodigyopt",
-    "schedulefree",
+    *(kind.package for kind in OPTIMIZERS.values() if kind.package),
     "datasets",
     "tensorboard",
     "wandb",

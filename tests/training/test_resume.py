@@ -21,6 +21,7 @@ from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
+from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import (
@@ -114,6 +115,11 @@ STOPS = {
 }
 """After which steps a run is stopped, if not after the second alone. Step 0: while class images are
 drawn."""
+
+
+def test_a_run_is_stopped_with_every_optimizer():
+    stopped = {kind.get("optimizer", "AdamW") for kind in KINDS.values()}
+    assert stopped == OPTIMIZERS.keys()
 
 
 @pytest.fixture(scope="module")
