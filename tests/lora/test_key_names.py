@@ -71,3 +71,8 @@ def test_one_spelling_of_each_part_is_written_and_it_is_named():
     for component, text in key_names.WRITTEN_PREFIXES.items():
         assert component in read[text].components
     assert read[key_names.WRITTEN_ALONE].components == ("text_encoder",)
+
+
+@pytest.mark.parametrize("row", key_names.PREFIXES, ids=lambda row: row.text)
+def test_no_beginning_stands_behind_one_that_takes_its_keys(row):
+    assert key_names.parse(f"{row.text}a.to_q.lora_A.weight").module.prefix == row
