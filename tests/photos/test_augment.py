@@ -19,6 +19,19 @@ def test_each_row_is_a_setting_that_check_takes_and_whose_help_says_that_kept_cr
     assert facts["check"] and facts["help"].endswith(table.CHANGED_ONCE)
 
 
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+@pytest.mark.parametrize("drawn", [0.0, 0.999])
+def test_each_row_keeps_the_size_and_mode_of_a_crop(name, drawn):
+    kind, crop = augment.AUGMENTATIONS[name], Image.effect_noise((48, 32), 90).convert("RGB")
+    value = table.SETTINGS[name].metadata["high"] or True
+    parameter = kind.pick(drawn, value)
+    if parameter is None:
+        return
+    for before in [crop, crop.getchannel(0)] if kind.moves_pixels else [crop]:
+        after = kind.change(before, parameter)
+        assert (after.size, after.mode) == (before.size, before.mode)
+
+
 @pytest.fixture
 def darkened(monkeypatch):
     """A second row: three quarters of the crops are darker by up to the setting's share."""
