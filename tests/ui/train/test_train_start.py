@@ -30,6 +30,7 @@ from dreambooth_moslora.ui.train import train_photos
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     crop_config,
+    rows,
 )
 from dreambooth_moslora.ui.train.train_photos import remove_photo
 from dreambooth_moslora.ui.train.train_start import (
@@ -192,19 +193,31 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
     end_all(page.jobs)
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        DUCK,
-        TrainForm("tok", "toy duck", preset="quick", captions="first\n\nthird"),
-        TrainForm("sks", "duck", steps=7, **CHANGED),
-        TrainForm(
-            "sks", "duck", prior_preservation=False, new_tokens=True, tokens_begin_as="toy duck"
-        ),
-        replace(DUCK, preset="thorough"),
-        replace(DUCK, steps=30, seed=4),
-    ],
-)
+FORMS = [
+    DUCK,
+    TrainForm("tok", "toy duck", preset="quick", captions="first\n\nthird"),
+    TrainForm("sks", "duck", steps=7, **CHANGED),
+    TrainForm(
+        "sks",
+        "duck",
+        prior_preservation=False,
+        new_tokens=True,
+        tokens_begin_as="toy duck",
+        tokens_learning_rate=5e-4,
+    ),
+    replace(DUCK, preset="thorough"),
+    replace(DUCK, steps=30, seed=4),
+]
+
+
+def test_the_forms_that_come_back_change_every_field_of_a_setting():
+    """But for those that the embedded bases, which are tried here, do not take."""
+    for name, row in rows().items():
+        if row.setting and not row.of_files:
+            assert any(getattr(form, name) != getattr(DUCK, name) for form in FORMS), name
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(workspace, tab, form):
     with prepared(tab, form) as run:
         back = form_of_run(run.settings, run.run_dir / "photos")
