@@ -668,12 +668,13 @@ def fitting(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -
 def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Plan -> peak memory in GiB, for those that these settings and packages allow."""
     found = {}
-    for name in table.PLANS:
+    for name, plan in table.PLANS.items():
         if not is_possible(name, config, size.family):
             continue
         tried = replace(config, **plan_settings(config, name))
         # Blocks in half precision may need more than the host has; those in 4 bit take a quarter.
-        if name == "stream" and streamed_gib(tried, size) > HOST_SHARE * host_gib():
+        is_dense_stream = "stream_blocks" in plan and "base_quantization" not in plan
+        if is_dense_stream and streamed_gib(tried, size) > HOST_SHARE * host_gib():
             continue
         found[name] = estimate(tried, size, 1).peak_gib
     return found
@@ -689,10 +690,10 @@ def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> 
     plan = table.PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
-    is_nf4, is_streamed = "base_quantization" in plan, "stream_blocks" in plan
+    is_quantized, is_streamed = "base_quantization" in plan, "stream_blocks" in plan
     if machine.is_on_apple():
-        return "gradient_checkpointing" in plan and not is_nf4 and not is_streamed
-    if is_nf4 and (config.cache_cross_attention or not find_spec("bitsandbytes")):
+        return "gradient_checkpointing" in plan and not is_quantized and not is_streamed
+    if is_quantized and (config.cache_cross_attention or not find_spec("bitsandbytes")):
         return False
     if is_streamed and (config.base_quantization == "int8" or config.use_dora):
         return False
@@ -713,7 +714,7 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
     plans = [name for name in OF_A_LOADED_BASE if is_possible(name, config, facts)]
     # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
     if config.use_dora or config.stream_blocks:
-        plans = [name for name in plans if "nf4" not in name]
+        plans = [name for name in plans if "base_quantization" not in table.PLANS[name]]
 
     # Go on after the leanest plan whose settings the run has.
     later = plans

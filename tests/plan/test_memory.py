@@ -37,6 +37,7 @@ from dreambooth_moslora.plan.memory import (
     memory_settings,
     size_of_base,
 )
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -533,6 +534,15 @@ def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
         flags.append(found[0])
     assert len(flags) == len(ends)
     assert all(flag.endswith(end) for flag, end in zip(flags, ends))
+
+
+def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(monkeypatch):
+    """DoRA's magnitudes are those of the dense weights, whatever quantises them."""
+    quantized = CHECKPOINTED | {"base_quantization": "int8"}
+    monkeypatch.setitem(table.PLANS, "eighths", quantized)
+    monkeypatch.setattr(memory, "OF_A_LOADED_BASE", (*memory.OF_A_LOADED_BASE, "eighths"))
+    config = TrainConfig.from_dict(SETTINGS | CHECKPOINTED | {"use_dora": True})
+    assert memory.leaner(config, family_memory.facts_named("sdxl")) is None
 
 
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
