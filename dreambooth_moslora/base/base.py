@@ -183,7 +183,7 @@ class Base:
             return files.facts_in(self.index)
 
         # A single file without configurations beside it tells its family by its tensors' names.
-        return files.facts_by_names(self.tensors) if self.file else None
+        return files.facts_by_names(self.file, self.tensors) if self.file else None
 
     @property
     def is_flow(self) -> bool:
@@ -193,11 +193,13 @@ class Base:
     @cached_property
     def distilled(self) -> str:
         """Why it is a distilled base, which is not one to train; "" for another."""
-        if self.facts is None:
+        # Offline the name alone tells what a hub id is.
+        facts = self.facts or files.by_id(self.name)
+        if facts is None or facts.style == "ddpm":
             return ""
         # A model that is known is no distilled one, so its index need not be asked for.
         index = None if self.known else self.index
-        return families.distilled(index or {}, self.name, self.facts)
+        return families.distilled(index or {}, self.name, facts)
 
     @cached_property
     def tensors(self) -> Shapes:
@@ -294,6 +296,7 @@ class Base:
 
         # The weights are there, and are of such a part.
         for part in models:
+            files.check_is_dense(folder / part)
             marks = files.MARKS.get(part) if facts.denoiser == "unet" else None
             files.check_component(folder / part, self.variant, self.shapes[part], marks)
 

@@ -290,16 +290,14 @@ def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
     """What the base's family says where nothing was chosen. Raises UserError for what it cannot
     obey."""
     facts = base.facts
-    if facts is None:
-        return {}
-    check_family(config, facts)
-    if facts.style == "ddpm":
-        return {}
-
+    if facts is not None:
+        check_family(config, facts)
     if base.distilled and not config.companion:
         raise UserError(
             f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
         )
+    if facts is None or facts.style == "ddpm":
+        return {}
     check_sides(config, facts)
 
     # The family's own choices.

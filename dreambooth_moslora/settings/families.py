@@ -104,8 +104,8 @@ class Facts:
     hub_tag: str = ""
     licence: str = ""
     file_mark: str = ""
-    """A tensor that only this family's single files have, in the layout of its authors. "" for
-    SDXL's, which are those without another's mark."""
+    """A tensor that only this family's single files have, in the layout of its authors
+    (`base.files.OTHERS` has those of other models)."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
     not_in_comfyui: str = ""
@@ -157,6 +157,7 @@ FAMILIES = (
         guidance=5.0,
         needs_sizes=True,
         has_new_tokens=True,
+        file_mark="label_emb.0.0.weight",
         modelspec="stable-diffusion-xl-v1-base",
         kohya_version="sdxl_base_v1-0",
         article="an",

@@ -4,8 +4,10 @@ any family, is the same model as its folder."""
 
 import copy
 import json
+import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from torch import nn
 
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import variants_in, weight_files
+from dreambooth_moslora.base.files import OTHERS, variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -33,6 +35,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import inject
 from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
@@ -715,11 +718,61 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
         )
 
 
+@pytest.mark.parametrize("other", [one for one in OTHERS if one.keys], ids=lambda one: one.title)
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_the_file_of_another_model_is_refused_by_that_models_name(other, prefix, tmp_path):
+    """Those that resemble a family's were taken for it, and the others for SDXL's."""
+    tensors = {f"{prefix}{key}": torch.zeros(1) for key in other.keys}
+    if other.title != "FLUX.1 schnell":
+        tensors[f"{prefix}guidance_in.in_layer.bias"] = torch.zeros(1)
+    if other.inputs:
+        tensors[f"{prefix}img_in.weight"] = torch.zeros(1, other.inputs)
+    file = tmp_path / f"some_{other.title.replace(' ', '_')}_fp8.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"is {re.escape(other.title)}, which is no base here"):
+        load.load_pipeline(file)
+
+
+def test_a_file_that_no_family_claims_is_refused_and_not_called_sdxl(tmp_path):
+    save_file({"video.blocks.0.weight": torch.zeros(1)}, tmp_path / "new.safetensors")
+    with pytest.raises(UserError, match=r"of no family .* such as by its video\.blocks") as error:
+        load.load_pipeline(tmp_path / "new.safetensors")
+    assert "\n" not in str(error.value)
+
+
+BY_NAME = {
+    "Tongyi-MAI/Z-Image-Turbo": "“turbo” says that it is distilled .*train .* Tongyi-MAI/Z-Image,",
+    "black-forest-labs/FLUX.1-schnell": "“schnell” says that it is distilled",
+    "Qwen/Qwen-Image-Edit-2511": "is Qwen-Image-Edit by its name",
+    "city96/Qwen-Image-gguf": "is a GGUF file by its name",
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_offline_a_dry_run_refuses_an_id_by_what_its_name_says(name, tmp_path):
+    config = tiny_config(Path(name), paint_photos(tmp_path / "photos"), tmp_path / "run")
+    with pytest.raises(UserError, match=BY_NAME[name]) as error:
+        make_plan(replace(config, pretrained_model_name_or_path=name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_quantised_already_is_refused_in_the_dry_run(tmp_path):
+    """It was encoded, and ended with “No GPU found”."""
+    tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "transformer" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+    photos = paint_photos(tmp_path / "photos")
+    with pytest.raises(UserError, match=r"transformer is quantised already \(bitsandbytes\)"):
+        make_plan(tiny_config(tmp_path / "base", photos, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
 def test_a_unet_in_scaled_fp8_is_refused(spelling, tmp_path):
     """diffusers reads it without its scales."""
     layer = "model.diffusion_model.input_blocks.0.0"
     tensors = {f"{layer}.weight": torch.ones(4, 4), f"{layer}.{spelling}": torch.ones(1)}
+    tensors["model.diffusion_model.label_emb.0.0.weight"] = torch.ones(4, 4)
     save_file(tensors, tmp_path / "scaled.safetensors")
     with pytest.raises(UserError, match="scaled fp8, which is read of transformers alone"):
         load.load_pipeline(tmp_path / "scaled.safetensors")
