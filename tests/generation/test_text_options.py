@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options
+from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options, family_of
 from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
@@ -19,7 +19,10 @@ from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS, text_op
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
 
-TOLD = {"max_sequence_length": 4, "text_encoder_out_layers": ("4", "5", "6")}
+TOLD = {
+    "max_sequence_length": 4,
+    "text_encoder_out_layers": ("4", "5", "6"),
+}
 OTHER = "Draw badly."
 NAMES = [facts.name for facts in FAMILIES if facts.text_options]
 
@@ -48,7 +51,9 @@ def loaded(subject: SubjectPipeline, file: Path, **options) -> str:
     for path, layer in layers.items():
         sizes = {"lora_A": (1, layer.in_features), "lora_B": (layer.out_features, 1)}
         tensors |= {
-            f"transformer.{path}.{n}.weight": torch.randn(size, generator=random)
+            f"{subject.family.facts.denoiser}.{path}.{n}.weight": torch.randn(
+                size, generator=random
+            )
             for n, size in sizes.items()
         }
     save_file(
@@ -99,11 +104,28 @@ def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [("9",), ("9", "18", "99")])
-def test_layers_that_the_encoder_lacks_are_refused_in_one_line(layers, tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (("9",), "these layers are 16 wide side by side, and the transformer reads 48"),
+        (("9", "18", "99"), "give numbers of layers up to 28"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_in_one_line(layers, said, tmp_path):
     subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")
-    with pytest.raises(UserError, match="_layers: give three numbers of layers up to 28"):
+    with pytest.raises(UserError, match=f"--text_encoder_out_layers: {said}"):
         drawn(subject, text_encoder_out_layers=layers)
+
+
+def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
+    """diffusers' script takes any number. Without the transformer, which comes later, too."""
+    pipe = tiny_pipeline("flux2", tmp_path)
+    family = family_of(pipe, options={"text_encoder_out_layers": (9,)})
+    pipe.transformer.register_to_config(joint_attention_dim=16)
+    for transformer in (pipe.transformer, None):
+        pipe.register_modules(transformer=transformer)
+        (text,) = family.texts(pipe, ["a dog"])
+        assert text["prompt_embeds"].shape[-1] == 16
 
 
 @pytest.mark.slow
