@@ -156,6 +156,24 @@ class SD1(UNetFamily):
 
     encoding = {"num_images_per_prompt": 1} | UNGUIDED
 
+    def text(self, pipe, prompt):
+        """With `clip_skip` by another layer than the last, which diffusers cannot read with
+        transformers 5."""
+        skipped = self.options.get("clip_skip")
+        if skipped is None:
+            return super().text(pipe, prompt)
+        tokens = pipe.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        encoder = pipe.text_encoder
+        found = encoder(tokens.input_ids.to(self.device(pipe)), output_hidden_states=True)
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        return {"prompt_embeds": norm(found.hidden_states[-1 - skipped])[0]}
+
     def predict(self, denoiser, z, t, crops, prompt_embeds):
         return denoiser(z, t, prompt_embeds).sample
 
@@ -424,6 +442,7 @@ METHODS: dict[str, type[Family]] = {
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
     "complex_human_instruction": lambda text: [text],  # its lines
+    "clip_skip": lambda layer: layer - 1,  # diffusers counts those that are left out
 }
 """Setting -> what turns its value into the argument, where the two differ."""
 

@@ -23,10 +23,6 @@ FOREIGN = {
     "pre_compute_text_embeddings": "frozen text encoders are always asked once only; leave it out",
     "tokenizer_max_length": "SDXL's text encoders read 77 tokens; leave it out",
     "text_encoder_use_attention_mask": "SDXL's text encoders take no attention mask; leave it out",
-    "clip_skip": (
-        "SDXL takes the last layer but one of its text encoders, and so does this program; "
-        "leave it out"
-    ),
     "class_labels_conditioning": "it belongs to models of pixels, which cannot be trained here",
     "skip_save_text_encoder": "text encoders are saved only as adapters; leave it out",
     "offset_noise": "use --noise_offset 0.1",

@@ -191,8 +191,9 @@ def generate_images(
     """
     words: dict[str, Any] = {"prompt": [prompt] * len(seeds)}
 
-    # A flow's pipeline given a prompt alone may draw without guidance.
-    if facts_of(type(pipeline).__name__).style == "flow":
+    # A flow's pipeline given a prompt alone may draw without guidance, and no pipeline knows all
+    # options.
+    if facts_of(type(pipeline).__name__).style == "flow" or text_options:
         family = pipelines.family_of(pipeline, options=text_options)
         (text,) = family.texts(pipeline, [prompt])
         negative = family.negative(pipeline, "")

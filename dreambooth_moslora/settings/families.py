@@ -199,7 +199,7 @@ FAMILIES = (
                 encoders=CLIP_L,
             ),
         ),
-        **UNET,
+        **UNET | {"text_options": ("clip_skip",)},
     ),
     Facts(
         name="sd3",

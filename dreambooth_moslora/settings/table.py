@@ -936,6 +936,16 @@ class TrainConfig:
         help="numbers of the text encoder's layers that FLUX.2 reads (default: its own)",
         publish="if_changed",
     )
+    clip_skip: int | None = of_training(
+        default=None,
+        help=(
+            "which layer of Stable Diffusion 1.5's text encoder is read, counted from the last, as "
+            "many anime bases want 2 (default: 1, the last)"
+        ),
+        low=1,
+        high=12,
+        publish="if_changed",
+    )
     system_prompt: str | None = of_training(
         default=None,
         help="what Lumina 2's text encoder is told before each prompt (default: its own sentence)",

@@ -22,6 +22,7 @@ from tests.helpers.tiny_families import tiny_pipeline
 TOLD = {
     "max_sequence_length": 4,
     "text_encoder_out_layers": ("4", "5", "6"),
+    "clip_skip": 2,
 }
 OTHER = "Draw badly."
 NAMES = [facts.name for facts in FAMILIES if facts.text_options]
@@ -126,6 +127,24 @@ def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
         pipe.register_modules(transformer=transformer)
         (text,) = family.texts(pipe, ["a dog"])
         assert text["prompt_embeds"].shape[-1] == 16
+
+
+@torch.no_grad()
+def test_the_skipped_layers_of_stable_diffusion_1_5_are_counted_from_the_last(tmp_path):
+    """2 is the last but one, as kohya counts, and the pipeline's own pictures are drawn with it."""
+    pipe = tiny_pipeline("sd1", tmp_path)
+    texts = {}
+    for layer in (None, 1, 2):
+        options = encoding_options({"clip_skip": layer})
+        (text,) = family_of(pipe, options=options).texts(pipe, ["a dog"])
+        texts[layer] = text["prompt_embeds"]
+    tokens = pipe.tokenizer("a dog", padding="max_length", max_length=77, return_tensors="pt")
+    encoder = pipe.text_encoder
+    states = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
+    wanted = getattr(encoder, "text_model", encoder).final_layer_norm(states[-2])[0]
+    torch.testing.assert_close(texts[2], wanted)
+    torch.testing.assert_close(texts[1], texts[None])
+    assert not torch.allclose(texts[2], texts[1])
 
 
 @pytest.mark.slow
