@@ -422,7 +422,9 @@ def require(settings: Mapping[str, Any]) -> None:
         if not item.metadata["required"]:
             continue
         is_said_by_subjects = item.metadata["per_subject"] and settings.get("subjects")
-        is_given = str(settings.get(item.name, "")).strip()
+        # An empty prompt is one, which captions may stand in for.
+        is_empty_prompt = item.name == "instance_prompt" and settings.get(item.name) == ""
+        is_given = is_empty_prompt or str(settings.get(item.name, "")).strip()
         if not is_said_by_subjects and not is_given:
             missing.append(f"--{table.shown_flag(item.name)}")
     if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):

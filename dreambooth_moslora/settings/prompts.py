@@ -206,7 +206,7 @@ def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     is_toy = toys.is_toy(config.pretrained_model_name_or_path)
     templates = toys.CONTEXT_TEMPLATES if is_toy else CONTEXT_TEMPLATES
     names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
-    alone = [template.format(name) for name in names for template in templates]
+    alone = [template.format(name) for name in names if name for template in templates]
     return (*alone, *together_prompts(config))
 
 

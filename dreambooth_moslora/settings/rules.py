@@ -38,6 +38,10 @@ REMARKS: dict[str, Callable[[Config], object]] = {
     ): schedules_twice,
     "{optimizer} needs --learning_rate near 1.0": slows_what_finds_its_rate,
     (
+        "--instance_prompt is empty: photos without captions are learnt without words, so no word "
+        "will ask for the subject"
+    ): lambda run: not run.instance_prompt.strip() and not run.subjects,
+    (
         "--enable_xformers_memory_efficient_attention: PyTorch's own attention needs as little "
         "memory and is used"
     ): lambda run: run.enable_xformers_memory_efficient_attention,

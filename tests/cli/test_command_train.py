@@ -216,3 +216,14 @@ def test_a_dry_run_is_refused_where_training_would_be(flags, tiny_base, tmp_path
         assert train_main(words) == 2
     assert "is training there" in capsys.readouterr().err
     assert train_main(words) == 0
+
+
+def test_an_empty_instance_prompt_is_trained_with_and_remarked(flags, tiny_base, tmp_path, capsys):
+    """diffusers' own tests of Lumina 2 and Sana give it. It was called missing."""
+    words = [*flags, "--pretrained_model_name_or_path", str(tiny_base), "--resolution", "64"]
+    words[words.index("--instance_prompt") + 1] = ""
+    assert train_main([*words, "--dry_run"]) == 0
+    said = capsys.readouterr()
+    assert "--instance_prompt is empty" in said.out + said.err
+    assert train_main([*words, "--max_train_steps", "1", "--num_validation_images", "0"]) == 0
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
