@@ -18,8 +18,11 @@ together) the weights are copied to the device in turn.
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import diffusers
 import torch
@@ -32,6 +35,7 @@ from diffusers.loaders.single_file_utils import (
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from dreambooth_moslora.base import decode, files, machine, pipelines, scaled_fp8
 from dreambooth_moslora.base.base import Base
@@ -48,7 +52,10 @@ MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
 """Kind of quantisation -> the model's attribute by which PEFT chooses its layers."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
-UNLOADABLE = (OSError, ValueError, OverflowError, RuntimeError, SafetensorError)
+UNLOADABLE = (
+    *(OSError, ValueError, OverflowError, RuntimeError, SafetensorError),
+    UnpicklingError,  # a .bin file that holds more than weights
+)
 """Errors of the loaders for damaged and missing parts."""
 ZERO_SNR_RESCALE = 0.7
 """How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)."""
@@ -234,6 +241,29 @@ class TextProducts:
         return torch.cat(found, -1)
 
 
+@cache
+def ignore_kernels() -> None:
+    """Let transformers overlook the attention that a model's configuration names, for the life of
+    the process: it may be a kernel on the hub, which is code."""
+    read = PreTrainedConfig.from_dict.__func__
+
+    def from_dict(kind: type, config: dict[str, Any], **options: Any) -> Any:
+        return read(kind, without_attention(config), **options)
+
+    PreTrainedConfig.from_dict = classmethod(from_dict)
+
+
+def without_attention(config: Any) -> Any:
+    """A configuration, and those inside it, without entries that choose the attention."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        name: without_attention(value)
+        for name, value in config.items()
+        if "attn_implementation" not in str(name)
+    }
+
+
 def load_pipeline(
     base: Base | str | Path,
     *,
@@ -249,6 +279,8 @@ def load_pipeline(
 
     Raises UserError when the base is missing, of no known family, or cannot be fetched.
     """
+    ignore_kernels()
+
     # Refuse what no loader could load, by the files alone.
     base = Base.find(base)
     base.check()

@@ -4,6 +4,7 @@ any family, is the same model as its folder."""
 
 import copy
 import json
+import pickle
 import re
 import shutil
 from contextlib import nullcontext
@@ -765,6 +766,22 @@ def test_a_folder_that_is_quantised_already_is_refused_in_the_dry_run(tmp_path):
     photos = paint_photos(tmp_path / "photos")
     with pytest.raises(UserError, match=r"transformer is quantised already \(bitsandbytes\)"):
         make_plan(tiny_config(tmp_path / "base", photos, tmp_path / "run"))
+
+
+def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
+    """A kernel on the hub is code; without it the base did not load."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = base / "text_encoder" / "config.json"
+    named = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    loaded = load.load_pipeline(base).text_encoder
+    assert "owner" not in str(loaded.config._attn_implementation)
+
+    (base / "text_encoder" / "model.safetensors").unlink()
+    (base / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    with pytest.raises(UserError, match="base cannot be loaded: ") as error:
+        load.load_pipeline(base)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
