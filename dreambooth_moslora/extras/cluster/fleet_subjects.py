@@ -83,10 +83,11 @@ def read_subjects(source: Path, shared: Mapping[str, Any], out: Path) -> list[Su
     if not subjects:
         raise UserError(f"{source}: it contains no subject.")
 
-    # a name is that of a run folder
-    counts = Counter(subject.name for subject in subjects)
-    if twice := sorted(name for name, count in counts.items() if count > 1):
-        raise UserError(f"{source}: {twice[0]} is there twice; give one of them another name.")
+    # a name is that of a run folder, and some file systems do not tell `Rex` from `rex`
+    counts = Counter(subject.name.casefold() for subject in subjects)
+    twice = sorted(one.name for one in subjects if counts[one.name.casefold()] > 1)
+    if twice:
+        raise UserError(f"{source}: {twice[-1]} is there twice; give one of them another name.")
     return subjects
 
 

@@ -112,6 +112,7 @@ def test_a_bad_subject_keeps_its_own_line(row, says, pets):
         ("none.csv", None, "there is no such file"),
         ("a.csv", "folder\n", "it contains no subject"),
         ("a.csv", "folder\npets/rex\npets/rex\n", "rex is there twice"),
+        ("a.csv", "folder,name\npets/rex,Rex\npets/rex,rex\n", "rex is there twice"),
         ("a.csv", "class\ndog\n", "a subject has no folder"),
         ("a.csv", "folder,name\npets/rex,../x\n", "cannot be part of a file's name"),
         ("a.csv", "folder,name\npets/rex,Index.html\n", "the fleet has a file of that name"),
