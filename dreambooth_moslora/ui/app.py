@@ -139,6 +139,7 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
         "auth": logins or None,
         "inbrowser": args.inbrowser,
     }
+    page.probe_patiently()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so `finally` runs
     try:
         page.build_app(context).launch(**options)

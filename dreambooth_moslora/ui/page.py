@@ -5,11 +5,12 @@ The Inspect tab, for PNGs and adapters, is here.
 
 import threading
 from collections.abc import Collection, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import networking
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.errors import UserError
@@ -31,6 +32,8 @@ MAX_SESSIONS = 256
 the next click."""
 MOST_WAITING = 64
 """Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
+PROBES = 10
+"""How often gradio asks whether its page answers, each time for up to three seconds."""
 CACHE_CHECK_SEC = 3600
 """How often gradio looks for old files to delete."""
 CACHE_AGE_SEC = 24 * 3600
@@ -164,6 +167,14 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
     is_of_family = not row.of_family or getattr(ctx.facts, row.of_family)
     is_shown = is_of_family and not (row.of_files and is_toy(ctx.base_name))
     return gr.update(value=row.first(ctx.base_name), visible=is_shown)
+
+
+@cache
+def probe_patiently() -> None:
+    """Let gradio ask for its own page until it answers, up to half a minute: on a busy machine it
+    gives up after three seconds, and does not start."""
+    ask = networking.url_ok
+    networking.url_ok = lambda url: any(ask(url) for _ in range(PROBES))
 
 
 def launch_options(

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import gradio as gr
 import httpx
 import pytest
+from gradio import networking
 from gradio.routes import App
 from gradio_client import Client
 from starlette.testclient import TestClient
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui import guard
+from dreambooth_moslora.ui import guard, page
 from dreambooth_moslora.ui.guard import origins_of
 from dreambooth_moslora.ui.page import launch_options
 from tests.helpers.ui_server import serve
@@ -223,3 +224,12 @@ def test_an_odd_range_gets_the_whole_file_and_no_error(asked, status, length, tm
     path = f"/gradio_api/file={tmp_path / 'a.png'}"
     answer = client.get(path, headers={"Range": asked})
     assert (answer.status_code, len(answer.content)) == (status, length)
+
+
+def test_a_page_that_answers_late_has_started(monkeypatch):
+    """On a busy machine gradio gave up at the first of its questions that timed out."""
+    answers = iter([False, False, True])
+    monkeypatch.setattr(networking, "url_ok", lambda url: next(answers))
+    page.probe_patiently.__wrapped__()
+    assert networking.url_ok("http://127.0.0.1/")
+    assert list(answers) == []
