@@ -15,7 +15,7 @@ from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
-from tools import another_word, bare_photos, pictures, systems, tables
+from tools import another_word, bare_photos, formats_table, pictures, systems, tables
 
 
 def test_only_the_word_differs(tmp_path, monkeypatch):
@@ -104,6 +104,11 @@ def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it
     assert sorted(marked) == sorted(tables.TABLES)
     monkeypatch.setitem(MEASURES, "smile", Measure("Smile", help="does it smile?", better="higher"))
     assert "| Smile | `smile` | does it smile? | higher |" in tables.measures()
+
+
+def test_the_page_of_formats_is_up_to_date():
+    text = formats_table.OUT.read_text(encoding="utf-8")
+    assert text == formats_table.page(), "run: python -m tools.formats_table"
 
 
 @pytest.mark.slow

@@ -13,15 +13,36 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file, proof, raw_file
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.method import moslora
-from tests.helpers.tiny_families import TINY_FAMILIES, three, tiny_pipeline
+from dreambooth_moslora.settings import families
+from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, three, tiny_pipeline
+from tools import formats_table
 
-FAMILIES = {name: row.original for name, row in TINY_FAMILIES.items() if row.original}
+UNET_LAYERS = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+)
+"""Layers that SDXL's and Stable Diffusion 1.5's UNets both have."""
+
+
+def layers_of(row: TinyFamily, tool: str) -> dict[str, tuple[str, ...]]:
+    """The layers of a file -> those of diffusers that their rows are: of the original layout, where
+    the family has another and the tool may use it."""
+    if row.original and tool not in ("diffusers", "OneTrainer"):
+        return dict(row.original)
+    own = UNET_LAYERS if not row.one_layer else (row.one_layer,)
+    return {path: (path,) for path in own}
+
+
+FAMILIES = {name: dict(row.original) for name, row in TINY_FAMILIES.items() if row.original}
 SWAPPED = {"final_layer.adaLN_modulation.1"}
 """Their halves, shift and scale, change places in diffusers."""
-TOOLS = {
-    "kohya": lambda path: f"lora_unet_{path.replace('.', '_')}",
-    "ComfyUI": lambda path: f"diffusion_model.{path}",
-    "PEFT": lambda path: f"base_model.model.{path}",
+SPELLINGS = {  # tool -> how it names a layer of the denoiser
+    "diffusers": lambda denoiser, path: f"{denoiser}.{path}",
+    "kohya": lambda _, path: f"lora_unet_{path.replace('.', '_')}",
+    "OneTrainer": lambda _, path: f"lora_transformer_{path.replace('.', '_')}",
+    "LyCORIS": lambda _, path: f"lycoris_{path.replace('.', '_')}",
+    "ComfyUI": lambda _, path: f"diffusion_model.{path}",
+    "PEFT": lambda _, path: f"base_model.model.{path}",
 }
 
 
@@ -76,7 +97,18 @@ def dora_of_lokr(rows, columns, draw):
     return parts | {"dora_scale": draw(rows, 1).abs() + 1}, change
 
 
-KINDS = (lora, lora_of_peft, lora_of_three, loha, lokr, lokr_of_whole_matrices, dora, dora_of_lokr)
+KINDS = {  # column of the page -> files of that kind
+    "LoRA": (lora, lora_of_peft, lora_of_three),
+    "LoHa": (loha,),
+    "LoKr": (lokr, lokr_of_whole_matrices),
+    "DoRA": (dora, dora_of_lokr),
+}
+CELLS = [
+    (facts, tool, kind)
+    for facts in families.FAMILIES
+    for tool in formats_table.TOOLS
+    for kind in formats_table.KINDS
+]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +134,8 @@ def written(file: Path, model, layers: dict, kind, tool):
     for path, of_diffusers in layers.items():
         sizes = [moslora.weight_size(model.get_submodule(name)) for name in of_diffusers]
         parts, change = kind(sum(rows for rows, _ in sizes), sizes[0][1], draw)
-        tensors |= {f"{TOOLS[tool](path)}.{part}": tensor for part, tensor in parts.items()}
+        name = SPELLINGS[tool]("unet" if hasattr(model, "down_blocks") else "transformer", path)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         size = parts["dora_scale"][:, 0] if "dora_scale" in parts else None
         if path in SWAPPED:
             change = torch.cat(change.chunk(2)[::-1])
@@ -116,17 +149,33 @@ def written(file: Path, model, layers: dict, kind, tool):
     return wanted
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_layer_gets_what_the_tool_s_file_means(family, tool, kind, pipelines, tmp_path):
-    pipeline, file = pipelines(family), tmp_path / "x.safetensors"
-    wanted = written(file, pipeline.transformer, FAMILIES[family], kind, tool)
+@pytest.mark.parametrize(
+    ("facts", "tool", "kind"),
+    CELLS,
+    ids=[f"{facts.name}-{tool}-{kind}" for facts, tool, kind in CELLS],
+)
+def test_each_cell_of_the_page_of_formats_is_so(facts, tool, kind, pipelines, tmp_path):
+    """Each layer gets the ΔW that the tool's file means, where the page says that it is read; the
+    other cells are refused."""
+    pipeline, file = pipelines(facts.name), tmp_path / "x.safetensors"
+    layers = layers_of(TINY_FAMILIES[facts.name], tool)
+    denoiser = getattr(pipeline, facts.denoiser)
+    for make in KINDS[kind]:
+        wanted = written(file, denoiser, layers, make, tool)
+        if formats_table.is_read(tool, facts, kind):
+            check_read(file, pipeline, facts, make, layers, wanted)
+        else:
+            with pytest.raises(UserError):
+                lora_file.check_fits(lora_file.read_adapter(file, pipeline), pipeline)
+
+
+def check_read(file, pipeline, facts, make, layers, wanted):
+    """The file gives these layers these ΔW and magnitudes."""
     assert describe(file)["kind"]
     weights = lora_file.read_adapter(file, pipeline)
     lora_file.check_fits(weights, pipeline)
-    found, scales = weights.parts["transformer"]
-    fused = {name for names in FAMILIES[family].values() if len(names) > 1 for name in names}
+    found, scales = weights.parts[facts.denoiser]
+    fused = {name for names in layers.values() if len(names) > 1 for name in names}
     assert found.keys() == wanted.keys()
     for path, (change, size) in wanted.items():
         layer = found[path]
@@ -134,7 +183,7 @@ def test_each_layer_gets_what_the_tool_s_file_means(family, tool, kind, pipeline
         assert proof.relative_difference(delta, change) < 1e-6, path
         assert (layer.magnitude is None) == (size is None)
         assert size is None or torch.equal(layer.magnitude, size), path
-        if kind is lora_of_three and path in fused:
+        if make is lora_of_three and path in fused:
             assert layer.rank == 2, "and not the rank of all three"
 
 

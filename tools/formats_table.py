@@ -1,0 +1,74 @@
+"""Writes `docs/formats.md`, which LoRA files are read and written, from the tables of their keys.
+
+    python -m tools.formats_table
+
+A test fails while the page differs from the tables, and reads a file for each cell.
+"""
+
+from pathlib import Path
+
+from dreambooth_moslora.lora import key_names
+from dreambooth_moslora.lora.key_names import DIFFUSERS, KOHYA, PREFIXES
+from dreambooth_moslora.settings.families import FAMILIES, Facts
+
+__all__ = ["KINDS", "TOOLS", "is_read", "is_written", "main", "page"]
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
+HEAD = """# Files of other tools
+
+`python -m tools.formats_table` writes this page from the tables of keys in
+`dreambooth_moslora/lora/key_names.py`. A test reads a file for each cell, and compares each layer's
+ΔW with what the tool means by it.
+
+What is read can be drawn with, described, exported, and begun with (`--init_adapter`). Layers may
+have diffusers' names or those of the family's original files. The kohya column is musubi-tuner's
+too, and ComfyUI's is ai-toolkit's. DoRA is read by its rows. A LoKr that is trained here is written
+as the LoRA that it is.
+"""
+TOOLS = tuple(dict.fromkeys(row.tool for row in PREFIXES))
+PARTS = {
+    "LoRA": {"down", "up"},
+    "LoKr": {row.part for row in key_names.ENDINGS if row.tool == key_names.LOKR},
+    "LoHa": {row.part for row in key_names.ENDINGS if row.tool == key_names.LOHA},
+    "DoRA": {"down", "up", "dora_scale", "magnitude"},
+}
+KINDS = tuple(PARTS)
+WRITTEN = ("LoRA", "DoRA")
+
+
+def main() -> None:
+    OUT.write_text(page(), encoding="utf-8")
+    print(f"written: {OUT}")
+
+
+def page() -> str:
+    parts = [HEAD]
+    for kind in KINDS:
+        rows = [f"| {' | '.join(['family', *TOOLS])} |", f"|{'---|' * (1 + len(TOOLS))}"]
+        for facts in FAMILIES:
+            cells = [cell(tool, facts, kind) for tool in TOOLS]
+            rows.append(f"| {' | '.join([facts.title, *cells])} |")
+        parts.append("\n".join([f"## {kind}\n", *rows, ""]))
+    return "\n".join(parts)
+
+
+def cell(tool: str, facts: Facts, kind: str) -> str:
+    said = [("read", is_read(tool, facts, kind)), ("written", is_written(tool, facts, kind))]
+    return ", ".join(word for word, applies in said if applies) or "–"
+
+
+def is_read(tool: str, facts: Facts, kind: str) -> bool:
+    """Whether the tool has a prefix of the family's denoiser, and the kind's endings are known."""
+    known = {row.part for row in key_names.ENDINGS}
+    names = any(row.tool == tool and facts.denoiser in row.components for row in PREFIXES)
+    return names and known >= PARTS[kind]
+
+
+def is_written(tool: str, facts: Facts, kind: str) -> bool:
+    """Every run writes diffusers' keys, and one of a UNet kohya's too."""
+    is_kohya = tool == KOHYA and facts.denoiser in key_names.WRITTEN_PREFIXES
+    return kind in WRITTEN and (tool == DIFFUSERS or is_kohya)
+
+
+if __name__ == "__main__":
+    main()
