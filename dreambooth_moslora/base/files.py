@@ -158,7 +158,7 @@ def facts_by_names(path: Path, tensors: Mapping[str, list[int]]) -> families.Fac
         if facts.file_mark in shapes:
             return facts
     raise UserError(
-        f"{path} is of no family that is known here, such as by its {min(shapes):.80}: "
+        f"{path} holds weights of no family that is known here, but {min(shapes):.80}: "
         f"{a_file_of_a_family()}."
     )
 
@@ -174,23 +174,20 @@ def by_id(name: str) -> families.Facts | None:
     if other := next((one for one in OTHERS if one.word and one.is_named(name)), None):
         raise UserError(f"{name} is {other.title} by its name, which is no base here.")
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    for facts in families.FAMILIES:
-        is_in_name = re.sub(r"[^a-z0-9]", "", facts.title.lower()) in letters
-        if facts.style == "flow" and is_in_name:
-            return facts
-    return None
+    flows = [facts for facts in families.FAMILIES if facts.style == "flow"]
+    named = (one for one in flows if re.sub(r"[^a-z0-9]", "", one.title.lower()) in letters)
+    return next(named, None)
 
 
 def check_is_dense(folder: Path) -> None:
     """Raises UserError for a part of a base whose weights are quantised already."""
-    if (config := folder / "config.json").is_file():
-        kind = read_json(config).get("quantization_config")
-        if kind:
-            how = kind.get("quant_method", "quantised") if isinstance(kind, dict) else kind
-            raise UserError(
-                f"{folder} is quantised already ({how!s:.40}): give the base in full or half "
-                "precision, which --base_quantization quantises."
-            )
+    config = folder / "config.json"
+    if config.is_file() and (found := read_json(config).get("quantization_config")):
+        how = found.get("quant_method", "") if isinstance(found, dict) else found
+        raise UserError(
+            f"{folder} is quantised already ({how!s:.40}): give the base in full or half "
+            "precision, which --base_quantization quantises."
+        )
 
 
 def facts_in(index: dict) -> families.Facts:
