@@ -317,7 +317,7 @@ def make_light(folder: Path) -> None:
     from tests.helpers.tiny_encoders import tiny_encoders
 
     encoders, drawn = tiny_encoders(folder / "encoders"), StableDiffusionXLPipeline.__call__
-    metrics.load_encoders = lambda *_: encoders
+    metrics.load_encoders = lambda *_, **__: encoders
 
     def draw(self: StableDiffusionXLPipeline, *args: object, **options: object) -> object:
         return drawn(self, *args, **{**options, "num_inference_steps": 4})

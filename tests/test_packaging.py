@@ -68,8 +68,9 @@ def test_every_package_that_is_imported_is_declared(folder):
             elif isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names} - extra
     foreign = imported - sys.stdlib_module_names - {"dreambooth_moslora", "toybox"} - NOT_DECLARED
-    owners = packages_distributions()
-    declared = ranges(NEEDED + PROJECT["project"]["optional-dependencies"]["optimizers"])
+    owners = {"cv2": ["opencv-python-headless"]} | packages_distributions()
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = ranges(NEEDED + extras["optimizers"] + extras["faces"])
     for name in sorted(foreign):
         brought_by = {dist.lower().replace("_", "-") for dist in owners.get(name, [name])}
         assert brought_by & declared.keys(), f"{name} is imported and not declared"

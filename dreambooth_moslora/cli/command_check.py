@@ -68,6 +68,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Print how training would use the photos, and draw the crops. Raises UserError without a
     usable photo."""
     from dreambooth_moslora.photos.examine import examine
+    from dreambooth_moslora.photos.faces import with_faces
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     folder = Path(find_asset(args.folder))
@@ -93,6 +94,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.make_masks:
         make_masks(report.photos, config)
         report = find()
+    report = replace(report, photos=with_faces(config, report.photos))
     report = examine(report, config.resolution)
 
     # The crops, in the shapes that training would choose for these photos
@@ -229,6 +231,7 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*names, dest=BASE, metavar="TEXT", default=STOCK_SDXL, help=about_base)
     about_model = table.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
+    command_train.add_flag(parser, table.SETTINGS["describe"])
 
 
 def run_caption(args: argparse.Namespace) -> int:
@@ -241,6 +244,7 @@ def run_caption(args: argparse.Namespace) -> int:
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         instance_prompt=f"a photo of a {args.subject.strip()}",
         caption_model=args.caption_model,
+        describe=vars(args).get("describe", ()),
     )
 
     folder = Path(find_asset(args.folder))

@@ -21,7 +21,7 @@ from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import output_folder
-from dreambooth_moslora.settings import measures, sources, table
+from dreambooth_moslora.settings import measures, sources, subject_kinds, table
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.training import explain
 
@@ -68,7 +68,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     # How to judge it
     group = parser.add_argument_group("protocol")
     about = (
-        "auto (default), object, live, toy, or a text file with a prompt on each line, "
+        "auto (default), object, live, person, toy, or a text file with a prompt on each line, "
         "{} for the subject"
     )
     group.add_argument("--prompts", default="auto", help=about)
@@ -127,7 +127,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipelines.denoiser_of(pipeline.pipeline).device
     base = config.pretrained_model_name_or_path
-    encoders = metrics.load_encoders(base, args.clip, args.dino, device)
+    faces = subject_kinds.any_has_face(subjects)
+    encoders = metrics.load_encoders(base, args.clip, args.dino, device, faces)
     evaluators = report.evaluators_of(
         subjects=subjects,
         photos=photos,

@@ -16,6 +16,7 @@ from dreambooth_moslora.evaluation import metrics, protocol, report, score_table
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.method.moslora import set_scale
 from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
 
@@ -50,7 +51,10 @@ class TrainingEvaluator:
 
         # Loaded now, so that a missing one fails before the first step
         if encoders is None and scores:
-            encoders = metrics.load_encoders(config.pretrained_model_name_or_path)
+            encoders = metrics.load_encoders(
+                config.pretrained_model_name_or_path,
+                faces=subject_kinds.any_has_face(self.subjects),
+            )
         self.encoders = encoders
 
     @property

@@ -39,6 +39,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.photos.faces import FaceReader, load_faces
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
@@ -69,6 +70,7 @@ class Encoders:
     dino: torch.nn.Module
     dino_processor: Any
     names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
+    faces: FaceReader | None = None  # for pictures of people
     batch_size: int = BATCH
 
     def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -126,16 +128,21 @@ def load_encoders(
     clip: str | Path = "",
     dino: str | Path = "",
     device: str | torch.device = "cpu",
+    faces: bool = False,
 ) -> Encoders:
     """The toy world's encoders for the embedded base, else CLIP and DINOv2, or those named.
 
     base: its name
     clip, dino: a folder or an id of the hub; "" for the usual one
     device: of the models
+    faces: whether faces are compared too
 
     Raises UserError for one that cannot be loaded.
     """
     is_toy = toys.is_toy(base)
+    reader = load_faces() if faces else None
+    if reader:
+        reader.load()
 
     # CLIP: the toy world's own is part of its base.
     if is_toy and not clip:
@@ -153,6 +160,7 @@ def load_encoders(
         dino=frozen(transformers.AutoModel, dino, FLAG, device, dtype=torch.float32),
         dino_processor=loaded(transformers.AutoImageProcessor, dino, FLAG),
         names=(clip_name, public_name(dino)),
+        faces=reader,
     )
 
 
@@ -305,8 +313,9 @@ def student(degrees: float) -> float:
 COPIED = 0.5
 # The alarm is raised when more than this fraction of the pictures are copies
 ALARM_SHARE = 0.1
-# Nearness assumed for a single photo, which has nothing to be compared with
+# Nearness assumed for a single photo, which has nothing to be compared with, and of its face
 LONE_PHOTO_NEARNESS = 0.8
+LONE_FACE_LIKENESS = 0.6
 
 
 def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
@@ -421,8 +430,42 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
     return (within_own - alike - margin) / apart
 
 
+def identity(
+    vectors: Sequence[np.ndarray | None], photos: np.ndarray, of_each: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The mean cosine of each picture's face to the photos' faces, and where none was found.
+
+    vectors: unit vectors (D,) of N pictures' faces, None without one; `of_each` of a prompt after
+        each other
+    photos: those of the photos' faces (P, D)
+
+    Returns the mean of each prompt that shows a face, (prompts with one, 1), and 1 for each picture
+    without one, (N / of_each, of_each). A picture without a face says nothing of whose it is.
+    """
+    likeness = [np.nan if one is None else float((photos @ one).mean()) for one in vectors]
+    table = np.array(likeness).reshape(-1, of_each)
+    missing = np.isnan(table)
+    seen = table[~missing.all(1)]
+    means = np.nanmean(seen, axis=1, keepdims=True) if len(seen) else seen[:, :1]
+    return means, missing.astype(float)
+
+
+def identity_among(photos: np.ndarray) -> np.ndarray:
+    """The mean cosine of each photo's face (P, D) to the other photos': (P,); P is two or more."""
+    cosines = photos @ photos.T
+    return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
+
+
+def face_likeness(identity: float, of_photos: float, shown: float, base_shown: float) -> float:
+    """How much of a person's face the pictures show, in [0, 1]: `identity` as a share of the
+    photos' own, × the share of pictures with a face, as a share of the base's at the same
+    prompts."""
+    kept = min(shown / base_shown, 1.0) if base_shown > 0 else 1.0
+    return min(max(identity, 0.0) / max(of_photos, 0.01), 1.0) * kept
+
+
 def checkpoint_score(fidelity: float, prompt: float, base_prompt: float, copied: float) -> float:
-    """fidelity (DINO) × prompt (CLIP-T to the base's, at most 1) × (1 - fraction `copied`), in [0,
-    1]."""
+    """fidelity (DINO; of a person its mean with `face_likeness`) × prompt (CLIP-T to the base's, at
+    most 1) × (1 - fraction `copied`), in [0, 1]."""
     kept = min(prompt / base_prompt, 1.0) if base_prompt > 0 else 1.0
     return max(fidelity, 0.0) * max(kept, 0.0) * (1 - copied)

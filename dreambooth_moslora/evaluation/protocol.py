@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.settings import prompts, table, toys
+from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
 from dreambooth_moslora.settings.prompts import Subject
 
 # Names of `--prompts` -> prompts with `{}` for the subject's words
 TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
+    "person": subject_kinds.PERSON_TEMPLATES,
     "toy": toys.TEMPLATES,
 }
 # Words of a class that is alive, and words that make an object of it all the same
@@ -191,9 +192,14 @@ def plan_of_subject(
 ) -> EvaluationPlan:
     """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises
     UserError."""
+    base = subject.pretrained_model_name_or_path
     captions = [caption for photo in photos for caption in photo.captions]
+
+    # A kind of subject may have templates of its own; the toy world knows no others than its.
+    if templates == "auto" and subject.subject in TEMPLATE_SETS and not toys.is_toy(base):
+        templates = subject.subject
     return plan_for(
-        subject.pretrained_model_name_or_path,
+        base,
         prompts.subject_of(subject),
         templates,
         captions,

@@ -26,6 +26,7 @@ from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
+from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -125,6 +126,8 @@ def score_rows(found: score_tables.Evaluation) -> list[tuple]:
         own = ""
         if name == "dino" and not math.isnan(found.photo_fidelity):
             own = found.photo_fidelity
+        if row.photos in found.tables:
+            own = found.interval(row.photos)
         rows.append((row.title, found.interval(name), base, own, row.help, row.better))
     return rows
 
@@ -179,6 +182,7 @@ def evaluators_of(
             photos=[open_rgb(photo) for photo in own],
             masks=[open_mask(photo) for photo in own],
             truth=truth,
+            faces=encoders.faces if subject_kinds.kind_of(subject).has_face else None,
         )
         found.append(evaluator)
 

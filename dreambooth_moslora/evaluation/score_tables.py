@@ -25,6 +25,7 @@ from dreambooth_moslora.evaluation import metrics, protocol
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import disabled
+from dreambooth_moslora.photos.faces import FaceReader
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
 from dreambooth_moslora.settings.toys import is_toy
@@ -83,7 +84,7 @@ class Evaluation:
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
-            if whole in self.tables and self.mean(whole):
+            if whole in self.tables and measure in self.tables and self.mean(whole):
                 found[name] = self.mean(measure) / self.mean(whole)
 
         # PRES differs so little that only the base's own deviation tells how much it is.
@@ -128,6 +129,7 @@ class Evaluator:
     photos: of the subject
     masks: of each photo, white on the subject; None without one
     truth: of a subject whose true appearance is known
+    faces: what compares faces, of a person. Without a face in a photo there is no identity
 
     `rivals`, words of other subjects -> DINO vectors of their photos, may be set later.
     """
@@ -139,6 +141,7 @@ class Evaluator:
         photos: Sequence[Image.Image],
         masks: Sequence[Image.Image | None] = (),
         truth: Truth | None = None,
+        faces: FaceReader | None = None,
     ):
         self.plan = plan
         self.encoders = encoders
@@ -146,6 +149,12 @@ class Evaluator:
         self.photos = self._views(list(photos))
         self.rivals: dict[str, torch.Tensor] = {}
         self._base: dict[str, Views] | None = None
+
+        # The photos' faces, (P, D)
+        self.faces = faces
+        seen = faces.vectors(self.photos.pictures) if faces else []
+        found = [vector for vector in seen if vector is not None]
+        self.photo_faces = np.stack(found) if found else None
 
         # What the photos show beside the subject
         backgrounds = []
@@ -188,7 +197,7 @@ class Evaluator:
         tables |= self._other_tables(drawn)
         alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
         score = metrics.checkpoint_score(
-            fidelity=float(tables["dino"].mean()),
+            fidelity=fidelity_of(tables),
             prompt=float(tables["clip_t"].mean()),
             base_prompt=float(tables["clip_t_base"].mean()),
             copied=alarm.share,
@@ -262,8 +271,25 @@ class Evaluator:
         if seeds > 1:
             tables["diversity"] = metrics.diversity(subject.dino, seeds)
             tables["diversity_base"] = metrics.diversity(base.dino, seeds)
+        if self.photo_faces is not None:
+            tables |= self._face_tables(subject.pictures, base.pictures)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+        return tables
+
+    def _face_tables(self, drawn: list[Image.Image], base: list[Image.Image]) -> Tables:
+        """Whose face the pictures show, (prompts that show one, 1), and which show none, (prompts,
+        seeds). Without a face in any picture there is no identity."""
+        tables = {}
+        for end, pictures in (("", drawn), ("_base", base)):
+            likeness, missing = metrics.identity(
+                self.faces.vectors(pictures), self.photo_faces, len(self.plan.seeds)
+            )
+            tables[f"no_face{end}"] = missing
+            if likeness.size:
+                tables[f"identity{end}"] = likeness
+        if "identity" in tables and len(self.photo_faces) > 1:
+            tables["identity_of_photos"] = metrics.identity_among(self.photo_faces)
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
@@ -293,6 +319,22 @@ class Evaluator:
             if seeds > 1:
                 tables["drift_base_spread"] = metrics.diversity(base.joint, seeds)
         return tables
+
+
+def fidelity_of(tables: Tables) -> float:
+    """The likeness that the score is made of: DINO, and of a person the mean with the face's."""
+    dino = float(tables["dino"].mean())
+    if "no_face" not in tables:
+        return dino
+    shown, base_shown = (1 - float(tables[name].mean()) for name in ("no_face", "no_face_base"))
+
+    # Where neither the base nor the adapter shows a face, nobody can say whose it is.
+    if not (shown or base_shown):
+        return dino
+    likeness = tables.get("identity", np.zeros(1)).mean()
+    of_photos = tables.get("identity_of_photos", np.full(1, metrics.LONE_FACE_LIKENESS)).mean()
+    face = metrics.face_likeness(float(likeness), float(of_photos), shown, base_shown)
+    return (max(dino, 0.0) + face) / 2
 
 
 def paint_over(photo: Image.Image, mask: Image.Image) -> Image.Image:

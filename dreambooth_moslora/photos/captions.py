@@ -28,16 +28,16 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import beside, photo_file
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.precision import half_precision
-from dreambooth_moslora.settings import prompts, table, toys
+from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
 
 # The chat model by default
 QWEN = "Qwen/Qwen3-VL-2B-Instruct"
-# What it is asked, and the beginning of its answer, which it continues
+# What it is asked, what of the looks, and the beginning of its answer, which it continues
 QUESTION = (
     "Write the end of a caption: in at most twenty words, where the {word} is, what is around "
-    "it, the light and the side from which it is seen. Say nothing about how the {word} itself "
-    "looks."
+    "it, the light and the side from which it is seen. {looks}"
 )
+NO_LOOKS = "Say nothing about how the {word} itself looks."
 START = "A photo of a {word}"
 # The photo's longer side as the model sees it: more pixels cost time and change few words
 SEEN_PX = 768
@@ -49,7 +49,7 @@ MOST_WORDS = 30
 @dataclass(frozen=True)
 class Captioner:
     name: str  # the model's public name
-    word: str  # what the photos show
+    word: str  # what the photos show, and the traits that were asked for or left out
     surroundings: Callable[[Image.Image], str]  # of an RGB picture: "on the beach at sunset", or ""
 
 
@@ -72,9 +72,26 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     # A vision-language model has gigabytes. Loading waits until a photo needs a caption.
     @cache
     def reader() -> Callable[[Image.Image], str]:
-        return toy_reader(word, device) if name == own else chat_reader(name, word, device)
+        if name == own:
+            return toy_reader(word, device)
+        return chat_reader(name, word, device, question_of(config, word))
 
-    return Captioner(public_name(name), word, lambda image: reader()(image))
+    # Captions that say other traits are made again.
+    left_out = (f"no {trait}" for trait in subject_kinds.omitted(config))
+    asked = " ".join((word, *config.describe, *left_out))
+    return Captioner(public_name(name), asked, lambda image: reader()(image))
+
+
+def question_of(config: table.TrainConfig, word: str) -> str:
+    """What the model is asked: the surroundings, and of the looks what `--describe` names."""
+    looks = NO_LOOKS.format(word=word)
+    if config.describe:
+        looks = f"Say too how the {word}'s {' and '.join(config.describe)} look, and nothing else"
+        looks += f" about the {word}."
+    left_out = subject_kinds.omitted(config)
+    if left_out:
+        looks += f" Do not mention {', '.join(left_out)} or the face."
+    return QUESTION.format(word=word, looks=looks)
 
 
 def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
@@ -90,7 +107,7 @@ def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
     return read
 
 
-def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], str]:
+def chat_reader(name: str, word: str, device: Any, question: str) -> Callable[[Image.Image], str]:
     """A captioner by a chat model, decoded greedily: a photo always gets the same words. Raises
     UserError."""
     import torch
@@ -120,7 +137,7 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
 
     def read(image: Image.Image) -> str:
         inputs = processor.apply_chat_template(
-            conversation(image, word),
+            conversation(image, word, question),
             continue_final_message=True,
             tokenize=True,
             return_dict=True,
@@ -136,14 +153,14 @@ def chat_reader(name: str, word: str, device: Any) -> Callable[[Image.Image], st
     return read
 
 
-def conversation(image: Image.Image, word: str) -> list[dict[str, Any]]:
+def conversation(image: Image.Image, word: str, question: str) -> list[dict[str, Any]]:
     """The question about a shrunk copy of the picture, and the beginning of the answer, as chat
     templates take them."""
     small = image.copy()
     small.thumbnail((SEEN_PX, SEEN_PX))
     asked = [
         {"type": "image", "image": small},
-        {"type": "text", "text": QUESTION.format(word=word)},
+        {"type": "text", "text": question},
     ]
     begun = [{"type": "text", "text": START.format(word=word)}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]

@@ -22,6 +22,14 @@ FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.ite
 FILTERS |= {"nearest_exact": Image.Resampling.NEAREST}
 
 
+# (left, top, right, bottom) px of a face in the upright photo
+Box = tuple[float, float, float, float]
+# Of the crop's side, that a face fills in a near crop; that is every other one
+NEAR_SHARE = 0.4
+# Around a face, of its size: hair and chin
+MARGIN = 0.4
+
+
 @dataclass(frozen=True)
 class CropPlan:
     """One crop of a photo, as numbers."""
@@ -119,10 +127,15 @@ class CropRule:
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
 
     def plan(
-        self, size_px: tuple[int, int], rng: Random, target: tuple[int, int] | None = None
+        self,
+        size_px: tuple[int, int],
+        rng: Random,
+        target: tuple[int, int] | None = None,
+        face: Box | None = None,
     ) -> CropPlan:
         """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
-        Draws three numbers, and one for each augmentation."""
+        Draws three numbers, and one for each augmentation. Half of the crops come near the `face`,
+        and none cuts it."""
         # Always all, so that a setting does not move the draws of the others. That of the first
         # augmentation comes first.
         first = rng.random()
@@ -136,26 +149,58 @@ class CropRule:
         side = min(target)
         own = min(size_px[0] * side // target_height, size_px[1] * side // target_width)
         zoomed = round(side * (1 + (self.zoom - 1) * closer))
+        if face is not None and closer >= 0.5:
+            height = (face[3] - face[1]) / min(size_px)
+            zoomed = max(zoomed, round(side * NEAR_SHARE / height))
         shorter = max(side, min(zoomed, own))
 
         # The smallest resized photo that covers the zoomed target
         covered = (target_height * shorter // side, target_width * shorter // side)
         height, width = resized_size(size_px, covered)
 
-        # The place of the crop in it
+        # The place of the crop in it: anywhere, or where the face is whole
+        changes = augment.changes_of(self.augmentations, drawn)
+        tops = (0, height - target_height)
+        lefts = (0, width - target_width)
+        if face is not None:
+            tops = around(face[1::2], height / size_px[0], target_height, height)
+            lefts = around(face[::2], width / size_px[1], target_width, width)
+            # The plan counts from the left of the mirrored photo.
+            if augment.MIRROR in dict(changes):
+                first, last = lefts
+                lefts = (width - target_width - last, width - target_width - first)
         if self.center_crop:
             top = (height - target_height) // 2
             left = (width - target_width) // 2
         else:
-            top = int(down * (height - target_height + 1))
-            left = int(right * (width - target_width + 1))
+            top = tops[0] + int(down * (tops[1] - tops[0] + 1))
+            left = lefts[0] + int(right * (lefts[1] - lefts[0] + 1))
         return CropPlan(
             original_size=size_px,
             resized=(height, width),
             crop_top_left=(top, left),
             target_size=target,
-            changes=augment.changes_of(self.augmentations, drawn),
+            changes=changes,
         )
+
+
+def around(face: tuple[float, float], scale: float, target: int, whole: int) -> tuple[int, int]:
+    """The first and the last place, px, of a crop along one axis that holds a face.
+
+    face: its two ends in the photo, px
+    scale: from the photo's px to those of the resized photo
+    target, whole: sides of the crop and of the resized photo, px
+    """
+    near, far = face
+    margin = MARGIN * (far - near)
+    near = max(0, round((near - margin) * scale))
+    far = min(whole, round((far + margin) * scale))
+
+    # A face that is larger than the crop is met in its middle.
+    if far - near > target:
+        middle = (near + far - target) // 2
+        near, far = middle, middle + target
+    return max(0, far - target), min(whole - target, near)
 
 
 def crop_rule(config: table.TrainConfig) -> CropRule:

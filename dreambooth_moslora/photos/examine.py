@@ -58,7 +58,7 @@ def plans_of(
     for slot in range(number * config.repeats, (number + 1) * config.repeats):
         for crop in range(config.crops_per_photo):
             draws = rng(config.seed or 0, stream, "crop", slot, crop)
-            yield rule.plan(photo.size_px, draws)
+            yield rule.plan(photo.size_px, draws, face=photo.face)
 
 
 def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list[Row]:

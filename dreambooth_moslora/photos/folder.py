@@ -127,7 +127,7 @@ def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[p
             if made and not photo.is_captioned:
                 captioned = replace(photo, captions=(made["caption"],))
                 photos[number] = with_own_captions(subjects[photo.subject], captioned)
-    if config.masks == "auto":
+    if config.masks != "given":
         photos = photo_file.with_kept_masks(photos, run_dir.masks_dir)
     return photos
 

@@ -206,6 +206,8 @@ class Photo:
     # the instance prompt, if no caption is it (`--instance_prompt_share`)
     bare_prompt: str | None = None
     subject: int = 0  # its number in the run, from 0
+    # of a person's face in the upright photo, left, top, right, bottom px (`faces`)
+    face: tuple[float, float, float, float] | None = None
 
     @property
     def kept_name(self) -> str:

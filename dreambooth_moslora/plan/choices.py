@@ -24,6 +24,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
+from dreambooth_moslora.settings.subject_kinds import KINDS
 from dreambooth_moslora.settings.table import TrainConfig, checked_setting, shown_flag
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ OWN = (
     "max_train_steps",
 )
 """What a recipe names that is another run's, or is chosen here."""
+CROPS_OF_A_FACE = 4  # Of each photo of a person: about half of them come near the face.
 PRACTICE = "the practice model (a 128 px toy)"
 """What a person is told of the embedded base that is trained on photographs."""
 NO_SAMPLES = {"num_validation_images": 0, "validation_steps": None}
@@ -182,7 +184,8 @@ def choose_words(choices: Choices, word: str) -> None:
     """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
     token = choices.given.get("token") or TOKEN
     prompt = f"a photo of a {token} {word}"
-    of_class = f"a photo of a {word}"
+    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
+    of_class = f"a photo of a {kind.class_word or word}"
     if "instance_prompt" not in choices.given:
         # the whole: a prompt's words from "with" on count as its context
         choices.add("", class_word=word)
@@ -249,8 +252,12 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
 
 
 def choose_shapes(choices: Choices, photos: Sequence["Photo"]) -> None:
-    """Crop photos in their own shapes unless all are nearly square. Square crops of 4:3 photos
-    followed the prompts less on the sample subjects (`docs/studies.md`)."""
+    """Crop photos in their own shapes unless all are nearly square, and a person's near and far.
+    Square crops of 4:3 photos followed the prompts less on the sample subjects
+    (`docs/studies.md`)."""
+    if KINDS[choices.all.get("subject", TrainConfig.subject)].has_face:
+        line = f"crops: {CROPS_OF_A_FACE} of each photo, near the face and far"
+        choices.add(line, "crops_per_photo", crops_per_photo=CROPS_OF_A_FACE)
     if any(max(photo.size_px) > OBLONG * min(photo.size_px) for photo in photos):
         choices.add("crops: in the photos' own shapes", "no_enable_bucket", enable_bucket=True)
 

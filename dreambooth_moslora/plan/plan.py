@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import is_main_process, process_count
-from dreambooth_moslora.photos import folder, photo_file
+from dreambooth_moslora.photos import faces, folder, photo_file
 from dreambooth_moslora.plan import checks, memory
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -155,6 +155,7 @@ def make_plan(
     else:
         # Masks may have been chosen after the photos were read.
         report = replace(report, photos=folder.with_made(config, report.photos))
+    report = replace(report, photos=faces.with_faces(config, report.photos))
     steps = plan_steps(config, photo_file.counts_of(report.photos), process_count())
     return Plan(
         config=config,

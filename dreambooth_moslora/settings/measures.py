@@ -11,6 +11,10 @@ from typing import Literal
 # The encoders that score pictures of all bases but the embedded ones.
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dinov2-base"
+# The encoder of faces (a row of `photos/faces.py`), and the repositories and files of its models
+FACES = "sface"
+YUNET = ("opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx")
+SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Measure:
     # scores, shares of a scale, answers of the toy's judge
     kind: Literal["score", "share", "judge"] = "score"
     base: str = ""  # the measure of the base's own pictures that stands beside it
+    photos: str = ""  # that of the photos among themselves
     help: str = ""  # what it means
     better: str = ""  # higher, lower, or near which value
     share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
@@ -71,6 +76,37 @@ MEASURES = {
         study="differences",
         panel="bare prompt (DINO)",
     ),
+    # Of a person: whose face it is, where one is found.
+    "identity": Measure(
+        title="Identity",
+        base="identity_base",
+        photos="identity_of_photos",
+        help="likeness of the face to the photos' faces, in the pictures that show one",
+        summary=True,
+        logged=True,
+        curve="face",
+        sentence=(
+            "likeness of the face {identity:.2f}; the photos' faces have {identity_of_photos:.2f} "
+            "to each other"
+        ),
+        study="differences",
+        panel="face",
+    ),
+    "identity_base": Measure(logged=True),
+    "identity_of_photos": Measure(summary=True, logged=True),
+    "no_face": Measure(
+        title="No face",
+        base="no_face_base",
+        help="share of the pictures in which no face is found; it lowers no likeness of others",
+        summary=True,
+        logged=True,
+        sentence=(
+            "no face is found in {no_face:.0%} of the pictures, and in {no_face_base:.0%} of the "
+            "base's"
+        ),
+        study="values",
+    ),
+    "no_face_base": Measure(logged=True),
     "clip_i": Measure(
         title="CLIP-I",
         base="clip_i_base",
@@ -166,6 +202,13 @@ MEASURES = {
         title="DINO, share of true renders'",
         kind="share",
         share=("dino", "dino_ceiling"),
+        logged=True,
+        study="values",
+    ),
+    "identity_share": Measure(
+        title="Identity, share of the photos' own",
+        kind="share",
+        share=("identity", "identity_of_photos"),
         logged=True,
         study="values",
     ),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations, count, islice, permutations, product
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings import subject_kinds, toys
 from dreambooth_moslora.settings.table import TrainConfig
 
 # What the templates are made of: places for both, more places for objects, outfits for animals.
@@ -204,9 +204,12 @@ def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for each subject, which show what the adapter can do beyond the photos; then
     pairs of subjects."""
     is_toy = toys.is_toy(config.pretrained_model_name_or_path)
-    templates = toys.CONTEXT_TEMPLATES if is_toy else CONTEXT_TEMPLATES
-    names = [subject_of(one).words or one.instance_prompt for one in config.each_subject]
-    alone = [template.format(name) for name in names if name for template in templates]
+    alone = []
+    for one in config.each_subject:
+        own = subject_kinds.kind_of(one).contexts or CONTEXT_TEMPLATES
+        name = subject_of(one).words or one.instance_prompt
+        templates = toys.CONTEXT_TEMPLATES if is_toy else own
+        alone += [template.format(name) for template in templates if name]
     return (*alone, *together_prompts(config))
 
 

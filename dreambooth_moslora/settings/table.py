@@ -27,6 +27,7 @@ from dreambooth_moslora.settings import (
     optimizer_kinds,
     rows,
     rules,
+    subject_kinds,
     subjects,
     weightings,
 )
@@ -201,6 +202,24 @@ class TrainConfig:
         default=None,
         help="the kind of thing it is (default: found in the prompts)",
         per_subject=True,
+    )
+    subject: str = of_photos(
+        default="thing",
+        help="what it is: "
+        + "; ".join(f"a {word} {kind.about}" for word, kind in subject_kinds.KINDS.items()),
+        choices=tuple(subject_kinds.KINDS),
+        publish="if_changed",
+        per_subject=True,
+        yields_to=("subjects",),
+        check=True,
+    )
+    describe: tuple[str, ...] = of_photos(
+        default=(),
+        help=(
+            "what made captions say of the subject, such as hair or clothes: what is said is not "
+            f"learnt; of a person the others of {', '.join(subject_kinds.TRAITS)} are left out"
+        ),
+        idle=rows.unless(captions="auto"),
     )
     caption_prefix: str | None = of_photos(
         default=None,
@@ -380,9 +399,9 @@ class TrainConfig:
         default="given",
         help=(
             "given: those beside the photos; auto: photos without one get a mask made before "
-            "training, in the run folder"
+            "training, in the run folder; face: so too, of a person's head alone"
         ),
-        choices=("given", "auto"),
+        choices=("given", "auto", "face"),
         publish="always",
     )
     mask_model: str | None = of_photos(

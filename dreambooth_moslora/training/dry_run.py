@@ -164,7 +164,7 @@ def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[st
 
     # Masks. Some models are told what to look for, each subject by its own word.
     bare = [photo for photo in report.photos if photo.mask_path is None]
-    if config.masks == "auto" and bare:
+    if config.masks != "given" and bare:
         words = dict.fromkeys(masks.sought_word(subjects[photo.subject]) for photo in bare)
         sought = ""
         if any(words):

@@ -355,6 +355,10 @@ LEAK = 0.05
 LEAK_ALONE = 0.25
 """A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
+FACE_LEARNT = 0.6
+"""Of the photos' own likeness of faces. Not measured on a trained person yet."""
+FACES_LOST = 0.2
+"""Share of pictures without a face, above the base's."""
 CONFUSED = 0.25
 """Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base."""
 FEW_PHOTOS = 3
@@ -414,6 +418,26 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
         yield f"{came} (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
     elif leak is not None and leak > LEAK_ALONE:
         yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
+
+
+def about_the_face(run: Figures) -> Iterator[str]:
+    """A person whose costume was learnt in place of the face, or whose face is not shown."""
+    clothes = "--captions auto --describe clothes"
+    share = run.scores.get("identity_share")
+    rise = run.scores.get("dino", 0.0) - run.scores.get("dino_base", 0.0)
+    if share is not None and share < FACE_LEARNT and rise > LEAST_LIKENESS:
+        yield (
+            f"a costume was learnt, not the face (the face has {max(share, 0):.0%} of the photos' "
+            f"own likeness, DINO {run.scores['dino']:.2f}): try {clothes}, with photos in other "
+            "clothes and nearer to the face"
+        )
+    hidden = run.scores.get("no_face", 0.0) - run.scores.get("no_face_base", 0.0)
+    if hidden > FACES_LOST:
+        yield (
+            f"{run.scores['no_face']:.0%} of the pictures show no face, "
+            f"{hidden:.0%} more than the base's: try --max_train_steps "
+            f"{max(1, run.step * 2 // 3)}, and photos that show the face larger"
+        )
 
 
 def about_the_bare_prompt(run: Figures) -> Iterator[str]:
@@ -539,6 +563,7 @@ def more_exposures(run: Figures) -> int:
 
 RULES = (
     about_the_steps,
+    about_the_face,
     about_the_prompt,
     about_the_bare_prompt,
     about_the_class,
@@ -605,6 +630,7 @@ def meanings(run: Figures) -> list[str]:
     """The latest scores in plain words, one line each."""
     known = {
         "dino_base": math.nan,
+        "identity_of_photos": math.nan,
         **run.scores,
         "class_word": class_word_of(run.config) or "thing",
     }

@@ -167,7 +167,7 @@ def make_captions(config: TrainConfig, context: reporter.RunContext, photos: lis
 def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[Photo]) -> None:
     """Make the masks that the photos and the run folder lack. Raises UserError and
     StopRequestedError."""
-    if config.masks != "auto":
+    if config.masks == "given":
         return
     folder = context.run_dir.masks_dir
 

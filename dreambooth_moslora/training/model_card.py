@@ -181,10 +181,13 @@ def score_table(facts: CardFacts) -> str:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
     best = ""
+    has_face = "no_face" in facts.scores
+    likeness = "the mean of DINO and the face's likeness" if has_face else "DINO"
     if facts.best is not None:
         best = (
             f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} "
-            "(DINO × CLIP-T as a share of the base's × share of pictures that copy no photo); "
+            f"({likeness} × CLIP-T as a share of the base's × share of pictures that copy no "
+            "photo); "
             "that adapter is in the run's `best/`, which is not uploaded."
         )
     return f"## Scores of the last evaluation\n\n| | |\n|---|---|\n{rows}{best}"

@@ -238,7 +238,7 @@ class PhotoStream:
         slot, crop, target = self._view(position)
         photo = self.photos[slot // self.repeats]
         draws = rng(self.seed, self.name, "crop", slot, crop)
-        return photo, self.encoder.rule.plan(photo.size_px, draws, target)
+        return photo, self.encoder.rule.plan(photo.size_px, draws, target, photo.face)
 
     @property
     def is_one_size(self) -> bool:

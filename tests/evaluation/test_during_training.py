@@ -67,7 +67,7 @@ def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(
     """Its prompts are those of the first, as both encode them in step with each other. A missing
     encoder is told before anything is trained."""
 
-    def nowhere(*_):
+    def nowhere(*_, **__):
         raise UserError("the encoder cannot be loaded")
 
     config = scored()

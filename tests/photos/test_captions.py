@@ -120,7 +120,7 @@ def test_a_language_model_answers_the_same_to_the_same_photo_and_sees_photo_and_
 
 
 def test_the_model_goes_on_from_the_words_for_the_subject(chat_model):
-    asked = captions.conversation(picture(size_px=(3000, 2000)), "dog")
+    asked = captions.conversation(picture(size_px=(3000, 2000)), "dog", "Where?")
     assert asked[0]["content"][0]["image"].size == (512, 768)
     words = AutoProcessor.from_pretrained(chat_model).apply_chat_template(
         asked, continue_final_message=True

@@ -75,6 +75,14 @@ FAULTS = {
     "overflowed": (replace(GOOD, skipped=20), "in 20 steps; --mixed_precision bf16, or no on"),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
+    "costume": (
+        with_scores(identity=0.2, identity_share=0.3),
+        "a costume; 30% of the photos' own; --captions auto --describe clothes",
+    ),
+    "faces_lost": (
+        with_scores(no_face=0.6, no_face_base=0.1),
+        "60% of the pictures show no face; 50% more; --max_train_steps 160",
+    ),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
     "lost_the_prompt": (
         with_scores(clip_t_of_base=0.6, background_leak=0.12),

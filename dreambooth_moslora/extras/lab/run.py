@@ -42,6 +42,7 @@ from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import text_options_of
+from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.settings.table import BEGUN_WITH, TrainConfig
 from dreambooth_moslora.training.loop import train
 
@@ -151,7 +152,8 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     )
 
     # what it is compared with
-    encoders = encoders_of(base, protocol.clip, protocol.dino)
+    has_face = kind_of(config).has_face
+    encoders = encoders_of(base, protocol.clip, protocol.dino, faces=has_face)
     resolution_px = pipeline_from(study.base).resolution_px
     truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
     made = score_tables.Evaluator(
@@ -160,6 +162,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
         photos=[open_rgb(photo) for photo in photos],
         masks=[open_mask(photo) for photo in photos],
         truth=truth,
+        faces=encoders.faces,
     )
     EVALUATORS[key] = made
     return made

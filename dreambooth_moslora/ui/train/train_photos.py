@@ -204,7 +204,7 @@ def with_made_masks(
     only: Path | None = None,
 ) -> Iterator[tuple[Photo, str]]:
     """Each photo, or `only` one, with its mask, if it has one, and a remark on a made one."""
-    segmenter = load_segmenter(config) if config.masks == "auto" else None
+    segmenter = load_segmenter(config) if config.masks != "given" else None
     for photo in photo_report(config).photos:
         if only not in (None, photo.path):
             continue

@@ -1,0 +1,172 @@
+"""Faces: where they are in a picture, and whose they are.
+
+YuNet finds them and SFace compares them, both through OpenCV. Another pair is one more row of
+`FACE_READERS`. Their weights come from the hub at the first use.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.settings import subject_kinds, table
+from dreambooth_moslora.settings.measures import FACES, SFACE, YUNET
+
+# The picture's longer side as YuNet sees it: it finds faces of 10 to 300 px
+SEEN_PX = 640
+# Of YuNet: a box below this is no face
+LEAST_CERTAINTY = 0.8
+# A face that fills less of the photo's shorter side is a dozen latents of a 1024 px crop
+SMALL_SHARE = 0.1
+# (left, top, right, bottom) px
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Face:
+    box: Box  # in the upright picture
+    found: Any = None  # what the finder says of it, for the comparer
+
+
+@dataclass(frozen=True)
+class FaceReader:
+    """What finds and compares faces."""
+
+    name: str  # its public name
+    find: Callable[[Image.Image], list[Face]]  # in an RGB picture, the largest first
+    vector: Callable[[Image.Image, Face], np.ndarray]  # a unit vector (D,) of a face
+    load: Callable[[], object] = bool  # what compares, so that a missing file is told early
+
+    def vectors(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:
+        """The unit vector (D,) of each picture's largest face; None where there is no face."""
+        found = []
+        for image in images:
+            rgb = image.convert("RGB")
+            faces = self.find(rgb)
+            found.append(self.vector(rgb, faces[0]) if faces else None)
+        return found
+
+
+def opencv_reader() -> FaceReader:
+    """YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and later for
+    weights that are not here."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "--subject person needs OpenCV: pip install opencv-python-headless"
+        ) from error
+
+    @cache
+    def finder() -> Any:
+        path = weights(*YUNET)
+        return cv2.FaceDetectorYN.create(path, "", (SEEN_PX, SEEN_PX), LEAST_CERTAINTY)
+
+    @cache
+    def comparer() -> Any:
+        return cv2.FaceRecognizerSF.create(weights(*SFACE), "")
+
+    def find(image: Image.Image) -> list[Face]:
+        # YuNet sees a shrunk copy; its rows are boxes, five points and a certainty.
+        scale = min(1.0, SEEN_PX / max(image.size))
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        finder().setInputSize(size)
+        _, rows = finder().detect(bgr(image.resize(size)))
+        found = []
+        for row in [] if rows is None else rows:
+            row = np.asarray(row, dtype=np.float32).copy()
+            row[:14] /= scale
+            left, top, width, height = map(float, row[:4])
+            found.append(Face(box=(left, top, left + width, top + height), found=row))
+        return sorted(found, key=area, reverse=True)
+
+    def vector(image: Image.Image, face: Face) -> np.ndarray:
+        # SFace wants the face turned upright, by its five points.
+        upright = comparer().alignCrop(bgr(image), face.found)
+        values = np.asarray(comparer().feature(upright), dtype=np.float32).ravel()
+        return values / max(float(np.linalg.norm(values)), 1e-6)
+
+    return FaceReader(name="YuNet and SFace", find=find, vector=vector, load=comparer)
+
+
+def bgr(image: Image.Image) -> np.ndarray:
+    """uint8 (height, width, 3) in OpenCV's order of colours."""
+    return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
+
+
+def area(face: Face) -> float:
+    left, top, right, bottom = face.box
+    return (right - left) * (bottom - top)
+
+
+def weights(repository: str, file: str) -> str:
+    """The path of a model's file from the hub. Raises UserError when it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return hf_hub_download(repository, file)
+    except (OSError, HfHubHTTPError) as error:
+        missing = "is not here and cannot be fetched: connect to the hub once"
+        raise UserError(f"--subject person: {repository} {missing}") from error
+
+
+# Name of an encoder of faces -> what opens it
+FACE_READERS: dict[str, Callable[[], FaceReader]] = {"sface": opencv_reader}
+
+
+def load_faces() -> FaceReader:
+    """The reader that finds and compares faces. Raises UserError."""
+    return FACE_READERS[FACES]()
+
+
+def with_faces(
+    config: table.TrainConfig, photos: Sequence[photo_file.Photo]
+) -> list[photo_file.Photo]:
+    """The photos; those of a person with the box of the face, and a remark on one that is small or
+    not found. Raises UserError."""
+    if not subject_kinds.any_has_face(config.each_subject):
+        return list(photos)
+    kinds = [subject_kinds.kind_of(subject) for subject in config.each_subject]
+    reader = load_faces()
+    found = []
+    for photo in photos:
+        if kinds[photo.subject].has_face:
+            photo = with_face(photo, reader.find(photo_file.open_rgb(photo)))
+        found.append(photo)
+    return found
+
+
+def with_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
+    """The photo with its largest face, and a remark where that shows little."""
+    if not faces:
+        return replace(photo, reasons=(*photo.reasons, "no face was found"))
+    left, top, right, bottom = faces[0].box
+    share = max(right - left, bottom - top) / min(photo.size_px)
+    reasons = photo.reasons
+    if share < SMALL_SHARE:
+        reasons = (*reasons, f"small face: {share:.0%} of the frame")
+    return replace(photo, face=faces[0].box, reasons=reasons)
+
+
+def face_finder() -> Callable[[Image.Image], np.ndarray]:
+    """A function from an RGB picture to probabilities (height, width) of the head: an ellipse
+    around each face, twice as high, as hair and chin belong to it."""
+    reader = load_faces()
+
+    def find(image: Image.Image) -> np.ndarray:
+        down, right = np.mgrid[: image.height, : image.width]
+        found = np.zeros((image.height, image.width), dtype=np.float32)
+        for face in reader.find(image)[:1]:
+            left, top, far, bottom = face.box
+            across = (right + 0.5 - (left + far) / 2) / (0.8 * (far - left))
+            along = (down + 0.5 - (top + bottom) / 2) / (0.9 * (bottom - top))
+            found[across**2 + along**2 <= 1] = 1
+        return found
+
+    return find

@@ -1,0 +1,96 @@
+"""What a subject may be: one row for each word of `--subject`, from which captions, crops, prompts
+and scores follow.
+
+A person is known by the face. DINO and CLIP also see the jacket and the room, so that likeness by
+them alone is often that of a costume.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
+
+# What a person may wear or change from day to day. A caption that says it keeps it out of the word.
+TRAITS = ("hair", "beard", "glasses", "make-up", "clothes")
+
+# Prompts that change a person's clothes, the light and the distance.
+CLOTHES = (
+    "wearing a red rain jacket",
+    "wearing a black suit and a tie",
+    "wearing a plain white t-shirt",
+    "wearing a woollen hat and a scarf",
+    "in a chef's uniform in a kitchen",
+    "in medieval armour",
+)
+LIGHTS = (
+    "in the light of a candle",
+    "on the beach at sunset",
+    "in a neon-lit street at night",
+    "in bright midday sun in the desert",
+    "in the fog of a forest",
+)
+PERSON_TEMPLATES = (
+    *(f"a photo of a {{}} {clothes}" for clothes in CLOTHES),
+    *(f"a photo of a {{}} {light}" for light in LIGHTS),
+    "a close-up portrait of a {} with a grey background",
+    "a head and shoulders portrait of a {} in an office",
+    "a half-length photo of a {} in a library",
+    "a full-body photo of a {} on a city street",
+    "a photo of a {} far away in a field of snow",
+)
+PERSON_CONTEXTS = (
+    "a close-up portrait of a {} in the light of a candle",
+    "a photo of a {} wearing a red rain jacket",
+    "a full-body photo of a {} on a city street",
+    "a photo of a {} wearing a black suit on the beach",
+)
+
+
+@dataclass(frozen=True)
+class SubjectKind:
+    """One word of `--subject`.
+
+    about: how the help goes on after the word
+    has_face: whether faces are found in photos and pictures, and compared
+    class_word: what is preserved; "" is the word that names the subject
+    traits: what captions leave out unless `--describe` names it
+    contexts: of a run's samples; () for the usual ones
+    """
+
+    about: str
+    has_face: bool = False
+    class_word: str = ""
+    traits: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
+
+
+# By the word that `--subject` takes.
+KINDS = {
+    "thing": SubjectKind(about="is known by its whole look"),
+    "person": SubjectKind(
+        about=(
+            "by the face, which crops show near and far, and scores compare (needs "
+            "opencv-python-headless; YuNet and SFace come from the hub)"
+        ),
+        has_face=True,
+        class_word="person",
+        traits=TRAITS,
+        contexts=PERSON_CONTEXTS,
+    ),
+}
+
+
+def kind_of(config: Config) -> SubjectKind:
+    """The row of a run's one subject."""
+    return KINDS[config.subject]
+
+
+def any_has_face(subjects: Iterable[Config]) -> bool:
+    """Whether one of the runs with a single subject is of a person."""
+    return any(kind_of(subject).has_face for subject in subjects)
+
+
+def omitted(config: Config) -> tuple[str, ...]:
+    """The traits of its subject that captions leave out, so that its word learns them."""
+    return tuple(trait for trait in kind_of(config).traits if trait not in config.describe)

@@ -1,0 +1,96 @@
+"""What `--subject person` does with photos: crops near the face and far, remarks, masks, and what
+captions are asked to say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.photos import captions, faces, masks
+from dreambooth_moslora.photos.cropping import NEAR_SHARE, CropRule, apply_crop
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.photo_file import open_rgb
+from dreambooth_moslora.plan import choices
+from dreambooth_moslora.seeds import rng
+from dreambooth_moslora.settings import prompts
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.stub_faces import RIGHT, painted, stub_faces  # noqa: F401
+
+PERSON = TrainConfig(instance_prompt="a photo of sks woman", subject="person", resolution=64)
+LARGE = {"size_px": (300, 400), "box": (100, 60, 160, 130)}
+
+
+@pytest.fixture
+def photos(tmp_path, stub_faces):  # noqa: F811
+    painted(RIGHT, **LARGE).save(tmp_path / "a.png")
+    painted(RIGHT, size_px=(300, 400), box=(280, 20, 292, 34)).save(tmp_path / "b.png")
+    painted(None, size_px=(300, 400)).save(tmp_path / "c.png")
+    return find_photos(tmp_path, PERSON.instance_prompt, PERSON.resolution).photos
+
+
+def test_a_small_face_and_a_missing_one_are_remarked_and_a_thing_has_none(photos):
+    found = faces.with_faces(PERSON, photos)
+    assert found[0].face == (100, 60, 161, 131) and found[0].reasons == ()
+    assert found[1].reasons == ("small face: 5% of the frame",)
+    assert found[2].face is None and found[2].reasons == ("no face was found",)
+    assert faces.with_faces(replace(PERSON, subject="thing"), photos) == photos
+
+
+@pytest.mark.parametrize("flips", [(), (("random_flip", True),)])
+def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
+    rule = CropRule(64, augmentations=flips)
+    for photo in faces.with_faces(PERSON, photos)[:2]:
+        near = 0
+        for number in range(60):
+            plan = rule.plan(photo.size_px, rng(number, "crop"), face=photo.face)
+            left, top, right, bottom = plan.box(*photo.size_px[::-1])
+            assert left <= photo.face[0] and right >= photo.face[2]
+            assert top <= photo.face[1] and bottom >= photo.face[3]
+            assert apply_crop(open_rgb(photo), plan).size == (64, 64)
+            near += bottom - top < 299
+
+        # The near ones are as near as the face, or as the photo's own pixels, allow.
+        assert 15 < near < 45
+        share = (photo.face[3] - photo.face[1]) / (bottom - top)
+        assert near and share <= NEAR_SHARE + 0.02
+
+
+def test_a_mask_by_the_face_is_the_head(photos):
+    config = replace(PERSON, masks="face")
+    segmenter = masks.load_segmenter(config)
+    mask = np.asarray(segmenter.mask(open_rgb(photos[0]))) > 0
+    assert mask[60:130, 110:150].all() and not mask[200:].any() and not mask[:, :60].any()
+    assert segmenter.word == "face" and not np.asarray(segmenter.mask(open_rgb(photos[2]))).any()
+
+
+def test_captions_omit_the_traits_of_a_person_but_those_that_are_to_be_described():
+    thing = captions.question_of(replace(PERSON, subject="thing"), "woman")
+    omits = captions.question_of(PERSON, "woman")
+    says = captions.question_of(replace(PERSON, describe=("hair", "clothes")), "woman")
+    assert "beard" not in thing and "Say nothing about how the woman itself looks" in thing
+    assert "Do not mention hair, beard, glasses, make-up, clothes or the face" in omits
+    assert "woman's hair and clothes look" in says
+    assert "Do not mention beard, glasses, make-up or the face" in says
+    names = {captions.load_captioner(config).word for config in (PERSON, replace(PERSON,
+        describe=("hair",)), replace(PERSON, subject="thing"))}  # fmt: skip
+    assert len(names) == 3, "captions that say other traits are made again"
+
+
+def test_a_person_is_drawn_in_other_clothes_and_distances_and_people_stay_people():
+    drawn = prompts.context_prompts(
+        replace(PERSON, pretrained_model_name_or_path="some/base", token="sks")
+    )
+    assert "a full-body photo of a sks woman on a city street" in drawn and len(drawn) == 4
+    chosen = choices.Choices({"subject": "person"})
+    choices.choose_words(chosen, "woman")
+    choices.choose_shapes(chosen, [])
+    assert chosen.settings["class_prompt"] == "a photo of a person"
+    assert chosen.settings["crops_per_photo"] > 1
+
+
+def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="opencv"):
+        faces.load_faces().find(Image.new("RGB", (64, 64)))
