@@ -24,6 +24,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
+from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
@@ -191,6 +192,21 @@ def evaluators_of(
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
     return found
+
+
+def find_look_alikes(
+    evaluators: Sequence[score_tables.Evaluator], folder: str | Path | None
+) -> None:
+    """Give each evaluator the photos of individuals that look like its subject: of the folders in
+    `folder`, or of the toy world's truth. Raises UserError."""
+    pictures = []
+    if folder:
+        for path in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
+            photos = find_photos(path, "", resolution_px=1).photos
+            pictures.append([open_rgb(photo) for photo in photos])
+    for one in evaluators:
+        shown = pictures or (one.truth.look_alikes() if one.truth else [])
+        one.look_alikes = [one.encoders.dino_images(some) for some in shown if some]
 
 
 def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:

@@ -106,6 +106,8 @@ class Truth(Protocol):
         photos: torch.Tensor,
     ) -> Tables: ...
 
+    def look_alikes(self) -> list[list[Image.Image]]: ...
+
 
 @dataclass(frozen=True)
 class Views:
@@ -131,7 +133,8 @@ class Evaluator:
     truth: of a subject whose true appearance is known
     faces: what compares faces, of a person. Without a face in a photo there is no identity
 
-    `rivals`, words of other subjects -> DINO vectors of their photos, may be set later.
+    `rivals`, words of other subjects -> DINO vectors of their photos, and `look_alikes`, those of
+    each individual that looks like the subject, may be set later.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Evaluator:
         self.truth = truth
         self.photos = self._views(list(photos))
         self.rivals: dict[str, torch.Tensor] = {}
+        self.look_alikes: list[torch.Tensor] = []
         self._base: dict[str, Views] | None = None
 
         # The photos' faces, (P, D)
@@ -250,6 +254,11 @@ class Evaluator:
             columns["background_leak"] = metrics.background_leak(
                 subject.clip, base.clip, self.backgrounds
             )
+        if self.look_alikes:
+            for end, views in (("", subject), ("_base", base)):
+                columns[f"rank{end}"] = metrics.lookalike_rank(
+                    views.dino, photos.dino, self.look_alikes
+                )
         for words, others in self.rivals.items():
             confused = metrics.confusion(subject.dino, photos.dino, others)
             confused_base = metrics.confusion(base.dino, photos.dino, others)

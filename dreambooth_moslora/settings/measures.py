@@ -76,6 +76,18 @@ MEASURES = {
         study="differences",
         panel="bare prompt (DINO)",
     ),
+    "rank": Measure(
+        title="Rank among look-alikes",
+        base="rank_base",
+        help="place of the true subject among individuals like it, by DINO; 1 is the nearest",
+        summary=True,
+        sentence=(
+            "rank among look-alikes {rank:.1f} (1: nearest to the true one); the base's own "
+            "pictures have {rank_base:.1f}"
+        ),
+        study="values",
+    ),
+    "rank_base": Measure(summary=True),
     # Of a person: whose face it is, where one is found.
     "identity": Measure(
         title="Identity",
