@@ -1,18 +1,16 @@
 """Seconds and memory of one training step of a flow family on a GPU, with random weights.
 
     python -m benchmarks.flow_step --model Z-Image            # ours, recomputed, 1024 px
-    python -m benchmarks.flow_step --model "FLUX.1 dev" --plan nf4 --arms ours peft
+    python -m benchmarks.flow_step --model "FLUX.1 dev" --plan nf4 nf4_stream --arms ours peft
     python -m benchmarks.flow_step --model Qwen-Image --arms ours masked stateless compiled
     python -m benchmarks.flow_step --size small --resolution 64           # on a CPU: does it run
 
 It downloads nothing: the configurations are those of the published models, one photo and one
-prompt are random. It prints one line of JSON for each arm, as `gpu_step` does.
+prompt are random. It prints one line of JSON for each plan and arm, as `gpu_step` does.
 """
 
 import argparse
-import gc
-import json
-from collections.abc import Callable
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +21,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.family_memory import COUNTED, MODELS, config_of, facts_named
-from benchmarks.gpu_step import WARM_UP, measured
+from benchmarks.family_memory import MODELS, config_of, facts_named
+from benchmarks.gpu_step import WARM_UP, Step, measure_or_say, measured
 from benchmarks.precision import half_accelerator
 from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.base.pipelines import METHODS, filled
+from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
 from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.plan.distributed import DTYPES
+from dreambooth_moslora.plan.memory import estimate, size_of_shapes
 from dreambooth_moslora.settings.families import Facts
+from dreambooth_moslora.settings.table import PLANS
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
 
@@ -64,16 +65,19 @@ SMALL = {
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    for arm in options.arms:
-        torch.manual_seed(0)
-        accelerator = half_accelerator()
-        options.precision = accelerator.mixed_precision
-        step = trainer_step(arm, options, accelerator)
-        print(json.dumps(measured(arm, step, options, accelerator.device)), flush=True)
-        del step
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    for plan, arm in itertools.product(options.plan, options.arms):
+        of_plan = argparse.Namespace(**vars(options) | {"plan": plan})
+        measure_or_say(measure, arm, of_plan)
+
+
+def measure(arm: str, options: argparse.Namespace) -> dict:
+    """Build the arm and time its steps."""
+    torch.manual_seed(0)
+    accelerator = half_accelerator()
+    options.precision = accelerator.mixed_precision
+    step, estimate_gib = trainer_step(arm, options, accelerator)
+    found = measured(arm, step, options, accelerator.device)
+    return found | {"estimate_gib": round(estimate_gib, 2)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
     options.add_argument("--model", choices=SMALL, default="Z-Image")
     options.add_argument("--arms", nargs="+", choices=ARMS, default=["ours"], help=arms)
-    options.add_argument("--plan", choices=COUNTED, default="recompute", help="a word of --memory")
+    options.add_argument(
+        "--plan", nargs="+", choices=PLANS, default=["recompute"], help="words of --memory"
+    )
     options.add_argument("--size", choices=("full", "small"), default="full")
     options.add_argument("--resolution", type=int, default=1024)
     options.add_argument("--batch", type=int, default=1)
@@ -94,23 +100,33 @@ def trainer_step(
     arm: str,
     options: argparse.Namespace,
     accelerator: Accelerator,
-) -> Callable[[], None]:
-    """The trainer's step of one random photo with its update, as the arm and the plan say."""
+) -> tuple[Step, float]:
+    """The trainer's step of one random photo with its update, as the arm and the plan say; and the
+    GiB of `--dry_run` for it."""
     facts, dtype = facts_named(MODELS[options.model][0]), DTYPES[options.precision]
-    denoiser = random_denoiser(options.model, facts, options.size, dtype, accelerator.device)
-    quantize(denoiser, COUNTED[options.plan].get("base_quantization", "none"), dtype)
+    config = replace(
+        config_of(facts, options.resolution, options.rank, "full"),
+        train_batch_size=options.batch,
+        mixed_precision=options.precision,
+        compile="on" if arm == "compiled" else "off",
+        seed=0,
+        **PLANS[options.plan],
+    )
+
+    # The denoiser, as the trainer lays it.
+    device = accelerator.device
+    denoiser = random_denoiser(options.model, facts, options.size, dtype, device)
+    shapes = {name: list(weight.shape) for name, weight in denoiser.named_parameters()}
+    size = size_of_shapes(facts, {facts.denoiser: shapes}, facts.targets)
+    quantize(denoiser, config.base_quantization, dtype)
+    if config.stream_blocks:
+        StreamedBlocks(denoiser, device)
+
     materials = random_materials(options.model, facts, denoiser, options.resolution, dtype)
     if arm == "masked":
         family = materials.family
         family.arguments = lambda texts: filled(type(family).arguments(family, texts))
 
-    config = replace(
-        config_of(facts, options.resolution, options.rank, options.plan),
-        train_batch_size=options.batch,
-        mixed_precision=options.precision,
-        compile="on" if arm == "compiled" else "off",
-        seed=0,
-    )
     steps = WARM_UP + options.steps
     train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)
     if arm == "peft":
@@ -118,11 +134,11 @@ def trainer_step(
     if arm == "stateless":
         denoiser.enable_gradient_checkpointing(without_state)
 
-    def step() -> None:
-        train_step.accumulate_gradients()
-        train_step.update_adapter()
+    def step() -> tuple[float, float]:
+        losses = train_step.accumulate_gradients()
+        return losses.total, train_step.update_adapter()
 
-    return step
+    return step, estimate(config, size, total_steps=steps).training_gib
 
 
 def without_state(block: nn.Module, *inputs: Any) -> Any:

@@ -9,7 +9,8 @@ download.
 It prints one line of JSON for each arm, one after the other in this process, in bf16, or in fp16 on
 a card without it. `host_sec` is how long the program takes to hand a step to the GPU: if it equals
 `step_sec`, the GPU waits for the program. `reserved_gib` plus 0.5 for CUDA's context corresponds to
-`total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation.
+`estimate_gib` and to `total` in `benchmarks.gpu_memory`, plus workspaces and fragmentation. `loss`
+and `grad_norm` are those of the last step: arms that compute the same agree in them.
 """
 
 import argparse
@@ -24,7 +25,10 @@ import torch
 from benchmarks.meta_count import GIB
 from dreambooth_moslora.errors import one_line
 
-__all__ = ["ARMS", "main", "measure", "measured"]
+__all__ = ["ARMS", "Step", "main", "measure", "measure_or_say", "measured"]
+
+Step = Callable[[], tuple[float, float] | None]
+"""One step -> its loss and the norm of its gradient, where it has them."""
 
 ARMS = {
     "floor": "the frozen UNet's forward and the gradient to its input",
@@ -42,19 +46,31 @@ WARM_UP = 3
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     for arm in options.arms:
-        print(json.dumps(measure_or_say(arm, options)), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        measure_or_say(measure, arm, options)
 
 
-def measure_or_say(arm: str, options: argparse.Namespace) -> dict:
-    """What `measure` finds; for an arm that this card cannot do, its error, so that the others
-    follow."""
+def measure_or_say(
+    measure: Callable[[str, argparse.Namespace], dict],
+    arm: str,
+    options: argparse.Namespace,
+) -> None:
+    """Print what `measure` finds; for an arm that this card cannot do, its error, so that the
+    others follow."""
     try:
-        return measure(arm, options)
+        found = measure(arm, options)
     except RuntimeError as error:
-        return {"arm": arm, "error": one_line(error)}
+        found = {"arm": arm, **told(options), "error": one_line(error)}
+    print(json.dumps(found), flush=True)
+
+    # The next arm has the memory for itself.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def told(options: argparse.Namespace) -> dict:
+    """The options, but for the arms."""
+    return {name: value for name, value in vars(options).items() if name != "arms"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(arm: str, options: argparse.Namespace) -> dict:
     """Build the arm and time its steps."""
+    from benchmarks.gpu_memory import estimated_total_gib
     from benchmarks.precision import half_accelerator
 
     torch.manual_seed(0)
@@ -86,12 +103,15 @@ def measure(arm: str, options: argparse.Namespace) -> dict:
     accelerator = half_accelerator()
     device, options.precision = accelerator.device, accelerator.mixed_precision
     step = floor(options, device) if arm == "floor" else trainer_step(arm, options, accelerator)
-    return measured(arm, step, options, device)
+    found = measured(arm, step, options, device)
+    if arm == "ours":
+        found["estimate_gib"] = round(estimated_total_gib(run_config(options, "off")), 2)
+    return found
 
 
 def measured(
     arm: str,
-    step: Callable[[], None],
+    step: Step,
     options: argparse.Namespace,
     device: torch.device,
 ) -> dict:
@@ -102,19 +122,21 @@ def measured(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     runs = [timed(step, device) for _ in range(options.steps)]
-    facts = {"arm": arm, **{name: value for name, value in vars(options).items() if name != "arms"}}
-    facts["step_sec"] = round(median(whole for whole, _ in runs), 4)
-    facts["host_sec"] = round(median(host for _, host in runs), 4)
+    facts = {"arm": arm, **told(options)}
+    facts["step_sec"] = round(median(whole for whole, _, _ in runs), 4)
+    facts["host_sec"] = round(median(host for _, host, _ in runs), 4)
+    if runs[-1][2]:
+        facts["loss"], facts["grad_norm"] = runs[-1][2]
     return facts | (card_facts(step) if device.type == "cuda" else {})
 
 
-def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds until the step is done, and until the program was free again."""
+def timed(step: Step, device: torch.device) -> tuple[float, float, tuple[float, float] | None]:
+    """Seconds until the step is done, and until the program was free again; and what it gave."""
     start = time.perf_counter()
-    step()
+    found = step()
     host = time.perf_counter() - start
     finish(device)
-    return time.perf_counter() - start, host
+    return time.perf_counter() - start, host, found
 
 
 def finish(device: torch.device) -> None:
@@ -122,7 +144,7 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def card_facts(step: Callable[[], None]) -> dict:
+def card_facts(step: Step) -> dict:
     """Memory of the steps so far, and the kernels of one more."""
     return {
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
@@ -133,7 +155,7 @@ def card_facts(step: Callable[[], None]) -> dict:
     }
 
 
-def kernels_of(step: Callable[[], None]) -> int:
+def kernels_of(step: Step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -142,7 +164,7 @@ def kernels_of(step: Callable[[], None]) -> int:
     return sum(event.count for event in seen.key_averages())
 
 
-def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def floor(options: argparse.Namespace, device: torch.device) -> Step:
     from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
     from dreambooth_moslora.plan.distributed import DTYPES
 
@@ -153,7 +175,7 @@ def floor(options: argparse.Namespace, device: torch.device) -> Callable[[], Non
     return floor_step(materials, run_config(options, "off"), device)
 
 
-def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable[[], None]:
+def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     from benchmarks.graphs import record_passes
     from dreambooth_moslora.base.load import quantize
     from dreambooth_moslora.extras.lab.full_step import random_materials
@@ -176,9 +198,9 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Callable
     if arm == "graphed":
         record_passes(train_step)
 
-    def step() -> None:
-        train_step.accumulate_gradients()
-        train_step.update_adapter()
+    def step() -> tuple[float, float]:
+        losses = train_step.accumulate_gradients()
+        return losses.total, train_step.update_adapter()
 
     return step
 

@@ -79,6 +79,7 @@ MEASURES = {
     "rank": Measure(
         title="Rank among look-alikes",
         base="rank_base",
+        better="lower",
         help="place of the true subject among individuals like it, by DINO; 1 is the nearest",
         summary=True,
         sentence=(
@@ -93,6 +94,7 @@ MEASURES = {
         title="Identity",
         base="identity_base",
         photos="identity_of_photos",
+        better="higher",
         help="likeness of the face to the photos' faces, in the pictures that show one",
         summary=True,
         logged=True,
@@ -109,6 +111,7 @@ MEASURES = {
     "no_face": Measure(
         title="No face",
         base="no_face_base",
+        better="lower",
         help="share of the pictures in which no face is found; it lowers no likeness of others",
         summary=True,
         logged=True,

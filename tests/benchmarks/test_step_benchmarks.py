@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from benchmarks import flow_step, gpu_step
+from benchmarks import bundle, first_half_hour, flow_step, gpu_step
 from benchmarks.diffusers_style_loop import diffusers_style_step
 from benchmarks.floor_ratio import measure
 from benchmarks.host_peak import command_of
@@ -117,6 +117,7 @@ def test_an_arm_that_fails_is_one_line_and_the_next_follows(capsys):
 
 FLOWS = [
     ("Z-Image", "recompute", ["ours", "peft", "stateless"]),
+    ("Z-Image", "stream", ["ours"]),
     ("FLUX.1 dev", "nf4", ["ours"]),
     ("FLUX.2 klein 4B", "full", ["ours"]),
     ("Qwen-Image", "recompute", ["ours", "masked"]),
@@ -130,3 +131,40 @@ def test_a_flow_family_steps_on_any_device(model, plan, arms, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["arm"] for one in found] == arms
     assert all(0 < one["host_sec"] <= one["step_sec"] for one in found)
+
+
+@pytest.mark.parametrize("section", [section.name for section in first_half_hour.SECTIONS])
+def test_each_section_of_the_first_half_hour_runs_small_and_is_run_once(section, tmp_path, capsys):
+    words = ["--size", "small", "--sections", section, "--minutes", "30"]
+    words += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    first_half_hour.main(words)
+    results = json.loads((tmp_path / "out" / "first_half_hour.json").read_text())["results"]
+    rows = [row for result in results for row in result["rows"]]
+    assert [row for row in rows if "error" in row and row.get("arm") != "graphed"] == []
+    assert all(result["rows"] for result in results)
+
+    # Streamed, a step computes the same.
+    if section == "streaming":
+        losses = {(row["model"], row["plan"]): row["loss"] for row in rows}
+        assert losses["Z-Image", "stream"] == losses["Z-Image", "recompute"]
+        assert losses["Z-Image", "nf4_stream"] == losses["Z-Image", "nf4"]
+
+    # The page shows it, and a second call finds nothing left.
+    page = (tmp_path / "out" / "first_half_hour.md").read_text()
+    assert f"## {section}" in page
+    capsys.readouterr()
+    first_half_hour.main(words)
+    assert capsys.readouterr().out.startswith("nothing is left")
+
+
+def test_the_clock_ends_a_command_and_its_rows_stay(tmp_path):
+    result = first_half_hour.run("gpu_memory", tmp_path, limit_sec=0.1)
+    assert "ended by the clock" in result["rows"][-1]["error"]
+
+
+def test_a_bundle_can_be_carried_and_says_which_wheels_it_lacks(tmp_path):
+    file = tmp_path / "bundle.tar.xz"
+    bundle.make_bundle(file, there=None, wheels=None)
+    assert file.stat().st_size < 60 * 2**20
+    assert any(name.startswith("diffusers==") for name in bundle.lacking({"torch": "2.11.0"}))
+    assert not any(name.startswith("torch==") for name in bundle.lacking({"torch": "2.11.0"}))
