@@ -48,6 +48,8 @@ from dreambooth_moslora.settings.measures import CLIP, DINO
 BATCH = 16
 # How errors call a model of this module
 FLAG = "the encoder"
+# Of DINO, whose patches tell style
+STYLE_LAYER = 2
 # Most tokens of a text that CLIP reads
 TOKENS = 77
 
@@ -83,6 +85,18 @@ class Encoders:
 
         def embed(pixels: torch.Tensor) -> torch.Tensor:
             return self.dino(pixel_values=pixels).last_hidden_state[:, 0]
+
+        return self._images(images, self.dino_processor, embed)
+
+    def style_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """N pictures of any size -> unit vectors (N, 2 D) of their style, on the CPU: mean and
+        deviation of the patches' values in an early layer of DINO, which knows strokes and
+        colours and not yet things."""
+
+        def embed(pixels: torch.Tensor) -> torch.Tensor:
+            layers = self.dino(pixel_values=pixels, output_hidden_states=True).hidden_states
+            patches = layers[STYLE_LAYER][:, 1:]
+            return torch.cat([patches.mean(1), patches.std(1)], dim=1)
 
         return self._images(images, self.dino_processor, embed)
 
@@ -439,6 +453,26 @@ def lookalike_rank(
     own = subject_fidelity(generated, photos)
     nearer = [subject_fidelity(generated, other) > own for other in others]
     return 1.0 + torch.stack(nearer).sum(0)
+
+
+def style_share(generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
+    """How far pictures went from the base's style to the photos': style vectors (N, D), of the
+    base's pictures (M, D) and of the photos (P, D) -> (N,). 0: as the base's; 1: as like the
+    photos as these are to each other."""
+    start = float(subject_fidelity(base, photos).mean())
+    end = photo_fidelity(photos) if len(photos) > 1 else 1.0
+    return (subject_fidelity(generated, photos) - start) / max(end - start, 0.01)
+
+
+def leaked_things(
+    generated: torch.Tensor, asked: torch.Tensor, things: torch.Tensor
+) -> torch.Tensor:
+    """Which thing a picture shows in place of what was asked for: CLIP's vectors of pictures (N,
+    D), of what each was asked for (N, D) and of the things (T, D) -> (N,), the number of the
+    nearest thing; -1 where what was asked for is nearer."""
+    to_things, nearest = (generated @ things.T).max(1)
+    own = (generated * asked).sum(1)
+    return torch.where(to_things > own, nearest, -1)
 
 
 def identity(

@@ -23,6 +23,10 @@ TEMPLATE_SETS = {
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
     "person": subject_kinds.PERSON_TEMPLATES,
     "toy": toys.TEMPLATES,
+    "style": subject_kinds.STYLE_TEMPLATES,
+    "toy_style": tuple(
+        text.format(kind) + subject_kinds.OF_A_STYLE for text, kind in toys.UNRELATED
+    ),
 }
 # Words of a class that is alive, and words that make an object of it all the same
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}
@@ -50,6 +54,8 @@ class EvaluationPlan:
     class_images: int = 16
     inference_steps: int = 25
     bare_prompt: str = ""
+    is_style: bool = False
+    things: tuple[str, ...] = ()  # that a style's pictures show, as their captions say
 
     def __post_init__(self) -> None:
         has_gaps = bool(self.templates) and all("{}" in template for template in self.templates)
@@ -65,7 +71,8 @@ class EvaluationPlan:
     @property
     def texts(self) -> list[str]:
         """The prompts without the token: CLIP-T's texts, and the base's prompts."""
-        return [template.replace("{}", self.class_word) for template in self.templates]
+        bare = [template.replace(subject_kinds.OF_A_STYLE, "") for template in self.templates]
+        return [template.replace("{}", self.class_word) for template in bare]
 
     @property
     def subject_requests(self) -> list[SampleRequest]:
@@ -195,6 +202,16 @@ def plan_of_subject(
     base = subject.pretrained_model_name_or_path
     captions = [caption for photo in photos for caption in photo.captions]
 
+    # A style is drawn on other content, and has no class.
+    kind = subject_kinds.kind_of(subject)
+    if kind.is_style:
+        changes["is_style"] = True
+        changes["class_images"] = 0
+        changes["things"] = things_in(captions)
+        captions = []
+        if templates == "auto":
+            templates = "toy_style" if toys.is_toy(base) else "style"
+
     # A kind of subject may have templates of its own; the toy world knows no others than its.
     if templates == "auto" and subject.subject in TEMPLATE_SETS and not toys.is_toy(base):
         templates = subject.subject
@@ -206,3 +223,10 @@ def plan_of_subject(
         bare_prompt=subject.instance_prompt,
         **changes,
     )
+
+
+def things_in(captions: Iterable[str]) -> tuple[str, ...]:
+    """What captions say that the pictures show, each once: `a red duck on grass in ink style` ->
+    `red duck`."""
+    nouns = map(prompts.noun_of, captions)
+    return tuple(dict.fromkeys(noun for noun in nouns if noun and noun != "picture"))

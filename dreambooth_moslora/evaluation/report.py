@@ -70,6 +70,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "dino_of_photos": None if math.isnan(of_photos) else round(of_photos, 4),
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
+        "leaked": found.leaked,
         "score": round(found.score, 4),
         "per_prompt": per_prompt(found),
         "seconds": round(found.seconds, 1),

@@ -28,6 +28,7 @@ from dreambooth_moslora.method.moslora import disabled
 from dreambooth_moslora.photos.faces import FaceReader
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.prompts import noun_of
 from dreambooth_moslora.settings.toys import is_toy
 
 # Name of a measure -> its table
@@ -51,6 +52,7 @@ class Evaluation:
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     photo_fidelity: float = float("nan")  # of the photos among themselves
+    leaked: str = ""  # the thing of a style's pictures that appears most often unasked
 
     @property
     def words(self) -> str:
@@ -152,6 +154,7 @@ class Evaluator:
         self.photos = self._views(list(photos))
         self.rivals: dict[str, torch.Tensor] = {}
         self.look_alikes: list[torch.Tensor] = []
+        self.leaked = ""
         self._base: dict[str, Views] | None = None
 
         # The photos' faces, (P, D)
@@ -216,6 +219,7 @@ class Evaluator:
             seconds=time.perf_counter() - started,
             pictures=pictures,
             photo_fidelity=metrics.photo_fidelity(self.photos.dino),
+            leaked=self.leaked,
         )
 
     def of_subject(self) -> "Evaluator":
@@ -230,6 +234,12 @@ class Evaluator:
         P)."""
         vectors = self.encoders.clip_texts(self.plan.texts)
         return vectors.repeat_interleave(len(self.plan.seeds), 0)
+
+    @cached_property
+    def asked_things(self) -> torch.Tensor:
+        """CLIP vectors of what each prompt asks for, without its place: (prompts × seeds, P)."""
+        nouns = [f"a photo of a {noun_of(text)}" for text in self.plan.texts]
+        return self.encoders.clip_texts(nouns).repeat_interleave(len(self.plan.seeds), 0)
 
     def _views(self, pictures: list[Image.Image]) -> Views:
         clip = self.encoders.clip_images(pictures)
@@ -280,10 +290,32 @@ class Evaluator:
         if seeds > 1:
             tables["diversity"] = metrics.diversity(subject.dino, seeds)
             tables["diversity_base"] = metrics.diversity(base.dino, seeds)
+        if self.plan.is_style:
+            tables |= self._style_tables(subject, base)
         if self.photo_faces is not None:
             tables |= self._face_tables(subject.pictures, base.pictures)
         if self.truth is not None:
             tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+        return tables
+
+    def _style_tables(self, subject: Views, base: Views) -> Tables:
+        """How much of the style the pictures have, and in which a thing of the style's pictures
+        appears unasked, (prompts, seeds)."""
+        shape = (len(self.plan.templates), len(self.plan.seeds))
+        look = self.encoders.style_images
+        of_base, of_photos = look(base.pictures), look(self.photos.pictures)
+        style = metrics.style_share(look(subject.pictures), of_base, of_photos)
+        tables = {"style": style.numpy().reshape(shape)}
+
+        # What was asked for, and the things, in the same words around them
+        things = self.plan.things
+        if things:
+            vectors = self.encoders.clip_texts([f"a photo of a {thing}" for thing in things])
+            for end, views in (("_base", base), ("", subject)):
+                found = metrics.leaked_things(views.clip, self.asked_things, vectors)
+                tables[f"leak{end}"] = (found >= 0).float().numpy().reshape(shape)
+            counts = torch.bincount(found[found >= 0], minlength=len(things))
+            self.leaked = things[int(counts.argmax())] if counts.any() else ""
         return tables
 
     def _face_tables(self, drawn: list[Image.Image], base: list[Image.Image]) -> Tables:
@@ -331,8 +363,15 @@ class Evaluator:
 
 
 def fidelity_of(tables: Tables) -> float:
-    """The likeness that the score is made of: DINO, and of a person the mean with the face's."""
+    """The likeness that the score is made of: DINO, of a person the mean with the face's, of a
+    style its own."""
     dino = float(tables["dino"].mean())
+
+    # A style: how much of it is there, and how often nothing came along with it.
+    if "style" in tables:
+        leaks = (float(tables.get(f"leak{end}", np.zeros(1)).mean()) for end in ("", "_base"))
+        more = max(next(leaks) - next(leaks), 0.0)
+        return min(max(float(tables["style"].mean()), 0.0), 1.0) * (1 - more)
     if "no_face" not in tables:
         return dino
     shown, base_shown = (1 - float(tables[name].mean()) for name in ("no_face", "no_face_base"))

@@ -37,6 +37,11 @@ QUESTION = (
     "Write the end of a caption: in at most twenty words, where the {word} is, what is around "
     "it, the light and the side from which it is seen. {looks}"
 )
+STYLE_QUESTION = (
+    "Write the end of a caption: in at most twenty words, what the picture shows, where it is and "
+    "what is around it. Say nothing about how it is drawn or photographed, its colours or style."
+)
+STYLE_START = "A picture that shows"
 NO_LOOKS = "Say nothing about how the {word} itself looks."
 START = "A photo of a {word}"
 # The photo's longer side as the model sees it: more pixels cost time and change few words
@@ -62,7 +67,9 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     name = os.path.expanduser(config.caption_model or default)
 
     # The word is what the model must not describe.
+    kind = subject_kinds.kind_of(config.each_subject[0])
     word = prompts.class_word_of(config) or ("toy" if name == own else "")
+    word = "picture" if kind.is_style and not word else word
     if not word:
         raise UserError(
             "captions: no word says what the photos show; "
@@ -84,6 +91,8 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
 
 def question_of(config: table.TrainConfig, word: str) -> str:
     """What the model is asked: the surroundings, and of the looks what `--describe` names."""
+    if subject_kinds.kind_of(config).is_style:
+        return STYLE_QUESTION
     looks = NO_LOOKS.format(word=word)
     if config.describe:
         looks = f"Say too how the {word}'s {' and '.join(config.describe)} look, and nothing else"
@@ -135,9 +144,13 @@ def chat_reader(name: str, word: str, device: Any, question: str) -> Callable[[I
         use_safetensors=True,
     )
 
+    # A style's caption begins with the prompt that names it, and goes on with what is shown.
+    start = STYLE_START if question == STYLE_QUESTION else START
+    shows = ", showing " if start == STYLE_START else ""
+
     def read(image: Image.Image) -> str:
         inputs = processor.apply_chat_template(
-            conversation(image, word, question),
+            conversation(image, word, question, start),
             continue_final_message=True,
             tokenize=True,
             return_dict=True,
@@ -148,12 +161,15 @@ def chat_reader(name: str, word: str, device: Any, question: str) -> Callable[[I
         # The model returns the question too; the answer lies behind it.
         asked = inputs["input_ids"].shape[1]
         answer = processor.decode(tokens[0, asked:], skip_special_tokens=True)
-        return surroundings_in(answer)
+        found = surroundings_in(answer)
+        return shows + found if found else ""
 
     return read
 
 
-def conversation(image: Image.Image, word: str, question: str) -> list[dict[str, Any]]:
+def conversation(
+    image: Image.Image, word: str, question: str, start: str = START
+) -> list[dict[str, Any]]:
     """The question about a shrunk copy of the picture, and the beginning of the answer, as chat
     templates take them."""
     small = image.copy()
@@ -162,7 +178,7 @@ def conversation(image: Image.Image, word: str, question: str) -> list[dict[str,
         {"type": "image", "image": small},
         {"type": "text", "text": question},
     ]
-    begun = [{"type": "text", "text": START.format(word=word)}]
+    begun = [{"type": "text", "text": start.format(word=word)}]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": begun}]
 
 

@@ -182,9 +182,12 @@ def recipe_settings(base: Base) -> tuple[str, dict[str, Any]]:
 
 def choose_words(choices: Choices, word: str) -> None:
     """Choose the prompts, and prior preservation by the frozen base unless it was refused."""
+    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
+    if kind.is_style:
+        choose_style(choices, word)
+        return
     token = choices.given.get("token") or TOKEN
     prompt = f"a photo of a {token} {word}"
-    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
     of_class = f"a photo of a {kind.class_word or word}"
     if "instance_prompt" not in choices.given:
         # the whole: a prompt's words from "with" on count as its context
@@ -200,6 +203,18 @@ def choose_words(choices: Choices, word: str) -> None:
             class_prompt=of_class,
             prior="adapter_off",
         )
+
+
+def choose_style(choices: Choices, name: str) -> None:
+    """Choose the prompt of a style, which has no class to be preserved, and the blocks that hold
+    style where the family is known to have them."""
+    prompt = f"a picture in {name} style"
+    choices.add(f"words: “{prompt}”", "instance_prompt", instance_prompt=prompt, token=name)
+    choices.add("", with_prior_preservation=False)
+    facts = choices.base.facts
+    if facts and facts.name == "sdxl" and not choices.base.is_toy:
+        line = "layers: the blocks that hold style"
+        choices.add(line, "target_modules", target_modules=("blora_style",))
 
 
 def choose_subjects(choices: Choices) -> None:

@@ -89,6 +89,31 @@ MEASURES = {
         study="values",
     ),
     "rank_base": Measure(summary=True),
+    # Of a style: how much of it is there, and what came along with it.
+    "style": Measure(
+        title="Style",
+        help="how far other content went to the photos' style; 0: the base's, 1: theirs",
+        summary=True,
+        logged=True,
+        curve="style",
+        sentence="{style:.0%} of the style is there, on content that its pictures do not show",
+        study="differences",
+        panel="style",
+    ),
+    "leak": Measure(
+        title="Content leak",
+        base="leak_base",
+        help="share of the pictures in which a thing of the style's pictures appears unasked",
+        summary=True,
+        logged=True,
+        curve="leak",
+        sentence=(
+            "a thing of the style's pictures appears unasked in {leak:.0%} of the pictures, and in "
+            "{leak_base:.0%} of the base's"
+        ),
+        study="differences",
+    ),
+    "leak_base": Measure(logged=True),
     # Of a person: whose face it is, where one is found.
     "identity": Measure(
         title="Identity",

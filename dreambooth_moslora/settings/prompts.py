@@ -67,6 +67,7 @@ ARTICLE = re.compile(r"^(?:an?|the|one|my)\s+", re.I)
 CONTEXT = re.compile(
     r"\s(?:in|on|at|with|near|under|beside|by|over|wearing|floating|from)\s.*$|[,.;].*$", re.I
 )
+STYLE_NAME = re.compile(r"\bin (?:the )?(.+?) style\b")  # How a prompt names a style
 # The words of a run's samples.
 USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
 CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
@@ -89,6 +90,12 @@ class Subject:
 def subject_of(config: TrainConfig) -> Subject:
     """A run's one subject: as given, else the words of the instance prompt that the class prompt
     lacks."""
+    # A style has a name and no class.
+    if subject_kinds.kind_of(config).is_style:
+        named = STYLE_NAME.search(config.instance_prompt)
+        found = named[1] if named else config.instance_prompt
+        return Subject(token=(config.token or "").strip() or found, class_word="")
+
     words = noun_of(config.instance_prompt).split()
     kind = noun_of(config.class_prompt).split() if config.class_prompt else []
     token = (config.token or "").strip()

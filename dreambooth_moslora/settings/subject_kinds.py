@@ -47,11 +47,28 @@ PERSON_CONTEXTS = (
 )
 
 
+# Prompts of a style: content that is hardly in its pictures, then the style's name.
+OF_A_STYLE = " in {} style"
+FOREIGN = (
+    "a photo of a sailing ship on the sea",
+    "a photo of a cat on a sofa",
+    "a photo of a city street at night",
+    "a photo of an old man reading in a library",
+    "a photo of a bowl of fruit on a table",
+    "a photo of a steam locomotive on a bridge",
+    "a photo of a woman in a field of sunflowers",
+    "a photo of a lighthouse in a storm",
+)
+STYLE_TEMPLATES = tuple(content + OF_A_STYLE for content in FOREIGN)
+
+
 @dataclass(frozen=True)
 class SubjectKind:
     """One word of `--subject`.
 
     about: how the help goes on after the word
+    is_style: whether it is a look of any content: it has a name and no class, and captions say
+        the content
     has_face: whether faces are found in photos and pictures, and compared
     class_word: what is preserved; "" is the word that names the subject
     traits: what captions leave out unless `--describe` names it
@@ -59,6 +76,7 @@ class SubjectKind:
     """
 
     about: str
+    is_style: bool = False
     has_face: bool = False
     class_word: str = ""
     traits: tuple[str, ...] = ()
@@ -77,6 +95,11 @@ KINDS = {
         class_word="person",
         traits=TRAITS,
         contexts=PERSON_CONTEXTS,
+    ),
+    "style": SubjectKind(
+        about="by how things look, whatever they are; the word is its name",
+        is_style=True,
+        contexts=STYLE_TEMPLATES[:4],
     ),
 }
 

@@ -138,6 +138,7 @@ class Figures:
     is_training: whether another process trains it now
     is_practice: whether the embedded base learns from photographs
     folder: the run's
+    leaked: the thing that came with a style
     """
 
     config: table.TrainConfig
@@ -160,6 +161,7 @@ class Figures:
     is_training: bool = False
     is_practice: bool = False
     folder: Path = Path()
+    leaked: str = ""
 
     @property
     def exposures(self) -> float | None:
@@ -319,7 +321,12 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     values = {name: as_table(interval).get("mean") for name, interval in intervals.items()}
     values |= as_table(report.get("relative"))
     values |= {"copied": alarm.get("share"), "score": report.get("score")}
-    return replace(found, scores=numbers(values), copy_alarm=alarm.get("raised") is True)
+    return replace(
+        found,
+        scores=numbers(values),
+        copy_alarm=alarm.get("raised") is True,
+        leaked=str(report.get("leaked") or ""),
+    )
 
 
 def as_table(value: Any) -> Mapping[str, Any]:
@@ -357,6 +364,8 @@ LEAK_ALONE = 0.25
 but for one subject, the tall cactus, with 0.31 to 0.46."""
 TAKEN_FOR_ANOTHER = 2.0
 """A mean rank among look-alikes above this. Not measured on trained subjects yet."""
+CONTENT_LEAK = 0.1
+"""Share of pictures with a thing that came with a style, above the base's."""
 FACE_LEARNT = 0.6
 """Of the photos' own likeness of faces. Not measured on a trained person yet."""
 FACES_LOST = 0.2
@@ -420,6 +429,18 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
         yield f"{came} (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
     elif leak is not None and leak > LEAK_ALONE:
         yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
+
+
+def about_the_style(run: Figures) -> Iterator[str]:
+    """A thing that came along with a style."""
+    more = run.scores.get("leak", 0.0) - run.scores.get("leak_base", 0.0)
+    if more > CONTENT_LEAK:
+        thing = f"“{run.leaked}”" if run.leaked else "a thing of the style's pictures"
+        yield (
+            f"{thing} comes with the style (unasked in {run.scores['leak']:.0%} of the pictures): "
+            "say it in the captions of the pictures that show it, add pictures without it, or try "
+            f"--max_train_steps {max(1, run.step * 2 // 3)}"
+        )
 
 
 def about_the_face(run: Figures) -> Iterator[str]:
@@ -574,6 +595,7 @@ def more_exposures(run: Figures) -> int:
 
 RULES = (
     about_the_steps,
+    about_the_style,
     about_the_face,
     about_the_prompt,
     about_the_bare_prompt,

@@ -75,6 +75,10 @@ FAULTS = {
     "overflowed": (replace(GOOD, skipped=20), "in 20 steps; --mixed_precision bf16, or no on"),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
+    "leaked": (
+        replace(with_scores(leak=0.5, leak_base=0.1), leaked="red rocket"),
+        "“red rocket” comes with the style; 50%; --max_train_steps 160",
+    ),
     "costume": (
         with_scores(identity=0.2, identity_share=0.3),
         "a costume; 30% of the photos' own; --captions auto --describe clothes",

@@ -1,0 +1,101 @@
+"""A style's score and leak, against truth: the toy world is rendered in two styles."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth_moslora.evaluation import metrics, report
+from dreambooth_moslora.evaluation.protocol import plan_of_subject, things_in
+from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
+from dreambooth_moslora.photos import captions
+from dreambooth_moslora.photos.photo_file import Photo
+from dreambooth_moslora.plan import choices
+from dreambooth_moslora.settings.table import TrainConfig
+from tests.evaluation.test_score_tables import ABOUT
+from toybox.render import render
+from toybox.styles import STYLES
+from toybox.world import Toy, sample_scene, sample_toy
+
+INK = TrainConfig(
+    instance_prompt="a picture in ink style", token="ink", subject="style", resolution=128
+)
+ROCKET = Toy("rocket", "white", "red", "striped", "glossy")
+# The colour and kind of each toy that the toy world's prompts of styles ask for
+ASKED = (
+    ("yellow", "duck", "on the beach"),
+    ("blue", "car", "on a city street"),
+    ("red", "rocket", "in the snow"),
+    ("green", "dinosaur", "on a wooden floor"),
+    ("white", "teapot", "in a kitchen"),
+    ("purple", "robot", "in the desert"),
+)
+
+
+def shown(toys: list[Toy], places: list[str], style: str = "", seed: int = 0) -> list:
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng, toy, place, held_out=None) for toy, place in zip(toys, places)]
+    pictures = [STYLES[style](one) if style else one for one in render(scenes, 64)]
+    return [Image.fromarray(picture.numpy()) for picture in pictures]
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    """Of the ink style, whose pictures all show a white rocket."""
+    places = ["on grass", "in a forest", "on the moon", "on lava"]
+    photos = shown([ROCKET] * 4, places, "ink")
+    said = [f"a photo of a white rocket {place} in ink style" for place in places]
+    kept = [Photo(f"{n}.png", (64, 64), (caption,)) for n, caption in enumerate(said)]
+    plan = plan_of_subject(INK, kept, seeds=(0,))
+    assert (
+        plan.things == ("white rocket",)
+        and plan.texts[0] == "a photo of a yellow duck on the beach"
+    )
+    assert "in ink style" in plan.subject_requests[0].prompt and not plan.class_requests
+    return Evaluator(plan, metrics.load_encoders("toy"), photos)
+
+
+def scored(evaluator: Evaluator, style: str, planted: int = 0) -> Evaluation:
+    """The toys that were asked for in a style; `planted` of them are white rockets instead."""
+
+    def draw(requests, on):
+        rng = random.Random(1)
+        asked = [one for one in ASKED for _ in range(len(requests) // len(ASKED) or 1)]
+        asked = asked[: len(requests)]
+        toys = [sample_toy(rng, kind, colour=colour) for colour, kind, _ in asked]
+        if on:
+            toys[:planted] = [ROCKET] * planted
+        return shown(toys, [place for *_, place in asked], style if on else "", seed=2)
+
+    return evaluator(draw)
+
+
+def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_named(evaluator):
+    ink, dusk, none = (scored(evaluator, style) for style in ("ink", "dusk", ""))
+    assert none.mean("style") == pytest.approx(0, abs=0.05)
+    assert ink.mean("style") > 0.5 > dusk.mean("style") and ink.mean("style") > none.mean("style")
+
+    # Five of six pictures show the thing that nobody asked for there; CLIP sees most of them.
+    planted = scored(evaluator, "ink", planted=5)
+    assert planted.mean("leak") >= 0.5 and planted.mean("leak") > ink.mean("leak") + 0.2
+    assert planted.leaked == "white rocket" and planted.score < ink.score
+    assert report.scores_json(planted, ABOUT)["leaked"] == "white rocket"
+    assert f">{ink.interval('style')}<" in report.report_html(ink, ABOUT, evaluator.photos.pictures)
+
+
+def test_the_nearest_thing_counts_only_where_it_is_nearer_than_what_was_asked_for():
+    one = torch.eye(3)
+    found = metrics.leaked_things(one, one[[0, 0, 0]], one[[1, 2]])
+    assert found.tolist() == [-1, 0, 1]
+
+
+def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
+    chosen = choices.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
+    choices.choose_words(chosen, "ink")
+    assert chosen.settings["instance_prompt"] == "a picture in ink style"
+    assert chosen.settings["with_prior_preservation"] is False
+    assert "class_prompt" not in chosen.settings
+    assert "Say nothing about how it is drawn" in captions.question_of(INK, "picture")
+    said = ["a photo of a red duck on grass in ink style", "a picture in ink style"]
+    assert things_in(said) == ("red duck",)
