@@ -23,7 +23,7 @@ HEAD = """# Files of other tools
 What is read can be drawn with, described, exported, and begun with (`--init_adapter`). Layers may
 have diffusers' names or those of the family's original files. The kohya column is musubi-tuner's
 too, and ComfyUI's is ai-toolkit's. DoRA is read by its rows. A LoKr that is trained here is written
-as the LoRA that it is.
+as the LoRA that it is. “all” is LoRA, LoKr, LoHa and DoRA, read; what is written too is **bold**.
 """
 TOOLS = tuple(dict.fromkeys(row.tool for row in PREFIXES))
 PARTS = {
@@ -42,19 +42,19 @@ def main() -> None:
 
 
 def page() -> str:
-    parts = [HEAD]
+    rows = [" | ".join(["family", *TOOLS]), " | ".join(["---"] * (1 + len(TOOLS)))]
+    for facts in FAMILIES:
+        rows.append(" | ".join([facts.title, *(cell(tool, facts) for tool in TOOLS)]))
+    return "\n".join([HEAD, *rows, ""])
+
+
+def cell(tool: str, facts: Facts) -> str:
+    """The kinds that are read, those that are written too in bold; "all" for four that are read."""
+    found = []
     for kind in KINDS:
-        rows = [f"| {' | '.join(['family', *TOOLS])} |", f"|{'---|' * (1 + len(TOOLS))}"]
-        for facts in FAMILIES:
-            cells = [cell(tool, facts, kind) for tool in TOOLS]
-            rows.append(f"| {' | '.join([facts.title, *cells])} |")
-        parts.append("\n".join([f"## {kind}\n", *rows, ""]))
-    return "\n".join(parts)
-
-
-def cell(tool: str, facts: Facts, kind: str) -> str:
-    said = [("read", is_read(tool, facts, kind)), ("written", is_written(tool, facts, kind))]
-    return ", ".join(word for word, applies in said if applies) or "–"
+        if is_read(tool, facts, kind):
+            found.append(f"**{kind}**" if is_written(tool, facts, kind) else kind)
+    return "all" if found == list(KINDS) else ", ".join(found) or "–"
 
 
 def is_read(tool: str, facts: Facts, kind: str) -> bool:

@@ -61,10 +61,10 @@ def pages() -> dict[Path, str]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of Markdown, with an end of line after each row."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines = [" | ".join(columns), " | ".join(["---"] * len(columns))]
     for cells in rows:
         escaped = [cell.replace("|", "\\|").replace("*", "\\*") for cell in cells]
-        lines.append(f"| {' | '.join(escaped)} |")
+        lines.append(" | ".join(escaped).rstrip(" |"))
     return "\n".join([*lines, ""])
 
 

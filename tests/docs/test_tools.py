@@ -103,7 +103,7 @@ def test_every_table_that_is_made_has_its_place_in_a_page_and_a_new_row_is_in_it
     marked = [name for _, name, _ in tables.MARKED.findall(text)]
     assert sorted(marked) == sorted(tables.TABLES)
     monkeypatch.setitem(MEASURES, "smile", Measure("Smile", help="does it smile?", better="higher"))
-    assert "| Smile | `smile` | does it smile? | higher |" in tables.measures()
+    assert "Smile | `smile` | does it smile? | higher" in tables.measures()
 
 
 def test_the_page_of_formats_is_up_to_date():
