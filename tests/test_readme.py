@@ -40,6 +40,8 @@ OTHER_PROGRAMS = (
     "pre-commit",
     "docker",
 )
+OWN = ("photos/dog", "photos/anna", "photos/ink")
+"""A reader's own photos in the examples."""
 MAX_WORDS = 700
 PLACE = re.compile(r"^\| [^|]+ \| `([\w/]+)` \| (.*) \|$", re.MULTILINE)
 """A row of the table "where to put what": its package and its files."""
@@ -120,9 +122,7 @@ def understand(line: str) -> None:
             "train",
             *words,
         ]:
-            parse_train_config(
-                ["assets/subjects/robot" if word == "photos/dog" else word for word in words]
-            )
+            parse_train_config(["assets/subjects/robot" if word in OWN else word for word in words])
         case ["python", "app.py", *words]:
             app_parser().parse_args(words)
         case ["python", "-m", "dreambooth_moslora", name, *words]:

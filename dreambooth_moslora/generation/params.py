@@ -313,6 +313,8 @@ def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
     # A name alone stands for the adapter at its full strength.
     given = [adapters] if isinstance(adapters, str) else adapters
     try:
+        if isinstance(given, Mapping):
+            raise TypeError
         named = [(one, 1.0) if isinstance(one, str) else one for one in given]
         pairs = tuple((name, float(scale)) for name, scale in named)
     except (TypeError, ValueError, OverflowError) as error:

@@ -398,8 +398,8 @@ class TrainConfig:
     masks: str = of_photos(
         default="given",
         help=(
-            "given: those beside the photos; auto: photos without one get a mask made before "
-            "training, in the run folder; face: so too, of a person's head alone"
+            "given: those beside the photos; auto: made before training for photos without one; "
+            "face: so too, of a person's head"
         ),
         choices=("given", "auto", "face"),
         publish="always",

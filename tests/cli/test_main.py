@@ -654,6 +654,7 @@ def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
     config = tiny_config(tiny_base, photos, tmp_path / "run")
     (tmp_path / "run").mkdir()
     write_settings(config, RunDir(tmp_path / "run"))
+    RunDir(tmp_path / "run").metrics_path.touch()
     result = TrainResult(tmp_path / "run", 4, interrupted=True, proof=None)
     print_ending(make_plan(config), result)
     said = capsys.readouterr().err

@@ -354,6 +354,17 @@ SMILE = Measure("Smile", base="smile_base", summary=True, logged=True, curve="sm
 # Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys,
 # and the one that `explain` computes from others.
 OF_SOME = {
+    "identity",
+    "identity_of_photos",
+    "identity_share",
+    "leak",
+    "leak_base",
+    "no_face",
+    "identity_base",
+    "no_face_base",
+    "rank",
+    "rank_base",
+    "style",
     "dino_bare",
     "background_leak",
     "confusion",

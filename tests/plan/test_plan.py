@@ -36,7 +36,7 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(
     counted = lambda *settings: plans.append(settings) or memory.estimate(*settings)  # noqa: E731
     monkeypatch.setattr(plan, "memory", SimpleNamespace(**vars(memory) | {"estimate": counted}))
     monkeypatch.setattr(
-        "dreambooth_moslora.evaluation.metrics.load_encoders", lambda name: encoders
+        "dreambooth_moslora.evaluation.metrics.load_encoders", lambda name, **_: encoders
     )
     photos = paint_photos(tmp_path / "photos")
     flags = [

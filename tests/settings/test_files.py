@@ -80,8 +80,8 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
         ("a.toml", "rnak = 3", "unknown setting `rnak`: did you mean `rank`?"),
         (
             "a.toml",
-            "lora_layers = ['to_q']",
-            "unknown setting `lora_layers`: did you mean `target_modules`?",
+            "target_module = ['to_q']",
+            "unknown setting `target_module`: did you mean `target_modules`?",
         ),
         ("a.toml", "lora-rank = 3", "a.toml: lora_rank: use --rank."),
         (

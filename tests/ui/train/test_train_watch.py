@@ -78,8 +78,9 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
         PIL.Image.new("RGB", (8, 8)).save(run / file, "PNG")
     now = look()
     assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
-    (run / "dog.kohya.safetensors").unlink()
-    recorded(run, {"type": "end", "state": "done"})
+    for folder in (run, run / "best"):
+        (folder / "dog.kohya.safetensors").unlink()
+    recorded(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
     now = look()
     assert now["download"].visible and not now["download_kohya"].visible
     assert "Nothing was measured" in now["status"] and "Try next" not in now["status"]
