@@ -44,6 +44,8 @@ def ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Grow the heap by three quarters of the machine's memory, untouched and so not taken, ask for
     huge pages there, and free it again: as the heap is not trimmed, later allocations come from
     this range."""
+    if sys.platform == "win32":
+        return
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") * page // 4 * 3
     libc.malloc.restype = ctypes.c_void_p
