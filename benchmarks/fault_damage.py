@@ -10,7 +10,6 @@ PARTS = {
     "checkpoint": "dog/checkpoint-2/*",
     "cache": "cache/**/*.safetensors",
     "class image": "dog/class_images/*.png",
-    "manifest of class images": "dog/class_images/manifest.json",
     "published files": "dog/*.safetensors",
     "metrics and configuration": "dog/*.json*",
     "card and pictures": "dog/*.[Rmp][En][Ag]*",
