@@ -697,6 +697,9 @@ def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> 
         return False
     if is_streamed and (config.base_quantization == "int8" or config.use_dora):
         return False
+    # Streaming was tried in one process alone.
+    if is_streamed and process_count() > 1:
+        return False
     if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
         return False
     is_cached = "cache_cross_attention" in plan

@@ -667,6 +667,8 @@ def link_into(workspace: Workspace, file: Path, run: str) -> Path:
     target.unlink(missing_ok=True)
     try:
         os.link(file, target)
+    except FileExistsError:
+        pass  # another look at the run has linked it meanwhile
     except OSError:
         shutil.copy2(file, target)
     return target
