@@ -371,5 +371,5 @@ def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
         "remarks": ["--haze has no effect without --random_flip"],
         "package": "--haze 1.5 needs no_such_package: pip install no_such_package.",
         "subject": {"haze": 2},
-        "docs": ["| `--haze` | number from 0 to 2 | `0.5` | how much haze | if changed |"],
+        "docs": ["`--haze` | number from 0 to 2 | `0.5` | how much haze | if changed"],
     }
