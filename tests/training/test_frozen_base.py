@@ -343,8 +343,8 @@ def test_the_vae_leaves_memory_unless_it_is_needed_again(
 ):
     load, loaded, seen = frozen_base.load_base, [], []
 
-    def load_base(*given):
-        pipeline = load(*given)
+    def load_base(*given, **options):
+        pipeline = load(*given, **options)
         loaded.append(ref(pipeline.vae))
         return pipeline
 
