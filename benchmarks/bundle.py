@@ -63,7 +63,7 @@ def make_bundle(file: Path, there: Path | None, wheels: Path | None) -> None:
     print(f"{file}: {mib:.1f} MiB. There, three times or until nothing is left:")
     print(
         f"tar xf {file.name} && cd bundle && python3 -m pip install -q --no-index --no-deps "
-        "--target /tmp/site wheels/*.whl; PYTHONPATH=/tmp/site python3 -m "
+        "--target site wheels/*.whl; PYTHONPATH=site python3 -m "
         "benchmarks.first_half_hour --out $OUT"
     )
     if mib > LIMIT_MIB:

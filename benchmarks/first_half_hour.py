@@ -19,6 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,9 +148,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--size", choices=("full", "small"), default="full")
     options.add_argument("--sections", nargs="+", choices=names, default=names)
     options.add_argument("--minutes", type=float, default=10, help="of this call")
-    options.add_argument(
-        "--work", type=Path, default=Path("/tmp/first_half_hour"), help="folder of large files"
-    )
+    work = Path(tempfile.gettempdir()) / "first_half_hour"
+    options.add_argument("--work", type=Path, default=work, help="folder of large files")
     options.add_argument("--bundle", type=Path, metavar="FILE", help="make what is to be carried")
     options.add_argument(
         "--there", type=Path, metavar="FILE", help="`pip list --format=freeze` of that machine"
