@@ -32,7 +32,7 @@ function tileOf(photo) {
 
 function draw() {
   const typing = document.activeElement;
-  grid.replaceChildren(...cards().map(({photo, picture, remark}, place) => {
+  const drawn = cards().map(({photo, picture, remark}, place) => {
     const tile = tileOf(photo), name = `photo ${place + 1}`, isGood = remark === "good";
     tile.classList.remove("photo-leaves");
     tile.classList.toggle("photo-chosen", photo === open);
@@ -43,8 +43,13 @@ function draw() {
     tile.querySelector(".photo-pick").setAttribute("aria-label", `Open ${name}`);
     tile.querySelector(".photo-drop").setAttribute("aria-label", `Remove: ${name}`);
     return tile;
-  }));
-  if (grid.contains(typing)) typing.focus();
+  });
+  // A tile that is put in again while the mouse is down on it gets no click.
+  const isInPlace = (tile, place) => tile === grid.children[place];
+  if (drawn.length !== grid.children.length || !drawn.every(isInPlace)) {
+    grid.replaceChildren(...drawn);
+    if (grid.contains(typing)) typing.focus();
+  }
   // The chosen photo's caption and mask, below all photos.
   const place = cards().findIndex(({photo}) => photo === open);
   panel.hidden = place < 0;
