@@ -265,44 +265,12 @@ def test_an_adapter_inspected_while_the_base_loads_shares_no_import_with_it(
 
 
 BLOCKS, BLOCK_BYTES = 2500, 60_000
-THREADS = """
-import ctypes, sys, tempfile, threading
-from dreambooth_moslora.ui.app import main
-if sys.argv[1] == "page":
-    assert main(["--runs_dir", "/proc/none/below"]) == 2
-libc = ctypes.CDLL(None)
-libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
-together = threading.Barrier(4)
-def work():
-    together.wait()
-    libc.malloc(ctypes.c_size_t(5000))
-    together.wait()
-threads = [threading.Thread(target=work) for _ in range(4)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-with tempfile.NamedTemporaryFile() as file:
-    stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
-    libc.malloc_info(0, stream)
-    libc.fclose(stream)
-    print(open(file.name).read().count("<heap nr="))
-"""
 
 
 @pytest.fixture
 def _glibc():
     if not hasattr(ctypes.CDLL(None), "malloc_info"):
         pytest.skip("no glibc here")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_glibc")
-def test_the_pages_threads_share_one_heap():
-    """Four that allocate at once; by themselves they begin heaps of their own."""
-    own, page = (
-        int(subprocess.check_output([sys.executable, "-c", THREADS, mode]))
-        for mode in ("own", "page")
-    )
-    assert page == 1 < own
 
 
 @pytest.mark.usefixtures("_glibc")

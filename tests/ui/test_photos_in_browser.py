@@ -290,5 +290,5 @@ def test_a_mistake_is_told_beside_its_field(served, browser, tmp_path):
         web.open_box(page, "expert_training")
         web.set_number(page, "rank", 1000)
         page.click("#estimate")
-        web.says(page, "cost", "The rank must be a whole number from 0 to 256, not 1000")
+        web.says(page, "cost", "Rank must be a whole number from 0 to 256, not 1000")
         assert not page.locator(".toast-body").count() and not visited.errors
