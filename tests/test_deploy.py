@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dreambooth_moslora.cli.parser import Parser, underscored
-from dreambooth_moslora.extras.serving import command_page, command_serve
+from dreambooth_moslora.extras.serving import command_serve
 from dreambooth_moslora.extras.serving.front import ServeSettings
 
 ROOT = Path(__file__).parents[1]
@@ -43,27 +43,14 @@ def test_each_file_says_first_what_was_run_and_what_was_not(path):
     assert re.match(r"# (Not run|Run): .*\.", lines[0]), lines[0]
 
 
-def test_compose_starts_the_service_and_the_page_that_draws_by_it():
-    services = content("compose.yaml")["services"]
-    command, first = services["serve"]["command"], services["serve"]["entrypoint"]
+def test_compose_starts_the_service_for_this_machine_alone():
+    service = content("compose.yaml")["services"]["serve"]
+    command, first = service["command"], service["entrypoint"]
     assert first == ["python3", "-m", "dreambooth_moslora"] and command[0] == "serve"
     settings = settings_of(command[1:])
     assert settings.tokens == (TOKEN,)
-    first, *words = services["page"]["command"]
-    assert services["page"]["entrypoint"] == services["serve"]["entrypoint"] and first == "page"
-    parser = Parser(prog="page")
-    command_page.page_arguments(parser)
-    args = parser.parse_args(words)
-    assert (
-        args.backend == f"http://serve:{settings.port}"
-        and args.base == settings.pretrained_model_name_or_path
-    )
-    assert (
-        args.auth
-        and services["page"]["ports"] == ["127.0.0.1:7860:7860"]
-        and "ports" not in services["serve"]
-    )
-    build = services["serve"]["build"]["args"]
+    assert service["ports"] == [f"127.0.0.1:{settings.port}:{settings.port}"]
+    build = service["build"]["args"]
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert all(f"ARG {name}" in text and f"${{{name}}}" in text for name in build)
     # Triton builds its launcher with them

@@ -59,10 +59,6 @@ COMMANDS = {
         "extras.serving.command_serve",
         "answer HTTP requests with pictures of many adapters (Ray Serve)",
     ),
-    "page": (
-        "extras.serving.command_page",
-        "the page of `app`, whose pictures a `serve` draws",
-    ),
     "doctor": (
         "cli.command_doctor",
         "look for problems: versions, device, disk",

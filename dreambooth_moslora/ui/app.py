@@ -7,10 +7,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dreambooth_moslora.base import files
 from dreambooth_moslora.base.base import Base, asked_of_hub
@@ -38,10 +37,6 @@ NEEDS_LOGIN = (
 """Why a page is not served to others as it is."""
 OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
 """Flag of a folder -> what the page offers where that folder is missing."""
-
-
-Drawer = Callable[[Base], Any]
-"""What draws with a base, in place of a pipeline in this process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,11 +100,10 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
         return 2
 
 
-def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
+def serve(args: argparse.Namespace) -> int:
     """Serve the page until it is stopped.
 
-    `draw_by` gives what draws with a base, if that is not this process. Raises UserError for
-    arguments that cannot be served.
+    Raises UserError for arguments that cannot be served.
     """
     # Mistakes are told before gradio is imported, which takes seconds.
     Base.find(args.base)
@@ -129,7 +123,7 @@ def serve(args: argparse.Namespace, draw_by: Drawer | None = None) -> int:
     if (is_exposed or allowed) and not (logins or args.public):
         raise UserError(NEEDS_LOGIN)
     # The base begins to load here. What gradio keeps is deleted with the workspace.
-    context = context_of(args, draw_by)
+    context = context_of(args)
     os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
 
     options = page.launch_options(allowed, any_host=is_exposed, public=args.public) | {
@@ -158,13 +152,10 @@ def parse_login(text: str) -> tuple[str, str]:
     return name, password
 
 
-def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppContext":
+def context_of(args: argparse.Namespace) -> "AppContext":
     """The state of the page, which starts to load its first base.
 
-    - `args` are the program's.
-    - `draw_by` gives what draws with a base, if that is not this process.
-
-    Raises UserError.
+    `args` are the program's. Raises UserError.
     """
     runs_dir = runs_folder(args.runs_dir)
     from dreambooth_moslora.ui import state
@@ -172,10 +163,9 @@ def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppC
 
     bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
     first = Base.find(args.base)
-    # A public page has one base, and so has a service that draws.
-    has_one = args.public or draw_by is not None
-    found = {first.public_name: first} if has_one else offered(first, bases_dir)
-    bases = [page_base(title, base, draw_by) for title, base in found.items()]
+    # A public page has one base.
+    found = {first.public_name: first} if args.public else offered(first, bases_dir)
+    bases = [page_base(title, base) for title, base in found.items()]
     # Only the base that was asked for is looked for on the hub, which takes seconds.
     bases[0] = replace(bases[0], problem=first.unreachable or "")
     adapters_dir = user_path(args.adapters_dir).resolve()
@@ -188,14 +178,12 @@ def context_of(args: argparse.Namespace, draw_by: Drawer | None = None) -> "AppC
     )
 
 
-def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBase":
+def page_base(title: str, base: Base) -> "PageBase":
     """A base as the page offers it, by its files alone."""
     from dreambooth_moslora.ui import state
 
     def load():
         state.import_libraries()
-        if draw_by is not None:
-            return draw_by(base)
         from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
         # Found anew: its files, or a connection, may have come since.
@@ -214,7 +202,6 @@ def page_base(title: str, base: Base, draw_by: Drawer | None = None) -> "PageBas
         about=about(base),
         note=note(base),
         public_name=base.public_name,
-        is_remote=draw_by is not None,
     )
 
 

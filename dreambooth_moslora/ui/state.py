@@ -137,8 +137,6 @@ class PageBase:
     """Why it could not be found when the page started."""
     public_name: str = ""
     """What its pictures say, if not the title."""
-    is_remote: bool = False
-    """Whether a service draws with it."""
 
     @property
     def label(self) -> str:
@@ -148,7 +146,7 @@ class PageBase:
     @property
     def is_small(self) -> bool:
         """Whether it needs no care with memory here, such as the embedded one."""
-        return self.is_remote or self.resolution_px <= SMALL_BASE_PX
+        return self.resolution_px <= SMALL_BASE_PX
 
 
 class AppContext:
@@ -358,12 +356,7 @@ class GpuTurns:
             return
         # Not under the lock: loading takes long.
         self._ctx.pipeline()
-        with self._alone():
-            yield
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No run begins meanwhile. Raises UserError while one trains."""
+        # No run begins meanwhile.
         with self._lock:
             if self._ctx.jobs.current():
                 raise UserError(BUSY)
@@ -375,9 +368,7 @@ class GpuTurns:
 
         Raises UserError while a run trains.
         """
-        # A service draws elsewhere, but captions are written here.
-        turn = self._alone() if self._ctx.chosen.is_remote else self.drawing()
-        with turn:
+        with self.drawing():
             pipeline = None if self.is_small else self._ctx.loaded()
             if pipeline is not None and pipeline.has_gpu:
                 pipeline.rest()

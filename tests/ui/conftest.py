@@ -92,13 +92,7 @@ def context(tmp_path, workspace):
     """Makes a page without a server, on a base that `load` gives; `facts` win."""
 
     def make(load=lambda: None, others=(), **facts) -> AppContext:
-        of_base = {
-            "title": "x",
-            "name": "toy",
-            "resolution_px": 64,
-            "public_name": "",
-            "is_remote": False,
-        }
+        of_base = {"title": "x", "name": "toy", "resolution_px": 64, "public_name": ""}
         of_base |= {name: facts.pop(name) for name in of_base if name in facts}
         folders = {"adapters_dir": tmp_path / "adapters", "runs_dir": tmp_path / "runs"}
         return AppContext(

@@ -52,7 +52,7 @@ from tests.ui.conftest import PAGE, write_adapter
 def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
     monkeypatch, capsys, options, is_refused
 ):
-    def stop_here(args, draw_by):
+    def stop_here(args):
         raise UserError("far enough")
 
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)

@@ -281,20 +281,6 @@ def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_load
     assert picture(ctx) == before and len(made) == 3
 
 
-def test_a_service_draws_while_a_run_trains_here_but_no_captions_are_written_then(large, tiny_base):
-    subject = SubjectPipeline.from_base(tiny_base, device="cpu")
-    ctx = large(lambda: subject, is_remote=True)
-    before = picture(ctx)
-    with ctx.turns.captioning():
-        pass
-    ctx.jobs.start("dog", {})
-    assert (
-        ctx.loaded() and picture(ctx) == picture(large(lambda: subject, is_remote=True)) == before
-    )
-    with pytest.raises(UserError, match="this machine is training a run"), ctx.turns.captioning():
-        pass
-
-
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():
     params = GenerationParams("a sks rocket", adapters=(("rocket", 1.0),), seed=3, steps=2)
     drawn = []

@@ -17,8 +17,12 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
-from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
-from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings, tokens_of
+from dreambooth_moslora.extras.serving.front import (
+    PATIENCE,
+    TOKEN_VARIABLE,
+    ServeSettings,
+    tokens_of,
+)
 from dreambooth_moslora.settings.table import flags_of
 
 BASE = "pretrained_model_name_or_path"

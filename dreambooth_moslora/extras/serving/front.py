@@ -34,8 +34,9 @@ from dreambooth_moslora.extras.serving.catalogue import (
     parse_order,
     too_late,
 )
-from dreambooth_moslora.extras.serving.client import TOKEN_VARIABLE
 
+TOKEN_VARIABLE = "DREAMBOOTH_TOKEN"
+"""The environment's name of the token, as a flag would show it in process lists."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names of this machine that no other machine reaches."""
 OPEN = frozenset({"/healthz"})
