@@ -124,14 +124,8 @@ def compare(page: Page, args: argparse.Namespace) -> None:
     page.wait_for_function("document.querySelectorAll('#slider img').length >= 2")
 
 
-def grid(page: Page, args: argparse.Namespace) -> None:
-    tab(page, "Grid")
-    page.click("#draw_grid")
-    page.wait_for_selector("#sheet img")
-
-
 def inspect(page: Page, args: argparse.Namespace) -> None:
-    """Drop the last grid's picture."""
+    """Drop a picture of the gallery."""
     picture = page.request.get(page.locator("#gallery img").first.get_attribute("src")).body()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"
@@ -159,7 +153,6 @@ def train(page: Page, args: argparse.Namespace) -> None:
 SCENES: dict[str, tuple[Callable[[Page, argparse.Namespace], None], tuple[str, ...]]] = {
     "generate": (generate, ("desktop", "phone")),
     "compare": (compare, ("desktop",)),
-    "grid": (grid, ("desktop",)),
     "inspect": (inspect, ("desktop", "phone")),
     "train": (train, ("desktop", "phone")),
 }

@@ -21,15 +21,8 @@ from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
   generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4
-  generate --adapter runs/dog --prompt "a photo of a sks dog" --grid scale=0,0.5,1 seed=1,2
   generate --from_png outputs/image_0.png --seed 7"""
-# Longer texts of the help
 ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
-GRID_HELP = (
-    'one or two of: scale=0,0.5,1 seed=1,2 "prompt=a mug|a red mug" adapter=dog,none steps=10,25 '
-    "guidance=2,5; each adapter is given by --adapter too and named as its file or run folder, "
-    "and none draws without those of the axis"
-)
 # Parameter -> its value when nothing is said
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
@@ -79,7 +72,6 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="how steps remove noise (default: the base's own)",
     )
     text_option_arguments(parser)
-    add("grid", nargs="+", metavar="AXIS", help=GRID_HELP)
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
 
 
@@ -101,11 +93,9 @@ def run_generate(args: argparse.Namespace) -> int:
     check_paths(args)
     say_loading()
     from dreambooth_moslora.generation.adapter_files import adapters_of_picture, given_adapter
-    from dreambooth_moslora.generation.grids import generate_grid, parse_axis
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
-    axes = tuple(parse_axis(text) for text in args.grid or ())
 
     # The adapters: those of the picture, or the given ones
     if recipe and not args.adapter:
@@ -125,16 +115,9 @@ def run_generate(args: argparse.Namespace) -> int:
         made_with = f"the picture was made with the base {recipe.provenance.base}"
         say([f"note: {made_with}, and this is {pipeline.base_name}"])
 
-    # An axis of adapters replaces the first one, so that must be one of the axis.
-    turns = set()
-    for axis in axes:
-        if axis.name == "adapter":
-            turns.update(axis.values)
-    adapters.sort(key=lambda item: item.name not in turns)
     chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
     wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
-    events = generate_grid(pipeline, wanted, axes) if axes else pipeline.generate(wanted)
-    return _save_all(events, user_path(args.output_dir), only_sheet=bool(axes))
+    return _save_all(pipeline.generate(wanted), user_path(args.output_dir))
 
 
 def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
@@ -208,28 +191,25 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
     return values
 
 
-def _save_all(events: Iterator, folder: Path, *, only_sheet: bool) -> int:
-    """Write each picture (or only the grid's sheet) under a free name and print its path."""
-    from dreambooth_moslora.generation.grids import Sheet
-
+def _save_all(events: Iterator, folder: Path) -> int:
+    """Write each picture under a free name and print its path."""
     folder.mkdir(parents=True, exist_ok=True)
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # erases the line of a terminal
     black = []
     for event in events:
-        if isinstance(event, params.Image) and params.about_black([event]):
-            black.append(event)
-
         # One line of progress that overwrites itself; none in a file
         if isinstance(event, params.Step) and clear:
             image = f"image {event.index + 1}/{event.num_images}"
             step = f"step {event.step}/{event.steps}"
             eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
             print(f"{clear}{image}, {step}{eta}", end="", file=sys.stderr, flush=True)
-        elif isinstance(event, Sheet) or (isinstance(event, params.Image) and not only_sheet):
+        elif isinstance(event, params.Image):
             print(clear, end="", file=sys.stderr, flush=True)
-            stem = "grid" if only_sheet else f"image_{event.params.seed}"
+            stem = f"image_{event.params.seed}"
             name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
             print(event.save(folder / f"{name}.png"))
+            if params.about_black([event]):
+                black.append(event)
 
     # What went wrong in a picture is no error, but must not go unnoticed.
     said = params.about_black(black)

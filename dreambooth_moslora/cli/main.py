@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "generate": (
         "cli.command_generate",
-        "make pictures with a base and adapters, one by one or as a captioned grid",
+        "make pictures with a base and adapters",
     ),
     "evaluate": (
         "cli.command_evaluate",

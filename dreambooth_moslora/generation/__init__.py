@@ -1,1 +1,1 @@
-"""Draws pictures from parameters: the pipeline, its progress, and grids."""
+"""Draws pictures from parameters: the pipeline and its progress."""

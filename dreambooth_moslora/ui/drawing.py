@@ -1,9 +1,8 @@
-"""The actions of the Generate tab: pictures, a comparison, a grid. They stream `Frame`s."""
+"""The actions of the Generate tab: pictures, a comparison. They stream `Frame`s."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -14,7 +13,6 @@ from dreambooth_moslora.generation.params import (
     GenerationParams,
     about_black,
     check_size,
-    check_steps,
 )
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import as_user_error, mistake_card
@@ -36,23 +34,13 @@ class Frame:
     status: str
     pictures: tuple[Picture, ...] | None = None
     params: GenerationParams | None = None
-    sheet: Path | None = None
 
 
 def make_pictures(
-    ctx: state.AppContext, form: GenerateForm, request: gr.Request, axes: Iterable[str] = ()
+    ctx: state.AppContext, form: GenerateForm, request: gr.Request
 ) -> Iterator[Frame]:
-    """Draw 1 to 8 pictures with consecutive seeds; with `axes`, one for each cell, and a sheet.
-
-    An axis is written like `scale=0, 0.5, 1`. Raises UserError.
-    """
-    parsed = ()
-    if axes:
-        state.import_libraries()
-        from dreambooth_moslora.generation.grids import parse_axis
-
-        parsed = tuple(map(parse_axis, axes))
-    yield from _run(ctx, form.params(), request, parsed)
+    """Draw 1 to 8 pictures with consecutive seeds. Raises UserError."""
+    yield from _run(ctx, form.params(), request)
 
 
 def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> Iterator[Frame]:
@@ -70,7 +58,7 @@ def compare(ctx: state.AppContext, form: GenerateForm, request: gr.Request) -> I
     )
     for number, (params, word) in enumerate(halves):
         # A half's frames have its own picture alone: the first half's stays before it.
-        for frame in _run(ctx, params, request, axes=(), word=word):
+        for frame in _run(ctx, params, request, word=word):
             pictures = (*pictures[:number], *(frame.pictures or ()))
             yield replace(frame, pictures=pictures if frame.pictures else None)
         # It was stopped.
@@ -84,14 +72,12 @@ def _run(
     ctx: state.AppContext,
     params: GenerationParams,
     request: gr.Request,
-    axes: tuple,
     word: str = "",
 ) -> Iterator[Frame]:
     """Draw, and stream the state; an error is told on the card, too.
 
-    - `params` are those of the pictures, or of a grid's every cell.
+    - `params` are those of the pictures.
     - `request` names the page, which can stop its own work.
-    - `axes` are those of a grid; without any, pictures are drawn.
     - `word` begins the line of state.
     """
     try:
@@ -103,18 +89,8 @@ def _run(
         # Prepare the stream of events; nothing is drawn yet.
         with ctx.turns.drawing(), ctx.stoppable(request) as should_stop:
             pipeline = ctx.pipeline()
-            if axes:
-                from dreambooth_moslora.generation.grids import generate_grid
-
-                def load(cell: GenerationParams) -> GenerationParams:
-                    # An axis may ask for more than the slider.
-                    check_steps(cell)
-                    return ctx.load_adapters(cell)
-
-                events = generate_grid(pipeline, params, axes, should_stop, load)
-            else:
-                params = ctx.load_adapters(params)
-                events = pipeline.generate(params, should_stop)
+            params = ctx.load_adapters(params)
+            events = pipeline.generate(params, should_stop)
             # Draw. A single picture grows in its place in the gallery.
             yield Frame(html.progress_card("Starting …", fraction=0.0), (), params)
             width_px = params.width_px or ctx.resolution_px
@@ -124,7 +100,7 @@ def _run(
                 workspace=ctx.workspace,
                 params=params,
                 word=word,
-                size_px=None if axes or word else (width_px, height_px),
+                size_px=None if word else (width_px, height_px),
             )
     except Exception as error:
         told = as_user_error(error)
@@ -144,13 +120,13 @@ def _frames(
 ) -> Iterator[Frame]:
     """The state after each event.
 
-    - `events` are a pipeline's, or a grid's.
+    - `events` are a pipeline's.
     - `workspace` keeps the pictures.
     - `params` are told in the last frame.
     - `word` begins the line of state.
     - `size_px` (width, height) makes the previews large.
     """
-    from dreambooth_moslora.generation import grids, previews
+    from dreambooth_moslora.generation import previews
     from dreambooth_moslora.generation.params import Image, Step
 
     started = shown_at = time.perf_counter()
@@ -158,7 +134,6 @@ def _frames(
     total = params.num_images
     pictures = []
     black = []
-    sheet = None
     for event in events:
         # A step is told with the preview that follows it.
         if isinstance(event, Step):
@@ -169,22 +144,17 @@ def _frames(
             if about_black([event]):
                 black.append(event)
             yield Frame(_status(step, word), tuple(pictures))
-        # One sheet is kept.
-        elif isinstance(event, grids.Sheet):
-            for old in workspace.folder.glob("grid_*.png"):
-                old.unlink(missing_ok=True)
-            sheet = event.save(workspace.folder / f"grid_{time.time_ns():x}.png")
         # Previews come faster than a browser can show them.
         elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
             shown_at = time.perf_counter()
             preview = html.thumbnail(event.pixels)
             yield Frame(_status(step, word, preview, size_px))
     # The end: how many, how long, and whether something is wrong with them.
-    status = _summary(pictures, total, time.perf_counter() - started, is_grid=sheet is not None)
+    status = _summary(pictures, total, time.perf_counter() - started)
     said = about_black(black)
     if said:
         status = html.notice(f"The pictures are done, but {said}.", "bad")
-    yield Frame(status, tuple(pictures), params, sheet)
+    yield Frame(status, tuple(pictures), params)
 
 
 def _keep(image: "Image", workspace: Workspace) -> Picture:
@@ -216,12 +186,12 @@ def _status(
     )
 
 
-def _summary(pictures: list[Picture], total: int, seconds: float, is_grid: bool) -> str:
+def _summary(pictures: list[Picture], total: int, seconds: float) -> str:
     """The card at the end; fewer pictures than `total` mean that it was stopped."""
     if len(pictures) < total:
         return html.progress_card(
             "Stopped.", f"{len(pictures)} of {total} pictures were finished and are kept"
         )
     plural = "s" if total != 1 else ""
-    detail = pictures[0].caption if not is_grid else "they are in the history, too"
-    return html.progress_card(f"{total} picture{plural} in {format_seconds(seconds)}", detail)
+    line = f"{total} picture{plural} in {format_seconds(seconds)}"
+    return html.progress_card(line, pictures[0].caption)

@@ -1,6 +1,6 @@
 """The Generate tab: a form, one area of results, and their events.
 
-The results are pictures, a comparison, a grid, and the history.
+The results are pictures, a comparison, and the history.
 """
 
 import html
@@ -32,17 +32,6 @@ IDLE = progress_card("Ready", "Enter starts, Esc stops")
 """The state of a page that has drawn nothing yet."""
 PICTURES = [".png"]
 """Files that may carry a recipe."""
-# Axis of the grid -> the values that it proposes.
-AXIS_VALUES = {"scale": "0, 0.5, 1", "seed": "1, 2, 3", "guidance": "2, 5, 8", "steps": "5, 15, 25"}
-AXIS_LABELS = [
-    ("Adapter scale", "scale"),
-    ("Seed", "seed"),
-    ("Prompt", "prompt"),
-    ("Adapter or checkpoint", "adapter"),
-    ("Guidance", "guidance"),
-    ("Steps", "steps"),
-]
-"""(Label, name) of the axes that a grid can have."""
 
 
 def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -168,8 +157,7 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
 def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """The widgets of the results, by name.
 
-    A public page has neither the grid, which draws many pictures at once, nor the history, which is
-    its owner's.
+    A public page has no history, which is its owner's.
     """
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as tabs:
@@ -196,8 +184,6 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN
             )
         if not ctx.public:
-            with gr.Tab("Grid", id="grid"):
-                parts |= _grid_widgets()
             with gr.Tab("History", id="history") as parts["history_tab"]:
                 parts["history"] = _gallery("History", "history")
                 look["elem_id"] = "reuse_history"
@@ -215,27 +201,6 @@ def _gallery(label: str, elem_id: str) -> gr.Gallery:
     return gr.Gallery(
         label=label, columns=2, object_fit="contain", elem_id=elem_id, height="auto", **SHOWN
     )
-
-
-def _grid_widgets() -> dict[str, Any]:
-    """Two axes with their values, a button, and the captioned sheet."""
-    parts: dict[str, Any] = {}
-    with gr.Row():
-        look = {"min_width": 120, "elem_id": "grid_rows"}
-        parts["down"] = gr.Dropdown(AXIS_LABELS, value="scale", label="Rows", **look)
-        look = {"min_width": 120, "elem_id": "grid_row_values"}
-        parts["down_values"] = gr.Textbox(AXIS_VALUES["scale"], label="Row values", **look)
-    with gr.Row():
-        axes = [("Nothing", NONE), *AXIS_LABELS]
-        look = {"min_width": 120, "elem_id": "grid_columns"}
-        parts["across"] = gr.Dropdown(axes, value="seed", label="Columns", **look)
-        parts["across_values"] = gr.Textbox(
-            AXIS_VALUES["seed"], label="Column values", min_width=120
-        )
-    gr.Markdown("Commas separate values; `|` separates prompts.", elem_classes="faint")
-    parts["draw"] = gr.Button("Draw the grid", variant="primary", elem_id="draw_grid")
-    parts["sheet"] = gr.Image(label="Grid", type="filepath", elem_id="sheet", **SHOWN)
-    return parts
 
 
 @dataclass
@@ -279,7 +244,6 @@ def build_generate_tab(ctx: state.AppContext, page: gr.Blocks) -> GenerateTab:
     _connect_adapters(ctx, page, tab, buttons)
     _connect_reuse(ctx, tab, results)
     if not ctx.public:
-        _connect_grid(ctx, tab, results, buttons["stop"])
         _connect_upload(ctx, tab, buttons["upload"])
         _connect_history(ctx, tab, results)
     return tab
@@ -329,11 +293,10 @@ def _connect_runs(ctx: state.AppContext, tab: GenerateTab, buttons: dict, result
         outputs=outputs,
     )
 
-    # One primary button at a time: Compare and Grid have their own.
+    # One primary button at a time: Compare has its own.
     @on(results["tabs"].select, AT_ONCE, inputs=None, outputs=buttons["run"])
     def primary(event: gr.SelectData) -> gr.Button:
-        is_other = event.value in ("Compare", "Grid")
-        return gr.Button(variant="secondary" if is_other else "primary")
+        return gr.Button(variant="secondary" if event.value == "Compare" else "primary")
 
     # What can be done with pictures, as soon as there are some.
     of_pictures = [results["reuse"], results["last_seed"]]
@@ -439,61 +402,6 @@ def _connect_compare(
         inputs=tab.fields,
         outputs=[results["slider"], results["status"]],
     )
-
-
-def _connect_grid(ctx: state.AppContext, tab: GenerateTab, results: dict, stop: gr.Button) -> None:
-    """A sheet of one picture for each pair of values on two axes."""
-    # Argument of the API -> widget.
-    axis = {
-        "rows": "down",
-        "row_values": "down_values",
-        "columns": "across",
-        "column_values": "across_values",
-    }
-    for widget in axis.values():
-        name_in_errors(results[widget])
-
-    def grid(
-        rows: str,
-        row_values: str,
-        columns: str,
-        column_values: str,
-        request: gr.Request,
-        **values,
-    ) -> Iterator[tuple]:
-        axes = [f"{rows}={row_values}"]
-        if columns != NONE:
-            axes.append(f"{columns}={column_values}")
-        for frame in drawing.make_pictures(ctx, GenerateForm(**values), request, axes):
-            yield str(frame.sheet) if frame.sheet else gr.skip(), frame.status
-
-    _connect_drawing(
-        ctx,
-        "grid",
-        starts=[results["draw"].click],
-        handler=grid,
-        results=results,
-        stop=stop,
-        inputs={name: results[widget] for name, widget in axis.items()} | tab.fields,
-        outputs=[results["sheet"], results["status"]],
-    )
-
-    # An axis that is chosen proposes values.
-    def axis_of(place: str) -> dict[str, Any]:
-        inputs = [results[place], tab.adapters[0], tab.prompt]
-        return {"inputs": inputs, "outputs": results[f"{place}_values"], **AT_ONCE}
-
-    @results["across"].input(**axis_of("across"))
-    @results["down"].input(**axis_of("down"))
-    def axis_values(name: str, adapter: str, prompt: str) -> str:
-        if name == "prompt":
-            return f"{prompt}|"
-        if name != "adapter":
-            return AXIS_VALUES.get(name, "")
-        # The checkpoints of the chosen adapter's run.
-        run = str(adapter).split("@")[0]
-        names = [name for name in ctx.catalog.files() if name.split("@")[0] == run]
-        return ", ".join(["none", *reversed(names)])
 
 
 def _connect_adapters(

@@ -105,7 +105,7 @@ def import_libraries() -> None:
     """
     with _ONE_AT_A_TIME:
         # both are imported for what they import: torch, and the pipeline's libraries
-        import dreambooth_moslora.generation.grids
+        import dreambooth_moslora.generation.pipeline
         import dreambooth_moslora.lora.describe  # noqa: F401
 
 

@@ -45,7 +45,6 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
     }
     of_each = {
         ("generate", "compare"): OF_A_PICTURE,
-        ("grid",): ["rows", "row_values", "columns", "column_values", *OF_A_PICTURE],
         ("train", "estimate", "add_to_queue"): ["photos", *rows()],
         ("train_status", "stop_training", "resume_training", "remove_from_queue"): ["run"],
         ("adapters", "stop", "queue"): [],
@@ -63,7 +62,6 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
         for names, words in lines
         for name in re.findall("/([a-z_]+)", names)
     }
-    told["grid"] += told["generate"]
     assert told == arguments
 
 
@@ -100,7 +98,7 @@ def test_a_negative_or_emptied_seed_is_drawn_and_told(client):
     assert len(seeds) == 2 and min(seeds) >= 0
 
 
-def test_a_comparison_is_without_then_with_at_one_seed_and_a_grid_one_png_with_its_axes(client):
+def test_a_comparison_is_without_then_with_at_one_seed(client):
     (without, with_dog), _ = client.predict(
         "a dog", adapter="dog", seed=5, **FAST, api_name="/compare"
     )
@@ -108,11 +106,6 @@ def test_a_comparison_is_without_then_with_at_one_seed_and_a_grid_one_png_with_i
         ("dog", 1.0),
     )
     assert read_recipe(without).params.seed == read_recipe(with_dog).params.seed == 5
-    sheet, _ = client.predict(
-        "scale", "0, 1", "seed", "1, 2", "a dog", adapter="dog", **FAST, api_name="/grid"
-    )
-    with PIL.Image.open(sheet) as image:
-        assert image.width > 2 * 64 and image.height > 2 * 64
 
 
 MISTAKES = [
@@ -147,7 +140,7 @@ MISTAKES = [
 def test_mistakes_are_told_in_words(served, endpoint, arguments, words):
     """The Python client itself would not send all of them."""
     prompt, subject = {"prompt": "a"}, {"photos": [], "class_word": "x"}
-    needed = {"generate": prompt, "grid": prompt, "estimate": subject}.get(endpoint, {})
+    needed = {"generate": prompt, "estimate": subject}.get(endpoint, {})
     content, headers = json.dumps(needed | arguments), {"Content-Type": "application/json"}
     asked = httpx.post(
         f"{served.url}gradio_api/call/v2/{endpoint}", content=content, headers=headers

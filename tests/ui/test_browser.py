@@ -172,11 +172,6 @@ def test_slash_leads_to_the_prompt_enter_draws_and_a_png_gives_the_same_picture_
         for img in page.locator("#slider img").all()
     ]
     assert len(set(halves)) == 2
-    web.open_tab(page, "Grid")
-    web.put(page, "grid_row_values", "0, 1")
-    page.click("#draw_grid")
-    page.wait_for_selector("#sheet img")
-    assert pixels_of(page, "#sheet img").shape[1] > 3 * 64
 
 
 def test_a_run_with_new_tokens_is_started_survives_a_reload_stops_resumes_and_is_used(

@@ -23,7 +23,6 @@ NOT_THERE = (
     "train_status",
     "stop_training",
     "queue",
-    "grid",
     "inspect",
 )
 FILES = {"file", "uploadbutton", "imageeditor", "downloadbutton", "timer"}
