@@ -33,8 +33,6 @@ from toybox.readers import judge
 from toybox.render import render, toy_masks
 from toybox.world import PLACES, Scene, Toy, sample_scene, sample_toy
 
-LOOK_ALIKES = 10
-"""Individuals that a rank is among, beside the true one."""
 VIEWS = 3
 """True renders of each place."""
 
@@ -90,10 +88,6 @@ class ToyTruth:
             **self._readings(places, pictures, len(plan.seeds)),
             **self._sharpness(places, pictures, len(plan.seeds)),
         }
-
-    def look_alikes(self) -> list[list[Image.Image]]:
-        """Pictures of LOOK_ALIKES toys of the subject's kind and main colour, VIEWS of each."""
-        return pictures_of_look_alikes(self.toy, self.size_px)
 
     def _renders(self, place: str, kind: str) -> RenderedPlace:
         """VIEWS renders at a place: `true` of the subject, `other` of others of its kind."""
@@ -186,20 +180,6 @@ def view(rng: random.Random, toy: Toy, place: str) -> Scene:
 def other_toy(toy: Toy, rng: random.Random) -> Toy:
     """Another individual of the same kind."""
     return sample_toy(rng, toy.kind)
-
-
-def look_alike(toy: Toy, rng: random.Random) -> Toy:
-    """Another individual of the same kind and main colour."""
-    return sample_toy(rng, toy.kind, colour=toy.colour)
-
-
-def pictures_of_look_alikes(toy: Toy, size_px: int) -> list[list[Image.Image]]:
-    """VIEWS renders, each in another place, of each of LOOK_ALIKES look-alikes; always the same."""
-    rng = random.Random(f"look-alikes {toy}")
-    toys = [look_alike(toy, rng) for _ in range(LOOK_ALIKES)]
-    scenes = [view(rng, one, place) for one in toys for place in rng.sample(PLACES, VIEWS)]
-    drawn = [Image.fromarray(image.numpy()) for image in render(scenes, size_px)]
-    return [drawn[start : start + VIEWS] for start in range(0, len(drawn), VIEWS)]
 
 
 def place_in(template: str) -> str:

@@ -59,11 +59,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class_word", help="the kind of thing it is (default: found in the prompt)"
     )
-    about_lookalikes = (
-        "rank the subject among individuals that look like it: a folder with a folder of photos "
-        "of each, ten if you can (the toy's are rendered)"
-    )
-    parser.add_argument("--lookalikes", metavar="DIR", help=about_lookalikes)
     text_option_arguments(parser)
     about_folder = (
         "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
@@ -141,7 +136,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
         encoders=encoders,
         size_px=pipeline.resolution_px,
     )
-    report.find_look_alikes(evaluators, args.lookalikes and find_asset(args.lookalikes))
     followed = args.guidance_scale
     if followed is None:
         followed = load.default_guidance(pipeline.pipeline)
@@ -189,8 +183,6 @@ def check_paths(args: argparse.Namespace) -> None:
         find_weights(path)
     if args.photos:
         require_folder_of_photos(Path(find_asset(args.photos)))
-    if args.lookalikes:
-        require_folder_of_photos(Path(find_asset(args.lookalikes)))
     if args.base:
         Base.find(args.base)
 

@@ -444,17 +444,6 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
     return (within_own - alike - margin) / apart
 
 
-def lookalike_rank(
-    generated: torch.Tensor, photos: torch.Tensor, others: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The place of the true subject among individuals that look like it, by the mean cosine to
-    the photos of each: (N, D), photos (P, D), of each look-alike (Q, D) -> (N,). 1: it is the
-    nearest ("Finer-Personalization Rank", arXiv 2512.19026)."""
-    own = subject_fidelity(generated, photos)
-    nearer = [subject_fidelity(generated, other) > own for other in others]
-    return 1.0 + torch.stack(nearer).sum(0)
-
-
 def style_share(generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
     """How far pictures went from the base's style to the photos': style vectors (N, D), of the
     base's pictures (M, D) and of the photos (P, D) -> (N,). 0: as the base's; 1: as like the

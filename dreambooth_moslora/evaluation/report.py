@@ -24,7 +24,6 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, score_tables
-from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
@@ -100,8 +99,6 @@ def report_html(
         if name in relative:
             shares.append((row.title, f"{relative[name]:.3f}"))
 
-    truths = [name for name, row in MEASURES.items() if row.truth]
-    judged = [name for name, row in MEASURES.items() if row.kind == "judge"]
     return render(
         "evaluation.html",
         title=f"Fidelity of {about.adapter}",
@@ -110,8 +107,6 @@ def report_html(
         photos=photos,
         scores=score_rows(found),
         shares=shares,
-        truths=rows_beside(found, truths, ("_ceiling", "_floor")),
-        judged=rows_beside(found, judged, ("_ceiling",)),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )
@@ -131,20 +126,6 @@ def score_rows(found: score_tables.Evaluation) -> list[tuple]:
         if row.photos in found.tables:
             own = found.interval(row.photos)
         rows.append((row.title, found.interval(name), base, own, row.help, row.better))
-    return rows
-
-
-def rows_beside(
-    found: score_tables.Evaluation, names: Sequence[str], ends: Sequence[str]
-) -> list[tuple]:
-    """Title, mean and the means beside it (NAME_ceiling, NAME_floor) of each measure that was
-    compared with them."""
-    rows = []
-    for name in names:
-        tables = [name + end for end in ("", *ends)]
-        if all(table in found.tables for table in tables):
-            title = MEASURES[name].truth or MEASURES[name].title
-            rows.append((title, *map(found.interval, tables)))
     return rows
 
 
@@ -193,21 +174,6 @@ def evaluators_of(
         others = (other for other in found if other is not one)
         one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
     return found
-
-
-def find_look_alikes(
-    evaluators: Sequence[score_tables.Evaluator], folder: str | Path | None
-) -> None:
-    """Give each evaluator the photos of individuals that look like its subject: of the folders in
-    `folder`, or of the toy world's truth. Raises UserError."""
-    pictures = []
-    if folder:
-        for path in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
-            photos = find_photos(path, "", resolution_px=1).photos
-            pictures.append([open_rgb(photo) for photo in photos])
-    for one in evaluators:
-        shown = pictures or (one.truth.look_alikes() if one.truth else [])
-        one.look_alikes = [one.encoders.dino_images(some) for some in shown if some]
 
 
 def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
@@ -296,24 +262,19 @@ def subjects_html(
     titled = [name for name, row in MEASURES.items() if row.summary and row.title]
     known = in_all(found, titled)
 
-    # Three tables with one row for each subject; two of them also have a column for each.
+    # Two tables with one row for each subject; the second also has a column for each.
     scores = []
     confusion = []
-    likeness = []
     for one in found:
         scores.append([one.words, *(one.interval(name) for name in known), one.score])
         confused = [one.words]
-        like = [one.words]
         for other in found:
             if one is other:
                 confused.append("–")
-                like.append(one.interval("dino"))
                 continue
             name = f"confusion_with {other.words}"
             confused.append(f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}")
-            like.append(one.interval(f"dino_to {other.words}"))
         confusion.append(confused)
-        likeness.append(like)
 
     header = ["", *(one.words for one in found)]
     return render(
@@ -322,7 +283,6 @@ def subjects_html(
         found=found,
         about=about,
         confusion=(header, confusion),
-        likeness=(header, likeness),
         scores=(["", *(MEASURES[name].title for name in known), "Score"], scores),
         subjects=list(zip(evaluators, found)),
         shown=SHOWN,

@@ -80,21 +80,14 @@ class Evaluation:
         return found
 
     def relative(self) -> dict[str, float]:
-        """Scores relative to the base's, the toy's ceiling, or the base's spread (pres_gain: in
-        deviations)."""
-        # Shares of another measure, where that was measured
+        """Scores relative to the base's, the toy's ceiling, or the base's spread, where these were
+        measured."""
         found = {}
         for name, row in MEASURES.items():
             measure, whole = row.share or ("", "")
             if whole in self.tables and measure in self.tables and self.mean(whole):
-                found[name] = self.mean(measure) / self.mean(whole)
-
-        # PRES differs so little that only the base's own deviation tells how much it is.
-        own = self.tables.get("pres_base", np.zeros(0))
-        deviation = float(own.std(ddof=1)) if own.size > 1 else 0.0
-        if deviation:
-            found["pres_gain"] = (self.mean("pres") - self.mean("pres_base")) / deviation
-        return {name: round(value, 4) for name, value in found.items()}
+                found[name] = round(self.mean(measure) / self.mean(whole), 4)
+        return found
 
 
 class Truth(Protocol):
@@ -107,8 +100,6 @@ class Truth(Protocol):
         vectors: torch.Tensor,
         photos: torch.Tensor,
     ) -> Tables: ...
-
-    def look_alikes(self) -> list[list[Image.Image]]: ...
 
 
 @dataclass(frozen=True)
@@ -135,8 +126,7 @@ class Evaluator:
     truth: of a subject whose true appearance is known
     faces: what compares faces, of a person. Without a face in a photo there is no identity
 
-    `rivals`, words of other subjects -> DINO vectors of their photos, and `look_alikes`, those of
-    each individual that looks like the subject, may be set later.
+    `rivals`, words of other subjects -> DINO vectors of their photos, may be set later.
     """
 
     def __init__(
@@ -153,7 +143,6 @@ class Evaluator:
         self.truth = truth
         self.photos = self._views(list(photos))
         self.rivals: dict[str, torch.Tensor] = {}
-        self.look_alikes: list[torch.Tensor] = []
         self.leaked = ""
         self._base: dict[str, Views] | None = None
 
@@ -264,15 +253,9 @@ class Evaluator:
             columns["background_leak"] = metrics.background_leak(
                 subject.clip, base.clip, self.backgrounds
             )
-        if self.look_alikes:
-            for end, views in (("", subject), ("_base", base)):
-                columns[f"rank{end}"] = metrics.lookalike_rank(
-                    views.dino, photos.dino, self.look_alikes
-                )
         for words, others in self.rivals.items():
             confused = metrics.confusion(subject.dino, photos.dino, others)
             confused_base = metrics.confusion(base.dino, photos.dino, others)
-            columns[f"dino_to {words}"] = metrics.subject_fidelity(subject.dino, others)
             columns[f"confusion_with {words}"] = confused
             columns[f"confusion_with {words}_base"] = confused_base
 
@@ -341,13 +324,10 @@ class Evaluator:
             fidelity = metrics.subject_fidelity(drawn["bare"].dino, photos)
             tables["dino_bare"] = fidelity.numpy()[None]
 
-        # PRES and DIV of the class
+        # PRES
         if "class" in drawn:
             for end, views in (("", drawn["class"]), ("_base", self._base["class"])):
                 tables[f"pres{end}"] = metrics.subject_fidelity(views.dino, photos).numpy()
-                count = len(views.pictures)
-                if count > 1:
-                    tables[f"class_diversity{end}"] = metrics.diversity(views.dino, count)
 
         # Drift, with the base's own spread between seeds as its scale. In CLIP and DINO together:
         # DINO does not see a duck on the beach become one in a kitchen.

@@ -23,15 +23,13 @@ class Measure:
     False where it does not."""
 
     title: str = ""  # its name in reports; a row without one is in no table of a report
-    # scores, shares of a scale, answers of the toy's judge
-    kind: Literal["score", "share", "judge"] = "score"
+    # scores, shares of a scale
+    kind: Literal["score", "share"] = "score"
     base: str = ""  # the measure of the base's own pictures that stands beside it
     photos: str = ""  # that of the photos among themselves
     help: str = ""  # what it means
     better: str = ""  # higher, lower, or near which value
     share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
-    # its title beside the toy's true renders (NAME_ceiling) and other individuals (NAME_floor)
-    truth: str = ""
     summary: bool = False  # whether `evaluate` prints it
     # whether evaluations during training write it into the run's events, and so into the card
     logged: bool = False
@@ -52,7 +50,6 @@ MEASURES = {
         base="dino_base",
         help="likeness to the photos; tells subjects of one class apart",
         better="higher",
-        truth="DINO to the photos",
         summary=True,
         logged=True,
         curve="subject",
@@ -76,19 +73,6 @@ MEASURES = {
         study="differences",
         panel="bare prompt (DINO)",
     ),
-    "rank": Measure(
-        title="Rank among look-alikes",
-        base="rank_base",
-        better="lower",
-        help="place of the true subject among individuals like it, by DINO; 1 is the nearest",
-        summary=True,
-        sentence=(
-            "rank among look-alikes {rank:.1f} (1: nearest to the true one); the base's own "
-            "pictures have {rank_base:.1f}"
-        ),
-        study="values",
-    ),
-    "rank_base": Measure(summary=True),
     # Of a style: how much of it is there, and what came along with it.
     "style": Measure(
         title="Style",
@@ -161,7 +145,6 @@ MEASURES = {
         base="clip_t_base",
         help="does the picture show what the prompt says? (token left out)",
         better="higher",
-        truth="CLIP-T",
         summary=True,
         logged=True,
         curve="prompt",
@@ -189,12 +172,6 @@ MEASURES = {
         study="differences",
     ),
     "pres_base": Measure(summary=True, logged=True),
-    "class_diversity": Measure(
-        title="DIV of the class",
-        base="class_diversity_base",
-        help="difference between pictures of the bare class, by DINO",
-        better="near the base's",
-    ),
     "drift": Measure(
         title="Drift",
         base="drift_base_spread",
@@ -230,13 +207,8 @@ MEASURES = {
         logged=True,
     ),
     "confusion_base": Measure(summary=True),
-    # What only the embedded base has: the true picture in the place, and a judge of its toys.
-    "truth": Measure(truth="Likeness to true renders in the place", logged=True, study="values"),
-    "judge_kind": Measure(title="kind", kind="judge"),
-    "judge_colour": Measure(title="main colour", kind="judge"),
-    "judge_colour2": Measure(title="second colour", kind="judge"),
-    "judge_ornaments": Measure(title="ornaments (all that it wears, and no others)", kind="judge"),
-    "judge_place": Measure(title="place", kind="judge"),
+    # What only the embedded base has: likeness to true renders in the place.
+    "truth": Measure(logged=True, study="values"),
     # Ratios of these, by which runs on different subjects compare.
     "dino_of_ceiling": Measure(
         title="DINO, share of true renders'",
@@ -266,12 +238,6 @@ MEASURES = {
         share=("clip_t", "clip_t_ceiling"),
         study="values",
     ),
-    "pres_gain": Measure(
-        title="PRES above the base's, in its standard deviations",
-        kind="share",
-        logged=True,
-        study="values",
-    ),
     "drift_of_spread": Measure(
         title="Drift, share of the base's spread",
         kind="share",
@@ -280,12 +246,6 @@ MEASURES = {
         sentence=(
             "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes"
         ),
-        study="values",
-    ),
-    "class_diversity_of_base": Measure(
-        title="DIV of the bare class, share of the base's",
-        kind="share",
-        share=("class_diversity", "class_diversity_base"),
         study="values",
     ),
     "sharpness_of_ceiling": Measure(

@@ -362,8 +362,6 @@ LEAK = 0.05
 LEAK_ALONE = 0.25
 """A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
-TAKEN_FOR_ANOTHER = 2.0
-"""A mean rank among look-alikes above this. Not measured on trained subjects yet."""
 CONTENT_LEAK = 0.1
 """Share of pictures with a thing that came with a style, above the base's."""
 FACE_LEARNT = 0.6
@@ -552,15 +550,6 @@ def about_length_and_photos(run: Figures) -> Iterator[str]:
                 f"{end:.2f} at step {last}): "
                 f"try --exposures_per_photo {more_exposures(run)}"
             )
-
-    # Like its kind, but not like itself.
-    rank = run.scores.get("rank", 1.0)
-    if rank > TAKEN_FOR_ANOTHER and not is_short(run):
-        yield (
-            f"look-alikes are nearer to the pictures than yours is (rank {rank:.1f}): its details "
-            f"are not learnt: try --rank {2 * run.config.rank}, or --exposures_per_photo "
-            f"{more_exposures(run)}"
-        )
 
     # Too few photos, or one photo many times.
     if run.photos is not None and run.photos < FEW_PHOTOS:

@@ -102,7 +102,6 @@ FAULTS = {
     "confused_subjects": (TWICE, "confusion 0.42; --exposures_per_photo 290; another rare word"),
     "past_its_best": (PAST, "0.67 at step 120; best/; --max_train_steps 120"),
     "still_rising": (RISING, "0.50 at step 160; 0.70 at step 240; --exposures_per_photo 290"),
-    "taken_for_another": (with_scores(rank=3.4), "rank 3.4; --rank 8; --exposures_per_photo 290"),
     "photos_are_few": (replace(GOOD, photos=1), "1 photo:; 3 to 10"),
     "photos_are_alike": (replace(GOOD, nearness=0.97), "0.97; --crops_per_photo 8 --crop_zoom 1.3"),
 }
