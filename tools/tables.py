@@ -26,8 +26,8 @@ HEAD = """# All settings
 
 `python -m tools.tables` writes this page from `dreambooth_moslora/settings/table.py`. Each
 setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
-and a line of `--help`. The last column says whether a published adapter tells its value, which
-`--like` then takes: always, or only if it differs from the default.
+and a line of `--help`. The last column says whether a published adapter tells its value: always, or
+only if it differs from the default.
 """
 COLUMNS = ("flag", "values", "default", "meaning", "in published files")
 KINDS = {

@@ -75,7 +75,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     # The settings: flags before the recipe, or before what `train` would choose
     given = of_photos(vars(args))
-    recipe, _ = command_train.settings_of({"config": args.config, "like": None})
+    recipe, _ = command_train.settings_of({"config": args.config})
     if args.word:
         recipe = as_train_would(args, recipe | given)
     known = {BASE: STOCK_SDXL} | of_photos(recipe) | given

@@ -1,5 +1,5 @@
-"""The command `train`: from flags and files to settings, a plan and a run; defaults < --like <
---config < flags.
+"""The command `train`: from flags and files to settings, a plan and a run; defaults < --config <
+flags.
 
 A switch may be written `--flag`, `--flag false` or `--no_flag`. `train photos/dog dog` chooses
 every other setting for a folder and a word; a --config file replaces the recipe. Nothing imports
@@ -261,8 +261,7 @@ def short_help(prog: str, texts: Mapping[str, str]) -> str:
 def add_training_flags(
     parser: "Parser", hidden: Collection[str] = (), notes: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Add `--config`, `--like` and a flag for each setting. What is parsed has the given settings
-    alone.
+    """Add `--config` and a flag for each setting. What is parsed has the given settings alone.
 
     parser: gets the flags
     hidden: settings whose flags are understood, but not in the help
@@ -270,10 +269,6 @@ def add_training_flags(
     """
     parser.is_of_training = True
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    about_like = (
-        "settings from a published adapter file, also kohya's; flags and --config override them"
-    )
-    parser.add_argument("--like", metavar="FILE", help=about_like)
     for title, rows in groupby(table.SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in rows:
@@ -384,15 +379,12 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
 def settings_of(
     flags: dict[str, Any], *, without_words: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """The settings of flags, --config and --like, and whether there is such a file. Raises
-    UserError."""
+    """The settings of flags and --config, and whether there is such a file. Raises UserError."""
     flags = dict(flags)
     file = flags.pop("config")
-    like = flags.pop("like")
 
     # The recipe's file
     recipe = sources.load_settings(file) if file else {}
-    like_of_file = recipe.pop("like", None)
     unknown = next((name for name in recipe if name not in table.SETTINGS), "")
     if unknown in FOREIGN_FLAGS:
         raise UserError(f"--config {file}: {unknown}: {FOREIGN_FLAGS[unknown]}.")
@@ -404,15 +396,7 @@ def settings_of(
         item = table.SETTINGS.get(name)
         if item is None or not given.intersection(item.metadata["yields_to"]):
             settings[name] = value
-    settings = table.check_each(settings | flags)
-
-    # An adapter's own settings come last: everything else overrides them.
-    like = like or like_of_file
-    if like:
-        taken, lines = sources.settings_like(str(like), settings)
-        settings = taken | settings
-        say(lines)
-    return settings, bool(file or like)
+    return table.check_each(settings | flags), bool(file)
 
 
 def require(settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ dora_scale is (out, 1), and the norm is of each row of W + ΔW.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, field, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -144,7 +145,7 @@ class AdapterMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     best_scale: float | None = None
     usable_scales: tuple[float, float] | tuple[()] = ()
-    # For `--like` (`settings.sources`).
+    # `settings.sources.recipe_of`.
     recipe: dict[str, Any] = field(default_factory=dict)
     # `NewTokens.note` of each file.
     tokens: Annotated[tuple[TokenNote, ...], BeforeValidator(one_or_many)] = ()
@@ -208,10 +209,14 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
     """Settings of `TEXT_OPTIONS` -> the run's values, as far as the header of an adapter tells
     them."""
     facts = metadata_in(header)
+    told = {}
     if facts is None:
-        return {}
-    said = {name: facts.recipe[name] for name in TEXT_OPTIONS if name in facts.recipe}
-    told, _ = sources.checked_recipe(said)
+        return told
+    for name in TEXT_OPTIONS:
+        # A value that is none is left out: anyone may have written the header.
+        if name in facts.recipe:
+            with suppress(UserError):
+                told[name] = table.checked_setting(name, facts.recipe[name])
     return told
 
 

@@ -138,17 +138,13 @@ class Row:
     check: bool = False  # the command `check` takes it too
     # dropped from --config if one is given (`per_subject`: subjects, WORDS)
     yields_to: tuple[str, ...] = ()
-    replaces: tuple[str, ...] = ()  # if it is given, these are not taken from the file of --like
+    replaces: tuple[str, ...] = ()  # the settings that it decides
     publish: str | None = None
-    """whether a published file tells it and --like takes it: "always", or "if_changed" (only if it
-    differs from the default, so that other files keep their bytes). Only for what cannot hold text
-    of the user's."""
+    """whether a published file tells it: "always", or "if_changed" (only if it differs from the
+    default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
     idle: Idle = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
     resume: str | None = None  # "same": a resumed run must have the checkpoint's value
-    kohya: str = ""  # its keys in kohya's headers
-    # its value from such a key's text; None if the key does not set it
-    of_kohya: Callable[[str], Any] = str
     elsewhere: str = ""  # flags of other trainers that mean the same
     flag: str = ""  # the name of its flag that is shown, if another than its own is
     also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
@@ -182,18 +178,6 @@ def unless(**needed: Any) -> Idle:
         return any(getattr(run, name) != value for name, value in needed.items())
 
     return where(f"without {' '.join(flags)}", lacks_one)
-
-
-def one_side(text: str) -> str:
-    """`(1024, 1024)` -> 1024; other shapes are kept, and fail the later check."""
-    sides = re.findall(r"\d{1,9}", text)
-    return sides[0] if len(set(sides)) == 1 else text
-
-
-def optimizer_name(text: str) -> str:
-    """`bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)` -> AdamW."""
-    name = text.partition("(")[0].rpartition(".")[2]
-    return "AdamW" if name.lower() == "adamw8bit" else name
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

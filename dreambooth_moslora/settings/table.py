@@ -3,15 +3,13 @@ known of it.
 
 A row has the setting's name, type, default and help, and what `rows.Row` lists: bounds, choices,
 whether a published file tells it, when it has no effect, its names elsewhere. The command line, the
-configuration files, `--like`, the header of a published file, the remarks before a run and the list
-in `docs/settings.md` are made from the rows. A rule between several settings is a sentence in
-`rules`.
+configuration files, the header of a published file, the remarks before a run and the list in
+`docs/settings.md` are made from the rows. A rule between several settings is a sentence in `rules`.
 """
 
 import math
 import operator
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
@@ -254,7 +252,6 @@ class TrainConfig:
         default=False,
         help="show the tags of a caption, between commas, in changing orders",
         publish="always",
-        kohya="ss_shuffle_caption",
         elsewhere="shuffle_tags",
     )
     keep_tokens: int = of_photos(
@@ -263,7 +260,6 @@ class TrainConfig:
         low=0,
         publish="always",
         idle=rows.unless(shuffle_caption=True),
-        kohya="ss_keep_tokens",
         elsewhere="keep_tokens_separator",
     )
     caption_dropout: float = of_photos(
@@ -272,7 +268,6 @@ class TrainConfig:
         low=0,
         high=1,
         publish="always",
-        kohya="ss_caption_dropout_rate",
         elsewhere="caption_dropout_rate caption_dropout_probability proportion_empty_prompts",
     )
     instance_prompt_share: float | None = of_photos(
@@ -300,8 +295,6 @@ class TrainConfig:
         ),
         low=8,
         publish="always",
-        kohya="ss_resolution",
-        of_kohya=rows.one_side,
         check=True,
     )
     enable_bucket: bool = of_photos(
@@ -311,7 +304,6 @@ class TrainConfig:
             "of to the square"
         ),
         publish="always",
-        kohya="ss_enable_bucket",
         also="use_aspect_ratio_buckets",
         check=True,
     )
@@ -327,7 +319,6 @@ class TrainConfig:
             rows.unless(enable_bucket=True)
             + rows.where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets)
         ),
-        kohya="ss_bucket_reso_steps",
         check=True,
     )
     aspect_ratio_buckets: str | None = of_photos(
@@ -349,7 +340,6 @@ class TrainConfig:
         default=False,
         help=f"mirror crops at random; {CHANGED_ONCE}",
         publish="always",
-        kohya="ss_flip_aug",
         check=True,
     )
     crops_per_photo: int = of_photos(
@@ -477,7 +467,6 @@ class TrainConfig:
         low=0,
         publish="always",
         idle=rows.unless(with_prior_preservation=True),
-        kohya="ss_prior_loss_weight",
         elsewhere="prior_loss_weights",
     )
     prior_every: int = of_prior(
@@ -511,7 +500,6 @@ class TrainConfig:
         low=1,
         high=4096,
         publish="always",
-        kohya="ss_network_dim",
         elsewhere="network_dim lora_rank lora_r",
     )
     lora_alpha: float | None = of_adapter(
@@ -519,7 +507,6 @@ class TrainConfig:
         help="the adapter is scaled by alpha / rank (default: alpha = rank, of each layer)",
         above=0,
         publish="always",
-        kohya="ss_network_alpha",
         elsewhere="network_alpha",
     )
     rank_pattern: tuple[str, ...] = of_adapter(
@@ -548,7 +535,6 @@ class TrainConfig:
         high=0.99,
         publish="always",
         resume="same",
-        kohya="ss_network_dropout",
         elsewhere="network_dropout",
     )
     use_dora: bool = of_adapter(
@@ -686,7 +672,6 @@ class TrainConfig:
         low=0,
         high=2**63 - 1,
         publish="always",
-        kohya="ss_seed",
         elsewhere="seeds",
         check=True,
     )
@@ -696,26 +681,22 @@ class TrainConfig:
         low=1,
         high=4096,
         publish="always",
-        kohya="ss_batch_size ss_train_batch_size ss_batch_size_per_device",
     )
     gradient_accumulation_steps: int = of_training(
         default=1,
         help="forward passes in one step",
         low=1,
         publish="always",
-        kohya="ss_gradient_accumulation_steps",
     )
     num_train_epochs: int = of_training(
         default=1,
         help="times through all photos, when --max_train_steps is not given",
         low=1,
-        replaces=("max_train_steps", "exposures_per_photo"),
         publish="always",
         idle=rows.where(
             "with --max_train_steps or --exposures_per_photo",
             lambda run: run.max_train_steps or run.exposures_per_photo,
         ),
-        kohya="ss_num_epochs",
         elsewhere="max_train_epochs",
     )
     max_train_steps: int | None = of_training(
@@ -723,16 +704,13 @@ class TrainConfig:
         help="optimizer steps; overrides --num_train_epochs",
         low=1,
         yields_to=("exposures_per_photo", "num_train_epochs"),
-        replaces=("exposures_per_photo",),
         publish="always",
-        kohya="ss_max_train_steps",
     )
     exposures_per_photo: int | None = of_training(
         default=None,
         help="instead of --max_train_steps: how often the run shows each photo",
         low=1,
         yields_to=("max_train_steps", "num_train_epochs"),
-        replaces=("max_train_steps",),
         publish="always",
     )
     learning_rate: float = of_training(
@@ -741,7 +719,6 @@ class TrainConfig:
         low=0,
         high=100,
         publish="always",
-        kohya="ss_learning_rate ss_unet_lr",
         elsewhere="unet_lr",
     )
     text_encoder_lr: float = of_training(
@@ -760,8 +737,6 @@ class TrainConfig:
                 lambda run: run.keeps_text_encoders and optimizer_kinds.optimizer_of(run).one_rate,
             )
         ),
-        kohya="ss_text_encoder_lr",
-        of_kohya=lambda text: text.strip("[]").partition(",")[0],
     )
     scale_lr: bool = of_training(
         default=False,
@@ -773,7 +748,6 @@ class TrainConfig:
         help="schedule of the learning rate",
         choices=lr_schedules.LR_SCHEDULES,
         publish="always",
-        kohya="ss_lr_scheduler",
     )
     lr_warmup_steps: int = of_training(
         default=500,
@@ -784,7 +758,6 @@ class TrainConfig:
             "with --lr_scheduler {lr_scheduler}",
             lambda run: run.lr_warmup_steps and not lr_schedules.has_warm_up(run),
         ),
-        kohya="ss_lr_warmup_steps",
     )
     lr_num_cycles: int = of_training(
         default=1,
@@ -804,17 +777,13 @@ class TrainConfig:
         default=None,
         help=f"min-SNR weighting of the loss; 5.0 is usual; {NO_GAIN}",
         above=0,
-        replaces=weightings.rivals_of("snr_gamma"),
         publish="always",
-        kohya="ss_min_snr_gamma",
         elsewhere="min_snr_gamma",
     )
     debiased_estimation_loss: bool = of_training(
         default=False,
         help=f"weigh errors by 1/sqrt(SNR), instead of --snr_gamma; {NO_GAIN}",
-        replaces=weightings.rivals_of("debiased_estimation_loss"),
         publish="if_changed",
-        kohya="ss_debiased_estimation",
     )
     noise_offset: float = of_training(
         default=0.0,
@@ -825,7 +794,6 @@ class TrainConfig:
         low=0,
         high=1,
         publish="if_changed",
-        kohya="ss_noise_offset",
     )
     loss_type: str = of_training(
         default="l2",
@@ -835,7 +803,6 @@ class TrainConfig:
         ),
         choices=("l2", "huber", "smooth_l1"),
         publish="if_changed",
-        kohya="ss_loss_type",
     )
     huber_c: float = of_training(
         default=0.1,
@@ -846,7 +813,6 @@ class TrainConfig:
         idle=rows.where(
             "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
         ),
-        kohya="ss_huber_c",
     )
     huber_schedule: str = of_training(
         default="snr",
@@ -856,7 +822,6 @@ class TrainConfig:
         idle=rows.where(
             "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
         ),
-        kohya="ss_huber_schedule",
     )
     timestep_bias_strategy: str = of_training(
         default="none",
@@ -884,7 +849,6 @@ class TrainConfig:
     do_edm_style_training: bool = of_training(
         default=False,
         help="EDM preconditioning of the loss (arXiv 2206.00364)",
-        replaces=(*weightings.settings_of("ddpm"), "loss_type"),
         publish="always",
     )
     weighting_scheme: str | None = of_training(
@@ -978,7 +942,6 @@ class TrainConfig:
         help="gradients are clipped to this norm",
         above=0,
         publish="always",
-        kohya="ss_max_grad_norm",
     )
     use_ema: bool = of_training(
         default=False,
@@ -1008,16 +971,12 @@ class TrainConfig:
             {name.lower(): name for name in optimizer_kinds.OPTIMIZERS}
             | {"schedulefree": optimizer_kinds.SCHEDULE_FREE}
         ),
-        kohya="ss_optimizer",
-        of_kohya=rows.optimizer_name,
     )
     use_8bit_adam: bool = of_optimizer(
         default=False,
         help="AdamW with 8-bit states (bitsandbytes)",
         publish="always",
         packages={True: "bitsandbytes"},
-        kohya="ss_optimizer",
-        of_kohya=lambda text: bool(re.search(r"(?i)\badamw8bit(\(|$)", text)) or None,
         idle=rows.where(
             "with --optimizer {optimizer}",
             lambda run: not optimizer_kinds.OPTIMIZERS[run.optimizer].in_8_bit,
@@ -1100,7 +1059,6 @@ class TrainConfig:
         help="precision of the frozen base (default: what `accelerate config` says)",
         choices=("no", "fp16", "bf16"),
         publish="always",
-        kohya="ss_mixed_precision",
     )
     base_quantization: str = of_memory(
         default="none",
@@ -1114,7 +1072,6 @@ class TrainConfig:
         default=False,
         help="less memory, slower steps: recompute activations",
         publish="always",
-        kohya="ss_gradient_checkpointing",
         yields_to=("memory",),
     )
     recompute_feed_forward: bool = of_memory(

@@ -292,8 +292,8 @@ def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
 ROOT = Path(__file__).parents[2]
 BEFORE = "    repeats: int = of_photos("
 ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
-        publish="if_changed", idle=rows.unless(random_flip=True), kohya="ss_fog", elsewhere="fog",
-        replaces=("crop_zoom",), per_subject=True, path=False, packages={1.5: "no_such_package"})
+        publish="if_changed", idle=rows.unless(random_flip=True), elsewhere="fog",
+        per_subject=True, path=False, packages={1.5: "no_such_package"})
 """
 PROGRAM = """
 import json, sys
@@ -331,9 +331,6 @@ json.dump({
     "near": taken("--hase", "1"),
     "help": [line.split() for line in lines if line.startswith("  --haze")],
     "told": [told["haze"], "haze" in sources.recipe_of(TrainConfig())],
-    "header": sources.recipe_in({"moslora": json.dumps({"recipe": told})}).settings["haze"],
-    "kohya": sources.recipe_in({"ss_fog": "0.75"}).settings,
-    "given": sources.unless_given({"haze": 1.0, "crop_zoom": 2.0, "rank": 3}, {"haze": 2}),
     "elsewhere": unknown_flag_message("--fog=1"),
     "remarks": rules.remarks(TrainConfig(haze=1.0)),
     "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
@@ -364,9 +361,6 @@ def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
         "near": "unknown flag --hase: did you mean --haze?",
         "help": [["--haze", "X", "how", "much", "haze", "(default:", "0.5)"]],
         "told": [1.0, False],
-        "header": 1.0,
-        "kohya": {"haze": 0.75},
-        "given": {"rank": 3},
         "elsewhere": "--fog: use --haze.",
         "remarks": ["--haze has no effect without --random_flip"],
         "package": "--haze 1.5 needs no_such_package: pip install no_such_package.",
