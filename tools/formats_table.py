@@ -22,8 +22,8 @@ HEAD = """# Files of other tools
 
 What is read can be drawn with, described, exported, and begun with (`--init_adapter`). Layers may
 have diffusers' names or those of the family's original files. The kohya column is musubi-tuner's
-too, and ComfyUI's is ai-toolkit's. DoRA is read by its rows. A LoKr that is trained here is written
-as the LoRA that it is. “all” is LoRA, LoKr, LoHa and DoRA, read; what is written too is **bold**.
+too, and ComfyUI's is ai-toolkit's. DoRA is read by its rows. “all” is LoRA, LoKr, LoHa and DoRA,
+read; what is written too is **bold**.
 """
 TOOLS = tuple(dict.fromkeys(row.tool for row in PREFIXES))
 PARTS = {

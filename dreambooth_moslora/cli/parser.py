@@ -70,9 +70,7 @@ FOREIGN = {
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
     "concepts_list concept_list": "use --subjects, which takes the same file",
     # kohya-ss/sd-scripts
-    "network_module": (
-        "there is one kind of adapter; --mixer none makes it a plain LoRA, --mixer kronecker a LoKr"
-    ),
+    "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
     "network_args": (
         "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora"
     ),

@@ -77,9 +77,14 @@ def plain_name(name: str) -> str:
     return name
 
 
+LOKR = "kronecker"
+"""What a file says as its mixer that an earlier version trained as a LoKr. The published one is a
+plain LoRA, and is read as such."""
+
+
 def known_mixer(name: str) -> str:
     """Raises ValueError for a mixer that this program does not know."""
-    if name not in table.MIXERS:
+    if name not in (*table.MIXERS, LOKR):
         raise ValueError(f"{name!r:.40} is no mixer")
     return name
 
@@ -133,7 +138,6 @@ class AdapterMetadata:
     mixer: Mixer = "none"
     train_mixer: bool = True
     mixer_seed: int = 0
-    mixer_factor: Annotated[int, Field(ge=0)] = 0
     ranks: dict[str, Rank] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
     base_id: str = ""
@@ -155,11 +159,6 @@ class AdapterMetadata:
     step: Rank | None = None
     # How many trained it, if there were several.
     processes: Rank | None = None
-
-    @property
-    def factor(self) -> int:
-        """The rows and columns of a LoKr's W₁; 1 for other mixers."""
-        return (self.mixer_factor or 1) if self.mixer == table.KRONECKER else 1
 
     @property
     def header(self) -> dict[str, str]:
@@ -187,7 +186,7 @@ class AdapterMetadata:
 
 
 LATER = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
-LATER += ("step", "processes", "mixer_factor")
+LATER += ("step", "processes")
 """Entries that the first files did not have."""
 
 

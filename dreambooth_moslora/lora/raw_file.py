@@ -6,9 +6,8 @@ restore them.
                              .lora_B       (out, r)
                              .magnitude    (out,), for DoRA alone
 
-A LoKr has A₂ (r/f, in/f), W₁ (f, f) and B₂ (out/f, r/f) under these names; lora_A is (r, in, h, w)
-for a convolution. The tensor `raw_format` makes every stock LoRA loader refuse the file: B·A
-without the mixer would be wrong.
+lora_A is (r, in, h, w) for a convolution. The tensor `raw_format` makes every stock LoRA loader
+refuse the file: B·A without the mixer would be wrong.
 
 Before it, safetensors files in general: written atomically and in a fixed order, read without
 running code, finite. And models without weights, a few MB for an SDXL UNet: every parameter is a
@@ -31,10 +30,10 @@ from torch import nn
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name, user_path
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, most_common, versions
+from dreambooth_moslora.lora.metadata import HEADER, LOKR, AdapterMetadata, most_common, versions
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, nominal_scale, untied
-from dreambooth_moslora.settings import families, table
+from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, nominal_scale
+from dreambooth_moslora.settings import families
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -177,7 +176,6 @@ SHARED_SETTINGS = (
     "mixer",
     "train_mixer",
     "mixer_seed",
-    "mixer_factor",
 )
 """A file has one value of each for all its components."""
 RAW_KEY = "raw_format"
@@ -202,8 +200,6 @@ def adapter_metadata(
                 f"the components of one adapter file need one {name}, but have {sorted(values)}"
             )
         settings[name] = values.pop()
-    if settings["mixer"] != table.KRONECKER:
-        settings["mixer_factor"] = 0
 
     # Ranks and alphas: the usual one, and the modules that differ from it.
     layers = all_layers(components, adapter_name)
@@ -271,9 +267,13 @@ def save_raw(
     # The matrices as they are learnt, so that a run goes on from them.
     tensors = {RAW_KEY: torch.tensor([1])}
     for module_path, layer in all_layers(components, adapter_name).items():
-        down, mix, up = moslora.stored_matrices(layer, adapter_name)
-        magnitude = moslora.matrices_of(layer, adapter_name).magnitude
-        parts = {"lora_A": down, "mixer": mix, "lora_B": up, "magnitude": magnitude}
+        found = moslora.matrices_of(layer, adapter_name)
+        parts = {
+            "lora_A": found.down,
+            "mixer": found.mixer,
+            "lora_B": found.up,
+            "magnitude": found.magnitude,
+        }
         for part, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{module_path}.{part}"] = tensor.detach().cpu().contiguous()
@@ -301,6 +301,11 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
         lost = "has lost its header, which holds alpha and the mixer's kind"
         raise UserError(f"{name} {lost} ({one_line(error)})") from None
 
+    if metadata.mixer == LOKR:
+        raise UserError(
+            f"{name} is of a LoKr, which is not trained here any more: use the file that it "
+            "published"
+        )
     check_whole(name, tensors, metadata)
     check_finite(tensors, name)
     return tensors, metadata
@@ -330,25 +335,18 @@ def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
 
 def whole_shapes(
     found: Mapping[str, tuple[int, ...]], rank: int, metadata: AdapterMetadata
-) -> dict[str, tuple[int, ...]] | None:
-    """The shapes that a module's parts must have, by its inputs and outputs as they are `found`.
-    None for a LoKr whose factor does not divide its rank."""
-    is_lokr = metadata.mixer == table.KRONECKER
-    factor = metadata.factor
-    if is_lokr and (not metadata.mixer_factor or rank % factor):
-        return None
-
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that a module's parts must have, by its inputs and outputs as they are `found`."""
     # The inputs are (in,) or (in, h, w). A part that is missing has zeros, which fit nothing.
     inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
     if len(inputs) not in (1, 3):
         inputs = (0,)
 
-    shapes = {"lora_A": (rank // factor, *inputs), "lora_B": (*outputs, rank // factor)}
+    shapes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
     if metadata.mixer != "none":
-        side = factor if is_lokr else rank
-        shapes["mixer"] = (side, side)
+        shapes["mixer"] = (rank, rank)
     if metadata.use_dora:
-        shapes["magnitude"] = (outputs[0] * factor,)
+        shapes["magnitude"] = outputs
     return shapes
 
 
@@ -409,7 +407,7 @@ def by_module(tensors: Tensors) -> dict[str, dict[str, Tensors]]:
 
 
 def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> MixedLowRank:
-    """A (r, in, …), M (r, r), B (out, r) and s of one module of a raw file; a LoKr is untied.
+    """A (r, in, …), M (r, r), B (out, r) and s of one module of a raw file.
 
     parts: the module's tensors in the file
     metadata: the file's
@@ -417,13 +415,10 @@ def matrices_from(parts: Tensors, metadata: AdapterMetadata, module: str) -> Mix
     """
     rank = metadata.ranks.get(module, metadata.rank)
     alpha = metadata.alphas.get(module, metadata.alpha)
-    down, mix, up = parts["lora_A"], parts.get("mixer"), parts["lora_B"]
-    if metadata.mixer == table.KRONECKER:
-        down, mix, up = untied(down=down, mixer=mix, up=up)
     return MixedLowRank(
-        down=down,
-        mixer=mix,
-        up=up,
+        down=parts["lora_A"],
+        mixer=parts.get("mixer"),
+        up=parts["lora_B"],
         scale=nominal_scale(alpha, rank, metadata.use_rslora),
         magnitude=parts.get("magnitude"),
     )
@@ -443,9 +438,7 @@ def check_fits(
 
     known = dict(model.named_modules(remove_duplicate=False))
     for module_path, parts in modules.items():
-        # A LoKr's matrices are smaller by its factor.
-        own = (len(parts["lora_B"]), *parts["lora_A"].shape[1:])
-        size = tuple(side * metadata.factor for side in own)
+        size = (len(parts["lora_B"]), *parts["lora_A"].shape[1:])
         here = moslora.weight_size(known.get(module_path))
         if size != here:
             raise of_another_base(name, f"{component}.{module_path}", size, here, metadata.base_id)
@@ -473,11 +466,10 @@ def of_another_base(
 @torch.no_grad()
 def fill(layer: "LoraLayer", adapter_name: str, parts: Tensors) -> None:
     """Copy the saved tensors into the layer; `check_fits` has compared the shapes."""
-    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    lora_b = layer.lora_B[adapter_name]
+    layer.lora_A[adapter_name].weight.copy_(parts["lora_A"])
 
-    # The parameters, not the products of them that a mixer's layer has as its weight.
-    down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
-    down.copy_(parts["lora_A"])
+    # The parameters, not the product of them that a mixer's layer has as its weight.
     if isinstance(lora_b, mixer.MixerLinear):
         lora_b.up.copy_(parts["lora_B"])
         lora_b.mixer.copy_(parts["mixer"])

@@ -218,8 +218,6 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
         return "the adapter has dropout"
     if layer.lora_bias[adapter_name]:
         return "the adapter has a bias"
-    if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
-        return "A and B of its LoKr are tied"
 
     # The node has no gradient for W0.
     if base.weight.requires_grad:

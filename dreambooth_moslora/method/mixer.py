@@ -13,13 +13,8 @@ of each pixel. A starts gaussian and B at zero, so the adapter starts as a no-op
 is the B of a plain LoRA: every adapter folds exactly into a plain LoRA, `LowRank`, and with M = I
 it is one.
 
-LoKr (Yeh et al., arXiv 2309.14859) is a MoSLoRA whose A and B are tied: with W₁ (f, f),
-A₂ (r/f, in/f) and B₂ (out/f, r/f),
-
-    W₁ ⊗ (B₂·A₂) = (I ⊗ B₂) · (W₁ ⊗ I) · (I ⊗ A₂)
-
-so the mixer "kronecker" learns W₁, A₂ and B₂. `MixedLowRank` is the formula. In a model,
-PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
+`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear`
+instead of its B.
 """
 
 import hashlib
@@ -31,7 +26,6 @@ import torch
 import torch.nn.functional as F
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.table import KRONECKER
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +92,6 @@ STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
     "kaiming": kaiming,
     "identity": identity,
     "butterfly": butterfly,
-    KRONECKER: orthogonal,  # W₁ (f, f)
 }
 """Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers
 them."""
@@ -108,7 +101,7 @@ def initial_mixer(kind: str, rank: int, seed: int, path: str) -> torch.Tensor:
     """M₀ (r, r) in fp32 on the CPU.
 
     kind: one of `STARTS`; raises ValueError for another
-    rank: r, or f of W₁
+    rank: r
     seed, path: of the run and of the layer. They alone decide the draw, so each layer has its own,
         whatever other layers are adapted
     """
@@ -165,20 +158,6 @@ class MixedLowRank:
         return LowRank(down=down, up=up.contiguous(), magnitude=magnitude)
 
 
-def untied(down: torch.Tensor, mixer: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A, M and B of a LoKr, so that B·M·A = W₁ ⊗ (B₂·A₂).
-
-    down: A₂ (r/f, in/f)
-    mixer: W₁ (f, f)
-    up: B₂ (out/f, r/f)
-
-    Returns A (r, in), M (r, r) and B (out, r).
-    """
-    outer = torch.eye(len(mixer), dtype=down.dtype, device=down.device)
-    inner = torch.eye(len(down), dtype=down.dtype, device=down.device)
-    return torch.kron(outer, down), torch.kron(mixer, inner), torch.kron(outer, up)
-
-
 class ReadOnlyWeight(torch.Tensor):
     """A matrix that is computed at each reading. Assigning to its `data`, as PEFT may, would change
     nothing: it raises UserError."""
@@ -198,48 +177,15 @@ class ReadOnlyWeight(torch.Tensor):
         )
 
 
-class Computed(torch.nn.Module):
-    """A matrix that is the `product` of parameters.
-
-    Its state dict has the parameters, and a `weight` of one zero, which fits no plain LoRA: a
-    reader that does not know of mixers fails instead of computing without M.
-    """
-
-    def product(self) -> torch.Tensor:
-        """The matrix, by the parameters as they are now."""
-        raise NotImplementedError
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The product, which PEFT merges as it does a plain LoRA's weight. A fake or distributed
-        tensor keeps its class."""
-        product = self.product()
-        return product.as_subclass(ReadOnlyWeight) if type(product) is torch.Tensor else product
-
-    def _save_to_state_dict(
-        self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        parameter = next(self.parameters()).detach()
-        destination[f"{prefix}weight"] = parameter.new_zeros(PLACEHOLDER_SHAPE)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ) -> None:
-        plain = state_dict.pop(f"{prefix}weight", None)
-        if plain is not None and plain.shape != PLACEHOLDER_SHAPE:
-            errors.append(f"{prefix}weight is a plain LoRA's, and this adapter has a mixer")
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-
-
-class MixerLinear(Computed):
+class MixerLinear(torch.nn.Module):
     """B·M in place of LoRA's B.
 
     up: B (out, r), a parameter
     mixer: M (r, r), a parameter
     train_mixer: without it M is a buffer, as PEFT trains every parameter
+
+    Its state dict has both, and a `weight` of one zero, which fits no plain LoRA: a reader that
+    does not know of mixers fails instead of computing without M.
     """
 
     def __init__(self, up: torch.Tensor, mixer: torch.Tensor, train_mixer: bool = True):
@@ -260,9 +206,32 @@ class MixerLinear(Computed):
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
         return self.up @ self.mixing
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product, which PEFT merges as it does a plain LoRA's weight. A fake or distributed
+        tensor keeps its class."""
+        product = self.product()
+        return product.as_subclass(ReadOnlyWeight) if type(product) is torch.Tensor else product
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""
         return F.linear(x, self.product())
+
+    def _save_to_state_dict(
+        self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.up.detach().new_zeros(PLACEHOLDER_SHAPE)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ) -> None:
+        plain = state_dict.pop(f"{prefix}weight", None)
+        if plain is not None and plain.shape != PLACEHOLDER_SHAPE:
+            errors.append(f"{prefix}weight is a plain LoRA's, and this adapter has a mixer")
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
 
 
 class MixerConv2d(MixerLinear):
@@ -275,33 +244,3 @@ class MixerConv2d(MixerLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, r, H, W) -> (N, out, H, W)."""
         return F.conv2d(x, self.product())
-
-
-class KroneckerDown(Computed):
-    """A = I ⊗ A₂ (r, in): `tied` A₂ (r/f, in/f) is the parameter."""
-
-    def __init__(self, tied: torch.Tensor, factor: int):
-        super().__init__()
-        self.tied, self.factor = torch.nn.Parameter(tied), factor
-
-    def product(self) -> torch.Tensor:
-        """A, in the shape of a plain LoRA's: (r, in)."""
-        eye = torch.eye(self.factor, dtype=self.tied.dtype, device=self.tied.device)
-        return torch.kron(eye, self.tied)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, in) -> (…, r): A₂ of each of the f parts of x, without building A."""
-        return F.linear(x.unflatten(-1, (self.factor, -1)), self.tied).flatten(-2)
-
-
-class KroneckerUp(MixerLinear):
-    """B·M = W₁ ⊗ B₂ (out, r): `up` B₂ (out/f, r/f) and `mixer` W₁ (f, f)."""
-
-    def product(self) -> torch.Tensor:
-        """B·M, in the shape of a plain LoRA's B: (out, r)."""
-        return torch.kron(self.mixing, self.up)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, r) -> (…, out): W₁ mixes the f parts of x, B₂ takes each of them up."""
-        mixed = self.mixing @ x.unflatten(-1, (len(self.mixer), -1))
-        return F.linear(mixed, self.up).flatten(-2)

@@ -22,11 +22,11 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
-from torch import Tensor, nn
+from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.settings.table import KRONECKER, MIXERS, check_kronecker, check_rank
+from dreambooth_moslora.settings.table import MIXERS, check_rank
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -122,11 +122,6 @@ def create_and_mix(
     if adapter_name in layer.lora_magnitude_vector:
         check_dora(current_key, base)
 
-    # A LoKr replaces A too.
-    if lora_config.mixer == KRONECKER:
-        tie(layer, adapter_name, lora_config, current_key)
-        return
-
     # Draw M₀, and put B·M in the place of B. B learns if PEFT's B would, and M with it.
     plain = layer.lora_B[adapter_name].weight
     start = mixer.initial_mixer(
@@ -145,33 +140,6 @@ def create_and_mix(
     layer.lora_A[adapter_name].float()
 
 
-def tie(layer: LoraLayer, adapter_name: str, config: LoraConfig, path: str) -> None:
-    """Put A and B of a LoKr in place of the layer's own. Their first values are corners of the
-    layer's own A and B, of which B is zero."""
-    factor = config.mixer_factor
-    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    down, up = lora_a.weight.detach().float(), lora_b.weight.detach().float()
-    rank, inputs = down.shape
-    outputs = len(up)
-
-    # W₁ (f, f), A₂ (r/f, in/f) and B₂ (out/f, r/f).
-    start = mixer.initial_mixer(kind=KRONECKER, rank=factor, seed=config.mixer_seed, path=path).to(
-        down.device
-    )
-    tied_down = mixer.KroneckerDown(
-        tied=down[: rank // factor, : inputs // factor].clone(), factor=factor
-    )
-    tied_up = mixer.KroneckerUp(
-        up=up[: outputs // factor, : rank // factor].clone(),
-        mixer=start,
-        train_mixer=config.train_mixer,
-    )
-
-    learns = lora_b.weight.requires_grad
-    layer.lora_A[adapter_name] = tied_down.requires_grad_(learns)
-    layer.lora_B[adapter_name] = tied_up.requires_grad_(learns)
-
-
 def check_settings(config: LoraConfig) -> None:
     """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
     if config.mixer not in MIXERS:
@@ -179,7 +147,7 @@ def check_settings(config: LoraConfig) -> None:
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank < 1:
             raise UserError(f"a rank is a whole number from 1 on, not {rank}")
-        check_rank(config.mixer, rank, config.mixer_factor)
+        check_rank(config.mixer, rank)
     if not has_mixer(config):
         return
 
@@ -228,8 +196,6 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     for path, module in targets.items():
         if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
             raise cannot_carry(path, module)
-        if config.mixer == KRONECKER:
-            check_kronecker(path, weight_size(module), config.mixer_factor)
 
 
 def check_dora(path: str, base: nn.Module) -> None:
@@ -277,9 +243,6 @@ class MoSLoraConfig(LoraConfig):
     )
     train_mixer: bool = field(default=True, metadata={"help": "Learn M, or keep it as it started."})
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
-    mixer_factor: int = field(
-        default=8, metadata={"help": "Rows and columns of W₁, of the mixer kronecker."}
-    )
 
     def __post_init__(self):
         check_settings(self)
@@ -437,26 +400,24 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
     which `set_scale` does not change."""
-    down, mix, up = stored_matrices(layer, adapter_name)
-    if isinstance(layer.lora_B[adapter_name], mixer.KroneckerUp):
-        down, mix, up = mixer.untied(down=down, mixer=mix, up=up)
+    lora_b = layer.lora_B[adapter_name]
+    if isinstance(lora_b, mixer.MixerLinear):
+        mix, up = lora_b.mixer, lora_b.up
+    else:
+        mix, up = None, lora_b.weight.flatten(1)
 
     scale = mixer.nominal_scale(
         layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name]
     )
     magnitudes = layer.lora_magnitude_vector
     magnitude = magnitudes[adapter_name].weight if adapter_name in magnitudes else None
-    return mixer.MixedLowRank(down=down, mixer=mix, up=up, scale=scale, magnitude=magnitude)
-
-
-def stored_matrices(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A, M (None without a mixer) and B of one layer as they are learnt; A₂, W₁ and B₂ of a
-    LoKr."""
-    lora_a, lora_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    down = lora_a.tied if isinstance(lora_a, mixer.KroneckerDown) else lora_a.weight
-    if isinstance(lora_b, mixer.MixerLinear):
-        return down, lora_b.mixer, lora_b.up
-    return down, None, lora_b.weight.flatten(1)
+    return mixer.MixedLowRank(
+        down=layer.lora_A[adapter_name].weight,
+        mixer=mix,
+        up=up,
+        scale=scale,
+        magnitude=magnitude,
+    )
 
 
 def fold(model: nn.Module, adapter_name: str = "default") -> dict[str, mixer.LowRank]:

@@ -263,7 +263,7 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     for text in config.rank_pattern:
         ranks.append(int(rows.parse_pattern("rank_pattern", text)[1]))
     for rank in ranks:
-        table.check_rank(config.mixer, rank, config.mixer_factor)
+        table.check_rank(config.mixer, rank)
     if config.push_to_hub:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
@@ -279,10 +279,6 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     if layers:
         check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
-    if config.mixer == table.KRONECKER:
-        for name in layers:
-            if rows.is_adapted(name, config.target_modules):
-                table.check_kronecker(name, shapes[f"{name}.weight"], config.mixer_factor)
     rules.require_packages(config)
 
 

@@ -173,10 +173,6 @@ def check_together(config: Config) -> None:
     # An adapter to begin with is brought into this run's form, which not every mixer has.
     if config.init_adapter and config.mixer == "butterfly":
         raise UserError("--init_adapter: the butterfly mixer has no inverse; give another --mixer.")
-    if config.init_adapter and config.mixer == "kronecker":
-        raise UserError(
-            "--init_adapter: LoKr's A and B are tied, a file's are not; give another --mixer."
-        )
 
     # Names of layers.
     for name in ("rank_pattern", "alpha_pattern"):

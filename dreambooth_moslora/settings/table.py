@@ -10,7 +10,7 @@ configuration files, the header of a published file, the remarks before a run an
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, fields, make_dataclass, replace
 from functools import cached_property
 from os.path import expanduser
@@ -31,9 +31,7 @@ from dreambooth_moslora.settings import (
 )
 from dreambooth_moslora.values import is_number
 
-KRONECKER = "kronecker"
-"""The mixer whose product with A and B is a Kronecker product: LoKr."""
-MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", KRONECKER, "none"]
+MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 """How the r x r matrix between A and B starts; `none` is a plain LoRA."""
 # Files whose content decides a result.
 BEGUN_WITH = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
@@ -545,22 +543,10 @@ class TrainConfig:
     )
     mixer: str = of_adapter(
         default="orthogonal",
-        help="start of the r x r mixer; kronecker is LoKr, none is plain LoRA",
+        help="start of the r x r mixer; none is plain LoRA",
         choices=MIXERS,
         publish="always",
         resume="same",
-    )
-    mixer_factor: int = of_adapter(
-        default=8,
-        help=(
-            "rows and columns of LoKr's W1: a divisor of --rank, which is that of the published "
-            "LoRA"
-        ),
-        low=2,
-        high=64,
-        publish="if_changed",
-        resume="same",
-        idle=rows.unless(mixer=KRONECKER),
     )
     train_mixer: bool = of_adapter(
         default=True,
@@ -1623,35 +1609,11 @@ def rank_and_alpha(config: TrainConfig, component: str, path: str) -> tuple[int,
 
 def layer_parameters(config: TrainConfig, rank: int, width: int) -> int:
     """How many numbers of A, B and M one layer learns; `width` sums its inputs and outputs."""
-    if config.mixer == KRONECKER:
-        side = config.mixer_factor
-        matrices = rank // side * (width // side)
-    else:
-        side = rank
-        matrices = rank * width
     has_mixer = config.mixer != "none" and config.train_mixer
-    return matrices + (side**2 if has_mixer else 0)
+    return rank * width + (rank**2 if has_mixer else 0)
 
 
-def check_rank(mixer: str, rank: int, factor: int) -> None:
+def check_rank(mixer: str, rank: int) -> None:
     """Raises UserError for a rank that the mixer's M cannot have."""
     if mixer == "butterfly" and rank % 2:
         raise UserError(f"mixer butterfly needs an even rank, not {rank}")
-    if mixer == KRONECKER and (factor < 1 or rank % factor):
-        raise UserError(
-            f"mixer kronecker needs a rank that mixer_factor {factor} divides, not {rank}"
-        )
-
-
-def check_kronecker(path: str, size: Sequence[int], factor: int) -> None:
-    """Raises UserError unless a layer's weight (out, in) is a Kronecker product of `factor` x
-    `factor` blocks."""
-    if len(size) != 2 or any(side % factor for side in size):
-        shape = "×".join(map(str, size))
-        cure = (
-            "choose another mixer, leave it out of --target_modules, or give another --mixer_factor"
-        )
-        raise UserError(
-            f"{path} of {shape} (out×in) cannot be a Kronecker product of {factor}×{factor} "
-            f"blocks: {cure}"
-        )

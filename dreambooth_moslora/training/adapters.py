@@ -218,7 +218,6 @@ def fresh_adapters(
             use_rslora=config.use_rslora,
             mixer=config.mixer,
             train_mixer=config.train_mixer,
-            mixer_factor=config.mixer_factor,
             mixer_seed=config.seed,
         )
         moslora.inject(module, adapter_config)

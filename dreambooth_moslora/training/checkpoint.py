@@ -289,14 +289,9 @@ def settings_of_both(
     if not optimizer_kinds.optimizer_of(config).averages:
         yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
 
-    # The settings that the table says have to be the same. Another kind of mixer ignores its own.
-    ignored = set()
-    if config.mixer == "none":
-        ignored.add("train_mixer")
-    if config.mixer != table.KRONECKER:
-        ignored.add("mixer_factor")
+    # The settings that the table says have to be the same. Without a mixer none is trained.
     for name in table.named("resume", "same"):
-        if name not in ignored:
+        if name != "train_mixer" or config.mixer != "none":
             yield name, getattr(facts, name), getattr(config, name)
 
 

@@ -363,7 +363,6 @@ KEPT = [
 ]
 KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
 KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
-KEPT += [{"mixer": "kronecker", "r": 8, "mixer_factor": 4}]
 
 
 @pytest.mark.parametrize("options", KEPT)
@@ -411,6 +410,12 @@ BROKEN = {
     "half": (
         lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header),
         "is not whole",
+    ),
+    "a LoKr of an earlier version": (
+        lambda _, tensors, header: save(
+            tensors, {"moslora": header["moslora"].replace('"orthogonal"', '"kronecker"')}
+        ),
+        "is of a LoKr",
     ),
     "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
 }

@@ -1,47 +1,34 @@
 """The mixers: how they start, what depends on them, who is refused one, and that a kind of mixer is
-a name and a start: flag, page, training, files and their descriptions know it by these. `--mixer
-kronecker`: LoKr as a MoSLoRA whose A and B are tied, from the layer to the published file."""
+a name and a start: flag, page, training, files and their descriptions know it by these."""
 
 import pickle
-import re
 import subprocess
 import sys
-from collections import OrderedDict
-from dataclasses import replace
 
 import gradio as gr
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
-from dreambooth_moslora.lora.raw_file import RAW_KEY, read_raw, save_raw, write_file
+from dreambooth_moslora.lora.raw_file import read_raw
 from dreambooth_moslora.method.mixer import STARTS, MixerLinear, initial_mixer
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
-    fold,
     inject,
-    matrices_of,
 )
-from dreambooth_moslora.plan.checks import check_settings
-from dreambooth_moslora.plan.memory import adapter_parameters as counted
-from dreambooth_moslora.plan.memory import size_of_base
-from dreambooth_moslora.settings.table import MIXERS, layer_parameters
+from dreambooth_moslora.settings.table import MIXERS
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.train.screen import train_widgets
-from tests.helpers.live_adapters import facts_of, live, shake
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_moslora import Net, config
 
@@ -87,10 +74,6 @@ REFUSED += [
 REFUSED += [({"rank_pattern": {"to_k": -2}}, "from 1 on, not -2")]
 REFUSED += [({"mixer": "butterfly", "r": 3}, "an even rank, not 3"), ({"mixer": "random"}, "mixer")]
 REFUSED += [({"init_lora_weights": kind}, "mixer") for kind in ("pissa", "olora")]
-KRONECKER = {"mixer": "kronecker", "mixer_factor": 4}
-REFUSED += [(KRONECKER | {"r": 6}, "needs a rank that mixer_factor 4 divides, not 6")]
-REFUSED += [(KRONECKER | {"mixer_factor": 0}, "needs a rank")]
-REFUSED += [(KRONECKER, r"to_q of 10×12 \(out×in\) cannot be a Kronecker product of 4×4 blocks")]
 
 
 @pytest.mark.parametrize(("options", "said"), REFUSED)
@@ -196,117 +179,3 @@ def test_flag_page_training_files_and_descriptions_know_a_new_mixer(
         told = AdapterMetadata.from_json(file.metadata()["moslora"])
     assert metadata.mixer == told.mixer == "reversed"
     assert describe(tmp_path / "run" / PUBLISHED_NAME)["mixer"] == "reversed, folded"
-
-
-X = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
-
-
-def line() -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(OrderedDict(to_q=nn.Linear(12, 20)))
-
-
-def lokr(**options) -> MoSLoraConfig:
-    return config(
-        **{"r": 8, "lora_alpha": 3, "target_modules": ["to_q"], "mixer": "kronecker"} | options
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"train_mixer": False}])
-def test_it_is_lokr(options):
-    """x·(W₀ + s·W₁ ⊗ (B₂·A₂))ᵀ, with the gradients of that; at the start it is the base, of an
-    orthogonal W₁."""
-    net, other = (
-        inject(line(), lokr(mixer_factor=4, mixer_seed=seed, **options)) for seed in (1, 2)
-    )
-    assert torch.equal(net(X), line()(X))
-    start = net.to_q.lora_B["default"].mixer.detach().clone()
-    assert torch.allclose(start @ start.T, torch.eye(4), atol=1e-6)
-    assert not torch.equal(start, other.to_q.lora_B["default"].mixer)
-    learnt = sum(p.numel() for _, p in adapter_parameters(net))
-    assert learnt == 2 * 3 + 4 * 4 * options.get("train_mixer", True) + 5 * 2
-    shake(net)
-    layer = net.to_q
-    down, up = layer.lora_A["default"], layer.lora_B["default"]
-    leaves = [p.detach().clone().requires_grad_() for p in (down.tied, up.mixer, up.up)]
-    assert [tuple(leaf.shape) for leaf in leaves] == [(2, 3), (4, 4), (5, 2)]
-    weight = layer.base_layer.weight + layer.scaling["default"] * torch.kron(
-        leaves[1], leaves[2] @ leaves[0]
-    )
-    expected = F.linear(X, weight, layer.base_layer.bias)
-    assert torch.allclose(net(X), expected, atol=1e-5)
-    for result in (net(X), expected):
-        result.square().sum().backward()
-    for mine, leaf in zip((down.tied, up.mixer, up.up), leaves, strict=True):
-        assert (
-            torch.allclose(mine.grad, leaf.grad, rtol=1e-4)
-            if mine.requires_grad
-            else not options["train_mixer"]
-        )
-    matrices = matrices_of(layer, "default")
-    assert torch.allclose(
-        matrices.forward(X, layer.base_layer.weight) + layer.base_layer.bias, expected, atol=1e-5
-    )
-    plain = fold(net)["to_q"]
-    assert plain.rank == 8 and torch.allclose(
-        layer.base_layer.weight + plain.delta, weight, atol=1e-6
-    )
-    layer.merge()
-    assert torch.allclose(layer.base_layer.weight, weight, atol=1e-6)
-
-
-def test_a_run_publishes_a_plain_lora_and_counts_its_numbers(tiny_base, tmp_path):
-    options = {"mixer": "kronecker", "rank": 8, "mixer_factor": 4, "max_train_steps": 1}
-    run = tiny_config(tiny_base, paint_photos(tmp_path / "photos"), tmp_path / "run", **options)
-    train(run)
-    file = tmp_path / "run" / PUBLISHED_NAME
-    assert {len(tensor) for key, tensor in load_file(file).items() if "lora_A" in key} == {8}
-    assert describe(file)["mixer"] == "kronecker, folded"
-    tensors, metadata = read_raw(tmp_path / "run" / "last" / RAW_NAME)
-    stored = sum(tensor.numel() for tensor in tensors.values())
-    assert metadata.mixer_factor == 4 and layer_parameters(run, 8, 64) == 2 * 16 + 16
-    assert counted(run, size_of_base(Base.of(run), run.target_modules)) == stored
-
-
-def with_facts(file, **facts) -> None:
-    tensors, metadata = read_raw(file)
-    write_file(file, {RAW_KEY: torch.tensor([1]), **tensors}, replace(metadata, **facts).header)
-
-
-def test_a_header_that_says_another_factor_is_no_crash(tmp_path):
-    file = tmp_path / RAW_NAME
-    save_raw(components := live(), file, facts_of(components))
-    plain = describe(file)
-    with_facts(file, mixer_factor=3)  # which is a LoKr's alone
-    assert describe(file) == plain
-    save_raw(components := live(mixer="kronecker", r=8, mixer_factor=4), file, facts_of(components))
-    content = file.read_bytes()
-    for factor in (0, 3, 16):
-        file.write_bytes(content)
-        with_facts(file, mixer_factor=factor)
-        with pytest.raises(UserError, match="is broken"):
-            describe(file)
-
-
-WRONG = [
-    (["--mixer_factor", "3"], "mixer kronecker needs a rank that mixer_factor 3 divides, not 8"),
-    (
-        ["--mixer_factor", "2", "--target_modules", "conv1"],
-        "of 2×2 blocks: choose another mixer, leave it out of --",
-    ),
-]
-
-
-@pytest.mark.parametrize("flags, words", WRONG)
-def test_a_run_says_what_does_not_fit(flags, words, tiny_base, tmp_path):
-    """Before the base is loaded."""
-    folder = [
-        "--instance_data_dir",
-        str(paint_photos(tmp_path / "photos")),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    words_of = ["--instance_prompt", "a sks dog", "--pretrained_model_name_or_path", str(tiny_base)]
-    found = parse_train_config([*folder, *words_of, "--mixer", "kronecker", "--rank", "8", *flags])
-    with pytest.raises(UserError, match=re.escape(words)):
-        check_settings(found, Base.of(found))

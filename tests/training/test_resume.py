@@ -78,10 +78,7 @@ PRODIGY, ADAFACTOR = (
     CONVOLUTIONS | {"optimizer": "Adafactor"},
 )
 UNCACHED = {"caching": "off"}
-TOKENS, KRONECKER = (
-    {"train_text_encoder_ti": True},
-    {"mixer": "kronecker", "rank": 8, "mixer_factor": 4},
-)
+TOKENS = {"train_text_encoder_ti": True}
 KINDS = {
     "bare_prompt": {
         "instance_data_dir": "placed",
@@ -95,7 +92,7 @@ KINDS = {
     | SIZES
     | CLASS_IMAGES
     | ADAFACTOR,
-    "prodigy_uncached_kronecker": TWO_CROPS | KRONECKER | PRODIGY | {"caching": "off"},
+    "prodigy_uncached": TWO_CROPS | PRODIGY | {"caching": "off"},
     "schedule_free": WARM
     | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,

@@ -6,7 +6,7 @@ from pathlib import Path
 from dreambooth_moslora.extras.cluster.fleet import base_size
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.plan.memory import adapter_parameters
-from dreambooth_moslora.settings.table import KRONECKER, TrainConfig
+from dreambooth_moslora.settings.table import TrainConfig
 
 
 def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
@@ -28,13 +28,12 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
         # the budget: A and B of plain LoRA at the nominal rank
         budget = count_parameters(replace(config, mixer="none", rank_pattern=()), rank)
 
-        # the ranks that the mixer can have; Kronecker ties the numbers of factor**2 ranks
-        factor = config.mixer_factor if config.mixer == KRONECKER else 1
-        step = 2 if config.mixer == "butterfly" else factor
+        # the ranks that the mixer can have
+        step = 2 if config.mixer == "butterfly" else 1
 
         # the one that is nearest to the budget; the lower one at a tie
         gaps = {}
-        for real in range(step, rank * factor**2 + 1, step):
+        for real in range(step, rank + 1, step):
             gaps[real] = abs(count_parameters(config, real) - budget)
         found[arm, rank] = min(gaps, key=gaps.__getitem__)
     return found

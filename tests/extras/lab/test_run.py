@@ -252,12 +252,10 @@ def test_a_seed_that_is_still_being_run_does_not_empty_the_report(study, tmp_pat
 
 
 def test_equal_budget_means_the_nearest_number_of_parameters(study):
-    tied = {"mixer": "kronecker", "mixer_factor": 2}
-    others = {"frozen": {"mixer": "orthogonal", "train_mixer": False}, "tied": tied}
-    study = replace(study, arms=study.arms | others, ranks=(2, 16))
+    frozen = {"mixer": "orthogonal", "train_mixer": False}
+    study = replace(study, arms=study.arms | {"frozen": frozen}, ranks=(16,))
     ranks = budget.budget_ranks(study)
     assert ranks["lora", 16] == ranks["frozen", 16] == 16 and ranks["mix", 16] < 16
-    assert ranks["tied", 2] == 8  # a quarter of the numbers of its rank, and 4 of the mixer
 
     def config(arm: str, rank: int) -> TrainConfig:
         return TrainConfig.from_dict({**study.train, **study.arms[arm], "rank": rank})
