@@ -25,7 +25,6 @@ NEEDED_DISK_GIB = 10
 OPTIONAL = (
     "bitsandbytes",
     *(kind.package for kind in OPTIMIZERS.values() if kind.package),
-    "datasets",
     "tensorboard",
     "wandb",
     "trackio",

@@ -213,8 +213,7 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
     base = args.base or known.get("pretrained_model_name_or_path")
     prompt = args.instance_prompt or known.get("instance_prompt")
     photos = args.photos or known.get("instance_data_dir")
-    source = photos or known.get("dataset_name")
-    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (source, "--photos")):
+    for value, flag in ((base, "--base"), (prompt, "--instance_prompt"), (photos, "--photos")):
         if not value:
             raise UserError(f"{args.adapter} does not say it: give {flag}.")
     chosen = {
@@ -232,7 +231,6 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
         chosen |= {
             "masks": "given",
             "captions": "given",
-            "dataset_name": None,
             "leave_out": left_out,
         }
     return table.TrainConfig.from_dict(known | chosen)

@@ -91,7 +91,7 @@ DAILY = {
 NEEDED = "needed as a flag or by --config"
 WITHOUT_WORDS = {
     "pretrained_model_name_or_path": f" ({NEEDED}, except with PHOTOS WORD)",
-    "instance_data_dir": f" ({NEEDED}, except with PHOTOS WORD, --dataset_name or --subjects)",
+    "instance_data_dir": f" ({NEEDED}, except with PHOTOS WORD or --subjects)",
     "instance_prompt": f" ({NEEDED}, except with PHOTOS WORD or --subjects)",
 }
 """What `train` needs, in its help; `require` asks for it."""
@@ -411,8 +411,8 @@ def require(settings: Mapping[str, Any]) -> None:
         is_given = is_empty_prompt or str(settings.get(item.name, "")).strip()
         if not is_said_by_subjects and not is_given:
             missing.append(f"--{table.shown_flag(item.name)}")
-    if not any(settings.get(name) for name in ("subjects", "instance_data_dir", "dataset_name")):
-        missing.append("--instance_data_dir (or --dataset_name)")
+    if not any(settings.get(name) for name in ("subjects", "instance_data_dir")):
+        missing.append("--instance_data_dir")
     if missing:
         flags = ", ".join(missing)
         raise UserError(

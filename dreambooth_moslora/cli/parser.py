@@ -87,6 +87,9 @@ FOREIGN = {
     "train_data_dir": (
         "use --instance_data_dir, or --subjects where each folder in it is another subject"
     ),
+    "dataset_name dataset_config_name image_column caption_column": (
+        "use --instance_data_dir, a folder of photos with their captions beside them"
+    ),
     "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
     "output_name": "the files are named by --output_dir",

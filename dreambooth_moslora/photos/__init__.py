@@ -1,1 +1,1 @@
-"""The photos of a folder: files, sidecars, checks, crops, and data sets of the hub."""
+"""The photos of a folder: files, sidecars, checks and crops."""

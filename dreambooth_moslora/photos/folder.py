@@ -22,7 +22,6 @@ from dreambooth_moslora.photos.beside import (
     sidecar_of,
     sidecars_of,
 )
-from dreambooth_moslora.photos.data_set import dataset_folder
 from dreambooth_moslora.photos.shown_captions import with_own_captions
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -102,11 +101,11 @@ def photo_report(config: TrainConfig) -> PhotoReport:
 
 
 def report_of(config: TrainConfig, number: int) -> PhotoReport:
-    """The photos of `--instance_data_dir` or `--dataset_name`, as those of subject `number`. Raises
-    UserError when there is none."""
-    if not (config.dataset_name or config.instance_data_dir):
-        raise UserError("give the photos: --instance_data_dir FOLDER, or --dataset_name NAME.")
-    folder = dataset_folder(config) if config.dataset_name else Path(config.instance_data_dir)
+    """The photos of `--instance_data_dir`, as those of subject `number`. Raises UserError when
+    there is none."""
+    if not config.instance_data_dir:
+        raise UserError("give the photos: --instance_data_dir FOLDER.")
+    folder = Path(config.instance_data_dir)
     report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:

@@ -148,7 +148,7 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
 
     # Folders inside the run's own may be its class images, or folders that no run touches.
     home = run_dir.path.resolve()
-    for name in ("instance_data_dir", "class_data_dir", "dataset_name"):
+    for name in ("instance_data_dir", "class_data_dir"):
         value = getattr(config, name)
         folder = Path(value).resolve() if value else None
         if folder is None or not folder.is_relative_to(home):

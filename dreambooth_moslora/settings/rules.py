@@ -56,7 +56,6 @@ EXCLUDED: dict[str, dict[str, str]] = {
     **weightings.exclusions(),
     "loss_type": {weightings.EDM_SWITCH: weightings.EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
-    "instance_data_dir": {"dataset_name": "each says where the photos are"},
     "train_text_encoder": {"train_text_encoder_ti": "train adapters or new tokens"},
     "cache_cross_attention": {
         "train_text_encoder": TEXT_CHANGES,

@@ -95,7 +95,7 @@ def check_subjects(config: Config) -> None:
     """Raises UserError for incomplete tables, and for two subjects that cannot be told apart."""
     # A run with tables says nothing of one subject beside them.
     defaults = {item.name: item.default for item in fields(config)}
-    for name in ("instance_data_dir", "dataset_name", "instance_prompt"):
+    for name in ("instance_data_dir", "instance_prompt"):
         if getattr(config, name) != defaults[name]:
             raise UserError(
                 f"--subjects and --{name}: each subject names its own; give one of the two."

@@ -152,23 +152,6 @@ class TrainConfig:
         path=find_asset,
         per_subject=True,
     )
-    dataset_name: str | None = of_photos(
-        default=None,
-        help="instead of a folder: a data set, on the hub or local",
-        yields_to=("subjects", rows.WORDS),
-    )
-    dataset_config_name: str | None = of_photos(
-        default=None,
-        help="configuration of --dataset_name",
-    )
-    image_column: str = of_photos(
-        default="image",
-        help="column of --dataset_name that holds the images",
-    )
-    caption_column: str | None = of_photos(
-        default=None,
-        help="column of --dataset_name that holds the captions",
-    )
     leave_out: tuple[rows.Prompt, ...] = of_photos(
         default=(),
         help="file names of photos to leave out",
@@ -187,7 +170,7 @@ class TrainConfig:
             "several subjects in one run: a folder with a folder of each (`sks dog`), a .json "
             "list, or in TOML tables"
         ),
-        yields_to=("instance_data_dir", "dataset_name", rows.WORDS),
+        yields_to=("instance_data_dir", rows.WORDS),
     )
     token: str | None = of_photos(
         default=None,
@@ -272,7 +255,7 @@ class TrainConfig:
         default=None,
         help=(
             "share of exposures with the instance prompt, of photos whose captions lack it "
-            "(default: 1/4; 0 with --caption_column, whose captions are used as they are)"
+            "(default: 1/4)"
         ),
         low=0,
         high=1,
@@ -1282,7 +1265,7 @@ class TrainConfig:
 
     @property
     def cache_folder(self) -> Path:
-        """Where encodings and the photos of data sets are kept for all runs: `--cache_dir`, else
+        """Where encodings are kept for all runs: `--cache_dir`, else
         `dreambooth_moslora` in `$XDG_CACHE_HOME` or `~/.cache`. Raises UserError where none of
         them is known."""
         if self.cache_dir:
@@ -1300,7 +1283,7 @@ class TrainConfig:
         """The folders that the run writes to, but for class images, by the settings that name
         them. Raises UserError as `cache_folder` does."""
         found = {"output_dir": Path(self.output_dir)}
-        if self.caching == "disk" or self.dataset_name is not None:
+        if self.caching == "disk":
             found["cache_dir"] = self.cache_folder
         return found
 
@@ -1339,11 +1322,8 @@ class TrainConfig:
 
     @property
     def bare_share(self) -> float:
-        """The share of exposures with the instance prompt, of photos whose captions lack it. A data
-        set's captions are used as they are, as diffusers' scripts do, unless a share was given."""
-        if self.instance_prompt_share is not None:
-            return self.instance_prompt_share
-        return 1 / 4 if self.caption_column is None else 0.0
+        """The share of exposures with the instance prompt, of photos whose captions lack it."""
+        return 1 / 4 if self.instance_prompt_share is None else self.instance_prompt_share
 
     @property
     def sample_count(self) -> int:

@@ -250,12 +250,12 @@ def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None
             raise UserError(f"{run_dir.path} holds no run: {path.name} is not there.")
     config = known_config(read_json(run_dir.config_path))
 
-    # The photos, if they are still here. A dataset of the hub is not fetched for it.
-    if photos is None and not config.dataset_name:
+    # The photos, if they are still here.
+    if photos is None:
         with suppress(UserError):
             photos = folder.photo_report(config).photos
     facts = {}
-    if photos and not config.dataset_name:
+    if photos:
         facts["count"] = len(photos)
         facts["without_bare_prompt"] = sum(photo.bare_prompt is not None for photo in photos)
         if len(config.subjects) > 1:

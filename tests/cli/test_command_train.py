@@ -49,7 +49,6 @@ def test_help_shows_the_flags_in_daily_use_all_of_it_each_and_requires_none_that
     assert "the next flags" not in daily, "they are not shown there"
     exceptions = (
         "PHOTOS WORD)",
-        "PHOTOS WORD, --dataset_name or --subjects)",
         "PHOTOS WORD or --subjects)",
     )
     for words, text in shown.items():

@@ -280,28 +280,6 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
     assert plan.texts == ["a dog in {curly} beside a dog"]
 
 
-def test_a_run_of_a_data_set_is_evaluated_with_it_unless_photos_are_given(run, evaluate, tmp_path):
-    """It was said not to say which photos, though its settings name the data set."""
-    folder, settings = shutil.copytree(run[1].path, tmp_path / "dog"), run[0].to_dict()
-    shutil.rmtree(folder / "evaluation", ignore_errors=True)
-    photos, cache = settings["instance_data_dir"], str(tmp_path / "cache")
-    source = {"dataset_name": photos, "instance_data_dir": None, "cache_dir": cache}
-    RunDir(folder).config_path.write_text(json.dumps(settings | source))
-    few = [
-        "--num_prompts",
-        "1",
-        "--images_per_prompt",
-        "1",
-        "--class_images",
-        "1",
-        "--inference_steps",
-        "2",
-    ]
-    for flags in ([], ["--photos", photos]):
-        code, _, err = evaluate(folder, *few, *flags)
-        assert code == 0 and RunDir(folder).evaluation_dir.is_dir(), err
-
-
 @pytest.mark.slow
 def test_a_run_of_two_is_scored_along_the_way_and_by_the_command(
     tiny_base, encoders, evaluate, tmp_path

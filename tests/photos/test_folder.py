@@ -4,10 +4,8 @@ out right. Their crops: inside the photo, drawn evenly, equal to resizing first.
 import json
 import random
 import struct
-from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
@@ -16,7 +14,6 @@ from PIL import Image
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import augment, cropping, photo_file
 from dreambooth_moslora.photos.cropping import CropPlan, CropRule, apply_crop
-from dreambooth_moslora.photos.data_set import image_bytes
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
@@ -188,66 +185,6 @@ def test_files_that_are_not_used_are_said_in_one_line(tmp_path, caplog):
         "1 more."
     )
     assert ".DS_Store" not in line and "subject.json" not in line
-
-
-def test_a_local_data_set_is_read_with_its_captions(tmp_path):
-    source = paint_photos(tmp_path / "data", 2)
-    rows = [{"file_name": "0.png", "words": "first"}, {"file_name": "1.png", "words": "second"}]
-    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = TrainConfig(
-        dataset_name=source, caption_column="words", cache_dir=tmp_path / "cache", resolution=64
-    )
-    photos = photo_report(config).photos
-    assert sorted(photo.captions for photo in photos) == [("first",), ("second",)]
-    assert {photo.path.read_bytes() for photo in photos} == {
-        path.read_bytes() for path in source.glob("*.png")
-    }
-    assert image_bytes({"bytes": b"", "path": None}, []) == b"", "an empty cell"
-    with pytest.raises(UserError, match=r"--caption_column word: the data set has the columns "):
-        photo_report(
-            TrainConfig(dataset_name=source, caption_column="word", cache_dir=tmp_path / "cache")
-        )
-
-
-def test_a_list_of_texts_is_several_captions_and_what_is_no_text_is_refused(tmp_path):
-    lists, numbers = [["first\nof two", "", "second"], ["only"], [], None], [1, 2, 3, 4]
-    images = [
-        {"bytes": path.read_bytes(), "path": None}
-        for path in sorted(paint_photos(tmp_path / "own", 4).iterdir())
-    ]
-    words, number = [datasets.Value("string")], datasets.Value("int8")
-    features = datasets.Features({"image": datasets.Image(), "words": words, "n": number})
-    (tmp_path / "data").mkdir()
-    table = datasets.Dataset.from_dict({"image": images, "words": lists, "n": numbers}, features)
-    table.to_parquet(tmp_path / "data" / "train.parquet")
-    of_column = partial(
-        TrainConfig, dataset_name=tmp_path / "data", cache_dir=tmp_path / "cache", resolution=64
-    )
-    captions = [photo.captions for photo in photo_report(of_column(caption_column="words")).photos]
-    prompt = (TrainConfig().instance_prompt,)
-    assert captions == [("first of two", "second"), ("only",), prompt, prompt]
-    with pytest.raises(
-        UserError, match="--caption_column n: it holds neither texts nor lists of texts"
-    ):
-        photo_report(of_column(caption_column="n"))
-
-
-@pytest.mark.parametrize("named", ["{outside}/secret.png", "../secret.png", "linked.png"])
-def test_a_data_set_that_names_a_file_outside_itself_is_refused(named, tmp_path):
-    """Or none."""
-    with pytest.raises(UserError, match=r"is not a file of the data set"):
-        image_bytes({"bytes": None, "path": str(tmp_path / "absent")}, [tmp_path])
-    source = tmp_path / "data"
-    source.mkdir()
-    picture().save(tmp_path / "secret.png")
-    (source / "linked.png").symlink_to(tmp_path / "secret.png")
-    path = source / named.format(outside=tmp_path)
-    features = datasets.Features({"image": datasets.Image()})
-    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]}, features)
-    table.to_parquet(source / "train.parquet")
-    with pytest.raises(UserError, match=r"is not a file of the data set"):
-        photo_report(TrainConfig(dataset_name=source, cache_dir=tmp_path / "cache"))
-    assert not (tmp_path / "cache" / "photos").exists()
 
 
 @pytest.mark.skipif(

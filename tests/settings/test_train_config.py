@@ -24,8 +24,8 @@ from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"]
 NEEDED += ["--instance_prompt", "a photo of sks dog"]
 UNSET = """
-pretrained_vae_model_name_or_path revision variant dataset_name dataset_config_name cache_dir
-caption_column class_data_dir class_prompt validation_prompt seed max_train_steps
+pretrained_vae_model_name_or_path revision variant cache_dir class_data_dir class_prompt
+validation_prompt seed max_train_steps
 checkpoints_total_limit resume_from_checkpoint snr_gamma prodigy_beta3 hub_token hub_model_id
 mixed_precision prior_generation_precision
 """
@@ -64,7 +64,6 @@ NUMBERS |= {
 }
 NUMBERS |= {"adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lora_dropout": 0.0}
 WORDS_OF = {
-    "image_column": "image",
     "output_dir": "lora-dreambooth-model",
     "lr_scheduler": "constant",
 }
@@ -114,14 +113,13 @@ def test_diffusers_flag_has_its_default_and_takes_a_value(name):
     config = parse_train_config(NEEDED)
     found = config.sample_count if name == "num_validation_images" else getattr(config, name)
     assert found == default and type(found) is type(default)
-    others = NEEDED[:2] + NEEDED[4:] if name == "dataset_name" else NEEDED
     if default is False:
         extra = ["--class_prompt", "a dog"] if name == "with_prior_preservation" else []
-        assert getattr(parse_train_config([*others, f"--{name}", *extra]), name) is True
+        assert getattr(parse_train_config([*NEEDED, f"--{name}", *extra]), name) is True
         return
     kind = type(default) if default is not None else str
     given = EXAMPLES.get(name, {int: "7", float: "0.5", bool: "False", str: "7"}[kind])
-    found = getattr(parse_train_config([*others, f"--{name}", given]), name)
+    found = getattr(parse_train_config([*NEEDED, f"--{name}", given]), name)
     expected = MEANINGS.get(name, False if kind is bool else type(found)(given))
     assert found == expected != default
 

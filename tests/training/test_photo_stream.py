@@ -259,15 +259,15 @@ def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_ke
 
 
 def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tmp_path):
-    """A share is a quarter, or what is given; a data set's captions are used as they are."""
+    """A share is a quarter, or what is given."""
     texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
     found = photos_with(tmp_path, *texts, caption_prefix="look:")
     # a prefix makes it another prompt
     assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]
     assert photos_with(tmp_path, *texts)[2].bare_prompt is None
-    column = {"dataset_name": "dogs", "caption_column": "text"}
-    given = ({}, column, column | {"instance_prompt_share": 0.2}, {"instance_prompt_share": 0})
-    assert [config(**one).bare_share for one in given] == [0.25, 0, 0.2, 0]
+    shares = {None: 0.25, 0.2: 0.2, 0: 0}
+    for given, share in shares.items():
+        assert config(instance_prompt_share=given).bare_share == share
     photos = photos_with(tmp_path / "two", PLACED[0], BARE)
     line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
     assert (

@@ -40,7 +40,6 @@ OWN = ("folder", "token", "class", "class_word", "name")
 GIVEN = "a fleet sets it for each run; leave it out"
 REFUSED = {
     "instance_data_dir": GIVEN,
-    "dataset_name": GIVEN,
     "subjects": GIVEN,
     "output_dir": GIVEN,
     "resume_from_checkpoint": GIVEN,
