@@ -108,7 +108,9 @@ FOREIGN = {
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
     "multires_noise_iterations": "not supported: use --noise_offset",
-    "huber_scale": "use --huber_c, the width itself",
+    "loss_type huber_c huber_schedule huber_scale": (
+        "the loss is the mean squared error; leave it out"
+    ),
     "masked_loss": (
         "name.mask.png beside a photo is always used, and --masks auto makes what is missing; "
         "leave it out"
@@ -121,6 +123,9 @@ FOREIGN = {
     "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
     "xformers sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "torch_compile dynamo_backend": "use --compile on",
+    "use_ema ema_decay ema_max_decay": (
+        "use --optimizer AdamWScheduleFree, which publishes an average of its steps"
+    ),
     "v_parameterization": "read from the base's scheduler; leave it out",
     "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
 }

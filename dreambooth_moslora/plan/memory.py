@@ -54,7 +54,7 @@ BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their
 precision."""
-AVERAGE_BYTES = 4  # Further bytes per parameter of the adapter with `--use_ema`.
+AVERAGE_BYTES = 4  # Further bytes per parameter of a checkpoint with an average.
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
 STEP_GIB = 5.24
@@ -263,7 +263,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     # The adapter with its gradients and the optimizer's states, and what the host holds.
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
     bytes_each = optimizer_kinds.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
-    optimized = adapter * (bytes_each + AVERAGE_BYTES * config.use_ema) / machine.GIB
+    optimized = adapter * bytes_each / machine.GIB
     on_host = size.text_projections * number / machine.GIB if config.cache_cross_attention else 0.0
     if config.stream_blocks:
         on_host += streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
@@ -286,7 +286,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
         drawing = 0
 
     # A checkpoint has the states, and no gradients.
-    in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * (config.use_ema or kind.averages)
+    in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * kind.averages
     checkpoint = adapter * in_checkpoint / machine.GIB
     return Estimate(
         adapter_parameters=adapter,

@@ -54,7 +54,6 @@ TEXT_CHANGES = "the text of a prompt changes from step to step"
 ONE_PASS = "a text's gradient comes from one pass"
 EXCLUDED: dict[str, dict[str, str]] = {
     **weightings.exclusions(),
-    "loss_type": {weightings.EDM_SWITCH: weightings.EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
     "train_text_encoder": {"train_text_encoder_ti": "train adapters or new tokens"},
     "cache_cross_attention": {
@@ -158,10 +157,9 @@ def check_together(config: Config) -> None:
             f"--optimizer {config.optimizer} takes one learning rate for all: leave "
             "--mixer_lr_scale at 1."
         )
-    if kind.averages and (config.use_ema or not config.adam_beta1):
-        flag = "--use_ema" if config.use_ema else "--adam_beta1 0"
+    if kind.averages and not config.adam_beta1:
         raise UserError(
-            f"--optimizer {config.optimizer} averages its steps itself: leave out {flag}."
+            f"--optimizer {config.optimizer} averages its steps itself: leave out --adam_beta1 0."
         )
     if kind.averages and config.train_text_encoder_ti:
         raise UserError(

@@ -764,34 +764,6 @@ class TrainConfig:
         high=1,
         publish="if_changed",
     )
-    loss_type: str = of_training(
-        default="l2",
-        help=(
-            "loss at each position: the square, or one that weighs large differences less; "
-            f"{NO_GAIN}"
-        ),
-        choices=("l2", "huber", "smooth_l1"),
-        publish="if_changed",
-    )
-    huber_c: float = of_training(
-        default=0.1,
-        help="width beyond which a difference is large, for huber and smooth_l1",
-        above=0,
-        high=1,
-        publish="if_changed",
-        idle=rows.where(
-            "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
-        ),
-    )
-    huber_schedule: str = of_training(
-        default="snr",
-        help="that width by noise level: the same for all, or wider where there is less noise",
-        choices=("constant", "exponential", "snr"),
-        publish="if_changed",
-        idle=rows.where(
-            "without --loss_type huber or smooth_l1", lambda run: run.loss_type == "l2"
-        ),
-    )
     timestep_bias_strategy: str = of_training(
         default="none",
         help="which noise levels are drawn more often: later is the noisiest",
@@ -911,20 +883,6 @@ class TrainConfig:
         help="gradients are clipped to this norm",
         above=0,
         publish="always",
-    )
-    use_ema: bool = of_training(
-        default=False,
-        help=f"publish, score and sample the adapter's average over the steps (EMA); {NO_GAIN}",
-        publish="if_changed",
-    )
-    ema_decay: float = of_training(
-        default=0.9999,
-        help="largest decay of the average per step; it is smaller early on",
-        low=0,
-        below=1,
-        publish="if_changed",
-        idle=rows.unless(use_ema=True),
-        elsewhere="ema_max_decay",
     )
 
     # The optimizer. A row is idle with the kinds that do not read it.

@@ -276,7 +276,6 @@ class LearntTokens:
         self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
 
         # After the pivot a prompt has one encoding, which is kept.
-        self.is_averaged = False
         self._encoded = PromptCache(
             lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), ""
         )
@@ -302,16 +301,6 @@ class LearntTokens:
         for rows, before in zip(self.parameters, kept):
             rows.data.copy_(before)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """In this block the rows hold their average, so encodings of the rows themselves are
-        neither used nor kept."""
-        self.is_averaged = True
-        try:
-            yield
-        finally:
-            self.is_averaged = False
-
     def texts(self, prompts: list[str], step: int) -> list[pipelines.Text]:
         """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients
         before the pivot."""
@@ -322,7 +311,7 @@ class LearntTokens:
         # Those with a new word, encoded with its rows; the others as the base encodes them.
         found = {}
         if mine:
-            is_at_rest = step >= self.pivot and not self.is_averaged
+            is_at_rest = step >= self.pivot
             texts = self._encoded(mine) if is_at_rest else load.encode_text(self.pipeline, mine)
             found |= dict(zip(mine, texts, strict=True))
         if others:

@@ -220,6 +220,11 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
             f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
         )
+    if (checkpoint / WEIGHTS).is_file() and not optimizer_kinds.optimizer_of(config).averages:
+        raise UserError(
+            f"{checkpoint.name} holds an average that an earlier version kept (--use_ema): "
+            "start a new run."
+        )
     for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
         if there != asked:
             raise UserError(
@@ -284,10 +289,6 @@ def settings_of_both(
         rank, alpha = table.rank_and_alpha(config, *module.split(".", 1))
         yield rank_name, facts.ranks.get(module, facts.rank), rank
         yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
-
-    # A schedule-free optimizer keeps its own average.
-    if not optimizer_kinds.optimizer_of(config).averages:
-        yield "use_ema", (checkpoint / WEIGHTS).is_file(), config.use_ema
 
     # The settings that the table says have to be the same. Without a mixer none is trained.
     for name in table.named("resume", "same"):

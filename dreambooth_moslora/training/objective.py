@@ -13,11 +13,6 @@ product:
 With prior preservation (Ruiz et al. 2022) a batch holds instance and prior images:
 
     total = instance + prior_loss_weight · prior
-
-The error at a position is the square of the difference d, or grows like |d| beyond a width c
-(`--loss_type`):
-
-    huber      2c·(sqrt(d² + c²) - c)       smooth_l1  2·(sqrt(d² + c²) - c)
 """
 
 import math
@@ -28,9 +23,6 @@ import torch
 
 from dreambooth_moslora.settings import weightings
 from dreambooth_moslora.settings.table import TrainConfig
-
-Pointwise = Callable[[torch.Tensor], torch.Tensor]
-"""Differences (B, 4, h, w) -> the error at each position, same shape."""
 
 
 @dataclass(frozen=True)
@@ -351,43 +343,6 @@ def weights_of(
     return weights
 
 
-def pointwise_error(
-    schedule: NoiseSchedule,
-    index: torch.Tensor,
-    loss_type: str = "l2",
-    huber_c: float = 0.1,
-    huber_schedule: str = "snr",
-) -> Pointwise:
-    """The error at a position, as a function of the difference.
-
-    schedule: the base's noise levels
-    index: (B,) into the schedule; the width c depends on it
-    loss_type: `l2`, `huber` or `smooth_l1`
-    huber_c: C, from which c is computed
-    huber_schedule: how, at step t of T:
-
-        constant      c = C
-        exponential   c = C^(t/T)
-        snr           c = C + (1 - C)/(1 + sigma)²
-
-    (kabachuha 2024, "scheduled Huber loss" in diffusers and kohya's sd-scripts, after arXiv
-    2403.16728).
-    """
-    if loss_type == "l2":
-        return torch.square
-
-    # c, (B, 1, 1, 1).
-    if huber_schedule == "constant":
-        width = torch.full_like(schedule.sigmas[index], huber_c)
-    elif huber_schedule == "exponential":
-        width = huber_c ** (schedule.timesteps[index] / len(schedule))
-    else:
-        width = huber_c + (1 - huber_c) * (1 + schedule.sigmas[index]) ** -2
-    width = width.view(-1, 1, 1, 1)
-    factor = 2 * width if loss_type == "huber" else 2
-    return lambda difference: factor * ((difference**2 + width**2).sqrt() - width)
-
-
 def loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
@@ -395,9 +350,8 @@ def loss(
     instance_count: int,
     prior_loss_weight: float = 1.0,
     mask: torch.Tensor | None = None,
-    pointwise: Pointwise = torch.square,
 ) -> LossParts:
-    """Mean error of the instance images and of the prior images, and their weighted sum, in fp32.
+    """Mean squared error of the instance and of the prior images, and their weighted sum, in fp32.
 
     prediction, target: (B, 4, h, w)
     weights: (B,) of the images
@@ -405,9 +359,8 @@ def loss(
         either may be none
     prior_loss_weight: of the prior's error in the sum
     mask: (B, 1, h, w) weights of positions in [0, 1]; None for 1 everywhere
-    pointwise: the error at a position
     """
-    per_image = weights * image_errors(prediction.float(), target.float(), mask, pointwise)
+    per_image = weights * image_errors(prediction.float(), target.float(), mask)
 
     # Only prior images: a part of a micro-batch can be such.
     if instance_count == 0:
@@ -433,13 +386,11 @@ def loss(
 
 
 def image_errors(
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    mask: torch.Tensor | None,
-    pointwise: Pointwise = torch.square,
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean error (B,) of each image; prediction, target (B, 4, h, w); mask (B, 1, h, w)."""
-    errors = pointwise(prediction - target)
+    """Mean squared error (B,) of each image; prediction, target (B, 4, h, w); mask
+    (B, 1, h, w)."""
+    errors = torch.square(prediction - target)
     if mask is None:
         return errors.flatten(1).mean(1)
 

@@ -1,11 +1,8 @@
-"""Parameter groups, optimizers, their states in a checkpoint, and averages over the steps.
+"""Parameter groups, optimizers, their states in a checkpoint, and the average over the steps.
 
-**Average** of the adapter over its steps. If there is one, it is published, scored and sampled
-instead of the weights, from which training continues; a checkpoint holds both.
-
-exponential     (`--use_ema`) m = d·m + (1 - d)·w after each step, with diffusers' decay
-                d = min(decay, (1 + n)/(10 + n))
-schedule-free   x of Defazio et al. 2024 (arXiv 2405.15682), which that optimizer keeps by itself
+The schedule-free optimizer (Defazio et al. 2024, arXiv 2405.15682) keeps an average x of its steps.
+It is published, scored and sampled instead of the weights, from which training continues; a
+checkpoint holds both.
 """
 
 from collections.abc import Iterator, Sequence
@@ -136,27 +133,6 @@ def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str,
     return {"state": states["state"], "param_groups": groups}
 
 
-class MovingAverage:
-    """The exponential average of `parameters`, as diffusers' `EMAModel`: about n/9 steps back at
-    step n."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.parameters = parameters
-        self.decay = decay
-        self._mean = copies(parameters)
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after step `step`, from 1 on. The first step replaces the mean."""
-        before = step - 1
-        decay = min(self.decay, (1 + before) / (10 + before)) if before else 0.0
-        torch._foreach_lerp_(self._mean, list(self.parameters), 1 - decay)
-
-    def values(self) -> list[torch.Tensor]:
-        """The mean of each parameter, in its shape."""
-        return self._mean
-
-
 @dataclass(frozen=True)
 class ScheduleFreeAverage:
     """x of the schedule-free optimizer. In training its parameters are
@@ -164,9 +140,6 @@ class ScheduleFreeAverage:
 
     parameters: list[torch.nn.Parameter]
     optimizer: Optimizer
-
-    def update(self, step: int) -> None:
-        """Does nothing: the optimizer updates x."""
 
     @torch.no_grad()
     def values(self) -> list[torch.Tensor]:
@@ -179,16 +152,16 @@ class ScheduleFreeAverage:
 
 def average_of(
     config: table.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
-) -> MovingAverage | ScheduleFreeAverage | None:
-    """The average that these settings ask for, if any."""
-    if optimizer_kinds.optimizer_of(config).averages:
-        return ScheduleFreeAverage(parameters, optimizer)
-    return MovingAverage(parameters, config.ema_decay) if config.use_ema else None
+) -> ScheduleFreeAverage | None:
+    """The average that the optimizer keeps, if it does."""
+    if not optimizer_kinds.optimizer_of(config).averages:
+        return None
+    return ScheduleFreeAverage(parameters, optimizer)
 
 
 @contextmanager
 def lent(
-    average: MovingAverage | ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]
+    average: ScheduleFreeAverage | None, parameters: list[torch.nn.Parameter]
 ) -> Iterator[None]:
     """For the length of the block the parameters hold the average; afterwards their own bits
     return. Do not nest."""

@@ -228,19 +228,12 @@ class TrainStep:
         if answer is not None:
             target = torch.cat([target[: micro.instance_count], answer])
 
-        # What an error weighs at its noise level, and how it grows with the difference.
+        # What an error weighs at its noise level.
         weights = objective.weights_of(
             config,
             schedule,
             index,
             instance_count=micro.instance_count,
-        )
-        pointwise = objective.pointwise_error(
-            schedule,
-            index,
-            loss_type=config.loss_type,
-            huber_c=config.huber_c,
-            huber_schedule=config.huber_schedule,
         )
 
         # A prior in one of `prior_every` micro-batches counts for all of them.
@@ -251,7 +244,6 @@ class TrainStep:
             instance_count=micro.instance_count,
             prior_loss_weight=config.prior_loss_weight * config.prior_every,
             mask=micro.mask,
-            pointwise=pointwise,
         )
 
     def passes(self, numbers: Iterable[int]) -> Iterator[tuple[list[MicroBatch], float | None]]:
@@ -318,8 +310,6 @@ class TrainStep:
         if math.isfinite(norm):
             self.lr_schedule.step()
             self.step += 1
-            if self.average is not None:
-                self.average.update(self.step)
         return norm
 
     @contextmanager
@@ -328,10 +318,7 @@ class TrainStep:
         the block."""
         # Pictures would need graphs of their own.
         pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        apart = nullcontext()
-        if self.learnt and self.average is not None:
-            apart = self.learnt.averaged()
-        with pause, apart, lent(self.average, self.trained):
+        with pause, lent(self.average, self.trained):
             yield
 
     def micro_batch(self, number: int) -> MicroBatch:

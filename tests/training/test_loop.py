@@ -263,8 +263,6 @@ OPTIONS = {
     "timestep bias": (LATER, is_other),
     "min-SNR": ({"snr_gamma": 1e-3}, lambda left, plain: left.loss < 0.9 * plain.loss),
     "noise offset": ({"noise_offset": 0.1}, is_other),
-    "Huber": ({"loss_type": "huber"}, is_other),
-    "smooth L1": ({"loss_type": "smooth_l1", "huber_schedule": "exponential"}, is_other),
     "debiased": ({"debiased_estimation_loss": True}, is_other),
     "edm": ({"do_edm_style_training": True}, is_other),
     **{

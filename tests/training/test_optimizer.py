@@ -5,11 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 
 from dreambooth_moslora.cli.command_train import parse_train_config
-from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.memory import BaseSize, estimate
@@ -21,10 +18,9 @@ from dreambooth_moslora.settings.optimizer_kinds import (
     OptimizerKind,
 )
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import checkpoint, loop, results
+from dreambooth_moslora.training import checkpoint, loop
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.optimizer import (
-    MovingAverage,
     make_lr_schedule,
     make_optimizer,
     parameter_groups,
@@ -262,57 +258,3 @@ def test_a_schedule_goes_on_at_the_rate_at_which_it_stopped(name, tmp_path):
         assert [group["lr"] for group in optimizer.param_groups] == rates[step]
         optimizer.step()
         schedule.step()
-
-
-def bytes_of(tensors) -> set[bytes]:
-    return {tensor.numpy().tobytes() for tensor in tensors}
-
-
-@pytest.mark.slow
-def test_the_steps_are_those_without_an_average_and_the_checkpoint_holds_both(
-    tiny_base, tmp_path, monkeypatch
-):
-    """Samples are drawn with the average."""
-    photos, draw, drawn = paint_photos(tmp_path / "photos"), results.ValidationSamples.draw, {}
-
-    def note(samples, step, sampler, accelerator):
-        named = sampler.pipeline.unet.named_parameters()
-        drawn[step] = [p.detach().clone() for name, p in named if ".lora_A." in name]
-        return draw(samples, step, sampler, accelerator)
-
-    sizes = {"max_train_steps": 3, "checkpointing_steps": 1}
-    loop.train(tiny_config(tiny_base, photos, tmp_path / "plain", **sizes))
-    monkeypatch.setattr(results.ValidationSamples, "draw", note)
-    shown = {"num_validation_images": 1, "validation_steps": 3, "use_ema": True}
-    loop.train(tiny_config(tiny_base, photos, tmp_path / "averaged", **sizes, **shown))
-    plain = [load_file(tmp_path / "plain" / f"checkpoint-{step}" / RAW_NAME) for step in (1, 2, 3)]
-    checkpoint = tmp_path / "averaged" / "checkpoint-3"
-    weights = torch.load(checkpoint / "weights.pt", weights_only=True)["weights"]
-    averaged = load_file(checkpoint / RAW_NAME)
-    names = [name for name in averaged if name.endswith(("lora_A", "lora_B", "mixer"))]
-    assert bytes_of(weights) == bytes_of(plain[-1][name] for name in names)
-    for name in names:
-        mean = plain[0][name]  # the average of step 1 is its weights
-        for found, share in zip(plain[1:], (1 - 2 / 11, 1 - 3 / 12), strict=True):
-            mean = mean.lerp(found[name], share)
-        assert torch.allclose(averaged[name], mean, atol=1e-6)
-    downs = bytes_of(averaged[name] for name in names if name.endswith("lora_A"))
-    assert bytes_of(drawn[3]) == downs
-    assert downs < bytes_of(
-        load_file(tmp_path / "averaged" / "pytorch_lora_weights.safetensors").values()
-    )
-
-
-def test_the_average_is_that_of_diffusers():
-    torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(3, 2))]
-    ours, theirs = MovingAverage(weights, 0.5), EMAModel(weights, decay=0.5)
-    for step in range(1, 15):
-        weights[0].data += torch.randn(3, 2)
-        ours.update(step)
-        theirs.step(weights)
-        assert torch.allclose(ours.values()[0], theirs.shadow_params[0], atol=1e-6)
-    own = weights[0].detach().clone()
-    with optimizers.lent(ours, weights):
-        assert torch.equal(weights[0], ours.values()[0]) and not torch.equal(weights[0], own)
-    assert torch.equal(weights[0], own)

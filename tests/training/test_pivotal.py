@@ -286,25 +286,6 @@ def test_other_files_hold_no_tokens_and_a_header_names_no_file_elsewhere(tmp_pat
         assert notes_in({"moslora": json.dumps(written)}) == found
 
 
-@pytest.mark.slow
-def test_the_tokens_that_are_published_are_averaged_as_the_adapter_is(run, tmp_path):
-    """At rest after the second step, the rows stay as they are while their average goes on towards
-    them."""
-    averaged = replace(run, output_dir=str(tmp_path / "dog"), use_ema=True)
-    train(averaged)
-    weights = torch.load(
-        RunDir(averaged.output_dir).checkpoint_path(5) / "weights.pt", weights_only=True
-    )["weights"]
-    own = [rows_at(run, step) for step in range(1, 6)]
-    for name, published in rows_at(averaged, 5).items():
-        mean = own[0][name]
-        for step in range(1, 5):
-            mean = own[step][name].lerp(mean, (1 + step) / (10 + step))
-        torch.testing.assert_close(published, mean)
-        assert not torch.equal(published, own[4][name])
-        assert any(torch.equal(weight, own[4][name]) for weight in weights)
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

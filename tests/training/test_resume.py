@@ -97,15 +97,13 @@ KINDS = {
     | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
     "a_prior_of_some": CONVOLUTIONS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
-    "new_tokens_of_several_subjects_and_average": CLASS_IMAGES
-    | TOKENS
-    | {"subjects": [DOG, CAT], "use_ema": True},
+    "new_tokens_of_several_subjects": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT]},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
     **dict.fromkeys(("a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
-    "new_tokens_of_several_subjects_and_average": (1, 3),  # the pivot is step 2
+    "new_tokens_of_several_subjects": (1, 3),  # the pivot is step 2
     # step 2 has the whole learning rate
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),
     "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),
@@ -300,7 +298,7 @@ CHANGES = {
     "lora_dropout": (0.5, "has 0; you ask for 0.5"),
     "seed": (4, "has 3; you ask for 4"),
 }
-OFF = ("use_rslora", "use_dora", "use_ema", "train_text_encoder")
+OFF = ("use_rslora", "use_dora", "train_text_encoder")
 CHANGES |= dict.fromkeys(OFF, (True, "has False; you ask for True"))
 
 
