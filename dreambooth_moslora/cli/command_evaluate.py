@@ -24,6 +24,7 @@ from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import measures, sources, subject_kinds, table
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.training import explain
+from dreambooth_moslora.training.figures import figures_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
@@ -324,8 +325,8 @@ def explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Print what the run's figures mean. Raises UserError for a folder without a run."""
-    found = explain.figures_of(RunDir(args.run))
+    """Print what a run's figures point to. Raises UserError for a folder without a run."""
+    found = figures_of(RunDir(args.run))
 
     # How far it came
     shown = ""
@@ -335,14 +336,13 @@ def run_explain(args: argparse.Namespace) -> int:
     steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
     print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
 
-    # The most important first, then the figures and the other advice
+    # How it goes on, and the advice
     leads = explain.leads(found)
     advice = explain.advice_after(found)
     for line in leads:
         print(spelled_out(line))
     if not (leads or advice):
         advice = [explain.NOTHING]
-    print_section("what the figures mean", explain.meanings(found))
     print_section("what to try next", advice)
     return 0
 

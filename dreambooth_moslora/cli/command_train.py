@@ -597,7 +597,8 @@ def run_trainer(
 def print_ending(plan: "Plan", result: "TrainResult") -> None:
     """Say where the adapter is, and of a run that was not stopped the most important advice of
     `explain`."""
-    from dreambooth_moslora.training.explain import closing_advice, figures_of, to_go_on
+    from dreambooth_moslora.training.explain import closing_advice, to_go_on
+    from dreambooth_moslora.training.figures import figures_of
 
     folder = result.run_dir
     step = result.step

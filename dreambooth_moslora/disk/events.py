@@ -181,7 +181,7 @@ class StepEvaluated(Event):
     best: Best = field(default_factory=dict)
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
-    # `count`, `nearness`, `largest`, `without_bare_prompt`
+    # `count`, `largest`, `without_bare_prompt`
     photos: dict[str, float] = field(default_factory=dict)
 
 

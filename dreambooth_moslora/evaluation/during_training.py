@@ -18,7 +18,7 @@ from dreambooth_moslora.method.moslora import set_scale
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.explain import SCALES, ScaleChoice, best_of, choose_scale
+from dreambooth_moslora.training.best import SCALES, ScaleChoice, best_of, choose_scale
 
 # Other seeds than those of `evaluate`: these choose the best step
 SEEDS = (100, 101)
@@ -104,12 +104,9 @@ class TrainingEvaluator:
             },
         }
 
-    def _about_photos(self) -> dict[str, int | float]:
+    def _about_photos(self) -> dict[str, int]:
         """What `explain` must know of the photos to judge the scores."""
-        vectors = torch.cat([evaluator.photos.joint for evaluator in self.evaluators])
-        facts: dict[str, int | float] = {"count": len(vectors)}
-        if len(vectors) > 1:
-            facts["nearness"] = round(metrics.photo_nearness(vectors), 4)
+        facts = {"count": len(self.photos_as_trained)}
         counts = photo_file.counts_of(self.photos_as_trained)
         if len(counts) > 1:
             facts["largest"] = max(counts)

@@ -19,7 +19,7 @@ SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure, and in which tables, plots and sentences it stands. All but the names are "" or
+    """One measure, and in which tables and plots it stands. All but the names are "" or
     False where it does not."""
 
     title: str = ""  # its name in reports; a row without one is in no table of a report
@@ -34,7 +34,6 @@ class Measure:
     # whether evaluations during training write it into the run's events, and so into the card
     logged: bool = False
     curve: str = ""  # its label on plots of a run, short enough for a phone
-    sentence: str = ""  # what `explain` says of it, with fields for any score
     # what a study does with it: compares the values, shows the score of each arm, or also shows
     # the differences
     study: Literal["", "values", "scores", "differences"] = ""
@@ -53,9 +52,6 @@ MEASURES = {
         summary=True,
         logged=True,
         curve="subject",
-        sentence=(
-            "likeness to the photos (DINO) {dino:.2f}; the base's own pictures have {dino_base:.2f}"
-        ),
         study="differences",
         panel="subject (DINO)",
         pictures=True,
@@ -69,7 +65,6 @@ MEASURES = {
         summary=True,
         logged=True,
         curve="bare prompt",
-        sentence="likeness at the bare instance prompt (DINO) {dino_bare:.2f}",
         study="differences",
         panel="bare prompt (DINO)",
     ),
@@ -80,7 +75,6 @@ MEASURES = {
         summary=True,
         logged=True,
         curve="style",
-        sentence="{style:.0%} of the style is there, on content that its pictures do not show",
         study="differences",
         panel="style",
     ),
@@ -91,10 +85,6 @@ MEASURES = {
         summary=True,
         logged=True,
         curve="leak",
-        sentence=(
-            "a thing of the style's pictures appears unasked in {leak:.0%} of the pictures, and in "
-            "{leak_base:.0%} of the base's"
-        ),
         study="differences",
     ),
     "leak_base": Measure(logged=True),
@@ -108,10 +98,6 @@ MEASURES = {
         summary=True,
         logged=True,
         curve="face",
-        sentence=(
-            "likeness of the face {identity:.2f}; the photos' faces have {identity_of_photos:.2f} "
-            "to each other"
-        ),
         study="differences",
         panel="face",
     ),
@@ -124,10 +110,6 @@ MEASURES = {
         help="share of the pictures in which no face is found; it lowers no likeness of others",
         summary=True,
         logged=True,
-        sentence=(
-            "no face is found in {no_face:.0%} of the pictures, and in {no_face_base:.0%} of the "
-            "base's"
-        ),
         study="values",
     ),
     "no_face_base": Measure(logged=True),
@@ -229,7 +211,6 @@ MEASURES = {
         kind="share",
         share=("clip_t", "clip_t_base"),
         logged=True,
-        sentence="agreement with the prompt (CLIP-T) {clip_t_of_base:.2f} of the base's",
         study="values",
     ),
     "clip_t_of_ceiling": Measure(
@@ -243,9 +224,6 @@ MEASURES = {
         kind="share",
         share=("drift", "drift_base_spread"),
         logged=True,
-        sentence=(
-            "pictures of other things changed by {drift_of_spread:.2f} of what a new seed changes"
-        ),
         study="values",
     ),
     "sharpness_of_ceiling": Measure(
@@ -259,7 +237,6 @@ MEASURES = {
         kind="share",
         logged=True,
         curve="copies",
-        sentence="copies of a photo: {copied:.0%} of the pictures",
         study="values",
     ),
     # What becomes of them: the one number that a run is judged by.
@@ -267,12 +244,8 @@ MEASURES = {
         title="Score",
         logged=True,
         curve="score",
-        sentence="score {score:.3f}: likeness × prompt × no copy",
         study="differences",
         panel="score",
-    ),
-    "class_moved": Measure(
-        sentence="a bare {class_word} went {class_moved:.0%} of the way to yours (PRES)"
     ),
 }
 """By the name that `scores.json` and a run's events give it."""

@@ -31,12 +31,12 @@ from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
-    explain,
     made_before,
     optimizer,
     reporter,
     results,
 )
+from dreambooth_moslora.training.best import BestStep, ScaleChoice
 from dreambooth_moslora.training.prepare import prepare
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
@@ -55,7 +55,7 @@ class StepScorer(Protocol):
 
     def find_scale(
         self, sampler: Sampler, components: dict[str, torch.nn.Module]
-    ) -> explain.ScaleChoice | None: ...
+    ) -> ScaleChoice | None: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Training:
     publisher: results.Publisher
     evaluator: StepScorer | None
     checkpoint: Path | None
-    best: explain.BestStep | None = None
+    best: BestStep | None = None
     skipped_in_a_row: int = 0
     started: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
@@ -244,7 +244,7 @@ class Training:
 
     def note_scores(self, found: events.StepEvaluated) -> None:
         """Keep the scores for the card, and say it when they have stopped rising."""
-        self.best = explain.BestStep(**found.best)
+        self.best = BestStep(**found.best)
         self.publisher.best = self.best
         self.publisher.scores = found.scores
         line = self.best.advice(self.config.early_stopping) if self.config.is_scored else None
@@ -319,7 +319,7 @@ class Training:
                 self.note_scale(found)
         reporter.free_unused_memory(self.accelerator.device)
 
-    def note_scale(self, found: explain.ScaleChoice) -> None:
+    def note_scale(self, found: ScaleChoice) -> None:
         """Report the scale and write it in the headers of the adapter, and of `best/` if that is
         the same."""
         by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}

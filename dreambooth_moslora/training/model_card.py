@@ -22,7 +22,7 @@ from dreambooth_moslora.errors import one_line
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.settings import families, table, toys
 from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
-from dreambooth_moslora.training.explain import BestStep
+from dreambooth_moslora.training.best import BestStep
 
 if TYPE_CHECKING:
     from dreambooth_moslora.lora.proof import Proof

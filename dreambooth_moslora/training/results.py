@@ -39,7 +39,8 @@ from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.distributed import on_main, share_out
 from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings import measures, prompts, table
-from dreambooth_moslora.training import explain, prepare
+from dreambooth_moslora.training import prepare
+from dreambooth_moslora.training.best import BestStep
 from dreambooth_moslora.training.checkpoint import (
     Position,
 )
@@ -232,7 +233,7 @@ class Publisher:
     sampler: Sampler
     max_train_steps: int
     scores: dict[str, float] = field(default_factory=dict)
-    best: explain.BestStep | None = None
+    best: BestStep | None = None
 
     def __post_init__(self) -> None:
         self.learnt = self.train_step.learnt

@@ -16,7 +16,6 @@ from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import explain
 from dreambooth_moslora.training.loop import train
 from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
 from tests.helpers.tiny_training import logged, tiny_config
@@ -164,11 +163,3 @@ def test_the_best_step_is_the_one_with_the_persons_face_and_explain_names_the_co
     assert events[-1]["best"]["step"] == 2 and events[2]["no_face"] == 1
     assert "identity" not in events[2] and events[1]["identity"] > events[0]["identity"]
     assert RunDir(tmp_path / "anna").best_dir.is_dir()
-
-    # What the last evaluation means
-    run = explain.figures_of(RunDir(tmp_path / "anna"))
-    said = " | ".join(explain.meanings(run))
-    assert "likeness of the face" in said and "no face is found in 0% of the pictures" in said
-    known = replace(run, scores={**run.scores, "dino": 0.7, "dino_base": 0.1})
-    costume = next(line for line in explain.advice_after(known) if "costume" in line)
-    assert "--describe clothes" in costume

@@ -32,8 +32,7 @@ from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import explain, model_card, results
+from dreambooth_moslora.training import model_card, results
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
@@ -338,12 +337,17 @@ def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 ABOUT = report.ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
-SAID = {"help": "does it smile?", "sentence": "it smiles on {smile:.0%} of the pictures"}
-SMILE = Measure("Smile", base="smile_base", summary=True, logged=True, curve="smiles", **SAID)
+SMILE = Measure(
+    "Smile",
+    base="smile_base",
+    help="does it smile?",
+    summary=True,
+    logged=True,
+    curve="smiles",
+)
 
 
-# Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys,
-# and the one that `explain` computes from others.
+# Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys.
 OF_SOME = {
     "identity",
     "identity_of_photos",
@@ -362,7 +366,6 @@ OF_SOME = {
     "dino_of_ceiling",
     "clip_t_of_ceiling",
     "sharpness_of_ceiling",
-    "class_moved",
 }
 
 
@@ -414,9 +417,6 @@ def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkey
     assert "smiles" in axes.get_legend_handles_labels()[1]
     assert "| smile | 0.625 |" in model_card.score_table(
         SimpleNamespace(scores=event_of(event).scores, best=None)
-    )
-    assert "it smiles on 62% of the pictures" in explain.meanings(
-        explain.figures_from([event], TrainConfig())
     )
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
-from dreambooth_moslora.training import explain
+from dreambooth_moslora.training.best import choose_scale
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 STRANGE = [("best_scale", "much"), ("usable_scales", [1]), ("usable_scales", ["a", "b"])]
@@ -40,9 +40,9 @@ def test_a_strangers_header_may_only_hold_what_a_file_tells(name, value):
     ],
 )
 def test_the_best_scale_and_the_range_around_it(scores, best, usable):
-    found = explain.choose_scale(scores)
+    found = choose_scale(scores)
     assert (found.best, (found.low, found.high)) == (best, usable)
-    assert explain.choose_scale(dict.fromkeys(scores, 0.0)) is None, "none shows the subject"
+    assert choose_scale(dict.fromkeys(scores, 0.0)) is None, "none shows the subject"
 
 
 def pair() -> dict[str, torch.Tensor]:

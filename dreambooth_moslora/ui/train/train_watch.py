@@ -16,13 +16,8 @@ import PIL.Image
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.measures import curves
-from dreambooth_moslora.training.explain import (
-    LEAST_LIKENESS,
-    NOTHING,
-    closing_advice,
-    figures_from,
-    known_config,
-)
+from dreambooth_moslora.training.explain import NOTHING, closing_advice
+from dreambooth_moslora.training.figures import LEAST_LIKENESS, figures_from, known_config
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import (
     AT_ONCE,
