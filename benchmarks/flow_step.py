@@ -29,8 +29,9 @@ from dreambooth_moslora.base.pipelines import METHODS, filled
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
 from dreambooth_moslora.method.fast_linear import disable_fast_path
+from dreambooth_moslora.plan.base_size import size_of_shapes
 from dreambooth_moslora.plan.distributed import DTYPES
-from dreambooth_moslora.plan.memory import estimate, size_of_shapes
+from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.settings.families import Facts
 from dreambooth_moslora.settings.table import PLANS
 from dreambooth_moslora.training.prepare import TrainInputs

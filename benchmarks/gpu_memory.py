@@ -119,14 +119,15 @@ def empty(*shape: int) -> Tensor:
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
     """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context;
     GiB."""
-    from dreambooth_moslora.plan.memory import CONTEXT_GIB
+    from dreambooth_moslora.base.machine import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
     return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB
 
 
 def estimated_total_gib(config: TrainConfig) -> float:
-    from dreambooth_moslora.plan.memory import BaseSize, estimate
+    from dreambooth_moslora.plan.base_size import BaseSize
+    from dreambooth_moslora.plan.memory import estimate
 
     return estimate(config, BaseSize(), total_steps=100).training_gib
 

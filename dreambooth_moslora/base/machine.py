@@ -21,6 +21,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 GIB = 2**30
 """Bytes in a GiB."""
+CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
 DECODER_BYTES_A_PIXEL = 4300
 """Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
 ENCODER_BYTES_A_PIXEL = 2600
@@ -80,6 +81,20 @@ def free_gib(device: Any) -> float | None:
     free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (free + kept) / GIB
+
+
+def free_gib_of_gpu() -> float | None:
+    """`free_gib` of this process's GPU; None without a GPU, or when accelerate is told to use the
+    CPU. It includes the CUDA context, which asking the driver creates."""
+    if asks_accelerate("ACCELERATE_USE_CPU"):
+        return None
+    import torch  # not before it is needed: a dry run answers at once
+
+    device = best_device()
+    if device.type != "cuda":
+        return free_gib(device)
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return free_gib(own) + CONTEXT_GIB
 
 
 def device_of(model: Any) -> Any:

@@ -14,6 +14,7 @@ from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.plan.agreement import least_free_gib
 from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.choices import (
     Choices,
@@ -22,8 +23,8 @@ from dreambooth_moslora.plan.choices import (
     choose_shapes,
     choose_words,
 )
-from dreambooth_moslora.plan.memory import STOCK_SDXL, least_free_gib
 from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.families import STOCK_SDXL
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport

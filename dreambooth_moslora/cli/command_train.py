@@ -42,8 +42,8 @@ from dreambooth_moslora.disk.paths import (
 )
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.plan import choices, memory
-from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.plan import agreement, choices
+from dreambooth_moslora.settings import families, sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
 
 if TYPE_CHECKING:
@@ -322,9 +322,9 @@ def parse_training(
 ) -> tuple[table.TrainConfig, choices.Choices]:
     """Settings, and what was chosen for them. Raises UserError."""
     # All processes of a launcher must have been given the same.
-    given = memory.same_for_all(
+    given = agreement.same_for_all(
         lambda: given_by(argv, prog),
-        lambda own: "\n".join([*own.words, memory.in_lines(own.settings)]),
+        lambda own: "\n".join([*own.words, agreement.in_lines(own.settings)]),
     )
 
     # PHOTOS WORD leaves the rest to the program.
@@ -445,8 +445,8 @@ def choose(given: Given, before_torch: Callable[[], None] = lambda: None) -> cho
         chosen.last_words = [said, choices.on_a_gpu(given.words[0], word)]
 
     # The recipe that fits the GPU's memory
-    free_gib = None if chosen.base.is_toy else memory.least_free_gib()
-    if free_gib is not None and memory.is_alone():
+    free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
+    if free_gib is not None and agreement.is_alone():
         count = machine.gpu_count()
         if count > 1:
             on_all = f"`accelerate launch --multi_gpu {SCRIPT} …` trains on all"
@@ -477,7 +477,7 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
     """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded
     one."""
     is_given = "pretrained_model_name_or_path" in chosen.given
-    base = said = memory.STOCK_SDXL
+    base = said = families.STOCK_SDXL
     is_for_lack = False
 
     # Photos of toys
@@ -486,7 +486,7 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
         said = "the embedded one, as the photos are of its world"
 
     # No GPU. If PyTorch only cannot use the one that is there, that is put right first.
-    elif memory.least_free_gib() is None:
+    elif agreement.least_free_gib() is None:
         line = "" if is_given else machine.unused_gpu()
         if line:
             without = "without it only the embedded base is trained, which knows toys alone"
@@ -533,7 +533,7 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
 
     # A new run. Processes that start together cannot agree on a free name.
     name = re.sub(r"[^\w-]+", "_", word)[:60].strip("_") or "run"
-    if not memory.is_alone():
+    if not agreement.is_alone():
         return RUNS / name
     if not resumed_from:
         return RUNS / free_name(name, lambda taken: is_kept(RunDir(RUNS / taken)))

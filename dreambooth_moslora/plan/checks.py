@@ -19,8 +19,11 @@ from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora.metadata import check_start_file
 from dreambooth_moslora.photos.folder import require_folder_of_photos
-from dreambooth_moslora.plan.memory import SDXL, BaseSize, check_memory, precision_of, size_of_base
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.plan.memory import precision_of
+from dreambooth_moslora.plan.memory_plans import check_memory
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
+from dreambooth_moslora.settings.families import SDXL, Facts
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # diffusers reads no such layers from a kohya file: they cannot be verified
@@ -28,7 +31,10 @@ UNREADABLE = "add_embedding."
 
 
 def check_layers(
-    targets: Iterable[str], layers: Mapping[str, int], use_dora: bool, facts: families.Facts = SDXL
+    targets: Iterable[str],
+    layers: Mapping[str, int],
+    use_dora: bool,
+    facts: Facts = SDXL,
 ) -> None:
     """Raises UserError for names of layers that get no adapter.
 
@@ -57,9 +63,7 @@ def check_layers(
                 )
 
 
-def check_targets(
-    targets: Iterable[str], layers: Iterable[str], facts: families.Facts = SDXL
-) -> None:
+def check_targets(targets: Iterable[str], layers: Iterable[str], facts: Facts = SDXL) -> None:
     """Raises UserError for a name that matches none of the paths `layers`, and suggests the one
     that was meant."""
     layers = list(layers)
@@ -318,7 +322,7 @@ def own_bucket_step(config: table.TrainConfig, base: Base) -> dict[str, int]:
     return {"bucket_reso_steps": base.facts.multiple_px}
 
 
-def check_sides(config: table.TrainConfig, facts: families.Facts) -> None:
+def check_sides(config: table.TrainConfig, facts: Facts) -> None:
     """Raises UserError for crops whose sides the family's patches do not divide."""
     # Given sizes take the place of both settings.
     sizes = rows.parse_sizes(config.aspect_ratio_buckets)
@@ -356,7 +360,7 @@ def targets_of(config: table.TrainConfig, base: Base) -> tuple[str, ...]:
     return tuple(there or named)
 
 
-def check_family(config: table.TrainConfig, facts: families.Facts) -> None:
+def check_family(config: table.TrainConfig, facts: Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
     is_flow = facts.style == "flow"
     others = families.OF_UNETS if is_flow else families.OF_FLOWS

@@ -21,7 +21,6 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.subject_kinds import KINDS
@@ -175,7 +174,7 @@ def recipe_settings(base: Base) -> tuple[str, dict[str, Any]]:
     # The file: the family's, or SDXL's where the family is not known.
     name = f"{facts.name if facts else 'sdxl'}.toml"
     recipe = sources.load_settings(folder / name)
-    if base.name != STOCK_SDXL:  # the only one that is known to have fp16 files
+    if base.name != families.STOCK_SDXL:  # the only one that is known to have fp16 files
         recipe["variant"] = None
     return name, recipe | {"mixed_precision": precision}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import is_main_process, process_count
 from dreambooth_moslora.photos import faces, folder, photo_file
-from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.plan import agreement, checks, memory, memory_plans
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
@@ -136,22 +136,22 @@ def make_plan(
     Raises UserError for what training would refuse.
     """
     # All processes must begin with the same settings: they make the same plan.
-    memory.check_same(config)
+    agreement.check_same(config)
 
     # What the base's family says, then what `--memory` chooses by the GPU with the least memory.
-    base = memory.by_all(lambda: Base.of(config))
+    base = agreement.by_all(lambda: Base.of(config))
     config = replace(config, **checks.family_settings(config, base))
-    config = replace(config, **memory.memory_settings(config, base, free_gib))
-    memory.check_same(config)
+    config = replace(config, **memory_plans.memory_settings(config, base, free_gib))
+    agreement.check_same(config)
 
     # The checks, before photos are read: they answer at once.
-    size = memory.by_all(lambda: checks.preflight(config, base, is_later=is_later))
+    size = agreement.by_all(lambda: checks.preflight(config, base, is_later=is_later))
 
     # The photos, and with them the steps.
     if report is None:
         # The main process reads first, as it then writes the images of a data set.
-        first = memory.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
-        report = memory.by_all(lambda: first or folder.photo_report(config))
+        first = agreement.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
+        report = agreement.by_all(lambda: first or folder.photo_report(config))
     else:
         # Masks may have been chosen after the photos were read.
         report = replace(report, photos=folder.with_made(config, report.photos))

@@ -471,6 +471,9 @@ FAMILIES = (
         ),
     ),
 )
+SDXL = FAMILIES[0]
+"""What a base is taken for that does not say its family, and the base where none is named."""
+STOCK_SDXL = SDXL.models[0].hub_id
 OF_UNETS = (
     "do_edm_style_training",
     *weightings.settings_of("ddpm"),

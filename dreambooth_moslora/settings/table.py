@@ -55,11 +55,6 @@ OF_PLANS = (*dict.fromkeys(name for plan in PLANS.values() for name in plan), "i
 """What a word of `--memory` decides beside the precision."""
 
 
-def plan_sets(word: str | None, setting: str) -> bool:
-    """Whether a word of `--memory` decides the setting; `auto` by itself decides none."""
-    return setting in PLANS.get(word or "", {})
-
-
 def unless_optimized(setting: str) -> rows.Idle:
     """No effect with optimizers that do not take the setting."""
     return rows.where(

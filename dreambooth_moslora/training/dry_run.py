@@ -15,9 +15,11 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.lora.metadata import dora_note
 from dreambooth_moslora.photos import captions, cropping, folder, masks, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine
+from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
-from dreambooth_moslora.plan.memory import BaseSize, plan_lines, speed_here
+from dreambooth_moslora.plan.memory_plans import plan_lines
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
+from dreambooth_moslora.plan.speed import speed_here
 from dreambooth_moslora.settings import lr_schedules, rules, table
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import DEFAULTS

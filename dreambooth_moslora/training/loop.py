@@ -25,7 +25,7 @@ from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos import folder, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine, log_faults
-from dreambooth_moslora.plan import checks, distributed, memory
+from dreambooth_moslora.plan import checks, distributed, memory_plans
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.table import TrainConfig
@@ -127,7 +127,7 @@ class Training:
                 may_change = self.step == 0 and self.accelerator.num_processes == 1
                 if not may_change or not is_out_of_memory(error):
                     raise
-                leaner = memory.leaner(self.config, self.train_step.inputs.family.facts)
+                leaner = memory_plans.leaner(self.config, self.train_step.inputs.family.facts)
                 if leaner is None:
                     raise
 

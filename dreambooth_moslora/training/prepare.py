@@ -36,7 +36,8 @@ from dreambooth_moslora.lora import lora_file
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.cropping import crop_rule
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan import checks, distributed, memory
+from dreambooth_moslora.plan import checks, distributed
+from dreambooth_moslora.plan.memory_plans import USABLE
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of, text_options_of
 from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
@@ -345,7 +346,7 @@ def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) ->
     needed = 0
     for model in models:
         needed += sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    fits = free_gib is None or needed <= memory.USABLE * free_gib * machine.GIB
+    fits = free_gib is None or needed <= USABLE * free_gib * machine.GIB
     return device if fits else torch.device("cpu")
 
 

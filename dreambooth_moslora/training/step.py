@@ -26,7 +26,8 @@ from dreambooth_moslora.base import load, pipelines
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.method import fast_linear, moslora
-from dreambooth_moslora.plan import distributed, memory
+from dreambooth_moslora.plan import distributed
+from dreambooth_moslora.plan.speed import speed_of
 from dreambooth_moslora.seeds import generator, rng, seed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
@@ -92,7 +93,7 @@ class TrainStep:
         self.class_prompts = [subject.class_prompt for subject in config.each_subject]
 
         # What repays its preparation in the steps that are left.
-        speed = memory.speed_of(config, self.device.type, max_train_steps - step)
+        speed = speed_of(config, self.device.type, max_train_steps - step)
         if speed.searches:
             torch.backends.cudnn.benchmark = True
 
@@ -267,7 +268,7 @@ class TrainStep:
         logger.warning("--compile: %s: %s", GOES_ON, why)
 
     def go_on_as(self, config: TrainConfig) -> None:
-        """Take settings that differ from the present ones in what `memory.leaner` changes."""
+        """Take settings that differ from the present ones in what `memory_plans.leaner` changes."""
         inputs = self.inputs
 
         # The base, and what the layers keep for the backward pass.

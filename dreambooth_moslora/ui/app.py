@@ -17,8 +17,8 @@ from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.plan.memory import STOCK_SDXL
 from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.families import STOCK_SDXL
 from dreambooth_moslora.settings.table import flags_of
 
 if TYPE_CHECKING:

@@ -27,8 +27,7 @@ from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.plan.memory import SDXL
-from dreambooth_moslora.settings.families import Facts
+from dreambooth_moslora.settings.families import SDXL, Facts
 from dreambooth_moslora.settings.toys import guidance_of
 from dreambooth_moslora.ui import jobs
 from dreambooth_moslora.ui.workspace import Workspace

@@ -35,7 +35,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import inject
-from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.plan import base_size, checks
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig
@@ -361,11 +361,11 @@ def test_what_only_the_loader_can_see_is_one_line_too(base, tiny_base):
 def test_only_the_files_that_are_loaded_need_be_whole(base):
     """A single file is looked at too."""
     shutil.copy(base / UNET, base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    whole = memory.size_of_base(Base.find(base), ("to_q",))
+    whole = base_size.size_of_base(Base.find(base), ("to_q",))
     (base / UNET).write_text(POINTER)
     half = Base.find(base, variant="fp16")
     half.check()
-    assert memory.size_of_base(half, ("to_q",)) == whole
+    assert base_size.size_of_base(half, ("to_q",)) == whole
     with pytest.raises(UserError, match="git-lfs pointer"):
         Base.find(base / UNET)
 
@@ -698,7 +698,7 @@ def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_fami
 ):
     facts, _, file = family_file
     shutil.rmtree(file.with_suffix(""))
-    assert memory.size_of_base(Base.find(file), ()).family is Base.find(file).facts is facts
+    assert base_size.size_of_base(Base.find(file), ()).family is Base.find(file).facts is facts
     rest = "configs that belong to them could not be fetched"
     with pytest.raises(
         UserError, match=rest if facts.style == "ddpm" else "holds Z-Image's transformer alone"

@@ -19,9 +19,9 @@ from dreambooth_moslora.cli.terminal import INTERRUPTED
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
-from dreambooth_moslora.plan import memory
-from dreambooth_moslora.plan.memory import STOCK_SDXL
+from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.plan import plan_steps
+from dreambooth_moslora.settings.families import STOCK_SDXL
 from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import load_settings
@@ -261,7 +261,7 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
     another = parse_train_config([*photos, "--pretrained_model_name_or_path", "someone/another-xl"])
     # stock SDXL alone has files in fp16
     assert another.variant is None and another.mixed_precision == "bf16"
-    monkeypatch.setattr(memory, "least_free_gib", lambda: None)
+    monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
     assert parse_train_config(photos).pretrained_model_name_or_path == "toy"
     assert "the embedded base knows toys alone (--base)" in capsys.readouterr().err
 
@@ -280,7 +280,7 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
 ):
     """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first
     step."""
-    monkeypatch.setattr(memory, "least_free_gib", lambda: None)
+    monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
     last = (
         "\nNo GPU here: the practice model (a 128 px toy) is trained, "
         "and it cannot draw a real dog.\n"
@@ -303,10 +303,10 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
 def test_on_a_gpu_one_recipe_is_taken_memory_alone_goes_by_what_is_free_and_a_second_is_told_of(
     photos, monkeypatch, capsys
 ):
-    """`tests/plan/test_memory.py` says which plan each card gets."""
+    """`tests/plan/test_memory_plans.py` says which plan each card gets."""
     found = []
     for free in (3.8, 12.0, 79.1):
-        monkeypatch.setattr(memory, "least_free_gib", lambda free=free: free)
+        monkeypatch.setattr(agreement, "least_free_gib", lambda free=free: free)
         found.append(parse_train_config(photos))
     config, recipe = found[0], load_settings(CONFIGS / "sdxl.toml")
     assert found == [config] * 3 and config.memory == "auto"

@@ -28,7 +28,6 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.plan import memory
 from dreambooth_moslora.training import checkpoint, loop, made_before
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep
@@ -41,7 +40,7 @@ save_checkpoint, average, append = (
     TrainStep._average_gradients,
     RunDir.append_metrics,
 )
-claim, free_gib, half = atomic_write, memory.free_gib_of_gpu, machine.half_precision
+claim, free_gib, half = atomic_write, machine.free_gib_of_gpu, machine.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -98,7 +97,7 @@ class Scene:
         RunDir.append_metrics = lambda run, event: (
             note_step if event["type"] == "step" else append
         )(run, event)
-        memory.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
+        machine.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
         machine.half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
         code = train_main(self.flags)

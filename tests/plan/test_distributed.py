@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from dreambooth_moslora.disk import processes as disk_processes
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.plan.agreement import in_lines
 from dreambooth_moslora.plan.distributed import (
     agreed,
     make_accelerator,
@@ -18,7 +19,6 @@ from dreambooth_moslora.plan.distributed import (
     refusal,
     share_out,
 )
-from dreambooth_moslora.plan.memory import in_lines
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.threads import as_processes
 

@@ -12,7 +12,8 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.lora.metadata import DORA_NOTE, DORA_OF_TRANSFORMERS
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.plan import memory, plan
-from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.plan.base_size import BaseSize
+from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.dry_run import advice

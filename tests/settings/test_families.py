@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from dreambooth_moslora.plan import memory
+from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.settings.families import FAMILIES
 
 FLOWS = [facts for facts in FAMILIES if facts.style == "flow"]
@@ -20,4 +20,4 @@ def test_most_of_a_transformer_lies_in_blocks_that_are_known_by_their_names(fact
         denoiser = getattr(diffusers, facts.model)()
     for name, child in denoiser.named_children():
         if isinstance(child, torch.nn.ModuleList):
-            assert memory.BLOCKS.match(f"{name}.0."), name
+            assert base_size.BLOCKS.match(f"{name}.0."), name

@@ -9,7 +9,8 @@ import torch
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
-from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.plan.base_size import BaseSize
+from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
 from dreambooth_moslora.settings.optimizer_kinds import (

@@ -20,7 +20,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import selftest
 from dreambooth_moslora.extras.lab.full_step import random_materials
 from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
-from dreambooth_moslora.plan.memory import size_of_base
+from dreambooth_moslora.plan.base_size import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import TrainStep

@@ -18,7 +18,7 @@ from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import compute_exactly
-from dreambooth_moslora.plan.memory import speed_of
+from dreambooth_moslora.plan.speed import speed_of
 from dreambooth_moslora.seeds import generator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, prepare

@@ -18,7 +18,8 @@ from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import ray_fleet, records, worker
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, mark_of
-from dreambooth_moslora.plan import checks, memory
+from dreambooth_moslora.plan import checks, memory, memory_plans
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.settings import table
 
 PROCESS_GIB = 0.5
@@ -67,37 +68,36 @@ class Machines:
         """What one training asks for, at most the largest machine. Raises UserError for a damaged
         base."""
         # the peak by the memory plan that it will have
-        plan = self.plan_name(config) or "full"
-        planned = replace(config, **memory.plan_settings(config, plan))
-        need = memory.estimate(planned, base_size(config), 1).peak_gib
+        plan = self.plan_name(config)
+        if plan:
+            config = replace(config, **memory_plans.plan_settings(config, plan))
+        need = memory.estimate(config, base_size(config), 1).peak_gib
 
         # on CPUs its memory, on a GPU its share
         if self.gpu_gib is None:
             return ray_fleet.Resources(self.cpus, memory_gib=min(need + PROCESS_GIB, self.node_gib))
-        count = self.per_gpu or max(1, int(memory.USABLE * self.gpu_gib / need))
+        count = self.per_gpu or max(1, int(memory_plans.USABLE * self.gpu_gib / need))
         return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
     def plan_name(self, config: table.TrainConfig) -> str | None:
         """The memory plan that `--memory` means on these machines; None when it was not given.
         Raises UserError."""
-        return memory.plan_name(config, base_size(config), self.gpu_gib)
+        return memory_plans.plan_name(config, base_size(config), self.gpu_gib)
 
 
-def base_size(config: table.TrainConfig) -> memory.BaseSize:
+def base_size(config: table.TrainConfig) -> BaseSize:
     """The size of the run's base with the layers that it adapts. Raises UserError."""
     return size_of(Base.of(config), config.target_modules, config.lora_blocks)
 
 
 @lru_cache(maxsize=32)
-def size_of(
-    base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]
-) -> memory.BaseSize:
+def size_of(base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str, ...]) -> BaseSize:
     """The size of a base with its family's layers, or those named. Its files are opened once.
     Raises UserError."""
     base.check()
     config = table.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
     targets = checks.family_settings(config, base).get("target_modules", target_modules)
-    return memory.size_of_base(base, targets)
+    return size_of_base(base, targets)
 
 
 NOT_SHARED = (

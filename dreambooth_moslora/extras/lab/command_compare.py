@@ -16,7 +16,7 @@ from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
-from dreambooth_moslora.plan import choices, memory
+from dreambooth_moslora.plan import agreement, choices
 from dreambooth_moslora.settings.table import MIXERS, flags_of
 
 BASE = "pretrained_model_name_or_path"
@@ -112,7 +112,7 @@ def study_of(args: argparse.Namespace) -> Study:
     base = args.base
     chosen = choices.Choices({BASE: base} if base else {})
     command_train.choose_base(chosen, folder)
-    free_gib = None if chosen.base.is_toy else memory.least_free_gib()
+    free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
     exposures = choices.choose_recipe(chosen, free_gib)
     choices.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)

@@ -22,14 +22,13 @@ def run_selftest(args: argparse.Namespace) -> int:
     import psutil
     import torch
 
-    from dreambooth_moslora.base.machine import GIB, best_device
+    from dreambooth_moslora.base.machine import GIB, best_device, free_gib_of_gpu
     from dreambooth_moslora.extras.lab.selftest import (
         ON_CPU,
         ON_TWO_GPUS,
         SelfTest,
         as_page,
     )
-    from dreambooth_moslora.plan.memory import free_gib_of_gpu
 
     # the device
     best = best_device().type

@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw, ImageStat
 
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.memory import USABLE, BaseSize, costs
+from dreambooth_moslora.plan.base_size import BaseSize
+from dreambooth_moslora.plan.memory_plans import USABLE, costs
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.step import GOES_ON
@@ -223,7 +224,7 @@ class SelfTest:
 
         # in a process of its own, whose peak is the step's
         words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
-        words += ["--gradient_checkpointing"] if plan != "full" else []
+        words += ["--gradient_checkpointing"] if table.PLANS[plan] else []
         command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *words]
         try:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])

@@ -22,7 +22,8 @@ from dreambooth_moslora.extras.cluster.records import (
     write_record,
 )
 from dreambooth_moslora.extras.cluster.worker import Job, judged, train_subject
-from dreambooth_moslora.plan.memory import BaseSize, estimate
+from dreambooth_moslora.plan.base_size import BaseSize
+from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.settings.table import TrainConfig
 
 CONFIG = TrainConfig(

@@ -18,8 +18,10 @@ from dreambooth_moslora.disk import processes
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.plan import memory
-from dreambooth_moslora.plan.memory import BaseSize, estimate, memory_settings
+from dreambooth_moslora.plan import agreement
+from dreambooth_moslora.plan.base_size import BaseSize
+from dreambooth_moslora.plan.memory import estimate
+from dreambooth_moslora.plan.memory_plans import memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
@@ -314,7 +316,7 @@ def test_the_form_is_the_recipe_and_what_the_command_chooses_and_memory_goes_by_
         n: config.to_dict()[n] for n in recipe.keys() - own
     }
     assert plan_steps(config, 5).total_steps == recipe["max_train_steps"]
-    monkeypatch.setattr(memory, "least_free_gib", lambda: 0.95 * gb)
+    monkeypatch.setattr(agreement, "least_free_gib", lambda: 0.95 * gb)
     command = parse_train_config(
         [str(photos), "dog", "--pretrained_model_name_or_path", "owner/sdxl"]
     )

@@ -1,0 +1,147 @@
+"""How large a base is: its parameters, and those of the layers that get an adapter, counted in its
+files or known of its family's published models."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.settings import families, rows
+
+STOCK = families.SDXL.models[0]  # Whose counts an unknown base is taken to have.
+BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
+UNET_BLOCKS = re.compile(r".*transformer_blocks\.\d+\.")
+"""Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers`
+    that get an adapter. `projections` counts the UNet's parameters that quantisation replaces,
+    `text_projections` those of cross-attention's to_k and to_v, which have `text_outputs` outputs
+    together, `streamed` those that `--stream_blocks` keeps on the host, and `largest_block` those
+    of one block. For a convolution (out, in, h, w), in is in·h·w."""
+
+    unet: int = STOCK.parameters
+    projections: int = STOCK.in_blocks
+    streamed: int = STOCK.in_blocks
+    largest_block: int = STOCK.largest_block
+    text_projections: int = 340_787_200
+    text_outputs: int = 166_400
+    text_encoders: int = STOCK.encoders
+    vae: int = STOCK.vae
+    adapted_widths: int = STOCK.adapted_widths
+    adapted_layers: int = STOCK.adapted_layers
+    is_measured: bool = False
+    widths: tuple[tuple[str, int], ...] = ()
+    """Path and in + out of each layer that gets an adapter, where known."""
+    family: families.Facts = families.SDXL
+    hub_id: str = ""  # Of the known model, where its files are not here.
+    # Whether the base is another model than that one, whose size is not known.
+    is_assumed: bool = False
+    text_layers: int = sum(count for count, _ in families.CLIP_LAYERS.values())
+    text_widths: int = sum(width for _, width in families.CLIP_LAYERS.values())
+    """The same of the text encoders' layers that get an adapter if those are trained."""
+
+
+def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
+    """The size of a base with the adapter on these layers, counted in its folder where that is
+    whole. Else it is assumed, with the adapter on the family's usual layers, by the model that is
+    known by its id, or that a single file is nearest to; of another base by the largest model of
+    its family, or by SDXL where the family is not known either. Raises UserError for damaged files.
+    """
+    if base.shapes and all(base.shapes.values()):
+        return size_of_shapes(base.facts, base.shapes, target_modules)
+
+    # Which model it is, or is nearest to.
+    facts, model = base.known or (base.facts, None)
+    if base.file:
+        count = sum(map(math.prod, base.tensors.values()))
+        nearest = min(facts.models, key=lambda model: abs(model.parameters - count))
+        model = None if facts == families.SDXL else nearest
+    if facts in (None, families.SDXL):
+        return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
+    is_assumed = model is None
+    model = model or max(facts.models, key=lambda one: one.parameters)
+
+    # Its counts. Cross-attention's are known of SDXL alone, without the files.
+    clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
+    return BaseSize(
+        unet=model.parameters,
+        projections=model.in_blocks,
+        streamed=model.streamed or model.in_blocks,
+        largest_block=model.largest_block,
+        text_projections=0,
+        text_outputs=0,
+        text_encoders=model.encoders,
+        vae=model.vae,
+        adapted_widths=model.adapted_widths,
+        adapted_layers=model.adapted_layers,
+        family=facts,
+        hub_id=model.hub_id,
+        is_assumed=is_assumed,
+        text_layers=sum(count for count, _ in clip),
+        text_widths=sum(width for _, width in clip),
+    )
+
+
+def size_of_shapes(
+    facts: families.Facts,
+    shapes: Mapping[str, dict[str, list[int]]],
+    target_modules: tuple[str, ...],
+) -> BaseSize:
+    """The same by the shapes of each part's weights; a part may be missing."""
+    count = {part: sum(map(math.prod, found.values())) for part, found in shapes.items()}
+    texts = sum(number for part, number in count.items() if part.startswith("text_encoder"))
+
+    # The denoiser's layers, and those that get an adapter.
+    layers = {}
+    for name, shape in shapes[facts.denoiser].items():
+        if name.endswith(".weight") and len(shape) > 1:
+            layers[name.removesuffix(".weight")] = shape
+    widths = tuple(
+        (path, shape[0] + math.prod(shape[1:]))
+        for path, shape in layers.items()
+        if rows.is_adapted(path, target_modules)
+    )
+
+    # Those of each block that quantisation replaces, as `base.load` chooses them.
+    pattern = BLOCKS if facts.style == "flow" else UNET_BLOCKS
+    blocks: Counter[str] = Counter()
+    for path, shape in layers.items():
+        block = pattern.match(path)
+        if block and len(shape) == 2 and shape[0] % 32 == 0:
+            blocks[block[0]] += math.prod(shape)
+
+    # Of these, the blocks that `base.streaming` streams.
+    streamed = [number for block, number in blocks.items() if "refiner" not in block]
+
+    # Those that `--cache_cross_attention` keeps off the GPU.
+    of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
+
+    # The layers of the text encoders that `--train_text_encoder` adapts.
+    clip_widths = []
+    for part in facts.adapted_encoders:
+        for name, shape in shapes.get(part, {}).items():
+            if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS):
+                clip_widths.append(sum(shape))
+
+    return BaseSize(
+        unet=count[facts.denoiser],
+        projections=sum(blocks.values()),
+        streamed=sum(streamed),
+        largest_block=max(streamed, default=0),
+        text_projections=sum(map(math.prod, of_text)),
+        text_outputs=sum(shape[0] for shape in of_text),
+        text_encoders=texts,
+        vae=count.get("vae", 0),
+        adapted_widths=sum(width for _, width in widths),
+        adapted_layers=len(widths),
+        is_measured=True,
+        widths=widths,
+        family=facts,
+        text_layers=len(clip_widths),
+        text_widths=sum(clip_widths),
+    )

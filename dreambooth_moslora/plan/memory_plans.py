@@ -1,0 +1,286 @@
+"""`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
+`settings.table.PLANS`.
+
+It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was
+given. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
+the first of all. On Apple's, whose attention keeps all scores, it is always one that recomputes.
+
+Gradients of these differ at most by rounding, and so do those of one large pass and of several
+small ones (`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one
+after the other keep half the activations, and recompute nothing. Of the plan, the largest pass that
+fits is taken.
+
+A plan is known by its settings alone, never by its name.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import process_count
+from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.plan.agreement import least_free_gib
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.plan.memory import estimate, precision_of, streamed_gib
+from dreambooth_moslora.settings import families, rules, table
+
+# Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
+SMALL_GIB = 2.0
+# Usable fraction of the free memory: libraries' workspaces and fragmentation take the rest.
+USABLE = 0.9
+# Of the host's memory, for streamed blocks: as much as Windows lets a driver pin.
+HOST_SHARE = 0.5
+OF_A_LOADED_BASE = {
+    "recompute_feed_forward",
+    "gradient_checkpointing",
+    "base_quantization",
+    "stream_blocks",
+}
+"""Settings that a run can take on before its first update (`TrainStep.go_on_as`)."""
+Plan = Mapping[str, Any]
+"""The settings of a plan, as a row of `PLANS` names them."""
+
+
+def memory_settings(
+    config: table.TrainConfig, base: Base, free_gib: float | None = None
+) -> dict[str, Any]:
+    """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's,
+    if another process will train; else all processes of the run must call it. Raises UserError for
+    damaged files."""
+    if config.memory is None:
+        return {}
+    free = least_free_gib() if free_gib is None else free_gib
+    kept = kept_plan(config)
+    if kept is not None:
+        return kept
+    size = size_of_base(base, config.target_modules)
+    precision = half_settings(config, size.family, free)
+    return precision | fitting_settings(replace(config, **precision), size, free)
+
+
+def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
+    """What `--memory` chose for a run that goes on from a checkpoint with the same word: another
+    plan would change the result's bytes. None for a fresh run, and for one that began with another
+    word."""
+    run_dir = RunDir(config.output_dir)
+    if not config.resume_from_checkpoint or run_dir.latest_checkpoint() is None:
+        return None
+    with suppress(UserError):  # the folder has no settings
+        saved = read_json(run_dir.config_path)
+        if saved.get("memory") == config.memory:
+            return {name: saved[name] for name in saved.keys() & still_open(config)}
+    return None
+
+
+def without_plan(config: table.TrainConfig) -> table.TrainConfig:
+    """The same settings, with the defaults in place of what a plan sets."""
+    names = [name for name in table.OF_PLANS if name != "images_at_once"]
+    return replace(config, **{name: table.SETTINGS[name].default for name in names})
+
+
+def still_open(config: table.TrainConfig) -> set[str]:
+    """The settings that a word of `--memory` decides, but for those that were given."""
+    decided = table.SETTINGS["memory"].metadata["replaces"]
+    return {name for name in decided if not rules.given_flag(config, name)}
+
+
+def half_settings(
+    config: table.TrainConfig, facts: families.Facts, free_gib: float | None
+) -> dict[str, str]:
+    """Half precision on a GPU, if the family has one there, unless a precision was given."""
+    is_given = config.mixed_precision is not None or precision_of(config) != "no"
+    if free_gib is None or is_given:
+        return {}
+    return {"mixed_precision": machine.half_precision_of(facts)}
+
+
+def fitting_settings(
+    config: table.TrainConfig, size: BaseSize, free_gib: float | None
+) -> dict[str, Any]:
+    """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
+    largest that fits."""
+    passes = passes_of(config)
+    plan = plan_settings(config, plan_name(config, size, free_gib))
+    if free_gib is None:
+        return plan
+    for images in passes:
+        tried = replace(config, **plan, **images)
+        if estimate(tried, size, 1).peak_gib <= USABLE * free_gib:
+            return plan | images
+    return plan | passes[-1]
+
+
+def plan_name(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+    """The plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the leanest
+    possible one, which a later check refuses."""
+    if config.memory != "auto":
+        return config.memory
+    if free_gib is None:
+        return next(iter(table.PLANS))
+    needs = costs(replace(config, **passes_of(config)[-1]), size)
+    fitting = [name for name, gib in needs.items() if gib <= USABLE * free_gib]
+    return fitting[0] if fitting else list(needs)[-1]
+
+
+def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
+    """The passes to choose from, as settings: all images of a step together, half of them, and so
+    on down to one; the given one, and a micro-batch where texts are trained, alone. A pass of one
+    micro-batch sets nothing."""
+    if config.images_at_once is not None or rules.excluded_by("images_at_once", config):
+        return [{}]
+    found = []
+    images = config.gradient_accumulation_steps * config.images_a_micro_batch
+    while images not in found:
+        found.append(images)
+        images = math.ceil(images / 2)
+    usual = config.images_a_micro_batch
+    return [{} if images == usual else {"images_at_once": images} for images in found]
+
+
+def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
+    """What the plan adds to the given settings; int8 stays."""
+    plan = dict(table.PLANS[name])
+    if config.base_quantization != "none":
+        plan.pop("base_quantization", None)
+    return plan
+
+
+def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
+    """Plan -> peak memory in GiB, for those that these settings and packages allow."""
+    found = {}
+    for name, plan in table.PLANS.items():
+        if not is_possible(name, config, size.family):
+            continue
+        tried = replace(config, **plan_settings(config, name))
+        # Blocks in half precision may need more than the host has; those in 4 bit take a quarter.
+        if streams_dense(plan) and streamed_gib(tried, size) > HOST_SHARE * host_gib():
+            continue
+        found[name] = estimate(tried, size, 1).peak_gib
+    return found
+
+
+def host_gib() -> float:
+    """The memory of this machine, GiB."""
+    return psutil.virtual_memory().total / machine.GIB
+
+
+def streams_dense(plan: Plan) -> bool:
+    """Whether blocks come from the host as they are, in half precision."""
+    return "stream_blocks" in plan and "base_quantization" not in plan
+
+
+def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
+    """Whether a run can take this plan, with its settings, its family and the packages here."""
+    plan = table.PLANS[name]
+    # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
+    # its GPU computes in the host's memory.
+    is_quantized, is_streamed = "base_quantization" in plan, "stream_blocks" in plan
+    if machine.is_on_apple() and ("gradient_checkpointing" not in plan or is_streamed):
+        return False
+    if is_quantized and (machine.is_on_apple() or not find_spec("bitsandbytes")):
+        return False
+    # Streaming was tried in one process alone.
+    if is_streamed and process_count() > 1:
+        return False
+    if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
+        return False
+
+    # The rules between settings.
+    with suppress(UserError):
+        return bool(replace(config, **plan_settings(config, name)))
+    return False
+
+
+def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[str, Any]] | None:
+    """What takes less memory than these settings, of what a loaded base can change to: as a flag,
+    and as settings. First half as many images at once, which computes nothing twice, then the next
+    plan. None if nothing is left."""
+    images = math.ceil(config.images_a_pass / 2)
+    if images < config.images_a_pass and not rules.excluded_by("images_at_once", config):
+        return f"--images_at_once {images}", {"images_at_once": images}
+
+    # Go on after the leanest plan whose settings the run has.
+    later = []
+    for name, plan in table.PLANS.items():
+        settings = plan_settings(config, name)
+        if all(getattr(config, key) == value for key, value in settings.items()):
+            later = []
+        elif is_for_loaded(plan, config) and is_possible(name, config, facts):
+            later.append(name)
+    if not later:
+        return None
+
+    # A block that is recomputed as a whole would recompute its feed-forward part twice.
+    settings = {"recompute_feed_forward": False} | plan_settings(config, later[0])
+    return f"--memory {later[0]}", settings
+
+
+def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
+    """Whether a base that is loaded for these settings can change to the plan."""
+    # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
+    if "base_quantization" in plan and (config.use_dora or config.stream_blocks):
+        return False
+    return plan.keys() <= OF_A_LOADED_BASE and not streams_dense(plan)
+
+
+def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
+    """For `--dry_run`: what each plan would need, and what the GPU has free."""
+    if config.memory is None:
+        return []
+    free = machine.free_gib_of_gpu()
+    plans = costs(without_plan(config), size)
+    needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in plans.items())
+    has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
+    passes = (
+        f"{config.images_a_pass} of a step's "
+        f"{config.images_a_micro_batch * config.gradient_accumulation_steps}"
+    )
+    return [
+        f"memory plans: {needs}; {has}; {passes} images pass at once (--memory {config.memory})"
+    ]
+
+
+def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
+    """Raises UserError, with settings that fit, for a base of known size that needs more memory
+    than can be used, by the same bound as `--memory auto`."""
+    need = estimate(config, size, 1).peak_gib
+    is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
+    if need < SMALL_GIB or not is_known:
+        return
+    free = machine.free_gib_of_gpu()
+    if free is not None and need > USABLE * free:
+        of = f" of {size.family.title}" if size.family.memory else ""
+        raise UserError(
+            f"this run{of} needs about {need:.1f} GiB of GPU memory and {free:.1f} GiB are free, "
+            f"of which it can use {USABLE * free:.1f}: {way_out(config, size, free)}"
+        )
+
+
+def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
+    """The fewest changes to these settings that fit."""
+    # A resumed run's plan is kept by the same word, so that another word must be named.
+    start = config
+    is_kept = config.memory == "auto" and kept_plan(config) is not None
+    if is_kept:
+        start = replace(without_plan(config), images_at_once=None)
+
+    # What `--memory auto` would choose, at last with class images drawn one by one.
+    for changes in ({}, {"sample_batch_size": 1}):
+        tried = replace(start, memory="auto", **changes)
+        tried = replace(tried, **half_settings(tried, size.family, free_gib))
+        word = plan_name(tried, size, free_gib) if is_kept else "auto"
+        tried = replace(tried, **fitting_settings(tried, size, free_gib))
+        cost = estimate(tried, size, 1).peak_gib
+        if cost <= USABLE * free_gib:
+            flags = "".join(f" --{name} {value}" for name, value in changes.items())
+            return f"give --memory {word}{flags} (then {cost:.1f} GiB)."
+    return f"give a smaller --resolution than {config.resolution}, or free the GPU."

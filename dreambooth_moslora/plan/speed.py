@@ -1,0 +1,67 @@
+"""What makes a run on a GPU faster and changes only rounding. On a CPU all is off; `--compile on`
+turns on the first.
+
+blocks compiled    `torch.compile` of the transformer blocks, each kind once (`--compile`)
+cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on
+                   AMD's but gfx9
+"""
+
+from dataclasses import dataclass
+
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.settings import table
+
+WORTH_IMAGES = 1000
+"""Forward and backward passes of an image of 1024 px from which compilation pays. Not measured
+here: others report about a minute to compile the blocks, and a tenth of a second saved per image.
+"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is on.
+
+    compiled: whether the blocks are
+    searches: whether cuDNN searches algorithms
+    """
+
+    compiled: bool
+    searches: bool
+
+    def sentence(self) -> str:
+        """The same in words, for a dry run and the log."""
+        said = "transformer blocks compiled, which makes later steps faster"
+        if not self.compiled:
+            said = "transformer blocks not compiled, which pays in a longer run on a GPU"
+        if self.searches:
+            said += ", cuDNN searches algorithms"
+        return said
+
+
+def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
+    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 4 or
+    8 bit."""
+    images = images_of(config, steps)
+    pays = device_type == "cuda" and images >= WORTH_IMAGES
+    by_itself = config.compile == "auto" and pays and config.base_quantization == "none"
+
+    # A search is lost when sizes change, and may choose another algorithm the next time.
+    is_fixed = not config.enable_bucket and not config.deterministic
+    searches = pays and machine.searches_fast() and is_fixed
+    return Speed(
+        compiled=config.compile == "on" or by_itself,
+        searches=searches,
+    )
+
+
+def speed_here(config: table.TrainConfig, steps: int) -> Speed:
+    """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
+    is_long = images_of(config, steps) >= WORTH_IMAGES
+    is_on_gpu = is_long and not machine.asks_accelerate("ACCELERATE_USE_CPU")
+    return speed_of(config, machine.best_device().type if is_on_gpu else "cpu", steps)
+
+
+def images_of(config: table.TrainConfig, steps: int) -> float:
+    """Images of 1024 px that so many steps pass through the denoiser."""
+    images = steps * config.gradient_accumulation_steps * config.mean_images_a_micro_batch
+    return images * (config.resolution / 1024) ** 2

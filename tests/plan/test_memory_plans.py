@@ -1,0 +1,400 @@
+"""Which plan `--memory` takes on which card, and what is tried when memory runs out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import family_memory
+from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.cli.command_train import parse_train_config, train_main
+from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.plan import memory_plans, speed
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.plan.checks import family_settings, preflight
+from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
+from dreambooth_moslora.plan.memory import estimate
+from dreambooth_moslora.plan.memory_plans import USABLE, memory_settings
+from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
+from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui.train.train_start import card_lines
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
+
+CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
+SDXL = TrainConfig(
+    pretrained_model_name_or_path=STOCK_SDXL,
+    train_batch_size=1,
+    resolution=1024,
+    rank=16,
+    memory="auto",
+)
+
+
+@pytest.fixture
+def card(gpu, monkeypatch):
+    """A GPU with so much free beside CUDA's context, in a machine with 32 GiB; bitsandbytes is
+    there."""
+    monkeypatch.setattr(memory_plans, "find_spec", lambda name: True)
+    monkeypatch.setattr(memory_plans, "host_gib", lambda: 32.0)
+    return lambda free_gib, capability=8: gpu(capability, free_gib)
+
+
+def planned(config: TrainConfig) -> TrainConfig:
+    return replace(config, **memory_settings(config, Base.of(config)))
+
+
+def check(config: TrainConfig) -> None:
+    preflight(config, Base.of(config))
+
+
+def chosen(config: TrainConfig) -> tuple:
+    return config.mixed_precision, config.gradient_checkpointing, config.base_quantization
+
+
+def short(config: TrainConfig) -> str:
+    """The plan in one word, with the images that pass at once."""
+    words = (
+        ["nf4"]
+        if config.base_quantization == "nf4"
+        else ["recompute"]
+        if config.gradient_checkpointing
+        else []
+    )
+    words += ["ff"] * config.recompute_feed_forward + ["cached"] * config.cache_cross_attention
+    return f"{' '.join(words) or 'full'}, {config.images_a_pass}"
+
+
+CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "nf4, 4"), "8 GB": (6.9, "recompute, 2")}
+CARDS |= {
+    "3060 on Windows": (10.2, "ff, 1"),
+    "3060": (11.5, "full cached, 1"),
+    "T4": (14.6, "full, 1"),
+}
+CARDS |= {
+    "4090 with a desktop": (20.8, "full, 2"),
+    "4090": (23.2, "full, 2"),
+    "H100": (78.6, "full, 8"),
+}
+
+
+@pytest.mark.parametrize(("free_gib", "plan"), CARDS.values(), ids=CARDS)
+def test_every_card_trains_the_one_recipe_by_the_fastest_plan_that_fits(card, free_gib, plan):
+    """Eight images a step, of photos and prior. Rank, crops and steps are the same on all."""
+    recipe = load_settings(CONFIGS / "sdxl.toml") | {
+        "instance_data_dir": ".",
+        "instance_prompt": "a photo of sks dog",
+    }
+    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    card(free_gib, 7 if free_gib == 14.6 else 8)
+    run = planned(TrainConfig.from_dict(recipe | prior))
+    assert short(run) == plan.replace("full cached", "cached")
+    assert run.mixed_precision == ("fp16" if free_gib == 14.6 else "bf16")
+    cost = estimate(run, BaseSize(), 400)
+    assert cost.peak_gib <= USABLE * (free_gib + 0.5) and cost.encoding_gib <= 3.4
+    assert (run.rank, run.crops_per_photo, run.max_train_steps, run.train_batch_size) == (
+        16,
+        4,
+        400,
+        1,
+    )
+    assert planned(run) == run
+
+
+def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, monkeypatch):
+    """Its attention keeps all scores: 23.8 GiB of an image without."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    Image.new("RGB", (256, 256)).save("dog/0.png")
+    assert machine.best_device().type == "mps"
+    assert machine.free_gib(torch.device("mps")) == machine.free_gib_of_gpu() == pytest.approx(21.3)
+    run = planned(parse_train_config(["dog", "dog"]))
+    assert run.pretrained_model_name_or_path == STOCK_SDXL and run.mixed_precision == "bf16"
+    assert run.gradient_checkpointing and estimate(run, BaseSize(), 1).training_gib <= USABLE * 21.3
+    image = replace(run, images_at_once=None, with_prior_preservation=False)
+    assert estimate(image, BaseSize(), 1).training_gib == pytest.approx(7.8, rel=0.05)
+    whole = replace(image, gradient_checkpointing=False)
+    assert estimate(whole, BaseSize(), 1).training_gib == pytest.approx(23.8, rel=0.05)
+    assert not speed.speed_here(run, 10_000).searches
+
+
+def test_a_word_of_memory_lifts_what_a_file_says_of_it_and_takes_the_pass_that_fits(card, tmp_path):
+    """A file for a small card would keep recomputing on a large one."""
+    card(11.0)
+    file = tmp_path / "small.toml"
+    file.write_text('base_quantization = "nf4"\ngradient_checkpointing = true\n')
+    file = ["--config", str(file), "--instance_data_dir", ".", "--instance_prompt", "a sks dog"]
+    file += ["--pretrained_model_name_or_path", STOCK_SDXL, "--resolution", "1024"]
+    kept, lifted = parse_train_config(file), parse_train_config([*file, "--memory", "auto"])
+    assert (kept.base_quantization, kept.gradient_checkpointing) == ("nf4", True)
+    assert (lifted.base_quantization, lifted.gradient_checkpointing) == ("none", False)
+    full = planned(replace(SDXL, memory="full", gradient_accumulation_steps=4))
+    assert short(full) == "full, 1"
+    with_tokens = planned(
+        replace(full, train_text_encoder=True, with_prior_preservation=True, class_prompt="a dog")
+    )
+    assert with_tokens.images_a_pass == 2  # their texts have one gradient
+
+
+def test_cached_text_and_one_that_changes_or_4_bit_exclude_each_other(card):
+    for free_gib, changes, second, other in (
+        (
+            10.9,
+            {"train_text_encoder": True},
+            "use_dora",
+            {"memory": "full_cached", "use_dora": True},
+        ),
+        (
+            4,
+            {"cache_cross_attention": True},
+            "base_quantization",
+            {"memory": "nf4", "cache_cross_attention": True},
+        ),
+    ):
+        card(free_gib)
+        found = planned(replace(SDXL, **changes))
+        assert chosen(found)[::2] == ("bf16", "none")
+        assert found.cache_cross_attention == ("cache_cross_attention" in changes)
+        with pytest.raises(UserError, match=f"--cache_cross_attention and --{second}"):
+            planned(replace(SDXL, **other))
+
+
+def test_what_was_given_stays_and_without_a_gpu_nothing_is_chosen_for_it(card, monkeypatch):
+    card(23.0)
+    given = replace(
+        SDXL, mixed_precision="fp16", gradient_checkpointing=True, base_quantization="int8"
+    )
+    assert chosen(planned(given)) == ("fp16", True, "int8")
+    assert chosen(planned(replace(given, memory="nf4"))) == ("fp16", True, "int8")
+    assert chosen(planned(replace(SDXL, mixed_precision="no")))[0] == "no"
+    plain = replace(SDXL, memory=None)
+    assert planned(plain) == plain
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert chosen(planned(SDXL)) == (None, False, "none")
+    assert chosen(planned(replace(SDXL, memory="recompute"))) == (None, True, "none")
+
+
+def begin(folder: Path, **changes) -> TrainConfig:
+    """A run that has left settings and a checkpoint there."""
+    begun = planned(replace(SDXL, output_dir=str(folder), **changes))
+    (folder / "train_config.json").write_text(json.dumps(begun.to_dict()))
+    (folder / "last").mkdir()
+    for name in CHECKPOINT_FILES:
+        (folder / "last" / name).write_text('{"step": 1, "seed": 3}')
+    return begun
+
+
+def test_a_run_that_goes_on_keeps_its_plan_on_another_card(card, tmp_path):
+    card(9.0)
+    begun = begin(tmp_path)
+    card(80.0)
+    resumed = planned(replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    assert short(resumed) == short(begun) == "ff cached, 1" and resumed.mixed_precision == "bf16"
+    for given, plan in (
+        ({"memory": "recompute"}, "recompute, 1"),
+        ({"gradient_checkpointing": True}, "recompute ff cached, 1"),
+    ):
+        asked = planned(
+            replace(SDXL, output_dir=str(tmp_path), resume_from_checkpoint="latest", **given)
+        )
+        assert short(asked) == plan, "a run that had too little memory could not go on with less"
+
+
+def test_where_a_kept_plan_does_not_fit_a_word_is_named_and_without_a_checkpoint_a_plan_is_made(
+    card, tmp_path
+):
+    card(80.0)
+    assert short(begin(tmp_path, gradient_accumulation_steps=8)) == "full, 8"
+    card(7.0)
+    again = replace(
+        SDXL,
+        output_dir=str(tmp_path),
+        gradient_accumulation_steps=8,
+        resume_from_checkpoint="latest",
+    )
+    with pytest.raises(
+        UserError, match=r"7\.5 GiB are free, .+ give --memory recompute \(then 6\.\d GiB\)"
+    ):
+        check(planned(again))
+    word = planned(replace(again, memory="recompute"))
+    check(word)
+    shutil.rmtree(tmp_path / "last")
+    check(planned(again))
+    assert short(planned(again)) == short(word)
+
+
+def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows_in_fp16(card):
+    """Each of the two was refused with the other as the way out, and `--memory auto` took fp16."""
+    card(14.6, capability=7)
+    base = next(facts for facts in FAMILIES if facts.title == "Z-Image").models[0].hub_id
+    run = replace(SDXL, pretrained_model_name_or_path=base)
+    name, recipe = recipe_settings(Base.find(base))
+    assert (name, recipe["mixed_precision"]) == ("z_image.toml", "no")
+    choose_recipe(choices := Choices({"pretrained_model_name_or_path": base}), 14.6)
+    assert "precision: fp32, as this GPU has no bf16" in choices.lines[-1]
+    assert chosen(planned(run)) == ("no", True, "nf4")
+    [line] = card_lines(planned(run), estimate(planned(run), size_of_base(Base.find(base), ()), 1))
+    assert "so it trains in fp32, with gradient checkpointing, the base in nf4" in line
+    for precision, says in (
+        ("bf16", "give --mixed_precision no"),
+        ("fp16", "Z-Image overflows in fp16; give no"),
+    ):
+        with pytest.raises(UserError, match=says):
+            family_settings(replace(run, mixed_precision=precision), Base.of(run))
+
+
+SUBJECT = {"instance_data_dir": ".", "instance_prompt": "a photo of sks dog"}
+SETTINGS = SUBJECT | {
+    "pretrained_model_name_or_path": STOCK_SDXL,
+    "resolution": 1024,
+    "train_batch_size": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "free_gib, says",
+    [
+        (
+            15.0,
+            r"needs about 2\d\.\d GiB .* 15\.5 GiB are free, of which it can use 14\.0: give",
+        ),
+        (7.4, r"give --memory auto \(then 6\.\d GiB\)\."),
+        (2.9, r"give --memory auto \(then 3\.0 GiB\)\."),
+        (1.9, r"give --memory auto \(then 2\.1 GiB\)\."),
+        (1.0, r"give a smaller --resolution than 1024"),
+    ],
+)
+def test_a_run_beyond_the_card_is_refused_with_the_nearest_one_that_fits(card, free_gib, says):
+    card(free_gib)
+    with pytest.raises(UserError, match=says):
+        check(TrainConfig.from_dict(SETTINGS))
+
+
+def test_the_settings_that_are_named_fit_and_so_does_a_small_base(card):
+    def check_with(**changes) -> None:
+        check(TrainConfig.from_dict(SETTINGS | changes))
+
+    card(14.6, capability=7)
+    two = SETTINGS | {"train_batch_size": 2}
+    with pytest.raises(UserError, match=r"give --memory auto \(then 10\.6 GiB\)\."):
+        check(TrainConfig.from_dict(two))
+    auto = TrainConfig.from_dict(two | {"memory": "auto"})
+    check(planned(auto))
+    card(24.0)
+    check_with(mixed_precision="bf16")
+    card(0.1)
+    check_with(pretrained_model_name_or_path="toy", resolution=128)
+
+
+def test_a_dry_run_says_what_each_plan_needs(capsys):
+    assert (
+        train_main(
+            ["--config", "assets/configs/quickstart.toml", "--dry_run", "--memory", "recompute"]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in said and "memory plans: full 0." in said
+    assert "(--memory recompute)" in said
+
+
+def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monkeypatch):
+    facts = next(facts for facts in FAMILIES if facts.title == "Z-Image")
+    size = replace(
+        BaseSize(),
+        unet=6_154_908_736,
+        projections=6_142_033_920,
+        streamed=5_426_380_800,
+        largest_block=180_879_360,
+        family=facts,
+        is_measured=True,
+    )
+    run = replace(
+        SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0
+    )
+    card(8.0)
+    plans = {48.0: "full", 18.0: "recompute", 8.0: "nf4", 6.2: "stream", 5.0: "nf4_stream"}
+    assert {free: memory_plans.plan_name(run, size, free) for free in plans} == plans
+
+    # What half of the host's memory cannot hold is streamed in 4 bit.
+    monkeypatch.setattr(memory_plans, "host_gib", lambda: 16.0)
+    assert memory_plans.plan_name(run, size, 6.2) == "nf4_stream"
+    with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
+        memory_plans.check_memory(run, size)
+
+
+CHECKPOINTED = {"gradient_checkpointing": True}
+BY_HALVES = {"train_batch_size": 3, "gradient_accumulation_steps": 2, "images_at_once": 6}
+NF4 = ("nf4", "nf4_stream")
+LEANER = [
+    ("sdxl", BY_HALVES, ["at_once 3", "at_once 2", "at_once 1", "ff", "recompute", *NF4]),
+    ("flux", {"train_batch_size": 2}, ["at_once 1", "recompute", *NF4]),
+    ("sdxl", {"train_text_encoder": True, "train_batch_size": 2}, ["ff", "recompute", *NF4]),
+    ("sdxl", {"use_dora": True}, ["ff", "recompute"]),
+    ("sdxl", {"cache_cross_attention": True}, ["ff", "recompute"]),
+    ("sdxl", {"base_quantization": "int8"}, ["ff", "recompute"]),
+    ("sdxl", {"base_quantization": "int8"} | CHECKPOINTED, []),
+    ("z_image", CHECKPOINTED, [*NF4]),
+    ("z_image", CHECKPOINTED | {"stream_blocks": True}, []),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "ends"), LEANER)
+def test_a_run_out_of_memory_has_these_ways_left(family, changes, ends):
+    """One after the other, each for a loaded base, and as settings that are allowed."""
+    facts, config = family_memory.facts_named(family), TrainConfig.from_dict(SETTINGS | changes)
+    flags = []
+    while found := memory_plans.leaner(config, facts):
+        config = replace(config, **found[1])
+        flags.append(found[0])
+    assert len(flags) == len(ends)
+    assert all(flag.endswith(end) for flag, end in zip(flags, ends))
+
+
+def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch):
+    """DoRA's magnitudes are those of the dense weights, whatever quantises them."""
+    card(8.0)
+    sdxl, plain = family_memory.facts_named("sdxl"), TrainConfig.from_dict(SETTINGS)
+    named = memory_plans.costs(plain, BaseSize())
+    _, settings = memory_plans.leaner(plain, sdxl)
+    renamed = {name.upper(): plan for name, plan in table.PLANS.items()}
+    renamed["EIGHTHS"] = CHECKPOINTED | {"base_quantization": "int8"}
+    monkeypatch.setattr(table, "PLANS", renamed)
+
+    costs = memory_plans.costs(plain, BaseSize())
+    assert costs.pop("EIGHTHS") and list(costs.values()) == list(named.values())
+    assert memory_plans.leaner(plain, sdxl) == ("--memory RECOMPUTE_FF", settings)
+    with_dora = replace(plain, gradient_checkpointing=True, use_dora=True)
+    assert memory_plans.leaner(with_dora, sdxl) is None
+
+
+def test_a_transformer_on_apples_gpu_gets_no_plan_of_unets(apple):
+    flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
+    assert [*memory_plans.costs(TrainConfig.from_dict(SETTINGS), flux)] == ["recompute"]
+
+
+@pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)
+@pytest.mark.parametrize("free_gib", [7.5, 11.4, 15.3, 23.2])
+def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp_path):
+    """Rank and resolution are the same on all, and what fits at all is taken by one bound."""
+    recipe = load_settings(CONFIGS / f"{facts.name}.toml")
+    card(free_gib)
+    run = TrainConfig.from_dict(recipe | SUBJECT | {"output_dir": str(tmp_path)})
+    assert (run.memory, run.rank, run.resolution) == ("auto", 16, facts.resolution_px)
+    run = replace(run, **family_settings(run, Base.of(run)))
+    size = size_of_base(Base.of(run), facts.targets)
+    found = planned(run)
+    assert size.family is facts and estimate(found, size, 1).peak_gib <= USABLE * (free_gib + 0.5)
+    assert found.stream_blocks == (free_gib <= TINY_FAMILIES[facts.name].streams_at_gib)
+
+
+def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
+    tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
+    assert recipe_settings(Base.find(tmp_path / "base"))[0] == "z_image.toml"
