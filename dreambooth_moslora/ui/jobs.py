@@ -8,12 +8,11 @@ trains its runs, one after the other.
 import json
 import logging
 import re
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
@@ -58,8 +57,6 @@ class Job:
     pid: int
     birth: str
     """What tells the process from others of its number."""
-    stop_asked: float = 0.0
-    """When it was asked to stop, s; 0: it was not."""
     began: float = 0.0
     """The clock just before the process was made, s."""
 
@@ -99,6 +96,12 @@ class Job:
             return None
 
     @property
+    def stop_asked(self) -> float:
+        """When it was asked to stop, s; 0: it was not since its start."""
+        request = self.run_dir / processes.STOP_NAME
+        return request.stat().st_mtime if request.exists() else 0.0
+
+    @property
     def is_alive(self) -> bool:
         """Whether it trains: its process is there, or a terminal's holds the folder."""
         return self.has_process or is_held(run_folder.RunDir(self.run_dir))
@@ -128,6 +131,8 @@ class Job:
         return processes.log_tail(self.run_dir)
 
 
+STOPPED_EARLY = "It was stopped before training had begun."
+"""Why a run has ended that was asked to stop while it started."""
 KILL_AFTER_SEC = 30
 """A second request to stop kills the run when the first is older."""
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
@@ -173,9 +178,8 @@ class Jobs:
         self.runs_dir = runs_dir
         self.script = script
         self._make_room = make_room
-        # By the process's number: those of this server, and how they ended.
-        self._children: dict[int, subprocess.Popen] = {}
-        self._exits: dict[int, int] = {}
+        # The last process of this server.
+        self._child: subprocess.Popen | None = None
         self._metrics: dict[Path, Metrics] = {}
         self._lock = threading.Lock()
 
@@ -208,32 +212,15 @@ class Jobs:
             raise UserError(f"the run {job.name} has already ended")
         if not job.has_process:
             raise UserError(IN_TERMINAL)
-        if job.stop_asked and time.time() - job.stop_asked > KILL_AFTER_SEC:
+        asked = job.stop_asked
+        if asked and time.time() - asked > KILL_AFTER_SEC:
             processes.end_process(job.pid)
-            return job
-        if not job.stop_asked:
-            self.ask_to_stop(job)
-            job = replace(job, stop_asked=time.time())
-            # A full disk stops nobody from stopping a run.
-            with suppress(OSError):
-                job.save()
-        return job
-
-    def ask_to_stop(self, job: Job) -> None:
-        """Ask the run to stop.
-
-        A run that has not begun has nothing to save, and is ended.
-        """
-        has_begun = bool(self._events_of(job))
-        try:
+        if not asked:
             processes.ask_to_stop(job.run_dir)
-            is_asked = True
-        except OSError:
-            is_asked = False
-        # SIGTERM asks, too; on Windows it is the end.
-        if not (has_begun and is_asked):
-            with suppress(psutil.Error):
-                psutil.Process(job.pid).terminate()
+            # A run that has not begun has nothing to save.
+            if not self._events_of(job):
+                processes.end_process(job.pid)
+        return job
 
     def recorded(self, name: str) -> Job:
         """The run of that name. Raises UserError where there is none."""
@@ -256,13 +243,12 @@ class Jobs:
 
     def current(self) -> Job | None:
         """The run in progress. One that was asked to stop and does not answer is ended."""
-        self._reap()
+        # One that has ended leaves the system's list only when its parent asks.
+        if self._child is not None:
+            self._child.poll()
         job = next((job for job in self.all() if job.is_alive), None)
-        is_asked = job is not None and processes.is_asked_to_stop(job.run_dir)
-        if not (is_asked and job.has_process):
-            return job
-        asked = (job.run_dir / processes.STOP_NAME).stat().st_mtime
-        if processes.has_gone_silent(asked, job.run_dir):
+        is_asked = job is not None and job.stop_asked and job.has_process
+        if is_asked and processes.has_gone_silent(job.stop_asked, job.run_dir):
             processes.end_process(job.pid)
             logger.warning("%s did not answer the request to stop and was ended", job.name)
         return job
@@ -277,13 +263,9 @@ class Jobs:
         """How far the run is, from its process and its events."""
         # The process is asked first: once it has ended, its metrics are complete.
         alive = job.is_alive
-        self._reap()
         metrics = self.metrics(job)
         events = self._events_of(job)
-        code = self._exits.get(job.pid)
-        # Windows' status of any that was killed, here of one that had begun.
-        if events and code == signal.SIGTERM:
-            code = None
+        was_stopped_early = bool(job.stop_asked) and not (alive or events)
 
         # The state: what the trainer recorded at its end, or what its process tells.
         by_kind = {event.get("type"): event for event in events}
@@ -295,7 +277,6 @@ class Jobs:
         elif end.get("state"):
             state = end["state"]
         else:
-            was_stopped_early = job.stop_asked and code in processes.STOPPED_EARLY
             state = "interrupted" if was_stopped_early else "failed"
 
         # The step. While a run starts, the file still belongs to an earlier start.
@@ -306,8 +287,11 @@ class Jobs:
 
         # Why it ended: a process that was killed has not said so.
         message = str(end.get("message") or metrics.problem)
-        if not (message or end or alive):
-            message = processes.why_it_ended(code, job.log_tail(), was_asked=bool(job.stop_asked))
+        if was_stopped_early:
+            message = STOPPED_EARLY
+        elif not (message or end or alive):
+            asked = bool(job.stop_asked)
+            message = processes.why_it_ended(None, job.log_tail(), was_asked=asked)
         return JobState(
             state=state,
             step=step,
@@ -323,11 +307,10 @@ class Jobs:
         """
         if job.is_alive or job.stop_asked:
             return False
-        self._reap()
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
         if ends:
             return ends[-1] == "interrupted"
-        return processes.was_killed(self._exits.get(job.pid), job.log_tail())
+        return processes.was_killed(None, job.log_tail())
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
         """Events since the first that is not older than the run's process.
@@ -346,13 +329,11 @@ class Jobs:
             running = self.current()
             if running:
                 raise UserError(f"the run {running.name} is going on; one run at a time")
-            # Start it. An earlier process may have had the same number.
+            # Start it.
             command = processes.TRAIN if self.script is None else [str(self.script)]
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
             began = time.time()
-            child = processes.start_logged(run_dir, words)
-            self._children[child.pid] = child
-            self._exits.pop(child.pid, None)
+            child = self._child = processes.start_logged(run_dir, words)
             # Record it.
             try:
                 birth = birth_of(child.pid)
@@ -363,14 +344,6 @@ class Jobs:
                 child.kill()
                 raise
             return job
-
-    def _reap(self) -> None:
-        """Note how processes of this server have ended."""
-        for pid, child in list(self._children.items()):
-            code = child.poll()
-            if code is not None:
-                self._exits[pid] = code
-                self._children.pop(pid, None)
 
 
 KILLED_MOST = 3
@@ -422,8 +395,7 @@ class QueueTurns:
                 return
 
             # A run that was cut off goes on, unless it is killed again and again at one place.
-            was_asked = processes.is_asked_to_stop(job.run_dir)
-            is_killed = state.state != "interrupted" and not was_asked
+            is_killed = state.state != "interrupted"
             newest = run_folder.RunDir(job.run_dir).latest_checkpoint()
             has_progress = newest is not None and newest.stat().st_mtime >= run.started
             killed = 0 if has_progress else run.killed + is_killed

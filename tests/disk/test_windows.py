@@ -25,7 +25,7 @@ from dreambooth_moslora.extras.cluster.worker import train_subject
 from dreambooth_moslora.ui.jobs import Jobs, QueueTurns
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 from tests.training.test_loop import HOLD
-from tests.ui.conftest import TRAINER, recorded, wait_for
+from tests.ui.conftest import TRAINER, wait_for
 
 pytestmark = [
     pytest.mark.skipif(
@@ -136,23 +136,6 @@ def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch,
     assert {record.message for record in caplog.records} == {
         "dog did not answer the request to stop and was ended"
     }
-
-
-@pytest.mark.parametrize("has_begun", [True, False])
-def test_a_status_of_windows_tells_a_stop_before_the_beginning_from_one_that_was_not_answered(
-    has_begun, tmp_path
-):
-    """`TerminateProcess` of psutil leaves 15 for either."""
-    events = [{"type": "start"}] * has_begun
-    job, jobs = recorded(tmp_path / "dog", *events, pid=2**30, stop_asked=1.0), Jobs(tmp_path)
-    (job.run_dir / processes.LOG_NAME).write_text("training")
-    jobs._exits[job.pid] = 15
-    state, says = (
-        ("failed", "killed; its last words: training")
-        if has_begun
-        else ("interrupted", "before training had")
-    )
-    assert jobs.state(job).state == state and says in jobs.state(job).message
 
 
 def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_path, monkeypatch):

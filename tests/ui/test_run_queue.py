@@ -195,38 +195,6 @@ def test_a_run_that_is_killed_again_and_again_fails_and_the_next_begins(turns):
     assert f"killed {KILLED_MOST} times" in turns.queue.ended()[0]["message"]
 
 
-def test_a_run_that_saves_and_ends_again_and_again_as_the_queue_does_is_not_killed(jobs):
-    added(RunQueue(jobs.runs_dir), "dog", steps=500)
-
-    def stopped() -> QueueTurns:
-        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page once more
-        turns.take()
-        wait_for(lambda: (job := turns.jobs.current()) and turns.jobs.state(job).step)
-        turns.jobs.ask_to_stop(turns.jobs.current())  # as Ctrl-C does
-        wait_for(lambda: turns.jobs.current() is None)
-        return turns
-
-    turns = [stopped() for _ in range(KILLED_MOST + 1)][-1]
-    assert turns.current().killed == 0 and not turns.queue.ended()
-
-
-def test_a_run_that_the_queue_ends_before_it_has_begun_is_not_killed(jobs):
-    """Three Ctrl-C while the base was loaded made it a failed run, “perhaps for want of memory”."""
-    jobs.script.write_text("import time; time.sleep(60)")
-    added(RunQueue(jobs.runs_dir), "dog")
-
-    def stopped() -> QueueTurns:
-        turns = QueueTurns(Jobs(jobs.runs_dir, jobs.script))  # the page once more
-        turns.take()
-        if job := turns.jobs.current():
-            turns.jobs.ask_to_stop(job)  # as Ctrl-C does
-        wait_for(lambda: turns.jobs.current() is None)
-        return turns
-
-    turns = [stopped() for _ in range(KILLED_MOST + 1)][-1]
-    assert not turns.queue.ended() and turns.current().killed == 0
-
-
 def test_nothing_is_started_beside_a_run(jobs, turns):
     added(turns.queue, "dog")
     jobs.start("cat", {"mode": "good", "output_dir": str(jobs.runs_dir / "cat"), "steps": 2})
