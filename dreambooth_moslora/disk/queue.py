@@ -10,7 +10,6 @@ The queue is the folder `.queue` in the folder of runs:
     order.json           the names of the waiting runs in their order
     started/NAME.json    the run whose turn it is, until it has ended
     ended.jsonl          one line for each run that has ended, and how
-    paused               while it is there, no waiting run starts
 
 A process must hold `turn` to start or end runs, so only one does.
 """
@@ -182,20 +181,6 @@ class RunQueue:
         self.runs_dir = runs_dir
         self.folder = runs_dir / QUEUE_NAME
         self.ended_path = self.folder / "ended.jsonl"
-        self._paused_path = self.folder / "paused"
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether the waiting runs stay where they are, until `pause(False)`."""
-        return self._paused_path.exists()
-
-    def pause(self, is_paused: bool = True) -> None:
-        """The run whose turn it is goes on to its end."""
-        if is_paused:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._paused_path.touch()
-        else:
-            self._paused_path.unlink(missing_ok=True)
 
     def add(self, run: QueuedRun) -> int:
         """Add a run behind the others; returns its place, from 1. Raises UserError for a name that
@@ -257,10 +242,9 @@ class RunQueue:
                 held.close()
 
     def claim(self) -> QueuedRun | None:
-        """Move the first waiting run to `started` and return it; None when none waits, or the queue
-        is paused."""
+        """Move the first waiting run to `started` and return it; None when none waits."""
         with self._held():
-            waiting = [] if self.is_paused else self.waiting()
+            waiting = self.waiting()
             if not waiting:
                 return None
             run = waiting[0]

@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
 from dreambooth_moslora.ui.train.train_watch import queue_changes, status_of
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import handler, wait_for
+from tests.ui.conftest import wait_for
 
 TURNS = """
 import sys, time
@@ -223,35 +223,6 @@ def workspace(workspace):
     return workspace
 
 
-def test_a_pause_lets_the_running_one_end_and_starts_no_next_one_also_after_a_restart(jobs, turns):
-    for name in ("dog", "cat"):
-        added(turns.queue, name)
-    turns.take()
-    turns.queue.pause()
-    wait_for(lambda: turns.take() or endings(turns.queue) == {"dog": "done"})
-    later = QueueTurns(Jobs(jobs.runs_dir, jobs.script))
-    later.take()
-    assert names(later.queue) == ["cat"] and later.queue.is_paused and not later.current()
-    later.queue.pause(False)
-    wait_for(lambda: later.take() or "cat" in endings(later.queue))
-
-
-def test_the_page_pauses_the_queue_and_says_so(context):
-    ctx = context()
-    ctx.runs_dir.mkdir()
-    added(ctx.queue.queue, "dog")
-    pause = handler(ctx, "changed", "queue_pause")
-    pause(None, None, None)
-    shown = queue_changes(ctx, None, None)
-    assert "Paused" in shown["queue_rest"] and shown["queue_pause"].value == "Go on"
-    with pytest.raises(
-        UserError, match="lets this one wait for its turn; the queue is paused, which “Go on” there"
-    ):
-        start_run(ctx, FORM)
-    pause(None, None, None)
-    assert queue_changes(ctx, None, shown["queue_seen"])["queue_pause"].value == "Pause the queue"
-
-
 def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
     queue, runs_dir = page.queue.queue, page.jobs.runs_dir
     assert add_to_queue(page, FORM)[0] == "dog"
@@ -262,7 +233,7 @@ def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
     shown = queue_changes(page, None, None)
     words = ["1 · dog", "2 · dog-2", "3 · bear"]
     assert shown["queued"].choices == list(zip(words, ("dog", "dog-2", "bear")))
-    assert shown["queue_box"].visible and not shown["queue_rest"]
+    assert shown["queue_box"].visible
     assert queue_changes(page, None, shown["queue_seen"]) == {}
     with pytest.raises(UserError, match="Add to queue"):
         start_run(page, FORM)
@@ -279,11 +250,9 @@ def test_a_program_is_told_that_its_run_waits_and_where(page):
     waits = {"run": "dog", "state": "waiting", "step": 0, "steps": 0}
     assert status_of(page, "dog") == waits | {"place": 2}
     page.queue.queue.remove("bear")
-    page.queue.queue.pause()
-    assert status_of(page, "dog") == waits | {"place": 1, "message": "the queue is paused"}
+    assert status_of(page, "dog") == waits | {"place": 1}
     with pytest.raises(UserError, match="there is no run called 'cat'"):
         status_of(page, "cat")
-    page.queue.queue.pause(False)
     page.queue.queue.claim()
     assert status_of(page, "dog") == waits | {"state": "starting"}
     assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog")["state"] == "done"

@@ -88,8 +88,7 @@ def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
 
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
-PAUSED = "; the queue is paused, which “Go on” there ends"
-"""Why a run is not started; the second part where it applies."""
+"""Why a run is not started."""
 
 # Lines of the cards.
 TIME_KNOWN = "time: at the pace of the last such run here"
@@ -109,7 +108,7 @@ class Prepared:
 def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
     """The started run, and what was chosen for it as HTML. Raises UserError."""
     if ctx.jobs.current() or not ctx.queue.is_empty:
-        raise UserError(BUSY + PAUSED * ctx.queue.queue.is_paused)
+        raise UserError(BUSY)
     with prepared(ctx, form) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings)
     return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")

@@ -202,15 +202,13 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
 
 def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
     """The state of a run, for a program; with its `place` while it waits. Raises UserError."""
-    queue = ctx.queue.queue
     unbegun = {"run": run, "state": "waiting", "step": 0, "steps": 0}
     # It waits in the queue.
     for waiting in queued_runs(ctx):
         if waiting["run"] == run:
-            said = {"message": "the queue is paused"} if queue.is_paused else {}
-            return unbegun | waiting | said
+            return unbegun | waiting
     # Its turn has come, and it starts as soon as pictures make room.
-    is_next = any(one.name == run for one in queue.started())
+    is_next = any(one.name == run for one in ctx.queue.queue.started())
     if is_next and Job.load(ctx.jobs.run_dir(run)) is None:
         return unbegun | {"state": "starting"}
     # It has begun.
@@ -391,10 +389,8 @@ def small_picture(file: Path, changed_ns: int) -> str:
         return html.thumbnail(image.convert("RGB"), LISTED_PX)
 
 
-OF_QUEUE = ("queue_box", "queued", "queue_rest", "queue_seen", "run", "runs", "queue_pause")
+OF_QUEUE = ("queue_box", "queued", "queue_seen", "run", "runs")
 """Widgets that show the queue."""
-PAUSED = "Paused: what trains goes on to its end, and no next run starts."
-"""Told below a paused queue."""
 
 
 def queue_widgets() -> dict[str, Any]:
@@ -404,12 +400,10 @@ def queue_widgets() -> dict[str, Any]:
         parts["queued"] = gr.Radio(
             [], value=None, label="Waiting runs; choose one to move it", elem_id="queued"
         )
-        parts["queue_rest"] = gr.HTML("", elem_id="queue_rest")
         with gr.Row(elem_classes="tight"):
             for name, width in (("up", 60), ("down", 60), ("remove", 80)):
                 key = f"queue_{name}"
                 parts[key] = gr.Button(name.title(), min_width=width, elem_id=key)
-        parts["queue_pause"] = gr.Button("Pause the queue", size="sm", elem_id="queue_pause")
     return parts
 
 
@@ -437,7 +431,6 @@ def connect_queue(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
         "queue_up": lambda name: queue.move(name, "up"),
         "queue_down": lambda name: queue.move(name, "down"),
         "queue_remove": queue.remove,
-        "queue_pause": lambda name: queue.pause(not queue.is_paused),
     }
     for name, change in buttons.items():
         parts[name].click(control(change), [parts["queued"], *inputs], outputs, **TELLING)
@@ -491,9 +484,8 @@ def queue_changes(
     """
     waiting = ctx.queue.queue.waiting()
     rows = [(f"{place} · {one.name}", one.name) for place, one in enumerate(waiting, 1)]
-    is_paused = ctx.queue.queue.is_paused
     cards = run_cards(ctx.jobs)
-    now = (rows, is_paused, run, cards)
+    now = (rows, run, cards)
     if now == seen:
         return {}
     # A run that the page has not seen yet has just begun: watch it.
@@ -504,11 +496,9 @@ def queue_changes(
     if chosen not in [one.name for one in waiting]:
         chosen = None
     return {
-        "queue_box": gr.Column(visible=bool(rows or is_paused)),
+        "queue_box": gr.Column(visible=bool(rows)),
         "queued": gr.Radio(choices=rows, value=chosen),
-        "queue_rest": html.faint(PAUSED) if is_paused else "",
         "queue_seen": now,
-        "queue_pause": gr.Button("Go on" if is_paused else "Pause the queue"),
         "run": current.name if is_new else gr.skip(),
         # Gradio replaces all that the list was told, so both go together.
         "runs": gr.HTML(cards=cards, chosen=run, visible=bool(cards)),
