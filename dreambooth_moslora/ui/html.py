@@ -213,14 +213,11 @@ One component holds all. The server sends `cards`: {photo, picture, remark, capt
 cards' order. What was typed stays with its photo whatever cards come; `made` fills only an empty
 caption. A new word in `reset` drops what was typed.
 
-Events: `written` (the value has changed), `keep` (a caption is finished), `mask` and `drop` (of
+Events: `keep` (a caption is finished), `mask` and `drop` (of
 `event.photo`), `write` (captions are wanted), `masks` (masks are to be shown).
 """
 ROWS_SCRIPT = "\n" + static("photo_rows.js")
 """What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
-CAPTIONS = static("captions.js").rstrip("\n")
-"""The value as the field `captions`: a photo may be removed elsewhere, so each line names its own.
-"""
 
 
 def photo_rows(elem_id: str) -> gr.HTML:

@@ -81,9 +81,10 @@ def test_a_run_is_trained_as_captioned_and_brushed_and_put_back_into_the_form(of
         web.says(page, "cost", "of duck are in the form")
         page.wait_for_function("document.querySelectorAll('#crops img').length === 3")
         assert web.caption(page, 2) == "a sks duck at night"
-        queue.pause()
-        page.click("#add_to_queue")
-        web.says(page, "cost", "duck-2 waits")
+        queue.folder.mkdir()
+        with queue.turn():  # so that it stays there
+            page.click("#add_to_queue")
+            web.says(page, "cost", "duck-2 waits")
         assert web.fits(page) and not visited.errors
     for run in ("duck", "duck-2"):
         assert (runs_dir / run / "photos" / "photo_02.txt").read_text() == "a sks duck at night"
@@ -188,7 +189,7 @@ def test_ten_photos_the_word_and_start_are_in_view_and_the_brush_has_the_window_
             )
             buttons = [
                 page.locator(f"#{name}").bounding_box()
-                for name in ("keep_mask", "put_mask_back", "close_mask")
+                for name in ("keep_mask", "remove_mask", "close_mask")
             ]
             assert page.locator("#mask_box button.lg").evaluate_all(HAVE_ROOM)
             assert all(

@@ -10,7 +10,6 @@ const inOneLine = (text) => text.replace(/[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+/g
 
 function say() {
   props.value = cards().map(({photo}) => [photo, typed.get(photo) || ""]);
-  trigger("written");
 }
 
 function tileOf(photo) {

@@ -17,6 +17,7 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
+from dreambooth_moslora.ui.photo_copies import take_photos
 from dreambooth_moslora.ui.train import (
     train_form,
     train_masks,
@@ -211,7 +212,7 @@ def _with_photos(ctx: state.AppContext, act: Callable[[TrainForm], tuple]) -> Ca
         # Without the lock, the photos of another request could be used in their place.
         with ctx.workspace.changing if photos else nullcontext():
             if photos:
-                train_photos.take_with_masks(photos, ctx.workspace)
+                take_photos(photos, ctx.workspace.photos_dir)
             done = act(TrainForm(**values))
         return done if len(done) > 1 else done[0]
 
@@ -233,9 +234,11 @@ def _connect_form(
     """
     places = [parts[name] for name in ("remarks", "prompts", "cost")]
 
-    def on_page(**values) -> dict:
+    def on_page(said: list | None, **values) -> dict:
         form = TrainForm(**values)
         try:
+            # What was typed last may still be on its way.
+            train_photos.keep_captions(ctx.workspace, said or [])
             return dict(zip(outputs, act(form)))
         except Exception as error:
             place = train_start.place_of_mistake(ctx, form)
@@ -243,7 +246,7 @@ def _connect_form(
 
     button.click(
         on_page,
-        inputs_kwargs=fields,
+        inputs_kwargs={"said": parts["crops"], **fields},
         outputs=list(dict.fromkeys([*outputs, *places])),
         api_visibility="private",
         **train_masks.TAKING_PHOTOS,
@@ -323,7 +326,6 @@ def _connect_ended(
         settings = job.settings
         form = train_start.form_of_run(settings, job.run_dir / "photos")
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
-        train_photos.keep_captions_of(ctx.workspace, form.captions)
         # What is said of it.
         told = (
             f"The settings, words and photos of {job.name} are in the form. Change them, and start."

@@ -13,11 +13,9 @@ from typing import Any
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
-from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.photos.beside import MOST_BYTES, TOO_LONG
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
@@ -155,25 +153,6 @@ def rows() -> dict[str, FormField]:
 
 TOO_MANY_CAPTIONS = "{} captions for {} photos: one photo could not be read; leave out its line"
 """Told when a line of captions would be another photo's."""
-DIGEST = re.compile("[0-9a-f]{64}")
-"""A photo's sha256."""
-
-
-def check_captions(captions: Any) -> None:
-    """Check each line of captions.
-
-    Raises UserError for one that cannot be written, or that is longer than the trainer reads.
-    """
-    check_characters(str(captions or ""), "a caption")
-    for number, line in enumerate(str(captions or "").splitlines(), 1):
-        if len(digest_and_caption(line)[1].encode()) > MOST_BYTES:
-            raise UserError(f"the caption of photo {number} is {TOO_LONG}; shorten it")
-
-
-def digest_and_caption(line: str) -> tuple[str, str]:
-    """(Digest, caption) of a line of captions; a program's line has no digest, which is "" then."""
-    digest, colon, caption = line.partition(":")
-    return (digest, caption) if colon and DIGEST.fullmatch(digest) else ("", line)
 
 
 def prompts_of(token: str, class_word: str) -> tuple[str, str]:
@@ -432,7 +411,7 @@ class TrainForm:
         The arguments are those of `choices`. Raises UserError.
         """
         prompts_of(self.token, self.class_word)
-        check_captions(self.captions)
+        check_characters(str(self.captions or ""), "a caption")
         given = {
             "pretrained_model_name_or_path": base,
             # The files that the page itself has loaded.
@@ -471,14 +450,10 @@ class TrainForm:
     def write_captions(self, photos_dir: Path) -> None:
         """Write each caption into a text file beside its photo; empty ones are skipped.
 
-        Raises UserError for more lines without a digest than photos: some would be another photo's.
+        Raises UserError for more lines than photos: some would be another photo's.
         """
         photos = kept_photos(photos_dir)
         lines = str(self.captions or "").rstrip().splitlines()
-        # Lines with digests are put in the order of the photos that are there.
-        said = dict(map(digest_and_caption, lines))
-        if "" not in said:
-            lines = [said.get(file_digest(photo), "") for photo in photos]
         if len(lines) > len(photos):
             raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos)))
         for photo, line in zip(photos, lines):

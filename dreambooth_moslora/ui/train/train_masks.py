@@ -1,7 +1,7 @@
 """The widgets of photos in the Train tab: a grid of them, and a brush to correct their masks.
 
-What a program sends in `photos` and `captions` the page has elsewhere: photos are taken when they
-are dropped, and captions are written below the grid.
+What a program sends in `photos` and `captions` the page has taken before: photos when they are
+dropped, and captions when they are written below the grid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
-from dreambooth_moslora.ui.html import CAPTIONS, photo_rows, with_cards
+from dreambooth_moslora.ui.html import photo_rows, with_cards
 from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
 from dreambooth_moslora.ui.train import train_form, train_photos
 
@@ -92,9 +92,7 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, widgets: dict) -> Non
     def again(seed: int) -> tuple:
         return review(ctx, seed)
 
-    # What is typed goes into the form at once, and is kept when a caption is finished.
-    rows.written(None, rows, widgets["captions"], js=CAPTIONS, trigger_mode="multiple", **AT_ONCE)
-
+    # A caption is kept when it is finished.
     @on(rows.keep, AT_ONCE, inputs=rows, outputs=None, trigger_mode="always_last")
     def keep(said: Any) -> None:
         train_photos.keep_captions(ctx.workspace, said)
@@ -168,7 +166,7 @@ def review(
     if not kept_photos(ctx.workspace.photos_dir):
         return html.faint(ABOUT_MASKS), with_cards([])
     found = train_photos.review_kept(ctx, remarks=remarks, seed=seed, masks=masks)
-    cards = train_photos.cards_of(ctx.workspace, found, made or {})
+    cards = train_photos.cards_of(found, made or {})
     return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
 
 
@@ -226,8 +224,8 @@ def mask_widgets() -> dict[str, Any]:
             parts["keep_mask"] = gr.Button(
                 "Keep this mask", variant="primary", min_width=130, elem_id="keep_mask"
             )
-            parts["put_mask_back"] = gr.Button(
-                "Put the old one back", min_width=170, elem_id="put_mask_back"
+            parts["remove_mask"] = gr.Button(
+                "Remove the mask", min_width=170, elem_id="remove_mask"
             )
             parts["close_mask"] = gr.Button("Close", min_width=64, elem_id="close_mask")
     return parts
@@ -296,9 +294,10 @@ def connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         train_photos.keep_mask(ctx.workspace, photo, painted["layers"][0], settings(values))
         return pictures(values)
 
-    @on(parts["put_mask_back"].click, inputs_kwargs=of_chosen, outputs=corrected, **making)
-    def back(chosen: str, **values) -> tuple:
-        train_photos.put_back(ctx.workspace, train_photos.photo_with(ctx.workspace, chosen))
+    @on(parts["remove_mask"].click, inputs_kwargs=of_chosen, outputs=corrected, **making)
+    def remove(chosen: str, **values) -> tuple:
+        photo = train_photos.photo_with(ctx.workspace, chosen)
+        train_photos.beside(photo).unlink(missing_ok=True)
         return pictures(values)
 
     # When the photos change, the remarks on masks and the brush are closed.

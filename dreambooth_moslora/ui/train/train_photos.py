@@ -1,11 +1,9 @@
 """The photos in the form: they are taken, and shown as the run will crop them.
 
-Their captions can be edited, and their masks corrected.
-A caption and a corrected mask are kept under the digest of their photo's clean copy, and found when
-the photo is uploaded again.
+Their captions can be edited, and their masks corrected: both lie beside the photo, where a training
+reads them. The page knows a photo by the digest of its clean copy, whatever its number.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ import PIL.ImageFilter
 from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.beside import MOST_BYTES, one_space
+from dreambooth_moslora.photos.beside import one_space
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.cropping import apply_crop
@@ -29,7 +27,6 @@ from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import kept_photos, remove_photos, take_photos
 from dreambooth_moslora.ui.train import train_form
-from dreambooth_moslora.ui.train.train_form import DIGEST
 from dreambooth_moslora.ui.workspace import Workspace
 
 EDIT_PX = 768
@@ -67,48 +64,30 @@ class ShownMask:
     remark: str
 
 
-def take_with_masks(files: list[str], workspace: Workspace, *, keep: bool = False) -> list[str]:
-    """`take_photos`, with earlier corrections for the same photos."""
-    remarks = take_photos(files, workspace.photos_dir, keep=keep)
-    for photo in kept_photos(workspace.photos_dir):
-        corrected, _ = corrections_of(workspace, photo)
-        if corrected.is_file():
-            shutil.copyfile(corrected, beside(photo))
-    return remarks
-
-
 def add_photos(files: list[str], workspace: Workspace) -> list[str]:
-    """Take photos after the others; returns remarks.
+    """Take photos after the others; of equal ones the first stays. Returns remarks.
 
-    Of equal ones the first stays, with the newest mask. Raises UserError.
+    Raises UserError.
     """
     with workspace.changing:
-        remarks = take_with_masks(files, workspace, keep=True)
-        first: dict[str, Path] = {}
+        remarks = take_photos(files, workspace.photos_dir, keep=True)
+        known = set()
         again = []
         for photo in kept_photos(workspace.photos_dir):
-            known = first.setdefault(file_digest(photo), photo)
-            if known == photo:
-                continue
-            again.append(photo)
-            remarks.append(f"photo {number_of(known)} was added once more: it counts once")
-            if beside(photo).is_file():
-                beside(photo).replace(beside(known))
+            digest = file_digest(photo)
+            if digest in known:
+                again.append(photo)
+            known.add(digest)
         remove_photos(workspace.photos_dir, again)
     return remarks
 
 
 def remove_photo(workspace: Workspace, digest: str) -> None:
-    """Remove a photo.
-
-    Its caption and corrected mask are kept for when it is added again.
-    """
+    """Remove a photo with its caption and mask."""
     folder = workspace.photos_dir
     with workspace.changing:
         gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
         remove_photos(folder, gone)
-        if not kept_photos(folder):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def photo_with(workspace: Workspace, digest: str) -> Path:
@@ -119,36 +98,23 @@ def photo_with(workspace: Workspace, digest: str) -> Path:
     raise UserError(GONE)
 
 
-def caption_file(workspace: Workspace, digest: str) -> Path:
-    """Where a photo's caption is kept."""
-    return workspace.root / "captions" / f"{digest}.txt"
-
-
-def caption_of(workspace: Workspace, digest: str) -> str:
-    """The caption that was kept for a photo; "" for none."""
-    file = caption_file(workspace, digest)
+def caption_of(photo: Path) -> str:
+    """The caption beside a photo; "" for none."""
+    file = photo.with_suffix(".txt")
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def keep_captions(workspace: Workspace, said: Sequence[Sequence[str]]) -> None:
-    """Keep the captions of the rows, [[digest, caption], …]."""
-    for digest, caption in said:
-        caption = one_space(caption)
-        # No file of another name, and none that the trainer would not read.
-        if not DIGEST.fullmatch(digest) or len(caption.encode()) > MOST_BYTES:
-            continue
-        file = caption_file(workspace, digest)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if caption != caption_of(workspace, digest):
+    """Write the captions of the rows, [[digest, caption], …], beside their photos."""
+    captions = dict(said)
+    with workspace.changing:
+        for photo in kept_photos(workspace.photos_dir):
+            caption = one_space(captions.get(file_digest(photo), caption_of(photo)))
+            file = photo.with_suffix(".txt")
             file.write_text(caption, encoding="utf-8")
-
-
-def keep_captions_of(workspace: Workspace, captions: str) -> None:
-    """Keep the captions of a form, which has a line for each photo."""
-    digests = list(map(file_digest, kept_photos(workspace.photos_dir)))
-    lines = captions.splitlines()
-    lines += [""] * (len(digests) - len(lines))
-    keep_captions(workspace, list(zip(digests, lines)))
+            # An empty caption is the instance prompt, as none is.
+            if not caption:
+                file.unlink()
 
 
 def made_captions(
@@ -175,12 +141,11 @@ def made_captions(
     captioner = load_captioner(config, best_device())
     # One at a time, so that the page can tell how far it is.
     for photo in photos:
-        digest = file_digest(photo.path)
-        if caption_of(workspace, digest):
+        if caption_of(photo.path):
             continue
         made = make_caption(photo, captioner, prompt)
         remark = f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
-        yield digest, made.caption or "", remark
+        yield file_digest(photo.path), made.caption or "", remark
 
 
 def shown_masks(config: TrainConfig, workspace: Workspace) -> Iterator[ShownMask]:
@@ -286,27 +251,8 @@ def keep_mask(
     white = square.crop(place_of(size))
     if white.getextrema()[1] == 0:
         raise UserError(EMPTY)
-    # The one that came with the photo is kept, to be put back.
-    with workspace.changing:
-        mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
-        corrected, given = corrections_of(workspace, photo)
-        corrected.parent.mkdir(parents=True, exist_ok=True)
-        if beside(photo).is_file() and not corrected.is_file():
-            shutil.copyfile(beside(photo), given)
-        mask.convert("1").save(corrected)
-        shutil.copyfile(corrected, beside(photo))
-
-
-def put_back(workspace: Workspace, photo: Path) -> None:
-    """Restore the mask that came with the photo, or none; the run may then make one."""
-    corrected, given = corrections_of(workspace, photo)
-    if not corrected.is_file():
-        return
-    corrected.unlink()
-    if given.is_file():
-        given.replace(beside(photo))
-    else:
-        beside(photo).unlink(missing_ok=True)
+    mask = white.resize(size, PIL.Image.Resampling.BILINEAR).point(as_black_or_white)
+    mask.convert("1").save(beside(photo))
 
 
 def number_of(photo: Path) -> int:
@@ -317,13 +263,6 @@ def number_of(photo: Path) -> int:
 def beside(photo: Path) -> Path:
     """Where a photo's mask lies."""
     return photo.with_suffix(".mask.png")
-
-
-def corrections_of(workspace: Workspace, photo: Path) -> tuple[Path, Path]:
-    """Files of the corrected mask, and of the one that came with the photo."""
-    folder = workspace.root / "corrected_masks"
-    digest = file_digest(photo)
-    return folder / f"{digest}.png", folder / f"{digest}.given.png"
 
 
 @dataclass(frozen=True)
@@ -406,9 +345,7 @@ def outlined(photo: PIL.Image.Image, mask: PIL.Image.Image | None) -> PIL.Image.
     return PIL.Image.composite(PIL.Image.new("RGB", photo.size, OUTLINE), photo, line)
 
 
-def cards_of(
-    workspace: Workspace, found: PhotoReview, made: Mapping[str, str]
-) -> list[dict[str, str]]:
+def cards_of(found: PhotoReview, made: Mapping[str, str]) -> list[dict[str, str]]:
     """The cards of `photo_rows`; `made` are captions by the photos' digests."""
     cards = []
     for photo, (picture, remark) in zip(found.photos, found.crops):
@@ -417,7 +354,7 @@ def cards_of(
             "photo": digest,
             "picture": html.thumbnail(picture, TILE_PX),
             "remark": remark,
-            "caption": caption_of(workspace, digest),
+            "caption": caption_of(photo),
             "made": made.get(digest, ""),
         }
         cards.append(card)

@@ -74,7 +74,7 @@ def length_of(config: table.TrainConfig, photos_dir: Path) -> dict[str, Any]:
 
 
 def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
-    """The run's photos and masks come into the form, in place of what is there.
+    """The run's photos, captions and masks come into the form, in place of what is there.
 
     Raises UserError where they are gone.
     """
@@ -83,8 +83,7 @@ def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
         raise UserError("the photos of this run are not there any more")
     with workspace.changing:
         shutil.rmtree(workspace.photos_dir, ignore_errors=True)
-        no_captions = shutil.ignore_patterns("*.txt")
-        shutil.copytree(photos_dir, workspace.photos_dir, ignore=no_captions)
+        shutil.copytree(photos_dir, workspace.photos_dir)
 
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"

@@ -15,7 +15,6 @@ import pytest
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk import processes
-from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan import agreement
@@ -27,14 +26,12 @@ from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.photo_copies import kept_photos
-from dreambooth_moslora.ui.train import train_photos
+from dreambooth_moslora.ui.train import screen
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     crop_config,
     rows,
 )
-from dreambooth_moslora.ui.train.train_photos import remove_photo
 from dreambooth_moslora.ui.train.train_start import (
     estimate_cost,
     form_of_run,
@@ -135,21 +132,6 @@ def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another
     assert not list(tab.runs_dir.glob("*"))
 
 
-def test_the_captions_of_the_page_stay_with_their_photos_when_another_page_has_removed_one(
-    workspace, tab
-):
-    """The first of three photos was removed, and the last had no caption: two lines seemed to be of
-    the other two."""
-    digests = list(map(file_digest, kept_photos(workspace.photos_dir)))
-    said = "\n".join(
-        f"{digest}:{caption}" for digest, caption in zip(digests, ("one", "two: this", "", "", ""))
-    )
-    remove_photo(workspace, digests[0])
-    with prepared(tab, replace(DUCK, captions=said)) as run:
-        captions = {file.name: file.read_text() for file in (run.run_dir / "photos").glob("*.txt")}
-    assert captions == {"photo_01.txt": "two: this"}
-
-
 @pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
 def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
     context, workspace, monkeypatch, broken
@@ -172,7 +154,7 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
 
 def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
     """Both took theirs into one folder before either copied it: both runs had the same animal."""
-    page, both_took, take = context(), Barrier(2), train_photos.take_with_masks
+    page, both_took, take = context(), Barrier(2), screen.take_photos
     (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(page.jobs, "script", stand_in)
     add = next(
@@ -189,7 +171,7 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
         add(files, **vars(replace(DUCK, class_word=word)))
         return len(list((page.runs_dir / word / "photos").iterdir()))
 
-    monkeypatch.setattr(train_photos, "take_with_masks", take_with_the_other)
+    monkeypatch.setattr(screen, "take_photos", take_with_the_other)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, ("hen", "cat"), (2, 3))) == [2, 3]
     end_all(page.jobs)

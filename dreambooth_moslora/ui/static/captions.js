@@ -1,1 +1,0 @@
-(rows) => (rows || []).map(([photo, caption]) => `${photo}:${caption}`).join('\n')
