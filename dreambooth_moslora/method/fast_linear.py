@@ -109,11 +109,6 @@ class ShortWay:
     working: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
     """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them."""
 
-    @property
-    def layers(self) -> tuple["ShortWay"]:
-        """The layers that compute with one pair of copies: this one alone."""
-        return (self,)
-
     def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Compute with these copies from now on."""
         self.working = {adapter_name: (down, up)}
@@ -287,16 +282,13 @@ class WorkingCopies:
 
 
 class StepCopies:
-    """The copies of a step, in batches of alike units; those of the next step with these units take
-    their place. A unit is a `ShortWay`, or several layers that compute together: it has `layers`,
-    and `lend` and `take_back` for their copies, A (r,in) and Uᵀ (r,out), or (k,r,in) and (k,r,out)
-    of k layers."""
+    """The copies of a step, in batches of alike layers; those of the next step with these layers
+    take their place."""
 
-    def __init__(self, units: Iterable, adapter_name: str):
-        self.groups: dict[tuple, list] = defaultdict(list)
-        for unit in units:
-            kind = kind_of(unit.layers[0], adapter_name)
-            self.groups[len(unit.layers), kind].append(unit)
+    def __init__(self, layers: Iterable[ShortWay], adapter_name: str):
+        self.groups: dict[tuple, list[ShortWay]] = defaultdict(list)
+        for layer in layers:
+            self.groups[kind_of(layer, adapter_name)].append(layer)
         self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
 
     @property
@@ -338,14 +330,12 @@ def kind_of(layer: ShortWay, name: str) -> tuple:
 
 
 class Batch:
-    """n alike units of k layers each: A (nk,r,in), B (nk,out,r) and M (nk,r,r), copied to A and Uᵀ
-    (nk,r,out)."""
+    """n alike layers: A (n,r,in), B (n,out,r) and M (n,r,r), copied to A and Uᵀ (n,r,out)."""
 
-    def __init__(self, units: list, adapter_name: str):
-        self.units, self.adapter_name = units, adapter_name
-        self.layers = [layer for unit in units for layer in unit.layers]
-        self.count = len(self.layers) // len(units)
-        self.scale = self.layers[0].scaling[adapter_name]
+    def __init__(self, layers: list[ShortWay], adapter_name: str):
+        self.layers = layers
+        self.adapter_name = adapter_name
+        self.scale = layers[0].scaling[adapter_name]
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def lend(self) -> None:
@@ -359,20 +349,19 @@ class Batch:
         self.learns_down = self.downs[0].requires_grad
         self.learns_up = self.ups[0].requires_grad
 
-        # The sums over the step's micro-batches: dA (nk,r,in) and dUᵀ (nk,r,out).
+        # The sums over the step's micro-batches: dA (n,r,in) and dUᵀ (n,r,out).
         self.down_sum: Tensor | None = None
         self.up_sum: Tensor | None = None
         # An unused layer's gradient stays None, so that the optimizer skips the layer.
         self.reached: set[int] = set()
 
         self._fill()
-        for unit, (down, up) in zip(self.units, self.copies, strict=True):
-            unit.lend(self.adapter_name, down, up)
+        for layer, (down, up) in zip(self.layers, self.copies, strict=True):
+            layer.lend(self.adapter_name, down, up)
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Of each unit the leaves A (r,in) and Uᵀ (r,out), or A (k,r,in) and Uᵀ (k,r,out). They
-        stay where they are."""
+        """Each layer's leaves A (r,in) and Uᵀ (r,out). They stay where they are."""
         # Uᵀ = s·Mᵀ·Bᵀ in fp32, all layers in one batch, and only then in the base's dtype.
         up = torch.stack(self.ups).mT
         if self.is_mixed:
@@ -381,11 +370,6 @@ class Batch:
             up = up * self.scale
         dtype = compute_dtype(self.layers[0].base_layer)
         down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
-
-        # Layers of one unit stay together.
-        if self.count > 1:
-            down = down.unflatten(0, (-1, self.count))
-            up = up.unflatten(0, (-1, self.count))
 
         # From the second step on: write the values into the leaves that are there. They stay the
         # same tensors, at the same addresses.
@@ -396,7 +380,7 @@ class Batch:
                 down_leaf.grad = up_leaf.grad = None
             return
 
-        # In the first step: each unit's leaves are views of the batch.
+        # In the first step: each layer's leaves are views of the batch.
         self.whole = (down, up)
         for one_down, one_up in zip(down, up, strict=True):
             down_leaf = one_down.detach().requires_grad_(self.learns_down)
@@ -406,26 +390,24 @@ class Batch:
     def collect(self) -> None:
         """Add the copies' gradients to the sums, in the dtype of A and B."""
         # Which layers this backward pass came through.
-        reached = [unit for unit, (_, up) in enumerate(self.copies) if up.grad is not None]
+        reached = [number for number, (_, up) in enumerate(self.copies) if up.grad is not None]
         if not reached:
             return
-        for unit in reached:
-            first = unit * self.count
-            self.reached.update(range(first, first + self.count))
+        self.reached.update(reached)
 
         # Sum in fp32: sums over many micro-batches would lose their small parts in half precision.
-        dtype, shape = self.downs[0].dtype, (len(self.layers), len(self.downs[0]), -1)
+        dtype = self.downs[0].dtype
         downs, ups = zip(*self.copies, strict=True)
-        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype).view(shape))
+        self.up_sum = added(self.up_sum, gradients_of(ups).to(dtype))
         if self.learns_down:
-            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype).view(shape))
+            self.down_sum = added(self.down_sum, gradients_of(downs).to(dtype))
 
     @torch.no_grad()
     def hand_over(self) -> None:
         """Turn the step's sums of dA and dU into the gradients of the masters A, M and B."""
         if self.up_sum is None:
             return
-        grad = self.up_sum.mT  # dU (nk,out,r)
+        grad = self.up_sum.mT  # dU (n,out,r)
 
         # dA is A's own gradient.
         if self.down_sum is not None:
@@ -450,8 +432,8 @@ class Batch:
             weight.grad = grad if weight.grad is None else weight.grad + grad
 
     def take_back(self) -> None:
-        for unit in self.units:
-            unit.take_back()
+        for layer in self.layers:
+            layer.take_back()
 
 
 def added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -196,15 +196,9 @@ class MixerLinear(torch.nn.Module):
         else:
             self.register_buffer("mixer", mixer)
 
-    @property
-    def mixing(self) -> torch.Tensor:
-        """M in the dtype of B. PEFT's `low_cpu_mem_usage` casts both to the base's dtype, and then
-        only parameters back."""
-        return self.mixer.to(self.up.dtype)
-
     def product(self) -> torch.Tensor:
         """B·M, in the shape of a plain LoRA's B: (out, r)."""
-        return self.up @ self.mixing
+        return self.up @ self.mixer
 
     @property
     def weight(self) -> torch.Tensor:

@@ -16,12 +16,9 @@ from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
-from peft.utils import PeftType
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import nn
 
 from dreambooth_moslora.errors import UserError
@@ -226,8 +223,6 @@ def cannot_carry(path: str, module: nn.Module) -> UserError:
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The paper's targets in SDXL."""
-SAVED_TYPE = "MOSLORA"
-"""The `peft_type` in an adapter's config as PEFT saves it."""
 START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 """PEFT's field, whose help text is kept with another default."""
 
@@ -249,26 +244,6 @@ class MoSLoraConfig(LoraConfig):
         super().__post_init__()
         if has_mixer(self):
             patch_peft()
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """A config unpickled from another process needs the patch too."""
-        self.__dict__.update(state)
-        if has_mixer(self):
-            patch_peft()
-
-    def to_dict(self) -> dict[str, object]:
-        """PEFT's `save_pretrained`. Without us it refuses the type MOSLORA; as LORA it would
-        compute wrongly."""
-        if self.mixer == "none":
-            plain = {one.name: getattr(self, one.name) for one in fields(LoraConfig) if one.init}
-            return LoraConfig(**plain).to_dict()
-        return super().to_dict() | {"peft_type": SAVED_TYPE}
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = MoSLoraConfig  # for `PeftModel.from_pretrained`
-# `hotswap_adapter` then compares mixers: a plain LoRA swapped in for one with a mixer would become
-# zero.
-CONFIG_KEYS_TO_CHECK[PeftType.LORA].append("mixer")
 
 
 def exact_config(

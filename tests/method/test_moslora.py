@@ -14,15 +14,12 @@ import transformers
 from diffusers import StableDiffusionXLPipeline
 from peft import (
     LoraConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from dreambooth_moslora.base.load import quantize
@@ -474,52 +471,6 @@ def test_qmoslora_on_a_4_bit_base(dora):
     with torch.no_grad():
         live, folded = forward_of(model), forward_of(with_folded_weights(model))
     assert (live - folded).abs().max() <= 1e-5 * live.abs().max()
-
-
-def test_peft_files_come_back_whole_and_are_swapped_in_place_only_for_their_like(
-    tmp_path, monkeypatch, recwarn
-):
-    """A PEFT without this package refuses them. Without a mixer the saved config is plain
-    PEFT's."""
-    net = Net()
-    model = get_peft_model(copy.deepcopy(net), config(mixer="kaiming", lora_alpha=7)).eval()
-    model.save_pretrained(tmp_path / "first")
-    shake(model)
-    model.save_pretrained(tmp_path / "second")
-    first, again = (
-        PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / n).eval()
-        for n in ("first", "second")
-    )
-    assert isinstance(again.peft_config["default"], MoSLoraConfig) and torch.equal(
-        again(X), model(X)
-    )
-    assert not torch.equal(first(X), model(X))
-    hotswap_adapter(first, tmp_path / "second", "default")
-    assert torch.equal(first(X), model(X))
-    get_peft_model(Net(), config(mixer="none")).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="incompatible: for mixer"):
-        hotswap_adapter(first, tmp_path / "plain", "default")
-    assert (
-        type(PeftModel.from_pretrained(Net(), tmp_path / "plain").peft_config["default"])
-        is LoraConfig
-    )
-    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
-    # as it is before this package is imported
-    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOSLORA")
-    with pytest.raises(KeyError, match="MOSLORA"):
-        PeftModel.from_pretrained(Net(), tmp_path / "second")
-
-
-def test_a_frozen_mixer_comes_back_also_on_a_bf16_base_without_a_copy_in_memory(tmp_path):
-    """PEFT then casts all to bf16, and to fp32 the parameters alone."""
-    model = get_peft_model(Net(torch.bfloat16), config(train_mixer=False))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(Net(torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
-    assert again(X.bfloat16()).isfinite().all()
-    wanted, found = fold(model), fold(again)
-    assert all(
-        torch.allclose(found[path].up, wanted[path].up, rtol=0.02, atol=1e-3) for path in wanted
-    )
 
 
 def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
