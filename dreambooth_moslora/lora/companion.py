@@ -7,15 +7,11 @@ It is added to the base's weights before these are quantised. So a step costs wh
 one, and nothing of it can get into the adapter.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import lora_file
@@ -57,31 +53,3 @@ def add(companion: Layers, denoiser: nn.Module) -> None:
     for path, matrices in companion.items():
         weight = layers[path].weight
         weight += matrices.delta.to(weight.device, weight.dtype)
-
-
-@contextmanager
-def taken_away(companion: Layers, denoiser: nn.Module) -> Iterator[None]:
-    """In this block the denoiser, to which it was added, answers without it, but for rounding."""
-    bases = moslora.matrix_layers(denoiser)
-    hooks = []
-    for path, matrices in companion.items():
-        subtract = partial(without, bases[path], matrices)
-        hooks.append(denoiser.get_submodule(path).register_forward_hook(subtract))
-    try:
-        # What is compiled does not look for hooks.
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def without(
-    base: nn.Module, matrices: LowRank, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor
-) -> Tensor:
-    """A hook: the layer's answer (…, out), or (B, out, h, w), minus the companion's part of it."""
-    down, up = (matrix.to(answer.device, answer.dtype) for matrix in (matrices.down, matrices.up))
-    x = inputs[0].to(answer.dtype)
-    if down.ndim == 2:
-        return answer - F.linear(F.linear(x, down), up)
-    return answer - F.conv2d(F.conv2d(x, down, stride=base.stride, padding=base.padding), up)

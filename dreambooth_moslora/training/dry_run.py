@@ -5,15 +5,12 @@
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk import queue, run_folder
-from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.lora.metadata import dora_note
-from dreambooth_moslora.photos import captions, cropping, folder, masks, photo_file, shown_captions
+from dreambooth_moslora.photos import folder, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
@@ -42,16 +39,9 @@ def advice(plan: Plan) -> list[str]:
             "set --lr_warmup_steps"
         )
 
-    # A flag that the base does not know.
-    facts = plan.base.facts
-    flag = rules.given_flag(config, "guidance_scale")
-    if flag and facts is not None and facts.has_negative:
-        lines.append(
-            f"{flag} has no effect with {facts.title}, which is told no guidance in training"
-        )
-
     # Who can load the files.
     if config.use_dora:
+        facts = plan.base.facts
         is_unet = facts is None or facts.denoiser == "unet"
         lines.append(dora_note(has_kohya_file=is_unet))
     return lines
@@ -73,8 +63,7 @@ def free_disk_gib(config: table.TrainConfig) -> float:
 
 
 def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
-    """The report of `--dry_run`, with settings as TOML. Raises UserError for what training would
-    refuse."""
+    """The report of `--dry_run`. Raises UserError for what training would refuse."""
     # Whatever a run would refuse before it loads the base.
     check_folders(config)
     queue.check_free(Path(config.output_dir))
@@ -92,7 +81,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
         "not enough room": lack_of_disk(plan),
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "steps": step_lines(plan),
-        "photos": [*photo_lines(config, report), *made_lines(config, report)],
+        "photos": photo_lines(config, report),
         "settings that are not the defaults (--help_all shows those)": changed_lines(config),
         "remarks": [*report.remarks, *advice(plan)],
     }
@@ -104,7 +93,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
 
 
 def changed_lines(config: table.TrainConfig) -> list[str]:
-    """The settings of the run that this one tells of, as TOML, without its defaults."""
+    """The settings of the run that this one tells of, without its defaults."""
     values = config.to_dict() | {"dry_run": False}
 
     # What `train` requires has no default, unless several subjects have their own.
@@ -114,98 +103,28 @@ def changed_lines(config: table.TrainConfig) -> list[str]:
     lines = []
     for name, value in values.items():
         if value != DEFAULTS[name] or name in required:
-            lines.append(f"{name} = {as_toml(value)}")
+            lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
     return lines
 
 
-def as_toml(value: object) -> str:
-    """A setting's value, as a configuration file has it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {as_toml(one)}" for name, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(as_toml, value)) + "]"
-
-    # JSON writes the others as TOML does.
-    return json.dumps(value, ensure_ascii=False)
-
-
 def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
-    """A line for each photo; with `--enable_bucket` the sizes of the crops."""
+    """A line for each photo and each file that is left out, and the instance prompt's share."""
     lines = []
     for photo in report.photos:
         height, width = photo.size_px
         about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
-
-    # What buckets make of their shapes.
-    if config.enable_bucket:
-        rule = cropping.crop_rule(config)
-        counts = Counter(rule.target(photo.size_px) for photo in report.photos)
-        sizes = []
-        for (height, width), count in counts.most_common():
-            sizes.append(f"{width} x {height} px ({count})")
-        lines.append(f"cropped to {', '.join(sizes)}")
-    return lines
-
-
-def made_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
-    """The instance prompt's share, and what would be made. Raises UserError when no word says what
-    to look for."""
-    subjects = config.each_subject
-    made = "makes them before training"
-    lines = []
     if share := shown_captions.bare_prompt_line(config, report.photos):
         lines.append(share)
-
-    # Captions.
-    without = sum(not photo.is_captioned for photo in report.photos)
-    if config.captions == "auto" and without:
-        captioner = captions.load_captioner(subjects[0])
-        lines.append(f"captions: {without} photos have none of their own; {captioner.name} {made}")
-
-    # Masks. Some models are told what to look for, each subject by its own word.
-    bare = [photo for photo in report.photos if photo.mask_path is None]
-    if config.masks != "given" and bare:
-        words = dict.fromkeys(masks.sought_word(subjects[photo.subject]) for photo in bare)
-        sought = ""
-        if any(words):
-            sought = f", looking for {quoted(words)}"
-        name = public_name(masks.segmenter_name(config))
-        lines.append(f"masks: {len(bare)} photos have none; {name} {made}{sought}")
     return lines
-
-
-def quoted(words: Iterable[str | None]) -> str:
-    """The words in quotes, as a list."""
-    return ", ".join(f"“{word}”" for word in words)
 
 
 def step_lines(plan: Plan) -> list[str]:
-    """How long the run is, what stands beside the photos, and how often each is seen."""
+    """How long the run is, and the words of each subject with how often its photos are seen."""
     config, steps = plan.config, plan.steps
     lines = [steps.sentence()]
-    if config.crops_per_photo > 1:
-        lines.append(f"{config.crops_per_photo} crops of each photo take turns, one an epoch")
-    subjects = config.each_subject
-
-    # The prior. Subjects of one class share its prompt.
-    if config.with_prior_preservation:
-        source = "the base's answer"
-        if config.prior == "class_images":
-            source = f"{config.num_class_images} class images"
-        prompts = quoted(dict.fromkeys(subject.class_prompt for subject in subjects))
-        if config.prior == "adapter_off" and config.prior_prompts:
-            count = len(config.prior_prompts)
-            prompts += f" or, for about half of them, to one of --prior_prompts ({count})"
-        beside = "them"
-        if config.prior_every > 1:
-            many = f"{config.prior_every} micro-batches, at {config.prior_every} times the weight"
-            beside = f"one of {many}"
-        lines.append(f"as many prior examples beside {beside}, from {source} to {prompts}")
-
-    # The words of each subject.
-    for one, count in zip(subjects, steps.photo_counts):
+    for one, count in zip(config.each_subject, steps.photo_counts):
         subject = subject_of(one)
         words = f"token “{subject.token}”, class “{subject.class_word}”"
         if config.subjects:

@@ -232,14 +232,11 @@ class ClassImages:
         return True
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The batches of the first `count` images in which one is missing, whole: last bits depend
-        on neighbours."""
+        """The missing ones of the first `count` images, in batches."""
+        missing = [index for index in range(count) if not self.is_there(index)]
         found = []
-        for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            missing = tuple(index for index in indices if not self.is_there(index))
-            if missing:
-                found.append(ClassBatch(images=self, indices=tuple(indices), missing=missing))
+        for start in range(0, len(missing), batch_size):
+            found.append(ClassBatch(self, tuple(missing[start : start + batch_size])))
         return found
 
 
@@ -249,29 +246,25 @@ class ClassBatch:
 
     images: the set they belong to
     indices: their numbers in it
-    missing: the numbers of those that are kept
     """
 
     images: ClassImages
     indices: tuple[int, ...]
-    missing: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
-        """Generate the batch; returns the missing images as PNG files."""
+        """Generate the images; returns them as PNG files."""
         seeds = []
         for index in self.indices:
             seeds.append(seed_of(self.images.seed, "class_image", index) % 2**32)
-        drawn = generate(self.images.prompt, seeds)
-        pictures = dict(zip(self.indices, drawn, strict=True))
-        return [png_bytes(pictures[index]) for index in self.missing]
+        return [png_bytes(picture) for picture in generate(self.images.prompt, seeds)]
 
     def keep(self, files: list[bytes]) -> None:
         """Write those files. A run that shares the folder may have drawn an image meanwhile: the
         first one stays, as that run may have read it."""
-        for index, content in zip(self.missing, files, strict=True):
+        for index, content in zip(self.indices, files, strict=True):
             if not self.images.is_there(index):
                 atomic_write(self.images.path(index), content)
 

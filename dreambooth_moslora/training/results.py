@@ -19,14 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import architecture
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
-from dreambooth_moslora.lora import companion, metadata, new_tokens, published_file, raw_file
+from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos.photo_file import (
     Photo,
@@ -54,8 +53,6 @@ CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "p
 """Losses with their colour and label."""
 CARD_IMAGES = 6
 """Pictures on a card, but for at least two samples."""
-FEW_STEPS = 8
-"""Denoising steps of a picture by a distilled base: Z-Image-Turbo's own."""
 
 Shown = tuple[SampleRequest, Image.Image]
 """What was asked for, and the picture that was drawn."""
@@ -277,30 +274,10 @@ class Publisher:
             for picture, request in zip(pictures, asked, strict=True):
                 contexts.append((request, picture))
 
-        # The first samples without the companion, as the file is used.
-        alone: list[Shown] = []
-        if finished and self.config.companion:
-            with suppress(StopRequestedError):
-                alone = self._drawn_without_companion()
-
-        on_main(accelerator, lambda: self._present(finished, proof, contexts, alone))
+        on_main(accelerator, lambda: self._present(finished, proof, contexts))
         return proof
 
-    def _drawn_without_companion(self) -> list[Shown]:
-        """The samples' requests by the base itself, in few steps and unguided if it is distilled.
-        Raises StopRequestedError."""
-        sampler = self.sampler
-        if Base.of(self.config).distilled:
-            unguided = self.inputs.family.facts.no_guidance
-            sampler = replace(sampler, inference_steps=FEW_STEPS, guidance_scale=unguided)
-        under = companion.read(self.config.companion, self.inputs.pipeline)
-        with companion.taken_away(under, self.inputs.denoiser):
-            pictures = list(share_out(self.train_step.accelerator, self.samples.requests, sampler))
-        return list(zip(self.samples.requests, pictures, strict=True))
-
-    def _present(
-        self, finished: bool, proof: Proof, contexts: list[Shown], alone: list[Shown]
-    ) -> None:
+    def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
         """Write the card, push, and draw the plot and the sheet, which are not pushed."""
         config, run_dir = self.config, self.run_dir
         facts = CardFacts(
@@ -324,7 +301,6 @@ class Publisher:
                 draw_loss_plot(steps, run_dir.loss_plot_path, run_dir.read_scores())
             if drawn:
                 rows = sheet_rows(config, self.inputs.photos, self.samples, contexts)
-                rows.append(row_of("Without the companion", alone))
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:

@@ -107,15 +107,6 @@ def advised(about: str = "each photo is seen", **settings) -> list[str]:
     return [line for line in advice(plan) if about in line]
 
 
-def test_a_guidance_is_said_to_have_no_effect_in_training_where_the_base_is_told_none():
-    for base, title in (("toy", "SDXL"), ("Qwen/Qwen-Image", "Qwen-Image")):
-        said = f"--guidance_scale has no effect with {title}, which is told no guidance in training"
-        settings = {"about": "--guidance_scale", "pretrained_model_name_or_path": base}
-        assert advised(**settings, guidance_scale=7.5) == [said] and advised(**settings) == []
-    flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "guidance_scale": 7.5}
-    assert advised("--guidance_scale", **flux) == []
-
-
 def test_too_few_exposures_and_a_warm_up_without_an_end_are_said_with_the_flag_that_sets_them():
     """The default warm-up, as in diffusers' script, is longer than most runs of a subject."""
     (line,) = advised()
