@@ -152,7 +152,6 @@ def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
 def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> str:
     """Draw the picture of the crops, NAME_crops.png in the current folder; returns a line about it.
     It never lies among the photos, where it would be taken for one of them."""
-    from dreambooth_moslora.photos import augment
     from dreambooth_moslora.photos.examine import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
@@ -161,7 +160,7 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> 
     if path.parent.resolve() == folder:
         path = folder.parent / path.name
     draw_contact_sheet(crop_rows(photos[:MAX_PICTURED], config), path)
-    is_drawn = augment.asked_for(config) or config.crop_zoom > 1 or not config.center_crop
+    is_drawn = config.random_flip or config.crop_zoom > 1 or not config.center_crop
     if is_drawn and config.seed is None:
         return f"the crops: {path} (of seed 0: without --seed, training draws others)"
     return f"the crops: {path}"

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dreambooth_moslora.photos import augment
 from dreambooth_moslora.settings import rows, table
 
 # `--image_interpolation_mode` -> Pillow's filter
@@ -38,7 +37,7 @@ class CropPlan:
     resized: tuple[int, int]  # after scaling
     crop_top_left: tuple[int, int]  # (y, x) in the resized and mirrored photo
     target_size: tuple[int, int]  # (h, w) of the crop
-    changes: augment.Changes = ()  # at random, once it is cut
+    is_mirrored: bool = False  # once it is cut
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -54,7 +53,7 @@ class CropPlan:
         top, left = self.crop_top_left
 
         # The plan counts from the left of the mirrored photo.
-        if augment.MIRROR in dict(self.changes):
+        if self.is_mirrored:
             left = whole_width - crop_width - left
 
         # From px of the resized photo to px of the shown one
@@ -108,7 +107,7 @@ class CropRule:
 
     resolution_px: int  # side of the square
     center_crop: bool = False
-    augmentations: augment.Asked = ()
+    random_flip: bool = False  # of which half are mirrored
     interpolation: str = "lanczos"
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
@@ -134,15 +133,12 @@ class CropRule:
         face: Box | None = None,
     ) -> CropPlan:
         """Where to cut `target` (h, w), else the rule's own, out of a photo of `size_px` (h, w).
-        Draws three numbers, and one for each augmentation. Half of the crops come near the `face`,
-        and none cuts it."""
-        # Always all, so that a setting does not move the draws of the others. That of the first
-        # augmentation comes first.
-        first = rng.random()
+        Draws four numbers. Half of the crops come near the `face`, and none cuts it."""
+        # Always all, so that a setting does not move the draws of the others.
+        mirror = rng.random()
         down = rng.random()
         right = rng.random()
         closer = rng.random()
-        drawn = [first, *(rng.random() for _ in range(len(augment.AUGMENTATIONS) - 1))]
 
         # The zoom, bounded by the photo's own pixels: enlarging would only blur
         target_height, target_width = target = target or self.target(size_px)
@@ -159,14 +155,14 @@ class CropRule:
         height, width = resized_size(size_px, covered)
 
         # The place of the crop in it: anywhere, or where the face is whole
-        changes = augment.changes_of(self.augmentations, drawn)
+        is_mirrored = self.random_flip and mirror < 0.5
         tops = (0, height - target_height)
         lefts = (0, width - target_width)
         if face is not None:
             tops = around(face[1::2], height / size_px[0], target_height, height)
             lefts = around(face[::2], width / size_px[1], target_width, width)
             # The plan counts from the left of the mirrored photo.
-            if augment.MIRROR in dict(changes):
+            if is_mirrored:
                 first, last = lefts
                 lefts = (width - target_width - last, width - target_width - first)
         if self.center_crop:
@@ -180,7 +176,7 @@ class CropRule:
             resized=(height, width),
             crop_top_left=(top, left),
             target_size=target,
-            changes=changes,
+            is_mirrored=is_mirrored,
         )
 
 
@@ -209,7 +205,7 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     return CropRule(
         resolution_px=config.resolution,
         center_crop=config.center_crop,
-        augmentations=augment.asked_for(config),
+        random_flip=config.random_flip,
         interpolation=config.image_interpolation_mode,
         # Without a cache each exposure is encoded anew, so it may as well be a new crop.
         crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
@@ -219,15 +215,10 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     )
 
 
-def apply_crop(
-    image: Image.Image,
-    plan: CropPlan,
-    interpolation: str = "lanczos",
-    is_mask: bool = False,
-) -> Image.Image:
-    """The crop, of `target_size`, of the photo or its mask at any scale, with its changes. Only the
-    crop is resampled."""
+def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
+    """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
+    resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
     crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
-    return augment.changed(crop, plan.changes, is_mask=is_mask)
+    return ImageOps.mirror(crop) if plan.is_mirrored else crop

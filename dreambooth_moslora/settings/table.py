@@ -72,7 +72,6 @@ def unless_scheduled(setting: str) -> rows.Idle:
 
 
 # Of every augmentation.
-CHANGED_ONCE = "a crop that is kept is changed once for all (--crops_per_photo, --caching off)"
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
@@ -314,7 +313,10 @@ class TrainConfig:
     )
     random_flip: bool = of_photos(
         default=False,
-        help=f"mirror crops at random; {CHANGED_ONCE}",
+        help=(
+            "mirror crops at random; a crop that is kept is changed once for all "
+            "(--crops_per_photo, --caching off)"
+        ),
         publish="always",
         check=True,
     )

@@ -164,7 +164,7 @@ class PhotoEncoder:
         cut = {}
         for name, part in parts.items():
             if part is not None:
-                cut[name] = cropping.apply_crop(part, plan, "bilinear", is_mask=True)
+                cut[name] = cropping.apply_crop(part, plan, "bilinear")
         picture = photo_file.to_rgb(image)
         return cropping.apply_crop(picture, plan, self.rule.interpolation), cut
 

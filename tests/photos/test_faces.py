@@ -38,9 +38,9 @@ def test_a_small_face_and_a_missing_one_are_remarked_and_a_thing_has_none(photos
     assert faces.with_faces(replace(PERSON, subject="thing"), photos) == photos
 
 
-@pytest.mark.parametrize("flips", [(), (("random_flip", True),)])
+@pytest.mark.parametrize("flips", [False, True])
 def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
-    rule = CropRule(64, augmentations=flips)
+    rule = CropRule(64, random_flip=flips)
     for photo in faces.with_faces(PERSON, photos)[:2]:
         near = 0
         for number in range(60):

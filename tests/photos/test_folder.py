@@ -12,7 +12,7 @@ from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
 from PIL import Image
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import augment, cropping, photo_file
+from dreambooth_moslora.photos import cropping, photo_file
 from dreambooth_moslora.photos.cropping import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
@@ -228,14 +228,14 @@ def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     """A flip changes nothing else."""
     resized = cropping.resized_size(size_px, (32, 32))
     assert min(resized) == 32
-    plans = drawn(size_px, augmentations=((augment.MIRROR, True),))
+    plans = drawn(size_px, random_flip=True)
     corners = [plan.crop_top_left for plan in plans]
     assert corners == [plan.crop_top_left for plan in drawn(size_px)]
     for side, starts in zip(resized, zip(*corners), strict=True):
         assert (
             min(starts) <= (side - 32) * 0.02 and (side - 32) * 0.98 - 1 <= max(starts) <= side - 32
         )
-    assert 100 < sum(bool(p.changes) for p in plans) < 300
+    assert 100 < sum(plan.is_mirrored for plan in plans) < 300
     assert drawn((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
 
 
@@ -274,8 +274,7 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
     """But for the edge, where a filter sees more of the photo."""
-    changes = ((augment.MIRROR, 1.0),) if flip else ()
-    photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), changes)
+    photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
     whole = photo.resize(
         tuple(reversed(cropping.resized_size((300, 200), (50, 50)))), cropping.FILTERS[name]
     )
