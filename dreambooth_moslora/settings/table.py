@@ -71,7 +71,6 @@ def unless_scheduled(setting: str) -> rows.Idle:
     )
 
 
-# Of every augmentation.
 NO_GAIN = "no gain was shown on three sample subjects"  # `docs/studies.md` has the figures.
 # What `--report_to` takes; each but tensorboard is a package of its own name.
 TRACKERS = (
@@ -1282,7 +1281,7 @@ class TrainConfig:
 
     @property
     def sample_count(self) -> int:
-        """Sample images each time, unless `loop.set_up` leaves them out."""
+        """Sample images each time."""
         return 4 if self.num_validation_images is None else self.num_validation_images
 
     def __new__(cls, *_: Any, **values: Any) -> "TrainConfig":

@@ -37,7 +37,7 @@ from dreambooth_moslora.training import (
     results,
 )
 from dreambooth_moslora.training.best import BestStep, ScaleChoice
-from dreambooth_moslora.training.prepare import prepare
+from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Training:
     sampler: Sampler
     publisher: results.Publisher
     evaluator: StepScorer | None
-    checkpoint: Path | None
+    checkpoint: Path | None = None
     best: BestStep | None = None
     skipped_in_a_row: int = 0
     started: float = 0.0
@@ -425,76 +425,114 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
 
     Raises UserError and StopRequestedError.
     """
-    accelerator, report = context.accelerator, context.report
-
-    # Where to begin: at a checkpoint with its seed, or at step 0 with one that all processes share.
-    seed = distributed.chosen_seed(plan.config.seed, accelerator)
-    fresh = (None, checkpoint.Position(step=0, seed=seed))
-    resumed_from, position = distributed.agreed(
-        accelerator,
-        lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
-        lambda found: f"step {found[1].step} to go on from",
-    )
-    config = replace(plan.config, seed=position.seed)
-    step = position.step
-
-    # How long it is. The steps are planned anew: under MPI the plan did not know the processes.
+    # Where it begins, and how long it is. Under MPI the plan did not know the processes.
+    config, resumed_from, position = beginning(context, plan)
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
-    steps = plan_steps(config, photo_file.counts_of(photos), accelerator.num_processes)
-    report.step = step
-    distributed.on_main(
-        accelerator, lambda: checkpoint.report_start(config, context, step, steps.total_steps)
-    )
+    counts = photo_file.counts_of(photos)
+    steps = plan_steps(config, counts, context.accelerator.num_processes)
+    announce(config, context, plan, position.step, steps.total_steps)
 
-    # What is wrong with the photos, said once.
-    if step == 0 and accelerator.is_main_process:
-        log_faults(examine(plan.photo_report, config.resolution))
-
-    # What the photos lack. It is made before the base is loaded, whose memory its models need.
-    made_before.make_captions(config, context, photos)
-    made_before.make_masks(config, context, photos)
-    photos = folder.with_made(config, photos)
-    if line := shown_captions.bare_prompt_line(config, photos):
-        logger.info("%s", line)
-
-    # A tracker that does not open ends the run before the base is loaded.
-    if accelerator.log_with:
-        distributed.on_main(accelerator, lambda: report.start_trackers(config))
-
-    # The base, and all that is encoded with parts of it that then leave memory. So every prompt
-    # has to be known here.
+    # The photos with what they lack, then the base with all that its encoders give. Samples and
+    # scores are asked for their prompts before the encoders leave memory.
+    photos = completed(config, context, photos)
     samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
-    prompts = [*samples.prompts]
-    if evaluator and config.is_scored:
-        prompts += evaluator.prompts
+    scored = evaluator.prompts if evaluator and config.is_scored else []
     inputs = prepare(
         config,
         plan.base,
         context,
         photos,
         sample_count=steps.total_steps * steps.photos_a_step,
-        prompts=prompts,
+        prompts=[*samples.prompts, *scored],
         is_fresh=resumed_from is None,
     )
     distributed.on_each(
-        accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
+        context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
     )
 
     # What trains, draws and publishes the adapter.
     train_step = TrainStep(
         config,
         inputs,
-        accelerator,
+        context.accelerator,
         max_train_steps=steps.total_steps,
         checkpoint=resumed_from,
-        step=step,
+        step=position.step,
     )
+    run = training_of(config, context, inputs, train_step, samples, evaluator, steps.total_steps)
+    run.checkpoint = resumed_from
+
+    # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.
+    distributed.on_main(
+        context.accelerator,
+        lambda: checkpoint.claim_run_folder(config, context, position.step, resumed_from),
+    )
+    return run
+
+
+def beginning(
+    context: reporter.RunContext, plan: Plan
+) -> tuple[TrainConfig, Path | None, checkpoint.Position]:
+    """Where the run begins: at a checkpoint with its seed, or at step 0 with one that all processes
+    share.
+
+    Returns the settings with that seed, the checkpoint, which is None for a fresh run, and its
+    position. Raises UserError for a checkpoint that cannot go on.
+    """
+    seed = distributed.chosen_seed(plan.config.seed, context.accelerator)
+    fresh = (None, checkpoint.Position(step=0, seed=seed))
+    resumed_from, position = distributed.agreed(
+        context.accelerator,
+        lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
+        lambda found: f"step {found[1].step} to go on from",
+    )
+    return replace(plan.config, seed=position.seed), resumed_from, position
+
+
+def announce(
+    config: TrainConfig, context: reporter.RunContext, plan: Plan, step: int, total_steps: int
+) -> None:
+    """Report the start, say what is wrong with the photos, and open the trackers: one that does not
+    open ends the run before the base is loaded. Raises UserError."""
+    context.report.step = step
+    distributed.on_main(
+        context.accelerator, lambda: checkpoint.report_start(config, context, step, total_steps)
+    )
+    if step == 0 and context.accelerator.is_main_process:
+        log_faults(examine(plan.photo_report, config.resolution))
+    if context.accelerator.log_with:
+        distributed.on_main(context.accelerator, lambda: context.report.start_trackers(config))
+
+
+def completed(
+    config: TrainConfig, context: reporter.RunContext, photos: list[photo_file.Photo]
+) -> list[photo_file.Photo]:
+    """The photos with the captions and masks that they lacked. The models that make them leave
+    memory before the base is loaded. Raises UserError and StopRequestedError."""
+    made_before.make_captions(config, context, photos)
+    made_before.make_masks(config, context, photos)
+    found = folder.with_made(config, photos)
+    if line := shown_captions.bare_prompt_line(config, found):
+        logger.info("%s", line)
+    return found
+
+
+def training_of(
+    config: TrainConfig,
+    context: reporter.RunContext,
+    inputs: TrainInputs,
+    train_step: TrainStep,
+    samples: results.ValidationSamples,
+    evaluator: StepScorer | None,
+    max_train_steps: int,
+) -> Training:
+    """The run, with what draws and publishes the adapter that `train_step` trains."""
     sampler = Sampler(
         pipeline=inputs.pipeline,
         embed=train_step.texts,
         resolution_px=config.resolution,
-        device=accelerator.device,
+        device=context.accelerator.device,
         should_stop=context.should_stop,
     )
     publisher = results.Publisher(
@@ -504,23 +542,17 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
         train_step=train_step,
         samples=samples,
         sampler=sampler,
-        max_train_steps=steps.total_steps,
-    )
-
-    # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.
-    distributed.on_main(
-        accelerator, lambda: checkpoint.claim_run_folder(config, context, step, resumed_from)
+        max_train_steps=max_train_steps,
     )
     return Training(
         config=config,
         context=context,
-        max_train_steps=steps.total_steps,
+        max_train_steps=max_train_steps,
         train_step=train_step,
         samples=samples,
         sampler=sampler,
         publisher=publisher,
         evaluator=evaluator,
-        checkpoint=resumed_from,
     )
 
 

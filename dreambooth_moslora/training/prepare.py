@@ -122,48 +122,19 @@ def prepare(
 
     # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    check_weightings(config, schedule)
-    family = pipelines.family_of(
-        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
-    )
-    checks.check_family(config, family.facts)
+    family = checked_family(config, pipeline, schedule)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
 
-    # Class images, drawn by the whole base.
-    class_photos = []
-    if config.draws_class_images:
-        class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
-
-    # Latents. After them the VAE leaves memory.
-    encoder = photo_stream.PhotoEncoder(
-        vae=pipeline.vae.to(device),
-        cache=cache_of(config),
-        rule=crop_rule(config),
-        unmasked_weight=config.unmasked_weight,
-        family=family,
-        alpha=config.alpha,
-    )
-    instance = photo_stream.instance_streams(config, photos, encoder)
-    streams = [instance]
-    prior = None
-    if class_photos:
-        prior = photo_stream.prior_streams(config, class_photos, encoder, instance)
-        streams.append(prior)
-    prompt_embeds = prompt_cache(config, pipeline, family)
+    # Latents and texts. What encoded them leaves memory.
+    streams = streams_of(config, base, context, pipeline, family, photos)
     encode_photos(context, streams, sample_count)
-    release_vae(config, pipeline, encoder)
-    reporter.free_unused_memory(device)
-
-    # Texts. After them the text encoders leave memory, unless they are trained.
+    release_vae(config, context, pipeline, streams[0].encoder)
+    prompt_embeds = prompt_cache(config, pipeline, family)
     move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
-    if not config.keeps_text_encoders:
-        prompt_embeds.release_encoders()
-        pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
-    reporter.free_unused_memory(device)
-    give_freed_memory_back()
+    release_encoders(config, context, pipeline, family, prompt_embeds)
 
     # The denoiser has the memory for itself. Its fingerprint is taken before an adapter is added.
     if is_late:
@@ -171,23 +142,74 @@ def prepare(
         start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
-    products = TextProducts(denoiser, device) if config.cache_cross_attention else None
-    if config.stream_blocks:
-        StreamedBlocks(denoiser, device)
-    denoiser.to(device)
+    products = place_denoiser(config, denoiser, device)
     return TrainInputs(
         pipeline=pipeline,
         family=family,
         schedule=schedule,
         photos=photos,
-        instance=instance,
-        prior=prior,
+        instance=streams[0],
+        prior=streams[1] if len(streams) > 1 else None,
         prompt_embeds=prompt_embeds,
         dtype=dtype,
         start=start,
         text_products=products,
         base=held,
     )
+
+
+def checked_family(
+    config: table.TrainConfig, pipeline: DiffusionPipeline, schedule: objective.NoiseSchedule
+) -> pipelines.Family:
+    """The base's family. Raises UserError for settings that it cannot obey."""
+    check_weightings(config, schedule)
+    family = pipelines.family_of(
+        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
+    )
+    checks.check_family(config, family.facts)
+    return family
+
+
+def streams_of(
+    config: table.TrainConfig,
+    base: Base,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    family: pipelines.Family,
+    photos: list[Photo],
+) -> list[photo_stream.SubjectStreams]:
+    """The photos as they are drawn, and then the class images, if there are any. Raises UserError
+    and StopRequestedError."""
+    # Class images, drawn by the whole base.
+    class_photos = []
+    if config.draws_class_images:
+        class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
+
+    # Both are cropped and encoded alike.
+    encoder = photo_stream.PhotoEncoder(
+        vae=pipeline.vae.to(context.accelerator.device),
+        cache=cache_of(config),
+        rule=crop_rule(config),
+        unmasked_weight=config.unmasked_weight,
+        family=family,
+        alpha=config.alpha,
+    )
+    instance = photo_stream.instance_streams(config, photos, encoder)
+    if not class_photos:
+        return [instance]
+    return [instance, photo_stream.prior_streams(config, class_photos, encoder, instance)]
+
+
+def place_denoiser(
+    config: table.TrainConfig, denoiser: torch.nn.Module, device: torch.device
+) -> TextProducts | None:
+    """Move the denoiser to the device, with its blocks on the host if the settings say so. Returns
+    what its cross-attention computes of known prompts, if that is kept."""
+    products = TextProducts(denoiser, device) if config.cache_cross_attention else None
+    if config.stream_blocks:
+        StreamedBlocks(denoiser, device)
+    denoiser.to(device)
+    return products
 
 
 def check_weightings(config: table.TrainConfig, schedule: objective.NoiseSchedule) -> None:
@@ -353,8 +375,8 @@ def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) ->
 def encode_photos(
     context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int
 ) -> None:
-    """Fill the cache with every crop of the first `sample_count` samples. Raises UserError,
-    StopRequestedError."""
+    """Fill the cache, if there is one, with every crop of the first `sample_count` samples. Raises
+    UserError and StopRequestedError."""
     encoder = streams[0].encoder
     if encoder.cache is None:
         return
@@ -434,7 +456,10 @@ def fill(
 
 
 def release_vae(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, encoder: photo_stream.PhotoEncoder
+    config: table.TrainConfig,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    encoder: photo_stream.PhotoEncoder,
 ) -> None:
     """Free the VAE unless a step, sample or score needs it; the last two find it on the CPU."""
     if config.caching != "off" and (config.sample_count or config.is_scored):
@@ -442,3 +467,19 @@ def release_vae(
     elif config.caching != "off":
         pipeline.register_modules(vae=None)
         encoder.vae = None
+    reporter.free_unused_memory(context.accelerator.device)
+
+
+def release_encoders(
+    config: table.TrainConfig,
+    context: reporter.RunContext,
+    pipeline: DiffusionPipeline,
+    family: pipelines.Family,
+    prompt_embeds: frozen_base.PromptCache,
+) -> None:
+    """Free the text encoders, unless the steps need them."""
+    if not config.keeps_text_encoders:
+        prompt_embeds.release_encoders()
+        pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
+    reporter.free_unused_memory(context.accelerator.device)
+    give_freed_memory_back()
