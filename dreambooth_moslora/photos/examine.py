@@ -101,11 +101,6 @@ def masked(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 # Fewest good photos that are enough
 FEWEST = 3
-# Of 255: a photo whose 95th percentile is below shows little but noise once it is brightened
-BRIGHTEST = 64
-# Where a larger share is pure white, the light has burnt it out, or the subject is small
-WHITE = 250
-MOST_WHITE = 0.75
 
 
 def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.PhotoReport:
@@ -121,7 +116,7 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
         image = photo_file.open_rgb(photo)
         mask = photo_file.open_mask(photo)
         opaque = mask if photo.mask_path == photo.path else None
-        reasons = exposure(image, opaque)
+        reasons = []
         sharp = sharpness(image, look_px)
         if sharp < MIN_SHARPNESS:
             reasons.append(faults.reason("blurred", sharpness=sharp, usual=MIN_SHARPNESS))
@@ -166,27 +161,10 @@ def log_faults(report: folder.PhotoReport) -> None:
 
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
-    """Greater for the one of equal photos that is kept: without a fault, then with more pixels."""
+    """Greater for the one of equal photos that is kept: a sharp one, then one with more pixels."""
     height, width = photo.size_px
-    return not faults.is_lesser(photo), height * width
-
-
-def exposure(image: Image.Image, opaque: Image.Image | None = None) -> list[str]:
-    """What is wrong with the light of an RGB picture, or of the parts of it that are `opaque`
-    (L)."""
-    # Shrinking averages the noise away.
-    pixels = shrunk(image, THUMBNAIL_PX * 16)
-    if opaque is not None:
-        share = shrunk(opaque, THUMBNAIL_PX * 16)
-        pixels = pixels[share >= share.max()]
-
-    brightest = np.percentile(pixels.max(-1), 95)
-    if brightest < BRIGHTEST:
-        return [faults.reason("too dark", brightest=brightest / 255)]
-    white = (pixels.min(-1) >= WHITE).mean()
-    if white > MOST_WHITE:
-        return [faults.reason("overexposed", white=white)]
-    return []
+    is_blurred = any(words.fault == "blurred" for words in faults.faults_of(photo))
+    return not is_blurred, height * width
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:

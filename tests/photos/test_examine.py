@@ -1,4 +1,4 @@
-"""What is found in the pixels of photos: blur, bad light, equal ones; and where it is told."""
+"""What is found in the pixels of photos: blur and equal ones; and where it is told."""
 
 import shutil
 from dataclasses import replace
@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.command_check import as_text
 from dreambooth_moslora.photos.examine import MIN_SHARPNESS, examine, sharpness
-from dreambooth_moslora.photos.faults import FAULTS, faults_of, is_lesser
+from dreambooth_moslora.photos.faults import FAULTS, faults_of
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.training import loop
 from tests.helpers.tiny_training import tiny_config
@@ -25,13 +25,9 @@ def scene(seed: int, light: float = 1.0) -> Image.Image:
     return Image.fromarray(tiles).resize((300, 300), Image.Resampling.NEAREST)
 
 
-def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are_not(tmp_path):
+def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     photos = {"a": scene(1), "b": scene(1).crop((4, 4, 296, 298)), "c": scene(2)}
-    photos |= {
-        "d": scene(3).filter(ImageFilter.GaussianBlur(5)),
-        "e": scene(4, light=0.08),
-        "f": scene(5, light=6.0),
-    }
+    photos |= {"d": scene(3).filter(ImageFilter.GaussianBlur(5))}
     photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
     for name, photo in photos.items():
         photo.save(tmp_path / f"{name}.png")
@@ -44,8 +40,7 @@ def test_blurred_nearly_equal_dark_and_burnt_out_photos_are_named_and_others_are
     assert verdicts["1-smaller"] == "near-duplicate of a.png", (
         "the largest is kept, though it is not the first"
     )
-    assert verdicts["d"].startswith("blurred") and verdicts["f"].startswith("overexposed: ")
-    assert verdicts["e"].startswith("too dark: nothing in it is brighter than 8%")
+    assert verdicts["d"].startswith("blurred")
 
     # Each is a row of the table, by which `check` marks the photo; every row is among them.
     named = {words.fault for photo in report.photos for words in faults_of(photo)}
@@ -63,16 +58,15 @@ def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):
     (photo,) = examine(find_photos(tmp_path, PROMPT, 64)).photos
     assert photo.reasons == ("rotated by EXIF: turned upright",) and faults_of(photo) == []
     said = replace(photo, reasons=("blurred edges were cut off",))
-    assert faults_of(said) == [] and not is_lesser(said)
+    assert faults_of(said) == []
 
 
-def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_path):
+def test_the_white_behind_a_cut_out_is_not_its_likeness(tmp_path):
     """Nine tenths of each are transparent, and the subject is in the same place."""
     for name, photo in {
         "a": scene(1),
         "b": scene(1, 0.8),
         "c": scene(2),
-        "d": scene(3, 6.0),
     }.items():
         cut_out = Image.new("RGBA", (300, 300))
         cut_out.paste(photo.resize((100, 100)), (100, 100))
@@ -80,7 +74,6 @@ def test_the_white_behind_a_cut_out_is_neither_its_light_nor_its_likeness(tmp_pa
     verdicts = {
         p.path.stem: p.reasons[1:] for p in examine(find_photos(tmp_path, PROMPT, 64)).photos
     }
-    assert verdicts.pop("d")[0].startswith("overexposed: ")
     assert verdicts == {"a": (), "b": ("near-duplicate of a.png",), "c": ()}
 
 
