@@ -282,13 +282,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
         check_targets(model, config)
 
-    # A model that PEFT has wrapped adds and activates adapters by itself.
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
-        return model
-
-    # In another model PEFT replaces the layers in place. It warns of any second adapter.
+    # PEFT replaces the layers in place. It warns of any second adapter.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name)

@@ -286,18 +286,10 @@ class PhotoStream:
     def views_ahead(self, sample_count: int) -> list[tuple[photo_file.Photo, cropping.CropPlan]]:
         """The different views among the first `sample_count` samples; none when each epoch crops
         anew."""
-        crops = self.encoder.rule.crops_per_photo or 0
-        if crops == 0:
+        if not self.encoder.rule.crops_per_photo:
             return []
-
-        # After so many positions every view has come; beside another stream nobody can tell.
-        bound = sample_count
-        if self.beside is None:
-            batches = math.ceil(crops / self.batch_size)
-            turns = crops if self.is_one_size else self.batch_size * batches
-            bound = len(self) * turns
         first: dict[View, int] = {}
-        for position in range(min(sample_count, bound)):
+        for position in range(sample_count):
             first.setdefault(self._view(position), position)
         return [self._sample(position) for position in first.values()]
 
