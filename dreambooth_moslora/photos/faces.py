@@ -152,21 +152,3 @@ def with_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Phot
     if share < SMALL_SHARE:
         reasons = (*reasons, f"small face: {share:.0%} of the frame")
     return replace(photo, face=faces[0].box, reasons=reasons)
-
-
-def face_finder() -> Callable[[Image.Image], np.ndarray]:
-    """A function from an RGB picture to probabilities (height, width) of the head: an ellipse
-    around each face, twice as high, as hair and chin belong to it."""
-    reader = load_faces()
-
-    def find(image: Image.Image) -> np.ndarray:
-        down, right = np.mgrid[: image.height, : image.width]
-        found = np.zeros((image.height, image.width), dtype=np.float32)
-        for face in reader.find(image)[:1]:
-            left, top, far, bottom = face.box
-            across = (right + 0.5 - (left + far) / 2) / (0.8 * (far - left))
-            along = (down + 0.5 - (top + bottom) / 2) / (0.9 * (bottom - top))
-            found[across**2 + along**2 <= 1] = 1
-        return found
-
-    return find

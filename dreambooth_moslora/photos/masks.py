@@ -1,9 +1,8 @@
 """Masks made for photos that have none: the models that find the subject, and the files they leave.
 
 CLIPSeg (Lüddecke and Ecker, CVPR 2022) reads a word and a picture; the embedded base has the toy
-world's own net; `--masks face` marks the head. All give a probability for each pixel, in fp32. The
-mask has the pixels of at least half of the largest one: CLIPSeg's certainty depends more on the
-word than on the outline.
+world's own net. Both give a probability for each pixel, in fp32. The mask has the pixels of at
+least half of the largest one: CLIPSeg's certainty depends more on the word than on the outline.
 torch is imported only to load a model.
 
 The user's own masks are never changed. The made ones lie
@@ -28,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import faces, photo_file
+from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.settings import prompts, table, toys
 
@@ -37,7 +36,6 @@ KEY = "made-from"
 # The models by default: of photographs, and of the embedded base
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
 OWN = toys.SEGMENTER_FOLDER.name
-FACE = "faces"
 # If no pixel's probability is above this, the subject was not found
 LEAST_PEAK = 0.2
 # Shares of the photo; a mask outside is probably wrong
@@ -47,9 +45,7 @@ LARGEST_SHARE = 0.9
 
 def segmenter_name(config: table.TrainConfig) -> str:
     """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other
-    bases. `--masks face` asks the finder of faces."""
-    if config.masks == "face":
-        return FACE
+    bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
     return OWN if toys.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
@@ -60,8 +56,6 @@ def sought_word(config: table.TrainConfig) -> str:
     Raises UserError."""
     if segmenter_name(config) == OWN:
         return ""
-    if config.masks == "face":
-        return "face"
     word = config.mask_prompt or prompts.class_word_of(config)
     if not word:
         raise UserError(
@@ -93,8 +87,6 @@ def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
     # Loading takes seconds and memory. It waits for the first mask, which may never be needed.
     @cache
     def finder() -> Callable[[Image.Image], Any]:
-        if name == FACE:
-            return faces.face_finder()
         return toy_finder(device) if name == OWN else clipseg_finder(name, word, device)
 
     return Segmenter(public_name(name), word, lambda image: finder()(image))

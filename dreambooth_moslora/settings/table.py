@@ -364,11 +364,8 @@ class TrainConfig:
     )
     masks: str = of_photos(
         default="given",
-        help=(
-            "given: those beside the photos; auto: made before training for photos without one; "
-            "face: so too, of a person's head"
-        ),
-        choices=("given", "auto", "face"),
+        help="given: those beside the photos; auto: made before training for photos without one",
+        choices=("given", "auto"),
         publish="always",
     )
     mask_model: str | None = of_photos(

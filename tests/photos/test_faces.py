@@ -3,12 +3,11 @@ captions are asked to say."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import captions, faces, masks
+from dreambooth_moslora.photos import captions, faces
 from dreambooth_moslora.photos.cropping import NEAR_SHARE, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
@@ -55,14 +54,6 @@ def test_half_of_the_crops_come_near_the_face_and_none_cuts_it(photos, flips):
         assert 15 < near < 45
         share = (photo.face[3] - photo.face[1]) / (bottom - top)
         assert near and share <= NEAR_SHARE + 0.02
-
-
-def test_a_mask_by_the_face_is_the_head(photos):
-    config = replace(PERSON, masks="face")
-    segmenter = masks.load_segmenter(config)
-    mask = np.asarray(segmenter.mask(open_rgb(photos[0]))) > 0
-    assert mask[60:130, 110:150].all() and not mask[200:].any() and not mask[:, :60].any()
-    assert segmenter.word == "face" and not np.asarray(segmenter.mask(open_rgb(photos[2]))).any()
 
 
 def test_captions_omit_the_traits_of_a_person_but_those_that_are_to_be_described():
