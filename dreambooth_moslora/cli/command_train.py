@@ -322,7 +322,7 @@ def parse_training(
 ) -> tuple[table.TrainConfig, choices.Choices]:
     """Settings, and what was chosen for them. Raises UserError."""
     # All processes of a launcher must have been given the same.
-    given = agreement.same_for_all(
+    given = agreement.by_all(
         lambda: given_by(argv, prog),
         lambda own: "\n".join([*own.words, agreement.in_lines(own.settings)]),
     )

@@ -20,7 +20,7 @@ def is_alone() -> bool:
     return process_count() < 2
 
 
-def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> Result:
+def by_all(find: Callable[[], Result], words: Callable[[Result], str] = lambda found: "") -> Result:
     """What each process finds. Raises UserError on all where one has other `words`, or where `find`
     raises it."""
     if is_alone():
@@ -32,16 +32,7 @@ def same_for_all(find: Callable[[], Result], words: Callable[[Result], str]) -> 
 
 def check_same(config: table.TrainConfig) -> None:
     """Raises UserError on all processes where one has other settings."""
-    same_for_all(lambda: config, lambda own: in_lines(own.to_dict()))
-
-
-def by_all(check: Callable[[], Result]) -> Result:
-    """What `check` returns. Its error in one process is raised on all."""
-    if is_alone():
-        return check()
-    from dreambooth_moslora.plan.distributed import joined, on_each
-
-    return on_each(joined(), check)
+    by_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
 
 def in_lines(settings: Mapping[str, Any]) -> str:

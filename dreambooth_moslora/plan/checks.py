@@ -43,32 +43,9 @@ def check_layers(
     use_dora: which is for linear layers alone
     facts: of the family
     """
-    targets = list(targets)
-    check_targets(targets, layers, facts)
     for name in targets:
-        for layer in layers:
-            if not rows.is_target(layer, name):
-                continue
-            # The published file could not name it.
-            if layer.startswith(UNREADABLE):
-                instead = "leave it out"
-                if "*" in name:
-                    instead = "name the blocks: down_blocks.* mid_block.* up_blocks.*"
-                raise UserError(
-                    f"--target_modules {name}: {layer} has no name in kohya's files; {instead}."
-                )
-            if use_dora and layers[layer] > 2:
-                raise UserError(
-                    f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules."
-                )
-
-
-def check_targets(targets: Iterable[str], layers: Iterable[str], facts: Facts = SDXL) -> None:
-    """Raises UserError for a name that matches none of the paths `layers`, and suggests the one
-    that was meant."""
-    layers = list(layers)
-    for name in targets:
-        if not any(rows.is_target(layer, name) for layer in layers):
+        meant = [layer for layer in layers if rows.is_target(layer, name)]
+        if not meant:
             usual = "to_q, to_k, to_v and to_out.0 are those of attention."
             if facts.denoiser != "unet":
                 usual = f"diffusers' script takes {', '.join(facts.targets)}."
@@ -76,19 +53,22 @@ def check_targets(targets: Iterable[str], layers: Iterable[str], facts: Facts = 
             raise UserError(
                 f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}"
             )
+        for layer in meant:
+            # The published file could not name it.
+            if layer.startswith(UNREADABLE):
+                raise UserError(
+                    f"--target_modules {name}: {layer} has no name in kohya's files; name others, "
+                    "or blocks: down_blocks.* mid_block.* up_blocks.*"
+                )
+            if use_dora and layers[layer] > 2:
+                raise UserError(
+                    f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules."
+                )
 
 
 def hint_for(name: str, layers: Iterable[str]) -> str:
-    """Names what was probably meant: a layer's last name, or for a path that of a layer or of a
-    block; else ""."""
-    if "." in name:
-        # A path may mean a layer, or any block around one.
-        known = set(layers)
-        for layer in layers:
-            parts = layer.split(".")
-            known |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
-    else:
-        known = {last_name(layer) for layer in layers}
+    """Names what was probably meant: a layer's path, or its last name; else ""."""
+    known = set(layers) if "." in name else {last_name(layer) for layer in layers}
     close = rows.nearest(rows.full_name(name), sorted(known))
     return f"did you mean {close}?" if close else ""
 
@@ -181,26 +161,14 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
 
 
 def check_places(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
-    """Raises UserError when a place that the run writes to is a file or cannot be written."""
+    """Raises UserError when a place that the run writes to cannot be written."""
     for name, folder in config.written_folders.items():
-        require_folder(name, str(folder), folder)
         require_writable(name, str(folder))
 
     # Class images that are there may lie where nobody can write.
     images = config.class_data_dir
-    if images:
-        require_folder("class_data_dir", images, Path(images))
-        if not Path(images).exists():
-            require_writable("class_data_dir", images)
-    if config.report_to in ("tensorboard", "all"):
-        require_folder("logging_dir", config.logging_dir, run_dir.path / config.logging_dir)
-
-
-def require_folder(name: str, value: str, path: Path) -> None:
-    """Raises UserError when the nearest existing parent of `path` is a file."""
-    found = nearest_existing(path)
-    if not found.is_dir():
-        raise UserError(f"--{name} {value}: {found} is a file, not a folder.")
+    if images and not Path(images).is_dir():
+        require_writable("class_data_dir", images)
 
 
 def require_writable(name: str, value: str) -> None:
@@ -215,7 +183,6 @@ def output_folder(path: str | Path) -> Path:
     """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot
     be written."""
     folder = user_path(path)
-    require_folder("output_dir", str(folder), folder)
     require_writable("output_dir", str(folder))
     return folder
 

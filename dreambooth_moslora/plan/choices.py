@@ -298,21 +298,8 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
         every = given or max(1, steps_of(choices, photos) // 4)
         wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
 
-        # What is said follows what the run will do, with the given settings too.
-        settings = choices.settings | wanted | dict(choices.given)
-        every = settings["evaluate_steps"]
-        parts = []
-        if settings["validation_steps"] == every and settings.get("num_validation_images") != 0:
-            parts.append("beside pictures")
-        parts.append("the best in best/")
-        if settings["find_scale"]:
-            parts.append("and the best scale at the end")
-        choices.add(
-            f"scores: every {every} steps, {', '.join(parts)}",
-            "evaluate_steps",
-            "no_find_scale",
-            **wanted,
-        )
+        line = f"scores: every {every} steps, the best in best/"
+        choices.add(line, "evaluate_steps", "no_find_scale", **wanted)
     elif is_open and not given and not choices.given.get("find_scale"):
         choices.say(
             "scores: none, as they take CLIP and DINOv2 from the hub",

@@ -4,7 +4,6 @@ A process that raised alone would leave the others waiting. So each tells the ot
 the work ended. `make_accelerator` joins them and chooses the precision.
 """
 
-import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,19 +23,9 @@ from dreambooth_moslora.disk.atomic import clean_stale
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.settings.table import TrainConfig
 
-logger = logging.getLogger(__name__)
-
 PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
 # What accelerate may be set to, and adapters do not need.
 SHARDING = ("FSDP", "DeepSpeed", "Megatron-LM")
-ONE_PROCESS = (
-    "this is the only process: on CPUs without MPI, accelerate starts several by "
-    "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 …`"
-)
-ONE_GPU = (
-    "one of %d GPUs is used: `accelerate launch --multi_gpu train_dreambooth.py …` takes all, "
-    "for fewer steps"
-)
 # The precisions of accelerate that a run can have.
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -225,13 +214,6 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
         )
         raise UserError(f"{asks}: give --mixed_precision no, fp16 or bf16.")
     check_world_size(accelerator.num_processes)
-
-    # Remarks for a person who asked for several processes, or has several GPUs.
-    is_alone = accelerator.num_processes == 1 and "WORLD_SIZE" not in os.environ
-    if is_alone and asks_accelerate("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
-        logger.warning(ONE_PROCESS)
-    if is_alone and accelerator.device.type == "cuda" and torch.cuda.device_count() > 1:
-        logger.warning(ONE_GPU, torch.cuda.device_count())
 
     # A run on a GPU should return this memory, which it no longer needs.
     if accelerator.device.type == "cpu":

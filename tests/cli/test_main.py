@@ -530,12 +530,11 @@ TRACKER = ["--report_to", "wandb"]
 LATE_MISTAKES = {
     "no photos": ([*TRACKER, "--instance_data_dir", "missing"], "missing: no such folder"),
     "run folder": (["--output_dir", "photos"], "is the folder of --instance_data_dir"),
-    "file for a folder": (["--output_dir", "file/run"], "file is a file, not a folder"),
-    "class_data_dir": (["--class_data_dir", "file"], "file is a file, not a folder"),
-    "cache_dir": (["--caching", "disk", "--cache_dir", "file"], "file is a file, not a folder"),
-    "logging_dir": (
-        ["--report_to", "tensorboard", "--logging_dir", "../file"],
-        "file is a file, not a folder",
+    "file for a folder": (["--output_dir", "file/run"], "cannot be written: Not a directory"),
+    "class_data_dir": (["--class_data_dir", "file"], "cannot be written: Not a directory"),
+    "cache_dir": (
+        ["--caching", "disk", "--cache_dir", "file"],
+        "cannot be written: Not a directory",
     ),
     "tracker": (TRACKER, "--report_to wandb needs wandb: pip install wandb"),
     "projection": (

@@ -258,7 +258,7 @@ def test_mistakes_are_told_before_anything_is_drawn(run, tmp_path, evaluate):
     folder = shutil.copytree(run[1].path, tmp_path / "dog")
     (tmp_path / "latin.txt").write_bytes("à {}".encode("latin-1"))
     for flags, told in (
-        (["--output_dir", str(folder / "train_config.json")], "is a file, not a folder"),
+        (["--output_dir", str(folder / "train_config.json")], "cannot be written: Not a directory"),
         (["--prompts", str(tmp_path / "latin.txt")], "not a text file"),
         ([], "not valid JSON"),
     ):
