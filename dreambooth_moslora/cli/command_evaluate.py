@@ -60,6 +60,11 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class_word", help="the kind of thing it is (default: found in the prompt)"
     )
+    about_reference = (
+        "also draw by the base with photos as references, without the adapter and with it, and say "
+        "whether training was worth it; for families that take references"
+    )
+    parser.add_argument("--reference", action="store_true", help=about_reference)
     text_option_arguments(parser)
     about_folder = (
         "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
@@ -108,9 +113,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     check_paths(args)
     folder = output_folder(args.output_dir or usual_folder(args))
     config = resolve(args)
+    base = args.base or Base.of_run(config)
+    if args.reference:
+        check_references(Base.find(base), config)
     say_loading()
     from dreambooth_moslora.base import load, pipelines
-    from dreambooth_moslora.evaluation import metrics, report, score_tables
+    from dreambooth_moslora.evaluation import metrics, references, report, score_tables
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
@@ -124,12 +132,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
 
     # The models: what draws, and what looks
-    pipeline = SubjectPipeline.from_base(args.base or Base.of_run(config))
+    pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
     device = pipelines.denoiser_of(pipeline.pipeline).device
-    base = config.pretrained_model_name_or_path
     faces = subject_kinds.any_has_face(subjects)
-    encoders = metrics.load_encoders(base, args.clip, args.dino, device, faces)
+    known_as = config.pretrained_model_name_or_path
+    encoders = metrics.load_encoders(known_as, args.clip, args.dino, device, faces)
     evaluators = report.evaluators_of(
         subjects=subjects,
         photos=photos,
@@ -143,6 +151,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     # Pictures and scores, with one bar over all of them
     count = sum(map(picture_count, plans))
+    if args.reference:
+        count += 2 * sum(len(plan.subject_requests) for plan in plans)
     with tqdm(
         total=count,
         desc="drawing pictures",
@@ -154,13 +164,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
             score_tables.evaluate_adapter,
             pipeline,
             name,
-            scale=args.scale,
             on_picture=bar.update,
             batch_size=args.batch_size,
             guidance_scale=followed,
             text_options=text_options_of(config),
         )
-        found = [judge(evaluator) for evaluator in evaluators]
+        found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
+        if args.reference:
+            for evaluator, one in zip(evaluators, found):
+                one.beside = references.compare(evaluator, one, judge, args.scale)
 
     # The files, and the figures on the terminal
     about = report.ReportContext(
@@ -173,6 +185,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     )
     report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
     print(summary(report.pooled(found)))
+    for one in found:
+        if one.beside:
+            print(f"{'references':18} {one.beside.verdict}")
     print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
     return 0
 
@@ -186,6 +201,15 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         Base.find(args.base)
+
+
+def check_references(base: Base, config: table.TrainConfig) -> None:
+    """Raises UserError for a base that takes no reference pictures, and for a style."""
+    if base.facts is None or not base.facts.takes_references:
+        title = base.facts.title if base.facts else base.public_name
+        raise UserError(f"--reference: {title} takes no reference pictures; leave it out.")
+    if any(subject_kinds.kind_of(subject).is_style for subject in config.each_subject):
+        raise UserError("--reference is for a subject, not for a style; leave it out.")
 
 
 def picture_count(plan: "EvaluationPlan") -> int:
@@ -335,6 +359,9 @@ def run_explain(args: argparse.Namespace) -> int:
     is_early = found.planned is not None and found.step < found.planned
     steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
     print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))
+
+    if found.verdict:
+        print(spelled_out(f"beside reference pictures: {found.verdict}"))
 
     # How it goes on, and the advice
     leads = explain.leads(found)

@@ -23,7 +23,7 @@ from PIL import Image
 from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import subject_name
-from dreambooth_moslora.evaluation import metrics, protocol, score_tables
+from dreambooth_moslora.evaluation import metrics, protocol, references, score_tables
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
@@ -70,6 +70,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "leaked": found.leaked,
+        "references": references.as_json(found.beside) if found.beside else None,
         "score": round(found.score, 4),
         "per_prompt": per_prompt(found),
         "seconds": round(found.seconds, 1),
@@ -106,6 +107,7 @@ def report_html(
         about=about,
         photos=photos,
         scores=score_rows(found),
+        arms=references.rows(found.beside) if found.beside else (),
         shares=shares,
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,

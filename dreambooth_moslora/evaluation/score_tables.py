@@ -53,6 +53,8 @@ class Evaluation:
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     photo_fidelity: float = float("nan")  # of the photos among themselves
     leaked: str = ""  # the thing of a style's pictures that appears most often unasked
+    # a `references.Comparison`, if the prompts were drawn by reference pictures too
+    beside: Any = field(repr=False, default=None)
 
     @property
     def words(self) -> str:
@@ -430,6 +432,7 @@ def evaluate_adapter(
     guidance_scale: float | None = None,
     on_picture: Callable[[], object] = bool,
     text_options: Mapping[str, Any] | None = None,
+    references: Sequence[Image.Image] = (),
 ) -> Evaluation:
     """Score a loaded adapter. It draws on the pipeline's home, where models take turns if memory
     is short.
@@ -442,6 +445,7 @@ def evaluate_adapter(
     guidance_scale: None is the base's own
     on_picture: called after each picture
     text_options: of encoding; None are those of the adapter's run
+    references: pictures that the base is shown beside each prompt, if its family takes any
     """
     # Text is encoded anew for each side, as an adapter may change the text encoders.
     family = pipeline.family_for(((adapter, 1.0),), text_options)
@@ -453,6 +457,7 @@ def evaluate_adapter(
         device=pipeline.home.device,
         inference_steps=evaluator.plan.inference_steps,
         guidance_scale=guidance_scale,
+        references=references,
     )
     try:
         pipeline.home.enter()

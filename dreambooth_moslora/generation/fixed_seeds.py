@@ -45,6 +45,7 @@ class Sampler:
     should_stop: Callable[[], bool] = bool  # raises StopRequestedError at the next denoising step
     guidance_scale: float | None = None  # None is the base's own
     on_step: Callable[[], object] = bool  # after each denoising step
+    references: Sequence[Image.Image] = ()  # shown beside each prompt
 
     def __call__(
         self, requests: Sequence[SampleRequest], batch_size: int = 1
@@ -99,6 +100,7 @@ class Sampler:
         family = pipelines.family_of(self.pipeline)
         words = self._words([request.prompt for request in requests])
         empty = self._words([""] * len(requests))
+        shown = {"image": list(self.references)} if self.references else {}
         pixels = drawn(
             self.pipeline,
             family.with_negative(words, empty),
@@ -106,6 +108,7 @@ class Sampler:
             size_px=(self.resolution_px, self.resolution_px),
             guidance=self.guidance_scale,
             num_inference_steps=self.inference_steps,
+            **shown,
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         )
         return decode.pictures_of(decode.finite_or_black(pixels))

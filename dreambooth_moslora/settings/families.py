@@ -94,6 +94,7 @@ class Facts:
     resolution_px: int = 1024
     multiple_px: int = 16  # Sides of pictures are multiples of this.
     needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
+    takes_references: bool = False  # Whether its pipeline also takes pictures of the subject.
     # Whether new tokens can be learnt in its text encoders (pivotal tuning).
     has_new_tokens: bool = False
     modelspec: str = ""
@@ -287,6 +288,7 @@ FAMILIES = (
             "single_transformer_blocks.*.attn.to_out",
         ),
         has_level_shift=True,
+        takes_references=True,
         text_options=("max_sequence_length", "text_encoder_out_layers"),
         file_mark="single_stream_modulation.lin.weight",
         licence="Apache-2.0 (4B), FLUX Non-Commercial (9B)",

@@ -40,6 +40,7 @@ class Figures:
     is_training: whether another process trains it now
     folder: the run's
     leaked: the thing that came with a style
+    verdict: whether reference pictures would do as well
     """
 
     config: table.TrainConfig
@@ -60,6 +61,7 @@ class Figures:
     is_training: bool = False
     folder: Path = Path()
     leaked: str = ""
+    verdict: str = ""
 
     @property
     def exposures(self) -> float | None:
@@ -208,6 +210,7 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
         scores=numbers(values),
         copy_alarm=alarm.get("raised") is True,
         leaked=str(report.get("leaked") or ""),
+        verdict=str(as_table(report.get("references")).get("verdict") or ""),
     )
 
 
