@@ -39,7 +39,6 @@ class Figures:
     saved: the step of the newest checkpoint; 0 without one
     is_training: whether another process trains it now
     folder: the run's
-    leaked: the thing that came with a style
     verdict: whether reference pictures would do as well
     """
 
@@ -60,7 +59,6 @@ class Figures:
     saved: int = 0
     is_training: bool = False
     folder: Path = Path()
-    leaked: str = ""
     verdict: str = ""
 
     @property
@@ -209,7 +207,6 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
         found,
         scores=numbers(values),
         copy_alarm=alarm.get("raised") is True,
-        leaked=str(report.get("leaked") or ""),
         verdict=str(as_table(report.get("references")).get("verdict") or ""),
     )
 

@@ -1,12 +1,11 @@
 """The frozen base: loading it, and what its encoders gave, in a cache.
 
 Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they
-depend on (the file's bytes, the crop, the encoder's weights). On disk, a file that does not match
-its header's digest is encoded anew.
+depend on (the file's bytes, the crop, the encoder's weights). What cannot be read on disk is
+encoded anew.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,8 +108,6 @@ def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) ->
 
 Tensors = dict[str, torch.Tensor]
 """One value of a cache: tensors by name."""
-DIGEST = "sha256"
-"""The header's field with the digest of a file's tensors."""
 
 
 class TensorCache:
@@ -142,18 +139,11 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        """The tensors on disk; None if the file is missing, unreadable, damaged or empty."""
+        """The tensors on disk; None if the file is missing, unreadable, torn or empty."""
         try:
-            content = self._path(key).read_bytes()
-            tensors = load_tensors(content)
+            return load_tensors(self._path(key).read_bytes()) or None
         except (OSError, SafetensorError):
             return None
-
-        # A file starts with the length of its header, in 8 bytes, and the header as JSON.
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        is_whole = tensors and header.get("__metadata__", {}).get(DIGEST) == digest_of(tensors)
-        return tensors if is_whole else None
 
     def _keep(self, key: str, value: Tensors) -> None:
         if self.folder is None:
@@ -163,16 +153,7 @@ class TensorCache:
         # Written whole, so that a run beside this one reads all of it or nothing.
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in value.items()}
-        atomic_write(self._path(key), save(tensors, metadata={DIGEST: digest_of(tensors)}))
-
-
-def digest_of(tensors: Tensors) -> str:
-    """SHA-256 of the names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        atomic_write(self._path(key), save(tensors))
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,9 +61,6 @@ def make_missing(
     items: Sequence[Item],
     make: Callable[[Item], Made],
     keep: Callable[[Item, Made], object],
-    *,
-    size: Callable[[Item], int] = lambda item: 1,
-    done: int = 0,
 ) -> None:
     """Make what is missing, shared out among the processes.
 
@@ -71,8 +68,6 @@ def make_missing(
     items: what is missing, equal in all processes
     make: makes one
     keep: keeps one; the main process does it
-    size: how much of the phase an item is
-    done: how much is done already
 
     Raises StopRequestedError between items, and an item's error in all processes.
     """
@@ -83,18 +78,14 @@ def make_missing(
             context.raise_if_asked()
             yield make(item)
 
-    # How much is done, each time that an item is kept.
+    # How many are done, each time that one is kept.
     def counts() -> Iterator[int]:
-        count = done
-        if count:
-            yield count
-        for item, made in zip(items, share_out(accelerator, items, own), strict=True):
-            on_main(accelerator, partial(keep, item, made))
-            count += size(item)
+        made = share_out(accelerator, items, own)
+        for count, (item, one) in enumerate(zip(items, made, strict=True), start=1):
+            on_main(accelerator, partial(keep, item, one))
             yield count
 
-    total = done + sum(map(size, items))
-    for _ in context.report.counted(phase, counts(), total):
+    for _ in context.report.counted(phase, counts(), len(items)):
         pass
     context.stop_if_asked()
 
@@ -251,9 +242,6 @@ class ClassBatch:
     images: ClassImages
     indices: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
         """Generate the images; returns them as PNG files."""
         seeds = []
@@ -325,30 +313,26 @@ def top_up(
     """
     accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
-    wanted = sum(count for _, count in sets)
-    if wanted:
+    if lacking:
         precision, device = denoiser_of(pipeline).dtype, accelerator.device
         asked = DTYPES.get(config.prior_generation_precision or "", precision)
 
-        # Loaded again for another precision, and only when something is to be drawn.
-        @cache
-        def drawing() -> DiffusionPipeline:
-            if asked == precision:
-                return pipeline.to(device)
-            return frozen_base.load_base(config, base, asked, device).to(device)
+        # Loaded again for another precision.
+        if asked != precision:
+            pipeline = frozen_base.load_base(config, base, asked, device)
+        pipeline.to(device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
             generate = partial(
                 generate_images,
-                drawing(),
+                pipeline,
                 should_stop=context.should_stop,
                 size_px=batch.images.size_px,
                 text_options=batch.images.text_options,
             )
             return batch.files(generate)
 
-        done = wanted - sum(map(len, lacking))
-        make_missing(context, "class_images", lacking, draw, ClassBatch.keep, size=len, done=done)
+        make_missing(context, "class_images", lacking, draw, ClassBatch.keep)
 
     # Every process looks into the folder, and all have to find the same.
     usable = partial(usable_class_photos, folder, config, sets)

@@ -101,17 +101,12 @@ def make_lr_schedule(
     """The learning-rate schedule of `config.lr_scheduler`, by its row of the table, in optimizer
     steps of any number of processes.
 
-    `checkpoint.restore_optimizer` reads its `lr_lambdas`, so it is a LambdaLR. Raises UserError
-    for a rate below that at which the polynomial schedule ends.
+    `checkpoint.restore_optimizer` reads its `lr_lambdas`, so it is a LambdaLR.
     """
     # polynomial divides by the steps after the warm-up, after the run's last step too
     steps = max(max_train_steps, config.lr_warmup_steps + 1)
     kind = lr_schedules.schedule_of(config)
-    try:
-        return imported(kind.home)(optimizer, **kind.options(config, steps))
-    except ValueError as error:  # polynomial ends above zero
-        other = "give a greater --learning_rate, or another schedule"
-        raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}; {other}.") from error
+    return imported(kind.home)(optimizer, **kind.options(config, steps))
 
 
 def imported(home: str) -> Any:

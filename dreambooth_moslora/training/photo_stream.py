@@ -109,7 +109,7 @@ class PhotoEncoder:
         self, photo: photo_file.Photo, plan: cropping.CropPlan
     ) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if
-        the photo was changed, or the cache after the VAE had left memory."""
+        the cache was changed after the VAE had left memory."""
         # `alpha` matters only beside a mask file; a key without it is found again.
         others = {"alpha": self.alpha} if photo.has_mask_file else {}
         key = content_key(
@@ -127,13 +127,7 @@ class PhotoEncoder:
                     f"{self.cache.folder}: the encoding of {photo.path} cannot be read any more, "
                     "and the VAE has left memory; resume the run, which encodes it anew."
                 )
-            tensors = self._compute(photo, plan)
-
-            # The key has to be of the bytes that were read.
-            for path in filter(None, (photo.path, photo.mask_path)):
-                if file_digest(path) != self._digest(path):
-                    raise UserError(f"{path} was changed while it was read; start again.")
-            return tensors
+            return self._compute(photo, plan)
 
         return key, compute
 
