@@ -193,13 +193,11 @@ class Base:
     @cached_property
     def distilled(self) -> str:
         """Why it is a distilled base, which is not one to train; "" for another."""
-        # Offline the name alone tells what a hub id is.
-        facts = self.facts or files.by_id(self.name)
-        if facts is None or facts.style == "ddpm":
+        if not self.is_flow:
             return ""
         # A model that is known is no distilled one, so its index need not be asked for.
         index = None if self.known else self.index
-        return families.distilled(index or {}, self.name, facts)
+        return families.distilled(index or {}, self.name, self.facts)
 
     @cached_property
     def tensors(self) -> Shapes:
@@ -268,37 +266,22 @@ class Base:
         facts = self.facts  # raises for a family that cannot be trained
         if self.source != "folder":
             return
-        folder, index = self.folder, self.index
 
         # What the family needs: models, with another VAE not the base's own, and their tokenizers.
         models = [facts.denoiser, *facts.encoders]
         if not self.vae:
             models.insert(1, "vae")
         tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
-
-        # Each of them is in the index, and has a configuration.
         for part in (*models, *tokenizers, "scheduler"):
-            if not isinstance(index.get(part), list) or None in index[part]:
-                title = f"{facts.article} {facts.title}"
-                raise UserError(
-                    f"{folder} is not {title} base model: its {files.INDEX} names no {part}."
-                )
-            if not any((folder / part).glob("*.json")):
-                missing = f"{folder / part} is missing or has no configuration"
-                raise UserError(f"{folder} is not a whole base model: {missing}.")
+            if not any((self.folder / part).glob("*.json")):
+                missing = f"{self.folder / part} is missing or has no configuration"
+                raise UserError(f"{self.folder} is not a whole base model: {missing}.")
 
-        # An index does not tell whether the UNet is conditioned on sizes, as SDXL's is.
-        if facts.needs_sizes:
-            unet = files.read_json(folder / "unet" / "config.json")
-            if unet.get("addition_embed_type") != "text_time":
-                lack = "its UNet has no size conditioning (text_time)"
-                raise UserError(f"{folder} is not an SDXL base model: {lack}.")
-
-        # The weights are there, and are of such a part.
+        # The weights are there, whole, and not quantised already.
         for part in models:
-            files.check_is_dense(folder / part)
-            marks = files.MARKS.get(part) if facts.denoiser == "unet" else None
-            files.check_component(folder / part, self.variant, self.shapes[part], marks)
+            files.check_is_dense(self.folder / part)
+            files.check_weights(self.folder / part, self.variant)
+        _ = self.shapes  # raises for a damaged file
 
 
 def path_of(name: str | Path) -> Path | None:

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -14,8 +13,6 @@ from dreambooth_moslora.settings import families
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 """How a file begins whose content git-lfs has not fetched."""
-JOINT_KEY = "transformer_blocks.0.attn.add_q_proj.weight"
-"""A tensor of SD 3 in diffusers' layout."""
 USUAL_VAE_LEVELS = 4
 """Resolutions inside a VAE. Each but the last halves the side."""
 SMALL_BASE_PX = 256
@@ -28,10 +25,6 @@ DENOISER_PREFIX = "model.diffusion_model."
 """How the names of the denoiser's tensors begin in a whole checkpoint."""
 INDEX = "model_index.json"
 """diffusers' file that names the parts of a base."""
-TEXT_MARKS = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"}
-MARKS = {"unet": {"conv_in.weight"}, "vae": {"encoder.conv_in.weight"}}
-MARKS |= dict.fromkeys(("text_encoder", "text_encoder_2"), TEXT_MARKS)
-"""Component with weights -> names of a tensor that each such component has."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -107,76 +100,21 @@ def unet_side(folder: Path) -> int | None:
         return None
 
 
-class Other(NamedTuple):
-    """A model that is no base here, though its files resemble those of a family."""
-
-    title: str
-    keys: tuple[str, ...] = ()  # its file has all of these,
-    lacks: str = ""  # and not this one,
-    inputs: int = 0  # and so many columns in `img_in.weight`,
-    word: str = ""  # and this in its name, where the tensors are a family's
-
-    def is_named(self, name: str) -> bool:
-        """Whether the name of a file or a model says that it is this one."""
-        return bool(re.search(self.word, name.lower()))
-
-    def is_in(self, name: str, shapes: Mapping[str, list[int]]) -> bool:
-        """Whether a file of this name with these tensors is this one."""
-        columns = shapes.get("img_in.weight", [0])[-1]
-        has_keys = bool(self.keys) and shapes.keys() >= {*self.keys} and self.lacks not in shapes
-        return has_keys and self.inputs in (0, columns) and self.is_named(name)
-
-
-FLUX1 = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
-OTHERS = (
-    Other("FLUX.1 Kontext", FLUX1, word="kontext"),
-    Other("FLUX.1 Fill", FLUX1, inputs=384),
-    Other("FLUX.1 Depth or Canny", FLUX1, inputs=128),
-    Other("FLUX.1 schnell", FLUX1, lacks="guidance_in.in_layer.bias"),
-    Other("FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")),
-    Other("Qwen-Image-Edit", ("txt_norm.weight",), word="qwen.?image.*edit"),
-    Other("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
-    Other("Wan", ("head.modulation",)),
-    Other("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
-    Other("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
-    Other("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", JOINT_KEY)),
-    Other("a GGUF file", word="gguf"),
-)
-"""Asked before the marks of the families. Without its files a hub id is told by the word alone."""
-
-
 def facts_by_names(path: Path, tensors: Mapping[str, list[int]]) -> families.Facts:
     """The family of a single file, by the names of its tensors {name: shape}. Raises UserError for
-    another model, and for one that no family claims."""
+    a file that no family claims."""
     # Another format than safetensors does not tell its tensors.
     if not tensors:
-        return families.facts_of("StableDiffusionXLPipeline")
-    shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
-    if other := next((one for one in OTHERS if one.is_in(path.stem, shapes)), None):
-        raise UserError(f"{path} is {other.title}, which is no base here: {a_file_of_a_family()}.")
+        return families.SDXL
+    names = {name.removeprefix(DENOISER_PREFIX) for name in tensors}
     for facts in families.FAMILIES:
-        if facts.file_mark in shapes:
+        if facts.file_mark in names:
             return facts
-    raise UserError(
-        f"{path} holds weights of no family that is known here, but {min(shapes):.80}: "
-        f"{a_file_of_a_family()}."
-    )
-
-
-def a_file_of_a_family() -> str:
     titles = ", ".join(facts.title for facts in families.FAMILIES)
-    return f"give a file of {titles}, in the layout of its authors"
-
-
-def by_id(name: str) -> families.Facts | None:
-    """The flow family whose name a hub id has; None for another id. Raises UserError for an id that
-    says that it is something else."""
-    if other := next((one for one in OTHERS if one.word and one.is_named(name)), None):
-        raise UserError(f"{name} is {other.title} by its name, which is no base here.")
-    letters = re.sub(r"[^a-z0-9]", "", name.lower())
-    flows = [facts for facts in families.FAMILIES if facts.style == "flow"]
-    named = (one for one in flows if re.sub(r"[^a-z0-9]", "", one.title.lower()) in letters)
-    return next(named, None)
+    raise UserError(
+        f"{path} holds weights of no family that is known here, but {min(names):.80}: "
+        f"give a file of {titles}, in the layout of its authors."
+    )
 
 
 def check_is_dense(folder: Path) -> None:
@@ -207,27 +145,16 @@ def check_vae(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         read_json(path / "config.json")
-        check_component(path, None, tensor_shapes(path), MARKS["vae"])
+        check_weights(path)
     elif path.exists() or not is_hub_id(name):
         raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
 
 
-def check_component(
-    folder: Path, variant: str | None, shapes: Mapping[str, list[int]], marks: set[str] | None
-) -> None:
-    """Raises UserError for a folder without weights, and for another model's weights.
-
-    folder: of one part of a base
-    variant: whose files are loaded; None for the plain ones
-    shapes: of the part's tensors, by name; {} where they are not known
-    marks: names of tensors, of which each such part has one; None for no such check
-    """
+def check_weights(folder: Path, variant: str | None = None) -> None:
+    """Raises UserError for a part of a base without weights."""
     if not weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")
-    if marks and shapes and not shapes.keys() & marks:
-        other = f"it has no {min(marks)}, but {min(shapes):.80}"
-        raise UserError(f"{folder} holds weights of another model: {other}.")
 
 
 def read_json(path: Path) -> dict:

@@ -41,7 +41,7 @@ from dreambooth_moslora.base import decode, files, machine, pipelines, scaled_fp
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import Facts, facts_of
+from dreambooth_moslora.settings.families import SDXL, Facts, facts_of
 from dreambooth_moslora.settings.rows import is_text_projection
 
 OUTPUTS_A_BLOCK = 32
@@ -75,7 +75,7 @@ def quantize(
     device: where a layer is quantised; by default where it is. In 4 bit each then moves back, which
         frees the device for the encoders
 
-    Returns how many layers were replaced. Raises UserError without bitsandbytes.
+    Returns how many layers were replaced.
     """
     if kind == "none":
         return 0
@@ -120,14 +120,9 @@ def is_worth_saying(record: logging.LogRecord) -> bool:
 def quantized(
     dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    """One layer (out, in), quantised on `device`. Raises UserError when bitsandbytes is not
-    installed."""
-    try:
-        from bitsandbytes import nn as bnb
-    except ImportError as error:
-        raise UserError(
-            "--base_quantization needs bitsandbytes: pip install bitsandbytes."
-        ) from error
+    """One layer (out, in), quantised on `device`."""
+    from bitsandbytes import nn as bnb
+
     # The layer is made on meta, as its own random weights are not needed.
     shape = (dense.in_features, dense.out_features, dense.bias is not None)
     if kind == "nf4":
@@ -288,7 +283,7 @@ def load_pipeline(
 
     try:
         # What the pipeline is given, in place of what it would load or make by itself.
-        facts = base.facts or facts_of("StableDiffusionXLPipeline")
+        facts = base.facts or SDXL
         kind = getattr(diffusers, facts.pipeline)
         options = dict(base.version)
         if base.vae:
@@ -540,7 +535,7 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
-SDXL_FAMILY = pipelines.SDXL(facts_of("StableDiffusionXLPipeline"))
+SDXL_FAMILY = pipelines.SDXL(SDXL)
 """Whose latents those of most UNets are."""
 
 

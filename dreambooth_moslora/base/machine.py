@@ -10,8 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
-from sysconfig import get_path
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
@@ -181,22 +179,6 @@ def has_nvidia_driver() -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return "GPU " in listed
-
-
-def what_compile_lacks() -> str | None:
-    """What `--compile` needs and this machine lacks, and where it comes from; None if all is there.
-    PyTorch compiles for a GPU through Triton, which builds a small C program at its first use, and
-    for the CPU by a C++ compiler."""
-    if not has_gpu():
-        compilers = ("c++", "g++", "clang++", "cl")
-        return None if any(map(shutil.which, compilers)) else "a C++ compiler (apt install g++)"
-    if find_spec("triton") is None:
-        return "Triton (pip install triton-windows on Windows; elsewhere it comes with PyTorch)"
-    if os.name == "posix" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
-        return "a C compiler (apt install gcc)"
-    if os.name == "posix" and not os.path.exists(os.path.join(get_path("include"), "Python.h")):
-        return "Python.h (apt install python3-dev)"
-    return None
 
 
 def has_fast_bf16() -> bool:

@@ -21,7 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
 from dreambooth_moslora.base.machine import device_of
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.families import Facts, facts_of
 
 Text = dict[str, torch.Tensor]
@@ -212,29 +211,6 @@ class Flux2(Family):
     """The VAE's latents are packed 2 x 2 into channels, and normalised by the statistics of a batch
     norm. A text is several layers of its encoder side by side, three by default."""
 
-    def text(self, pipe, prompt):
-        layers = self.options.get("text_encoder_out_layers")
-        most = pipe.text_encoder.config.num_hidden_layers
-        if layers and max(layers) > most:
-            wanted = f"numbers of layers up to {most}, such as 9 18 27"
-            raise UserError(f"--text_encoder_out_layers: give {wanted}.")
-        found = super().text(pipe, prompt)
-
-        # The denoiser may come later, and `predict` asks then.
-        if pipe.transformer is not None:
-            self.check_width(found["prompt_embeds"], pipe.transformer)
-        return found
-
-    def check_width(self, embeds: torch.Tensor, denoiser: torch.nn.Module) -> None:
-        """Raises UserError unless the layers side by side, (…, D), are as wide as the denoiser
-        reads."""
-        width, wanted = embeds.shape[-1], denoiser.config.joint_attention_dim
-        if width != wanted:
-            raise UserError(
-                f"--text_encoder_out_layers: these layers are {width} wide side by side, and the "
-                f"transformer reads {wanted}: give another number of them."
-            )
-
     def latents(self, vae, pixels):
         z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
 
@@ -248,8 +224,6 @@ class Flux2(Family):
         return (z - mean) * (variance + vae.config.batch_norm_eps).rsqrt()
 
     def predict(self, denoiser, z, t, crops, prompt_embeds):
-        self.check_width(prompt_embeds, denoiser)
-
         # A token of the text has its number as its place, on an axis of its own.
         words = torch.zeros(prompt_embeds.shape[1], 4, device=z.device)
         words[:, 3] = torch.arange(len(words), device=z.device)

@@ -17,7 +17,7 @@ read it, and puts back each weight as it was, the trained ones too.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,42 +32,29 @@ PIECE = 2**24
 """
 
 
-class Copies(Protocol):
-    """How a block comes to the device."""
-
-    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> Any:
-        """Begin to fill `place` (bytes,) with the pieces. Returns what `wait` takes."""
-
-    def wait(self, copy: Any) -> None:
-        """Let nothing compute before that copy has ended."""
-
-
-class AtOnce:
-    """Copies that have ended when they have begun, for devices without streams."""
-
-    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> None:
-        copy_pieces(place, pieces)
-
-    def wait(self, copy: None) -> None:
-        """Nothing is left to wait for."""
-
-
-class SideStream:
-    """Copies beside the computation, on a GPU of Nvidia or AMD."""
+class Copies:
+    """How a block comes to the device: on a GPU of Nvidia or AMD beside the computation, on a
+    stream of its own; elsewhere a copy has ended when it has begun."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> torch.cuda.Event:
+    def start(self, place: Tensor, pieces: Sequence[Tensor]) -> torch.cuda.Event | None:
+        """Begin to fill `place` (bytes,) with the pieces. Returns what `wait` takes."""
+        if self.stream is None:
+            return copy_pieces(place, pieces)
+
         # What was queued up to now may still read the block that lay there before.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             copy_pieces(place, pieces)
         return self.stream.record_event()
 
-    def wait(self, copy: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(copy)
+    def wait(self, copy: torch.cuda.Event | None) -> None:
+        """Let nothing compute before that copy has ended."""
+        if copy is not None:
+            torch.cuda.current_stream(self.device).wait_event(copy)
 
 
 def copy_pieces(place: Tensor, pieces: Sequence[Tensor]) -> None:
@@ -83,14 +70,14 @@ class StreamedBlocks:
     denoiser: changed in place; it may be on the host or on the device, in 4 bit too, and all but
         these matrices is the caller's to move
     device: where it computes
-    copies: how blocks come there; by default on a stream of their own where there is CUDA
+    copies: how blocks come there
 
     `held` are the numbers of the blocks on the device.
     """
 
     def __init__(self, denoiser: nn.Module, device: torch.device, copies: Copies | None = None):
         is_cuda = device.type == "cuda"
-        self.copies = copies or (SideStream(device) if is_cuda else AtOnce())
+        self.copies = copies or Copies(device)
         blocks = streamed_blocks(denoiser)
 
         # The places, as large as the largest block.

@@ -127,7 +127,6 @@ def examine_machine(found: Findings) -> None:
         apple_gib,
         has_fast_bf16,
         unused_gpu,
-        what_compile_lacks,
     )
 
     # The device that trains
@@ -153,6 +152,3 @@ def examine_machine(found: Findings) -> None:
         has_bf16 = half_precision() == "bf16"
         other = "fp16"
     found.facts["bf16"] = "yes" if has_bf16 else f"no: use --mixed_precision {other}"
-
-    lacks = what_compile_lacks()
-    found.facts["compile"] = f"no: it needs {lacks}" if lacks else "yes"

@@ -105,8 +105,7 @@ class Facts:
     hub_tag: str = ""
     licence: str = ""
     file_mark: str = ""
-    """A tensor that only this family's single files have, in the layout of its authors
-    (`base.files.OTHERS` has those of other models)."""
+    """A tensor that this family's single files have, in the layout of its authors."""
     models: tuple[Model, ...] = ()
     """Those that are known before they are fetched (`benchmarks.family_memory`)."""
     not_in_comfyui: str = ""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import command_doctor
 from dreambooth_moslora.cli.command_doctor import (
@@ -32,26 +31,8 @@ def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
     said = capsys.readouterr().out
     assert not said.startswith(" "), "what to do stands before the versions"
     facts = {line.split()[0]: line for line in said.splitlines() if line}
-    assert {"python", "torch", "peft", "device", "bf16", "compile"} <= facts.keys()
+    assert {"python", "torch", "peft", "device", "bf16"} <= facts.keys()
     assert facts["processor"].endswith(" cores, 3.0 GiB") and "PROBLEM" not in said
-
-
-LACKS = [
-    (False, ["c++"], [], None),
-    (False, ["gcc"], [], "a C++ compiler"),
-    (True, ["gcc"], [], "Triton"),
-]
-LACKS += [(True, [], ["triton"], "a C compiler"), (True, ["gcc"], ["triton"], "Python.h")]
-
-
-@pytest.mark.parametrize(("on_gpu", "programs", "modules", "lacks"), LACKS)
-def test_what_compile_lacks_is_named(on_gpu, programs, modules, lacks, monkeypatch):
-    monkeypatch.setattr(machine, "has_gpu", lambda: on_gpu)
-    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in programs else None)
-    monkeypatch.setattr(machine, "find_spec", lambda name: name if name in modules else None)
-    monkeypatch.setattr(machine, "get_path", lambda name: "/nowhere")
-    found = machine.what_compile_lacks()
-    assert (found is None) if lacks is None else found.startswith(lacks)
 
 
 @pytest.mark.parametrize(("macos", "says"), [(14, "yes"), (13, "no: use --mixed_precision fp16")])

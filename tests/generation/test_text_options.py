@@ -104,20 +104,6 @@ def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
     assert not text_options_of(command_evaluate.resolve(parser.parse_args(words[:3])))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layers", "said"),
-    [
-        (("9",), "these layers are 16 wide side by side, and the transformer reads 48"),
-        (("9", "18", "99"), "give numbers of layers up to 28"),
-    ],
-)
-def test_layers_that_do_not_fit_are_refused_in_one_line(layers, said, tmp_path):
-    subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path), "tiny")
-    with pytest.raises(UserError, match=f"--text_encoder_out_layers: {said}"):
-        drawn(subject, text_encoder_out_layers=layers)
-
-
 def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
     """diffusers' script takes any number. Without the transformer, which comes later, too."""
     pipe = tiny_pipeline("flux2", tmp_path)
