@@ -4,7 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from dreambooth_moslora.base.base import SETTINGS, Base
@@ -20,35 +20,33 @@ from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
-  generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4
-  generate --from_png outputs/image_0.png --seed 7"""
-ADAPTER_HELP = "a LoRA file or run folder; repeatable; without SCALE it is 1, or that of --from_png"
+  generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4"""
 # Parameter -> its value when nothing is said
 DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`. Parameters have no defaults here: those that are not given
-    are the recipe's of `--from_png`, or else `GenerationParams`'s own."""
+    are `GenerationParams`'s own."""
 
     def add(*names: str, **options) -> None:
         flags = [f"--{name}" for name in names]
         parser.add_argument(*flags, dest=names[0], **options)
 
+    # What draws
     parser.epilog = EPILOG
     about_base = (
         "the base: a folder, a hub id, a .safetensors file, or toy "
         "(default: that of the adapter's run, else toy)"
     )
     add("base", "pretrained_model_name_or_path", metavar="BASE", help=about_base)
-    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=ADAPTER_HELP)
-    add("prompt", help="what to draw; `<lora:name:0.8>` sets an adapter's scale")
+    about_adapter = "a LoRA file or run folder; repeatable; without SCALE it is 1"
+    add("adapter", action="append", default=[], metavar="PATH[:SCALE]", help=about_adapter)
+
+    # What is drawn, and how
+    about_prompt = "what to draw; `<lora:name:0.8>` sets an adapter's scale"
+    add("prompt", help=about_prompt)
     add("negative_prompt", help="what to keep out")
-    add(
-        "from_png",
-        metavar="FILE",
-        help="take all parameters from a PNG; other options override them",
-    )
     add("seed", type=int, help="of a picture's noise (default 0); -1: any; image i has seed + i")
     add(
         "steps",
@@ -87,37 +85,24 @@ def text_option_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Draw the pictures and print their paths. Raises UserError."""
     # All that can be wrong with the arguments, before torch is imported
-    recipe = params.read_recipe(user_path(args.from_png)) if args.from_png else None
-    values = _recipe_values(args, recipe)
+    wanted = params.GenerationParams.from_dict(_values(args))
     base = base_of_runs(args.adapter, args.base)
     check_paths(args)
     say_loading()
-    from dreambooth_moslora.generation.adapter_files import adapters_of_picture, given_adapter
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
 
-    # The adapters: those of the picture, or the given ones
-    if recipe and not args.adapter:
-        adapters = adapters_of_picture(recipe)
-        base = base_of_runs([str(item.file) for item in adapters], args.base)
-    else:
-        adapters = []
-        for text in args.adapter:
-            path, scale = _split_scale(text)
-            adapters.append(given_adapter(path, scale, recipe))
-    if not adapters:
-        say(["note: without --adapter the base draws alone"])
-
-    # The base
+    # The base and the adapters
     pipeline = SubjectPipeline.from_base(base)
-    if recipe and recipe.provenance.base not in ("", pipeline.base_name):
-        made_with = f"the picture was made with the base {recipe.provenance.base}"
-        say([f"note: {made_with}, and this is {pipeline.base_name}"])
+    if not args.adapter:
+        say(["note: without --adapter the base draws alone"])
+    adapters = []
+    for path, scale in map(_split_scale, args.adapter):
+        adapters.append((pipeline.load_adapter(find_asset(path)), scale))
 
-    chosen = tuple((pipeline.load_adapter(item.file, item.name), item.scale) for item in adapters)
-    wanted = params.GenerationParams.from_dict(values | {"adapters": chosen})
-    return _save_all(pipeline.generate(wanted), user_path(args.output_dir))
+    events = pipeline.generate(replace(wanted, adapters=adapters))
+    return _save_all(events, user_path(args.output_dir))
 
 
 def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
@@ -135,6 +120,8 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
             file = RunDir(folder).config_path
             if not file.is_file():
                 continue
+
+            # Its base, by the settings that find it
             known = read_json(file)
             base = known.get("pretrained_model_name_or_path")
             if not base:
@@ -154,20 +141,21 @@ def check_paths(args: argparse.Namespace) -> None:
     output_folder(args.output_dir)
 
 
-def _split_scale(text: str) -> tuple[str, float | None]:
-    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. None: no scale was
-    given."""
+def _split_scale(text: str) -> tuple[str, float]:
+    """`runs/dog:0.8` -> ("runs/dog", 0.8); a colon inside the path is kept. Without a scale it is
+    1."""
     path, colon, scale = text.rpartition(":")
     try:
-        return (path, float(scale)) if colon and path else (text, None)
+        return (path, float(scale)) if colon and path else (text, 1.0)
     except ValueError:
-        return text, None
+        return text, 1.0
 
 
-def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> dict:
-    """Parameters of the picture, overridden by the given ones. Raises UserError without a
+def _values(args: argparse.Namespace) -> dict[str, object]:
+    """The given parameters, by their names in `GenerationParams`. Raises UserError without a
     prompt."""
-    values = recipe.params.to_dict() if recipe else {}
+    if args.prompt is None:
+        raise UserError("say what to draw with --prompt")
     given = {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
@@ -177,18 +165,10 @@ def _recipe_values(args: argparse.Namespace, recipe: params.Recipe | None) -> di
         "width_px": args.width,
         "num_images": args.num_images,
         "scheduler": args.scheduler,
+        "seed": None if args.seed is None else params.draw_seed(args.seed),
     }
-    for name, value in given.items():
-        if value is not None:
-            values[name] = value
-    if args.seed is not None:
-        values["seed"] = params.draw_seed(args.seed)
-
-    # A single option of the command line leaves the picture's others as they are.
-    values["text_options"] = dict(values.get("text_options", ())) | text_options_of(args)
-    if "prompt" not in values:
-        raise UserError("say what to draw with --prompt, or give a picture with --from_png")
-    return values
+    values = {name: value for name, value in given.items() if value is not None}
+    return values | {"text_options": text_options_of(args)}
 
 
 def _save_all(events: Iterator, folder: Path) -> int:

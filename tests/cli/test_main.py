@@ -141,7 +141,6 @@ ABSENT = {
     # that of the run's settings
     "generate --prompt dog --adapter run:0.5": "the base ./gone does not exist",
     "generate --prompt dog --adapter run/best": "the base ./gone does not exist",
-    "generate --prompt dog --from_png x.png": "x.png: there is no such file",
     "evaluate x": "there is no adapter file x",
     "evaluate dog.safetensors --photos x": "x: no such folder",
     "evaluate dog.safetensors --base x": "the base x does not exist",
