@@ -4,25 +4,24 @@ import argparse
 import os
 import platform
 import shutil
-import sys
-import tomllib
 from dataclasses import dataclass, field
-from importlib import metadata
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from dreambooth_moslora.cli.terminal import say_loading
-from dreambooth_moslora.disk.paths import clone_folder
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.settings.rules import version_of
 
-MIN_PYTHON = (3, 11)
 # What SDXL with a few checkpoints takes
 NEEDED_DISK_GIB = 10
-OPTIONAL = (
+LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "gradio",
+    # those that only some settings need
     "bitsandbytes",
     *(kind.package for kind in OPTIMIZERS.values() if kind.package),
     "tensorboard",
@@ -30,7 +29,7 @@ OPTIONAL = (
     "trackio",
     "torchvision",
 )
-"""Libraries that only some settings need."""
+"""Those whose versions are told."""
 
 
 @dataclass
@@ -38,9 +37,7 @@ class Findings:
     """What the doctor found."""
 
     facts: dict[str, str] = field(default_factory=dict)
-    # training will fail; each is a line with a remedy
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # likewise
+    warnings: list[str] = field(default_factory=list)  # each is a line with a remedy
 
 
 def doctor_arguments(_: argparse.ArgumentParser) -> None:
@@ -48,18 +45,17 @@ def doctor_arguments(_: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(_: argparse.Namespace) -> int:
-    """Look for problems and print what was found. Exit code 2 when something will fail."""
+    """Look for problems and print what was found."""
     found = Findings()
     examine_versions(found)
     examine_machine(found)
     print(as_text(found))
-    return 2 if found.problems else 0
+    return 0
 
 
 def as_text(found: Findings) -> str:
-    """The findings as lines: problems and warnings, then facts."""
-    lines = [f"PROBLEM  {line}" for line in found.problems]
-    lines += [f"warning  {line}" for line in found.warnings]
+    """The findings as lines: warnings, then facts."""
+    lines = [f"warning  {line}" for line in found.warnings]
     lines = lines or ["no problems found"]
     lines += [f"  {name:16} {value}" for name, value in found.facts.items()]
     return "\n".join(lines).rstrip()
@@ -67,42 +63,9 @@ def as_text(found: Findings) -> str:
 
 def examine_versions(found: Findings) -> None:
     """Python and the libraries."""
-    versions = {name: version_of(name) for name in (*needed_ranges(), *OPTIONAL)}
     found.facts["python"] = platform.python_version()
-    found.facts |= {name: version or "-" for name, version in versions.items()}
-    if sys.version_info[:2] < MIN_PYTHON:
-        found.problems.append(
-            f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
-        )
-
-    # An untested version may work; a missing library does not.
-    for name, ranges in needed_ranges().items():
-        wanted = name + ",".join(sorted(map(str, ranges), reverse=True))
-        if versions[name] is None:
-            found.problems.append(f'{name} is missing; pip install "{wanted}"')
-        # A release candidate counts as its release.
-        elif not ranges.contains(Version(versions[name]).base_version):
-            untried = f"{name} {versions[name]} was not tried with this program"
-            found.warnings.append(f"{untried}; it was run with {wanted}")
-
-
-def needed_ranges() -> dict[str, SpecifierSet]:
-    """{library: tested versions} that every run needs, from pyproject.toml or the installed
-    package's metadata."""
-    clone = clone_folder()
-    file = None if clone is None else clone / "pyproject.toml"
-    if file is not None and file.is_file():
-        lines = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
-    else:
-        lines = metadata.requires("dreambooth_moslora") or []
-
-    # Those with a marker belong to an extra, or to another system.
-    ranges = {}
-    for line in lines:
-        item = Requirement(line)
-        if item.marker is None and item.name not in OPTIONAL:
-            ranges[item.name] = item.specifier
-    return ranges
+    for name in LIBRARIES:
+        found.facts[name] = version_of(name) or "-"
 
 
 def examine_machine(found: Findings) -> None:
@@ -121,7 +84,7 @@ def examine_machine(found: Findings) -> None:
     try:
         import torch
     except Exception as error:  # a broken installation may raise any error
-        found.problems.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
+        found.warnings.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
     from dreambooth_moslora.base.machine import (
         apple_gib,
