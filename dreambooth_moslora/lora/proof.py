@@ -3,8 +3,7 @@ compute the same.
 
 diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that
 memory never holds a second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32, at scale
-1: ΔW of every projection, as PEFT computes it on both sides, DoRA's magnitudes, and the outputs of
-a few projections on fixed inputs.
+1: ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes.
 """
 
 import inspect
@@ -18,7 +17,7 @@ from pathlib import Path
 import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import key_names, raw_file
@@ -28,22 +27,17 @@ from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 
 # Of ΔW, by rounding up and down
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-SAMPLED_LAYERS = 8
-TOKENS = 16
 STOCK = "proof"
 
 
 @dataclass(frozen=True)
 class FileProof:
+    """The comparison of one file."""
+
     file: str
-    weights: float  # largest relative difference of ΔW, at `worst`
-    outputs: float  # of outputs
+    largest: float  # relative difference, at `worst`
     worst: str
     loader: str
-
-    @property
-    def largest(self) -> float:
-        return max(self.weights, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -119,6 +113,7 @@ def full_fp32() -> Iterator[None]:
 @full_fp32()
 def prove_file(path: Path, components: Components, adapter_name: str) -> FileProof:
     """Reload `path` and compare it with the live adapter. Raises UserError."""
+    # The layers on both sides
     live = raw_file.all_layers(components, adapter_name)
     tensors, _ = raw_file.read_tensors(path)
     if any(key.endswith(".dora_scale") for key in tensors):
@@ -129,28 +124,29 @@ def prove_file(path: Path, components: Components, adapter_name: str) -> FilePro
             f"{path.name}: the stock loader adapts other modules than the adapter does, "
             f"first {missing[0]}"
         )
+
+    # ΔW of each layer, and DoRA's magnitudes
     differences = {}
     for name, layer in live.items():
-        with alone(layer, adapter_name), alone(stock[name], STOCK):
+        other = stock[name]
+        with alone(layer, adapter_name), alone(other, STOCK):
             wanted = delta(layer, adapter_name)
-            differences[name] = relative_difference(delta(stock[name], STOCK), wanted)
-            if adapter_name in layer.lora_magnitude_vector:
-                pair = (
-                    stock[name].lora_magnitude_vector[STOCK],
-                    layer.lora_magnitude_vector[adapter_name],
-                )
-                sizes = (module.weight.float().cpu() for module in pair)
-                differences[name] = max(differences[name], relative_difference(*sizes))
-    names = list(live)
-    spread = names[:: max(1, (len(names) - 1) // (SAMPLED_LAYERS - 1))][: SAMPLED_LAYERS - 1]
-    outputs = max(output_difference(live[n], stock[n], adapter_name) for n in (*spread, names[-1]))
+            differences[name] = relative_difference(delta(other, STOCK), wanted)
+        if adapter_name in layer.lora_magnitude_vector:
+            found = other.lora_magnitude_vector[STOCK].weight.float().cpu()
+            trained = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()
+            differences[name] = max(differences[name], relative_difference(found, trained))
+    return worst_of(differences, file=path.name, loader="diffusers load_lora_weights")
+
+
+def worst_of(differences: dict[str, float], file: str, loader: str) -> FileProof:
+    """The proof of a file whose layers, or tensors, differ so."""
     worst = max(differences, key=differences.__getitem__)
-    return FileProof(path.name, differences[worst], outputs, worst, "diffusers load_lora_weights")
+    return FileProof(file=file, largest=differences[worst], worst=worst, loader=loader)
 
 
 def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
-    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses or
-    warns."""
+    """Layers of a stock diffusers pipeline that loaded the file. Raises UserError if it refuses."""
     denoiser = next((components[name] for name in DENOISERS if name in components), None)
     if denoiser is None:
         raise UserError(
@@ -168,9 +164,9 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
         for name, parameter in names
         if parameter.default is parameter.empty and name != "self"
     }
-    with collected_warnings():  # of a pipeline without a safety checker
+    # A pipeline without a safety checker says so, and each component without an adapter.
+    with quiet():
         shell = kind(**parts | twins)
-    with collected_warnings() as warnings:
         try:
             shell.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True
@@ -179,101 +175,36 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
             raise UserError(
                 f"{path.name} was not published: the stock loader refuses it: {one_line(error)}"
             ) from error
-    # The loader announces components without an adapter; missing ones are found by comparing the
-    # layers.
-    if warnings := [text for text in warnings if not text.startswith("No LoRA keys associated")]:
-        raise UserError(
-            f"{path.name}: the stock loader complains: {' '.join(warnings[0].split())[:200]}"
-        )
-    return raw_file.all_layers(
-        {n: twin for n, twin in twins.items() if hasattr(twin, "peft_config")}, STOCK
-    )
+    adapted = {name: twin for name, twin in twins.items() if hasattr(twin, "peft_config")}
+    return raw_file.all_layers(adapted, STOCK)
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Collect the loaders' warnings about unused keys, which would otherwise appear in the user's
-    terminal."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [(log.handlers[:], log.propagate) for log in loggers]
-    for log in loggers:
-        log.handlers[:], log.propagate = [handler], False
+def quiet() -> Iterator[None]:
+    """In this block no library warns or shows a bar."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with redirect_stderr(StringIO()):  # progress bars
-            yield found
+        with redirect_stderr(StringIO()):
+            yield
     finally:
-        for log, (handlers, propagate) in zip(loggers, before, strict=True):
-            log.handlers[:], log.propagate = handlers, propagate
+        logging.disable(before)
 
 
 @contextmanager
-def alone(layer: LoraLayer, adapter_name: str, base: nn.Module | None = None) -> Iterator[None]:
-    """The layer in evaluation mode with this adapter only, at its trained scale, over `base` if
-    given."""
-    saved = (
-        layer.base_layer,
-        layer._active_adapter,
-        layer._disable_adapters,
-        layer.scaling[adapter_name],
-    )
-    modes = [(module, module.training) for module in layer.modules()]
-    layer.eval()
-    layer._active_adapter, layer._disable_adapters = [adapter_name], False
+def alone(layer: LoraLayer, adapter_name: str) -> Iterator[None]:
+    """The layer with this adapter at its trained scale."""
+    scale = layer.scaling[adapter_name]
     layer.set_scale(adapter_name, 1.0)
-    layer.base_layer = base if base is not None else layer.base_layer
     try:
         yield
     finally:
-        (
-            layer.base_layer,
-            layer._active_adapter,
-            layer._disable_adapters,
-            layer.scaling[adapter_name],
-        ) = saved
-        for module, mode in modes:
-            module.training = mode
+        layer.scaling[adapter_name] = scale
 
 
 def delta(layer: LoraLayer, adapter_name: str) -> Tensor:
     """ΔW, in the shape of W, by PEFT, in fp32 on the CPU."""
     return layer.get_delta_weight(adapter_name).float().cpu()
-
-
-def output_difference(live: LoraLayer, stock: LoraLayer, adapter_name: str) -> float:
-    """The relative difference of the layers' outputs for a fixed x (16, in), or (1, in, 4, 4). The
-    base is zero, as the effect of an early adapter would vanish in the rounding of W·x; DoRA needs
-    a base."""
-    device = live.lora_A[adapter_name].weight.device
-    is_convolution = isinstance(live.get_base_layer(), nn.Conv2d)
-    shape = (1, live.in_features, 4, TOKENS // 4) if is_convolution else (TOKENS, live.in_features)
-    x, base = torch.randn(shape, generator=torch.Generator().manual_seed(1)), fixed_base(live)
-    if adapter_name not in live.lora_magnitude_vector:
-        nn.init.zeros_(base.weight)
-    with alone(stock, STOCK, base):
-        found = stock(x).float()
-    with alone(live, adapter_name, base.to(device)):
-        wanted = live(x.to(device)).float().cpu()
-    return relative_difference(found, wanted)
-
-
-def fixed_base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
-    """A layer of the base's kind with gaussian weights of seed 0, scaled to keep the input's
-    norm."""
-    kind, options, real = nn.Linear, {}, layer.get_base_layer()
-    if isinstance(real, nn.Conv2d):
-        kind, options = (
-            nn.Conv2d,
-            {name: getattr(real, name) for name in ("kernel_size", "stride", "padding")},
-        )
-    base = kind(
-        layer.in_features, layer.out_features, bias=False, device="meta", **options
-    ).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    nn.init.normal_(base.weight, std=base.weight[0].numel() ** -0.5, generator=generator)
-    return base.requires_grad_(False)
 
 
 def prove_kohya_dora(
@@ -296,5 +227,4 @@ def prove_kohya_dora(
             relative_difference(float(alpha) / len(down) * up @ down, wanted.double()),
             relative_difference(found_size, size.double()),
         )
-    worst = max(differences, key=differences.__getitem__)
-    return FileProof(path.name, differences[worst], 0.0, worst, "the definition of dora_scale")
+    return worst_of(differences, file=path.name, loader="the definition of dora_scale")

@@ -40,6 +40,7 @@ from dreambooth_moslora.lora.proof import (
     Proof,
     prove_file,
     relative_difference,
+    worst_of,
 )
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
@@ -123,14 +124,7 @@ def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
     for part, rows in tokens.rows.items():
         learnt = rows.detach().float().cpu()
         differences[new_tokens.KEYS[part]] = relative_difference(found[part], learnt)
-    worst = max(differences, key=differences.__getitem__)
-    return FileProof(
-        file=path.name,
-        weights=differences[worst],
-        outputs=0.0,
-        worst=worst,
-        loader="safetensors",
-    )
+    return worst_of(differences, file=path.name, loader="safetensors")
 
 
 def check_publishable(components: Components, dtype: torch.dtype, adapter_name: str) -> None:

@@ -37,9 +37,7 @@ def card(use_dora: bool = False, **changes) -> str:
     config = TrainConfig(
         instance_prompt='a photo of "sks": dog', learning_rate=1e-4, use_dora=use_dora
     )
-    proof = Proof(
-        "fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, 2e-7, "unet.x", "diffusers"),)
-    )
+    proof = Proof("fp32", 1e-5, 560, (FileProof("a.safetensors", 3e-7, "unet.x", "diffusers"),))
     facts = AdapterMetadata(rank=4, alpha=4.0, base_id="owner/base", trigger_words=("sks dog",))
     values = {"name": "dog", "step": 500, "max_train_steps": 500, "adapter": facts, "proof": proof}
     return model_card(
