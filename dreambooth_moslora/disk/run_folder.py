@@ -191,8 +191,8 @@ def is_checkpoint(path: Path) -> bool:
 
 # A sentence of each model card of this program.
 SIGNATURE = "Made with dreambooth_moslora"
-# The trainer's; other files that a card names are not the run's
-PICTURE = re.compile(r"image_\d+\.png")
+# The trainer's, as a card names them; other files there are not the run's
+PICTURE = re.compile(r"\burl: (image_\d+\.png)")
 
 
 def is_card(text: str) -> bool:
@@ -201,16 +201,7 @@ def is_card(text: str) -> bool:
 
 def pictures_named(text: str) -> set[str]:
     """The picture files that a card names; empty for a text that is not a card of this program."""
-    if not is_card(text):
-        return set()
-    from huggingface_hub import ModelCard
-
-    try:
-        widgets = ModelCard(text).data.get("widget") or []
-        urls = [widget["output"]["url"] for widget in widgets]
-    except Exception:  # an edited card may raise any error of YAML or Python
-        return set()
-    return {url for url in urls if PICTURE.fullmatch(str(url))}
+    return set(PICTURE.findall(text)) if is_card(text) else set()
 
 
 NONE = "none"  # The choice of no adapter; no file gets this name.
@@ -300,9 +291,10 @@ def run_files(runs: Collection[Path]) -> list[Path]:
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:
-    """`dog`, `dog@500` for a checkpoint, `dog@best` for the best step of a run."""
+    """`dog`, `dog@500` and `dog@last` for a checkpoint, `dog@best` for the best step of a run."""
     if file.name == RAW_NAME:
-        return f"{clean_name(file.parent.parent.name)}@{checkpoint_step(file.parent) or 0}"
+        checkpoint = file.parent.name.removeprefix("checkpoint-")
+        return f"{clean_name(file.parent.parent.name)}@{checkpoint}"
     if file.name != PUBLISHED_NAME:
         return clean_name(file.stem)
     if file.parent.name == BEST_NAME and file.parent.parent not in folders:

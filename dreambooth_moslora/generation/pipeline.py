@@ -49,6 +49,7 @@ Event = Step | Preview | Image
 def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) -> Iterator[Item]:
     """Run `work(emit, abandoned)` in a thread; yield what it emits until either ends, and raise its
     exception."""
+    # The thread that works
     events: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()  # the consumer has closed the iterator
 
@@ -61,6 +62,8 @@ def iterate(work: Callable[[Callable[[Item], None], Callable[[], bool]], None]) 
 
     thread = threading.Thread(target=body, name="generate", daemon=True)
     thread.start()
+
+    # Its events, until it ends or nobody listens any more
     try:
         while True:
             event = events.get()
@@ -347,6 +350,7 @@ class SubjectPipeline:
             self.activate(params.adapters)
             words = self._encode(params)
 
+            # The pictures, one by one
             clock = Clock(params.num_images)
             for index in range(params.num_images):
                 self._generate_one(

@@ -28,14 +28,16 @@ class Pair:
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one
     without a LoRA."""
+    # New tokens alone
     path = user_path(path)
     tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
     if set(tensors) == set(new_tokens.KEYS.values()):
         tokens = new_tokens.read_tokens(path)
-        widths = {new_tokens.KEYS[part]: rows.shape[1] for part, rows in tokens.rows.items()}
         kind = "new tokens of SDXL's text encoders"
-        return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count, "widths": widths}
+        return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count}
+
+    # An adapter: a checkpoint's, or one of any program
     facts["dtypes"] = sorted(
         {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
     )
@@ -58,24 +60,11 @@ def describe(path: str | Path) -> dict[str, object]:
 
 def describe_raw(path: Path) -> dict[str, object]:
     """The content of a raw file. Raises UserError."""
-    tensors, metadata = raw_file.read_raw(path)
-    modules, ranks = {}, []
-    for component, found in sorted(raw_file.by_module(tensors).items()):
-        modules[component] = len(found)
-        for module in found:
-            ranks.append(metadata.ranks.get(f"{component}.{module}", metadata.rank))
-    return {
-        "kind": f"raw MoSLoRA weights{', DoRA' * metadata.use_dora} "
-        "(for resuming; export it to use it elsewhere)",
-        "modules": modules,
-        "ranks": by_rank(ranks),
-        "alpha": metadata.alpha,
-        "use_rslora": metadata.use_rslora,
-        "use_dora": metadata.use_dora,
-        "mixer": metadata.mixer
-        + ("" if metadata.train_mixer or metadata.mixer == "none" else " (frozen)"),
-        **said_by_metadata(metadata),
-    }
+    _, metadata = raw_file.read_raw(path)
+    kind = "raw MoSLoRA weights (for resuming; export it to use it elsewhere)"
+    settings = ("rank", "alpha", "use_rslora", "use_dora", "mixer")
+    facts = {name: getattr(metadata, name) for name in settings}
+    return {"kind": kind, **facts, **said_by_metadata(metadata)}
 
 
 def describe_pairs(

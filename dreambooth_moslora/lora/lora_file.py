@@ -25,17 +25,15 @@ from torch import Tensor
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora import key_names, proof, raw_file
+from dreambooth_moslora.lora import key_names, raw_file
 from dreambooth_moslora.lora.key_names import ENCODER_KEYS, PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import (
-    OF_LYCORIS,
     Scales,
     beside,
     broken,
     check_alphas,
     flag,
     in_header,
-    scaled,
     scales_of_settings,
 )
 from dreambooth_moslora.lora.metadata import BUNDLE, check_start_file, most_common
@@ -57,6 +55,7 @@ def projections(parts: Parts, file_name: str) -> Folded:
         raise UserError(f"{file_name} holds no LoRA projection")
     result: Folded = {}
     for (component, path), own in parts.items():
+        # Each tensor holds finite weights.
         name = f"{component}.{path}"
         for field, tensor in own.items():
             if tensor.dtype not in DTYPES:
@@ -65,6 +64,7 @@ def projections(parts: Parts, file_name: str) -> Folded:
             if not tensor.float().isfinite().all():
                 said = "has values that are NaN, infinite or beyond single precision"
                 raise broken(file_name, f"{f'{name}.{field}'!r:.100} {said}")
+        # The two matrices are there, and of one rank.
         down, up = own.get("down"), own.get("up")
         if (
             down is None
@@ -75,6 +75,7 @@ def projections(parts: Parts, file_name: str) -> Folded:
         ):
             raise broken(file_name, f"{name!r:.100} is half there")
         result.setdefault(component, {})[path] = LowRank(**own)
+    # DoRA is in all layers of a component, or in none.
     for component, layers in result.items():
         if len({projection.magnitude is None for projection in layers.values()}) > 1:
             raise UserError(
@@ -152,23 +153,8 @@ class AdapterWeights:
 
 
 def adapter_name(path: str | Path) -> str:
-    """ "dog" for `runs/dog` and the file in it, "dog@500", "dog@last", "dog@best"; else the
-    stem."""
-    file = run_folder.find_weights(path)
-    folder = file.parent.resolve()
-    if file.name not in (run_folder.PUBLISHED_NAME, run_folder.RAW_NAME):
-        return file.stem
-    if folder.name.startswith("checkpoint-") or (folder.name, file.name) == (
-        "last",
-        run_folder.RAW_NAME,
-    ):
-        return f"{folder.parent.name}@{folder.name.removeprefix('checkpoint-')}"
-    if (
-        folder.name == run_folder.BEST_NAME
-        and run_folder.RunDir(folder.parent).config_path.is_file()
-    ):
-        return f"{folder.parent.name}@best"
-    return folder.name
+    """The name of an adapter's file, or of a run: see `run_folder.name_of`."""
+    return run_folder.name_of(run_folder.find_weights(path).absolute(), folders=())
 
 
 def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
@@ -176,15 +162,8 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     no known LoRA."""
     file = run_folder.find_weights(path)
     tensors, header = raw_file.read_tensors(file)
-    is_raw, own = raw_file.RAW_KEY in tensors, beside(file, tensors)
-    tools = {key.tool for key in map(key_names.parse, tensors) if key}
-    if not is_raw and not own and key_names.UNFOLDED in tools:
-        raise UserError(
-            f"{file.name} holds mixers that are not folded, as diffusers saves a live MoSLoRA: "
-            "save it by "
-            "lora.published_file.publish, which folds them"
-        )
-    if is_raw:
+    own = beside(file, tensors)
+    if raw_file.RAW_KEY in tensors:
         layers, alphas, settings = fold_raw(file), {}, {}
     else:
         layers, alphas, settings = _read_published(file, tensors, header, own, pipeline)
@@ -228,7 +207,6 @@ def _read_published(
             k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
             for k, t in tensors.items()
         }
-        tensors = scaled(tensors, own, file.name)
         parts = as_lora(tensors, pipeline, file.name)
         if not parts:
             # The names are none of this base's layers, until diffusers gives them others. If it
@@ -241,7 +219,7 @@ def _read_published(
         for (component, path), of_layer in parts.items():
             if "alpha" in of_layer:
                 alphas.setdefault(component, {})[path] = float(of_layer.pop("alpha"))
-        settings = {} if own.get("peft_type") in OF_LYCORIS else own or in_header(header, file.name)
+        settings = own or in_header(header, file.name)
         if own or "lora_alpha" in settings:  # of one model, whatever its name
             settings = {
                 f"{component}.{name}": value
@@ -303,6 +281,7 @@ def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
 def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> None:
     """The tensors get names for diffusers' loader: PEFT's for a UNet, its own older ones for a text
     encoder."""
+    # The tensors
     is_denoiser = component in DENOISERS
     tool = PEFT_KEYS if is_denoiser else ENCODER_KEYS
     tensors = {}
@@ -313,11 +292,10 @@ def _load(component: str, found: Layers, scales: Scales, key: str, pipeline) -> 
         }
         parts[spell(PEFT_KEYS, name, "magnitude") + ".weight"] = projection.magnitude
         tensors |= {key: part for key, part in parts.items() if part is not None}
+    # What every loader takes, then what each kind of model's takes
     config = {f"{component}.{name}": value for name, value in lora_config(found, scales).items()}
-    model, options = (
-        getattr(pipeline, component),
-        {"adapter_name": key, "metadata": config, "_pipeline": pipeline},
-    )
+    model = getattr(pipeline, component)
+    options = {"adapter_name": key, "metadata": config, "_pipeline": pipeline}
     if component == "unet":
         pipeline.load_lora_into_unet(tensors, unet=model, network_alphas=None, **options)
     elif is_denoiser:
@@ -342,38 +320,6 @@ def lora_config(found: Layers, scales: Scales) -> dict[str, Any]:
         "use_dora": any(p.magnitude is not None for p in found.values()),
         "lora_bias": any(p.bias is not None for p in found.values()),
     }
-
-
-# fp32's rounding, and its amplification by a badly conditioned mixer
-BOUND, BOUND_KAIMING = 1e-5, 1e-3
-
-
-@dataclass(frozen=True)
-class Start:
-    file_name: str
-    layers: int
-    deviation: float  # largest relative difference of ΔW from the file's
-    kept: float  # of the file's Σ‖ΔW‖², by the run's ranks
-    anew: tuple[str, ...]  # layers (`component.path`) that the file lacks
-    left_out: tuple[str, ...]  # layers of the file that are not trained
-
-    def sentence(self) -> str:
-        parts = [
-            f"{self.layers} layers go on from it, largest relative deviation {self.deviation:.1e}"
-        ]
-        if self.kept < 1:
-            parts.append(f"the lower rank keeps {self.kept:.2%} of its squared norm")
-        if self.anew:
-            parts.append(f"{shortened(self.anew)} not in the file: they begin anew")
-        if self.left_out:
-            parts.append(
-                f"{shortened(self.left_out)} of the file not trained here: they are left out"
-            )
-        return f"--init_adapter {self.file_name}: {'; '.join(parts)}."
-
-
-def shortened(names: tuple[str, ...]) -> str:
-    return f"{len(names)} layers ({names[0]}{', …' * (len(names) > 1)}) are"
 
 
 def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
@@ -408,12 +354,11 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
 
 
 @torch.no_grad()
-@proof.full_fp32()
 def begin_with(
     weights: AdapterWeights, components: Components, adapter_name: str = "default"
-) -> Start:
-    """Copy the file's update into a fresh adapter and verify it. Raises UserError without a common
-    layer."""
+) -> str:
+    """Copy the file's update into a fresh adapter; returns a line about it. Raises UserError
+    without a common layer."""
     live = raw_file.all_layers(components, adapter_name)
     update = {
         f"{component}.{path}": (projection, scales.of(path, projection.rank))
@@ -426,41 +371,19 @@ def begin_with(
         raise UserError(
             f"--init_adapter {weights.file_name}: no layer of it is trained here ({first})."
         )
-    figures = {path: begin_layer(live[path], adapter_name, *update[path]) for path in common}
-    _, before, kept = map(sum, zip(*figures.values(), strict=True))
-    worst = max(common, key=lambda path: figures[path][0])
-    anew, left_out = (
-        tuple(p for p in one if p not in other) for one, other in ((live, update), (update, live))
+    for path in common:
+        begin_layer(live[path], adapter_name, *update[path])
+    return (
+        f"--init_adapter {weights.file_name}: {len(common)} layers go on from it, "
+        f"{len(live) - len(common)} begin anew, and {len(update) - len(common)} of its layers are "
+        "left out."
     )
-    start = Start(
-        weights.file_name,
-        len(common),
-        figures[worst][0],
-        kept / before if before else 1.0,
-        anew,
-        left_out,
-    )
-    kinds = {
-        getattr(model.peft_config[adapter_name], "mixer", "none") for model in components.values()
-    }
-    bound = BOUND_KAIMING if "kaiming" in kinds else BOUND
-    if not start.deviation <= bound:
-        raise UserError(
-            f"--init_adapter {weights.file_name}: {worst} would begin "
-            f"{start.deviation:.1e} (relative) away "
-            f"from the file, and rounding explains {bound:.0e}: "
-            "give --mixer orthogonal, which is exact."
-        )
-    return start
 
 
-def begin_layer(
-    layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float
-) -> tuple[float, float, float]:
-    """(relative difference of the layer's ΔW from the update in its rank, ‖ΔW‖² of the file, and
-    what is kept)."""
+def begin_layer(layer: LoraLayer, adapter_name: str, projection: LowRank, scale: float) -> None:
+    """Give a fresh layer the update of a file, in the layer's rank, scale and mixer."""
     own = moslora.matrices_of(layer, adapter_name)
-    wanted, before, kept = of_rank(projection, scale, own.down)
+    wanted = of_rank(projection, scale, own.down)
     up = wanted.up / own.scale
     if own.mixer is not None:
         up = torch.linalg.solve(own.mixer.cpu().double(), up, left=False)
@@ -468,31 +391,19 @@ def begin_layer(
     if projection.magnitude is not None:
         parts["magnitude"] = projection.magnitude.flatten()
     raw_file.fill(layer, adapter_name, parts)
-    with proof.alone(layer, adapter_name):
-        found = proof.delta(layer, adapter_name)
-    return proof.relative_difference(found.flatten(1), wanted.delta), before, kept
 
 
-def of_rank(projection: LowRank, scale: float, own: Tensor) -> tuple[LowRank, float, float]:
-    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64; ‖ΔW‖² before and
-    after."""
+def of_rank(projection: LowRank, scale: float, own: Tensor) -> LowRank:
+    """The update in the rank of the layer's `own` A (r, …), flattened, in fp64."""
     down, up = projection.down.double().flatten(1), scale * projection.up.double().flatten(1)
     # rows that are zero on both sides would never learn
     used = (down != 0).any(1) | (up != 0).any(0)
     down, up, rank = down[used], up[:, used], len(own)
     if len(down) > rank:
-        left, sizes, right = product_svd(up, down)
-        before, kept = float(sizes.square().sum()), float(sizes[:rank].square().sum())
-        up, down = leading_part(left, sizes, right, rank)
-    else:
-        before = kept = float(((up.T @ up) * (down @ down.T)).sum())
+        up, down = leading_part(*product_svd(up, down), rank)
     own = own.detach().cpu().double().flatten(1)
     missing = up.new_zeros(len(up), rank - len(down))
-    return (
-        LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1)),
-        before,
-        kept,
-    )
+    return LowRank(torch.cat([down, own[len(down) :]]), torch.cat([up, missing], dim=1))
 
 
 def product_svd(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from dreambooth_moslora.disk.contents import from_json, read_json
 from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names
-from dreambooth_moslora.method.mixer import Tensors, nominal_scale
+from dreambooth_moslora.method.mixer import nominal_scale
 from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.values import is_number
 
@@ -20,9 +20,7 @@ PEFT_SETTINGS = "lora_adapter_metadata"
 LARGEST_ALPHA = 1e6
 """No training has a larger one: it would be a broken file."""
 PEFT_ALPHA = 8
-"""PEFT's default when a header has no alpha; also its default rank."""
-OF_LYCORIS = ("LOHA", "LOKR")
-"""Types of LyCORIS, as PEFT calls them."""
+"""PEFT's default when a header has no alpha."""
 MODULE_NAME = re.compile(r"\^?\w[\w.-]*")
 """An entry of a pattern that names modules. PEFT allows any regular expression there."""
 
@@ -73,45 +71,17 @@ def in_header(header: Mapping[str, str], file_name: str) -> dict[str, object]:
 
 
 def beside(file: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """The settings that PEFT keeps beside a file with its own keys; {} for any other file. Raises
-    UserError for broken ones."""
+    """The settings that PEFT keeps beside a LoRA with its own keys; {} for any other file. Raises
+    UserError for broken ones, and for another kind of adapter."""
     config = file.parent / PEFT_CONFIG
     is_pefts = any(key.startswith(key_names.PEFT_PREFIX) for key in keys) and config.is_file()
-    return read_json(config) if is_pefts else {}
-
-
-def scaled(tensors: Tensors, settings: Mapping[str, Any], file_name: str) -> Tensors:
-    """PEFT's LoHa and LoKr with the scales of its settings, which their tensors lack; a LoRA as it
-    is. Raises UserError for another type."""
+    if not is_pefts:
+        return {}
+    settings = read_json(config)
     kind = settings.get("peft_type", "LORA")
-    if kind == "LORA":
-        return tensors
-    if kind not in OF_LYCORIS:
-        raise UserError(
-            f"{file_name} is of PEFT's type {kind!r:.40}, "
-            "and only LORA, LOHA and LOKR are read here"
-        )
-
-    # The alpha and the rank of each module: the usual ones, and those of the patterns.
-    modules = {key.rpartition(".")[0] for key in tensors}
-    paths = {module: module.removeprefix(key_names.PEFT_PREFIX) for module in modules}
-    values = []
-    for name, pattern in (("alpha", "alpha_pattern"), ("r", "rank_pattern")):
-        usual = dict.fromkeys(paths.values(), settings.get(name, PEFT_ALPHA))
-        own = matches(DENOISERS[0], paths.values(), settings.get(pattern) or {}, file_name)
-        values.append(usual | own)
-    alphas, ranks = values
-    check_alphas(alphas, file_name)
-    if not all(is_number(rank) and rank > 0 for rank in ranks.values()):
-        raise broken(file_name, "its settings have a rank that is none")
-
-    # One factor of each module's product gets the scale; the first is there in one of these forms.
-    result = dict(tensors)
-    for module, path in paths.items():
-        for key in (f"{module}.hada_w1_a", f"{module}.lokr_w1", f"{module}.lokr_w1_a"):
-            if key in tensors:
-                result[key] = tensors[key] * (alphas[path] / ranks[path])
-    return result
+    if kind != "LORA":
+        raise UserError(f"{file.name} is of PEFT's type {kind!r:.40}, and only LORA is read here")
+    return settings
 
 
 def matches(

@@ -24,7 +24,6 @@ from dreambooth_moslora.method.mixer import Tensors
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MOST_NUMBERS = 2**29  # of LoHa and LoKr as a LoRA: 2 GiB in fp32
 Parts = dict[tuple[str, str], Tensors]
 """Component and module path -> the fields of a LowRank, and an alpha."""
 
@@ -55,19 +54,11 @@ def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
         raise no_layer(file_name, strange[0]) if strange else no_part(file_name, unknown[0])
 
     found: Parts = {}
-    numbers = 0
     for module, parts in modules.items():
         if "dora_scale" in parts:
             parts["magnitude"] = as_magnitude(parts.pop("dora_scale"), module, file_name)
         if parts.keys() & LYCORIS_PARTS:
             parts = folded(parts, shares[module], file_name)
-            numbers += parts["up"].numel() + parts["down"].numel()
-        if numbers > MOST_NUMBERS:
-            raise UserError(
-                f"{file_name} would be a LoRA of more than {MOST_NUMBERS / 2**28:.0f} GiB, as its "
-                "LoHa or LoKr has so high a rank: use it in the program that trained it, or train "
-                "it with a lower dim"
-            )
         for layer, rows in shares[module]:
             if (layer.component, layer.path) in found:
                 raise UserError(f"{file_name} is broken: it has {layer.path:.100} under two names")

@@ -224,7 +224,7 @@ def fresh_adapters(
 
     # What the file gives takes the place of what was drawn.
     if start is not None:
-        logger.warning("%s", lora_file.begin_with(start, components).sentence())
+        logger.warning("%s", lora_file.begin_with(start, components))
 
 
 def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:
