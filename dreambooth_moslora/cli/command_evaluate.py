@@ -94,17 +94,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale", type=float, default=1.0, help="the adapter's strength (default: 1)"
     )
-    group.add_argument(
-        "--clip", default="", help="CLIP by hub id or folder (default: ViT-L/14, for toy its own)"
-    )
-    group.add_argument(
-        "--dino",
-        default="",
-        help="DINOv2 by hub id or folder (default: dinov2-base, for toy its own)",
-    )
-    group.add_argument(
-        "--batch_size", type=int, default=4, help="pictures drawn at once (default: 4)"
-    )
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -137,7 +126,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     device = pipelines.denoiser_of(pipeline.pipeline).device
     faces = subject_kinds.any_has_face(subjects)
     known_as = config.pretrained_model_name_or_path
-    encoders = metrics.load_encoders(known_as, args.clip, args.dino, device, faces)
+    encoders = metrics.load_encoders(known_as, device=device, faces=faces)
     evaluators = report.evaluators_of(
         subjects=subjects,
         photos=photos,
@@ -165,7 +154,6 @@ def run_evaluate(args: argparse.Namespace) -> int:
             pipeline,
             name,
             on_picture=bar.update,
-            batch_size=args.batch_size,
             guidance_scale=followed,
             text_options=text_options_of(config),
         )
@@ -183,12 +171,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
         guidance_scale=followed,
         adapter_scale=args.scale,
     )
-    report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
+    files = report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
     print(summary(report.pooled(found)))
     for one in found:
         if one.beside:
             print(f"{'references':18} {one.beside.verdict}")
-    print(f"{folder / 'report.html'}\n{folder / 'scores.json'}")
+    for file in files:
+        print(file)
     return 0
 
 

@@ -148,12 +148,6 @@ def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
     return list(takewhile(Path.is_file, paths))
 
 
-def subject_name(number: int) -> str:
-    """The folder, in that of an evaluation of several subjects, with the report of subject `number`
-    alone, from 1."""
-    return f"subject_{number}"
-
-
 def checkpoint_step(path: PurePath) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     match = CHECKPOINT.fullmatch(path.name)

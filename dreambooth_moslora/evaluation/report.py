@@ -6,14 +6,14 @@ evaluators_of(subjects) -> an Evaluator each, which knows the photos of its riva
                            (`metrics.confusion`)
 pooled(evaluations)     -> one Evaluation over the prompts of all
 
-Their files are scores.json and report.html of all, and subject_1/, subject_2/ … with the report of
-each alone.
+Their files are scores.json of all, and subject_1/, subject_2/ … with the scores and the report of
+each.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.run_folder import subject_name
 from dreambooth_moslora.evaluation import metrics, protocol, references, score_tables
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.pictures import render
@@ -44,7 +43,7 @@ class ReportContext:
 
 
 def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
-    """All measurements, JSON-ready: means with 95 % intervals, and each prompt's means."""
+    """All measurements, JSON-ready: means with 95 % intervals."""
     plan = found.plan
     clip, dino = about.encoders
     of_photos = found.photo_fidelity  # NaN, which JSON does not know, for a single photo
@@ -72,20 +71,8 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "leaked": found.leaked,
         "references": references.as_json(found.beside) if found.beside else None,
         "score": round(found.score, 4),
-        "per_prompt": per_prompt(found),
         "seconds": round(found.seconds, 1),
     }
-
-
-def per_prompt(found: score_tables.Evaluation) -> list[dict]:
-    """Means over the seeds for each prompt of the subject, from every table with such rows."""
-    rows = [{"prompt": prompt} for prompt in found.plan.texts]
-    for name, values in found.tables.items():
-        has_rows = values.ndim == 2 and len(values) == len(rows)
-        if has_rows and not name.startswith(("drift", "class", "dino_bare")):
-            for row, own in zip(rows, values):
-                row[name] = round(float(own.mean()), 4)
-    return rows
 
 
 def report_html(
@@ -185,8 +172,9 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
         return found[0]
     # The prompts of all subjects below each other
     tables = {}
-    for name in in_all(found, found[0].tables):
-        tables[name] = np.concatenate([one.tables[name] for one in found])
+    for name in found[0].tables:
+        if all(name in one.tables for one in found):
+            tables[name] = np.concatenate([one.tables[name] for one in found])
 
     pictures = {}
     for name in found[0].pictures:
@@ -211,81 +199,43 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
     )
 
 
-def in_all(found: Sequence[score_tables.Evaluation], names: Iterable[str]) -> list[str]:
-    """Those of the names that have a table in every evaluation."""
-    return [name for name in names if all(name in one.tables for one in found)]
-
-
-# Pictures of each subject in the common report; its own report has them all
-SHOWN = 8
-
-
 def write_reports(
     folder: Path,
     evaluators: Sequence[score_tables.Evaluator],
     found: Sequence[score_tables.Evaluation],
     about: ReportContext,
-) -> None:
-    """Write scores.json and report.html; of several subjects those for all, and each one's in
-    subject_1 …
+) -> list[Path]:
+    """Write scores.json and report.html; of several subjects those of each in subject_1 …, and
+    the scores of all. Returns the files.
 
     folder: where they go
     evaluators, found: of each subject, in the same order
     about: what was evaluated
     """
-
-    def write(place: Path, scores: dict, html: str) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        scores["time"] = time.time()  # a copy of the folder has dates of its own
-        atomic_write(place / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-        atomic_write(place / "report.html", html)
-
+    files = []
     for number, (evaluator, one) in enumerate(zip(evaluators, found), start=1):
-        own = folder / subject_name(number) if len(found) > 1 else folder
-        write(own, scores_json(one, about), report_html(one, about, evaluator.photos.pictures))
+        own = folder / f"subject_{number}" if len(found) > 1 else folder
+        files.append(write_scores(own, scores_json(one, about)))
+        page = own / "report.html"
+        atomic_write(page, report_html(one, about, evaluator.photos.pictures))
+        files.append(page)
     if len(found) > 1:
-        write(folder, subjects_json(found, about), subjects_html(evaluators, found, about))
+        files.append(write_scores(folder, subjects_json(found, about)))
+    return files
+
+
+def write_scores(folder: Path, scores: dict) -> Path:
+    """Write scores.json into the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores["time"] = time.time()  # a copy of the folder has dates of its own
+    file = folder / "scores.json"
+    atomic_write(file, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    return file
 
 
 def subjects_json(found: Sequence[score_tables.Evaluation], about: ReportContext) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`."""
-    # Of all subjects there is neither one subject nor one list of prompts.
+    # Of all subjects there is no one subject.
     whole = scores_json(pooled(found), about)
-    del whole["subject"], whole["per_prompt"]
+    del whole["subject"]
     return {**whole, "subjects": [scores_json(one, about) for one in found]}
-
-
-def subjects_html(
-    evaluators: Sequence[score_tables.Evaluator],
-    found: Sequence[score_tables.Evaluation],
-    about: ReportContext,
-) -> str:
-    """The common page of several subjects: scores, who is taken for whom, and pictures."""
-    titled = [name for name, row in MEASURES.items() if row.summary and row.title]
-    known = in_all(found, titled)
-
-    # Two tables with one row for each subject; the second also has a column for each.
-    scores = []
-    confusion = []
-    for one in found:
-        scores.append([one.words, *(one.interval(name) for name in known), one.score])
-        confused = [one.words]
-        for other in found:
-            if one is other:
-                confused.append("–")
-                continue
-            name = f"confusion_with {other.words}"
-            confused.append(f"{one.interval(name)}, base {one.mean(name + '_base'):.3f}")
-        confusion.append(confused)
-
-    header = ["", *(one.words for one in found)]
-    return render(
-        "subjects.html",
-        title=f"Fidelity of {about.adapter}",
-        found=found,
-        about=about,
-        confusion=(header, confusion),
-        scores=(["", *(MEASURES[name].title for name in known), "Score"], scores),
-        subjects=list(zip(evaluators, found)),
-        shown=SHOWN,
-    )

@@ -500,14 +500,11 @@ def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_p
     assert report.pooled(right[:1]) is right[0]
 
 
-def test_the_report_has_matrices_and_pictures_by_subject(evaluators, right, tmp_path):
+def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_path):
     report.write_reports(tmp_path, evaluators, right, BOTH)
     scores = json.loads((tmp_path / "scores.json").read_text())
     of_duck = scores["subjects"][0]["scores"]
     confused, of_base = (of_duck[f"confusion_with sks rocket{end}"] for end in ("", "_base"))
     assert confused["low"] <= confused["mean"] < 0.05 < of_base["mean"]
     assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
-    html = (tmp_path / "report.html").read_text()
-    for title in ("Are they told apart?", "“sks duck”"):
-        assert f"<h2>{title}</h2>" in html
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
