@@ -68,7 +68,7 @@ FOREIGN = {
     ),
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
-    "concepts_list concept_list": "use --subjects, which takes the same file",
+    "concepts_list concept_list": "use --subjects, or [[subjects]] tables in a --config file",
     # kohya-ss/sd-scripts
     "network_module": "there is one kind of adapter; --mixer none makes it a plain LoRA",
     "network_args": (

@@ -1,4 +1,4 @@
-"""Several subjects in one run: their tables, from TOML, JSON or a folder of folders.
+"""Several subjects in one run: their tables, from TOML or a folder of folders.
 
 In a --config file:
 
@@ -22,7 +22,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 
@@ -32,31 +31,19 @@ COUNTED = re.compile(r"^\d+_")
 
 
 def to_tables(value: Any) -> tuple[Any, ...] | None:
-    """The tables of a folder, a JSON file or a list; None for anything else. Raises UserError."""
+    """The tables of a folder or a list; None for anything else. Raises UserError."""
     if isinstance(value, (str, Path)):
-        path = Path(find_asset(str(value)))
-        if path.suffix.lower() == ".json":
-            return to_tables(tables_in(path))
-        return tables_of_folder(path)
+        return tables_of_folder(Path(find_asset(str(value))))
     if not isinstance(value, (list, tuple)):
         return None
     are_tables = all(isinstance(one, Mapping) or is_dataclass(one) for one in value)
     return tuple(value) if are_tables else None
 
 
-def tables_in(path: Path) -> list[dict[str, Any]]:
-    """The content of a JSON file: a list of tables, like other programs' --concepts_list. Raises
-    UserError."""
-    try:
-        return read_json(path, list[dict[str, Any]])
-    except UserError as error:
-        raise UserError(f"--subjects {error}") from error
-
-
 def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
     """A table for each folder in it. Raises UserError where there is none."""
     if not folder.is_dir():
-        found = "not a folder" if folder.exists() else "no such folder or file"
+        found = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"--subjects {folder}: {found}.")
     try:
         shown = [path for path in folder.iterdir() if not path.name.startswith(".")]

@@ -160,8 +160,8 @@ class TrainConfig:
     subjects: tuple[rows.Subject, ...] = of_photos(
         default=(),
         help=(
-            "several subjects in one run: a folder with a folder of each (`sks dog`), a .json "
-            "list, or in TOML tables"
+            "several subjects in one run: a folder with a folder of each (`sks dog`), or in TOML "
+            "tables"
         ),
         yields_to=("instance_data_dir", rows.WORDS),
     )
@@ -1444,13 +1444,14 @@ EXPECTED = {
     str: "text",
     tuple: "a list of names, separated by commas",
     rows.Prompt: "a list of prompts",
-    rows.Subject: "a folder of folders, a JSON file, or [[subjects]] tables",
+    rows.Subject: "a folder of folders, or [[subjects]] tables",
 }
 
 
 def as_type(base: Any, value: Any) -> Any:
     """The value as one of the type; None if it is none. Raises UserError for tables of subjects
     that cannot be read."""
+    # Tables, switches and texts
     if base is rows.Subject:
         return subjects.to_tables(value)
     if base is bool:

@@ -1,8 +1,6 @@
 """What a run learns: one subject or several; its token, its class word and the templates."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -92,19 +90,6 @@ def test_a_folder_of_folders_names_its_subjects(tmp_path):
     assert found[2].instance_data_dir == str(tmp_path / "sks duck")
 
 
-def test_the_json_list_of_other_scripts_is_taken(tmp_path):
-    (tmp_path / "concepts.json").write_text(json.dumps([DUCK, DOG]))
-    config = parse_train_config([*BASE, "--subjects", str(tmp_path / "concepts.json")])
-    assert [one.instance_prompt for one in config.each_subject] == [
-        DUCK["instance_prompt"],
-        DOG["instance_prompt"],
-    ]
-    with pytest.raises(
-        UserError, match="--concepts_list: use --subjects, which takes the same file"
-    ):
-        parse_train_config([*BASE, "--concepts_list", "concepts.json"])
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -136,8 +121,7 @@ def test_the_json_list_of_other_scripts_is_taken(tmp_path):
         ),
         ({"subjects": [{**DUCK, "token": 3}]}, r"subject 1 \(a\): --token 3: expected text"),
         ({"subjects": [DUCK, 3]}, "expected a folder of folders"),
-        ({"subjects": "nowhere"}, "--subjects nowhere: no such folder or file"),
-        ({"subjects": "nowhere.json"}, "--subjects nowhere.json: there is no such file"),
+        ({"subjects": "nowhere"}, "--subjects nowhere: no such folder"),
     ],
 )
 def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
@@ -145,22 +129,9 @@ def test_a_mistake_in_a_table_is_one_line_that_names_it(changes, says):
         TrainConfig(**changes)
 
 
-def test_a_file_that_is_no_list_and_a_folder_without_folders_or_with_an_empty_prompt_are_refused(
-    tmp_path,
-):
-    def refused(source: Path, says: str) -> None:
-        with pytest.raises(UserError, match=says):
-            TrainConfig(subjects=str(source))
-
-    refused(tmp_path, "there is no folder in it")
-    for text in ("[1]", "{", "{}", '["a"]'):
-        (tmp_path / "x.json").write_text(text)
-        refused(
-            tmp_path / "x.json",
-            "x.json: (0: Input should be|Input should be a valid array|Invalid JSON)",
-        )
-    os.truncate(tmp_path / "x.json", 2**36)  # a hole on the disk, which would fill the memory
-    refused(tmp_path / "x.json", "x.json: it has more than 32 MiB")
+def test_a_folder_without_folders_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no folder in it"):
+        TrainConfig(subjects=str(tmp_path))
 
 
 SKS_DOG = {"instance_prompt": "a photo of sks dog"}
