@@ -259,7 +259,7 @@ def known_of(path: Path) -> dict:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return read_json(config) | {"output_dir": str(folder)}
+            return sources.still_known(read_json(config)) | {"output_dir": str(folder)}
 
     # A file alone
     facts = metadata_in(header_of(find_weights(path)))

@@ -105,6 +105,7 @@ FOREIGN = {
     "min_bucket_reso max_bucket_reso": (
         "sides lie between half and twice --resolution; leave it out"
     ),
+    "aspect_ratio_buckets": "use --enable_bucket, which crops each photo in its own shape",
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
     "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
     "multires_noise_iterations": "not supported: use --noise_offset",

@@ -32,6 +32,7 @@ PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 RAW_NAME = "moslora_weights.safetensors"
 # End of the name of the file for other programs, after the run's name.
 KOHYA_SUFFIX = ".kohya.safetensors"
+SETTINGS_NAME = "train_config.json"  # The settings of a run.
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
 TOKENS_SUFFIX = "_emb.safetensors"  # End of the name of a file with new tokens.
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)  # Without one it is not complete.
@@ -46,7 +47,7 @@ class RunDir:
         self.path = path = Path(path)
         self.adapter_path = path / PUBLISHED_NAME
         self.card_path = path / "README.md"
-        self.config_path = path / "train_config.json"
+        self.config_path = path / SETTINGS_NAME
         self.metrics_path = path / "metrics.jsonl"
         self.log_path = path / "train.log"
         self.samples_dir = path / "samples"

@@ -14,7 +14,7 @@ from random import Random
 
 from PIL import Image, ImageOps
 
-from dreambooth_moslora.settings import rows, table
+from dreambooth_moslora.settings import table
 
 # `--image_interpolation_mode` -> Pillow's filter
 FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
@@ -112,15 +112,9 @@ class CropRule:
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
     bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
-    # (h, w), of which a photo gets the one nearest to its shape
-    sizes: tuple[tuple[int, int], ...] = ()
 
     def target(self, size_px: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the crops of a photo of `size_px` (h, w)."""
-        # As diffusers' scripts choose: of two equally near sizes the later
-        if self.sizes:
-            height, width = size_px
-            return min(reversed(self.sizes), key=lambda s: abs(height * s[1] - width * s[0]))
         if self.bucket_step_px is None:
             return self.resolution_px, self.resolution_px
         return bucket_of(size_px, self.resolution_px, self.bucket_step_px)
@@ -211,7 +205,6 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
         crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
         zoom=config.crop_zoom,
         bucket_step_px=step_px if config.enable_bucket else None,
-        sizes=rows.parse_sizes(config.aspect_ratio_buckets),
     )
 
 

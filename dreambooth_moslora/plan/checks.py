@@ -291,13 +291,8 @@ def own_bucket_step(config: table.TrainConfig, base: Base) -> dict[str, int]:
 
 def check_sides(config: table.TrainConfig, facts: Facts) -> None:
     """Raises UserError for crops whose sides the family's patches do not divide."""
-    # Given sizes take the place of both settings.
-    sizes = rows.parse_sizes(config.aspect_ratio_buckets)
-    sides = [("aspect_ratio_buckets", side) for size in sizes for side in size]
-    if not sizes:
-        sides.append(("resolution", config.resolution))
-        sides.append(("bucket_reso_steps", config.bucket_reso_steps or 0))
-    for name, px in sides:
+    for name in ("resolution", "bucket_reso_steps"):
+        px = getattr(config, name) or 0
         if px % facts.multiple_px:
             near = max(1, px // facts.multiple_px) * facts.multiple_px
             raise UserError(

@@ -26,9 +26,8 @@ TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in 
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
 """B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
 """
-# `to_k=8` or `to_k:8`; a height and a width.
+# `to_k=8` or `to_k:8`.
 PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
-SIZE = re.compile(r"\s*0*([1-9]\d{0,4})\s*,\s*0*([1-9]\d{0,4})\s*")
 
 
 def is_target(path: str, name: str) -> bool:
@@ -80,18 +79,6 @@ def parse_pattern(flag: str, text: str) -> tuple[str, float]:
             f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8."
         )
     return match["name"], value
-
-
-def parse_sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    """`1024,1024;768,1360` of `--aspect_ratio_buckets` -> (height, width) of each, px. Raises
-    UserError."""
-    matches = [SIZE.fullmatch(pair) for pair in text.split(";")] if text else []
-    sizes = tuple((int(match[1]), int(match[2])) for match in matches if match)
-    is_whole = all(height % 8 == 0 and width % 8 == 0 for height, width in sizes)
-    if len(sizes) < len(matches) or not is_whole:
-        expected = 'heights and widths in px, multiples of 8, such as "1024,1024;768,1360"'
-        raise UserError(f"--aspect_ratio_buckets {text}: expected {expected}.")
-    return sizes
 
 
 def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:

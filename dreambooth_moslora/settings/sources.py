@@ -13,19 +13,32 @@ from typing import Any
 
 from dreambooth_moslora.disk.contents import read_json, reason_of, small_text
 from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.disk.processes import CONFIG_NAME
+from dreambooth_moslora.disk.run_folder import SETTINGS_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import (
     ALIASES,
     FIELD_TYPES,
+    SETTINGS,
     TrainConfig,
     named,
 )
+
+OF_RUNS = (SETTINGS_NAME, CONFIG_NAME)
+"""Files of settings that runs keep."""
 
 
 def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`.
     Raises UserError."""
-    return flatten(read_tables(path), Path(path))
+    path = Path(path)
+    settings = flatten(read_tables(path), path)
+    return still_known(settings) if path.name in OF_RUNS else settings
+
+
+def still_known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, which may be of an earlier version, without those that are gone."""
+    return {name: value for name, value in settings.items() if name in SETTINGS}
 
 
 def read_tables(path: Path | str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ configuration files, the header of a published file, the remarks before a run an
 `docs/settings.md` are made from the rows. A rule between several settings is a sentence in `rules`.
 """
 
-import math
 import operator
 import os
 from collections.abc import Iterable, Mapping
@@ -289,19 +288,7 @@ class TrainConfig:
         ),
         low=8,
         publish="always",
-        idle=(
-            rows.unless(enable_bucket=True)
-            + rows.where("with --aspect_ratio_buckets", lambda run: run.aspect_ratio_buckets)
-        ),
-        check=True,
-    )
-    aspect_ratio_buckets: str | None = of_photos(
-        default=None,
-        help=(
-            "the sizes of such rectangles, height and width in px, instead of --resolution: "
-            "1024,1024;768,1360"
-        ),
-        publish="if_changed",
+        idle=rows.unless(enable_bucket=True),
         check=True,
     )
     center_crop: bool = of_photos(
@@ -1198,13 +1185,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
-        # Given sizes of crops say the resolution too: that of the square of the largest one's area.
-        sizes = rows.parse_sizes(self.aspect_ratio_buckets)
-        if sizes:
-            largest = max(height * width for height, width in sizes)
-            side = round(math.sqrt(largest) / 32) * 32
-            object.__setattr__(self, "enable_bucket", True)
-            object.__setattr__(self, "resolution", max(32, side))
         rules.check_together(self)
 
     @cached_property
@@ -1460,6 +1440,7 @@ def as_type(base: Any, value: Any) -> Any:
         return BOOLEANS.get(value.lower()) if isinstance(value, str) else None
     if base is str:
         return str(value) if isinstance(value, (str, Path)) else None
+    # Numbers
     if base in (int, float):
         try:
             number = None if isinstance(value, bool) else float(value)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers.training_utils import find_nearest_bucket, parse_buckets_string
 from PIL import Image
 
 from dreambooth_moslora.errors import UserError
@@ -237,25 +236,6 @@ def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
         )
     assert 100 < sum(plan.is_mirrored for plan in plans) < 300
     assert drawn((96, 64), 1, center_crop=True)[0].crop_top_left == (8, 0)
-
-
-def test_given_sizes_are_those_of_the_crops_each_the_one_that_diffusers_chooses():
-    text = "1024,1024; 768,1360;1360,768;880,1168;1168,880;1248,832;832,1248"
-    config = TrainConfig(aspect_ratio_buckets=text)
-    assert (config.enable_bucket, config.resolution) == (True, 1024)
-    rule, sizes, rng = cropping.crop_rule(config), parse_buckets_string(text), random.Random(0)
-    for size_px in [(rng.randint(300, 4000), rng.randint(300, 4000)) for _ in range(200)] + [
-        (1000, 1000)
-    ]:
-        assert rule.plan(size_px, rng).target_size == sizes[find_nearest_bucket(*size_px, sizes)]
-
-
-@pytest.mark.parametrize("text", ["1024", "1024,1024;", "1024x768", "1024,100", "0,8", "8,8;a,b"])
-def test_sizes_that_are_none_are_refused(text):
-    with pytest.raises(
-        UserError, match="expected heights and widths in px, multiples of 8, such as"
-    ):
-        TrainConfig(aspect_ratio_buckets=text)
 
 
 def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():

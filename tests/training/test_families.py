@@ -226,11 +226,6 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
             {"resolution": 72},
             "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64",
         ),
-        (
-            "flux",
-            {"aspect_ratio_buckets": "64,72"},
-            "--aspect_ratio_buckets 72: FLUX.1 needs multiples of 16 px",
-        ),
     ],
 )
 def test_a_setting_of_other_models_is_refused_by_the_familys_name(
@@ -471,14 +466,14 @@ def test_a_run_makes_its_class_images_samples_and_scores_and_the_next_takes_its_
     assert files and files == sorted((case.folder / "cache").rglob("*.safetensors"))
 
 
-def test_several_subjects_at_given_sizes_without_a_cache(case):
+def test_several_subjects_in_shapes_of_their_own_without_a_cache(case):
     others = paint_photos(case.folder / "cat", 3)
     tables = [
         {"instance_data_dir": str(case.photos), "instance_prompt": "a photo of sks dog"},
         {"instance_data_dir": str(others), "instance_prompt": "a photo of zwx cat"},
     ]
-    sizes = {"aspect_ratio_buckets": "64,64;64,96", "caching": "off", "class_data_dir": None}
-    card = (case.train("several", subjects=tables, **sizes) / "README.md").read_text()
+    changes = {"enable_bucket": True, "caching": "off", "class_data_dir": None}
+    card = (case.train("several", subjects=tables, **changes) / "README.md").read_text()
     assert "sks dog" in card and "zwx cat" in card
 
 

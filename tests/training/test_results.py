@@ -299,8 +299,7 @@ def test_trackers_get_numbers_switches_and_choices_and_no_text_of_the_users():
     told = told_of(optimizer="Prodigy", learning_rate=1.0, random_flip=True)
     assert (told["optimizer"], told["learning_rate"], told["random_flip"]) == ("Prodigy", 1.0, True)
     for name in [name for name, (kind, _) in FIELD_TYPES.items() if kind is str]:
-        # which takes no such text
-        if not SETTINGS[name].metadata["choices"] and name != "aspect_ratio_buckets":
+        if not SETTINGS[name].metadata["choices"]:
             assert "alice" not in told_of(**{name: "alice"}).values(), name
 
 
