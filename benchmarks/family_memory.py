@@ -24,9 +24,9 @@ from torch import nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from dreambooth_moslora.base.load import OUTPUTS_A_BLOCK, layers_of_blocks
 from dreambooth_moslora.base.machine import CONTEXT_GIB
 from dreambooth_moslora.base.pipelines import METHODS
+from dreambooth_moslora.base.quantization import OUTPUTS_A_BLOCK, layers_of_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.plan.base_size import size_of_shapes

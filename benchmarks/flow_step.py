@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.family_memory import MODELS, config_of, facts_named
 from benchmarks.gpu_step import WARM_UP, Step, measure_or_say, measured
 from benchmarks.precision import half_accelerator
-from dreambooth_moslora.base.load import quantize
 from dreambooth_moslora.base.pipelines import METHODS, filled
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
 from dreambooth_moslora.method.fast_linear import disable_fast_path

@@ -24,7 +24,7 @@ from benchmarks.sdxl_structure import sdxl_unet
 from dreambooth_moslora.settings.table import PLANS, TrainConfig
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.base.load import TextProducts
+    from dreambooth_moslora.base.text_products import TextProducts
 
 __all__ = [
     "adapted_unet",
@@ -64,7 +64,7 @@ def adapted_unet(
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.base.load import TextProducts
+    from dreambooth_moslora.base.text_products import TextProducts
     from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.training.adapters import add_adapters
 
@@ -103,7 +103,7 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
 
 def products_of(unet: nn.Module) -> "TextProducts | None":
     """The UNet's cached text products for a known prompt; None when it keeps its projections."""
-    from dreambooth_moslora.base.load import TextProjection
+    from dreambooth_moslora.base.text_products import TextProjection
 
     layers = [module for module in unet.modules() if isinstance(module, TextProjection)]
     if not layers:

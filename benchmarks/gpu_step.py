@@ -177,7 +177,7 @@ def floor(options: argparse.Namespace, device: torch.device) -> Step:
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     from benchmarks.graphs import record_passes
-    from dreambooth_moslora.base.load import quantize
+    from dreambooth_moslora.base.quantization import quantize
     from dreambooth_moslora.extras.lab.full_step import random_materials
     from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.plan.distributed import DTYPES

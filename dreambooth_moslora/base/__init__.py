@@ -1,1 +1,1 @@
-"""Loads a frozen SDXL pipeline by its name: locating its files, loading and quantising it."""
+"""The frozen base: found by its name, asked what it is, loaded, quantised and streamed."""

@@ -259,10 +259,8 @@ class Base:
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
-        """Raises UserError for a family that cannot be trained, a folder that is no whole base, and
-        a VAE that is missing. What the hub has, or has not fetched yet, is not looked at."""
-        if self.vae:
-            files.check_vae(self.vae)
+        """Raises UserError for a family that cannot be trained, and a folder that is no whole base.
+        What the hub has, or has not fetched yet, is not looked at."""
         facts = self.facts  # raises for a family that cannot be trained
         if self.source != "folder":
             return

@@ -139,17 +139,6 @@ def facts_in(index: dict) -> families.Facts:
     return families.facts_of(name)
 
 
-def check_vae(name: str) -> None:
-    """Raises UserError for a VAE folder that is missing or incomplete. A VAE on the hub is not
-    checked."""
-    path = Path(name)
-    if path.is_dir():
-        read_json(path / "config.json")
-        check_weights(path)
-    elif path.exists() or not is_hub_id(name):
-        raise UserError(f"the VAE {name} is neither a diffusers folder that is here nor a hub id.")
-
-
 def check_weights(folder: Path, variant: str | None = None) -> None:
     """Raises UserError for a part of a base without weights."""
     if not weight_files(folder, variant):

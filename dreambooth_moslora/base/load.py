@@ -1,23 +1,13 @@
-"""The base model: loads the pipeline by its name, quantises it, and encodes photos and prompts for
-the denoiser.
+"""The base model: loads the pipeline by its name, and encodes photos and prompts for the denoiser.
 
     name          --load_pipeline-->  the pipeline of its family (`families`)
     pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects them
     prompts (N)   --encode_text-->    N texts, each by the names of the pipeline's own arguments
 
 Pixels are (B, 3, H, W) in [-1, 1].
-
-Only the linear layers of the repeated blocks are quantised, to 4-bit NormalFloat (QLoRA, Dettmers
-et al. 2023) or to 8-bit weights of bitsandbytes: they hold nine tenths of SDXL's UNet.
-
-`TextProducts` computes cross-attention's frozen to_k and to_v, W0·c of a text c, once per prompt,
-and keeps weights and products on the host. In SDXL's UNet in half precision the weights take 0.63
-GiB, and W0·c of a prompt 0.024. For an unknown text (a picture needs its prompt and the empty one
-together) the weights are copied to the device in turn.
 """
 
-import logging
-from collections.abc import Sequence
+import json
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -26,7 +16,6 @@ from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
@@ -42,14 +31,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import SDXL, Facts, facts_of
-from dreambooth_moslora.settings.rows import is_text_projection
 
-OUTPUTS_A_BLOCK = 32
-"""Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
-CAST_TO_FP16 = "MatMul8bitLt: inputs will be cast"
-"""How a warning begins that bitsandbytes gives at every call in bf16."""
-MARKS = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
-"""Kind of quantisation -> the model's attribute by which PEFT chooses its layers."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
 UNLOADABLE = (
@@ -59,181 +41,6 @@ UNLOADABLE = (
 """Errors of the loaders for damaged and missing parts."""
 ZERO_SNR_RESCALE = 0.7
 """How much of guidance's added contrast is removed (Lin et al. 2024, arXiv 2305.08891)."""
-
-
-def quantize(
-    denoiser: nn.Module,
-    kind: str,
-    compute_dtype: torch.dtype,
-    device: torch.device | str | None = None,
-) -> int:
-    """Quantise the linear layers of the repeated blocks, in place.
-
-    denoiser: in the CPU's memory, or on a device
-    kind: nf4 or int8; with none nothing is done
-    compute_dtype: of products with 4-bit weights
-    device: where a layer is quantised; by default where it is. In 4 bit each then moves back, which
-        frees the device for the encoders
-
-    Returns how many layers were replaced.
-    """
-    if kind == "none":
-        return 0
-    if kind == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(is_worth_saying)
-
-    # One layer after the other, so that the dense weights need not fit onto the device together.
-    count = 0
-    for name, dense in layers_of_blocks(denoiser):
-        if ".lora_" in name:  # the adapter's own, of a base that has one already
-            continue
-        if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
-            layer = quantized(
-                dense,
-                kind=kind,
-                compute_dtype=compute_dtype,
-                device=device or dense.weight.device,
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), child, layer)
-            count += 1
-    setattr(denoiser, MARKS[kind], True)
-    return count
-
-
-def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of everything inside the repeated blocks."""
-    kinds = pipelines.block_classes(denoiser)
-    modules = list(denoiser.named_modules())
-    blocks = tuple(f"{name}." for name, module in modules if type(module).__name__ in kinds)
-
-    # A model that lists no blocks is taken to have diffusers' usual ones.
-    inside = blocks or "transformer_blocks"
-    return [(name, module) for name, module in modules if name.startswith(inside)]
-
-
-def is_worth_saying(record: logging.LogRecord) -> bool:
-    """A filter of bitsandbytes' log."""
-    return not str(record.msg).startswith(CAST_TO_FP16)
-
-
-def quantized(
-    dense: nn.Linear, kind: str, compute_dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
-    """One layer (out, in), quantised on `device`."""
-    from bitsandbytes import nn as bnb
-
-    # The layer is made on meta, as its own random weights are not needed.
-    shape = (dense.in_features, dense.out_features, dense.bias is not None)
-    if kind == "nf4":
-        layer = bnb.Linear4bit(*shape, compute_dtype=compute_dtype, quant_type="nf4", device="meta")
-        layer.weight = bnb.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
-    else:
-        layer = bnb.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
-        layer.weight = bnb.Int8Params(
-            dense.weight.data, requires_grad=False, has_fp16_weights=False
-        )
-    layer.bias = dense.bias
-
-    # bitsandbytes quantises as a weight moves to the device. A weight in 8 bit stays there.
-    home = dense.weight.device if kind == "nf4" else device
-    return layer.to(device).to(home)
-
-
-class TextProjection(nn.Linear):
-    """A frozen projection (out,in) of the text, whose weight is not on the device.
-
-    host_weight: its numbers
-    weight: NaN of the same shape and dtype, on the device, for those who read only these
-    text, product: the last text (B,T,in) and this layer's product with it (B,T,out)
-    """
-
-    def __init__(self, dense: nn.Linear, products: "TextProducts"):
-        # `nn.Linear` itself would make a weight.
-        nn.Module.__init__(self)
-        self.in_features = dense.in_features
-        self.out_features = dense.out_features
-        self.bias = dense.bias
-
-        self.host_weight = dense.weight.detach()
-        if products.device.type != "meta":
-            self.host_weight = self.host_weight.cpu()
-
-        # One NaN, expanded: it takes no memory, and a use of it shows.
-        nothing = torch.full((), torch.nan, dtype=dense.weight.dtype, device=products.device)
-        self.register_buffer("weight", nothing.expand(dense.weight.shape), persistent=False)
-
-        self.products = products
-        self.text: Tensor | None = None
-        self.product: Tensor | None = None
-
-    def forward(self, text: Tensor) -> Tensor:
-        """(B,T,in) -> (B,T,out), a view of columns. No gradient reaches the text."""
-        if text is not self.text:
-            self.products.take(text)
-        return self.product
-
-
-class TextProducts:
-    """Moves the dense text projections of `unet` off the device, and provides their products with
-    each text there."""
-
-    def __init__(self, unet: nn.Module, device: torch.device):
-        self.device = device
-        self.layers: list[TextProjection] = []
-        self._kept: dict[str, Tensor] = {}  # prompt -> products (T, all outputs)
-
-        # Find them all before the first is replaced.
-        dense = {}
-        for path, layer in unet.named_modules():
-            if is_text_projection(path) and type(layer) is nn.Linear:
-                dense[path] = layer
-
-        for path, linear in dense.items():
-            parent, _, name = path.rpartition(".")
-            layer = TextProjection(linear, self)
-            setattr(unet.get_submodule(parent), name, layer)
-            self.layers.append(layer)
-
-    def keep(self, prompt: str, products: Tensor) -> None:
-        """Keep the concatenated `products` (T, all outputs) of the layers with the text of
-        `prompt`."""
-        self._kept[prompt] = products.pin_memory() if self.device.type == "cuda" else products
-
-    @torch.no_grad()
-    def show(self, text: Tensor, prompts: Sequence[str]) -> None:
-        """Prepare passes with exactly this tensor `text` (B,T,in), on the device, of B prompts."""
-        # Products are computed once a prompt.
-        for prompt, row in zip(prompts, text, strict=True):
-            if prompt not in self._kept:
-                self.keep(prompt, self._computed(row).cpu())
-
-        # From pinned memory the copies to a GPU run beside its other work.
-        rows = [self._kept[prompt] for prompt in prompts]
-        shown = torch.empty(len(rows), *rows[0].shape, dtype=rows[0].dtype, device=self.device)
-        for place, row in enumerate(rows):
-            shown[place].copy_(row, non_blocking=self.device.type == "cuda")
-        self._lend(text, shown)
-
-    def take(self, text: Tensor) -> None:
-        """Prepare passes with a `text` (B,T,in) of unknown prompts."""
-        self._lend(text, self._computed(text))
-
-    def _lend(self, text: Tensor, products: Tensor) -> None:
-        """Give each layer its columns of `products` (B,T, all outputs)."""
-        widths = [layer.out_features for layer in self.layers]
-        for layer, product in zip(self.layers, products.split(widths, -1), strict=True):
-            layer.text = text
-            layer.product = product
-
-    @torch.no_grad()
-    def _computed(self, text: Tensor) -> Tensor:
-        """(…,T,in) -> (…,T, all outputs)."""
-        found = []
-        for layer in self.layers:
-            weight = layer.host_weight.to(text.device, text.dtype)
-            found.append(F.linear(text, weight, layer.bias))
-        return torch.cat(found, -1)
 
 
 @cache
@@ -579,7 +386,4 @@ def architecture(denoiser: nn.Module) -> dict[str, object]:
         found = {key: value for key, value in config.items() if type(value) is int}
 
     # JSON has no tuples: what is read back must equal what was written.
-    for key, value in found.items():
-        if isinstance(value, tuple):
-            found[key] = list(value)
-    return found
+    return json.loads(json.dumps(found))

@@ -35,7 +35,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.base.load import TextProjection
+from dreambooth_moslora.base.text_products import TextProjection
 from dreambooth_moslora.method import mixer, moslora
 
 

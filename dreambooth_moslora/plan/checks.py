@@ -25,7 +25,6 @@ from dreambooth_moslora.plan.memory_plans import check_memory
 from dreambooth_moslora.settings import families, prompts, rows, rules, table
 from dreambooth_moslora.settings.families import SDXL, Facts
 
-PACKAGE = Path(__file__).resolve().parents[1]
 # diffusers reads no such layers from a kohya file: they cannot be verified
 UNREADABLE = "add_embedding."
 
@@ -44,6 +43,7 @@ def check_layers(
     facts: of the family
     """
     for name in targets:
+        # The layers of that name.
         meant = [layer for layer in layers if rows.is_target(layer, name)]
         if not meant:
             usual = "to_q, to_k, to_v and to_out.0 are those of attention."
@@ -53,6 +53,8 @@ def check_layers(
             raise UserError(
                 f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}"
             )
+
+        # Each of them can have the adapter.
         for layer in meant:
             # The published file could not name it.
             if layer.startswith(UNREADABLE):
@@ -97,17 +99,11 @@ def check_folders(config: table.TrainConfig) -> None:
     if not config.output_dir.strip():
         raise UserError("--output_dir is empty: name a folder for the run.")
 
-    # A run would fill the root or the home folder with files, and mix its own with a repository's.
+    # A run would fill the root or the home folder with files.
     place = Path(config.output_dir).resolve()
     if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
         raise UserError(
             f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own."
-        )
-    if ".git" in place.parts or place.is_relative_to(PACKAGE):
-        owner = "git's" if ".git" in place.parts else "this program's own"
-        raise UserError(
-            f"--output_dir {config.output_dir} is among {owner} files: name a folder such as "
-            "runs/dog."
         )
 
     # What lies there already, and what else the run reads and writes.
@@ -130,7 +126,7 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
             "--class_data_dir is the folder of --instance_data_dir: the class is not the subject."
         )
 
-    # Folders inside the run's own may be its class images, or folders that no run touches.
+    # Photos inside the run's folder: at its top they would be mixed with what it writes.
     home = run_dir.path.resolve()
     for name in ("instance_data_dir", "class_data_dir"):
         value = getattr(config, name)
@@ -142,6 +138,8 @@ def check_photo_folders(config: table.TrainConfig, run_dir: run_folder.RunDir) -
                 f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one "
                 "of its own."
             )
+
+        # Folders in it may be its class images, or folders that no run touches.
         first = folder.relative_to(home).parts[0]
         own = [
             run_dir.samples_dir,
@@ -230,11 +228,15 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
         require_folder_of_photos(Path(config.instance_data_dir))
     machine.check_bf16(config)
     prompts.learnt_words(config)
+
+    # Ranks that the mixer can have.
     ranks = [config.rank]
     for text in config.rank_pattern:
         ranks.append(int(rows.parse_pattern("rank_pattern", text)[1]))
     for rank in ranks:
         table.check_rank(config.mixer, rank)
+
+    # What else is named: the place on the hub, and files to begin with.
     if config.push_to_hub:
         check_push(config)
     if config.init_adapter and not config.resume_from_checkpoint:
@@ -242,15 +244,21 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     if config.companion and not Path(config.companion).exists():
         raise UserError(f"--companion {config.companion}: there is no such file.")
 
-    # The base, and the layers that get an adapter. They are not known before its files are here.
+    # The base, and the layers that get an adapter.
     base.check()
+    check_adapted_layers(config, base)
+    rules.require_packages(config)
+
+
+def check_adapted_layers(config: table.TrainConfig, base: Base) -> None:
+    """Raises UserError for layers that the base lacks or that cannot have this adapter. They are
+    not known before the base's files are here."""
     shapes = base.denoiser_shapes
     weights = {name: shape for name, shape in shapes.items() if len(shape) > 1}
     layers = {name.removesuffix(".weight"): len(shape) for name, shape in weights.items()}
     if layers:
         check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
-    rules.require_packages(config)
 
 
 def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
@@ -324,6 +332,7 @@ def targets_of(config: table.TrainConfig, base: Base) -> tuple[str, ...]:
 
 def check_family(config: table.TrainConfig, facts: Facts) -> None:
     """Raises UserError for a setting of other models, named with the family."""
+    # Which settings these are.
     is_flow = facts.style == "flow"
     others = families.OF_UNETS if is_flow else families.OF_FLOWS
     others += tuple(name for name in families.TEXT_OPTIONS if name not in facts.text_options)
@@ -333,6 +342,8 @@ def check_family(config: table.TrainConfig, facts: Facts) -> None:
         others += ("train_text_encoder_ti",)
     if config.train_text_encoder and not facts.adapted_encoders:
         others += ("train_text_encoder",)
+
+    # The first that was given.
     for name in others:
         flag = rules.given_flag(config, name)
         if flag:

@@ -3,7 +3,7 @@ turns on the first.
 
 blocks compiled    `torch.compile` of the transformer blocks, each kind once (`--compile`)
 cuDNN's search     tries algorithms at each convolution's first call; sizes must be fixed; not on
-                   AMD's but gfx9
+                   AMD's
 """
 
 from dataclasses import dataclass

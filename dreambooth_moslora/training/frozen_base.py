@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from dreambooth_moslora.base import files, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.errors import UserError
@@ -89,7 +90,7 @@ def finish_denoiser(
     denoiser = pipelines.denoiser_of(pipeline)
     if config.companion:
         companion.add(companion.read(config.companion, pipeline), denoiser)
-    load.quantize(denoiser, config.base_quantization, dtype, device)
+    quantize(denoiser, config.base_quantization, dtype, device)
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:

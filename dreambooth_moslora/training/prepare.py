@@ -26,8 +26,8 @@ from diffusers import (
 
 from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.load import TextProducts
 from dreambooth_moslora.base.streaming import StreamedBlocks
+from dreambooth_moslora.base.text_products import TextProducts
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import find_weights

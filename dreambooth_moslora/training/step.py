@@ -22,7 +22,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.base import pipelines
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
 from dreambooth_moslora.method import fast_linear, moslora
@@ -273,7 +274,7 @@ class TrainStep:
 
         # The base, and what the layers keep for the backward pass.
         if config.base_quantization != self.config.base_quantization:
-            load.quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
+            quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
             inputs.base = prepare.held_as(config, inputs.denoiser, inputs.dtype)
         for module in self.components.values():
             adapters.recompute(config, module)

@@ -1,4 +1,4 @@
-"""The base model: names, loading, quantising, encoding and decoding. Damaged, foreign or half
+"""The base model: names, loading, encoding and decoding. Damaged, foreign or half
 fetched ones: `--dry_run` and training refuse them in the same line. One that is a single file, of
 any family, is the same model as its folder."""
 
@@ -6,23 +6,18 @@ import copy
 import json
 import pickle
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bitsandbytes import nn as bnb
 from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
 )
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-from peft import LoraConfig
-from peft.tuners.lora import bnb as peft_bnb
 from safetensors.torch import load_file, save, save_file
-from torch import nn
 
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
@@ -32,8 +27,7 @@ from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.method.moslora import inject
-from dreambooth_moslora.plan import base_size, checks
+from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig
@@ -43,11 +37,6 @@ from tests.helpers.single_file import clip_layout, save_single_file, unet_layout
 from tests.helpers.tiny import embeds_of, pooled_of
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
-
-KINDS = {
-    "nf4": (bnb.Linear4bit, peft_bnb.Linear4bit),
-    "int8": (bnb.Linear8bitLt, peft_bnb.Linear8bitLt),
-}
 
 
 @pytest.fixture(scope="module")
@@ -162,50 +151,6 @@ def test_the_noise_schedule_is_the_schedulers_own(pipeline):
     zero_snr = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert noise_schedule(zero_snr).sigmas[-1].isinf()
     assert noise_schedule(zero_snr, edm_style=True).sigmas.isfinite().all()
-
-
-class Unet(nn.Module):
-    """One transformer block with projections of two widths, as SDXL's are named."""
-
-    def __init__(self, width: int = 64):
-        super().__init__()
-        self.conv_in = nn.Linear(width, width)
-        self.transformer_blocks = nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(width, width)})])
-        self.transformer_blocks[0]["narrow"] = nn.Linear(width, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.transformer_blocks[0]["to_q"](self.conv_in(x))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
-    kind, caplog, monkeypatch
-):
-    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer as a
-    quantised one: its layer for dense weights would add the adapter's fp32 to the bf16 output, and
-    round twice. A 4-bit layer waits where the dense one was: the device is for the text encoders
-    and the VAE until training begins."""
-    unet, before = (
-        Unet().to(torch.bfloat16).requires_grad_(False).eval(),
-        torch.random.get_rng_state(),
-    )
-    assert load.quantize(unet, kind, torch.bfloat16) == 1
-    assert torch.equal(torch.random.get_rng_state(), before), (
-        "drawn for weights that are thrown away"
-    )
-    layers = unet.transformer_blocks[0]
-    assert type(layers["to_q"]) is KINDS[kind][0]
-    assert type(unet.conv_in) is nn.Linear and type(layers["narrow"]) is nn.Linear
-    unet(torch.randn(3, 64, dtype=torch.bfloat16))
-    assert not caplog.text
-    inject(unet, LoraConfig(r=4, target_modules=["to_q"]))
-    assert type(layers["to_q"]) is KINDS[kind][1]
-    seen, move = [], bnb.Linear4bit.to
-    monkeypatch.setattr(
-        bnb.Linear4bit, "to", lambda self, device: seen.append(str(device)) or move(self, device)
-    )
-    load.quantize(Unet(), "nf4", torch.float32, "cpu:0")
-    assert seen == ["cpu:0", "cpu"]
 
 
 @pytest.fixture
@@ -353,21 +298,9 @@ def test_only_the_files_that_are_loaded_need_be_whole(base):
         Base.find(base / UNET)
 
 
-def test_another_vae_is_looked_at_before_a_run_and_before_a_dry_one(base):
-    names = {
-        base / "missing": "the VAE .*missing is neither a diffusers folder",
-        base / "vae" / "config.json": "the VAE .*json is neither a diffusers folder",
-        base: "config.json cannot be read",
-        base / "vae": None,
-        "owner/vae": None,
-    }
-    for name, says in names.items():
-        given = {
-            "pretrained_model_name_or_path": str(base),
-            "pretrained_vae_model_name_or_path": str(name),
-        }
-        with pytest.raises(UserError, match=says) if says else nullcontext():
-            checks.preflight(TrainConfig(**given), Base.of(given))
+def test_a_vae_that_is_missing_is_one_line(base):
+    with pytest.raises(UserError, match=r"the VAE .*missing cannot be loaded: "):
+        load.load_pipeline(Base.find(base, vae=str(base / "missing")))
 
 
 @pytest.mark.parametrize("name", ["a.fp16", "a.fp16-00001-of-00002", "a-00001-of-00002.fp16"])

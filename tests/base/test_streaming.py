@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.base import load, pipelines, streaming
+from dreambooth_moslora.base import pipelines, streaming
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.training import adapters
@@ -45,7 +46,7 @@ def gradients(
     torch.manual_seed(0)
     pipeline = tiny_pipeline(name, folder)
     denoiser = pipelines.denoiser_of(pipeline).requires_grad_(False).train()
-    load.quantize(denoiser, kind, torch.float32, "cpu")
+    quantize(denoiser, kind, torch.float32, "cpu")
     streamed = None
     if copies:
         streamed = streaming.StreamedBlocks(denoiser, torch.device("cpu"), copies)

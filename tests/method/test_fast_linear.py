@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from dreambooth_moslora.base.load import quantize
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path, enable_fast_path
 from dreambooth_moslora.method.mixer import MixerLinear

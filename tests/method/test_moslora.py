@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import nn
 
-from dreambooth_moslora.base.load import quantize
+from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import MixerLinear

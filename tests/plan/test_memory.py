@@ -15,7 +15,9 @@ from benchmarks.gpu_memory import (
     run_config,
 )
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.load import TextProducts, load_pipeline, quantize
+from dreambooth_moslora.base.load import load_pipeline
+from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.base.text_products import TextProducts
 from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
-from dreambooth_moslora.base.load import TextProducts, TextProjection
+from dreambooth_moslora.base.text_products import TextProducts, TextProjection
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
