@@ -193,11 +193,13 @@ class Base:
     @cached_property
     def distilled(self) -> str:
         """Why it is a distilled base, which is not one to train; "" for another."""
-        if not self.is_flow:
+        # Offline the name alone tells what a hub id is.
+        facts = self.facts or files.by_id(self.name)
+        if facts is None or facts.style == "ddpm":
             return ""
         # A model that is known is no distilled one, so its index need not be asked for.
         index = None if self.known else self.index
-        return families.distilled(index or {}, self.name, self.facts)
+        return families.distilled(index or {}, self.name, facts)
 
     @cached_property
     def tensors(self) -> Shapes:

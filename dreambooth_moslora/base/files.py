@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,6 +14,8 @@ from dreambooth_moslora.settings import families
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 """How a file begins whose content git-lfs has not fetched."""
+JOINT_KEY = "transformer_blocks.0.attn.add_q_proj.weight"
+"""A tensor of SD 3 in diffusers' layout."""
 USUAL_VAE_LEVELS = 4
 """Resolutions inside a VAE. Each but the last halves the side."""
 SMALL_BASE_PX = 256
@@ -100,21 +103,76 @@ def unet_side(folder: Path) -> int | None:
         return None
 
 
+class Other(NamedTuple):
+    """A model that is no base here, though its files resemble those of a family."""
+
+    title: str
+    keys: tuple[str, ...] = ()  # its file has all of these,
+    lacks: str = ""  # and not this one,
+    inputs: int = 0  # and so many columns in `img_in.weight`,
+    word: str = ""  # and this in its name, where the tensors are a family's
+
+    def is_named(self, name: str) -> bool:
+        """Whether the name of a file or a model says that it is this one."""
+        return bool(re.search(self.word, name.lower()))
+
+    def is_in(self, name: str, shapes: Mapping[str, list[int]]) -> bool:
+        """Whether a file of this name with these tensors is this one."""
+        columns = shapes.get("img_in.weight", [0])[-1]
+        has_keys = bool(self.keys) and shapes.keys() >= {*self.keys} and self.lacks not in shapes
+        return has_keys and self.inputs in (0, columns) and self.is_named(name)
+
+
+FLUX1 = ("vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
+OTHERS = (
+    Other("FLUX.1 Kontext", FLUX1, word="kontext"),
+    Other("FLUX.1 Fill", FLUX1, inputs=384),
+    Other("FLUX.1 Depth or Canny", FLUX1, inputs=128),
+    Other("FLUX.1 schnell", FLUX1, lacks="guidance_in.in_layer.bias"),
+    Other("FLUX.2 dev", ("single_stream_modulation.lin.weight", "guidance_in.in_layer.weight")),
+    Other("Qwen-Image-Edit", ("txt_norm.weight",), word="qwen.?image.*edit"),
+    Other("Chroma", ("distilled_guidance_layer.in_proj.bias",)),
+    Other("Wan", ("head.modulation",)),
+    Other("HiDream", ("double_stream_blocks.0.block.adaLN_modulation.1.bias",)),
+    Other("FLUX.1 in diffusers' layout", ("single_transformer_blocks.0.proj_mlp.weight",)),
+    Other("Stable Diffusion 3 in diffusers' layout", ("pos_embed.proj.weight", JOINT_KEY)),
+    Other("a GGUF file", word="gguf"),
+)
+"""Asked before the marks of the families. Without its files a hub id is told by the word alone."""
+
+
 def facts_by_names(path: Path, tensors: Mapping[str, list[int]]) -> families.Facts:
     """The family of a single file, by the names of its tensors {name: shape}. Raises UserError for
-    a file that no family claims."""
+    another model, and for one that no family claims."""
     # Another format than safetensors does not tell its tensors.
     if not tensors:
         return families.SDXL
-    names = {name.removeprefix(DENOISER_PREFIX) for name in tensors}
+    shapes = {name.removeprefix(DENOISER_PREFIX): shape for name, shape in tensors.items()}
+    if other := next((one for one in OTHERS if one.is_in(path.stem, shapes)), None):
+        raise UserError(f"{path} is {other.title}, which is no base here: {a_file_of_a_family()}.")
     for facts in families.FAMILIES:
-        if facts.file_mark in names:
+        if facts.file_mark in shapes:
             return facts
-    titles = ", ".join(facts.title for facts in families.FAMILIES)
     raise UserError(
-        f"{path} holds weights of no family that is known here, but {min(names):.80}: "
-        f"give a file of {titles}, in the layout of its authors."
+        f"{path} holds weights of no family that is known here, but {min(shapes):.80}: "
+        f"{a_file_of_a_family()}."
     )
+
+
+def a_file_of_a_family() -> str:
+    titles = ", ".join(facts.title for facts in families.FAMILIES)
+    return f"give a file of {titles}, in the layout of its authors"
+
+
+def by_id(name: str) -> families.Facts | None:
+    """The flow family whose name a hub id has; None for another id. Raises UserError for an id that
+    says that it is something else."""
+    if other := next((one for one in OTHERS if one.word and one.is_named(name)), None):
+        raise UserError(f"{name} is {other.title} by its name, which is no base here.")
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    flows = [facts for facts in families.FAMILIES if facts.style == "flow"]
+    named = (one for one in flows if re.sub(r"[^a-z0-9]", "", one.title.lower()) in letters)
+    return next(named, None)
 
 
 def check_is_dense(folder: Path) -> None:

@@ -5,7 +5,9 @@ any family, is the same model as its folder."""
 import copy
 import json
 import pickle
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save, save_file
 
 from dreambooth_moslora.base import decode, load, machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import variants_in, weight_files
+from dreambooth_moslora.base.files import OTHERS, variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -634,10 +636,41 @@ def test_the_mark_of_a_family_is_found_as_diffusers_finds_it(name, tmp_path):
         )
 
 
+@pytest.mark.parametrize("other", [one for one in OTHERS if one.keys], ids=lambda one: one.title)
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_the_file_of_another_model_is_refused_by_that_models_name(other, prefix, tmp_path):
+    """Those that resemble a family's were taken for it, and the others for SDXL's."""
+    tensors = {f"{prefix}{key}": torch.zeros(1) for key in other.keys}
+    if other.title != "FLUX.1 schnell":
+        tensors[f"{prefix}guidance_in.in_layer.bias"] = torch.zeros(1)
+    if other.inputs:
+        tensors[f"{prefix}img_in.weight"] = torch.zeros(1, other.inputs)
+    file = tmp_path / f"some_{other.title.replace(' ', '_')}_fp8.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"is {re.escape(other.title)}, which is no base here"):
+        load.load_pipeline(file)
+
+
 def test_a_file_that_no_family_claims_is_refused_and_not_called_sdxl(tmp_path):
     save_file({"video.blocks.0.weight": torch.zeros(1)}, tmp_path / "new.safetensors")
     with pytest.raises(UserError, match=r"of no family .*, but video\.blocks") as error:
         load.load_pipeline(tmp_path / "new.safetensors")
+    assert "\n" not in str(error.value)
+
+
+BY_NAME = {
+    "Tongyi-MAI/Z-Image-Turbo": "“turbo” says that it is distilled .*train .* Tongyi-MAI/Z-Image,",
+    "black-forest-labs/FLUX.1-schnell": "“schnell” says that it is distilled",
+    "Qwen/Qwen-Image-Edit-2511": "is Qwen-Image-Edit by its name",
+    "city96/Qwen-Image-gguf": "is a GGUF file by its name",
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_offline_a_dry_run_refuses_an_id_by_what_its_name_says(name, tmp_path):
+    config = tiny_config(Path(name), paint_photos(tmp_path / "photos"), tmp_path / "run")
+    with pytest.raises(UserError, match=BY_NAME[name]) as error:
+        make_plan(replace(config, pretrained_model_name_or_path=name))
     assert "\n" not in str(error.value)
 
 
