@@ -121,13 +121,6 @@ def searches_fast() -> bool:
     return not torch.version.hip
 
 
-def gpu_count() -> int:
-    """Nvidia's and AMD's GPUs that PyTorch sees."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 WHEELS = (
     "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
 )

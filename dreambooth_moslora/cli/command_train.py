@@ -446,11 +446,6 @@ def choose(given: Given, before_torch: Callable[[], None] = lambda: None) -> cho
 
     # The recipe that fits the GPU's memory
     free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
-    if free_gib is not None and agreement.is_alone():
-        count = machine.gpu_count()
-        if count > 1:
-            on_all = f"`accelerate launch --multi_gpu {SCRIPT} …` trains on all"
-            chosen.say(f"GPUs: one of {count}; {on_all}")
     exposures = choices.USUAL_EXPOSURES
     if not given.has_recipe:
         exposures = choices.choose_recipe(chosen, free_gib)
@@ -544,14 +539,12 @@ def run_folder(word: str, resumed_from: str | None = None) -> Path:
     there = [RunDir(path) for path in RUNS.glob("*") if own.fullmatch(path.name)]
     saved = [run for run in there if run.latest_checkpoint()]
     stopped = [run for run in saved if run.ending() != "done"]
-    found = max(stopped or saved or there, key=newness, default=RunDir(RUNS / name))
+
+    def saved_at(run: RunDir) -> float:
+        return (run.latest_checkpoint() or run.path).stat().st_mtime
+
+    found = max(stopped or saved or there, key=saved_at, default=RunDir(RUNS / name))
     return found.path
-
-
-def newness(run: RunDir) -> tuple[float, int, str]:
-    """Greater for the run that saved later; of equal ones for the later name."""
-    saved = run.latest_checkpoint() or run.path
-    return saved.stat().st_mtime, len(run.path.name), run.path.name
 
 
 def is_kept(run: RunDir) -> bool:

@@ -1,8 +1,7 @@
 """Which run may train in a folder: the lock of one run, and the queue of those that wait.
 
-One run at a time in a run folder: it locks `run.lock`, and `run.owner` names its process and
-machine. The system releases the lock when the process ends in any way, so the files of a killed
-run block nobody.
+One run at a time in a run folder: it locks `run.lock`. The system releases the lock when the
+process ends in any way, so the file of a killed run blocks nobody.
 
 The queue is the folder `.queue` in the folder of runs:
 
@@ -18,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,14 +35,10 @@ from dreambooth_moslora.errors import UserError, one_line, spelled_out
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "run.lock"  # The file that a run locks.
-OWNER_NAME = "run.owner"
-"""Which process holds the folder. Not in the locked file: Windows lets nobody else read that."""
-OWNER_LETTERS = 200  # Most of it that is said.
 HOLD_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
 WRITTEN_TO = (
     LOCK_NAME,
-    OWNER_NAME,
     "metrics.jsonl",
     "train.log",
     processes.LOG_NAME,
@@ -62,14 +56,10 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     stranger's."""
     refuse_links(folder, flag)
     path = folder / LOCK_NAME
-    owner = folder / OWNER_NAME
     file = take(path, flag)
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            owner.unlink()
         release(path, file)
 
 
@@ -110,8 +100,8 @@ def take(path: Path, flag: str) -> BinaryIO:
         if not lock(file, path.parent):
             file.close()
             raise UserError(
-                f"{flag} {path.parent}: {owner_of(path.parent)} is training there; "
-                "wait for its end, or name another folder."
+                f"{flag} {path.parent}: another process is training there; wait for its end, or "
+                "name another folder."
             )
         with suppress(FileNotFoundError):  # its last owner removed it between the two lines above
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -136,16 +126,6 @@ def lock(file: BinaryIO, folder: Path) -> bool:
 def remark_no_locks(folder: Path, reason: str) -> None:
     said = f"files there cannot be locked ({reason}), so two runs in it are not kept apart"
     logger.warning("%s", spelled_out(f"{folder}: {said}"))
-
-
-def owner_of(folder: Path) -> str:
-    """Who holds the folder, in its own words. Of a pipe there, reading would have no end."""
-    path = folder / OWNER_NAME
-    words = ""
-    if path.is_file():
-        with suppress(OSError):
-            words = path.read_text(encoding="utf-8", errors="replace").strip()
-    return words[:OWNER_LETTERS] or "another process"
 
 
 QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.

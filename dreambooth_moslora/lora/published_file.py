@@ -70,10 +70,10 @@ def publish(
     adapter_name: which one, if the models have several
     tokens: new tokens, which are written beside the adapter
 
-    Raises UserError for a difference beyond the dtype's bound, NaN, and a merged adapter.
+    Raises UserError for a difference beyond the dtype's bound, and NaN.
     """
     check_name(name)
-    check_publishable(components, dtype, adapter_name)
+    raw_file.check_components(components)
 
     # Fold into a plain LoRA, under the names that other programs know.
     folded: Folded = {}
@@ -125,16 +125,6 @@ def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
         learnt = rows.detach().float().cpu()
         differences[new_tokens.KEYS[part]] = relative_difference(found[part], learnt)
     return worst_of(differences, file=path.name, loader="safetensors")
-
-
-def check_publishable(components: Components, dtype: torch.dtype, adapter_name: str) -> None:
-    """Raises UserError for a merged adapter, an unknown dtype, and an unknown component."""
-    raw_file.check_components(components)
-    if dtype not in BOUNDS:
-        raise UserError(f"a LoRA file is written in {', '.join(DTYPES)}, not {dtype}")
-    for path, layer in raw_file.all_layers(components, adapter_name).items():
-        if layer.merged:
-            raise UserError(f"{path} is merged into the base; unmerge the adapter before saving it")
 
 
 def write_published(

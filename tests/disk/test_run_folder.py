@@ -30,7 +30,7 @@ from dreambooth_moslora.disk.events import (
     record_of,
 )
 from dreambooth_moslora.disk.process_identity import process_token
-from dreambooth_moslora.disk.queue import locked, owner_of
+from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import kept_captions
@@ -124,7 +124,7 @@ def test_a_folder_without_locks_is_trained_in_and_one_line_says_that_runs_are_no
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with locked(tmp_path), locked(tmp_path):
-        assert owner_of(tmp_path).startswith(f"process {os.getpid()} on ")
+        pass
     [said] = caplog.messages
     assert said.startswith(f"{tmp_path}: files there cannot be locked ({os.strerror(number)})")
     assert said.endswith("two runs in it are not kept apart") and not os.listdir(tmp_path)
@@ -135,7 +135,6 @@ def test_a_folder_without_locks_is_trained_in_and_one_line_says_that_runs_are_no
     "name",
     [
         "run.lock",
-        "run.owner",
         "metrics.jsonl",
         "train.log",
         "job.log",
