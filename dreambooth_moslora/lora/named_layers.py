@@ -43,6 +43,7 @@ Shares = dict[Module, list[Share]]
 
 def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> Parts | None:
     """The file's layers as LoRA; None for names that diffusers may know. Raises UserError."""
+    # What the names mean here
     modules, unknown = key_names.grouped(tensors)
     shares = shares_of(modules, pipeline)
     strange = [module for module in modules if module not in shares]
@@ -53,6 +54,7 @@ def as_lora(tensors: Tensors, pipeline: "DiffusionPipeline", file_name: str) -> 
             return None
         raise no_layer(file_name, strange[0]) if strange else no_part(file_name, unknown[0])
 
+    # Each module's matrices, for each of its layers
     found: Parts = {}
     for module, parts in modules.items():
         if "dora_scale" in parts:
@@ -134,6 +136,7 @@ def shares_of(modules: Modules, pipeline: "DiffusionPipeline") -> Shares:
     """The layers that have a part of each module of a file, without modules that are none."""
     from dreambooth_moslora.method import moslora
 
+    # The base's layers, by every spelling of their paths
     known: dict[str, dict[str, Layer]] = {}
     for component in raw_file.COMPONENTS:
         model, known[component] = getattr(pipeline, component, None), {}
@@ -143,6 +146,7 @@ def shares_of(modules: Modules, pipeline: "DiffusionPipeline") -> Shares:
             spellings = path, path.removeprefix("text_model."), path.replace(".", "_")
             known[component] |= dict.fromkeys(spellings, layer)
 
+    # Modules with diffusers' names
     found = {}
     for module, parts in modules.items():
         places = [known[component].get(module.path) for component in module.prefix.components]
@@ -150,6 +154,8 @@ def shares_of(modules: Modules, pipeline: "DiffusionPipeline") -> Shares:
             # SDXL's text encoders share their names, and have other widths.
             fitting = [layer for layer in layers if layer.size[:1] == (rows_of(parts),)]
             found[module] = [((fitting or layers)[0], None)]
+
+    # The others: with the names of the family's original files
     others = {module: parts for module, parts in modules.items() if module not in found}
     if not hasattr(pipeline, "unet"):
         return found | in_original_file(others, pipeline.transformer, known["transformer"])
