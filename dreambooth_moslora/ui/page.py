@@ -164,8 +164,7 @@ def first_value(ctx: state.AppContext, name: str) -> Any:
         return gr.update(visible=ctx.facts.style == "ddpm")
     # Any other is a field of the Train tab.
     row = train_form.rows()[name]
-    is_of_family = not row.of_family or getattr(ctx.facts, row.of_family)
-    is_shown = is_of_family and not (row.of_files and is_toy(ctx.base_name))
+    is_shown = not (row.of_files and is_toy(ctx.base_name))
     return gr.update(value=row.first(ctx.base_name), visible=is_shown)
 
 

@@ -28,7 +28,6 @@ from dreambooth_moslora.ui.generate_tab import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
-from dreambooth_moslora.ui.train.screen import field_widget
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.ui.conftest import PAGE, write_adapter
@@ -117,18 +116,10 @@ def test_the_page_shows_what_applies_to_the_bases_family(tmp_path, context):
         tiny_pipeline(name, tmp_path / name / "files").save_pretrained(tmp_path / name / "base")
         ctx = context(name=str(tmp_path / name / "base"))
         with gr.Blocks():
-            fields = settings_widgets(ctx) | {
-                "new_tokens": field_widget("new_tokens", ctx.base_name)
-            }
-        seen = {
-            field
-            for field in ("negative_prompt", "scheduler", "new_tokens")
-            if fields[field].visible
-        }
+            fields = settings_widgets(ctx)
+        seen = {field for field in ("negative_prompt", "scheduler") if fields[field].visible}
         shown[name] = seen, fields["guidance_scale"].value, Base.find(ctx.base_name).resolution_px
     assert shown == {"sd1": ({"negative_prompt", "scheduler"}, 7.5, 32), "flux": (set(), 3.5, 1024)}
-    with gr.Blocks():
-        assert field_widget("new_tokens", "toy").visible
 
 
 TOY = assets_folder() / "toy-sdxl"

@@ -3,15 +3,16 @@
 Further fields are folded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
@@ -29,8 +30,6 @@ from dreambooth_moslora.ui.train.train_form import TrainForm, rows
 
 FROM_HUB = "; {} from the hub once"
 """Told beside a tick that fetches something."""
-NARROW = {"min_width": 110}
-"""Options of widgets that stand side by side."""
 
 
 def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +58,6 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     lines = sorted({row.line for row in rows().values()} - {0})
     with gr.Accordion("More settings", open=False, elem_id="more_training") as more:
         others["more"] = more
-        others["by_recipe"] = gr.HTML("", elem_id="by_recipe")
         for line in lines:
             if line < train_form.EXPERT:
                 line_widgets(line, fields, base)
@@ -76,26 +74,17 @@ def line_widgets(line: int, fields: dict[str, Any], base: str) -> None:
     - The widgets of its fields go into `fields`.
     - `base` is the name of the page's base.
     """
-    names = [name for name, row in rows().items() if row.line == line]
-    row = rows()[names[0]]
-    # One field over the whole width.
-    if len(names) == 1 and not row.box:
-        fields[names[0]] = field_widget(names[0], base)
-        return
-    # Several side by side. A box is shown while the tick above that it needs is set.
-    with gr.Row(visible=not row.box, elem_id=row.box or None) as box:
-        fields |= {name: field_widget(name, base, **NARROW) for name in names}
-    if row.box:
-        tick = fields[row.needs]
-        tick.change(lambda is_set: gr.Row(visible=is_set), tick, box, **AT_ONCE)
+    with gr.Row():
+        for name, row in rows().items():
+            if row.line == line:
+                fields[name] = field_widget(name, base)
 
 
-def field_widget(name: str, base: str, **room: Any) -> gr.components.Component:
+def field_widget(name: str, base: str) -> gr.components.Component:
     """The widget of a field, by its values and the kind that the table names.
 
     - `name` is the field's in `TrainForm`.
     - `base` is the name of the page's base, on which the first value may depend.
-    - `room` are further options of the widget.
     """
     row = rows()[name]
     first = row.first(base)
@@ -104,30 +93,22 @@ def field_widget(name: str, base: str, **room: Any) -> gr.components.Component:
         "label": row.label,
         "info": row.info or row.row.get("help"),
         "elem_id": row.elem_id or name,
+        "min_width": 110,
         **row.look,
-        **room,
     }
-    if row.of_family and not getattr(state.facts_shown(base), row.of_family):
-        look["visible"] = False
     # What it is.
     if row.is_tick:
         is_here = first if row.at_first else is_toy(base)
         if row.fetched and not is_here:
             look["info"] += FROM_HUB.format(row.fetched)
         return gr.Checkbox(first, **look)
-    if row.kind == "slider":
-        return gr.Slider(0, row.limit, first, step=row.limit / 20, **look)
     if row.is_number:
-        return gr.Number(first or 0, precision=0 if isinstance(first, int) else None, **look)
-    if row.kind == "radio":
-        return gr.Radio(list(row.values), value=first, **look)
+        return gr.Number(first, precision=0 if isinstance(first, int) else None, **look)
+    if row.choices:
+        return gr.Radio(list(row.choices), value=first, **look)
     if row.values:
-        labels = {value: value for value in row.values}
-        if isinstance(row.choices, Mapping):
-            labels = row.choices
-        choices = [(label, value) for value, label in labels.items()]
         is_shown = not (row.of_files and is_toy(base))
-        return gr.Dropdown(choices, value=first, visible=is_shown, **look)
+        return gr.Dropdown(list(row.values), value=first, visible=is_shown, **look)
     return gr.Textbox(None if row.required else first, **look)
 
 
@@ -150,7 +131,6 @@ def build_train_tab(
     # The form's events.
     train_masks.connect_photos(ctx, page, fields | parts)
     _connect_start(ctx, fields, parts)
-    _connect_values(ctx, page, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
     # The run's events.
     train_watch.connect_watch(ctx, page, parts)
@@ -158,7 +138,7 @@ def build_train_tab(
     _connect_ended(ctx, fields, parts, tabs=tabs, generate=generate)
     of_base = {}
     for name, row in rows().items():
-        if row.at_first or row.of_files or row.of_family:
+        if row.at_first or row.of_files:
             of_base[name] = fields[name]
     return of_base
 
@@ -169,8 +149,6 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     What was chosen for the run goes through a state, which is hidden from programs: `/train`
     returns two values.
     """
-    for widget in fields.values():
-        html.name_in_errors(widget)
     chosen = gr.State("")
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
         None, js=train_watch.SHOW_STATUS, **AT_ONCE
@@ -253,40 +231,12 @@ def _connect_form(
     )
 
 
-def _connect_values(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    """Empty fields show in grey what they stand for."""
-    names = [name for name, row in rows().items() if row.by_recipe]
-    shown = [parts["by_recipe"], *(fields[name] for name in names)]
-
-    # Each time they may have changed: by another preset, or by the photos.
-    changes = [page.load, parts["more"].expand, fields["preset"].change]
-
-    @on(changes, AT_ONCE, inputs=fields["preset"], outputs=shown)
-    def values(preset: str) -> list:
-        found = train_start.recipe_values(ctx, preset)
-        line = (
-            f"Trained at {ctx.resolution_px} px, the base's own size. "
-            "Leave a field empty to take the value that it shows in grey."
-        )
-        return [html.faint(line), *(gr.Number(placeholder=found[name]) for name in names)]
-
-    # To a program 0 says “by recipe”: on the page these fields are empty from the start.
-    page.load(
-        None,
-        shown[1:],
-        shown[1:],
-        js="(...numbers) => numbers.map((number) => number || null)",
-        **AT_ONCE,
-    )
-
-
 def _connect_ended(
     ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab
 ) -> None:
     """What can be done with a run that has ended.
 
-    Its adapter goes into the other tab (`tabs`, `generate`). Its settings, words and photos go into
-    the form.
+    Its adapter goes into the other tab (`tabs`, `generate`). Its photos and words go into the form.
     """
     shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
 
@@ -311,35 +261,20 @@ def _connect_ended(
         prompt = summary.prompt
         return gr.Tabs(selected="generate"), chosen, prompt, summary.scale
 
-    outputs = [*fields.values(), parts["remarks"], parts["crops"], parts["cost"]]
+    words = [fields["token"], fields["class_word"]]
+    outputs = [*words, parts["remarks"], parts["crops"], parts["cost"]]
 
     @on(
         parts["reopen"].click,
         TELLING,
-        inputs=parts["run"],
+        inputs=[parts["run"], fields["seed"]],
         outputs=outputs,
         show_progress_on=parts["cost"],
     )
-    def reopen(run: str | None) -> tuple:
-        # What the run was made from comes back.
+    def reopen(run: str | None, seed: int) -> tuple:
         job = ctx.jobs.recorded(run or "")
-        settings = job.settings
-        form = train_start.form_of_run(settings, job.run_dir / "photos")
+        subject = subject_of(TrainConfig.from_dict(job.settings))
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
-        # What is said of it.
-        told = (
-            f"The settings, words and photos of {job.name} are in the form. Change them, and start."
-        )
-        base = settings["pretrained_model_name_or_path"]
-        if base != ctx.base_name:
-            told += (
-                f" It was trained on {public_name(base)}, "
-                f"and the base at the top of the page is {ctx.base}."
-            )
-        # The values of `outputs`, in their order. A number that is left to the recipe is empty.
-        values = []
-        for name, row in rows().items():
-            value = getattr(form, name)
-            values.append(value or None if row.by_recipe else value)
-        review = train_masks.review(ctx, form.seed, is_reset=True)
-        return *values, *review, html.notice(told)
+        review = train_masks.review(ctx, seed, is_reset=True)
+        told = f"The photos of {job.name}, with captions and masks, and its words are in the form."
+        return subject.token, subject.class_word, *review, html.notice(told)

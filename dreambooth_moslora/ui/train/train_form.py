@@ -27,15 +27,8 @@ from dreambooth_moslora.values import is_number
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
 """Name -> how often each photo is shown, as a multiple of what the recipe says."""
-TOKENS_RATE = 1e-3
-"""Learning rate of new tokens. The trainer's own default, diffusers', hardly moves them."""
 EXPERT = 20
 """Lines of the table from this one on are folded below “For experts”."""
-NEW_TOKENS = (
-    "learns the token anew in both text encoders, beside the adapter; "
-    "on the toys likeness did not rise"
-)
-"""Help of the tick for new tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +45,18 @@ class FormField:
     """The setting that it fills; "" if the form does more with it."""
     choices: Collection[str] | Mapping[str, str] = ()
     """Its values, or value -> label (default: those of its setting)."""
-    most: float | None = None
-    """The most that it takes (default: the setting's bound)."""
-    kind: str = ""
-    """`radio` or `slider`; else by its values."""
     required: bool = False
     """Whether the API's argument has no default."""
     always: bool = False
     """Whether the run is given its value even where that is as at first; else 0 is “by recipe”."""
-    needs: str = ""
-    """A tick without which it means nothing."""
-    box: str = ""
-    """Id of the box around its line, which is shown while what it needs is ticked."""
     words: tuple[str, str] | None = None
     """Values of the setting for a tick that is off, and on."""
     of_files: bool = False
     """Whether the embedded base has no use for it."""
-    of_family: str = ""
-    """The fact of the base's family without which it is not shown."""
     at_first: Callable[[str], Any] | None = None
     """From the base's name to the first value, if the base decides it."""
     fetched: str = ""
     """What is told where a tick is off at first, as it takes something from the hub."""
-    title: str = ""
-    """Its name in an error (default: the label)."""
     elem_id: str = ""
     """Its id on the page (default: its name)."""
     look: Mapping[str, Any] = field(default_factory=dict)
@@ -96,11 +77,6 @@ class FormField:
         return tuple(self.row.get("choices") or ())
 
     @property
-    def limit(self) -> float | None:
-        """The most that a number may be."""
-        return self.row.get("high") if self.most is None else self.most
-
-    @property
     def is_tick(self) -> bool:
         """Whether it is on or off; None as default: the base decides."""
         return self.default is None or isinstance(self.default, bool)
@@ -109,35 +85,9 @@ class FormField:
     def is_number(self) -> bool:
         return is_number(self.default) and not self.is_tick
 
-    @property
-    def by_recipe(self) -> bool:
-        """Whether 0, or on the page an empty field, means what the recipe says."""
-        return self.is_number and bool(self.setting) and not self.always and not self.default
-
     def first(self, base: str) -> Any:
         """Its first value on a page of that base."""
         return self.at_first(base) if self.at_first else self.default
-
-    def checked(self, name: str, value: Any) -> Any:
-        """The value of the field of that name, as its type. Raises UserError."""
-        # A tick, or one of some values.
-        if self.is_tick:
-            if value not in (True, False, None):
-                raise UserError(f"{name} must be true or false, not {value!r:.30}")
-            return value if self.default is None else bool(value)
-        if self.values and (not isinstance(value, str) or value not in self.values):
-            raise UserError(f"there is no {name} {value!r:.30}; choose {', '.join(self.values)}")
-        if not self.is_number:
-            return value
-        # A number. An empty field is 0.
-        value = 0 if value is None else value
-        is_whole = isinstance(self.default, int)
-        is_inside = is_number(value) and 0 <= value <= self.limit
-        if not is_inside or (is_whole and not float(value).is_integer()):
-            title = self.title or self.label.lower()
-            what = f"{title} must be a whole" if is_whole else f"the {title} must be a"
-            raise UserError(f"{what} number from 0 to {self.limit}, not {value!r:.30}")
-        return type(self.default)(value)
 
 
 def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
@@ -207,7 +157,6 @@ class TrainForm:
         info="how often each photo is shown: half the usual, the usual, twice",
         line=2,
         choices=PRESETS,
-        kind="radio",
     )
     prior_preservation: bool = asked(
         True,
@@ -227,26 +176,23 @@ class TrainForm:
     rank: int = asked(
         0,
         label="Rank",
-        info="room for detail; more makes a larger file",
+        info="room for detail; more makes a larger file; 0: the recipe's",
         line=23,
         setting="rank",
-        most=256,
     )
     learning_rate: float = asked(
         0.0,
         label="Learning rate",
-        info="size of a step; too much burns the pictures",
+        info="size of a step; too much burns the pictures; 0: the recipe's",
         line=23,
         setting="learning_rate",
-        most=10,
     )
     steps: int = asked(
         0,
         label="Steps",
-        info="or an exact number of steps; empty: as the length says",
+        info="or an exact number of steps; 0: as the length says",
         line=4,
         setting="max_train_steps",
-        most=100_000,
         elem_id="train_steps",
     )
     mixer: str = asked(
@@ -263,7 +209,6 @@ class TrainForm:
         info="another number, another run and other crops",
         line=20,
         setting="seed",
-        most=2**32 - 1,
         always=True,
         elem_id="train_seed",
     )
@@ -286,24 +231,12 @@ class TrainForm:
         always=True,
         of_files=True,
     )
-    prior: str = asked(
-        "adapter_off",
-        label="Kept by",
-        info="the base's own answers, or pictures of the class",
-        line=21,
-        setting="prior",
-        choices={"adapter_off": "the base", "class_images": "class images"},
-        needs="prior_preservation",
-        elem_id="prior_by",
-    )
     prior_weight: float = asked(
         0.0,
         label="Prior weight",
-        info="how firmly the class is kept",
-        line=21,
+        info="how firmly the class is kept; 0: the recipe's",
+        line=22,
         setting="prior_loss_weight",
-        most=100,
-        needs="prior_preservation",
     )
     unmasked_weight: float = asked(
         0.2,
@@ -312,7 +245,6 @@ class TrainForm:
         line=22,
         setting="unmasked_weight",
         always=True,
-        kind="slider",
     )
     scores: bool | None = asked(
         None,
@@ -331,39 +263,6 @@ class TrainForm:
         words=("given", "auto"),
         fetched="Qwen3-VL comes",
     )
-    new_tokens: bool = asked(
-        False,
-        label="New tokens",
-        info=NEW_TOKENS,
-        line=25,
-        setting="train_text_encoder_ti",
-        of_family="has_new_tokens",
-    )
-    tokens_begin_as: str = asked(
-        "",
-        label="They begin as",
-        info="words like it; or empty",
-        line=26,
-        needs="new_tokens",
-        box="token_box",
-    )
-    tokens_learning_rate: float = asked(
-        TOKENS_RATE,
-        label="Their learning rate",
-        info="1e-4 to 1e-3",
-        line=26,
-        setting="text_encoder_lr",
-        most=10,
-        always=True,
-        needs="new_tokens",
-        box="token_box",
-        title="learning rate of the new tokens",
-        elem_id="tokens_rate",
-    )
-
-    def checked(self, name: str) -> Any:
-        """The value of a field. Raises UserError."""
-        return rows()[name].checked(name, getattr(self, name))
 
     def choices(
         self,
@@ -385,13 +284,12 @@ class TrainForm:
         """
         # The form's own values come first, and the base's recipe gives the others.
         choices = plan.Choices(self.given(base, resolution_px, photos_dir, run_dir))
-        share = PRESETS[self.checked("preset")]
-        wants_scores = self.checked("scores")
+        wants_scores = self.scores
         exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
         # What follows from the words, from the photos, and from what is on this machine.
         plan.choose_words(choices, " ".join(str(self.class_word).split()))
         photos = usable_photos(photos_dir, resolution_px)
-        plan.choose_steps(choices, round(share * exposures), photos)
+        plan.choose_steps(choices, round(PRESETS[self.preset] * exposures), photos)
         if wants_scores == plan.encoders_are_here(base):
             wants_scores = None
         plan.choose_scores(choices, photos, wants_scores)
@@ -424,24 +322,16 @@ class TrainForm:
         token = " ".join(str(self.token).split())
         if token != plan.TOKEN:
             given["token"] = token
-        # What the new tokens begin as.
-        concept = " ".join(str(self.tokens_begin_as or "").split())
-        if self.new_tokens and concept:
-            check_characters(concept, "what the new tokens begin as")
-            given["initializer_concept"] = concept
         return given
 
     def settings_given(self, base: str) -> dict[str, Any]:
-        """What the fields say of settings that differ from the first. Raises UserError."""
+        """What the fields say of settings that differ from the first."""
         given = {}
         for name, row in rows().items():
-            # A field without a setting, or whose tick is off.
-            if not row.setting or (row.needs and not getattr(self, row.needs)):
-                continue
-            # A field that is left to the recipe.
-            value = self.checked(name)
+            # A field that fills no setting here, or is left to the recipe.
+            value = getattr(self, name)
             is_unsaid = value is None or (row.is_number and not row.always and not value)
-            if is_unsaid or (row.of_files and toys.is_toy(base)):
+            if not row.setting or is_unsaid or (row.of_files and toys.is_toy(base)):
                 continue
             if row.always or value != row.first(base):
                 given[row.setting] = row.words[bool(value)] if row.words else value
@@ -461,29 +351,6 @@ class TrainForm:
                 photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
-def values_from(said: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The values, by name, of the fields that fill a setting.
-
-    - `said` has settings; what it does not say is as at first.
-    - `base` is the name of the page's base, on which first values may depend.
-    """
-    values: dict[str, Any] = {}
-    for name, row in rows().items():
-        if not row.setting:
-            continue
-        value = said.get(row.setting)
-        # What is below a tick means nothing where that is off.
-        if row.needs:
-            tick = rows()[row.needs]
-            if not said.get(tick.setting, tick.default):
-                value = None
-        if value is None or (row.values and value not in row.values):
-            values[name] = row.first(base)
-        else:
-            values[name] = value == row.words[1] if row.words else value
-    return values
-
-
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""
 """How advice for the command line keeps the class."""
 
@@ -499,8 +366,7 @@ def in_the_forms_words(advice: str) -> str:
         if row.setting and row.words:
             words[f"--{row.setting} {row.words[1]}"] = f"“{row.label}”"
         elif row.setting and row.is_number:
-            shown = rf"\1 as “{row.label}”" if row.kind == "slider" else rf"“{row.label}” \1"
-            words[rf"--{row.setting} ([\d.e-]+)"] = shown
+            words[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
     for flag, said in words.items():
         advice = re.sub(flag, said, advice)
     return advice
@@ -545,13 +411,13 @@ def crop_config(
     resolution_px: int,
     photos_dir: Path,
     photos: Sequence[Photo],
-    seed: Any = 0,
+    seed: int = 0,
 ) -> TrainConfig:
     """The settings that decide the crops, as `TrainForm.choices` would choose them.
 
     - `base` is the name of the page's base, and `resolution_px` its side.
     - `photos_dir` has `photos`, which need no words yet.
-    - `seed` is the form's. Raises UserError for one that is no whole number.
+    - `seed` is the form's.
     """
     _, recipe = plan.recipe_settings(Base.find(base))
     own = {
@@ -559,7 +425,7 @@ def crop_config(
         "instance_data_dir": str(photos_dir),
         "instance_prompt": "a photo",
         "resolution": resolution_px,
-        "seed": rows()["seed"].checked("seed", seed),
+        "seed": seed,
     }
     # The shapes follow from the photos, and their steps from the base.
     choices = plan.Choices(recipe | own)

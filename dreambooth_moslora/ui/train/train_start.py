@@ -6,8 +6,8 @@ A run is started, queued, or told what it will cost, as `--dry_run` estimates it
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,60 +17,15 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.choices import Choices, choose_recipe
 from dreambooth_moslora.plan.memory import Estimate
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings import prompts, table
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.workspace import Workspace
-
-
-def form_of_run(settings: Mapping[str, Any], photos_dir: Path) -> TrainForm:
-    """The form that makes a run of these settings.
-
-    - `settings` are those that the run was started with.
-    - `photos_dir` is the folder of its photos in the run.
-
-    Raises UserError for settings that no form has.
-    """
-    config = table.TrainConfig.from_dict(dict(settings) | {"resume_from_checkpoint": None})
-    if config.subjects or config.init_adapter:
-        raise UserError("the form has no place for several subjects, or for a file to begin with")
-    # The fields that each fill one setting, but for the length, which is said by preset if it can.
-    base = config.pretrained_model_name_or_path
-    values = train_form.values_from(vars(config), base)
-    values |= {"steps": 0, "scores": bool(config.evaluate_steps)}
-    values |= length_of(config, photos_dir)
-    # The words, and the captions beside the photos: a photo without one has an empty line.
-    subject = prompts.subject_of(config)
-    captions = ""
-    for photo in kept_photos(photos_dir):
-        with suppress(OSError):
-            text = photo.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-            captions += " ".join(text.split())
-        captions += "\n"
-    return TrainForm(
-        **values,
-        class_word=subject.class_word,
-        token=subject.token,
-        captions=captions.rstrip(),
-        tokens_begin_as=config.initializer_concept or "",
-    )
-
-
-def length_of(config: table.TrainConfig, photos_dir: Path) -> dict[str, Any]:
-    """The form's value for the length of a run: a preset if one fits, else a number of steps."""
-    base = config.pretrained_model_name_or_path
-    choices = Choices({"pretrained_model_name_or_path": base})
-    exposures = choose_recipe(choices, train_form.free_for(base))
-    for name, share in train_form.PRESETS.items():
-        if config.exposures_per_photo == round(share * exposures):
-            return {"preset": name}
-    return {"steps": plan_steps(config, [max(1, len(kept_photos(photos_dir)))]).total_steps}
 
 
 def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
@@ -175,6 +130,7 @@ def chosen_lines(config: table.TrainConfig) -> list[str]:
     total = plan_steps(config, [max(1, count)]).total_steps
     lines = [f"{total} steps at {config.resolution} px, from {count} photo{'s' * (count != 1)}."]
     lines.append(f"“{config.instance_prompt}” will show your subject.")
+    lines.append(f"Rank {config.rank}, learning rate {config.learning_rate:g}.")
     if config.with_prior_preservation and config.class_prompt:
         lines.append(f"“{config.class_prompt}” stays as the base draws it.")
     if config.masks == "auto":
@@ -287,33 +243,3 @@ def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float
         if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
             return median(paces) * total_steps
     return None
-
-
-def recipe_values(ctx: state.AppContext, preset: str) -> dict[str, str]:
-    """What each empty field stands for, by its name.
-
-    That is the recipe's value. For the steps it is how many show these photos as often as the
-    recipe says. Raises UserError for an unlisted preset.
-    """
-    form = TrainForm(token="sks", class_word="x", preset=preset)
-    share = train_form.PRESETS[form.checked("preset")]
-    choices = Choices({"pretrained_model_name_or_path": ctx.base_name})
-    exposures = choose_recipe(choices, train_form.free_for(ctx.base_name))
-    settings = choices.all
-    # As the fields show them. What a recipe leaves out is as the table of settings has it.
-    shown = {}
-    for name, row in train_form.rows().items():
-        if not row.by_recipe or name == "steps":
-            continue
-        value = settings.get(row.setting)
-        if value is None:
-            value = table.SETTINGS[row.setting].default
-        shown[name] = f"{value:g}"
-    # The number of steps, where there are usable photos.
-    shown["steps"] = f"{round(share * exposures)} times each photo"
-    with suppress(UserError):
-        photos = ctx.workspace.given_photos
-        config = form.config(ctx.base_name, ctx.resolution_px, photos, ctx.runs_dir / "new")
-        plan = plan_steps(table.TrainConfig.from_dict(config), [len(kept_photos(photos))])
-        shown["steps"] = str(plan.total_steps)
-    return shown

@@ -64,7 +64,6 @@ HEADROOM = 1.1
 DOWNLOADS = {
     "download": ("Download for diffusers", "download_adapter"),
     "download_kohya": ("For ComfyUI", "download_kohya"),
-    "download_tokens": ("Its new tokens", "download_tokens"),
 }
 """Name -> label and id of a button."""
 PICTURES = ("samples", "sheet", "details", "loss", "fidelity")
@@ -126,7 +125,7 @@ def watch_widgets() -> dict[str, Any]:
         parts["stop"] = gr.Button("Stop", variant="stop", elem_id="stop_training", **button)
         parts["use"] = gr.Button("Draw with it", elem_id="use_adapter", **button)
         parts["resume"] = gr.Button("Resume", elem_id="resume", **button)
-        parts["reopen"] = gr.Button("Change and train again", elem_id="reopen", **button)
+        parts["reopen"] = gr.Button("Use its photos again", elem_id="reopen", **button)
         for name, (label, elem_id) in DOWNLOADS.items():
             parts[name] = gr.DownloadButton(label, elem_id=elem_id, **button)
     # Its pictures: the newest while it trains, and before and after when it has ended.
@@ -294,16 +293,14 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
         status += html.faint(sentence(IN_TERMINAL) + ".")
     files = run_dir if not ready else run_folder.RunDir(best_folder(run_dir))
     kohya = files.path / run_dir.kohya_path.name
-    tokens = run_folder.tokens_files(files.path, run_dir.name) or run_dir.tokens_paths
     return {
         "status": status,
         "stop": gr.Button(visible=can_stop),
         "resume": gr.Button(visible=is_over and state.state != "done"),
         "use": gr.Button(visible=ready),
         "reopen": gr.Button(visible=is_over and (job.run_dir / "photos").is_dir()),
-        "download": _download([files.adapter_path], ready, job, workspace),
-        "download_kohya": _download([kohya], ready, job, workspace),
-        "download_tokens": _download(tokens, ready, job, workspace),
+        "download": _download(files.adapter_path, ready, job, workspace),
+        "download_kohya": _download(kohya, ready, job, workspace),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=has_sheet),
         "details": gr.Accordion(visible=True),
@@ -319,17 +316,11 @@ def best_folder(run_dir: run_folder.RunDir) -> Path:
     return run_dir.best_dir if is_kept else run_dir.path
 
 
-def _download(files: list[Path], ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
-    """The button for the one of the files that is there; hidden for none.
-
-    - `files` are the run's. Several, such as the new tokens of several subjects, are not offered.
-    - `ready`: the run has ended, and they are whole.
-    """
-    files = [file for file in files if ready and file.is_file()]
-    if len(files) != 1:
+def _download(file: Path, ready: bool, job: Job, workspace: Workspace) -> gr.DownloadButton:
+    """The button for a file of the run; hidden until the run has ended and the file is `ready`."""
+    if not (ready and file.is_file()):
         return gr.DownloadButton(value=None, visible=False)
-    linked = link_into(workspace, files[0], job.name)
-    return gr.DownloadButton(value=str(linked), visible=True)
+    return gr.DownloadButton(value=str(link_into(workspace, file, job.name)), visible=True)
 
 
 def _plot(table: pd.DataFrame, y: str) -> gr.LinePlot:

@@ -30,45 +30,24 @@ from dreambooth_moslora.ui.train import screen
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     crop_config,
-    rows,
 )
 from dreambooth_moslora.ui.train.train_start import (
     estimate_cost,
-    form_of_run,
     free_run_dir,
     prepared,
-    recipe_values,
     start_run,
     take_photos_of_run,
 )
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import TRAINER, end_all, handler, recorded
+from tests.ui.conftest import handler, recorded
 
 DUCK = TrainForm("sks", "duck")
-CHANGED = {
-    "rank": 3,
-    "learning_rate": 0.5,
-    "mixer": "none",
-    "seed": 9,
-    "unmasked_weight": 0.5,
-    "scores": False,
-}
-CHANGED |= {
-    "prior": "class_images",
-    "prior_weight": 4.0,
-    "make_masks": False,
-    "make_captions": True,
-}
 
 
 @pytest.fixture
 def workspace(toys):
     """All of this module's forms have photos."""
     return toys
-
-
-def without(settings: dict, *names: str) -> dict:
-    return {name: value for name, value in settings.items() if name not in names}
 
 
 NAMES = {
@@ -106,22 +85,6 @@ def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_three_numbe
     assert "480 steps at 128 px" in rest and "time: not known before" in rest
 
 
-@pytest.mark.parametrize(
-    ("preset", "steps", "empty"), [("standard", "480", "384"), ("thorough", "960", "768")]
-)
-def test_what_an_empty_field_stands_for_is_what_the_run_would_take(
-    tab, workspace, preset, steps, empty
-):
-    values = recipe_values(tab, preset)
-    assert values["steps"] == steps
-    with prepared(tab, TrainForm("sks", "duck", preset=preset)) as run:
-        for name in ("rank", "learning_rate"):
-            assert float(values[name]) == run.settings[name]
-        assert float(values["prior_weight"]) == run.settings["prior_loss_weight"]
-    shutil.rmtree(workspace.photos_dir)
-    assert recipe_values(tab, preset)["steps"] == f"{empty} times each photo"
-
-
 def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(
     workspace, tab
 ):
@@ -155,8 +118,7 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
 def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
     """Both took theirs into one folder before either copied it: both runs had the same animal."""
     page, both_took, take = context(), Barrier(2), screen.take_photos
-    (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
-    monkeypatch.setattr(page.jobs, "script", stand_in)
+    monkeypatch.setattr(page.queue, "keep_on", lambda: None)
     add = next(
         event.fn for event in build_app(page).fns.values() if event.api_name == "add_to_queue"
     )
@@ -174,63 +136,17 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
     monkeypatch.setattr(screen, "take_photos", take_with_the_other)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, ("hen", "cat"), (2, 3))) == [2, 3]
-    end_all(page.jobs)
 
 
-FORMS = [
-    DUCK,
-    TrainForm("tok", "toy duck", preset="quick", captions="first\n\nthird"),
-    TrainForm("sks", "duck", steps=7, **CHANGED),
-    TrainForm(
-        "sks",
-        "duck",
-        prior_preservation=False,
-        new_tokens=True,
-        tokens_begin_as="toy duck",
-        tokens_learning_rate=5e-4,
-    ),
-    replace(DUCK, preset="thorough"),
-    replace(DUCK, steps=30, seed=4),
-]
-
-
-def test_the_forms_that_come_back_change_every_field_of_a_setting():
-    """But for those that the embedded bases, which are tried here, do not take."""
-    for name, row in rows().items():
-        if row.setting and not row.of_files:
-            assert any(getattr(form, name) != getattr(DUCK, name) for form in FORMS), name
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_what_a_run_was_started_with_comes_back_and_makes_the_same_run(workspace, tab, form):
-    with prepared(tab, form) as run:
-        back = form_of_run(run.settings, run.run_dir / "photos")
-        take_photos_of_run(run.run_dir, workspace)
-    names = ("token", "class_word", "captions", "tokens_begin_as", "preset", "steps")
-    assert [getattr(back, name) for name in names] == [getattr(form, name) for name in names]
-    with prepared(tab, back) as again:
-        settings = [without(each.settings, *OF_ONE_RUN) for each in (run, again)]
-        texts = [sorted(path.name for path in each.run_dir.rglob("*.txt")) for each in (run, again)]
-    assert all(one == other for one, other in (settings, texts))
-
-
-@pytest.mark.parametrize("base", ["toy", "toy-zimage"])
-def test_a_run_that_comes_back_to_a_page_on_another_base_says_so(workspace, tab, context, base):
-    """The page said nothing, and another model was trained."""
-    page = context(title=base, name=base)
-    with prepared(tab, DUCK) as run:
+def test_the_photos_and_words_of_a_run_come_back_into_the_form(workspace, tab, context):
+    with prepared(tab, TrainForm("tok", "toy duck", captions="first\n\nthird")) as run:
         processes.write_settings(run.run_dir, run.settings)
         recorded(run.run_dir)
-        told = " ".join(
-            value for value in handler(page, "reopen")("duck") if isinstance(value, str)
-        )
-    assert "photos of duck are in the form" in told
-    assert (
-        "It was trained on toy, and the base at the top of the page is toy-zimage." in told
-    ) == (base != "toy")
-
-
-OF_ONE_RUN = ("output_dir", "instance_data_dir", "token")
+        shutil.rmtree(workspace.photos_dir)
+        token, class_word, *_, told = handler(context(), "reopen")(run.run_dir.name, 0)
+    assert (token, class_word) == ("tok", "toy duck") and "are in the form" in told
+    captions = {path.name: path.read_text() for path in workspace.photos_dir.glob("*.txt")}
+    assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
 
 def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(
@@ -246,20 +162,6 @@ def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_un
         with pytest.raises(UserError, match="the photos of this run are not there any more"):
             take_photos_of_run(run.run_dir, workspace)
         assert len(list(folder.iterdir())) == 6
-
-
-def test_settings_that_no_form_has_are_told_in_words(tmp_path):
-    table = {
-        "instance_data_dir": "/p",
-        "instance_prompt": "a photo of a sks dog",
-        "class_prompt": "a dog",
-    }
-    several = TrainConfig(subjects=[table]).to_dict()
-    begun = TrainConfig(init_adapter="a.safetensors").to_dict()
-    rows = (({"rnak": 3}, "rnak"), (several, "several subjects"), (begun, "to begin with"))
-    for settings, words in rows:
-        with pytest.raises(UserError, match=words):
-            form_of_run(settings, tmp_path)
 
 
 WORDS_AND_PATHS = {
