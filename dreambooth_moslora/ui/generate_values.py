@@ -3,7 +3,7 @@ recipe, of which differences are remarks.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_moslora.disk import run_folder
@@ -32,10 +32,6 @@ class GenerateForm:
     negative_prompt: str = ""
     adapter: str = run_folder.NONE
     scale: float = 1.0
-    adapter_2: str = run_folder.NONE
-    scale_2: float = 1.0
-    adapter_3: str = run_folder.NONE
-    scale_3: float = 1.0
     seed: int = -1
     steps: int = 25
     guidance_scale: float | None = None
@@ -49,13 +45,7 @@ class GenerateForm:
         Raises UserError for values that cannot be generated.
         """
         width, height = parse_size(self.size)
-        # Slots without an adapter are left out.
-        slots = (
-            (self.adapter, self.scale),
-            (self.adapter_2, self.scale_2),
-            (self.adapter_3, self.scale_3),
-        )
-        used = [(name, scale) for name, scale in slots if name and name != run_folder.NONE]
+        has_adapter = bool(self.adapter) and self.adapter != run_folder.NONE
         return GenerationParams(
             prompt=str(self.prompt or ""),
             negative_prompt=str(self.negative_prompt or ""),
@@ -65,7 +55,7 @@ class GenerateForm:
             height_px=height,
             width_px=width,
             num_images=int(self.num_images),
-            adapters=tuple(used),
+            adapters=((self.adapter, self.scale),) if has_adapter else (),
             scheduler=self.scheduler or None,
         )
 
@@ -73,23 +63,21 @@ class GenerateForm:
     def from_params(cls, params: GenerationParams) -> "GenerateForm":
         """The form that gives these parameters again.
 
-        Adapters beyond the third become tags in the prompt.
+        Adapters beyond the first become tags in the prompt.
         """
-        slots = {}
-        for number, (name, scale) in enumerate(params.adapters[:3]):
-            suffix = f"_{number + 1}" if number else ""
-            slots |= {f"adapter{suffix}": name, f"scale{suffix}": scale}
-        tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters[3:])
+        adapter, scale = params.adapters[0] if params.adapters else (run_folder.NONE, 1.0)
+        tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters[1:])
         return cls(
             prompt=params.prompt + tags,
             negative_prompt=params.negative_prompt,
+            adapter=adapter,
+            scale=scale,
             seed=params.seed,
             steps=params.steps,
             guidance_scale=params.guidance_scale,
             size=format_size(params.width_px, params.height_px),
             num_images=min(params.num_images, MAX_IMAGES),
             scheduler=params.scheduler or "",
-            **slots,
         )
 
 
@@ -129,27 +117,6 @@ def size_choices(resolution_px: int, multiple_px: int = 8) -> list[tuple[str, st
             wide = "Landscape" if name == "Portrait" else "Wide"
             choices.append((f"{wide} {height} × {width}", format_size(height, width)))
     return choices
-
-
-def code_snippet(params: GenerationParams, base: str, adapter_files: Mapping[str, str]) -> str:
-    """Python that makes the same pictures. `adapter_files` gives the file name of each adapter."""
-    loads = ""
-    for name, _ in params.adapters:
-        file = adapter_files.get(name, name + ".safetensors")
-        loads += f"pipeline.load_adapter({file!r}, name={name!r})\n"
-    # Only what differs from the defaults is written out.
-    defaults = {field.name: field.default for field in fields(GenerationParams)}
-    shown = {key: value for key, value in params.to_dict().items() if value != defaults[key]}
-    shown["adapters"] = params.adapters
-    arguments = "".join(f"    {key}={value!r},\n" for key, value in shown.items() if value != ())
-    return (
-        "from dreambooth_moslora import GenerationParams, SubjectPipeline\n\n"
-        f"pipeline = SubjectPipeline.from_base({base!r})\n{loads}"
-        f"params = GenerationParams(\n{arguments})\n"
-        "for event in pipeline.generate(params):\n"
-        '    if hasattr(event, "save"):\n'
-        '        event.save(f"image_{event.params.seed}.png")\n'
-    )
 
 
 def remarks_on(recipe: Recipe, files: Mapping[str, Path], base: str) -> list[str]:

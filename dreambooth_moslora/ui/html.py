@@ -4,7 +4,6 @@ What came from a user or a file is escaped. The browser fetches nothing from els
 """
 
 import base64
-import html
 import io
 import secrets
 from html import escape as escape_html
@@ -181,20 +180,6 @@ SHOWN = {
     "buttons": ["download", "fullscreen"],
 }
 """Options of pictures that are only looked at."""
-
-
-def name_in_errors(widget: gr.components.Component) -> None:
-    """Make the widget name itself when it refuses a value, such as a number out of its range."""
-    own = widget.preprocess
-
-    def preprocess(value: object) -> object:
-        try:
-            return own(value)
-        except gr.Error as error:
-            words = html.escape(f"{widget.label}: {error.message}", quote=False)
-            raise gr.Error(words, duration=12, print_exception=False) from error
-
-    widget.preprocess = preprocess
 
 
 EMPTY_CAPTION = "What this photo shows. Empty: the words of step 2."

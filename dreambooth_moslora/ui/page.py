@@ -18,11 +18,11 @@ from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on, sentence
+from dreambooth_moslora.ui.generate_adapters import fitting_adapter
 from dreambooth_moslora.ui.generate_tab import (
     PICTURES,
     GenerateTab,
     build_generate_tab,
-    fitting_adapter,
     to_widgets,
 )
 from dreambooth_moslora.ui.train import screen, train_form

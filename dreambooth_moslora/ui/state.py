@@ -22,7 +22,6 @@ import gradio as gr
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import SMALL_BASE_PX
-from dreambooth_moslora.base.machine import has_gpu
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
@@ -171,8 +170,8 @@ class AppContext:
         self.workspace = workspace
         self.public = public
         self.catalog = AdapterCatalog(adapters_dir, None if public else runs_dir, workspace)
-        # By a page's session: the stop of its works that run or wait, and their names.
-        self._works: dict[str, tuple[threading.Event, set[str]]] = {}
+        # By a page's session: the stop of what it draws, or waits for.
+        self._stops: dict[str, threading.Event] = {}
         self.turns = GpuTurns(self)
         self.jobs = jobs.Jobs(runs_dir, make_room=self.turns.training)
         self.queue = jobs.QueueTurns(self.jobs)
@@ -248,7 +247,6 @@ class AppContext:
 
         def fulfil() -> None:
             try:
-                self.turns.check_memory(base)
                 future.set_result(base.load())
             except UserError as error:
                 logger.error("The base could not be loaded: %s", error)
@@ -271,48 +269,26 @@ class AppContext:
             self.pipeline().load_adapter(self.catalog.path(name), name)
         return params
 
-    def announce(self, request: gr.Request, work: str) -> None:
-        """This page's `work` joins the queue.
-
-        It can be stopped until it has `ended`, even before its turn.
-        """
-        stop, works = self._works_of(request)
+    def announce(self, request: gr.Request) -> None:
+        """This page's work joins the queue, and can be stopped even before its turn."""
+        stop = self._stops.get(request.session_hash)
         # What comes after a stop is not stopped by it.
-        if stop.is_set():
-            stop, works = threading.Event(), set()
-        self._works[request.session_hash] = stop, works | {work}
-
-    def ended(self, request: gr.Request, work: str) -> bool:
-        """This page's `work` is done or has failed.
-
-        Returns whether other work of the page is left.
-        """
-        stop, works = self._works_of(request)
-        self._works[request.session_hash] = stop, works - {work}
-        if works <= {work}:
-            del self._works[request.session_hash]
-        return not works <= {work}
+        if stop is None or stop.is_set():
+            self._stops[request.session_hash] = threading.Event()
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work, which a program need not announce."""
-        stop, works = self._works_of(request)
+        stop = self._stops.setdefault(request.session_hash, threading.Event())
         try:
             yield stop.is_set
         finally:
-            if not works:
-                self._works.pop(request.session_hash, None)
+            self._stops.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request) -> None:
-        """Stop all of this page's own work, running or waiting.
-
-        Another page's cannot be stopped.
-        """
-        if request.session_hash in self._works:
-            self._works[request.session_hash][0].set()
-
-    def _works_of(self, request: gr.Request) -> tuple[threading.Event, set[str]]:
-        return self._works.setdefault(request.session_hash, (threading.Event(), set()))
+        """Stop this page's own work, running or waiting; another page's cannot be stopped."""
+        if request.session_hash in self._stops:
+            self._stops[request.session_hash].set()
 
 
 BUSY = (
@@ -325,8 +301,8 @@ BUSY = (
 class GpuTurns:
     """Keeps the pipeline out of a run's way.
 
-    Most machines cannot hold SDXL twice, but a small base fits. On a GPU the pipeline moves to the
-    host while a run trains; without one it leaves memory (13 GiB in fp32).
+    A GPU rarely holds SDXL twice, but a small base fits. The pipeline moves to the host while a run
+    trains.
     """
 
     def __init__(self, ctx: AppContext) -> None:
@@ -338,11 +314,6 @@ class GpuTurns:
     def is_small(self) -> bool:
         """Whether the present base needs no turns."""
         return self._ctx.chosen.is_small
-
-    def check_memory(self, base: PageBase) -> None:
-        """Raises UserError while the base must not be loaded: beside a run, without a GPU."""
-        if not base.is_small and self._ctx.jobs.current() and not has_gpu():
-            raise UserError(BUSY)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -368,21 +339,18 @@ class GpuTurns:
         Raises UserError while a run trains.
         """
         with self.drawing():
-            pipeline = None if self.is_small else self._ctx.loaded()
-            if pipeline is not None and pipeline.has_gpu:
-                pipeline.rest()
+            self._rest()
             yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Wraps a run's start: waits for the current pictures, then makes room."""
         with self._lock:
-            pipeline = None if self.is_small else self._ctx.loaded()
-            if pipeline is not None and pipeline.has_gpu:
-                pipeline.rest()
-            # With a GPU, a loading pipeline is left alone, in RAM.
-            elif not self.is_small and (pipeline is not None or not has_gpu()):
-                # A name that still held it would keep its memory.
-                del pipeline
-                self._ctx.unload()
+            self._rest()
             yield
+
+    def _rest(self) -> None:
+        """Free the GPU of a large base. One that is loading is in RAM."""
+        pipeline = None if self.is_small else self._ctx.loaded()
+        if pipeline is not None and pipeline.has_gpu:
+            pipeline.rest()

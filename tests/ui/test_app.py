@@ -24,8 +24,8 @@ from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import facts_of
 from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.drawing import make_pictures
-from dreambooth_moslora.ui.generate_tab import settings_widgets
 from dreambooth_moslora.ui.generate_values import GenerateForm
+from dreambooth_moslora.ui.generate_widgets import settings_widgets
 from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers.tiny_adapters import save_diffusers_lora

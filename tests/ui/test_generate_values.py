@@ -27,13 +27,12 @@ from dreambooth_moslora.generation.params import (
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.drawing import compare, make_pictures
 from dreambooth_moslora.ui.events import as_gradio_error
-from dreambooth_moslora.ui.generate_tab import ask_widgets
 from dreambooth_moslora.ui.generate_values import (
     GenerateForm,
-    code_snippet,
     remarks_on,
     size_choices,
 )
+from dreambooth_moslora.ui.generate_widgets import ask_widgets
 from dreambooth_moslora.ui.html import facts_table, format_seconds, notice
 from dreambooth_moslora.ui.page import adapter_facts, build_app
 from dreambooth_moslora.ui.workspace import Picture
@@ -41,19 +40,13 @@ from tests.ui.conftest import PAGE, handler, write_adapter
 
 
 def test_the_form_and_the_parameters_are_each_others_inverse():
-    form = GenerateForm(
-        "a dog", "blur", "dog", 0.5, "cat", 0.2, "none", 1.0, 7, 20, 4.0, "96 x 64", 3, "unipc"
-    )
+    form = GenerateForm("a dog", "blur", "dog", 0.5, 7, 20, 4.0, "96 x 64", 3, "unipc")
     params = form.params()
-    assert (params.width_px, params.height_px, params.adapters) == (
-        96,
-        64,
-        (("dog", 0.5), ("cat", 0.2)),
-    )
+    assert (params.width_px, params.height_px, params.adapters) == (96, 64, (("dog", 0.5),))
     assert GenerateForm.from_params(params) == form
-    four = replace(params, adapters=(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.3)))
-    # the fourth is a tag
-    assert GenerateForm.from_params(four).params().apply_tags().adapters == four.adapters
+    two = replace(params, adapters=(("a", 1.0), ("b", 0.3)))
+    # the second is a tag
+    assert GenerateForm.from_params(two).params().apply_tags().adapters == two.adapters
 
 
 @pytest.mark.parametrize("resolution", [64, 1024])
@@ -61,25 +54,6 @@ def test_size_presets_are_multiples_of_eight_around_the_bases_own(resolution):
     sizes = [tuple(int(n) for n in value.split(" x ")) for _, value in size_choices(resolution)]
     assert sizes[0] == (resolution, resolution) and len(set(sizes)) == 5
     assert all(w % 8 == h % 8 == 0 and abs(w * h / resolution**2 - 1) < 0.15 for w, h in sizes)
-
-
-def test_the_snippet_is_python_that_gives_the_same_parameters():
-    params = GenerationParams(
-        'a "dog"', seed=3, steps=2, height_px=64, width_px=64, adapters=(("dog", 0.5),)
-    )
-    code = code_snippet(params, "toy", {"dog": "dog.safetensors"})
-    seen = {}
-    stand = SimpleNamespace(
-        load_adapter=lambda path, name: seen.update(loaded=(path, name)),
-        generate=lambda params: seen.update(params=params) or [],
-    )
-    code = code.replace("from dreambooth_moslora import GenerationParams, SubjectPipeline", "")
-    names = {
-        "GenerationParams": GenerationParams,
-        "SubjectPipeline": SimpleNamespace(from_base=lambda base: stand),
-    }
-    exec(code, names)
-    assert seen == {"loaded": ("dog.safetensors", "dog"), "params": params}
 
 
 HALF = "a \ud800"
@@ -186,16 +160,6 @@ def test_a_refused_upload_leaves_the_scale_as_it_was_set(context):
     assert events[after.trigger_after].name == "upload" and after.trigger_only_on_success
 
 
-def test_the_axis_of_adapters_starts_with_the_checkpoints_of_the_chosen_run(tmp_path, context):
-    raw, published = "moslora_weights.safetensors", "pytorch_lora_weights.safetensors"
-    for file in (f"checkpoint-20/{raw}", f"checkpoint-100/{raw}", published):
-        write_adapter(tmp_path / "runs" / "dog" / file)
-    write_adapter(tmp_path / "adapters" / "cat.safetensors", "zwx")
-    axis_values = handler(context(), "axis_values")
-    assert axis_values("adapter", "dog", "") == "none, dog@20, dog@100, dog"
-    assert axis_values("prompt", "dog", "a dog") == "a dog|"
-
-
 def test_facts_and_seconds_are_said_as_people_say_them():
     file = assets_folder() / "adapters" / "rocket.safetensors"
     facts = dict(adapter_facts(str(file)))
@@ -283,43 +247,20 @@ def test_a_picture_that_is_chosen_while_others_are_drawn_stays_chosen(context):
     assert setting == {"generate", "select"}
 
 
-def test_the_settings_of_a_picture_in_the_history_are_those_of_the_one_that_is_shown(context):
-    """A picture that was drawn since moved all by one place, and its neighbour's settings came."""
-    ctx = context()
-    page = build_app(ctx)
-    history = next(event for event in page.fns.values() if event.name == "history")
-    reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
-    ctx.workspace.remember(one_drawn(ctx.workspace.root, "a dog"))
-    shown = history.fn()[-1]
-    ctx.workspace.remember(one_drawn(ctx.workspace.root, "a cat"))
-    assert reuse.fn(shown, 0)[0] == "a dog" and reuse.fn(history.fn()[-1], 0)[0] == "a cat"
-
-
-def test_the_code_draws_all_pictures_that_are_shown(context):
-    ctx = context()
-    snippet = next(event for event in build_app(ctx).fns.values() if event.name == "snippet")
-    drawn = one_drawn(ctx.workspace.root, "a dog")
-    assert "num_images=3" in snippet.fn([drawn] * 3) and "num_images" not in snippet.fn([drawn])
-    assert snippet.fn([]) == ""
-
-
-def test_a_base_of_the_hub_is_named_so_in_code_and_no_other_than_its_pictures_tell(
+def test_a_picture_of_the_history_gives_its_settings_and_tells_of_another_base(
     context, monkeypatch
 ):
-    """The page has a title without a slash for it, which `from_base` does not know."""
-    ctx = context(title="owner_base", public_name="owner/base")
-    page, remarks = build_app(ctx), []
+    ctx, remarks = context(title="owner_base", public_name="owner/base"), []
     monkeypatch.setattr(gr, "Warning", remarks.append)
-    snippet, history = (
-        next(event for event in page.fns.values() if event.name == n)
-        for n in ("snippet", "history")
-    )
-    reuse = next(event for event in page.fns.values() if event.inputs[:1] == history.outputs[-1:])
-    for base in ("owner/base", "other"):
-        drawn = [one_drawn(ctx.workspace.root, "a dog", base)]
-        assert "from_base('owner/base')" in snippet.fn(drawn)
-        reuse.fn(drawn, 0)
+    events = {event.name: event.fn for event in build_app(ctx).fns.values()}
+    for prompt, base in (("a dog", "owner/base"), ("a cat", "other")):
+        ctx.workspace.remember(one_drawn(ctx.workspace.root, prompt, base))
+    newest_first = events["history"]()
+    prompts = [events["reuse"](newest_first, place)[0] for place in (0, 1)]
+    assert prompts == ["a cat", "a dog"]
     assert remarks == ["It was made with the base other; this page has owner/base"]
+    with pytest.raises(gr.Error, match="no picture yet"):
+        events["reuse"](None, 0)
 
 
 def one_drawn(folder: Path, prompt: str, base: str = "") -> Picture:

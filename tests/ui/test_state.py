@@ -4,7 +4,6 @@ and its base, which takes turns with a run: on a GPU, and in the memory of a mac
 import os
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.drawing import make_pictures
 from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.generate_values import GenerateForm
-from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.state import (
     AdapterCatalog,
     AppContext,
@@ -82,34 +80,15 @@ def test_a_stop_counts_before_ones_turn_has_come_and_only_once(context):
     pages = [SimpleNamespace(session_hash=name) for name in ("mine", "other")]
     ctx = context()
     for page in pages:
-        ctx.announce(page, "generate")
+        ctx.announce(page)
     ctx.stop(pages[0])
     for page, stopped in zip(pages, (True, False)):
         with ctx.stoppable(page) as should_stop:
             assert should_stop() == stopped
-        ctx.ended(page, "generate")
     with ctx.stoppable(pages[0]) as should_stop:  # of a program, which announces nothing
         assert not should_stop()
         ctx.stop(pages[0])
         assert should_stop()
-
-
-def test_a_stop_is_of_all_that_waits_and_offered_until_the_last_has_ended(context):
-    """Of two that waited the second was drawn, and the end of the first took the button away."""
-    ctx = context()
-    fns = build_app(ctx).fns.values()
-    announce = [fn.fn for fn in fns if fn.name == "announce"]
-    ended = [fn.fn for fn in fns if fn.name == "ended"]  # two of each work
-    for is_stopped in (True, False):
-        # whoever asks again meanwhile is not heard
-        for work in (0, 1, 0):
-            announce[work](PAGE)
-        if is_stopped:
-            ctx.stop(PAGE)
-        for end, is_offered in ((ended[0], True), (ended[2], False)):
-            with ctx.stoppable(PAGE) as should_stop:
-                assert should_stop() == is_stopped
-            assert end(PAGE).interactive == is_offered
 
 
 @pytest.mark.parametrize(
@@ -252,33 +231,6 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
     picture(ctx)
     ctx.jobs.resume("dog")
     assert moves == [OTHER_DEVICE, "cpu"] * 2
-
-
-def test_without_a_gpu_a_large_base_leaves_memory_while_a_run_trains_and_is_loaded_again(
-    large, tiny_base
-):
-    made = []
-
-    def load() -> SubjectPipeline:
-        subject = SubjectPipeline.from_base(tiny_base, device="cpu")
-        made.append(weakref.ref(subject.pipeline.unet))
-        return subject
-
-    ctx = large(load)
-    ctx.jobs.start("dog", {})  # while the base is loading
-    assert not ctx.loaded() and [one() for one in made] == [None]
-    with pytest.raises(
-        UserError, match="this machine is training a run; pictures can be drawn again when"
-    ):
-        picture(ctx)
-    with pytest.raises(UserError, match="this machine is training a run"):
-        large(load).pipeline()  # a server that is started again
-    stop(ctx)
-    before = picture(ctx)
-    ctx.jobs.start("cat", {})
-    assert [one() for one in made] == [None, None]
-    stop(ctx)
-    assert picture(ctx) == before and len(made) == 3
 
 
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():

@@ -238,14 +238,15 @@ def _connect_ended(
 
     Its adapter goes into the other tab (`tabs`, `generate`). Its photos and words go into the form.
     """
-    shown = [tabs, generate.adapters[0], generate.prompt, generate.fields["scale"]]
+    prompt = generate.fields["prompt"]
+    shown = [tabs, generate.fields["adapter"], prompt, generate.fields["scale"]]
 
     @on(
         parts["use"].click,
         TELLING,
         inputs=parts["run"],
         outputs=shown,
-        show_progress_on=generate.prompt,
+        show_progress_on=prompt,
     )
     def use(run: str | None) -> tuple:
         job = ctx.jobs.recorded(run or "")
@@ -258,8 +259,7 @@ def _connect_ended(
         # It is chosen there, with the words that call its subject.
         summary = summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
-        prompt = summary.prompt
-        return gr.Tabs(selected="generate"), chosen, prompt, summary.scale
+        return gr.Tabs(selected="generate"), chosen, summary.prompt, summary.scale
 
     words = [fields["token"], fields["class_word"]]
     outputs = [*words, parts["remarks"], parts["crops"], parts["cost"]]
