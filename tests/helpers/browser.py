@@ -44,11 +44,6 @@ DESK, PHONE = SIZES = ((1366, 768), (390, 844))
 """Windows: (width, height) px."""
 
 
-GONE_PLOT = "Cannot read properties of null (reading 'offsetWidth')"
-"""Gradio's plot measures itself once more after it has left the page (AltairPlot's ResizeObserver);
-nothing follows."""
-
-
 @dataclass
 class Visit:
     """A page, and what it said and asked for while it was open."""
@@ -88,9 +83,7 @@ def visit(browser: Browser, url: str, *, size: tuple[int, int] = (1280, 900)) ->
     visited.page.on(
         "console", lambda message: message.type == "error" and visited.errors.append(message.text)
     )
-    visited.page.on(
-        "pageerror", lambda error: str(error) != GONE_PLOT and visited.errors.append(str(error))
-    )
+    visited.page.on("pageerror", lambda error: visited.errors.append(str(error)))
     visited.page.on(
         "request", lambda request: visited.hosts.add(request.url.split("/")[2].split(":")[0])
     )

@@ -18,7 +18,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.jobs import Job, Jobs
-from dreambooth_moslora.ui.train.train_watch import status_card
+from dreambooth_moslora.ui.train.run_cards import status_card
 from tests.ui.conftest import recorded, wait_for
 
 DEEP = "[" * 100_000

@@ -19,14 +19,11 @@ from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.photo_copies import take_photos
-from dreambooth_moslora.ui.train import (
-    train_form,
-    train_masks,
-    train_photos,
-    train_start,
-    train_watch,
-)
+from dreambooth_moslora.ui.train import train_form, train_masks, train_photos, train_start
+from dreambooth_moslora.ui.train.run_view import best_folder
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
+from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS, connect_watch
+from dreambooth_moslora.ui.train.watch_widgets import watch_widgets
 
 FROM_HUB = "; {} from the hub once"
 """Told beside a tick that fetches something."""
@@ -127,14 +124,13 @@ def build_train_tab(
         with gr.Column(elem_id="train_form", min_width=280):
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
-            parts |= train_watch.watch_widgets()
+            parts |= watch_widgets()
     # The form's events.
     train_masks.connect_photos(ctx, page, fields | parts)
     _connect_start(ctx, fields, parts)
     train_masks.connect_masks(ctx, fields, parts)
     # The run's events.
-    train_watch.connect_watch(ctx, page, parts)
-    train_watch.connect_queue(ctx, page, parts)
+    connect_watch(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs=tabs, generate=generate)
     of_base = {}
     for name, row in rows().items():
@@ -151,7 +147,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """
     chosen = gr.State("")
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
-        None, js=train_watch.SHOW_STATUS, **AT_ONCE
+        None, js=SHOW_STATUS, **AT_ONCE
     )
 
     def train(form: TrainForm) -> tuple:
@@ -251,7 +247,7 @@ def _connect_ended(
     def use(run: str | None) -> tuple:
         job = ctx.jobs.recorded(run or "")
         files = ctx.catalog.files()
-        adapter = train_watch.best_folder(RunDir(job.run_dir)) / PUBLISHED_NAME
+        adapter = best_folder(RunDir(job.run_dir)) / PUBLISHED_NAME
         listed = [name for name, file in files.items() if file == adapter]
         if not listed:
             raise UserError("there is no adapter yet")

@@ -15,15 +15,10 @@ from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
+from dreambooth_moslora.ui.train.run_cards import status_card
+from dreambooth_moslora.ui.train.run_list import run_cards
+from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, samples_of, watched
 from dreambooth_moslora.ui.train.train_form import in_the_forms_words
-from dreambooth_moslora.ui.train.train_watch import (
-    fidelity_table,
-    loss_table,
-    run_cards,
-    samples_of,
-    status_card,
-    watched,
-)
 from tests.ui.conftest import recorded
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
@@ -72,10 +67,12 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
         now[name].visible and Path(str(now[name].value["path"])).name == file
         for name, file in files.items()
     )
-    assert not now["sheet"].visible
-    PIL.Image.new("RGB", (8, 8)).save(run / "contact_sheet.png")
-    sheet = look()["sheet"]
-    assert sheet.visible and "contact_sheet.png" in str(sheet.value)
+    later = {"sheet": "contact_sheet.png", "plot": "loss.png"}
+    assert not any(now[name].visible for name in later)
+    for file in later.values():
+        PIL.Image.new("RGB", (8, 8)).save(run / file)
+    now = look()
+    assert all(now[name].visible and file in str(now[name].value) for name, file in later.items())
     for folder in (run, run / "best"):
         (folder / "dog.kohya.safetensors").unlink()
     recorded(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
@@ -159,31 +156,14 @@ def drawn(tmp_path, steps, *more: str) -> list[dict]:
     ]
 
 
-def test_the_loss_plot_keeps_instance_and_prior_apart_and_a_resumed_step_once(tmp_path):
-    steps = [
-        {"type": "step", "step": s, "loss_instance": 1.0, "loss_prior": 0.5}
-        for s in (1, 2, 3, 2, 3)
-    ]
-    table = loss_table(
-        written(tmp_path, *steps, {"type": "step", "step": 4, "loss_instance": float("nan")})
-    )
-    assert table.groupby("part")["loss"].mean().to_dict() == {"subject": 1.0, "class (prior)": 0.5}
-    assert list(table[table.part == "subject"].step) == [1, 2, 3]
-
-
-def test_scores_are_shown_and_samples_newest_first_and_from_before_last(tmp_path, workspace):
-    scores = {"type": "evaluation", "step": 10, "clip_t": 0.7, "pres": 1, "note": "x", "time": 5}
-    metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"), scores)
-    assert fidelity_table(metrics).to_dict("records") == [
-        {"step": 10, "score": 0.7, "measure": "prompt"}
-    ]
+def test_the_newest_samples_are_shown_first_and_nothing_from_elsewhere(tmp_path, workspace):
+    metrics = written(tmp_path, *drawn(tmp_path, (0, 10), "../../etc/passwd"))
     shown = samples_of(Job(tmp_path, 1, ""), metrics, workspace)
     assert [caption for _, caption in shown] == ["step 10", "before"]
     assert all(Path(path).is_relative_to(workspace.folder) for path, _ in shown)
     metrics = written(tmp_path, *drawn(tmp_path, range(40)))
     shown = [caption for _, caption in samples_of(Job(tmp_path, 1, ""), metrics, workspace)]
-    assert shown == [*(f"step {s}" for s in range(39, 40 - len(shown), -1)), "before"]
-    assert 1 < len(shown) < 40
+    assert shown == [f"step {step}" for step in range(39, 39 - MAX_SAMPLES_SHOWN, -1)]
 
 
 def test_runs_of_a_terminal_are_listed_and_those_that_saved_nothing_are_not(tmp_path):

@@ -1,0 +1,93 @@
+"""The widgets of the right half of the Train tab: the runs, the chosen one, and the queue."""
+
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.ui import html
+
+POLL_SEC = 2.0
+"""How often the page looks at the run, s."""
+NO_RUN = html.remarks_card(
+    [
+        "Add 3 to 10 photos of one subject, in several places.",
+        "Say in one word what they show, such as dog.",
+        "Start training. Pictures come here while it learns, and you can stop it at any time.",
+    ],
+    "No run yet. Here you will watch it learn.",
+)
+"""The state of a page without a run."""
+DOWNLOADS = {
+    "download": ("Download for diffusers", "download_adapter"),
+    "download_kohya": ("For ComfyUI", "download_kohya"),
+}
+"""Name -> label and id of a button."""
+
+
+def watch_widgets() -> dict[str, Any]:
+    """All of them, by name."""
+    # What the page has shown last, of the run and of the queue.
+    parts: dict[str, Any] = {
+        "timer": gr.Timer(POLL_SEC),
+        "seen": gr.State(None),
+        "queue_seen": gr.State(None),
+    }
+    # All runs, and how far the chosen one is. Programs and events know it by its name.
+    parts["runs"] = html.run_list("runs")
+    parts["run"] = gr.Textbox("", label="Run", visible=False)
+    parts["status"] = gr.HTML(NO_RUN, elem_id="train_status", label="Status")
+    parts |= _buttons() | _pictures() | _queue()
+    # For whoever wants to know more.
+    look = {"open": False, "visible": False, "elem_id": "log_box"}
+    with gr.Accordion("Curves and log", **look) as parts["details"]:
+        parts["plot"] = _picture("Loss and scores", "plot")
+        look = {"show_line_numbers": False, "wrap_lines": True, "max_lines": 20}
+        parts["log"] = gr.Code(language=None, label="Log", elem_id="log", **look)
+    return parts
+
+
+def _buttons() -> dict[str, Any]:
+    """What can be done with the run, as it trains and when it has ended."""
+    parts = {}
+    look = {"visible": False, "min_width": 76}
+    with gr.Row(elem_classes="tight ended"):
+        parts["stop"] = gr.Button("Stop", variant="stop", elem_id="stop_training", **look)
+        parts["use"] = gr.Button("Draw with it", elem_id="use_adapter", **look)
+        parts["resume"] = gr.Button("Resume", elem_id="resume", **look)
+        parts["reopen"] = gr.Button("Use its photos again", elem_id="reopen", **look)
+        for name, (label, elem_id) in DOWNLOADS.items():
+            parts[name] = gr.DownloadButton(label, elem_id=elem_id, **look)
+    return parts
+
+
+def _pictures() -> dict[str, Any]:
+    """The run's pictures: the newest while it trains, and before and after when it has ended."""
+    samples = gr.Gallery(
+        label="Samples",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        visible=False,
+        elem_id="samples",
+        **html.SHOWN,
+    )
+    return {"samples": samples, "sheet": _picture("Before and after", "sheet_of_run")}
+
+
+def _picture(label: str, elem_id: str) -> gr.Image:
+    look = {"type": "filepath", "visible": False, "elem_id": elem_id}
+    return gr.Image(label=label, **look, **html.SHOWN)
+
+
+def _queue() -> dict[str, Any]:
+    """The runs that wait; hidden while there are none."""
+    parts = {}
+    with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
+        parts["queued"] = gr.Radio(
+            [], value=None, label="Waiting runs; choose one to move it", elem_id="queued"
+        )
+        with gr.Row(elem_classes="tight"):
+            for name, width in (("up", 60), ("down", 60), ("remove", 80)):
+                key = f"queue_{name}"
+                parts[key] = gr.Button(name.title(), min_width=width, elem_id=key)
+    return parts
