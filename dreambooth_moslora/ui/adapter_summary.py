@@ -11,20 +11,12 @@ from dreambooth_moslora.ui.generate_values import RANGES
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What a file's header says of the adapter; a value is empty if it does not say it.
-
-    `tokens` are the names of its missing files of new tokens. `others` are the words of further
-    subjects.
-    """
+    """What a file's header says of the adapter; a value is empty if it does not say it."""
 
     trigger: str = ""
     class_word: str = ""
     base: str = ""
-    rank: str = ""
-    mixer: str = ""
     scale: float = 1.0
-    tokens: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
 
     @property
     def subject(self) -> str:
@@ -42,14 +34,11 @@ class AdapterSummary:
         """What one has to know to use it, in one line."""
         parts = []
         if self.subject:
-            names = " or ".join(f"“{words}”" for words in (self.subject, *self.others))
-            parts.append(f"say {names}")
+            parts.append(f"say “{self.subject}”")
         if self.base:
             parts.append(f"for {self.base}")
         if self.scale != 1:
             parts.append(f"best at scale {self.scale:g}")
-        for name in self.tokens:
-            parts.append(f"its new tokens are missing: {name} belongs beside it")
         return " · ".join(parts)
 
 
@@ -64,20 +53,12 @@ def summary_of(file: Path) -> AdapterSummary:
         return AdapterSummary()
     if facts is None:
         return AdapterSummary()
-    first, *others = facts.trigger_words or ("",)
-    ranks = sorted({facts.rank, *facts.ranks.values()})
     # A scale that the slider offers, or 1.
     low, high = RANGES["scale"]
     scale = facts.best_scale or 1.0
     return AdapterSummary(
-        trigger=first,
+        trigger=next(iter(facts.trigger_words), ""),
         class_word=facts.class_word,
         base=facts.base_id,
-        rank=f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}",
-        mixer=facts.mixer,
         scale=scale if low <= scale <= high else 1.0,
-        tokens=tuple(
-            note["file"] for note in facts.tokens if not (file.parent / note["file"]).is_file()
-        ),
-        others=tuple(others),
     )

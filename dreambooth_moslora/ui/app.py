@@ -24,19 +24,13 @@ from dreambooth_moslora.settings.table import flags_of
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
 
-DEPTH = 3
-"""Levels below `bases_dir` in which bases are looked for."""
 BYTES_A_PARAMETER = 2
 """Of weights that are fetched, in half precision."""
-CHECKPOINT_MARK = "model.diffusion_model."
-"""Begins keys of a single-file checkpoint, and of no adapter."""
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
     "or start a page that only draws with --public"
 )
 """Why a page is not served to others as it is."""
-OFFERED_WITHOUT = {"adapters_dir": "the adapters of runs alone", "bases_dir": "no bases from there"}
-"""Flag of a folder -> what the page offers where that folder is missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="toy",
         help='a folder, a hub id, a .safetensors file, or "toy", the embedded base (default)',
     )
-    add("bases_dir", metavar="DIR", help="folder below which bases lie, of which you choose one")
     add(
         "adapters_dir",
         default=str(assets_folder() / "adapters"),
@@ -107,13 +100,9 @@ def serve(args: argparse.Namespace) -> int:
     """
     # Mistakes are told before gradio is imported, which takes seconds.
     Base.find(args.base)
-    if user_path(args.runs_dir).exists():
-        runs_folder(args.runs_dir)
-    for name, offered_instead in OFFERED_WITHOUT.items():
-        given = getattr(args, name)
-        if given and not user_path(given).is_dir():
-            absent = f"--{name} {given}: there is no such folder"
-            print(f"note: {absent}, so the page offers {offered_instead}", file=sys.stderr)
+    runs_folder(args.runs_dir)
+    if not user_path(args.adapters_dir).is_dir():
+        raise UserError(f"--adapters_dir {args.adapters_dir}: there is no such folder")
     from dreambooth_moslora.ui import guard, page
 
     # Who may reach the page: others need a login, or a page that only draws.
@@ -161,10 +150,9 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     from dreambooth_moslora.ui import state
     from dreambooth_moslora.ui.workspace import new_workspace
 
-    bases_dir = user_path(args.bases_dir).resolve() if args.bases_dir else None
     first = Base.find(args.base)
     # A public page has one base.
-    found = {first.public_name: first} if args.public else offered(first, bases_dir)
+    found = {first.public_name: first} if args.public else offered(first)
     bases = [page_base(title, base) for title, base in found.items()]
     # Only the base that was asked for is looked for on the hub, which takes seconds.
     bases[0] = replace(bases[0], problem=first.unreachable or "")
@@ -215,43 +203,12 @@ def runs_folder(text: str) -> Path:
         raise UserError(f"--runs_dir {text} cannot be a folder: {one_line(error)}") from error
 
 
-def bases_below(folder: Path) -> list[Path]:
-    """Diffusers folders and single-file checkpoints at most three levels below `folder`. What
-    cannot be read is left out."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        # Folders with a pipeline. One beside a single file of its name counts as that file.
-        inner = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
-        bases = [path for path in inner if (path / files.INDEX).is_file()]
-        found += [path for path in bases if not path.with_suffix(".safetensors").is_file()]
-        # Single files.
-        candidates = [Path(place, name) for name in sorted(names)]
-        found += [path for path in candidates if is_checkpoint(path)]
-        # Where to look next: not inside a base, and not too deep.
-        is_deep = len(Path(place).relative_to(folder).parts) >= DEPTH - 1
-        folders[:] = [] if is_deep else [path.name for path in inner if path not in bases]
-    return found
-
-
-def is_checkpoint(file: Path) -> bool:
-    """Whether a file holds a whole model; an adapter, and what cannot be read, does not."""
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        return any(name.startswith(CHECKPOINT_MARK) for name in files.shapes_in(file))
-    except (UserError, OSError):
-        return False
-
-
-def offered(first: Base, bases_dir: Path | None) -> dict[str, Base]:
-    """Title -> each base: the operator's `first`, the toys, SDXL, and those below `bases_dir`."""
+def offered(first: Base) -> dict[str, Base]:
+    """Title -> each base: the operator's `first`, the toys, and SDXL."""
     sdxl = Base.find(STOCK_SDXL)
-    bases = [first, *map(Base.find, toys.TOYS), sdxl]
-    if bases_dir:
-        bases += map(Base.find, bases_below(bases_dir))
     # The same files are offered once, under the first of their names.
     places: dict[str, Base] = {}
-    for base in bases:
+    for base in (first, *map(Base.find, toys.TOYS), sdxl):
         places.setdefault(os.path.realpath(base.place), base)
     # Two bases of the same name are told apart by a number.
     from dreambooth_moslora.ui.state import SDXL_TITLE

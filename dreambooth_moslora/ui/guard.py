@@ -29,8 +29,6 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
 ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks."""
-ONE_RANGE = re.compile(rb"bytes=(\d+-\d*|-\d+)")
-"""A part of a file that may be asked for; another wish is not heard, and the whole file sent."""
 UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"
 """The answer to a host name that is not the page's."""
 REFUSED = (
@@ -79,9 +77,6 @@ class TrustedHosts:
 
     def may_pass(self, name: bytes, value: bytes) -> bool:
         """Whether gradio gets to see this header."""
-        # gradio splits a range at every dash, and fails at a third number
-        if name == b"range":
-            return bool(ONE_RANGE.fullmatch(value))
         if name != b"x-forwarded-host":
             return True
         origin = origin_of(f"https://{value.decode('latin1')}")

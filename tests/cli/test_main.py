@@ -397,7 +397,7 @@ def test_ctrl_c_during_the_imports_is_one_word(program, tmp_path):
 
 def test_an_error_of_the_machine_ends_the_page_in_one_line_as_any_command():
     """Such as a folder that this user may not look into; it was a traceback."""
-    command = [sys.executable, ROOT / "app.py", "--bases_dir", name := "x" * 300]
+    command = [sys.executable, ROOT / "app.py", "--adapters_dir", name := "x" * 300]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,

@@ -30,7 +30,7 @@ from dreambooth_moslora.ui.page import MAX_SESSIONS
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_families import tiny_pipeline
-from tests.ui.conftest import PAGE, write_adapter
+from tests.ui.conftest import PAGE
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,7 @@ from tests.ui.conftest import PAGE, write_adapter
         (["--share"], True),
         (["--server_name", "0.0.0.0"], True),
         (["--allowed_host", "pictures.example.org"], True),
-        (["--adapters_dir", "x"], False),
-        (["--bases_dir", "x", "--share", "--public"], False),
+        (["--share", "--public"], False),
         (["--server_name", "0.0.0.0", "--auth", "ann:secret"], False),
         (["--allowed_host", "pictures.example.org", "--auth", "ann:secret"], False),
         (["--allowed_host", "pictures.example.org", "--public"], False),
@@ -57,15 +56,14 @@ def test_beyond_this_machine_a_page_has_a_login_or_only_draws(
     monkeypatch.setattr("dreambooth_moslora.ui.app.context_of", stop_here)
     assert app.main(options) == 2
     said = capsys.readouterr().err
-    assert said.splitlines()[-1] == f"error: {app.NEEDS_LOGIN if is_refused else 'far enough'}"
-    for name in ("--adapters_dir", "--bases_dir"):
-        assert (f"note: {name} x: there is no such folder" in said) == (name in options)
+    assert said == f"error: {app.NEEDS_LOGIN if is_refused else 'far enough'}\n"
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--auth", "nocolon"], "--auth needs NAME:PASSWORD\n"),
+        (["--adapters_dir", "x"], "--adapters_dir x: there is no such folder\n"),
         *((["--runs_dir", f"{{}}/{place}"], "--runs_dir") for place in ("file", "file/below")),
         (["--runs_dir", "/proc/none/below"], "--runs_dir"),
     ],
@@ -126,64 +124,40 @@ TOY = assets_folder() / "toy-sdxl"
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    """Two bases, an adapter, and a base too deep to be found."""
-    for place in ("mine", "a/b/c/deep"):
-        (folder := tmp_path / place).mkdir(parents=True)
-        shutil.copy(TOY / "model_index.json", folder)
-    save_file(
-        {f"{app.CHECKPOINT_MARK}x": np.zeros(1, np.float32)}, tmp_path / "a" / "one.safetensors"
-    )
-    write_adapter(tmp_path / "dog.safetensors")
-    (tmp_path / "noise.safetensors").write_bytes(b"noise")
-    return tmp_path
+def mine(tmp_path):
+    """The index of a base."""
+    (folder := tmp_path / "mine").mkdir()
+    shutil.copy(TOY / "model_index.json", folder)
+    return folder
 
 
-def test_folders_and_checkpoints_are_found_and_offered_by_name_with_what_each_needs(
-    shelf, tiny_base
-):
+def test_bases_are_offered_by_name_with_what_each_needs(mine, tiny_base):
     toy = Base.find("toy")
-    assert app.bases_below(shelf) == [shelf / "mine", shelf / "a" / "one.safetensors"]
-    assert list(app.offered(toy, shelf)) == ["toy", "toy-zimage", "SDXL", "mine", "one.safetensors"]
-    assert list(app.offered(Base.find(shelf / "a" / ".." / "mine"), shelf)) == [
-        "mine",
-        "toy",
-        "toy-zimage",
-        "SDXL",
-        "one.safetensors",
-    ]
-    assert list(app.offered(toy, shelf / "nowhere")) == ["toy", "toy-zimage", "SDXL"]
+    assert list(app.offered(toy)) == ["toy", "toy-zimage", "SDXL"]
+    assert list(app.offered(Base.find(mine))) == ["mine", "toy", "toy-zimage", "SDXL"]
     assert app.about(toy) == toys.ABOUT.format("SDXL")
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
-    assert "wants a GPU" in app.about(Base.find(shelf / "mine"))
-    (shelf / "link").symlink_to(shelf / "mine")
-    found = app.page_base("a title", Base.find(shelf / "link"))
+    assert "wants a GPU" in app.about(Base.find(mine))
+    (link := mine.with_name("link")).symlink_to(mine)
+    found = app.page_base("a title", Base.find(link))
     # as `from_base` names it in pictures
     assert (found.title, found.public_name) == ("a title", "link")
 
 
-def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(shelf):
-    (shelf / "mine" / "unet").mkdir()
-    (shelf / "mine" / "unet" / "x.safetensors").symlink_to(shelf / "gone")
-    found = app.page_base("mine", Base.find(shelf / "mine"))
+def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_from_its_start(mine):
+    (mine / "unet").mkdir()
+    (mine / "unet" / "x.safetensors").symlink_to(mine / "gone")
+    found = app.page_base("mine", Base.find(mine))
     assert found.about.startswith("it cannot be used: [Errno 2]")
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_public_page_has_the_operators_base_alone(shelf, tmp_path, public):
+def test_a_public_page_has_the_operators_base_alone(tmp_path, public):
     app.add_arguments(parser := argparse.ArgumentParser())
-    words = [
-        "--bases_dir",
-        str(shelf),
-        "--runs_dir",
-        str(tmp_path / "runs"),
-        *["--public"] * public,
-    ]
+    words = ["--runs_dir", str(tmp_path / "runs"), *["--public"] * public]
     ctx = app.context_of(parser.parse_args(words))
     ctx.workspace.close()
-    assert list(ctx.bases) == (
-        ["toy"] if public else ["toy", "toy-zimage", "SDXL", "mine", "one.safetensors"]
-    )
+    assert list(ctx.bases) == (["toy"] if public else ["toy", "toy-zimage", "SDXL"])
     wait([ctx._pipeline])
 
 

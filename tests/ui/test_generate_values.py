@@ -104,16 +104,11 @@ def test_an_adapter_that_is_gone_or_changed_and_another_base_are_told(tmp_path):
     "facts, said, subject",
     [
         ({}, "say “sks dog” · for toy", "sks dog"),
-        ({"ranks": {"a": 1, "b": 23}}, "say “sks dog” · for toy", "sks dog"),
         ({"rank": "4"}, "", ""),
-        (
-            {"trigger_words": ["sks duck", "zwx rocket"], "class_word": ""},
-            "say “sks duck” or “zwx rocket” · for toy",
-            "sks duck",
-        ),
+        ({"trigger_words": ["sks duck"], "class_word": ""}, "say “sks duck” · for toy", "sks duck"),
     ],
 )
-def test_an_adapter_says_the_words_of_each_subject(tmp_path, facts, said, subject):
+def test_an_adapter_says_the_words_of_its_subject(tmp_path, facts, said, subject):
     facts = {"trigger_words": ["sks"], "class_word": "dog"} | facts
     found = summary_of(write_adapter(tmp_path / "a.safetensors", **facts))
     assert (found.sentence(), found.subject) == (said, subject)

@@ -3,13 +3,10 @@
 import asyncio
 from types import SimpleNamespace
 
-import gradio as gr
 import httpx
 import pytest
 from gradio import networking
-from gradio.routes import App
 from gradio_client import Client
-from starlette.testclient import TestClient
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import guard, page
@@ -207,23 +204,6 @@ def test_an_allowed_host_may_be_written_as_an_address_and_what_is_none_is_refuse
     for text in ("https://", "", f"ftp://{PROXY}", f"{PROXY}:port"):
         with pytest.raises(UserError, match="is not a host name"):
             origins_of(text)
-
-
-@pytest.mark.parametrize(
-    ("asked", "status", "length"),
-    [("bytes=0-9", 206, 10), ("bytes=0-1-2", 200, 100), ("bytes=a-b-c", 200, 100)],
-)
-def test_an_odd_range_gets_the_whole_file_and_no_error(asked, status, length, tmp_path):
-    """gradio answered 500."""
-    (tmp_path / "a.png").write_bytes(bytes(100))
-    with gr.Blocks() as blocks:
-        pass
-    blocks.allowed_paths, blocks.blocked_paths = [str(tmp_path)], []
-    app = guard.TrustedHosts(App.create_app(blocks), hosts=None)
-    client = TestClient(app, raise_server_exceptions=False)
-    path = f"/gradio_api/file={tmp_path / 'a.png'}"
-    answer = client.get(path, headers={"Range": asked})
-    assert (answer.status_code, len(answer.content)) == (status, length)
 
 
 def test_a_page_that_answers_late_has_started(monkeypatch):
