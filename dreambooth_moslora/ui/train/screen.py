@@ -19,7 +19,13 @@ from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
 from dreambooth_moslora.ui.photo_copies import take_photos
-from dreambooth_moslora.ui.train import train_form, train_masks, train_photos, train_start
+from dreambooth_moslora.ui.train import (
+    mask_events,
+    photo_events,
+    train_form,
+    train_photos,
+    train_start,
+)
 from dreambooth_moslora.ui.train.run_view import best_folder
 from dreambooth_moslora.ui.train.train_form import TrainForm, rows
 from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS, connect_watch
@@ -33,7 +39,7 @@ def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields under the names of the API, and the other widgets, by name."""
     # What every run needs: photos, and a word for what they show.
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = train_masks.photo_widgets() | train_masks.mask_widgets()
+    others = photo_events.photo_widgets() | mask_events.mask_widgets()
     gr.Markdown("### 2 · What they show", elem_classes="step")
     fields = {"class_word": field_widget("class_word", base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
@@ -126,9 +132,9 @@ def build_train_tab(
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
     # The form's events.
-    train_masks.connect_photos(ctx, page, fields | parts)
+    photo_events.connect_photos(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
-    train_masks.connect_masks(ctx, fields, parts)
+    mask_events.connect_masks(ctx, fields, parts)
     # The run's events.
     connect_watch(ctx, page, parts)
     _connect_ended(ctx, fields, parts, tabs=tabs, generate=generate)
@@ -174,7 +180,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
             api_name=name,
             inputs_kwargs={"photos": parts["photos"], **fields},
             outputs=outputs,
-            **train_masks.TAKING_PHOTOS,
+            **photo_events.TAKING_PHOTOS,
         )
 
 
@@ -223,7 +229,7 @@ def _connect_form(
         inputs_kwargs={"said": parts["crops"], **fields},
         outputs=list(dict.fromkeys([*outputs, *places])),
         api_visibility="private",
-        **train_masks.TAKING_PHOTOS,
+        **photo_events.TAKING_PHOTOS,
     )
 
 
@@ -263,14 +269,14 @@ def _connect_ended(
     @on(
         parts["reopen"].click,
         TELLING,
-        inputs=[parts["run"], fields["seed"]],
+        inputs_kwargs={"run": parts["run"], **fields},
         outputs=outputs,
         show_progress_on=parts["cost"],
     )
-    def reopen(run: str | None, seed: int) -> tuple:
+    def reopen(run: str | None, **values) -> tuple:
         job = ctx.jobs.recorded(run or "")
         subject = subject_of(TrainConfig.from_dict(job.settings))
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
-        review = train_masks.review(ctx, seed, is_reset=True)
+        review = photo_events.review(ctx, values, is_reset=True)
         told = f"The photos of {job.name}, with captions and masks, and its words are in the form."
         return subject.token, subject.class_word, *review, html.notice(told)

@@ -7,7 +7,7 @@ What the form leaves open is chosen as `train FOLDER WORD` does.
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from dreambooth_moslora.generation.params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
-from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.table import SETTINGS
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.values import is_number
 
@@ -271,6 +270,7 @@ class TrainForm:
         photos_dir: Path,
         run_dir: Path,
         *,
+        photos: Sequence[Photo] = (),
         is_queued: bool = False,
     ) -> plan.Choices:
         """What the command would choose for these photos and words.
@@ -278,6 +278,7 @@ class TrainForm:
         - `base` is the name of the page's base, and `resolution_px` its side.
         - `photos_dir` has the photos.
         - `run_dir` is the run's folder, which need not exist.
+        - `photos` are those of `photos_dir` that can be used, if they were read already.
         - With `is_queued` the run begins when all others have ended, and has their memory.
 
         Raises UserError for a form or photos that no run can use.
@@ -288,7 +289,7 @@ class TrainForm:
         exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
         # What follows from the words, from the photos, and from what is on this machine.
         plan.choose_words(choices, " ".join(str(self.class_word).split()))
-        photos = usable_photos(photos_dir, resolution_px)
+        photos = list(photos) or usable_photos(photos_dir, resolution_px)
         plan.choose_steps(choices, round(PRESETS[self.preset] * exposures), photos)
         if wants_scores == plan.encoders_are_here(base):
             wants_scores = None
@@ -404,31 +405,3 @@ def usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:
     if not photos:
         raise UserError("none of the photos can be used; the reasons are shown below them")
     return photos
-
-
-def crop_config(
-    base: str,
-    resolution_px: int,
-    photos_dir: Path,
-    photos: Sequence[Photo],
-    seed: int = 0,
-) -> TrainConfig:
-    """The settings that decide the crops, as `TrainForm.choices` would choose them.
-
-    - `base` is the name of the page's base, and `resolution_px` its side.
-    - `photos_dir` has `photos`, which need no words yet.
-    - `seed` is the form's.
-    """
-    _, recipe = plan.recipe_settings(Base.find(base))
-    own = {
-        "pretrained_model_name_or_path": base,
-        "instance_data_dir": str(photos_dir),
-        "instance_prompt": "a photo",
-        "resolution": resolution_px,
-        "seed": seed,
-    }
-    # The shapes follow from the photos, and their steps from the base.
-    choices = plan.Choices(recipe | own)
-    plan.choose_shapes(choices, photos)
-    config = TrainConfig.from_dict(choices.all)
-    return replace(config, **own_bucket_step(config, Base.of(config)))

@@ -6,7 +6,7 @@ A run is started, queued, or told what it will cost, as `--dry_run` estimates it
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,9 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.memory import Estimate
+from dreambooth_moslora.photos.photo_file import Photo
+from dreambooth_moslora.plan.checks import own_bucket_step
+from dreambooth_moslora.plan.memory import plan_lines
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.ui import html, state
@@ -124,6 +126,24 @@ def prepared(
         raise
 
 
+def settings_of(
+    ctx: state.AppContext, form: TrainForm, photos: Sequence[Photo] = ()
+) -> table.TrainConfig:
+    """The settings of a run of this form, whose folder is not made.
+
+    `photos` are the page's usable ones, if they were read already. Raises UserError.
+    """
+    choices = form.choices(
+        base=ctx.base_name,
+        resolution_px=ctx.resolution_px,
+        photos_dir=ctx.workspace.given_photos,
+        run_dir=ctx.workspace.root / "run",
+        photos=photos,
+    )
+    config = table.TrainConfig.from_dict(choices.all)
+    return replace(config, **own_bucket_step(config, Base.of(config)))
+
+
 def chosen_lines(config: table.TrainConfig) -> list[str]:
     """What a run of the page does, in a sentence each."""
     count = len(kept_photos(Path(config.instance_data_dir)))
@@ -176,21 +196,13 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     from dreambooth_moslora.training.dry_run import advice, cost_lines, lack_of_disk
 
     # The run's plan. Its folder is not made.
-    choices = form.choices(
-        base=ctx.base_name,
-        resolution_px=ctx.resolution_px,
-        photos_dir=ctx.workspace.given_photos,
-        run_dir=ctx.runs_dir / "new",
-    )
-    config = table.TrainConfig.from_dict(choices.all)
-    plan = make_plan(config, free_gib=train_form.free_gib(), is_later=True)
-    # Line by line: what it does, the time, the memory, the card, and what could be
-    # better.
+    plan = make_plan(settings_of(ctx, form), free_gib=train_form.free_gib(), is_later=True)
+    # Line by line: what it does, the time, the memory, and what could be better.
     seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
     lines = [*lack_of_disk(plan), *chosen_lines(plan.config)]
     lines.append(TIME_KNOWN if seconds else TIME_UNKNOWN)
     lines += cost_lines(plan)
-    lines += card_lines(plan.config, plan.cost)
+    lines += plan_lines(plan.config, plan.cost.size)
     lines += map(train_form.in_the_forms_words, advice(plan))
     # The three numbers that decide.
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
@@ -199,27 +211,6 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
         time_needed = f"about {html.format_seconds(seconds)}"
     disk = f"{plan.cost.disk_gib:.2f} GiB on the disk"
     return html.folded_card(f"{memory} · {time_needed} · {disk}", lines)
-
-
-def card_lines(config: table.TrainConfig, cost: Estimate) -> list[str]:
-    """Device and plan of the run, for the cost estimate; `config` has its memory plan."""
-    import torch
-
-    free = train_form.free_gib()
-    if free is None:
-        return ["GPU: none is here, so it trains on the CPU"]
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "Apple's"
-    line = f"GPU: {name}, {free:.1f} GiB free for this run"
-    if config.mixed_precision:
-        recomputed = "with" if config.gradient_checkpointing else "without"
-        precision = "fp32" if config.mixed_precision == "no" else config.mixed_precision
-        line += f", so it trains in {precision}, {recomputed} gradient checkpointing"
-    if config.base_quantization != "none":
-        line += f", the base in {config.base_quantization}"
-    lines = [line]
-    if cost.peak_gib > free:
-        lines.append("the GPU may have too little memory even so")
-    return lines
 
 
 def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float | None:

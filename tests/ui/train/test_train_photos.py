@@ -20,22 +20,24 @@ from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.photo_copies import kept_photos, take_photos
-from dreambooth_moslora.ui.train.train_form import TrainForm
-from dreambooth_moslora.ui.train.train_photos import (
+from dreambooth_moslora.ui.train.mask_pictures import (
     EDIT_PX,
     LEARNED,
     LEFT_OUT,
+    editor_picture,
+    keep_mask,
+    place_of,
+    shown_masks,
+)
+from dreambooth_moslora.ui.train.train_form import TrainForm
+from dreambooth_moslora.ui.train.train_photos import (
     add_photos,
     cards_of,
-    editor_picture,
     keep_captions,
-    keep_mask,
     made_captions,
     photo_with,
-    place_of,
     remove_photo,
     review_kept,
-    shown_masks,
 )
 
 HALF = "a \ud800"
@@ -73,7 +75,7 @@ def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_faul
     names = ("letter.jpg", "turned.png", "good.png", "twin.png", "soft.png", "tiny.png")
     ctx = SimpleNamespace(resolution_px=64, base_name="some/base", workspace=workspace)
     files = [str(tmp_path / name) for name in names]
-    found = review_kept(ctx, take_photos(files, workspace.photos_dir))
+    found = review_kept(ctx, ROCKET, take_photos(files, workspace.photos_dir))
     assert [p.name for p in sorted(workspace.photos_dir.iterdir())] == [
         f"photo_0{n}.png" for n in range(1, 6)
     ]
@@ -141,11 +143,11 @@ def test_a_caption_is_kept_beside_its_photo_and_moves_up_with_it(tmp_path, works
     tiny, one, two = map(file_digest, kept_photos(workspace.photos_dir))
     keep_captions(workspace, [["../../x", "a"], ["", "a"], [one, " on a \n beach"], [two, HALF]])
     # A photo that is not used has a row, too.
-    found = review_kept(tab)
+    found = review_kept(tab, ROCKET)
     used = [remark.partition(":")[0] for _, remark in found.crops]
     assert used[:2] == ["not used", "too small for the resolution"]
     remove_photo(workspace, tiny)
-    cards = cards_of(review_kept(tab), {one: "made"})
+    cards = cards_of(review_kept(tab, ROCKET), {one: "made"})
     told = [(card["photo"], card["caption"], card["made"]) for card in cards]
     assert told == [(one, "on a beach", "made"), (two, "a ?", "")]
     keep_captions(workspace, [[one, ""]])
@@ -157,10 +159,10 @@ def test_a_caption_is_kept_beside_its_photo_and_moves_up_with_it(tmp_path, works
 def test_captions_are_made_for_photos_that_have_none(toys, tab):
     digests = list(map(file_digest, kept_photos(toys.photos_dir)))
     keep_captions(toys, [[digest, "mine"] for digest in digests[1:]])
-    ((digest, caption, remark),) = made_captions(tab, "sks", "duck", 0)
+    ((digest, caption, remark),) = made_captions(tab, TrainForm("sks", "duck"))
     assert digest == digests[0] and caption.startswith("a photo of a sks duck ") and not remark
     with pytest.raises(UserError, match="the word for what the photos show"):
-        list(made_captions(tab, "sks", "", 0))
+        list(made_captions(tab, TrainForm("sks")))
 
 
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
@@ -168,7 +170,8 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
     x, y = np.meshgrid(np.arange(400) % 256, np.arange(200))
     PIL.Image.fromarray(np.stack([x, y, x], 2).astype(np.uint8)).save(tmp_path / "wide.png")
     ctx = SimpleNamespace(resolution_px=128, base_name=base, workspace=workspace)
-    found = review_kept(ctx, take_photos([str(tmp_path / "wide.png")], workspace.photos_dir), seed)
+    take_photos([str(tmp_path / "wide.png")], workspace.photos_dir)
+    found = review_kept(ctx, TrainForm(seed=seed))
     (photo,) = find_photos(workspace.photos_dir, "", 128).photos
     plans = (
         next(plans_of(photo, 0, config_of(workspace, base=base, seed=seed))),
@@ -233,10 +236,9 @@ def test_masks_are_shown_as_the_run_has_them(masked, tab):
     assert (given.photo.name, given.remark, made.remark) == ("photo_01.png", "", "")
     # the run makes it, as it was shown
     assert not (masked.photos_dir / "photo_02.mask.png").exists()
-    (of_given, _), (bare, _) = review_kept(tab).crops
-    (same, _), (lined, _) = review_kept(
-        tab, masks={mask.photo: mask.path for mask in (given, made)}
-    ).crops
+    (of_given, _), (bare, _) = review_kept(tab, ROCKET).crops
+    masks = {mask.photo: mask.path for mask in (given, made)}
+    (same, _), (lined, _) = review_kept(tab, ROCKET, masks=masks).crops
     assert np.array_equal(pixels(of_given), pixels(same))
     # A line around the subject, and nothing else, is of another colour.
     changed = np.abs(pixels(lined).astype(int) - pixels(bare)).max(axis=2) > 60
@@ -257,11 +259,11 @@ def test_a_corrected_mask_is_that_of_the_run_and_of_the_crops(masked, tab):
     assert (
         tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
     )
-    before = [pixels(crop) for crop, _ in review_kept(tab).crops]
+    before = [pixels(crop) for crop, _ in review_kept(tab, ROCKET).crops]
     assert keep(masked, "photo_01.png", painted(masked, PART)) == ""
     rows, columns = np.where(mask_of(masked))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 89, 8, 59)
-    after = [pixels(crop) for crop, _ in review_kept(tab).crops]
+    after = [pixels(crop) for crop, _ in review_kept(tab, ROCKET).crops]
     assert [np.array_equal(*pair) for pair in zip(before, after)] == [False, True]
 
 

@@ -1,0 +1,178 @@
+"""The photos in the Train tab: the field to drop them, their grid, and the events of both.
+
+What a program sends in `photos` and `captions` the page has taken before: photos when they are
+dropped, and captions when they are written below the grid.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.ui import html, state
+from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
+from dreambooth_moslora.ui.html import photo_rows, with_cards
+from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
+from dreambooth_moslora.ui.train import train_form, train_photos
+from dreambooth_moslora.ui.train.train_form import TrainForm
+
+TAKING_PHOTOS = {"concurrency_limit": 4}
+"""Options of events that process photos: an estimate need not wait for a start."""
+PRIVATE = {"api_visibility": "private", **GPU}
+"""Options of events that compute, and that no program calls."""
+ABOUT_PHOTOS = (
+    "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
+)
+"""Told while there are no photos."""
+PROGRESS = gr.Progress()
+"""Gradio gives a handler its bar in place of this default."""
+WRITING = "Writing captions"
+FETCHED = "Qwen3-VL comes from the hub once"
+"""Told while captions are written."""
+
+
+def photo_widgets() -> dict[str, Any]:
+    """The widgets in which photos are dropped and shown, by name.
+
+    `photos` is the hidden field for those of a program.
+    """
+    files = {
+        "file_count": "multiple",
+        "file_types": PHOTO_TYPES,
+        "label": "3 to 10 photos of one subject",
+    }
+    widgets = {"added": gr.File(height=84, elem_id="photos", **files)}
+    # What is said of the photos, of their masks, and the grid itself.
+    widgets["photos"] = gr.File(visible=False, **files)
+    widgets["remarks"] = gr.HTML(html.faint(ABOUT_PHOTOS), elem_id="remarks")
+    widgets["mask_remarks"] = gr.HTML("", visible=False, elem_id="mask_remarks")
+    widgets["crops"] = photo_rows("crops")
+    return widgets
+
+
+def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """Photos are added and removed, captions written, and the prompts told."""
+    _connect_adding(ctx, page, fields, parts)
+    _connect_captions(ctx, fields, parts)
+    _connect_prompts(fields, parts)
+
+
+def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
+    """The photos that are dropped, removed, or there after a reload are shown as cropped."""
+    added, remarks, rows = parts["added"], parts["remarks"], parts["crops"]
+    shown = [remarks, rows]
+    changing = {
+        "api_visibility": "private",
+        "show_progress_on": remarks,
+        "trigger_mode": "multiple",
+        **TAKING_PHOTOS,
+    }
+
+    @on(
+        added.upload,
+        inputs_kwargs={"files": added, **fields},
+        outputs=[added, *shown],
+        show_progress="minimal",
+        **changing,
+    )
+    def add(files: list[str] | None, **values) -> tuple:
+        """The dropped files leave their field in any case: whatever is dropped next comes beside
+        those in the rows."""
+        try:
+            told = train_photos.add_photos(files or [], ctx.workspace)
+            return None, *review(ctx, values, remarks=told)
+        except Exception as error:
+            return None, gr.HTML(mistake_card(error), visible=True), gr.skip()
+
+    @on(rows.drop, inputs_kwargs=fields, outputs=shown, show_progress="hidden", **changing)
+    def drop(event: gr.EventData, **values) -> tuple:
+        train_photos.remove_photo(ctx.workspace, photo_in(event))
+        return review(ctx, values)
+
+    # What decides the crops may have changed.
+    @on([page.load, fields["seed"].blur], TELLING, inputs_kwargs=fields, outputs=shown)
+    def again(**values) -> tuple:
+        return review(ctx, values)
+
+
+def _connect_captions(ctx: state.AppContext, fields: dict, parts: dict) -> None:
+    """Captions are kept as they are typed, and written by a model for photos without one."""
+    rows = parts["crops"]
+
+    @on(rows.keep, AT_ONCE, inputs=rows, outputs=None, trigger_mode="always_last")
+    def keep(said: Any) -> None:
+        train_photos.keep_captions(ctx.workspace, said)
+
+    @on(
+        rows.write,
+        inputs_kwargs=fields,
+        outputs=[parts["remarks"], rows, parts["prompts"]],
+        show_progress_on=parts["remarks"],
+        **PRIVATE,
+    )
+    def write(progress: gr.Progress = PROGRESS, **values) -> tuple:
+        # Captions leave out the subject, so its words are asked for.
+        form = TrainForm(**values)
+        try:
+            train_form.prompts_of(form.token, form.class_word)
+        except UserError as error:
+            return gr.skip(), gr.skip(), gr.HTML(mistake_card(error), visible=True)
+        # Write them.
+        made = {}
+        told = []
+        line = WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}"
+        progress((0, None), desc=line, unit="photos")
+        with ctx.turns.captioning():
+            wanted = train_photos.made_captions(ctx, form)
+            for place, (digest, caption, remark) in enumerate(wanted, 1):
+                progress((place, None), desc=WRITING, unit="photos")
+                made[digest] = caption
+                if remark:
+                    told.append(remark)
+        return *review(ctx, values, remarks=told, made=made), gr.skip()
+
+
+def _connect_prompts(fields: dict, parts: dict) -> None:
+    """What the words make of the prompts is told as they are typed."""
+    words = [fields["token"], fields["class_word"]]
+
+    @on([word.change for word in words], AT_ONCE, inputs=words, outputs=parts["prompts"])
+    def prompts(token: str, class_word: str) -> gr.HTML:
+        try:
+            instance, class_prompt = train_form.prompts_of(token, class_word)
+        except UserError:
+            return gr.HTML(visible=False)
+        learns = f"Learns “{instance}” and tells it from “{class_prompt}”."
+        return gr.HTML(html.faint(learns), visible=True)
+
+
+def photo_in(event: gr.EventData) -> str:
+    """The digest that a row's button sends; "" of a script that sends none."""
+    return str(event._data.get("photo")) if isinstance(event._data, dict) else ""
+
+
+def review(
+    ctx: state.AppContext,
+    values: Mapping[str, Any],
+    remarks: Sequence[str] = (),
+    made: Mapping[str, str] | None = None,
+    masks: Mapping[Path, Path | None] | None = None,
+    *,
+    is_reset: bool = False,
+) -> tuple:
+    """Values of the remarks and rows; hidden without photos.
+
+    - `values` are the form's, which decide the crops.
+    - `remarks` come before those on the photos.
+    - `made` are new captions, by the photos' digests.
+    - `masks` are those that a run would use, by photo, if not those beside the photos.
+    - With `is_reset` kept captions replace what was typed.
+    """
+    if not kept_photos(ctx.workspace.photos_dir):
+        return html.faint(ABOUT_PHOTOS), with_cards([])
+    found = train_photos.review_kept(ctx, TrainForm(**values), remarks=remarks, masks=masks)
+    cards = train_photos.cards_of(found, made or {})
+    return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
