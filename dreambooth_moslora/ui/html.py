@@ -192,14 +192,13 @@ ROWS = (
 """The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit, and
 the button for its mask.
 
-One component holds all. The server sends `cards`: {photo, picture, remark, caption, made}, where
-`photo` is the digest of the clean copy, `picture` a data URL, `caption` what was kept for it, and
-`made` what the captioner wrote. The browser sends back its value, [[photo, caption], …] in the
-cards' order. What was typed stays with its photo whatever cards come; `made` fills only an empty
-caption. A new word in `reset` drops what was typed.
+One component holds all. The server sends `cards`: {photo, picture, remark, caption}, where `photo`
+is the digest of the clean copy, `picture` a data URL, and `caption` what was kept for it. The
+browser sends back its value, [[photo, caption], …] in the cards' order. What was typed stays with
+its photo whatever cards come. A new word in `reset` drops what was typed.
 
 Events: `keep` (a caption is finished), `mask` and `drop` (of
-`event.photo`), `write` (captions are wanted), `masks` (masks are to be shown).
+`event.photo`), `masks` (masks are to be shown).
 """
 ROWS_SCRIPT = "\n" + static("photo_rows.js")
 """What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""

@@ -98,8 +98,6 @@ def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     """One sentence: what the base is and needs, after a mistake, if there was one."""
     about = f": {ctx.chosen.about}" if ctx.chosen.about else ""
     told = html.faint(f"{sentence(ctx.base)}{about}.")
-    if is_toy(ctx.base_name):
-        told = f'<div class="of-toy">{told}</div>'
     if not mistake and ctx.loaded() is None:
         mistake = ctx.chosen.problem
     return html.notice(sentence(mistake), "bad") + told if mistake else told

@@ -333,24 +333,11 @@ class GpuTurns:
             yield
 
     @contextmanager
-    def captioning(self) -> Iterator[None]:
-        """Wraps captions, whose model takes the GPU in the pipeline's place.
-
-        Raises UserError while a run trains.
-        """
-        with self.drawing():
-            self._rest()
-            yield
-
-    @contextmanager
     def training(self) -> Iterator[None]:
         """Wraps a run's start: waits for the current pictures, then makes room."""
         with self._lock:
-            self._rest()
+            # One that is loading is in RAM.
+            pipeline = None if self.is_small else self._ctx.loaded()
+            if pipeline is not None and pipeline.has_gpu:
+                pipeline.rest()
             yield
-
-    def _rest(self) -> None:
-        """Free the GPU of a large base. One that is loading is in RAM."""
-        pipeline = None if self.is_small else self._ctx.loaded()
-        if pipeline is not None and pipeline.has_gpu:
-            pipeline.rest()

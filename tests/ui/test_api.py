@@ -116,7 +116,6 @@ MISTAKES = [
     ("generate", {"size": "60000 x 60000"}, "60000"),
     ("generate", {"size": "1024 x 1024"}, "at most 128 x 128 px"),
     ("estimate", {"memory": "little"}, "Value: little is not in the list of choices"),
-    ("estimate", {"unmasked_weight": 7}, "unmasked_weight"),
     ("generate", {"adapter": "\ud800"}, r"There is no adapter \\ud800"),
     ("generate", {"prompt": "a \ud800"}, "which is not a character"),
     *(

@@ -224,32 +224,6 @@ def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
     )
 
 
-def test_made_captions_fill_the_empty_fields_and_the_word_is_asked_for(of_toys, browser):
-    with web.visit(browser, of_toys.url) as visited:
-        page = visited.page
-        open_train_tab(page, toy_photos("duck", 3))
-        web.press(page, "Write captions now")
-        web.says(page, "prompts", "The word for what the photos show (such as dog) is missing")
-        assert page.locator("#crops .photo-note").is_visible()
-        web.put(page, "class_word", "duck")
-        web.write_caption(page, 2, "mine")
-        web.press(page, "Write captions now")
-        page.wait_for_function(
-            "[...document.querySelectorAll('#crops .photo-number')]"
-            ".every(one => one.textContent.includes('✎'))"
-        )
-        first, second, third = captions(page)
-        assert second == "mine" and all(
-            made.startswith("a photo of a sks duck ") for made in (first, third)
-        )
-        web.write_caption(page, 3, "")
-        web.press(page, "Remove: photo 1")
-        web.says(page, "remarks", "2 photos")
-        page.wait_for_function("document.querySelectorAll('#crops img').length === 2")
-        assert captions(page) == ["mine", ""]
-        assert not visited.errors
-
-
 def test_a_mistake_is_told_beside_its_field(served, browser, tmp_path):
     with web.visit(browser, served.url) as visited:
         page = visited.page

@@ -61,13 +61,10 @@ function draw() {
   remarkLine.textContent = `Photo ${place + 1}: ${cards()[place].remark}`;
 }
 
-function take(isNew) {
+function take() {
   if (props.reset !== reset) typed.clear();
   reset = props.reset;
-  for (const {photo, caption, made} of cards()) {
-    if (!typed.has(photo)) typed.set(photo, caption);
-    if (!typed.get(photo) && isNew) typed.set(photo, made);
-  }
+  for (const {photo, caption} of cards()) if (!typed.has(photo)) typed.set(photo, caption);
   say();
   if (cards().length) trigger("keep");
   draw();
@@ -79,10 +76,6 @@ maskButton.addEventListener("click", () => {
   document.body.classList.add("opens-mask");
   trigger("mask", {photo: open});
 });
-element.querySelector(".photo-tools").addEventListener("click", ({target}) => {
-  const {event} = target.closest("button")?.dataset || {};
-  if (event === "write") trigger("write");
-  if (event === "masks") trigger("masks");
-});
-watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), () => take(true));
-take(!props.value);
+element.querySelector("[data-event=masks]").addEventListener("click", () => trigger("masks"));
+watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), take);
+take();

@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
 from dreambooth_moslora.ui.html import photo_rows, with_cards
@@ -27,11 +26,6 @@ ABOUT_PHOTOS = (
     "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
 )
 """Told while there are no photos."""
-PROGRESS = gr.Progress()
-"""Gradio gives a handler its bar in place of this default."""
-WRITING = "Writing captions"
-FETCHED = "Qwen3-VL comes from the hub once"
-"""Told while captions are written."""
 
 
 def photo_widgets() -> dict[str, Any]:
@@ -56,7 +50,7 @@ def photo_widgets() -> dict[str, Any]:
 def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
     """Photos are added and removed, captions written, and the prompts told."""
     _connect_adding(ctx, page, fields, parts)
-    _connect_captions(ctx, fields, parts)
+    _connect_captions(ctx, parts)
     _connect_prompts(fields, parts)
 
 
@@ -98,41 +92,13 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         return review(ctx, values)
 
 
-def _connect_captions(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """Captions are kept as they are typed, and written by a model for photos without one."""
+def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
+    """Captions are kept as they are finished."""
     rows = parts["crops"]
 
     @on(rows.keep, AT_ONCE, inputs=rows, outputs=None, trigger_mode="always_last")
     def keep(said: Any) -> None:
         train_photos.keep_captions(ctx.workspace, said)
-
-    @on(
-        rows.write,
-        inputs_kwargs=fields,
-        outputs=[parts["remarks"], rows, parts["prompts"]],
-        show_progress_on=parts["remarks"],
-        **PRIVATE,
-    )
-    def write(progress: gr.Progress = PROGRESS, **values) -> tuple:
-        # Captions leave out the subject, so its words are asked for.
-        form = TrainForm(**values)
-        try:
-            train_form.prompts_of(form.token, form.class_word)
-        except UserError as error:
-            return gr.skip(), gr.skip(), gr.HTML(mistake_card(error), visible=True)
-        # Write them.
-        made = {}
-        told = []
-        line = WRITING if is_toy(ctx.base_name) else f"{WRITING}; {FETCHED}"
-        progress((0, None), desc=line, unit="photos")
-        with ctx.turns.captioning():
-            wanted = train_photos.made_captions(ctx, form)
-            for place, (digest, caption, remark) in enumerate(wanted, 1):
-                progress((place, None), desc=WRITING, unit="photos")
-                made[digest] = caption
-                if remark:
-                    told.append(remark)
-        return *review(ctx, values, remarks=told, made=made), gr.skip()
 
 
 def _connect_prompts(fields: dict, parts: dict) -> None:
@@ -158,7 +124,6 @@ def review(
     ctx: state.AppContext,
     values: Mapping[str, Any],
     remarks: Sequence[str] = (),
-    made: Mapping[str, str] | None = None,
     masks: Mapping[Path, Path | None] | None = None,
     *,
     is_reset: bool = False,
@@ -167,12 +132,11 @@ def review(
 
     - `values` are the form's, which decide the crops.
     - `remarks` come before those on the photos.
-    - `made` are new captions, by the photos' digests.
     - `masks` are those that a run would use, by photo, if not those beside the photos.
     - With `is_reset` kept captions replace what was typed.
     """
     if not kept_photos(ctx.workspace.photos_dir):
         return html.faint(ABOUT_PHOTOS), with_cards([])
     found = train_photos.review_kept(ctx, TrainForm(**values), remarks=remarks, masks=masks)
-    cards = train_photos.cards_of(found, made or {})
+    cards = train_photos.cards_of(found)
     return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)

@@ -4,18 +4,15 @@ A caption and a mask lie beside their photo, where a training reads them. The pa
 the digest of its clean copy, whatever its number.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import PIL.Image
 
-from dreambooth_moslora.base.machine import best_device
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import one_space
-from dreambooth_moslora.photos.captions import load_captioner
-from dreambooth_moslora.photos.captions import make as make_caption
 from dreambooth_moslora.photos.cropping import apply_crop
 from dreambooth_moslora.photos.examine import examine, plans_of
 from dreambooth_moslora.photos.folder import find_photos
@@ -83,24 +80,6 @@ def keep_captions(workspace: Workspace, said: Sequence[Sequence[str]]) -> None:
             # An empty caption is the instance prompt, as none is.
             if not caption:
                 file.unlink()
-
-
-def made_captions(ctx: state.AppContext, form: TrainForm) -> Iterator[tuple[str, str, str]]:
-    """(Digest, caption, remark) of each photo that has no caption.
-
-    Raises UserError without the words, which captions leave out, and for a captioner that is not
-    here.
-    """
-    config = settings_of(ctx, form)
-    prompt = config.instance_prompt
-    captioner = load_captioner(config, best_device())
-    # One at a time, so that the page can tell how far it is.
-    for photo in find_photos(ctx.workspace.photos_dir, prompt, ctx.resolution_px).photos:
-        if caption_of(photo.path):
-            continue
-        made = make_caption(photo, captioner, prompt)
-        remark = f"photo {number_of(photo.path)}: {made.remark}" if made.remark else ""
-        yield file_digest(photo.path), made.caption or "", remark
 
 
 def number_of(photo: Path) -> int:
@@ -172,17 +151,15 @@ def told_of(count: int, faults: list[str]) -> str:
     return html.remarks_card(faults, f"{title}. Worth a look:")
 
 
-def cards_of(found: PhotoReview, made: Mapping[str, str]) -> list[dict[str, str]]:
-    """The cards of `photo_rows`; `made` are captions by the photos' digests."""
+def cards_of(found: PhotoReview) -> list[dict[str, str]]:
+    """The cards of `photo_rows`."""
     cards = []
     for photo, (picture, remark) in zip(found.photos, found.crops):
-        digest = file_digest(photo)
         card = {
-            "photo": digest,
+            "photo": file_digest(photo),
             "picture": html.thumbnail(picture, TILE_PX),
             "remark": remark,
             "caption": caption_of(photo),
-            "made": made.get(digest, ""),
         }
         cards.append(card)
     return cards

@@ -34,7 +34,6 @@ from dreambooth_moslora.ui.train.train_photos import (
     add_photos,
     cards_of,
     keep_captions,
-    made_captions,
     photo_with,
     remove_photo,
     review_kept,
@@ -147,22 +146,11 @@ def test_a_caption_is_kept_beside_its_photo_and_moves_up_with_it(tmp_path, works
     used = [remark.partition(":")[0] for _, remark in found.crops]
     assert used[:2] == ["not used", "too small for the resolution"]
     remove_photo(workspace, tiny)
-    cards = cards_of(review_kept(tab, ROCKET), {one: "made"})
-    told = [(card["photo"], card["caption"], card["made"]) for card in cards]
-    assert told == [(one, "on a beach", "made"), (two, "a ?", "")]
+    told = [(card["photo"], card["caption"]) for card in cards_of(review_kept(tab, ROCKET))]
+    assert told == [(one, "on a beach"), (two, "a ?")]
     keep_captions(workspace, [[one, ""]])
     texts = [file.relative_to(workspace.photos_dir) for file in tmp_path.rglob("*.txt")]
     assert list(map(str, texts)) == ["photo_02.txt"]
-
-
-@pytest.mark.slow
-def test_captions_are_made_for_photos_that_have_none(toys, tab):
-    digests = list(map(file_digest, kept_photos(toys.photos_dir)))
-    keep_captions(toys, [[digest, "mine"] for digest in digests[1:]])
-    ((digest, caption, remark),) = made_captions(tab, TrainForm("sks", "duck"))
-    assert digest == digests[0] and caption.startswith("a photo of a sks duck ") and not remark
-    with pytest.raises(UserError, match="the word for what the photos show"):
-        list(made_captions(tab, TrainForm("sks")))
 
 
 @pytest.mark.parametrize("base, seed", [("toy", 0), ("toy", 7), ("some/base", 7)])
