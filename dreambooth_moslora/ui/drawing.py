@@ -133,7 +133,7 @@ def _frames(
     step = None
     total = params.num_images
     pictures = []
-    black = []
+    images = []
     for event in events:
         # A step is told with the preview that follows it.
         if isinstance(event, Step):
@@ -141,8 +141,7 @@ def _frames(
             total = event.num_images
         elif isinstance(event, Image):
             pictures.append(_keep(event, workspace))
-            if about_black([event]):
-                black.append(event)
+            images.append(event)
             yield Frame(_status(step, word), tuple(pictures))
         # Previews come faster than a browser can show them.
         elif isinstance(event, previews.Preview) and time.perf_counter() - shown_at > FRAME_SEC:
@@ -151,7 +150,7 @@ def _frames(
             yield Frame(_status(step, word, preview, size_px))
     # The end: how many, how long, and whether something is wrong with them.
     status = _summary(pictures, total, time.perf_counter() - started)
-    said = about_black(black)
+    said = about_black(images)
     if said:
         status = html.notice(f"The pictures are done, but {said}.", "bad")
     yield Frame(status, tuple(pictures), params)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreambooth_moslora.disk import run_folder
-from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, draw_seed
 
@@ -126,14 +125,9 @@ def remarks_on(recipe: Recipe, files: Mapping[str, Path], base: str) -> list[str
     - `base` is the name of this page's base.
     """
     remarks = []
-    wanted = dict(recipe.provenance.adapter_sha256)
     for name, _ in recipe.params.adapters:
         if name not in files:
             remarks.append(f"the adapter {name} is not here")
-        elif name in wanted and file_digest(files[name]) != wanted[name]:
-            remarks.append(
-                f"the adapter {name} here is another file than the one that made the picture"
-            )
     made_with = recipe.provenance.base
     if made_with and made_with != base:
         remarks.append(f"it was made with the base {made_with}; this page has {base}")

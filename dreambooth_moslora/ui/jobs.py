@@ -242,16 +242,11 @@ class Jobs:
         return sorted(found, key=lambda job: job.changed, reverse=True)
 
     def current(self) -> Job | None:
-        """The run in progress. One that was asked to stop and does not answer is ended."""
+        """The run in progress."""
         # One that has ended leaves the system's list only when its parent asks.
         if self._child is not None:
             self._child.poll()
-        job = next((job for job in self.all() if job.is_alive), None)
-        is_asked = job is not None and job.stop_asked and job.has_process
-        if is_asked and processes.has_gone_silent(job.stop_asked, job.run_dir):
-            processes.end_process(job.pid)
-            logger.warning("%s did not answer the request to stop and was ended", job.name)
-        return job
+        return next((job for job in self.all() if job.is_alive), None)
 
     def metrics(self, job: Job) -> Metrics:
         """The run's events as they are now; the file is read on from where it was."""
@@ -334,15 +329,8 @@ class Jobs:
             words = (*command, "--config", str(run_dir / processes.CONFIG_NAME))
             began = time.time()
             child = self._child = processes.start_logged(run_dir, words)
-            # Record it.
-            try:
-                birth = birth_of(child.pid)
-                job = Job(run_dir, child.pid, birth=birth, began=began)
-                job.save()
-            except BaseException:
-                # An unrecorded process could not be stopped.
-                child.kill()
-                raise
+            job = Job(run_dir, child.pid, birth=birth_of(child.pid), began=began)
+            job.save()
             return job
 
 

@@ -51,7 +51,6 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
     ) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
-            switch = gr.Button(**switch_look(ctx), elem_id="switch_base", size="sm", min_width=120)
             chooser = base_chooser(ctx)
         about = gr.HTML(base_line(ctx), elem_id="about_base")
         # The tabs. A public page only draws.
@@ -66,8 +65,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
         # What depends on the base changes with it, in every tab.
         if chooser is not None:
             widgets = generate.of_base | trained
-            parts = {"chooser": chooser, "about": about, "switch": switch}
-            connect_bases(ctx, page, parts=parts, widgets=widgets)
+            connect_bases(ctx, page, chooser, about, widgets)
     # The queue of pictures, and the thread that trains the queued runs.
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
@@ -87,13 +85,6 @@ def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:
     return gr.Dropdown(choices, value=ctx.base, label="Base", **look)
 
 
-def switch_look(ctx: state.AppContext) -> dict[str, Any]:
-    """Value and visibility of the button from the toy to a base for photographs."""
-    offered = ctx.bases.get(state.SDXL_TITLE)
-    is_shown = offered is not None and is_toy(ctx.base_name)
-    return {"value": f"Switch to {offered.label}" if offered else "", "visible": is_shown}
-
-
 def base_line(ctx: state.AppContext, mistake: str = "") -> str:
     """One sentence: what the base is and needs, after a mistake, if there was one."""
     about = f": {ctx.chosen.about}" if ctx.chosen.about else ""
@@ -104,44 +95,40 @@ def base_line(ctx: state.AppContext, mistake: str = "") -> str:
 
 
 def connect_bases(
-    ctx: state.AppContext, page: gr.Blocks, parts: dict[str, Any], widgets: dict
+    ctx: state.AppContext,
+    page: gr.Blocks,
+    chooser: gr.Dropdown,
+    about: gr.HTML,
+    widgets: dict,
 ) -> None:
     """Load the base that is chosen; it becomes that of every page.
 
-    - `parts` are the `chooser`, the line `about` it, and the button to `switch` from the toy.
+    - `about` is the line that says what the base is.
     - `widgets`, by name, show other values for another base (`first_value`).
     """
-    chooser = parts["chooser"]
-    outputs = [*parts.values(), *widgets.values()]
-
-    def shown_base(mistake: str = "") -> list:
-        line = base_line(ctx, mistake)
-        return [gr.Dropdown(value=ctx.base), line, gr.Button(**switch_look(ctx))]
+    outputs = [chooser, about, *widgets.values()]
 
     def shown() -> list:
         values = [first_value(ctx, name) for name in widgets]
-        return [*shown_base(), *values]
+        return [gr.Dropdown(value=ctx.base), base_line(ctx), *values]
 
     def choose(title: str) -> Iterator[list]:
         unchanged = [gr.skip()] * len(widgets)
         try:
-            if title not in ctx.bases:
-                raise UserError(f"there is no base {title!s:.60} here")
             base = ctx.bases[title]
             # The line counts the seconds while it loads.
             for seconds in ctx.choose(base):
                 line = f"Loading {title}: {base.about} … {html.format_seconds(seconds)}"
-                yield [gr.skip(), html.faint(line), gr.skip(), *unchanged]
+                yield [gr.skip(), html.faint(line), *unchanged]
         except Exception as error:
             # The base of before is still there, and chosen again.
             mistake = f"{title!s:.60} is not loaded: {as_user_error(error)}"
-            yield [*shown_base(mistake), *unchanged]
+            yield [gr.Dropdown(value=ctx.base), base_line(ctx, mistake), *unchanged]
         else:
             yield shown()
 
     loading = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden", **GPU}
     on(chooser.input, inputs=chooser, **loading)(choose)
-    on(parts["switch"].click, inputs=gr.State(state.SDXL_TITLE), **loading)(choose)
 
     # Another browser may have chosen since the page was built.
     page.load(shown, None, outputs, **AT_ONCE)

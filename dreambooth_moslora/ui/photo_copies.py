@@ -92,14 +92,12 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
     remarks = []
     for photo in photos:
         try:
-            clean, was_turned = clean_copy(photo)
+            clean = clean_copy(photo)
         except images.UnreadableImageError as error:
             remarks.append(f"{photo.name}: {error}")
             continue
         taken += 1
         clean.save(folder / f"photo_{taken:02d}.png")
-        if was_turned:
-            remarks.append(f"photo {taken}: rotated by EXIF, turned upright")
         # A bad mask does not cost the photo.
         if mask := masks.get(photo.stem):
             try:
@@ -115,9 +113,8 @@ def copy_all(photos: list[Path], masks: dict[str, Path], folder: Path, taken: in
     return remarks
 
 
-def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
-    """The upright pixels without metadata, and whether EXIF had turned them. Raises
-    UnreadableImageError."""
+def clean_copy(file: Path) -> PIL.Image.Image:
+    """The upright pixels without metadata. Raises UnreadableImageError."""
     opened = images.open_image(file)
     clean = images.to_rgb(opened)
     alpha = images.alpha_of(opened)
@@ -127,4 +124,4 @@ def clean_copy(file: Path) -> tuple[PIL.Image.Image, bool]:
     # A new picture takes over the pixels and nothing else.
     bare = PIL.Image.new(clean.mode, clean.size)
     bare.paste(clean)
-    return bare, images.is_rotated(opened)
+    return bare

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.settings.families import SDXL, Facts
+from dreambooth_moslora.settings.families import SDXL
 from dreambooth_moslora.settings.toys import guidance_of
 from dreambooth_moslora.ui import jobs
 from dreambooth_moslora.ui.workspace import Workspace
@@ -107,15 +106,6 @@ def import_libraries() -> None:
         import dreambooth_moslora.lora.describe  # noqa: F401
 
 
-@cache
-def facts_shown(base_name: str) -> Facts:
-    """The family of the page's base; SDXL's where it is not known."""
-    # What is wrong with a base is told when it is loaded.
-    with suppress(UserError):
-        return Base.find(base_name).facts or SDXL
-    return SDXL
-
-
 @dataclass(frozen=True)
 class PageBase:
     """One base that the page offers."""
@@ -185,7 +175,10 @@ class AppContext:
         self.base_name = base.name
         self.resolution_px = base.resolution_px
         self.public_name = base.public_name or base.title
-        self.facts = facts_shown(base.name)
+        # What is wrong with a base is told when it is loaded.
+        self.facts = SDXL
+        with suppress(UserError):
+            self.facts = Base.find(base.name).facts or SDXL
         self.guidance_scale = guidance_of(base.name, self.facts)
 
     def choose(self, base: PageBase) -> Iterator[float]:

@@ -125,19 +125,6 @@ def test_a_run_of_the_queue_is_asked_by_a_file_which_stops_no_later_one(tmp_path
     }
 
 
-def test_a_process_that_does_not_answer_is_ended_and_told(tmp_path, monkeypatch, caplog):
-    (script := tmp_path / "trainer.py").write_text(TRAINER)
-    jobs = Jobs(tmp_path / "runs", script)
-    job = jobs.start("dog", {"mode": "stubborn", "output_dir": str(tmp_path / "runs" / "dog")})
-    wait_for(lambda: jobs.state(job).step)
-    jobs.stop("dog")
-    monkeypatch.setattr(processes, "ANSWER_SEC", -1)
-    wait_for(lambda: not jobs.current())
-    assert {record.message for record in caplog.records} == {
-        "dog did not answer the request to stop and was ended"
-    }
-
-
 def test_what_is_started_has_a_console_of_its_own_which_no_closed_one_ends(tmp_path, monkeypatch):
     options = {}
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)

@@ -15,7 +15,6 @@ from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.disk.processes import why_it_ended
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.jobs import Job, Jobs
 from dreambooth_moslora.ui.train.run_cards import status_card
@@ -138,17 +137,6 @@ def test_a_start_on_a_full_disk_is_refused_in_words(jobs):
     (jobs.runs_dir / "dog" / "job_config.json").symlink_to("/dev/full")
     with pytest.raises(gr.Error, match="disk is full"):
         as_gradio_error(jobs.start)("dog", {"a": 1})
-
-
-def test_a_process_of_which_nothing_can_be_noted_is_ended(jobs, monkeypatch):
-    jobs.script.write_text(SLEEPER)
-    children, spawn = [], page_jobs.processes.start_logged
-    noted = lambda *place, **how: children.append(spawn(*place, **how)) or children[0]  # noqa: E731
-    monkeypatch.setattr(page_jobs.processes, "start_logged", noted)
-    monkeypatch.setattr(Job, "save", lambda job: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        jobs.start("dog", {})
-    assert children[0].wait(timeout=20) == -9
 
 
 def test_a_process_is_known_by_its_birth_and_not_by_its_number_alone(tmp_path):

@@ -93,8 +93,7 @@ def test_a_large_rotated_picture_with_a_palette_stands_upright_and_keeps_its_col
     picture = PIL.Image.new("RGB", (MAX_SIDE_PX + 400, 90), "red")
     picture.paste("blue", (0, 0, 400, 90))
     picture.quantize(4).save(tmp_path / "a.png", exif=exif)
-    remarks = take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
-    assert remarks == ["photo 1: rotated by EXIF, turned upright"]
+    take_photos([str(tmp_path / "a.png")], tmp_path / "photos")
     with PIL.Image.open(tmp_path / "photos" / "photo_01.png") as taken:
         assert taken.size[1] == MAX_SIDE_PX > taken.size[0]
         assert (taken.getpixel((9, 9)), taken.getpixel((9, 4000))) == ((0, 0, 255), (255, 0, 0))

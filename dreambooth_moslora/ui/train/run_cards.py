@@ -100,11 +100,6 @@ def numbers_of(step: dict[str, Any]) -> str:
     parts = []
     if step.get("eta_sec") is not None:
         parts.append(f"about {html.format_seconds(step['eta_sec'])} left")
-    seconds = step.get("step_sec") or 0
-    if seconds >= 1:
-        parts.append(f"{seconds:.1f} s a step")
-    elif seconds:
-        parts.append(f"{1 / seconds:.1f} steps/s")
     if step.get("memory_gib"):
         parts.append(f"{step['memory_gib']:.1f} GiB")
     if step.get("loss") is not None:

@@ -296,12 +296,6 @@ class TrainForm:
         plan.choose_scores(choices, photos, wants_scores)
         return choices
 
-    def config(
-        self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
-    ) -> dict[str, Any]:
-        """The settings of `choices`, which has the arguments. Raises UserError."""
-        return self.choices(base, resolution_px, photos_dir, run_dir).all
-
     def given(
         self, base: str, resolution_px: int, photos_dir: Path, run_dir: Path
     ) -> dict[str, Any]:

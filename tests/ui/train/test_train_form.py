@@ -54,7 +54,7 @@ def photos(tmp_path):
 
 def config_of(photos, base: str = "toy", **values) -> TrainConfig:
     form = TrainForm(**DOG | values)
-    return TrainConfig.from_dict(form.config(base, 128, photos, photos.parent / "run"))
+    return TrainConfig.from_dict(form.choices(base, 128, photos, photos.parent / "run").all)
 
 
 def values_in(config: TrainConfig, *names: str) -> list:

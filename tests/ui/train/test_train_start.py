@@ -185,7 +185,9 @@ def photos(tmp_path):
 def config_of(
     form: TrainForm, photos, base: str = "owner/sdxl", resolution_px: int = 1024
 ) -> TrainConfig:
-    return TrainConfig.from_dict(form.config(base, resolution_px, photos, photos.parent / "run"))
+    return TrainConfig.from_dict(
+        form.choices(base, resolution_px, photos, photos.parent / "run").all
+    )
 
 
 @pytest.mark.parametrize("gb", [8, 24])
