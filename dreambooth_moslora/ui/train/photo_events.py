@@ -15,7 +15,7 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
 from dreambooth_moslora.ui.html import photo_rows, with_cards
 from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
-from dreambooth_moslora.ui.train import train_form, train_photos
+from dreambooth_moslora.ui.train import train_photos
 from dreambooth_moslora.ui.train.train_form import TrainForm
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
@@ -51,7 +51,7 @@ def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: 
     """Photos are added and removed, captions written, and the prompts told."""
     _connect_adding(ctx, page, fields, parts)
     _connect_captions(ctx, parts)
-    _connect_prompts(fields, parts)
+    _connect_prompts(ctx, fields, parts)
 
 
 def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
@@ -87,7 +87,9 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         return review(ctx, values)
 
     # What decides the crops may have changed.
-    @on([page.load, fields["seed"].blur], TELLING, inputs_kwargs=fields, outputs=shown)
+    changes = [page.load, fields["seed"].blur, fields["subject"].input]
+
+    @on(changes, TELLING, inputs_kwargs=fields, outputs=shown)
     def again(**values) -> tuple:
         return review(ctx, values)
 
@@ -101,18 +103,20 @@ def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
         train_photos.keep_captions(ctx.workspace, said)
 
 
-def _connect_prompts(fields: dict, parts: dict) -> None:
+def _connect_prompts(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     """What the words make of the prompts is told as they are typed."""
-    words = [fields["token"], fields["class_word"]]
+    names = ("token", "class_word", "subject", "prior_preservation")
+    words = {name: fields[name] for name in names}
+    changes = [word.change for word in words.values()]
 
-    @on([word.change for word in words], AT_ONCE, inputs=words, outputs=parts["prompts"])
-    def prompts(token: str, class_word: str) -> gr.HTML:
+    @on(changes, AT_ONCE, inputs_kwargs=words, outputs=parts["prompts"])
+    def prompts(**values) -> gr.HTML:
         try:
-            instance, class_prompt = train_form.prompts_of(token, class_word)
+            instance, class_prompt = TrainForm(**values).prompts(ctx.base_name)
         except UserError:
             return gr.HTML(visible=False)
-        learns = f"Learns “{instance}” and tells it from “{class_prompt}”."
-        return gr.HTML(html.faint(learns), visible=True)
+        kept = f" and tells it from “{class_prompt}”" if class_prompt else ""
+        return gr.HTML(html.faint(f"Learns “{instance}”{kept}."), visible=True)
 
 
 def photo_in(event: gr.EventData) -> str:

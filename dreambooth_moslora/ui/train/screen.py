@@ -11,7 +11,9 @@ import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.plan.choices import TOKEN
 from dreambooth_moslora.settings.prompts import subject_of
+from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
@@ -108,7 +110,8 @@ def field_widget(name: str, base: str) -> gr.components.Component:
     if row.is_number:
         return gr.Number(first, precision=0 if isinstance(first, int) else None, **look)
     if row.choices:
-        return gr.Radio(list(row.choices), value=first, **look)
+        choices = [(label, value) for value, label in row.choices.items()]
+        return gr.Radio(choices, value=first, **look)
     if row.values:
         is_shown = not (row.of_files and is_toy(base))
         return gr.Dropdown(list(row.values), value=first, visible=is_shown, **look)
@@ -131,7 +134,13 @@ def build_train_tab(
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
-    # The form's events.
+    # The form's events. Only of a person something is described.
+    fields["subject"].change(
+        lambda subject: gr.Textbox(visible=subject == "person"),
+        fields["subject"],
+        fields["describe"],
+        **AT_ONCE,
+    )
     photo_events.connect_photos(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
     mask_events.connect_masks(ctx, fields, parts)
@@ -263,7 +272,7 @@ def _connect_ended(
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, summary.prompt, summary.scale
 
-    words = [fields["token"], fields["class_word"]]
+    words = [fields[name] for name in ("token", "class_word", "subject", "describe")]
     outputs = [*words, parts["remarks"], parts["crops"], parts["cost"]]
 
     @on(
@@ -275,8 +284,14 @@ def _connect_ended(
     )
     def reopen(run: str | None, **values) -> tuple:
         job = ctx.jobs.recorded(run or "")
-        subject = subject_of(TrainConfig.from_dict(job.settings))
+        config = TrainConfig.from_dict(job.settings)
+        subject = subject_of(config)
+        token, word = subject.token, subject.class_word
+        # The word of a style is its name, and it has no token beside it.
+        if kind_of(config).is_style:
+            token, word = TOKEN, token
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
         review = photo_events.review(ctx, values, is_reset=True)
         told = f"The photos of {job.name}, with captions and masks, and its words are in the form."
-        return subject.token, subject.class_word, *review, html.notice(told)
+        looks = ", ".join(config.describe)
+        return token, word, config.subject, looks, *review, html.notice(told)

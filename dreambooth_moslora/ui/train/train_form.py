@@ -6,7 +6,7 @@ What the form leaves open is chosen as `train FOLDER WORD` does.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import check_characters
+from dreambooth_moslora.photos.beside import one_space
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
@@ -42,8 +43,8 @@ class FormField:
     """Its line below “More settings”, from the top; several fields may share one. 0: elsewhere."""
     setting: str = ""
     """The setting that it fills; "" if the form does more with it."""
-    choices: Collection[str] | Mapping[str, str] = ()
-    """Its values, or value -> label (default: those of its setting)."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Value -> label, if it is a choice of a few (default: the values of its setting)."""
     required: bool = False
     """Whether the API's argument has no default."""
     always: bool = False
@@ -104,26 +105,6 @@ TOO_MANY_CAPTIONS = "{} captions for {} photos: one photo could not be read; lea
 """Told when a line of captions would be another photo's."""
 
 
-def prompts_of(token: str, class_word: str) -> tuple[str, str]:
-    """A subject's and its class's prompt, such as "a photo of a sks dog" and "a photo of a dog".
-
-    Raises UserError for missing or too long words.
-    """
-    token = " ".join(str(token or "").split())
-    class_word = " ".join(str(class_word or "").split())
-    wanted = (
-        (token, "the token (a rare word, such as sks)"),
-        (class_word, "the word for what the photos show (such as dog)"),
-    )
-    for word, name in wanted:
-        if not word:
-            raise UserError(f"{name} is missing")
-        if len(word) > MAX_WORD_CHARACTERS:
-            raise UserError(f"{name} is too long; one to three words are enough")
-        check_characters(word, name)
-    return f"a photo of a {token} {class_word}", f"a photo of a {class_word}"
-
-
 @dataclass(frozen=True)
 class TrainForm:
     """All that the form asks.
@@ -137,6 +118,7 @@ class TrainForm:
         label="Token",
         info="the rare word that calls your subject",
         line=20,
+        setting="token",
     )
     class_word: str = asked(
         "",
@@ -155,7 +137,7 @@ class TrainForm:
         label="Length",
         info="how often each photo is shown: half the usual, the usual, twice",
         line=2,
-        choices=PRESETS,
+        choices=dict(zip(PRESETS, PRESETS)),
     )
     prior_preservation: bool = asked(
         True,
@@ -262,6 +244,46 @@ class TrainForm:
         words=("given", "auto"),
         fetched="Qwen3-VL comes",
     )
+    subject: str = asked(
+        "thing",
+        label="Subject",
+        info="a person is known by the face, a style by how things look",
+        line=1,
+        setting="subject",
+        choices={"thing": "object", "person": "person", "style": "style"},
+    )
+    describe: str = asked(
+        "",
+        label="What may change",
+        info="such as hair, clothes: captions that are written at the start say it, and leave out "
+        "the person's other looks, which are learned",
+        line=1,
+        look={"visible": False},
+    )
+
+    def check_words(self) -> None:
+        """Raises UserError for missing or too long words."""
+        wanted = (
+            (self.token, "the token (a rare word, such as sks)"),
+            (self.class_word, "the word for what the photos show (such as dog)"),
+        )
+        for word, name in wanted:
+            word = str(word or "").strip()
+            if not word:
+                raise UserError(f"{name} is missing")
+            if len(word) > MAX_WORD_CHARACTERS:
+                raise UserError(f"{name} is too long; one to three words are enough")
+            check_characters(word, name)
+
+    def prompts(self, base: str) -> tuple[str, str | None]:
+        """The subject's prompt, and that of the class which is kept: None where none is.
+
+        `base` is the name of the page's base. Raises UserError for words that no run can use.
+        """
+        self.check_words()
+        choices = plan.Choices(self.settings_given(base) | {"pretrained_model_name_or_path": base})
+        plan.choose_words(choices, one_space(self.class_word))
+        return choices.all["instance_prompt"], choices.all.get("class_prompt")
 
     def choices(
         self,
@@ -288,7 +310,7 @@ class TrainForm:
         wants_scores = self.scores
         exposures = plan.choose_recipe(choices, free_for(base, is_later=is_queued))
         # What follows from the words, from the photos, and from what is on this machine.
-        plan.choose_words(choices, " ".join(str(self.class_word).split()))
+        plan.choose_words(choices, one_space(self.class_word))
         photos = list(photos) or usable_photos(photos_dir, resolution_px)
         plan.choose_steps(choices, round(PRESETS[self.preset] * exposures), photos)
         if wants_scores == plan.encoders_are_here(base):
@@ -303,8 +325,9 @@ class TrainForm:
 
         The arguments are those of `choices`. Raises UserError.
         """
-        prompts_of(self.token, self.class_word)
-        check_characters(str(self.captions or ""), "a caption")
+        self.check_words()
+        for words in (self.captions, self.describe):
+            check_characters(str(words or ""), "a caption")
         given = {
             "pretrained_model_name_or_path": base,
             # The files that the page itself has loaded.
@@ -314,9 +337,9 @@ class TrainForm:
             "instance_data_dir": str(photos_dir),
             **self.settings_given(base),
         }
-        token = " ".join(str(self.token).split())
-        if token != plan.TOKEN:
-            given["token"] = token
+        looks = str(self.describe or "").replace(",", " ").split()
+        if looks and self.subject == "person":
+            given["describe"] = looks
         return given
 
     def settings_given(self, base: str) -> dict[str, Any]:
@@ -325,6 +348,7 @@ class TrainForm:
         for name, row in rows().items():
             # A field that fills no setting here, or is left to the recipe.
             value = getattr(self, name)
+            value = one_space(value) if isinstance(value, str) else value
             is_unsaid = value is None or (row.is_number and not row.always and not value)
             if not row.setting or is_unsaid or (row.of_files and toys.is_toy(base)):
                 continue

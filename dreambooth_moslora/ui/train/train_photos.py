@@ -15,6 +15,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import one_space
 from dreambooth_moslora.photos.cropping import apply_crop
 from dreambooth_moslora.photos.examine import examine, plans_of
+from dreambooth_moslora.photos.faces import with_faces
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_again, open_mask, open_rgb, to_rgb
 from dreambooth_moslora.plan.choices import TOKEN
@@ -122,22 +123,24 @@ def review_kept(
                 crops[Path(skipped.path)] = whole, f"not used: {skipped.reason}"
         # The others are cropped, with a line around what their masks teach most. The crops do not
         # depend on the words, which may be missing yet.
-        if report.photos:
+        photos = report.photos
+        if photos:
             worded = replace(form, token=TOKEN, class_word="subject")
-            config = settings_of(ctx, worded, report.photos)
-        for place, photo in enumerate(report.photos):
+            config = settings_of(ctx, worded, photos)
+            photos = with_faces(config, photos)
+        for place, photo in enumerate(photos):
             plan = next(plans_of(photo, place, config))
-            shown = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
-            pixels = outlined(open_rgb(photo), open_mask(shown))
+            masked = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
+            pixels = outlined(open_rgb(photo), open_mask(masked))
             crop = apply_crop(pixels, plan, config.image_interpolation_mode)
             reasons = ", ".join(photo.reasons)
             crops[photo.path] = crop, reasons or "good"
             if reasons:
                 lines.append(f"photo {number_of(photo.path)}: {reasons}")
-    photos = sorted(crops)
+    shown = sorted(crops)
     return PhotoReview(
-        photos=photos,
-        crops=[crops[photo] for photo in photos],
+        photos=shown,
+        crops=[crops[photo] for photo in shown],
         remarks=told_of(len(report.photos), lines),
     )
 

@@ -98,7 +98,7 @@ def prepared(
 
     # The settings, as the page's photos give them.
     photos = ctx.workspace.given_photos
-    train_form.prompts_of(form.token, form.class_word)
+    form.check_words()
     run_dir = free_run_dir(ctx.jobs, form)
     choices = form.choices(
         base=ctx.base_name,
@@ -170,7 +170,7 @@ def place_of_mistake(ctx: state.AppContext, form: TrainForm) -> str:
     if not kept_photos(ctx.workspace.photos_dir):
         return "remarks"
     try:
-        train_form.prompts_of(form.token, form.class_word)
+        form.check_words()
     except UserError:
         return "prompts"
     return "cost"

@@ -11,7 +11,6 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
-    prompts_of,
     rows,
 )
 
@@ -37,6 +36,8 @@ API = (
         "unmasked_weight",
         "scores",
         "make_captions",
+        "subject",
+        "describe",
     ),
 )
 """The arguments of `/train` after the photos: programs may give them by their places."""
@@ -62,9 +63,13 @@ def values_in(config: TrainConfig, *names: str) -> list:
 
 
 def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
-    assert prompts_of(" sks ", "guinea  pig") == (
+    assert TrainForm(" sks ", "guinea  pig").prompts("toy") == (
         "a photo of a sks guinea pig",
         "a photo of a guinea pig",
+    )
+    assert TrainForm(class_word="ink", subject="style").prompts("toy") == (
+        "a picture in ink style",
+        None,
     )
     config = config_of(photos)
     assert (config.instance_prompt, config.class_prompt) == (

@@ -138,13 +138,14 @@ def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_pat
 
 
 def test_the_photos_and_words_of_a_run_come_back_into_the_form(workspace, tab, context):
-    with prepared(tab, TrainForm("tok", "toy duck", captions="first\n\nthird")) as run:
+    form = TrainForm("tok", "toy duck", captions="first\n\nthird")
+    with prepared(tab, form) as run:
         processes.write_settings(run.run_dir, run.settings)
         recorded(run.run_dir)
         shutil.rmtree(workspace.photos_dir)
         reopen = handler(context(), "reopen")
-        token, class_word, *_, told = reopen(run=run.run_dir.name, **vars(DUCK))
-    assert (token, class_word) == ("tok", "toy duck") and "are in the form" in told
+        *words, _, _, told = reopen(run=run.run_dir.name, **vars(form))
+    assert words == ["tok", "toy duck", "thing", ""] and "are in the form" in told
     captions = {path.name: path.read_text() for path in workspace.photos_dir.glob("*.txt")}
     assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
@@ -222,10 +223,22 @@ def test_the_crops_shown_have_sides_that_the_bases_patches_divide(workspace, con
     assert [settings_of(page, DUCK).bucket_reso_steps for page in pages] == [8, 16]
 
 
-def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photos):
-    command = parse_train_config([str(photos), "dog", "--pretrained_model_name_or_path", "toy"])
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        ({}, []),
+        ({"subject": "style"}, ["--subject", "style"]),
+        (
+            {"subject": "person", "describe": "hair, clothes", "make_captions": True},
+            ["--subject", "person", "--describe", "hair", "clothes", "--captions", "auto"],
+        ),
+    ],
+)
+def test_the_embedded_base_is_trained_as_the_command_does_on_any_card(gpu, photos, values, flags):
+    named = ["--pretrained_model_name_or_path", "toy"]
+    command = parse_train_config([str(photos), "dog", *named, *flags])
     gpu(8, 4.0)
-    config = config_of(TrainForm("sks", "dog"), photos, "toy", 128)
+    config = config_of(TrainForm("sks", "dog", **values), photos, "toy", 128)
     mine, its = (
         {n: v for n, v in c.to_dict().items() if n != "output_dir"} for c in (config, command)
     )
