@@ -78,6 +78,7 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """The fields that rarely change, by name. Some bases have no use for some of them."""
     fields: dict[str, Any] = {}
     with gr.Accordion("Settings", open=True, elem_id="settings_box"):
+        # What the picture shows, and how it is drawn.
         fields["negative_prompt"] = gr.Textbox(
             "",
             label="Negative prompt",
@@ -104,6 +105,7 @@ def settings_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 visible=ctx.facts.style == "ddpm",
                 min_width=160,
             )
+        # Its size, by the base's own.
         sizes = generate_values.size_choices(ctx.resolution_px, ctx.facts.multiple_px)
         look = {"info": "width × height", "allow_custom_value": True, "elem_id": "size"}
         fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", **look)

@@ -146,7 +146,8 @@ def build_train_tab(
     mask_events.connect_masks(ctx, fields, parts)
     # The run's events.
     connect_watch(ctx, page, parts)
-    _connect_ended(ctx, fields, parts, tabs=tabs, generate=generate)
+    _connect_use(ctx, parts, tabs, generate)
+    _connect_reopen(ctx, fields, parts)
     of_base = {}
     for name, row in rows().items():
         if row.at_first or row.of_files:
@@ -242,13 +243,8 @@ def _connect_form(
     )
 
 
-def _connect_ended(
-    ctx: state.AppContext, fields: dict, parts: dict, tabs: gr.Tabs, generate: GenerateTab
-) -> None:
-    """What can be done with a run that has ended.
-
-    Its adapter goes into the other tab (`tabs`, `generate`). Its photos and words go into the form.
-    """
+def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
+    """The adapter of a run that has ended goes into the other tab (`tabs`, `generate`)."""
     prompt = generate.fields["prompt"]
     shown = [tabs, generate.fields["adapter"], prompt, generate.fields["scale"]]
 
@@ -272,6 +268,9 @@ def _connect_ended(
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, summary.prompt, summary.scale
 
+
+def _connect_reopen(ctx: state.AppContext, fields: dict, parts: dict) -> None:
+    """The photos and words of a run that has ended go into the form."""
     words = [fields[name] for name in ("token", "class_word", "subject", "describe")]
     outputs = [*words, parts["remarks"], parts["crops"], parts["cost"]]
 
@@ -291,6 +290,7 @@ def _connect_ended(
         if kind_of(config).is_style:
             token, word = TOKEN, token
         train_start.take_photos_of_run(job.run_dir, ctx.workspace)
+        values["subject"] = config.subject
         review = photo_events.review(ctx, values, is_reset=True)
         told = f"The photos of {job.name}, with captions and masks, and its words are in the form."
         looks = ", ".join(config.describe)
