@@ -94,6 +94,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scale", type=float, default=1.0, help="the adapter's strength (default: 1)"
     )
+    about = "by hub id or folder (default: ViT-L/14 and dinov2-base, for the toy its own)"
+    group.add_argument("--clip", default="", help=f"CLIP {about}")
+    group.add_argument("--dino", default="", help=f"DINOv2 {about}")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -126,7 +129,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     device = pipelines.denoiser_of(pipeline.pipeline).device
     faces = subject_kinds.any_has_face(subjects)
     known_as = config.pretrained_model_name_or_path
-    encoders = metrics.load_encoders(known_as, device=device, faces=faces)
+    encoders = metrics.load_encoders(known_as, args.clip, args.dino, device, faces)
     evaluators = report.evaluators_of(
         subjects=subjects,
         photos=photos,

@@ -159,7 +159,7 @@ ABSENT = {
     "fleet status ~/x": "{here}/x holds no fleet",
     "evaluate dog.safetensors --output_dir dog.safetensors": "--output_dir dog.safetensors",
     "generate --prompt dog --output_dir dog.safetensors": "--output_dir dog.safetensors: "
-    "{here}/dog.safetensors is a",
+    "cannot be written: Not a directory",
     "generate --prompt dog --output_dir ~/dog.safetensors": "--output_dir {here}/dog.safetensors: ",
     "serve --adapters x": "--adapters x: there is no such folder",
     "serve --adapters . --pretrained_model_name_or_path x": "the base x does not exist",

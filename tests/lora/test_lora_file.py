@@ -636,10 +636,9 @@ def test_what_peft_saves_of_any_kind_computes_what_peft_computes(kind, tiny_base
 
 def test_another_type_of_peft_is_named(subject, tmp_path):
     """It was called no file that diffusers can read."""
-    shaken(tiny_unet(), moslora.MoSLoraConfig(r=4, target_modules=["to_q"])).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UserError, match="is of PEFT's type 'MOSLORA', and only LORA"):
+    config = LoHaConfig(r=4, target_modules=["to_q"])
+    get_peft_model(tiny_unet(), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is of PEFT's type 'LOHA', and only LORA"):
         subject.load_adapter(tmp_path / "adapter_model.safetensors")
 
 

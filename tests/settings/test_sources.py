@@ -52,8 +52,8 @@ def test_a_recipe_holds_numbers_switches_choices_and_layers():
     assert len({*RECIPE, *TOLD_IF_CHANGED}) == len(RECIPE) + len(TOLD_IF_CHANGED)
     # as a file says that is older than the others
     assert set(recipe_of(TrainConfig())) <= set(RECIPE)
-    assert recipe_of(TrainConfig(loss_type="huber")) == recipe_of(TrainConfig()) | {
-        "loss_type": "huber"
+    assert recipe_of(TrainConfig(noise_offset=0.1)) == recipe_of(TrainConfig()) | {
+        "noise_offset": 0.1
     }
     assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))[
         "target_modules"

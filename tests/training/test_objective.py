@@ -139,7 +139,6 @@ def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(draw
     target, _, output = drawn
     plain = objective.image_errors(output, target, None)
     assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
-    assert objective.pointwise_error(schedule(), INDEX) is torch.square
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_the_files_are_proved_and_a_stock_diffusers_encodes_the_same_with_them(
     tokens, names = [read_tokens(path) for path in paths], [path.name for path in paths]
     assert names == [f"{folder.path.name}_emb.safetensors", "pets_2_emb.safetensors"][: len(paths)]
     assert exported["files"][-len(paths) :] == names
-    assert all(proof["weights"] == 0.0 for proof in exported["proof"]["file_proofs"][-len(paths) :])
+    assert all(proof["largest"] == 0.0 for proof in exported["proof"]["file_proofs"][-len(paths) :])
     told = [
         (note["word"], note["count"], note["file"])
         for note in (notes[0] if len(paths) > 1 else notes[:1])

@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import own_bucket_step
-from dreambooth_moslora.plan.memory import plan_lines
+from dreambooth_moslora.plan.memory_plans import plan_lines
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.ui import html, state
