@@ -30,8 +30,8 @@ QUALITY = 88
 
 
 STRIP_PROMPTS = {
-    "a photo of a sks rocket in the desert": 1,
-    "a photo of a sks rocket in the snow": 1,
+    "a photo of a sks rocket in the desert": 0,
+    "a photo of a sks rocket in the snow": 0,
     "a photo of a sks rocket on a stage with red curtains": 0,
     "a photo of a sks rocket on autumn leaves": 0,
 }

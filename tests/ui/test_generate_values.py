@@ -2,7 +2,6 @@
 before it is read."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from dreambooth_moslora.generation.params import (
     Step,
     read_recipe,
 )
+from dreambooth_moslora.lora.describe import ranks_in_words
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.drawing import compare, make_pictures
 from dreambooth_moslora.ui.events import as_gradio_error
@@ -157,7 +157,8 @@ def test_facts_and_seconds_are_said_as_people_say_them():
         facts["Size (MiB)"] == str(round(file.stat().st_size / 2**20, 3))
         and "Trigger words" in facts
     )
-    assert re.fullmatch(r"ranks 1 to \d+ in 146 layers", facts["Ranks"]) and facts["DoRA"] == "no"
+    assert facts["Ranks"] == "rank 16 in 146 layers" and facts["DoRA"] == "no"
+    assert ranks_in_words({"1": 2, "2": 3, "4": 1, "9": 5}) == "ranks 1 to 9 in 11 layers"
     assert [format_seconds(s) for s in (4.21, 42, 65, 7800)] == [
         "4.2 s",
         "42 s",

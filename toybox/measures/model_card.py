@@ -46,18 +46,23 @@ pipeline(prompt, num_inference_steps=30, guidance_scale=2.5).images[0]
 
 EARLIER = """\
 Data: renders by `toybox.data.render_dataset`, none of a held-out combination: 24,000 of seed 1
-for the UNet, and in the end 16,000 of seed 1001 from a nearer camera. Of the former the VAE saw
-the first 12,000 beside 300 dead-leaves pictures, and in the end its decoder 8,000 of seed 3,
-then 11,000 of seed 11 and 1,248 latents that the UNet drew, and last 4,000 of seed 101 and 384
-such latents; 12,000 of an earlier version for the CLIP towers; 12,000 of every combination, of
-seed 2, for the judge. The ViT learnt from 14,004 individuals in four views each.
+for the UNet, then 16,000 of seed 1001 from a nearer camera, and in the end 20,000 narrow ones of
+seeds 9101 and 9102 and 7,500 wide ones of seeds 9001 and 9003. Of the first the VAE saw 12,000
+beside 300 dead-leaves pictures, then its decoder 8,000 of seed 3, 11,000 of seed 11 and 4,000 of
+seed 101 with 1,632 latents that the UNet drew, and in the end the whole VAE 10,000 narrow ones of
+seed 9101 and 1,500 wide ones of seed 9001; 12,000 of an earlier version for the CLIP towers; 12,000
+of every combination, of seed 2, for the judge. The ViT learnt from 14,004 individuals in four
+views each.
 
 Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones,
-the first of which saw earlier versions of the scenery and the patterns: 5450 steps of the VAE,
-1000 and 3200 of its decoder alone, 3000 of the UNet with noise and 9300 with velocity as its
-target, 2900 of the judge without heads for the second colour and ornaments and 896 with them.
-The ViT had 2100 steps on 3100 toys and 1650 on 7100. The CLIP towers were trained once.
+the first of which saw earlier versions of the scenery and the patterns: 10,450 steps of the VAE and
+1,683 under noise, before which its decoder alone had 5,300; 3000 of the UNet with noise and
+11,900 with velocity as its target, 2900 of the judge without heads for the second colour and
+ornaments and 896 with them. The ViT had 2100 steps on 3100 toys and 1650 on 7100. The CLIP towers
+were trained once.
 
+In their last training the VAE's latents had noise of up to 0.35 of their deviation, so that a
+small error of the denoiser costs little. `toy-zimage` and then the UNet learnt the new latents.
 In the first two thirds of the UNet's last training, half of its targets were what `toy-zimage`
 predicts. These have no noise, so the loss was lower there than at the end, where all targets
 have."""
@@ -70,9 +75,10 @@ are kept only roughly by its VAE. Pictures are 128 px. Two toys in one picture, 
 for a second colour, and above all ornaments are its weakest side.
 
 Its shapes are soft: a robot's arms or a teapot's handle may melt into its body, and patterns
-smear. Two graders gave twenty of its pictures 2.5 of 5, its earlier state's 2.2, and true
-renders 4.7 (`python -m toybox.measures.grades`, `assets/studies/grades`). The distances above
-hardly show that.
+smear. Before its last training two graders gave twenty of its pictures 2.5 of 5, and true renders
+4.7 (`python -m toybox.measures.grades`, `assets/studies/grades`); it was not graded since. The
+distances above hardly show that. At which noise it loses quality, `toybox.measures.ladder` tells
+(`docs/embedded-base.md`).
 
 ## Licence
 
