@@ -161,10 +161,9 @@ def log_faults(report: folder.PhotoReport) -> None:
 
 
 def quality(photo: photo_file.Photo) -> tuple[bool, int]:
-    """Greater for the one of equal photos that is kept: a sharp one, then one with more pixels."""
+    """Greater for the one of equal photos that is kept: a good one, then one with more pixels."""
     height, width = photo.size_px
-    is_blurred = any(words.fault == "blurred" for words in faults.faults_of(photo))
-    return not is_blurred, height * width
+    return not faults.faults_of(photo), height * width
 
 
 def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
