@@ -149,7 +149,7 @@ def make_plan(
 
     # The photos, and with them the steps.
     if report is None:
-        # The main process reads first, as it then writes the images of a data set.
+        # The main process reads first, and tells alone what is wrong with the folder.
         first = agreement.by_all(lambda: folder.photo_report(config) if is_main_process() else None)
         report = agreement.by_all(lambda: first or folder.photo_report(config))
     else:

@@ -18,8 +18,8 @@ NO_RUN = html.remarks_card(
 )
 """The state of a page without a run."""
 DOWNLOADS = {
-    "download": ("Download for diffusers", "download_adapter"),
-    "download_kohya": ("For ComfyUI", "download_kohya"),
+    "download": ("Download the LoRA", "download_adapter"),
+    "download_kohya": ("Download for ComfyUI", "download_kohya"),
 }
 """Name -> label and id of a button."""
 
