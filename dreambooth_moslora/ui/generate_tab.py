@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import gradio as gr
+from gradio.utils import is_in_or_equal
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import Recipe, read_recipe
@@ -167,6 +168,10 @@ def _connect_reuse(ctx: state.AppContext, tab: GenerateTab, results: dict, name:
         if not pictures:
             raise UserError("there is no picture yet")
         file, _ = pictures[min(index, len(pictures) - 1)]
+        # A request may name any file of this machine.
+        places = (gallery.GRADIO_CACHE, ctx.workspace.root)
+        if not any(is_in_or_equal(file, place) for place in places):
+            raise UserError("that picture is not one of this page")
         return to_widgets(ctx, read_recipe(file))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from dreambooth_moslora.errors import UserError
@@ -160,10 +161,12 @@ def origins_of(text: str) -> set[Origin]:
     return origins - {None}
 
 
-NO_FILES = ("upload", "upload_progress", "component_server", "deep_link")
+NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
 """Last parts of the paths by which gradio takes something other than a form, or writes it down."""
 MAX_FORM_BYTES = 256 * 1024
-"""The longest form of a public page."""
+"""The longest form of a public page, and of whoever has not logged in."""
+API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
+"""Where gradio writes the endpoints into the page, with the names of adapters and runs."""
 
 
 class DrawsOnly:
@@ -184,10 +187,69 @@ class DrawsOnly:
         """The answer to a request that is refused; None: it may pass."""
         if scope["path"].rstrip("/").rpartition("/")[2] in NO_FILES:
             return PlainTextResponse("this page takes no files", 404)
-        length = headers_of(scope).get("content-length", "")
-        if scope["method"] == "POST" and not (length.isdigit() and int(length) <= MAX_FORM_BYTES):
-            return PlainTextResponse("too long, or of an unknown length", 413)
+        return too_long(scope)
+
+
+def too_long(scope: dict) -> PlainTextResponse | None:
+    """The answer to a body that is longer than a form, or in chunks, which promise no length."""
+    headers = headers_of(scope)
+    length = headers.get("content-length", "")
+    is_form = length.isdigit() and int(length) <= MAX_FORM_BYTES
+    if scope["method"] in ("GET", "HEAD") or (is_form and "transfer-encoding" not in headers):
         return None
+    return PlainTextResponse("too long, or of an unknown length", 413)
+
+
+class BeforeLogin:
+    """ASGI middleware of a page with a login. Who has not logged in sends no long body, which
+    gradio reads before it asks who it is, and is not told the endpoints."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or is_logged_in(scope):
+            await self.app(scope, receive, send)
+            return
+        refusal = too_long(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        started: list[dict] = []
+
+        async def send_without_names(message: dict) -> None:
+            # The length of the page is known when its body is.
+            if message["type"] == "http.response.start" and is_html(message):
+                started.append(message)
+                return
+            if started:
+                start = started.pop()
+                message["body"] = API_INFO.sub(rb"\1{}\2", message["body"])
+                length = str(len(message["body"])).encode()
+                kept = [pair for pair in start["headers"] if pair[0] != b"content-length"]
+                await send(start | {"headers": [*kept, (b"content-length", length)]})
+            await send(message)
+
+        # Nothing of it comes compressed.
+        asked = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
+        await self.app(scope | {"headers": asked}, receive, send_without_names)
+
+
+def is_html(start: dict) -> bool:
+    """Whether an answer that begins so is a page."""
+    return any(
+        name == b"content-type" and b"text/html" in value for name, value in start["headers"]
+    )
+
+
+def is_logged_in(scope: dict) -> bool:
+    """Whether gradio knows who asks, by the cookies that it gives; True where nobody is asked."""
+    app = scope["app"]
+    if app.auth is None:
+        return True
+    cookies = Request(scope).cookies
+    names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
+    return any(app.tokens.get(cookies.get(name)) is not None for name in names)
 
 
 def fetch_nothing(page: gr.Blocks) -> None:

@@ -182,7 +182,7 @@ def launch_options(
         "run_history": False,
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
-            "middleware": [Middleware(guard.DrawsOnly)] if public else [],
+            "middleware": [Middleware(guard.DrawsOnly if public else guard.BeforeLogin)],
             "lifespan": partial(guard.trusted_hosts, hosts, allowed),
         },
         "enable_monitoring": False,

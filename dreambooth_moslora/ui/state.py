@@ -37,6 +37,10 @@ SDXL_TITLE = "SDXL"
 """Of the base that is offered for photographs, whether or not its files are here."""
 LOOK_SEC = 0.5
 """How often the page tells how long a base has been loading."""
+MOST_STOPS = 1000
+"""Sessions whose stop is kept: a request may name any session."""
+MOST_OF_A_NAME = 32
+"""Characters of a session's name that tell it from others."""
 logger = logging.getLogger(__name__)
 
 
@@ -264,24 +268,35 @@ class AppContext:
 
     def announce(self, request: gr.Request) -> None:
         """This page's work joins the queue, and can be stopped even before its turn."""
-        stop = self._stops.get(request.session_hash)
+        session = name_of(request)
+        stop = self._stops.get(session)
         # What comes after a stop is not stopped by it.
         if stop is None or stop.is_set():
-            self._stops[request.session_hash] = threading.Event()
+            self._stops[session] = threading.Event()
+        # Whoever announces and never draws is forgotten, the oldest first.
+        while len(self._stops) > MOST_STOPS:
+            del self._stops[next(iter(self._stops))]
 
     @contextmanager
     def stoppable(self, request: gr.Request) -> Iterator[Callable[[], bool]]:
         """`should_stop` of this page's work, which a program need not announce."""
-        stop = self._stops.setdefault(request.session_hash, threading.Event())
+        session = name_of(request)
+        stop = self._stops.setdefault(session, threading.Event())
         try:
             yield stop.is_set
         finally:
-            self._stops.pop(request.session_hash, None)
+            self._stops.pop(session, None)
 
     def stop(self, request: gr.Request) -> None:
         """Stop this page's own work, running or waiting; another page's cannot be stopped."""
-        if request.session_hash in self._stops:
-            self._stops[request.session_hash].set()
+        stop = self._stops.get(name_of(request))
+        if stop is not None:
+            stop.set()
+
+
+def name_of(request: gr.Request) -> str:
+    """The name of a page's session, which is as long as the request likes."""
+    return (request.session_hash or "")[:MOST_OF_A_NAME]
 
 
 BUSY = (

@@ -4,6 +4,8 @@ files nor addresses."""
 import json
 import shutil
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.guard import MAX_FORM_BYTES
 from dreambooth_moslora.ui.page import MOST_WAITING
+from dreambooth_moslora.ui.state import MOST_STOPS
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import refusal, wait_for
 
@@ -77,7 +80,7 @@ def test_it_draws_with_the_adapters_of_the_shelf_alone_and_compares(served, clie
 
 def test_no_file_is_taken_and_no_body_longer_than_a_form(served):
     api = f"{served.url}gradio_api"
-    for path in ("upload", "upload/", "run/upload", "component_server"):
+    for path in ("upload", "upload/", "run/upload", "component_server", "process_recording"):
         answer = httpx.post(f"{api}/{path}", files={"files": ("a.png", b"x")})
         assert answer.status_code == 404 and answer.text == "this page takes no files", path
     for path in ("upload_progress?upload_id=x", "deep_link?session_hash=x"):
@@ -86,7 +89,32 @@ def test_no_file_is_taken_and_no_body_longer_than_a_form(served):
     body = json.dumps({"data": [], "x": "x" * MAX_FORM_BYTES}).encode()
     for content in (body, iter([body])):  # in chunks, which promise no length
         assert httpx.post(stop, content=content, headers=kind).status_code == 413
+    both = kind | {"Content-Length": "2", "Transfer-Encoding": "chunked"}
+    assert httpx.post(stop, content=b"{}", headers=both).status_code in (400, 413)
     assert httpx.post(stop, json={"data": []}).status_code == 200
+
+
+def test_a_picture_that_is_none_of_the_pages_is_not_opened(served, tmp_path):
+    """Without `meta` gradio does not look where a file lies."""
+    events = httpx.get(f"{served.url}config").json()["dependencies"]
+    reuse = next(event["id"] for event in events if event["api_name"] == "reuse")
+    for file in (tmp_path / "owner.png", Path("/proc/self/fd/0"), tmp_path / "none.png"):
+        item = {"image": {"path": str(file)}, "caption": None}
+        asked = {"fn_index": reuse, "session_hash": file.stem, "data": [[item], 0]}
+        httpx.post(f"{served.url}gradio_api/queue/join", json=asked)
+        with httpx.stream(
+            "GET", f"{served.url}gradio_api/queue/data?session_hash={file.stem}", timeout=60
+        ) as answer:
+            said = next(line for line in answer.iter_lines() if "process_completed" in line)
+        assert "not one of this page" in said and '"success":false' in said.replace(" ", "")
+
+
+def test_sessions_that_never_draw_are_forgotten(served):
+    for number in range(MOST_STOPS + 5):
+        request = SimpleNamespace(session_hash=f"{number}" + "x" * 10_000)
+        served.ctx.announce(request)
+    names = list(served.ctx._stops)
+    assert len(names) == MOST_STOPS and max(map(len, names)) <= 32
 
 
 def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.ui.guard import MAX_FORM_BYTES
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Jobs
 from dreambooth_moslora.ui.photo_copies import take_photos
@@ -253,6 +254,12 @@ def test_a_login_is_asked_for_everywhere(tiny_base, tmp_path):
             ).status_code
             == 401
         )
+        # Nobody sends what gradio would hold in memory, and no name is told.
+        for path in ("login", "gradio_api/run/adapters"):
+            long = httpx.post(f"{server.url}{path}", content=b"x" * (MAX_FORM_BYTES + 1))
+            assert long.status_code == 413, path
+        assert "auth_required" in httpx.get(server.url).text
+        assert "gradio_api_info = {};" in httpx.get(server.url).text
         ann = Client(server.url, auth=("ann", "secret"), verbose=False)
         assert ann.predict(api_name="/adapters")
         names = ann.view_api(return_format="dict", print_info=False)["named_endpoints"]
