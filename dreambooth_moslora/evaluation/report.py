@@ -215,10 +215,10 @@ def write_reports(
     files = []
     for number, (evaluator, one) in enumerate(zip(evaluators, found), start=1):
         own = folder / f"subject_{number}" if len(found) > 1 else folder
-        files.append(write_scores(own, scores_json(one, about)))
+        scores = write_scores(own, scores_json(one, about))
         page = own / "report.html"
         atomic_write(page, report_html(one, about, evaluator.photos.pictures))
-        files.append(page)
+        files += [page, scores]
     if len(found) > 1:
         files.append(write_scores(folder, subjects_json(found, about)))
     return files

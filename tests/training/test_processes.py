@@ -77,7 +77,7 @@ def test_two_processes_show_and_learn_one_adapter_of_several_subjects_as_one_wit
     assert largest_difference(tmp_path / "2", tmp_path / "1") < 1e-5
 
 
-def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, photos, tmp_path):
+def test_launched_on_cpus_without_mpi_it_is_one_process(tiny_base, photos, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(
         json.dumps(
@@ -96,7 +96,6 @@ def test_launched_on_cpus_without_mpi_it_is_one_process_and_says_so(tiny_base, p
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in done.stderr
     train(tiny_config(tiny_base, photos, tmp_path / "plain", max_train_steps=1))
     assert adapter_sha256(tmp_path / "launched") == adapter_sha256(tmp_path / "plain")
 

@@ -186,12 +186,13 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(
     web.says(page, "train_status", "of 5000")
     visited.reload()
     web.open_tab(page, "Train")
-    web.says(page, "train_status", "of 5000")
+    shown = "document.getElementById('train_status').innerText"
+    learns = rf"/[1-9]\d* of 5000/.test({shown}) && !{shown}.includes('Stop')"
+    page.wait_for_function(learns)
     page.click("#stop_training")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
     page.click("#resume:not([disabled])")
-    shown = "document.getElementById('train_status').innerText"
-    page.wait_for_function(f"{shown}.includes('of 5000') && !{shown}.includes('Stop')")
+    page.wait_for_function(learns)
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
     page.click("#stop_training:not([disabled])")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
@@ -420,10 +421,10 @@ def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(serve
             for part in ("run", "status", "gallery", "settings")
         ]
         assert tops == sorted(tops)
-        (served.ctx.runs_dir / "dog").mkdir()
-        (served.ctx.runs_dir / "dog" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-        PIL.Image.new("RGB", (900, 400)).save(served.ctx.runs_dir / "dog" / "loss.png")
-        recorded(served.ctx.runs_dir / "dog", {"type": "start"}, {"type": "end", "state": "done"})
+        (run := served.ctx.runs_dir / "ended").mkdir()
+        (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
+        PIL.Image.new("RGB", (900, 400)).save(run / "loss.png")
+        recorded(run, {"type": "start"}, {"type": "end", "state": "done"})
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             visited.reload()
