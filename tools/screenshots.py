@@ -23,7 +23,7 @@ from playwright.sync_api import Page
 from tests.helpers.browser import chromium, set_number, visit
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
 TRAINED_STEPS = 250
 COLOURS = 256
