@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.toys import ABOUT
@@ -18,7 +19,14 @@ from dreambooth_moslora.ui.state import PageBase
 from tests.helpers import browser as web
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.ui_server import serve
-from tests.ui.conftest import TRAINER, end_all, noise_photos, recorded, with_one_picture
+from tests.ui.conftest import (
+    TRAINER,
+    end_all,
+    noise_photos,
+    recorded,
+    wait_for,
+    with_one_picture,
+)
 
 pytestmark = web.IN_BROWSER
 SLOW_ANSWER_SEC = 8
@@ -186,13 +194,18 @@ def test_a_run_is_started_survives_a_reload_stops_resumes_and_is_used(
     web.says(page, "train_status", "of 5000")
     visited.reload()
     web.open_tab(page, "Train")
-    shown = "document.getElementById('train_status').innerText"
-    learns = rf"/[1-9]\d* of 5000/.test({shown}) && !{shown}.includes('Stop')"
-    page.wait_for_function(learns)
+
+    # "Step 1 of 5000 …" is said before that step has ended.
+    def steps_taken() -> int:
+        events = RunDir(served.ctx.runs_dir / "dog").read_metrics()
+        return sum(event["type"] == "step" for event in events)
+
+    wait_for(lambda: steps_taken() > 1, seconds=240)
     page.click("#stop_training")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
+    before = steps_taken()
     page.click("#resume:not([disabled])")
-    page.wait_for_function(learns)
+    wait_for(lambda: steps_taken() > before, seconds=240)
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 1")
     page.click("#stop_training:not([disabled])")
     web.says(page, "train_status", "Stopped; a checkpoint is written.")
