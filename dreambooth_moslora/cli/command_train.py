@@ -8,7 +8,6 @@ torch before the arguments are checked.
 
 import argparse
 import logging
-import os
 import re
 import sys
 import warnings
@@ -335,12 +334,7 @@ def parse_training(
     require(chosen.all)
     choices.choose_resolution(chosen)
 
-    # The process's number as a launcher sets it; -1 is none
-    settings = chosen.all
-    rank = int(os.environ.get("LOCAL_RANK", "-1"))
-    if rank != -1:
-        settings = settings | {"local_rank": rank}
-    return table.TrainConfig.from_dict(settings), chosen
+    return table.TrainConfig.from_dict(chosen.all), chosen
 
 
 class Given(NamedTuple):

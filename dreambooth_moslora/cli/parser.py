@@ -42,6 +42,13 @@ FOREIGN = {
     "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
     "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
     "validation_image": "not supported: samples are drawn from --validation_prompt",
+    "dataloader_num_workers max_data_loader_n_workers": (
+        "photos are encoded once, before the first step; leave it out"
+    ),
+    "image_interpolation_mode": "photos are resized by Lanczos; leave it out",
+    "local_rank": "the launcher says it in the environment; leave it out",
+    "output_kohya_format": "a UNet's kohya file is always written; leave it out",
+    "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
     "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
     # its scripts for other models
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",

@@ -16,10 +16,6 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.settings import table
 
-# `--image_interpolation_mode` -> Pillow's filter
-FILTERS = {name.lower(): kind for name, kind in Image.Resampling.__members__.items()}
-FILTERS |= {"nearest_exact": Image.Resampling.NEAREST}
-
 
 # (left, top, right, bottom) px of a face in the upright photo
 Box = tuple[float, float, float, float]
@@ -108,7 +104,6 @@ class CropRule:
     resolution_px: int  # side of the square
     center_crop: bool = False
     random_flip: bool = False  # of which half are mirrored
-    interpolation: str = "lanczos"
     crops_per_photo: int | None = 1  # different ones; None: always new ones
     zoom: float = 1.0  # most, at random, within a photo's own pixels
     bucket_step_px: int | None = None  # to the rectangle of `bucket_of` instead
@@ -200,7 +195,6 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
         resolution_px=config.resolution,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
-        interpolation=config.image_interpolation_mode,
         # Without a cache each exposure is encoded anew, so it may as well be a new crop.
         crops_per_photo=None if config.caching == "off" else config.crops_per_photo,
         zoom=config.crop_zoom,
@@ -208,10 +202,12 @@ def crop_rule(config: table.TrainConfig) -> CropRule:
     )
 
 
-def apply_crop(image: Image.Image, plan: CropPlan, interpolation: str = "lanczos") -> Image.Image:
+def apply_crop(
+    image: Image.Image, plan: CropPlan, by: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The crop, of `target_size`, of the photo or its mask at any scale. Only the crop is
     resampled."""
     left, top, right, bottom = plan.box(image.width, image.height)
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    crop = image.resize(plan.target_size[::-1], FILTERS[interpolation], box=box)
+    crop = image.resize(plan.target_size[::-1], by, box=box)
     return ImageOps.mirror(crop) if plan.is_mirrored else crop

@@ -72,7 +72,7 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
         # The crops as training cuts them
         crops = []
         for plan in plans:
-            crop = cropping.apply_crop(shown, plan, config.image_interpolation_mode)
+            crop = cropping.apply_crop(shown, plan)
             crops.append(ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white"))
 
         # The whole photo, with a frame where each of them lies

@@ -325,13 +325,6 @@ class TrainConfig:
         publish="always",
         check=True,
     )
-    image_interpolation_mode: str = of_photos(
-        default="lanczos",
-        help="filter of the resizing",
-        choices=("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"),
-        publish="always",
-        check=True,
-    )
     alpha: str = of_photos(
         default="mask",
         help="transparent photos go on white; mask: the opaque part is the subject",
@@ -1037,13 +1030,6 @@ class TrainConfig:
         default=False,
         help="accepted: encoders and VAE always leave the GPU when they are not used",
     )
-    dataloader_num_workers: int = of_memory(
-        default=0,
-        help="accepted: photos are encoded once, or with --caching off read by the step itself",
-        low=0,
-        high=1024,
-        elsewhere="max_data_loader_n_workers",
-    )
     allow_tf32: bool = of_memory(
         default=False,
         help="faster, less exact fp32 products on Nvidia GPUs",
@@ -1069,11 +1055,6 @@ class TrainConfig:
     enable_xformers_memory_efficient_attention: bool = of_memory(
         default=False,
         help="accepted: PyTorch's own attention is used",
-    )
-    local_rank: int = of_memory(
-        default=-1,
-        help="set by the launcher of several processes",
-        per_process=True,
     )
 
     # Samples and scores during the run, by which a person judges it.
@@ -1125,14 +1106,6 @@ class TrainConfig:
         help="the run folder",
         path=expanduser,
         yields_to=(rows.WORDS,),
-    )
-    output_kohya_format: bool = of_run(
-        default=False,
-        help="accepted: a UNet's file for ComfyUI and A1111 is always written",
-    )
-    upcast_before_saving: bool = of_run(
-        default=False,
-        help="accepted: adapters are kept in fp32 all along",
     )
     checkpointing_steps: int = of_run(
         default=500,

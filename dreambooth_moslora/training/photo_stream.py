@@ -116,7 +116,6 @@ class PhotoEncoder:
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
             plan=plan,
-            interpolation=self.rule.interpolation,
             vae=self.vae_identity,
             **others,
         )
@@ -158,9 +157,9 @@ class PhotoEncoder:
         cut = {}
         for name, part in parts.items():
             if part is not None:
-                cut[name] = cropping.apply_crop(part, plan, "bilinear")
+                cut[name] = cropping.apply_crop(part, plan, Image.Resampling.BILINEAR)
         picture = photo_file.to_rgb(image)
-        return cropping.apply_crop(picture, plan, self.rule.interpolation), cut
+        return cropping.apply_crop(picture, plan), cut
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:

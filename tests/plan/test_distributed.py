@@ -212,5 +212,5 @@ def test_freed_memory_is_kept_on_a_cpu_only(device, kept, begin, monkeypatch):
 
 
 def test_processes_may_differ_in_their_number_their_cache_and_how_a_number_is_written():
-    own = {"local_rank": 1, "cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
+    own = {"cache_dir": "/disk", "hub_token": "secret", "rank": "8"}
     assert in_lines(own) == in_lines({"rank": 8}) != in_lines({})

@@ -30,7 +30,7 @@ checkpoints_total_limit resume_from_checkpoint snr_gamma prodigy_beta3 hub_token
 mixed_precision prior_generation_precision
 """
 OFF = """
-do_edm_style_training with_prior_preservation output_kohya_format center_crop random_flip
+do_edm_style_training with_prior_preservation center_crop random_flip
 train_text_encoder gradient_checkpointing scale_lr use_8bit_adam push_to_hub allow_tf32
 enable_xformers_memory_efficient_attention use_dora
 """
@@ -49,7 +49,6 @@ COUNTS |= {
     "lr_warmup_steps": 500,
     "lr_num_cycles": 1,
 }
-COUNTS |= {"dataloader_num_workers": 0, "local_rank": -1}
 NUMBERS = {
     "prior_loss_weight": 1.0,
     "learning_rate": 1e-4,
@@ -68,14 +67,13 @@ WORDS_OF = {
     "lr_scheduler": "constant",
 }
 WORDS_OF |= {"optimizer": "AdamW", "logging_dir": "logs", "report_to": "tensorboard"}
-WORDS_OF |= {"image_interpolation_mode": "lanczos"}
 DIFFUSERS_DEFAULTS = (
     dict.fromkeys(UNSET.split())
     | dict.fromkeys(OFF.split(), False)
     | dict.fromkeys(ON.split(), True)
 )
 DIFFUSERS_DEFAULTS |= COUNTS | NUMBERS | WORDS_OF
-"""Every optional flag of train_dreambooth_lora_sdxl.py, with its default there."""
+"""Optional flags of train_dreambooth_lora_sdxl.py that are taken, with their default there."""
 
 EXAMPLES = {
     "lr_scheduler": "cosine",
@@ -83,11 +81,7 @@ EXAMPLES = {
     "mixed_precision": "bf16",
     "report_to": "wandb",
 }
-EXAMPLES |= {
-    "prior_generation_precision": "fp32",
-    "image_interpolation_mode": "nearest_exact",
-    "local_rank": "0",
-}
+EXAMPLES |= {"prior_generation_precision": "fp32"}
 EXAMPLES |= {"resolution": "512", "snr_gamma": "5.0", "prodigy_beta3": "0.5", "lora_dropout": "0.1"}
 MEANINGS = {"optimizer": "Prodigy"}
 TO_Q_V = {"target_modules": ["to_q", "to_v"]}
@@ -100,11 +94,6 @@ def answers_in(file: str) -> dict[str, str]:
 
 
 REFUSALS = answers_in("refusals.txt")
-
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS_DEFAULTS)
@@ -182,11 +171,6 @@ def test_a_refusal_is_the_one_line_that_the_table_says(words):
 
 def test_foreign_flags_are_none_of_ours():
     assert not FOREIGN_FLAGS.keys() & {item.name for item in fields(TrainConfig)}
-
-
-def test_the_launcher_says_the_rank(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert parse_train_config([*NEEDED, "--local_rank", "1"]).local_rank == 3
 
 
 def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):

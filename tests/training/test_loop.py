@@ -279,8 +279,6 @@ OPTIONS = {
         lambda left, plain: left.size("lora_A") < 0.97 * plain.size("lora_A"),
     ),
     "center_crop": ({"center_crop": True}, is_other),
-    # the first photo has the size already
-    "interpolation": ({"image_interpolation_mode": "nearest"}, is_other_later),
 }
 """Changes, and what they must show beside the run without them."""
 

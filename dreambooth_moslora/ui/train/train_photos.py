@@ -132,7 +132,7 @@ def review_kept(
             plan = next(plans_of(photo, place, config))
             masked = replace(photo, mask_path=(masks or {}).get(photo.path, photo.mask_path))
             pixels = outlined(open_rgb(photo), open_mask(masked))
-            crop = apply_crop(pixels, plan, config.image_interpolation_mode)
+            crop = apply_crop(pixels, plan)
             reasons = ", ".join(photo.reasons)
             crops[photo.path] = crop, reasons or "good"
             if reasons:
