@@ -211,9 +211,6 @@ class TerminalProgress:
                 self.write(f"step {event.step}: {len(event.files)} sample images")
             case events.StepEvaluated():
                 self._show_scores(event)
-            case events.ScaleFound():
-                usable = f"usable from {event.low:g} to {event.high:g}"
-                self.write(f"best scale: {event.best:g}, {usable}")
             case events.RunEnded():
                 self.close()
 

@@ -3,7 +3,7 @@ a line.
 
 RunStarted  PhaseProgress*
 (StepDone  SamplesDrawn?  StepEvaluated?  CheckpointSaved?)*
-ScaleFound?  AdapterExported  RunEnded
+AdapterExported  RunEnded
 """
 
 import json
@@ -183,15 +183,6 @@ class StepEvaluated(Event):
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
     # `count`, `largest`, `without_bare_prompt`
     photos: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ScaleFound(Event):
-    kind: ClassVar[str] = "scale"
-    best: float
-    low: float  # the usable scales go from here
-    high: float  # to here
-    by_scale: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 
-import torch
-
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
 from dreambooth_moslora.generation.fixed_seeds import Sampler
-from dreambooth_moslora.method.moslora import set_scale
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.best import SCALES, ScaleChoice, best_of, choose_scale
+from dreambooth_moslora.training.best import best_of
 
 # Other seeds than those of `evaluate`: these choose the best step
 SEEDS = (100, 101)
@@ -118,26 +115,6 @@ class TrainingEvaluator:
         """Draws with fewer denoising steps than samples have."""
         steps = self.plans[0].inference_steps
         return score_tables.sampler_draw(replace(sampler, inference_steps=steps))
-
-    def find_scale(
-        self, sampler: Sampler, components: dict[str, torch.nn.Module]
-    ) -> ScaleChoice | None:
-        """Score the live adapter at several scales; afterwards it has the trained scale again."""
-        draw = self._draw(sampler)
-        of_subject = [evaluator.of_subject() for evaluator in self.evaluators]
-        by_scale = {}
-        try:
-            for scale in SCALES:
-                for model in components.values():
-                    set_scale(model, scale)
-                found = [evaluator(draw) for evaluator in of_subject]
-                by_scale[scale] = report.pooled(found).score
-            return choose_scale(by_scale)
-
-        # Training goes on, or the adapter is saved.
-        finally:
-            for model in components.values():
-                set_scale(model, 1.0)
 
     def _earlier(self, step: int) -> list[tuple[int, float]]:
         """(step, score) of the run so far, before `step`. A resumed run may know later ones."""

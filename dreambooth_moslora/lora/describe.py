@@ -180,11 +180,9 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
         "trigger_words": ", ".join(metadata.trigger_words),
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
-        "best_scale": metadata.best_scale,
         "new_tokens": "; ".join(
             "{count} for the word {word}, in {file}".format_map(note) for note in metadata.tokens
         ),
-        "usable_scales": " to ".join(f"{scale:g}" for scale in metadata.usable_scales),
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}

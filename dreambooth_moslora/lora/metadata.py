@@ -124,8 +124,7 @@ class AdapterMetadata:
     machine. Anyone may have written the file, so each value is checked.
 
     `ranks` and `alphas` list the modules (`component.path`) that differ from `rank` and `alpha`.
-    `best_scale` and `usable_scales` (lowest, highest) were measured. `recipe` holds numbers,
-    switches and choices, never prompts or paths.
+    `recipe` holds numbers, switches and choices, never prompts or paths.
 
     Raises ValueError, pydantic's ValidationError, for a value of another kind.
     """
@@ -147,8 +146,6 @@ class AdapterMetadata:
     class_word: str = ""
     resolution_px: Rank | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    best_scale: float | None = None
-    usable_scales: tuple[float, float] | tuple[()] = ()
     # `settings.sources.recipe_of`.
     recipe: dict[str, Any] = field(default_factory=dict)
     # `NewTokens.note` of each file.
@@ -185,7 +182,7 @@ class AdapterMetadata:
             raise ValueError(first_problem(error)) from None
 
 
-LATER = ("best_scale", "usable_scales", "recipe", "tokens", "subject_prompts")
+LATER = ("recipe", "tokens", "subject_prompts")
 LATER += ("step", "processes")
 """Entries that the first files did not have."""
 

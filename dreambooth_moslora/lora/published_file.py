@@ -1,4 +1,4 @@
-"""Publishes an adapter, and notes its best scale in a published file.
+"""Publishes an adapter.
 
 A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank. Such a
 file is correct without metadata, in any version of diffusers and in kohya's form.

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 
 from dreambooth_moslora.settings import table
 
-
 # (left, top, right, bottom) px of a face in the upright photo
 Box = tuple[float, float, float, float]
 # Of the crop's side, that a face fills in a near crop; that is every other one

@@ -296,16 +296,12 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
     if is_scored:
         # Four times in the run, unless the steps were given.
         every = given or max(1, steps_of(choices, photos) // 4)
-        wanted = {"evaluate_steps": every, "validation_steps": every, "find_scale": True}
-
+        wanted = {"evaluate_steps": every, "validation_steps": every}
         line = f"scores: every {every} steps, the best in best/"
-        choices.add(line, "evaluate_steps", "no_find_scale", **wanted)
-    elif is_open and not given and not choices.given.get("find_scale"):
-        choices.say(
-            "scores: none, as they take CLIP and DINOv2 from the hub",
-            "evaluate_steps",
-            "find_scale",
-        )
+        choices.add(line, "evaluate_steps", **wanted)
+    elif is_open and not given:
+        line = "scores: none, as they take CLIP and DINOv2 from the hub"
+        choices.say(line, "evaluate_steps")
 
 
 def encoders_are_here(base: str) -> bool:

@@ -1086,13 +1086,6 @@ class TrainConfig:
         help="steps between scores of fidelity; 0: never (default: never)",
         low=0,
     )
-    find_scale: bool = of_samples(
-        default=False,
-        help=(
-            "at the end, score the adapter at several scales; the best goes into its header and "
-            "card"
-        ),
-    )
     early_stopping: int | None = of_samples(
         default=None,
         help="stop when the score has not risen for this many evaluations (default: only warn)",
@@ -1197,7 +1190,7 @@ class TrainConfig:
 
     @property
     def is_scored(self) -> bool:
-        return bool(self.evaluate_steps or self.find_scale)
+        return bool(self.evaluate_steps)
 
     @property
     def images_a_micro_batch(self) -> int:

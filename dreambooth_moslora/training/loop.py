@@ -36,7 +36,7 @@ from dreambooth_moslora.training import (
     reporter,
     results,
 )
-from dreambooth_moslora.training.best import BestStep, ScaleChoice
+from dreambooth_moslora.training.best import BestStep
 from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 
@@ -52,10 +52,6 @@ class StepScorer(Protocol):
     prompts: list[str]
 
     def __call__(self, sampler: Sampler, step: int) -> dict: ...
-
-    def find_scale(
-        self, sampler: Sampler, components: dict[str, torch.nn.Module]
-    ) -> ScaleChoice | None: ...
 
 
 @dataclass(frozen=True)
@@ -307,34 +303,6 @@ class Training:
         if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
 
-    def find_scale(self) -> None:
-        """Find the finished adapter's best scale for its header and card. A stop leaves it
-        unknown."""
-        if self.evaluator is None:
-            return
-        self.report.phase("evaluating")
-        with suppress(StopRequestedError):
-            found = self.evaluator.find_scale(self.sampler, self.train_step.components)
-            if found:
-                self.note_scale(found)
-        reporter.free_unused_memory(self.accelerator.device)
-
-    def note_scale(self, found: ScaleChoice) -> None:
-        """Report the scale and write it in the headers of the adapter, and of `best/` if that is
-        the same."""
-        by_scale = {f"{scale:g}": score for scale, score in found.scores.items()}
-        event = events.ScaleFound(
-            best=found.best, low=found.low, high=found.high, by_scale=by_scale
-        )
-        self.report(event)
-        self.publisher.facts = replace(
-            self.publisher.facts,
-            best_scale=found.best,
-            usable_scales=(found.low, found.high),
-        )
-        if self.best is not None and self.best.step == self.step:
-            self.publisher.keep_best()
-
     def finish(self, interrupted: bool) -> TrainResult:
         """Write the adapter with its card, and a checkpoint: numbered as in diffusers' script, or
         `last`."""
@@ -348,8 +316,6 @@ class Training:
 
         # The adapter's files. All processes take part: they draw the card's new contexts.
         with self.train_step.averaged():
-            if self.config.find_scale and not interrupted:
-                distributed.on_main(self.accelerator, self.find_scale)
             self.report.phase("exporting")
             proof = self.publisher.publish(finished=not interrupted)
 

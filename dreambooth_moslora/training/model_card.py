@@ -27,9 +27,6 @@ from dreambooth_moslora.training.best import BestStep
 if TYPE_CHECKING:
     from dreambooth_moslora.lora.proof import Proof
 
-STRENGTH = "## Strength"
-"""The title of the section that names the best scale."""
-
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -79,7 +76,6 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         tokens=list(zip(adapter.tokens, names, strict=True)),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=dora_table(),
-        strength=strength(adapter.best_scale, adapter.usable_scales, family_in(facts)),
         began_with=public_name(config.init_adapter or ""),
         companion=public_name(config.companion or ""),
         scores=score_table(facts),
@@ -156,23 +152,6 @@ def call_of(facts: CardFacts) -> str:
     if toys.is_toy(facts.adapter.base_id) and family.style == "flow":
         given += f", height={toys.RESOLUTION_PX}, width={toys.RESOLUTION_PX}"
     return f"{family.call}{given}).images[0]"
-
-
-def strength(
-    best: float | None, usable: tuple[float, ...], family: families.Facts = families.FAMILIES[0]
-) -> str:
-    """The scale to load the adapter at; "" when it was not measured."""
-    if best is None:
-        return ""
-    around = ""
-    if len(set(usable)) > 1:
-        around = f"; from {usable[0]:g} to {usable[-1]:g} the score stays near it"
-
-    # A UNet's pipelines take it in their call.
-    how = f"`pipe(…, cross_attention_kwargs={{'scale': {best:g}}})`"
-    if family.denoiser != "unet":
-        how = f"`pipe.set_adapters(pipe.get_active_adapters(), {best:g})`"
-    return f"{STRENGTH}\n\nScale {best:g} scored best{around}. In diffusers: {how}."
 
 
 def score_table(facts: CardFacts) -> str:

@@ -32,7 +32,7 @@ TRACKED = (events.StepDone, events.StepEvaluated, events.SamplesDrawn)
 PICTURE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 """Trackers that get the samples, and how they are told that pictures are (N, height, width, RGB).
 """
-ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind, events.ScaleFound.kind)
+ENDINGS = (events.RunEnded.kind, events.AdapterExported.kind)
 """Events of a run's end, which a resumed run takes back."""
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.metadata import metadata_in
-from dreambooth_moslora.ui.generate_values import RANGES
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,6 @@ class AdapterSummary:
     trigger: str = ""
     class_word: str = ""
     base: str = ""
-    scale: float = 1.0
 
     @property
     def subject(self) -> str:
@@ -37,8 +35,6 @@ class AdapterSummary:
             parts.append(f"say “{self.subject}”")
         if self.base:
             parts.append(f"for {self.base}")
-        if self.scale != 1:
-            parts.append(f"best at scale {self.scale:g}")
         return " · ".join(parts)
 
 
@@ -53,12 +49,8 @@ def summary_of(file: Path) -> AdapterSummary:
         return AdapterSummary()
     if facts is None:
         return AdapterSummary()
-    # A scale that the slider offers, or 1.
-    low, high = RANGES["scale"]
-    scale = facts.best_scale or 1.0
     return AdapterSummary(
         trigger=next(iter(facts.trigger_words), ""),
         class_word=facts.class_word,
         base=facts.base_id,
-        scale=scale if low <= scale <= high else 1.0,
     )

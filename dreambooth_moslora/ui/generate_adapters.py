@@ -1,7 +1,6 @@
 """The adapter of the Generate tab: the list, what the chosen one says of itself, and uploads."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 
 import gradio as gr
@@ -51,21 +50,6 @@ def connect_adapters(ctx: state.AppContext, page: gr.Blocks, fields: dict, butto
         renewed = summary.prompt if is_untouched else ""
         return gr.HTML(faint(words), visible=bool(words)), renewed or old_prompt
 
-    adapter.input(_preset(ctx), adapter, fields["scale"], **AT_ONCE)
-
-
-def _preset(ctx: state.AppContext) -> Callable:
-    """A handler that gives the scale that the chosen file recommends.
-
-    A picture's settings have a scale of their own.
-    """
-
-    def preset(name: str) -> float:
-        files = ctx.catalog.files()
-        return summary_of(files[name]).scale if name in files else 1.0
-
-    return preset
-
 
 def connect_upload(ctx: state.AppContext, fields: dict, button: gr.UploadButton) -> None:
     """An uploaded adapter is loaded at once, to say now if it does not fit the base."""
@@ -81,5 +65,3 @@ def connect_upload(ctx: state.AppContext, fields: dict, button: gr.UploadButton)
             shutil.rmtree(ctx.workspace.uploads.pop(name).parent, ignore_errors=True)
             raise
         return gr.Dropdown(choices=[NONE, *ctx.catalog.files()], value=name)
-
-    upload.success(_preset(ctx), adapter, fields["scale"], **AT_ONCE)

@@ -58,7 +58,7 @@ def ask_widgets(ctx: state.AppContext) -> tuple[dict[str, Any], dict[str, Any]]:
     parts["about"] = gr.HTML(
         faint(words), visible=bool(words), elem_id="about_adapter", label="About the adapter"
     )
-    fields["scale"] = slider("scale", summary.scale, "Adapter scale", elem_id="scale")
+    fields["scale"] = slider("scale", 1.0, "Adapter scale", elem_id="scale")
     fields["num_images"] = slider("num_images", 1, "Pictures", elem_id="num_images")
     # Start and stop.
     with gr.Row(elem_classes="tight"):

@@ -60,7 +60,7 @@ def test_a_toy_is_trained_as_the_recipe_says(tmp_path, monkeypatch, capsys):
         "a photo of a sks bear",
         "a photo of a bear",
     )
-    assert config.output_dir == "runs/bear" and config.find_scale
+    assert config.output_dir == "runs/bear"
     assert config.evaluate_steps == config.validation_steps == 120
     said = capsys.readouterr().err
     flags = set(re.findall(r"--(\w+)", said))
@@ -136,7 +136,7 @@ def test_the_class_is_the_whole_word_that_was_given(photos):
     ("flags", "said"),
     [
         (
-            "--evaluate_steps 500 --no_find_scale",
+            "--evaluate_steps 500",
             "scores: every 500 steps, the best in best/ (--ev",
         ),
         (
@@ -176,7 +176,6 @@ def test_scores_are_refused_by_steps_of_0_and_early_stopping_waits_for_those_tha
 ):
     config = parse_train_config([*TOYS, "--evaluate_steps", "0"])
     assert not config.is_scored and "scores: " not in capsys.readouterr().err
-    assert parse_train_config([*TOYS, "--evaluate_steps", "0", "--find_scale"]).find_scale
     assert parse_train_config([*TOYS, "--early_stopping", "2"]).evaluate_steps == 120
 
 
@@ -340,7 +339,7 @@ def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
 
 SAME = (
     *("rank", "instance_prompt", "class_prompt", "class_word", "instance_data_dir", "output_dir"),
-    *("exposures_per_photo", "evaluate_steps", "masks", "learning_rate", "prior", "find_scale"),
+    *("exposures_per_photo", "evaluate_steps", "masks", "learning_rate", "prior"),
 )
 
 

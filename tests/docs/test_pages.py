@@ -190,7 +190,6 @@ SHORTER = {
         "1",
         "--evaluate_steps",
         "0",
-        "--no_find_scale",
     ],
     "generate": ["--steps", "1", "--base", "toy"],
     "caption": ["--pretrained_model_name_or_path", "toy"],

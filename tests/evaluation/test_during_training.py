@@ -41,7 +41,7 @@ def quick(config: table.TrainConfig, encoders) -> TrainingEvaluator:
 @pytest.fixture(scope="module")
 def run(tiny_base, encoders, tmp_path_factory):
     home = tmp_path_factory.mktemp("run")
-    scored = {"max_train_steps": 4, "evaluate_steps": 1, "find_scale": True}
+    scored = {"max_train_steps": 4, "evaluate_steps": 1}
     config = tiny_config(tiny_base, paint_photos(home / "photos"), home / "dog", **scored)
     train(config, evaluator=quick(config, encoders))
     return config, RunDir(home / "dog")
@@ -104,13 +104,11 @@ def test_every_evaluation_is_logged_with_its_cost_and_changes_nothing_that_is_le
         assert event["cost"]["pictures"] == 2 * (2 + 1 + 1) + bare and event["cost"]["seconds"] > 0
     earlier = [(event["step"], event["score"]) for event in events[:2]]
     assert quick(run[0], encoders)._earlier(3) == earlier
-    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None, find_scale=False))
+    train(replace(run[0], output_dir=str(tmp_path / "dog"), evaluate_steps=None))
     assert adapter_sha256(tmp_path / "dog") == adapter_sha256(run[1].path)
 
 
-def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_that_scores_best(
-    run, tiny_base
-):
+def test_the_best_step_is_kept_and_the_card_names_it(run, tiny_base):
     """Of equal scores it is the first."""
     assert best_of([(1, 0.5), (2, 0.7), (3, 0.7), (4, 0.1)]) == BestStep(2, 0.7, since=2)
     events = logged(run[1].path, "evaluation")
@@ -125,17 +123,8 @@ def test_the_best_step_is_kept_and_the_card_and_the_files_name_it_and_the_scale_
     with Image.open(run[1].path / "loss.png") as plot:
         assert plot.width > 3 * plot.height  # the fidelity plot is beside the loss plot
     assert SubjectPipeline.from_base(tiny_base).load_adapter(run[1].best_dir) == "dog@best"
-    (event,) = logged(run[1].path, "scale")
-    assert set(event["by_scale"]) == {"0.4", "0.6", "0.8", "1", "1.2"}
-    assert len(set(event["by_scale"].values())) > 1  # the pictures did change
     for file in (run[1].adapter_path, run[1].kohya_path):
-        facts = load_published(file)[1]
-        assert facts.best_scale == event["best"] and facts.usable_scales == (
-            event["low"],
-            event["high"],
-        )
-        assert str(run[1].path.parent) not in facts.to_json()
-    assert f"Scale {event['best']:g} scored best" in run[1].card_path.read_text()
+        assert str(run[1].path.parent) not in load_published(file)[1].to_json()
 
 
 @pytest.mark.slow

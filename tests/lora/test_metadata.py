@@ -1,5 +1,4 @@
-"""What a file may tell of its run, what `info` says of odd files, and the strength that an adapter
-wants."""
+"""What a file may tell of its run, and what `info` says of odd files."""
 
 import json
 from dataclasses import replace
@@ -11,38 +10,20 @@ from safetensors.torch import save_file
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import AdapterMetadata
-from dreambooth_moslora.training.best import choose_scale
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
-STRANGE = [("best_scale", "much"), ("usable_scales", [1]), ("usable_scales", ["a", "b"])]
+STRANGE = [("trigger_words", "much"), ("subject_prompts", [1]), ("step", "last")]
 
 
 @pytest.mark.parametrize(("name", "value"), STRANGE)
 def test_a_strangers_header_may_only_hold_what_a_file_tells(name, value):
     with pytest.raises(ValueError, match=name):
         AdapterMetadata.from_json(json.dumps({"rank": 4, "alpha": 4.0, name: value}))
-    known = replace(AdapterMetadata(4, 4.0), best_scale=0.8, usable_scales=(0.6, 1.0))
+    known = replace(AdapterMetadata(4, 4.0), step=3)
     assert (
         AdapterMetadata.from_json(known.to_json()) == known
-        and "scale" not in AdapterMetadata(4, 4.0).to_json()
+        and "step" not in AdapterMetadata(4, 4.0).to_json()
     )
-
-
-@pytest.mark.parametrize(
-    ("scores", "best", "usable"),
-    [
-        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.6, 1.0: 0.58, 1.2: 0.3}, 0.8, (0.8, 1.0)),
-        # all as good: as trained
-        ({0.4: 0.2, 0.6: 0.5, 0.8: 0.600, 1.0: 0.598, 1.2: 0.597}, 1.0, (0.8, 1.2)),
-        # a gap ends the range
-        ({0.4: 0.6, 0.6: 0.3, 0.8: 0.6, 1.0: 0.2, 1.2: 0.1}, 0.8, (0.8, 0.8)),
-        ({0.4: 0.1, 0.6: 0.2, 0.8: 0.3, 1.0: 0.4, 1.2: 0.5}, 1.2, (1.2, 1.2)),
-    ],
-)
-def test_the_best_scale_and_the_range_around_it(scores, best, usable):
-    found = choose_scale(scores)
-    assert (found.best, (found.low, found.high)) == (best, usable)
-    assert choose_scale(dict.fromkeys(scores, 0.0)) is None, "none shows the subject"
 
 
 def pair() -> dict[str, torch.Tensor]:

@@ -55,7 +55,6 @@ def test_a_scored_run_by_one_word_makes_one_plan_and_opens_each_photo_once(
         "1",
         "--num_validation_images",
         "0",
-        "--no_find_scale",
     ]
     with few_pictures(inference_steps=1):
         assert train_main([str(photos), "dog", *flags, "--output_dir", str(tmp_path / "dog")]) == 0

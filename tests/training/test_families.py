@@ -441,12 +441,11 @@ def case(request, base_of, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(case, encoders, two_steps) -> Path:
-    """A run with all of `WHOLE`, with samples, scores and a strength."""
+    """A run with all of `WHOLE`, with samples and scores."""
     drawn = {
         "num_validation_images": 1,
         "validation_steps": 2,
         "evaluate_steps": 1,
-        "find_scale": True,
     }
     with few_pictures(inference_steps=2):
         plan = make_plan(case.config("whole", **WHOLE, **drawn))

@@ -381,7 +381,6 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         "unmasked_weight": 0.5,
         "evaluate_steps": 60,
         "validation_steps": 60,
-        "find_scale": True,
     }
     before, after = started
     assert {name for name in after if before[name] != after[name]} == {

@@ -246,7 +246,7 @@ def _connect_form(
 def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: GenerateTab) -> None:
     """The adapter of a run that has ended goes into the other tab (`tabs`, `generate`)."""
     prompt = generate.fields["prompt"]
-    shown = [tabs, generate.fields["adapter"], prompt, generate.fields["scale"]]
+    shown = [tabs, generate.fields["adapter"], prompt]
 
     @on(
         parts["use"].click,
@@ -266,7 +266,7 @@ def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: Ge
         # It is chosen there, with the words that call its subject.
         summary = summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
-        return gr.Tabs(selected="generate"), chosen, summary.prompt, summary.scale
+        return gr.Tabs(selected="generate"), chosen, summary.prompt
 
 
 def _connect_reopen(ctx: state.AppContext, fields: dict, parts: dict) -> None:

@@ -309,7 +309,7 @@ def test_a_folder_and_a_word_are_a_study_of_its_mixers(capsys):
         "instance_data_dir",
     }
     # the study scores at the end
-    own |= {"evaluate_steps", "validation_steps", "find_scale", "class_word"}
+    own |= {"evaluate_steps", "validation_steps", "class_word"}
     differs = {n for n, value in like_train.to_dict().items() if value != alone.to_dict()[n]}
     assert (alone.mixer, study.reference) == ("none", "none") and differs <= own
 

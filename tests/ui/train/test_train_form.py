@@ -109,9 +109,7 @@ def test_masks_and_scores_are_chosen_by_the_base_unless_the_form_says_so(
     for value in (None, True, False):
         config = config_of(photos, base, make_masks=value, scores=value)
         wanted = usual if value is None else value
-        assert (config.masks == "auto", bool(config.evaluate_steps), config.find_scale) == (
-            wanted,
-        ) * 3
+        assert (config.masks == "auto", bool(config.evaluate_steps)) == (wanted, wanted)
         said = dict(
             TrainForm("sks", "dog", make_masks=value, scores=value)
             .choices(base, 128, photos, photos)
