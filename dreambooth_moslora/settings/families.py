@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import weightings
 
 
 @dataclass(frozen=True)
@@ -477,14 +476,15 @@ SDXL = FAMILIES[0]
 STOCK_SDXL = SDXL.models[0].hub_id
 OF_UNETS = (
     "do_edm_style_training",
-    *weightings.settings_of("ddpm"),
+    "snr_gamma",
+    "debiased_estimation_loss",
     "timestep_bias_strategy",
     "noise_offset",
     "cache_cross_attention",
     "recompute_feed_forward",
 )
 """Settings that only UNets obey."""
-OF_FLOWS = (*weightings.settings_of("flow"), "shift_timesteps", "lora_blocks")
+OF_FLOWS = ("weighting_scheme", "precondition_outputs", "shift_timesteps", "lora_blocks")
 """Settings that only transformers obey."""
 # Settings that some pipeline's `encode_prompt` takes.
 TEXT_OPTIONS = tuple(dict.fromkeys(name for facts in FAMILIES for name in facts.text_options))

@@ -16,7 +16,6 @@ from dreambooth_moslora.settings import (
     optimizer_kinds,
     rows,
     subjects,
-    weightings,
 )
 
 Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
@@ -24,7 +23,7 @@ Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file
 
 def schedules_twice(run: Config) -> bool:
     averages = optimizer_kinds.optimizer_of(run).averages
-    return averages and not lr_schedules.schedule_of(run).is_constant
+    return averages and run.lr_scheduler not in lr_schedules.CONSTANT
 
 
 def slows_what_finds_its_rate(run: Config) -> bool:
@@ -51,9 +50,14 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 
 # The reasons of EXCLUDED.
 TEXT_CHANGES = "the text of a prompt changes from step to step"
+EDM_WEIGHS = "EDM weighs noise levels itself"
 ONE_PASS = "a text's gradient comes from one pass"
 EXCLUDED: dict[str, dict[str, str]] = {
-    **weightings.exclusions(),
+    "snr_gamma": {
+        "do_edm_style_training": EDM_WEIGHS,
+        "debiased_estimation_loss": "each weighs noise levels",
+    },
+    "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
     "train_text_encoder": {"train_text_encoder_ti": "train adapters or new tokens"},
     "cache_cross_attention": {
@@ -104,8 +108,7 @@ def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
 def weighting_flags(config: Config) -> list[str]:
     """The given flags that weigh errors of noise or velocity, which EDM's errors of latents
     exclude."""
-    weighting = [name for name, others in EXCLUDED.items() if weightings.EDM_SWITCH in others]
-    flags = [given_flag(config, name) for name in weighting]
+    flags = [given_flag(config, name) for name in ("snr_gamma", "debiased_estimation_loss")]
     return [flag for flag in flags if flag]
 
 

@@ -26,7 +26,6 @@ from dreambooth_moslora.settings import (
     rules,
     subject_kinds,
     subjects,
-    weightings,
 )
 from dreambooth_moslora.values import is_number
 
@@ -66,7 +65,7 @@ def unless_scheduled(setting: str) -> rows.Idle:
     """No effect with schedules of the learning rate that do not take the setting."""
     return rows.where(
         f"without --lr_scheduler {lr_schedules.that_take(setting)}",
-        lambda run: not lr_schedules.schedule_of(run).takes(setting),
+        lambda run: not lr_schedules.takes(run, setting),
     )
 
 
@@ -698,7 +697,7 @@ class TrainConfig:
         publish="always",
         idle=rows.where(
             "with --lr_scheduler {lr_scheduler}",
-            lambda run: run.lr_warmup_steps and not lr_schedules.has_warm_up(run),
+            lambda run: run.lr_warmup_steps and not lr_schedules.takes(run, "lr_warmup_steps"),
         ),
     )
     lr_num_cycles: int = of_training(
@@ -771,7 +770,7 @@ class TrainConfig:
             "flow models: which noise levels are drawn, or how they are weighed (default: as in "
             "diffusers' script)"
         ),
-        choices=("none", "logit_normal", "mode", *weightings.words_of("weighting_scheme")),
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         publish="if_changed",
     )
     logit_mean: float = of_training(

@@ -1,16 +1,12 @@
 """The weightings of the loss by noise level, one row each; `training.objective` has the formulas.
 
-Which settings exclude each other, and which are for UNets or for flows, follows from it.
+`rules.EXCLUDED` says which of them exclude each other.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-Config = Any  # Stands for `settings.table.TrainConfig`, which imports the rules of this table.
-EDM_SWITCH = "do_edm_style_training"
-# What is refused, and why.
-EDM_WEIGHS = "EDM weighs noise levels itself"
-EACH_WEIGHS = "each weighs noise levels"
+Config = Any  # Stands for `settings.table.TrainConfig`.
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,6 @@ class Weighting:
     setting: whose value asks for it; None for one that every base of the style has
     word: that value; without it any that is not empty or false
     parameters: settings whose values its formula takes after the noise levels
-    stands_alone: whether no other of its style goes with it; else their product weighs
     spares_prior: whether the prior's images keep their weight
     """
 
@@ -29,7 +24,6 @@ class Weighting:
     setting: str | None = None
     word: str | None = None
     parameters: tuple[str, ...] = ()
-    stands_alone: bool = False
     spares_prior: bool = False
 
     def is_asked_for(self, config: Config, style: str) -> bool:
@@ -47,14 +41,12 @@ WEIGHTINGS = {
         style="ddpm",
         setting="snr_gamma",
         parameters=("snr_gamma",),
-        stands_alone=True,
         # diffusers' script compares the prior's images without it
         spares_prior=True,
     ),
     "debiased": Weighting(
         style="ddpm",
         setting="debiased_estimation_loss",
-        stands_alone=True,
         # kohya's trainer weighs them like the others
         spares_prior=False,
     ),
@@ -62,40 +54,3 @@ WEIGHTINGS = {
     "cosmap": Weighting(style="flow", setting="weighting_scheme", word="cosmap"),
     "error_of_latents": Weighting(style="flow", setting="precondition_outputs"),
 }
-
-
-def settings_of(style: str) -> tuple[str, ...]:
-    """The settings that ask for weightings of a style, in the table's order."""
-    found = [row.setting for row in WEIGHTINGS.values() if row.style == style and row.setting]
-    return tuple(dict.fromkeys(found))
-
-
-def words_of(setting: str) -> tuple[str, ...]:
-    """The values of a setting that ask for weightings, in the table's order."""
-    return tuple(row.word for row in WEIGHTINGS.values() if row.setting == setting and row.word)
-
-
-def rivals_of(setting: str) -> tuple[str, ...]:
-    """The settings of other weightings of its style, beside which a setting cannot stand: it stands
-    alone, or they do."""
-    own = [row for row in WEIGHTINGS.values() if row.setting == setting]
-    styles = {row.style for row in own}
-    is_alone = any(row.stands_alone for row in own)
-    found = []
-    for row in WEIGHTINGS.values():
-        is_other = row.style in styles and row.setting and row.setting != setting
-        if is_other and (is_alone or row.stands_alone):
-            found.append(row.setting)
-    return tuple(dict.fromkeys(found))
-
-
-def exclusions() -> dict[str, dict[str, str]]:
-    """Setting -> settings that a run cannot change beside it, and why; each pair once."""
-    found: dict[str, dict[str, str]] = {}
-    for setting in settings_of("ddpm"):
-        reasons = {EDM_SWITCH: EDM_WEIGHS}
-        for rival in rivals_of(setting):
-            if rival not in found:
-                reasons[rival] = EACH_WEIGHS
-        found[setting] = reasons
-    return found

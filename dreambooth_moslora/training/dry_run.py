@@ -33,7 +33,7 @@ def advice(plan: Plan) -> list[str]:
         many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
         lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
     warm_up = config.lr_warmup_steps
-    if lr_schedules.has_warm_up(config) and warm_up >= steps.total_steps:
+    if lr_schedules.takes(config, "lr_warmup_steps") and warm_up >= steps.total_steps:
         lines.append(
             f"the learning rate rises for {warm_up} steps, and the run has {steps.total_steps}: "
             "set --lr_warmup_steps"

@@ -12,12 +12,13 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.settings import families, lr_schedules, optimizer_kinds, table
+from dreambooth_moslora.settings import families, optimizer_kinds, table
 
 
 def parameter_groups(
@@ -98,15 +99,20 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 def make_lr_schedule(
     config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int
 ) -> LambdaLR:
-    """The learning-rate schedule of `config.lr_scheduler`, by its row of the table, in optimizer
-    steps of any number of processes.
+    """The learning-rate schedule of `config.lr_scheduler`, in optimizer steps of any number of
+    processes.
 
-    `checkpoint.restore_optimizer` reads its `lr_lambdas`, so it is a LambdaLR.
+    `checkpoint.restore_optimizer` reads its `lr_lambdas`: all that diffusers gives are LambdaLR.
     """
-    # polynomial divides by the steps after the warm-up, after the run's last step too
-    steps = max(max_train_steps, config.lr_warmup_steps + 1)
-    kind = lr_schedules.schedule_of(config)
-    return imported(kind.home)(optimizer, **kind.options(config, steps))
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        # polynomial divides by the steps after the warm-up, after the run's last step too
+        num_training_steps=max(max_train_steps, config.lr_warmup_steps + 1),
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
 
 
 def imported(home: str) -> Any:
