@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import (
     assets_folder,
@@ -20,6 +19,7 @@ from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.values import is_finite_number, is_number
+from tests.helpers.command_line import parse_train_config
 
 ROOT = Path(__file__).parents[1]
 

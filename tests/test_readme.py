@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from dreambooth_moslora.base.machine import CUDA, ROCM, WHEELS
-from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, underscored
+from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.metadata import dora_table
 from dreambooth_moslora.ui import app as serve
+from tests.helpers.command_line import parse_train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -18,9 +18,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.training.loop import train
+from tests.helpers.command_line import parse_train_config
 
 ROOT = Path(__file__).parents[1]
 FOLDERS, FILES = ("dreambooth_moslora", "assets"), ("pyproject.toml", "README.md", "LICENSE")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_moslora.base.base import SETTINGS, Base
-from dreambooth_moslora.cli import command_train, terminal
+from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.plan.agreement import least_free_gib
@@ -55,7 +55,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     # Settings that decide how photos are used
     group = parser.add_argument_group("as in training")
     for name in table.named("check"):
-        command_train.add_flag(group, table.SETTINGS[name])
+        train_flags.add_flag(group, table.SETTINGS[name])
     about_base = (
         'the base to be trained: "toy" has its own mask model; for others CLIPSeg makes masks'
     )
@@ -76,7 +76,7 @@ def run_check(args: argparse.Namespace) -> int:
 
     # The settings: flags before the recipe, or before what `train` would choose
     given = of_photos(vars(args))
-    recipe, _ = command_train.settings_of({"config": args.config})
+    recipe, _ = train_flags.settings_of({"config": args.config})
     if args.word:
         recipe = as_train_would(args, recipe | given)
     known = {BASE: STOCK_SDXL} | of_photos(recipe) | given
@@ -127,9 +127,9 @@ def of_photos(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_train_would(args: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     """The `given` settings and what `train DIR WORD` chooses; says the base. Raises UserError."""
-    folder, word = command_train.folder_and_word([args.folder, args.word])
+    folder, word = one_word.folder_and_word([args.folder, args.word])
     choices = Choices(given)
-    command_train.choose_base(choices, folder)
+    one_word.choose_base(choices, folder)
     terminal.say(choices.lines)
     if not args.config:
         choose_recipe(choices, None if choices.base.is_toy else least_free_gib())
@@ -231,7 +231,7 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*names, dest=BASE, metavar="TEXT", default=STOCK_SDXL, help=about_base)
     about_model = table.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
-    command_train.add_flag(parser, table.SETTINGS["describe"])
+    train_flags.add_flag(parser, table.SETTINGS["describe"])
 
 
 def run_caption(args: argparse.Namespace) -> int:

@@ -15,8 +15,8 @@ from benchmarks.floor_ratio import measure
 from benchmarks.host_peak import command_of
 from benchmarks.random_sdxl import random_sdxl
 from benchmarks.train_step import cpu_flags, ratios
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.training.loop import train
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 pytestmark = pytest.mark.slow

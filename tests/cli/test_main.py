@@ -18,12 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.cli.command_train import (
-    parse_train_config,
-    print_ending,
-    run_trainer,
-    train_main,
-)
+from dreambooth_moslora.cli.command_train import ending_of, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, command, main
 from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
@@ -36,6 +31,7 @@ from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.training.checkpoint import write_settings
 from dreambooth_moslora.training.loop import TrainResult, train
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -147,12 +143,12 @@ ABSENT = {
     "export x --out y": "there is no file or folder x",
     "explain x": "x holds no run",
     "check x": "x: no such folder",
-    "check x dog": "x: there is no such folder",
+    "check x dog": "x: no such folder",
     "caption x --subject dog": "x: no such folder",
-    "train x dog": "x: there is no such folder",
+    "train x dog": "x: no such folder",
     "train photos dog --pretrained_model_name_or_path x": "the base x does not exist",
     "train --config x.toml": "--config x.toml: there is no such file",
-    "compare x dog": "x: there is no such folder",
+    "compare x dog": "x: no such folder",
     "compare --config x.toml": "--config x.toml: there is no such file",
     "fleet x --out y --pretrained_model_name_or_path toy": "x: give a folder of subject folders",
     "fleet status x": "{here}/x holds no fleet",
@@ -643,7 +639,7 @@ def shown(*events) -> str:
 
 
 def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
-    photos, tiny_base, tmp_path, capsys
+    photos, tiny_base, tmp_path
 ):
     """It named a flag, and nobody knew to which command it belongs."""
     config = tiny_config(tiny_base, photos, tmp_path / "run")
@@ -651,8 +647,7 @@ def test_a_stopped_run_says_where_its_adapter_is_and_the_command_that_goes_on(
     write_settings(config, RunDir(tmp_path / "run"))
     RunDir(tmp_path / "run").metrics_path.touch()
     result = TrainResult(tmp_path / "run", 4, interrupted=True, proof=None)
-    print_ending(make_plan(config), result)
-    said = capsys.readouterr().err
+    (said,) = ending_of(make_plan(config), result)
     assert f"stopped at step 4: the adapter so far is in {tmp_path / 'run'}; " in said
     command = f"train --config {tmp_path / 'run' / 'train_config.json'}"
     assert (

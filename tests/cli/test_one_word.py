@@ -12,10 +12,11 @@ from PIL import Image
 
 from dreambooth_moslora import UserError, train_subject
 from dreambooth_moslora.base import machine as precision
-from dreambooth_moslora.cli import command_train as one_word
-from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config, train_main
+from dreambooth_moslora.cli import one_word
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import INTERRUPTED
+from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
@@ -25,6 +26,7 @@ from dreambooth_moslora.settings.families import STOCK_SDXL
 from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.prompts import subject_of
 from dreambooth_moslora.settings.sources import load_settings
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -356,7 +358,7 @@ def test_a_program_trains_what_the_command_trains_and_prints_nothing(photos, cap
     found = read_json(RunDir(result.run_dir).config_path)
     assert {name: found[name] for name in SAME} == {name: getattr(wanted, name) for name in SAME}
     for words, settings, said in (
-        (["nowhere", "dog"], {}, "there is no such folder"),
+        (["nowhere", "dog"], {}, "no such folder"),
         (photos, {"rnak": 3}, "did you mean `rank`"),
         (photos, {"base": "my models/x"}, "does not exist"),
     ):
@@ -376,13 +378,12 @@ def run_of(name: str, state: str, at: float | None = None) -> None:
         os.utime(checkpoint, (at, at))
 
 
-def test_the_run_that_was_stopped_last_goes_on_and_one_that_saved_nothing_is_used_again(
+def test_the_run_of_the_newest_checkpoint_goes_on_and_one_that_saved_nothing_is_used_again(
     photos, capsys
 ):
-    """It was the one of the highest number, and folders of no use stayed."""
     run_of("dog", "interrupted", at=200)
     run_of("dog_2", "interrupted", at=100)
-    run_of("dog_3", "done", at=300)
+    run_of("dog_3", "done", at=50)
     run_of("dog_4", "failed")
     resumed = [*photos, "--resume_from_checkpoint", "latest"]
     assert parse_train_config(resumed).output_dir == "runs/dog"
@@ -412,8 +413,8 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
 
 
 MISTAKES = [
-    (["nowhere", "dog"], "nowhere: there is no such folder"),
-    (["dog/0.png", "dog"], "it is a file"),
+    (["nowhere", "dog"], "nowhere: no such folder"),
+    (["dog/0.png", "dog"], "not a folder"),
 ]
 MISTAKES += [(["dog"], "dog: say in one word what it shows"), (["dog", " "], "say in one word")]
 MISTAKES += [

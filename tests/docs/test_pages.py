@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.base import machine
-from dreambooth_moslora.cli.command_train import build_train_parser, train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
+from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.extras.lab.study import load_study
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.cli.command_evaluate import usual_folder
-from dreambooth_moslora.cli.command_train import make_evaluator
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -70,9 +69,7 @@ def test_a_process_that_is_not_the_first_of_its_run_loads_no_encoders(
 
     config = scored()
     plan = make_plan(config)
-    with monkeypatch.context() as second:
-        second.setenv("RANK", "1")
-        other = make_evaluator(plan)
+    other = TrainingEvaluator(plan.config, plan.photos, scores=False)
     assert (
         other.encoders is None
         and other.prompts == TrainingEvaluator(config, plan.photos, encoders).prompts

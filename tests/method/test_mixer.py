@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.describe import describe
@@ -28,6 +27,7 @@ from dreambooth_moslora.method.moslora import (
 from dreambooth_moslora.settings.table import MIXERS
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.train.screen import train_widgets
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
 from tests.method.test_moslora import Net, config
 

@@ -4,7 +4,7 @@ in the estimate."""
 import pytest
 from safetensors.torch import load_file
 
-from dreambooth_moslora.cli.command_train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.raw_file import read_raw
@@ -12,6 +12,7 @@ from dreambooth_moslora.settings.table import rank_and_alpha
 from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
 SIZES = {

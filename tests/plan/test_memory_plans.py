@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks import family_memory
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import memory_plans, speed
@@ -25,6 +25,7 @@ from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.cli.command_train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import toys
+from tests.helpers.command_line import parse_train_config
 from tests.settings.test_train_config import NEEDED
 
 CONFIGS = Path(__file__).parents[2] / "assets" / "configs"
@@ -83,11 +84,11 @@ def test_a_very_long_value_is_not_shown_whole(words, capsys):
             "target_module = ['to_q']",
             "unknown setting `target_module`: did you mean `target_modules`?",
         ),
-        ("a.toml", "lora-rank = 3", "a.toml: lora_rank: use --rank."),
+        ("a.toml", "lora-rank = 3", "unknown setting `lora_rank`: did you mean `rank`?"),
         (
             "a.json",
             '{"train_data_dir": "x"}',
-            "a.json: train_data_dir: use --instance_data_dir, or --subjects",
+            "unknown setting `train_data_dir`",
         ),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),

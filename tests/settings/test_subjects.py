@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import prompts, toys
 from dreambooth_moslora.settings.prompts import (
@@ -14,6 +13,7 @@ from dreambooth_moslora.settings.prompts import (
     validation_prompts,
 )
 from dreambooth_moslora.settings.table import TrainConfig
+from tests.helpers.command_line import parse_train_config
 from toybox.drawing.places import PLACES
 
 BASE = ["--pretrained_model_name_or_path", "toy"]

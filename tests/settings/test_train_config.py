@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import dreambooth_moslora
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import WORDS
 from dreambooth_moslora.settings.rules import remarks
 from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from tests.helpers.command_line import parse_train_config
 
 NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"]
 NEEDED += ["--instance_prompt", "a photo of sks dog"]
@@ -281,7 +281,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from dreambooth_moslora.cli.parser import unknown_flag_message
-from dreambooth_moslora.cli.command_train import build_train_parser, parse_train_config
+from dreambooth_moslora.cli.train_flags import build_train_parser
+from tests.helpers.command_line import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig

@@ -27,7 +27,7 @@ from dreambooth_moslora import training
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.pipelines import family_of
-from dreambooth_moslora.cli.command_train import parse_train_config, train_main
+from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -49,6 +49,7 @@ from dreambooth_moslora.training.objective import (
     weights_of,
 )
 from dreambooth_moslora.training.prepare import noise_schedule
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
@@ -209,7 +210,6 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
             {"max_sequence_length": 99},
             "--max_sequence_length is not for Stable Diffusion 1.5",
         ),
-        ("z_image", {"system_prompt": "Draw."}, "--system_prompt is not for Z-Image"),
         ("z_image", {"shift_timesteps": True}, "--shift_timesteps is not for Z-Image"),
         (
             "z_image",

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.base_size import BaseSize
@@ -26,6 +25,7 @@ from dreambooth_moslora.training.optimizer import (
     make_optimizer,
     parameter_groups,
 )
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.cli import command_train, terminal
+from dreambooth_moslora.cli import terminal, train_flags
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.fleet_subjects import REFUSED, read_subjects
@@ -36,8 +36,7 @@ def fleet_arguments(parser: argparse.ArgumentParser) -> None:
     about = "a run folder for each subject: a folder shared by all machines"
     parser.add_argument("--out", metavar="DIR", help=about)
     add_cluster_flags(parser)
-    notes = {"pretrained_model_name_or_path": f" ({command_train.NEEDED})"}
-    command_train.add_training_flags(parser, hidden=REFUSED, notes=notes)
+    train_flags.add_training_flags(parser, hidden=REFUSED)
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser, of_one: str = "this machine alone") -> None:
@@ -74,7 +73,7 @@ def run_fleet(args: argparse.Namespace) -> int:
     # the settings that all subjects share
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     is_dry = flags.pop("dry_run", False)  # an option of the fleet, not of each run
-    shared, _ = command_train.settings_of(flags, without_words=True)
+    shared, _ = train_flags.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --base; give it as a flag or in a --config file.")
     chosen = choices.Choices(shared)

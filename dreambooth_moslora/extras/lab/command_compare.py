@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.cli import command_train
+from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
@@ -103,7 +103,7 @@ NOT_SHARED = ("instance_prompt", "class_prompt", "class_word", "mixer", "rank", 
 def study_of(args: argparse.Namespace) -> Study:
     """One arm for each mixer, trained on the folder as `train PHOTOS WORD` would. Raises
     UserError."""
-    folder, word = command_train.folder_and_word(args.words)
+    folder, word = one_word.folder_and_word(args.words)
     mixers = args.mixers or ["none", "orthogonal"]
     if unknown := [mixer for mixer in mixers if mixer not in MIXERS]:
         raise UserError(f"--mixers {unknown[0]}: choose from {', '.join(MIXERS)}.")
@@ -111,7 +111,7 @@ def study_of(args: argparse.Namespace) -> Study:
     # what `train` would choose
     base = args.base
     chosen = choices.Choices({BASE: base} if base else {})
-    command_train.choose_base(chosen, folder)
+    one_word.choose_base(chosen, folder)
     free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
     exposures = choices.choose_recipe(chosen, free_gib)
     choices.choose_words(chosen, word)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab.command_compare import compare_arguments
@@ -16,6 +15,7 @@ from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_w
 from dreambooth_moslora.extras.lab.comparison import Result, best_rates, outcomes, summaries
 from dreambooth_moslora.extras.lab.study import Cell, Study, StudySubject, load_study
 from dreambooth_moslora.extras.lab.study_report import difference_plot, finding, outcome_rows
+from tests.helpers.command_line import parse_train_config
 
 MIXERS = Path(__file__).parents[3] / "assets" / "studies" / "mixers.toml"
 

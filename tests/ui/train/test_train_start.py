@@ -13,7 +13,6 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_train import parse_train_config
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import agreement
@@ -37,6 +36,7 @@ from dreambooth_moslora.ui.train.train_start import (
     start_run,
     take_photos_of_run,
 )
+from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
 from tests.ui.conftest import handler, recorded
 
