@@ -415,7 +415,6 @@ METHODS: dict[str, type[Family]] = {
 """The facts' name -> the family's class."""
 AS_ARGUMENT: dict[str, Callable[[Any], Any]] = {
     "text_encoder_out_layers": lambda layers: tuple(map(int, layers)),
-    "complex_human_instruction": lambda text: [text],  # its lines
     "clip_skip": lambda layer: layer - 1,  # diffusers counts those that are left out
 }
 """Setting -> what turns its value into the argument, where the two differ."""

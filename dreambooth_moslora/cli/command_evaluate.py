@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_generate import text_option_arguments
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
 from dreambooth_moslora.disk.contents import read_json, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
@@ -65,7 +64,6 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "whether training was worth it; for families that take references"
     )
     parser.add_argument("--reference", action="store_true", help=about_reference)
-    text_option_arguments(parser)
     about_folder = (
         "where the report goes (default: evaluation/ in the run; for its best/ best_evaluation/)"
     )
@@ -213,7 +211,7 @@ def picture_count(plan: "EvaluationPlan") -> int:
 def resolve(args: argparse.Namespace) -> table.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header.
     Raises UserError."""
-    known = known_of(Path(find_asset(args.adapter))) | text_options_of(args)
+    known = known_of(Path(find_asset(args.adapter)))
 
     # Several subjects, as the run has them
     if known.get("subjects"):

@@ -16,7 +16,6 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS, text_options_of
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
@@ -69,17 +68,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(params.SCHEDULERS),
         help="how steps remove noise (default: the base's own)",
     )
-    text_option_arguments(parser)
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
-
-
-def text_option_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the settings that say how prompts are encoded."""
-    for name in TEXT_OPTIONS:
-        what = table.SETTINGS[name].metadata["help"].partition(" (default")[0]
-        about = f"{what} (default: as in the adapter's training)"
-        count = "+" if table.FIELD_TYPES[name][0] is tuple else None
-        parser.add_argument(f"--{name}", nargs=count, help=about)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -167,8 +156,7 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
         "scheduler": args.scheduler,
         "seed": None if args.seed is None else params.draw_seed(args.seed),
     }
-    values = {name: value for name, value in given.items() if value is not None}
-    return values | {"text_options": text_options_of(args)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _save_all(events: Iterator, folder: Path) -> int:

@@ -49,6 +49,8 @@ FOREIGN = {
     "local_rank": "the launcher says it in the environment; leave it out",
     "output_kohya_format": "a UNet's kohya file is always written; leave it out",
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
+    "system_prompt": "Lumina 2 is told its own sentence before each prompt; leave it out",
+    "complex_human_instruction": "Sana is told nothing before a prompt; leave it out",
     "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
     # its scripts for other models
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",

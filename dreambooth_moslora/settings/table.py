@@ -842,14 +842,6 @@ class TrainConfig:
         high=12,
         publish="if_changed",
     )
-    system_prompt: str | None = of_training(
-        default=None,
-        help="what Lumina 2's text encoder is told before each prompt (default: its own sentence)",
-    )
-    complex_human_instruction: str | None = of_training(
-        default=None,
-        help="what Sana's text encoder is told before each prompt (default: nothing)",
-    )
     max_grad_norm: float = of_training(
         default=1.0,
         help="gradients are clipped to this norm",

@@ -1,7 +1,6 @@
 """Pictures of other families are drawn with the options of encoding prompts that the adapter's run
 had."""
 
-from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options, family_of
-from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.lora.metadata import AdapterMetadata, with_recipe
-from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS, text_options_of
+from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
 
@@ -24,7 +22,6 @@ TOLD = {
     "text_encoder_out_layers": ("4", "5", "6"),
     "clip_skip": 2,
 }
-OTHER = "Draw badly."
 NAMES = [facts.name for facts in FAMILIES if facts.text_options]
 
 
@@ -77,7 +74,7 @@ def drawn(
 
 @pytest.mark.parametrize("option", TEXT_OPTIONS)
 def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, subject, tmp_path):
-    facts, value = subject.family.facts, TOLD.get(option, OTHER)
+    facts, value = subject.family.facts, TOLD[option]
     if option not in facts.text_options:
         with pytest.raises(UserError, match=f"--{option} is not for {facts.title}; leave it out"):
             drawn(subject, **{option: value})
@@ -88,20 +85,7 @@ def test_those_that_the_file_tells_are_taken_unless_others_are_given(option, sub
     assert not np.array_equal(usual, wanted) and np.array_equal(
         drawn(subject, adapter, **{option: value}), wanted
     )
-    assert np.array_equal(drawn(subject, adapter), wanted if option in TOLD else usual)
-
-
-@pytest.mark.parametrize("given", [OTHER, ""])
-def test_evaluate_takes_what_a_file_does_not_tell(given, tmp_path):
-    facts = AdapterMetadata(rank=1, alpha=1.0, base_id="a/b", trigger_words=("sks dog",))
-    header = with_recipe(TrainConfig(system_prompt=OTHER), facts).header
-    save_file({"x": torch.ones(1)}, file := tmp_path / "dog.safetensors", header)
-    command_evaluate.evaluate_arguments(parser := ArgumentParser())
-    words = [str(file), "--photos", str(tmp_path), "--system_prompt", given]
-    assert text_options_of(command_evaluate.resolve(parser.parse_args(words))) == {
-        "system_prompt": given
-    }
-    assert not text_options_of(command_evaluate.resolve(parser.parse_args(words[:3])))
+    assert np.array_equal(drawn(subject, adapter), wanted)
 
 
 def test_as_many_layers_are_read_as_the_transformer_is_wide(tmp_path):
@@ -131,23 +115,3 @@ def test_the_skipped_layers_of_stable_diffusion_1_5_are_counted_from_the_last(tm
     torch.testing.assert_close(texts[2], wanted)
     torch.testing.assert_close(texts[1], texts[None])
     assert not torch.allclose(texts[2], texts[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "option"), [("lumina2", "system_prompt"), ("sana", "complex_human_instruction")]
-)
-def test_the_prompt_is_instructed_and_the_negative_one_is_not(name, option, tmp_path):
-    """As in the pipeline's own call."""
-    subject = SubjectPipeline(tiny_pipeline(name, tmp_path), "tiny")
-    ours = drawn(subject, negative_prompt="a blurred cat", **{option: OTHER})
-    own = subject.family.with_negative({}, {}) | encoding_options({option: OTHER})
-    own |= {"negative_prompt": "a blurred cat", "guidance_scale": subject.family.facts.guidance}
-    own |= {
-        "height": 64,
-        "width": 64,
-        "num_inference_steps": 1,
-        "generator": torch.Generator().manual_seed(0),
-    }
-    theirs = subject.pipeline("a photo of sks dog", **own).images[0]
-    assert np.abs(ours.astype(float) - np.asarray(theirs)).max() <= 1

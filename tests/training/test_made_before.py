@@ -288,7 +288,7 @@ def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tm
 
 
 def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
-    told = {"system_prompt": "Draw.", "text_encoder_out_layers": (9, 18, 27)}
+    told = {"text_encoder_out_layers": (9, 18, 27)}
     plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
     for images in (plain, other):
         assert len(top_up(images, 3)) == 1

@@ -106,16 +106,10 @@ def test_it_goes_on_where_it_stopped(study, finished):
     )
 
 
-def test_a_study_of_another_family_counts_its_layers_and_scores_with_the_runs_instruction(
-    study, tmp_path, monkeypatch
-):
-    """Its file does not tell the sentence."""
+def test_a_study_of_another_family_counts_its_layers(study, tmp_path, monkeypatch):
     tiny_pipeline("lumina2", tmp_path / "files").save_pretrained(tmp_path / "base")
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
-    changes = {
-        "pretrained_model_name_or_path": str(tmp_path / "base"),
-        "system_prompt": "Draw well.",
-    }
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
     study = replace(study, train=study.train | changes, budget="parameters", ranks=(4,))
     cell = Cell("test", "mix", 4, study.subjects[0].name, 0, 1e-3)
     rank = budget.budget_ranks(study)["mix", 4]
