@@ -40,9 +40,9 @@ def write(subject: str, folder: Path, captions: bool = False) -> None:
     for number, path in enumerate(sorted((PHOTOS / subject).glob("*.jpg"))):
         mask = Image.open(path.with_suffix(".mask.png")).convert("L")
         cut(Image.open(path), mask, wide=number % 2 == 0).save(folder / path.name, quality=90)
-    run("check", str(folder), "--make_masks", "--no_picture")
+    facts = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
+    run("check", str(folder), facts["class_word"], "--make_masks", "--no_picture")
     if captions:
-        facts = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
         run("caption", str(folder), "--subject", f"{facts['token']} {facts['class_word']}")
 
 

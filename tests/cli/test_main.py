@@ -142,7 +142,6 @@ ABSENT = {
     "evaluate dog.safetensors --base x": "the base x does not exist",
     "export x --out y": "there is no file or folder x",
     "explain x": "x holds no run",
-    "check x": "x: no such folder",
     "check x dog": "x: no such folder",
     "caption x --subject dog": "x: no such folder",
     "train x dog": "x: no such folder",
@@ -255,7 +254,7 @@ def test_a_flag_that_people_try_first_is_answered_with_the_one_that_they_mean(wo
     "words",
     [
         "train {photos} dog",
-        "check {photos}",
+        "check {photos} dog",
         "compare {photos} dog",
         "generate --prompt dog",
         "evaluate dog.safetensors",

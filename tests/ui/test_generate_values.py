@@ -140,16 +140,6 @@ def test_the_first_prompt_has_the_trigger_words_and_the_adapters_words_are_no_ma
         assert isinstance(others["about"], gr.HTML) and "<b>" not in others["about"].value
 
 
-def test_a_refused_upload_leaves_the_scale_as_it_was_set(context):
-    events = build_app(context()).fns
-    [after] = [
-        event
-        for event in events.values()
-        if event.name == "preset" and event.trigger_after is not None
-    ]
-    assert events[after.trigger_after].name == "upload" and after.trigger_only_on_success
-
-
 def test_facts_and_seconds_are_said_as_people_say_them():
     file = assets_folder() / "adapters" / "rocket.safetensors"
     facts = dict(adapter_facts(str(file)))
