@@ -64,8 +64,7 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
 
     # The photos are judged by the resolution; a recipe has it, a file may lack it.
     choices.choose_resolution(chosen)
-    reading = table.TrainConfig.from_dict(chosen.all | {"early_stopping": None})
-    chosen.photo_report = photo_report(reading)
+    chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all))
 
     # Steps and scores depend on how many photos there are.
     choices.choose_steps(chosen, exposures, chosen.photo_report.photos)

@@ -125,7 +125,7 @@ FOREIGN = {
         "name.mask.png beside a photo is always used, and --masks auto makes what is missing; "
         "leave it out"
     ),
-    "alpha_mask": "a photo's transparency is its mask unless --alpha white; leave it out",
+    "alpha_mask": "a photo's transparency is its mask; leave it out",
     "no_half_vae": (
         "SDXL's own VAE computes in fp32, and any other does where half precision overflows; "
         "leave it out"

@@ -114,11 +114,6 @@ def ask_to_stop(run_dir: Path) -> None:
     (run_dir / STOP_NAME).touch()
 
 
-def is_asked_to_stop(run_dir: Path) -> bool:
-    """Whether `ask_to_stop` was called since the last start there."""
-    return (run_dir / STOP_NAME).exists()
-
-
 def end_process(pid: int) -> None:
     """Kill it, its children first. What it has saved stays."""
     import psutil

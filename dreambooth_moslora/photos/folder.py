@@ -106,7 +106,7 @@ def report_of(config: TrainConfig, number: int) -> PhotoReport:
     if not config.instance_data_dir:
         raise UserError("give the photos: --instance_data_dir FOLDER.")
     folder = Path(config.instance_data_dir)
-    report = find_photos(folder, config.instance_prompt, config.resolution, alpha=config.alpha)
+    report = find_photos(folder, config.instance_prompt, config.resolution)
     photos = [replace(with_own_captions(config, photo), subject=number) for photo in report.photos]
     if not photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")

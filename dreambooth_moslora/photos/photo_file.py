@@ -1,7 +1,7 @@
 """One photo: its file from any phone or program as upright sRGB pixels, its captions and its mask.
 
-Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK, Lab,
-palettes, greys and 16 bits. Sizes are (height, width) px of the upright picture.
+Only this module handles orientation (EXIF), colour profiles, transparency (on white), CMYK,
+palettes and greys. Sizes are (height, width) px of the upright picture.
 """
 
 import errno
@@ -13,7 +13,6 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms
 
 from dreambooth_moslora.disk.contents import content_key, file_digest
@@ -64,7 +63,6 @@ def open_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(path, formats=FORMATS)
             image.load()
-            return image
 
     # Each reason in words for the person who chose the folder
     except Image.DecompressionBombError:
@@ -79,6 +77,11 @@ def open_image(path: Path) -> Image.Image:
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise
         raise UnreadableImageError(f"broken: {one_line(error)}") from None
+
+    # Lab, and greys of 16 and 32 bits, whose white no file tells
+    if image.mode == "LAB" or image.mode.startswith(("I", "F")):
+        raise UnreadableImageError(f"colours of the mode {image.mode}: save it as RGB with 8 bits")
+    return image
 
 
 def orientation(image: Image.Image) -> int:
@@ -140,13 +143,6 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     """Any mode without transparency -> RGB, by the embedded profile if that fits."""
     profile = profile or image.info.get("icc_profile")
 
-    # Modes that a profile of the file does not describe
-    if image.mode == "LAB":
-        converted = by_profile(image, ImageCms.createProfile("LAB"))
-        return converted or image.convert("L").convert("RGB")
-    if is_deep(image):
-        return deep_grey(image).convert("RGB")
-
     # Palettes and the rest become RGB first: profiles are written for these three modes.
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
@@ -154,12 +150,11 @@ def to_srgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
     return converted or image.convert("RGB")
 
 
-def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) -> Image.Image | None:
+def by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
     """Convert by an ICC profile; None when the profile is damaged or meant for another mode."""
     try:
-        file = BytesIO(profile) if isinstance(profile, bytes) else profile
         transform = ImageCms.buildTransform(
-            inputProfile=ImageCms.ImageCmsProfile(file),
+            inputProfile=ImageCms.ImageCmsProfile(BytesIO(profile)),
             outputProfile=ImageCms.createProfile("sRGB"),
             inMode=image.mode,
             outMode="RGB",
@@ -168,28 +163,6 @@ def by_profile(image: Image.Image, profile: bytes | ImageCms.core.CmsProfile) ->
         return ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether its pixels have 16 or 32 bits."""
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def deep_grey(image: Image.Image) -> Image.Image:
-    """16- and 32-bit greys -> L. Integers up to 255 or 65535 keep that scale; fractions go from 0
-    to 1."""
-    # The file does not say which value is white. The largest value tells.
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    top = values.max()
-    if image.mode.startswith("I;16") or (image.mode == "I" and top > 255):
-        white = 65535.0
-    elif image.mode == "I" or top > 1:
-        white = 255.0
-    else:
-        white = 1.0
-
-    shown = (values / max(white, top) * 255).clip(0, 255).round()
-    return Image.fromarray(shown.astype(np.uint8))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Which captions training shows of a photo: with prefix and suffix, tags in several orders, and the
-bare instance prompt.
+"""Which captions training shows of a photo: with a prefix, tags in several orders, and the bare
+instance prompt.
 
 Tags of image boards have no order, so they are shuffled, in a fixed number of orders a caption, by
 the run's seed:
 
-    prefix  sks dog, red collar, on grass, side view  suffix
+    prefix  sks dog, red collar, on grass, side view
 
 With `--keep_tokens 1` the first tag, `sks dog`, stays where it is.
 
@@ -25,14 +25,13 @@ ORDERS = 16
 
 
 def with_own_captions(config: TrainConfig, photo: Photo) -> Photo:
-    """The photo, with prefix and suffix on its own captions, and with its bare prompt if none of
+    """The photo, with the prefix on its own captions, and with its bare prompt if none of
     them is the instance prompt."""
     prompt = config.instance_prompt
     prefix = (config.caption_prefix or "").strip()
-    suffix = (config.caption_suffix or "").strip()
     found = []
     for caption in photo.captions:
-        found.append(caption if caption == prompt else joined(prefix, caption, suffix))
+        found.append(caption if caption == prompt else joined(prefix, caption))
     is_there = as_heard(prompt) in map(as_heard, found)
     return replace(photo, captions=tuple(found), bare_prompt=None if is_there else prompt)
 
@@ -55,13 +54,13 @@ def bare_prompt_line(config: TrainConfig, photos: Sequence[Photo]) -> str | None
 
 
 def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[str, ...]:
-    """The captions; with `--shuffle_caption` ORDERS orders of each, without prefix, suffix and kept
+    """The captions; with `--shuffle_caption` ORDERS orders of each, without the prefix and kept
     tags."""
     if not config.shuffle_caption:
         return captions
     found = []
     for caption in captions:
-        head, tags, tail = tags_in(config, caption)
+        head, tags = tags_in(config, caption)
         kept = tags[: config.keep_tokens]
 
         # The written order first, then the drawn ones
@@ -69,18 +68,15 @@ def shuffled_captions(config: TrainConfig, captions: tuple[str, ...]) -> tuple[s
         for number in range(1, ORDERS):
             others = tags[config.keep_tokens :]
             rng(config.seed, "tags", caption, number).shuffle(others)
-            found.append(joined(head, ", ".join([*kept, *others]), tail))
+            found.append(joined(head, ", ".join([*kept, *others])))
     return tuple(found)
 
 
-def tags_in(config: TrainConfig, caption: str) -> tuple[str, list[str], str]:
-    """A caption's prefix, tags and suffix. The instance prompt got neither prefix nor suffix."""
-    head = tail = ""
-    if caption != config.instance_prompt:
-        prefix = joined((config.caption_prefix or "").strip())
-        suffix = joined((config.caption_suffix or "").strip())
-        head = prefix if caption.startswith(prefix) else ""
-        tail = suffix if caption.endswith(suffix) else ""
-    middle = caption[len(head) : len(caption) - len(tail)]
-    tags = [tag.strip() for tag in middle.split(",")]
-    return head, [tag for tag in tags if tag], tail
+def tags_in(config: TrainConfig, caption: str) -> tuple[str, list[str]]:
+    """A caption's prefix and tags. The instance prompt got no prefix."""
+    head = ""
+    prefix = joined((config.caption_prefix or "").strip())
+    if caption != config.instance_prompt and caption.startswith(prefix):
+        head = prefix
+    tags = [tag.strip() for tag in caption[len(head) :].split(",")]
+    return head, [tag for tag in tags if tag]

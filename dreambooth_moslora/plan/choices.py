@@ -281,8 +281,7 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
     from dreambooth_moslora.photos.photo_file import counts_of
     from dreambooth_moslora.plan.plan import plan_steps
 
-    # the scores it needs are chosen later
-    config = TrainConfig.from_dict(choices.all | {"early_stopping": None})
+    config = TrainConfig.from_dict(choices.all)
     return plan_steps(config, counts_of(photos), process_count()).total_steps
 
 

@@ -122,7 +122,6 @@ class Row:
     path: Callable[[str], str] | None = None
     per_process: bool = False  # may differ between the processes of one run
     per_subject: bool = False  # each of several subjects may have its own
-    check: bool = False  # the command `check` takes it too
     # dropped from --config if one is given (`per_subject`: subjects, WORDS)
     yields_to: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()  # the settings that it decides

@@ -153,7 +153,6 @@ class TrainConfig:
         help='the subject in words, with its rare token: "a photo of sks dog"',
         required=True,
         per_subject=True,
-        check=True,
     )
     subjects: tuple[rows.Subject, ...] = of_photos(
         default=(),
@@ -181,7 +180,6 @@ class TrainConfig:
         publish="if_changed",
         per_subject=True,
         yields_to=("subjects",),
-        check=True,
     )
     describe: tuple[str, ...] = of_photos(
         default=(),
@@ -194,12 +192,6 @@ class TrainConfig:
     caption_prefix: str | None = of_photos(
         default=None,
         help="words before each photo's own captions; the instance prompt stays",
-        per_subject=True,
-        yields_to=(rows.WORDS,),
-    )
-    caption_suffix: str | None = of_photos(
-        default=None,
-        help="words after each photo's own captions",
         per_subject=True,
         yields_to=(rows.WORDS,),
     )
@@ -258,7 +250,6 @@ class TrainConfig:
         low=1,
         high=10**6,
         publish="always",
-        check=True,
     )
     resolution: int = of_photos(
         default=1024,
@@ -267,7 +258,6 @@ class TrainConfig:
         ),
         low=8,
         publish="always",
-        check=True,
     )
     enable_bucket: bool = of_photos(
         default=False,
@@ -277,7 +267,6 @@ class TrainConfig:
         ),
         publish="always",
         also="use_aspect_ratio_buckets",
-        check=True,
     )
     bucket_reso_steps: int | None = of_photos(
         default=None,
@@ -288,13 +277,11 @@ class TrainConfig:
         low=8,
         publish="always",
         idle=rows.unless(enable_bucket=True),
-        check=True,
     )
     center_crop: bool = of_photos(
         default=False,
         help="crop the middle of each photo instead of a random place",
         publish="always",
-        check=True,
     )
     random_flip: bool = of_photos(
         default=False,
@@ -303,7 +290,6 @@ class TrainConfig:
             "(--crops_per_photo, --caching off)"
         ),
         publish="always",
-        check=True,
     )
     crops_per_photo: int = of_photos(
         default=1,
@@ -311,7 +297,6 @@ class TrainConfig:
         low=1,
         high=1000,
         publish="always",
-        check=True,
         idle=rows.where(
             "with --caching off, which always takes new crops", lambda run: run.caching == "off"
         ),
@@ -322,14 +307,6 @@ class TrainConfig:
         low=1,
         high=4,
         publish="always",
-        check=True,
-    )
-    alpha: str = of_photos(
-        default="mask",
-        help="transparent photos go on white; mask: the opaque part is the subject",
-        choices=("mask", "white"),
-        publish="always",
-        check=True,
     )
     unmasked_weight: float = of_photos(
         default=0.2,
@@ -354,14 +331,12 @@ class TrainConfig:
             "the toy's own net)"
         ),
         idle=rows.unless(masks="auto"),
-        check=True,
     )
     mask_prompt: str | None = of_photos(
         default=None,
         help="what CLIPSeg looks for in the photos (default: the class word)",
         per_subject=True,
         idle=rows.unless(masks="auto"),
-        check=True,
     )
 
     # Prior preservation: what keeps the base's idea of the class beside the subject.
@@ -614,7 +589,6 @@ class TrainConfig:
         high=2**63 - 1,
         publish="always",
         elsewhere="seeds",
-        check=True,
     )
     train_batch_size: int = of_training(
         default=4,
@@ -1076,12 +1050,6 @@ class TrainConfig:
         default=None,
         help="steps between scores of fidelity; 0: never (default: never)",
         low=0,
-    )
-    early_stopping: int | None = of_samples(
-        default=None,
-        help="stop when the score has not risen for this many evaluations (default: only warn)",
-        low=1,
-        idle=rows.where("without --evaluate_steps", lambda run: not run.evaluate_steps),
     )
 
     # The run folder: what is written there, and how often.

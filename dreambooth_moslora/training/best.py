@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STALLED_AFTER = 3
-"""Evaluations without a better score, after which early stopping is suggested."""
+"""Evaluations without a better score, after which it is said."""
 
 
 @dataclass(frozen=True)
@@ -15,17 +15,14 @@ class BestStep:
     score: float
     since: int
 
-    def advice(self, early_stopping: int | None) -> str | None:
+    def advice(self) -> str | None:
         """One line when the score has not risen for a while; None otherwise."""
-        if self.since < (early_stopping or STALLED_AFTER):
+        if self.since < STALLED_AFTER:
             return None
-        line = (
+        return (
             f"the score has not risen for {self.since} evaluations; "
-            f"best was {self.score:.3f} at step {self.step}"
+            f"best was {self.score:.3f} at step {self.step} (kept in best/)"
         )
-        if early_stopping:
-            return f"{line}: stopping early, as --early_stopping {early_stopping} asks"
-        return f"{line} (kept in best/); --early_stopping {STALLED_AFTER} would stop here"
 
 
 def best_of(evaluations: Sequence[tuple[int, float]]) -> BestStep:

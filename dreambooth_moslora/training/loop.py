@@ -243,7 +243,7 @@ class Training:
         self.best = BestStep(**found.best)
         self.publisher.best = self.best
         self.publisher.scores = found.scores
-        line = self.best.advice(self.config.early_stopping) if self.config.is_scored else None
+        line = self.best.advice() if self.config.is_scored else None
         if line:
             logger.warning("step %d: %s", found.step, line)
 
@@ -255,14 +255,6 @@ class Training:
             self.note_scores(scored[-1])
         if self.is_scored_now and self.step not in (event.step for event in scored):
             self.evaluate()
-
-    @property
-    def has_stalled(self) -> bool:
-        """Whether the score has not risen for as long as `--early_stopping` allows, the same in all
-        processes."""
-        patience = self.config.early_stopping
-        since = self.best.since if self.best else 0
-        return bool(patience) and distributed.any_process(self.accelerator, since >= patience)
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -529,7 +521,7 @@ def fit(run: Training) -> TrainResult:
         distributed.on_main(run.accelerator, run.recall_scores)
     run.sample_if_due()
 
-    while run.step < run.max_train_steps and not run.has_stalled:
+    while run.step < run.max_train_steps:
         if run.context.stop_requested():
             if run.step == 0:  # the adapter would be the unchanged base
                 raise StopRequestedError
@@ -551,7 +543,4 @@ def fit(run: Training) -> TrainResult:
         if run.is_checkpoint_due:
             run.save_checkpoint(run.run_dir.checkpoint_path(run.step))
 
-    # A run that stalled ends before `max_train_steps`, so its last samples are still to be drawn.
-    if run.samples.requests and run.samples.latest_step != run.step:
-        run.sample()
     return run.finish(interrupted=False)

@@ -61,7 +61,6 @@ class PhotoEncoder:
     rule: how photos are cropped
     unmasked_weight: the loss weight around the subject, in [0, 1]
     family: how its kind of latents is scaled
-    alpha: what transparent places of a photo mean, as in `--alpha`
     """
 
     vae: torch.nn.Module
@@ -69,7 +68,6 @@ class PhotoEncoder:
     rule: cropping.CropRule
     unmasked_weight: float = 0.0
     family: pipelines.Family = load.SDXL_FAMILY
-    alpha: str = "mask"
 
     def __post_init__(self) -> None:
         # The scale of the latents is no weight, so the configuration is part of the identity.
@@ -110,14 +108,11 @@ class PhotoEncoder:
     ) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if
         the cache was changed after the VAE had left memory."""
-        # `alpha` matters only beside a mask file; a key without it is found again.
-        others = {"alpha": self.alpha} if photo.has_mask_file else {}
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),
             plan=plan,
             vae=self.vae_identity,
-            **others,
         )
 
         def compute() -> Tensors:
@@ -150,7 +145,7 @@ class PhotoEncoder:
         ("opaque")."""
         image = photo_file.open_again(photo.path)
         parts = {"subject": photo_file.open_mask(photo)}
-        if photo.has_mask_file and self.alpha == "mask":
+        if photo.has_mask_file:
             parts["opaque"] = photo_file.alpha_of(image)
 
         # Every part has the photo's size, so one plan cuts them all.

@@ -192,7 +192,6 @@ def streams_of(
         rule=crop_rule(config),
         unmasked_weight=config.unmasked_weight,
         family=family,
-        alpha=config.alpha,
     )
     instance = photo_stream.instance_streams(config, photos, encoder)
     if not class_photos:

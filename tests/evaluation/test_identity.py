@@ -150,14 +150,13 @@ def test_the_best_step_is_the_one_with_the_persons_face_and_explain_names_the_co
         tmp_path / "anna",
         subject="person",
         instance_prompt="a photo of sks woman",
-        max_train_steps=9,
+        max_train_steps=4,
         evaluate_steps=1,
-        early_stopping=2,
     )
     encoders.faces = stub_faces
     train(config, evaluator=Planted(config, photo_report(config).photos, encoders))
 
-    # It stops two evaluations after the right face, which is kept.
+    # The step of the right face is kept.
     events = logged(tmp_path / "anna", "evaluation")
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert events[-1]["best"]["step"] == 2 and events[2]["no_face"] == 1

@@ -97,9 +97,9 @@ def test_kept_captions_are_made_once_for_each_photo_model_and_words(folder, tmp_
         "instance_prompt": PROMPT,
         "resolution": 64,
     }
-    auto = photo_report(TrainConfig(**settings, captions="auto", caption_suffix=", sharp")).photos
-    made, own = f"{PROMPT} on grass, sharp", ["my own words, sharp", PROMPT]
-    assert [photo.captions[0] for photo in auto] == [made, *own, made, "mine, sharp"]
+    auto = photo_report(TrainConfig(**settings, captions="auto", caption_prefix="sharp,")).photos
+    made, own = f"sharp, {PROMPT} on grass", ["sharp, my own words", PROMPT]
+    assert [photo.captions[0] for photo in auto] == [made, *own, made, "sharp, mine"]
     assert photo_report(TrainConfig(**settings)).photos[0].captions == (PROMPT,)
 
 

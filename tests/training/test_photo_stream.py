@@ -217,24 +217,17 @@ def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
     assert Counter(said(worded(many)))["sks dog"] == pytest.approx(100, abs=40)
 
 
-def test_prefix_and_suffix_stand_around_a_photos_own_captions_and_stay_whatever_is_shuffled(
-    tmp_path,
-):
-    one, two = photos_with(
-        tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,", caption_suffix=", photo"
-    )
-    assert one.captions == ("sks dog, on grass, photo", "sks dog, in snow, photo")
+def test_a_prefix_stands_before_a_photos_own_captions_and_stays_whatever_is_shuffled(tmp_path):
+    one, two = photos_with(tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,")
+    assert one.captions == ("sks dog, on grass", "sks dog, in snow")
     assert two.captions == ("a photo of sks dog",)
-    ends = {"caption_prefix": "sks dog,", "caption_suffix": ", in the style of a photo"}
-    framed = "sks dog, red, blue, green, in the style of a photo"
-    found = shuffled_captions(config(shuffle_caption=True, **ends), (framed, "sks dog,"))
+    framed = "sks dog, red, blue, green, in snow"
+    prefixed = config(shuffle_caption=True, caption_prefix="sks dog,")
+    found = shuffled_captions(prefixed, (framed, "sks dog,"))
     assert (
         found[0] == framed and len(set(found[:ORDERS])) > 3 and set(found[ORDERS:]) == {"sks dog,"}
     )
-    assert all(
-        c.startswith("sks dog, ") and c.endswith(", in the style of a photo")
-        for c in found[:ORDERS]
-    )
+    assert all(caption.startswith("sks dog, ") for caption in found[:ORDERS])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
