@@ -198,19 +198,14 @@ def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it.
     `instead` is what the message advises."""
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    asked = {
-        "mixed_precision": precision,
-        "prior_generation_precision": config.prior_generation_precision,
-    }
-    flags = [flag for flag, wanted in asked.items() if wanted == "bf16"]
-    if not flags or asks_accelerate("ACCELERATE_USE_CPU"):
+    if precision != "bf16" or asks_accelerate("ACCELERATE_USE_CPU"):
         return
     import torch  # not before it is needed: a dry run answers at once
 
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         major, minor = torch.cuda.get_device_capability()
         raise UserError(
-            f"--{flags[0]} bf16: {torch.cuda.get_device_name()} "
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} "
             f"(compute capability {major}.{minor}) has no bf16, which begins at 8.0: "
-            f"give --{flags[0]} {instead}."
+            f"give --mixed_precision {instead}."
         )

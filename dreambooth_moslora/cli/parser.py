@@ -13,22 +13,6 @@ from dreambooth_moslora.settings import rows, table
 
 FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
-    "crops_coords_top_left_h": (
-        "each photo's own crop is told to the model; there is nothing to set"
-    ),
-    "crops_coords_top_left_w": (
-        "each photo's own crop is told to the model; there is nothing to set"
-    ),
-    "set_grads_to_none": "gradients are always set to none; leave it out",
-    "pre_compute_text_embeddings": "frozen text encoders are always asked once only; leave it out",
-    "tokenizer_max_length": "SDXL's text encoders read 77 tokens; leave it out",
-    "text_encoder_use_attention_mask": "SDXL's text encoders take no attention mask; leave it out",
-    "class_labels_conditioning": "it belongs to models of pixels, which cannot be trained here",
-    "skip_save_text_encoder": "text encoders are saved only as adapters; leave it out",
-    "offset_noise": "use --noise_offset 0.1",
-    "train_text_encoder_frac": (
-        "not supported: the text encoders are trained all along or not at all"
-    ),
     "adam_weight_decay_text_encoder_ti": "new tokens are never decayed; leave it out",
     "enable_t5_ti": (
         "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own"
@@ -38,10 +22,6 @@ FOREIGN = {
     "num_vectors num_vectors_per_token": (
         "use --train_text_encoder_ti with --num_new_tokens_per_abstraction"
     ),
-    "use_blora": "use --target_modules blora_content blora_style",
-    "lora_unet_blocks": "use --target_modules, which takes the same names of blocks",
-    "validation_negative_prompt": "not supported: samples are drawn without a negative prompt",
-    "validation_image": "not supported: samples are drawn from --validation_prompt",
     "dataloader_num_workers max_data_loader_n_workers": (
         "photos are encoded once, before the first step; leave it out"
     ),
@@ -49,6 +29,9 @@ FOREIGN = {
     "local_rank": "the launcher says it in the environment; leave it out",
     "output_kohya_format": "a UNet's kohya file is always written; leave it out",
     "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
+    "prior_generation_precision": (
+        "class images are drawn in the precision of the run; leave it out"
+    ),
     "system_prompt": "Lumina 2 is told its own sentence before each prompt; leave it out",
     "complex_human_instruction": "Sana is told nothing before a prompt; leave it out",
     "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
@@ -83,13 +66,6 @@ FOREIGN = {
     "network_args": (
         "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora"
     ),
-    "conv_dim": (
-        "use --target_modules with *conv* beside the projections, and --rank_pattern *conv*=N"
-    ),
-    "conv_alpha": "use --alpha_pattern *conv*=N",
-    "block_dims network_reg_dims": "use --rank_pattern, such as down_blocks.2.*=8",
-    "block_alphas": "use --alpha_pattern, such as down_blocks.2.*=4",
-    "dim_from_weights": "a file of another rank is converted to --rank; leave it out",
     "network_train_unet_only": (
         "the text encoders are frozen unless --train_text_encoder; leave it out"
     ),
@@ -108,24 +84,15 @@ FOREIGN = {
         "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them"
     ),
     "caption_extension": "captions are the lines of name.txt beside each photo",
-    "caption_dropout_every_n_epochs": "use --caption_dropout, a share of all exposures",
-    "caption_tag_dropout_rate": "not supported: --caption_dropout leaves out a caption as a whole",
-    "caption_separator": "tags are what stands between commas; leave it out",
     "min_bucket_reso max_bucket_reso": (
         "sides lie between half and twice --resolution; leave it out"
     ),
     "aspect_ratio_buckets": "use --enable_bucket, which crops each photo in its own shape",
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
-    "adaptive_noise_scale": "not supported: --noise_offset is the same for all photos",
-    "multires_noise_iterations": "not supported: use --noise_offset",
-    "loss_type huber_c huber_schedule huber_scale": (
-        "the loss is the mean squared error; leave it out"
-    ),
     "masked_loss": (
         "name.mask.png beside a photo is always used, and --masks auto makes what is missing; "
         "leave it out"
     ),
-    "alpha_mask": "a photo's transparency is its mask; leave it out",
     "no_half_vae": (
         "SDXL's own VAE computes in fp32, and any other does where half precision overflows; "
         "leave it out"
@@ -137,7 +104,6 @@ FOREIGN = {
         "use --optimizer AdamWScheduleFree, which publishes an average of its steps"
     ),
     "v_parameterization": "read from the base's scheduler; leave it out",
-    "use_face_segmentation_condition": "use --masks auto --mask_prompt face",
 }
 """Flags of other trainers -> what to give instead."""
 
@@ -212,8 +178,6 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError, in place of argparse's usage of many lines and exit."""
         unknown = message.removeprefix("unrecognized arguments: ")
         word = next(iter(unknown.split()), "")
-        if not word:
-            raise UserError(f"an argument is empty; see {self.prog} --help.")
         if unknown != message and (self.is_of_training or word.startswith("-")):
             own = [] if self.is_of_training else map(name_of, self._option_string_actions)
             raise UserError(unknown_flag_message(word, list(own)))

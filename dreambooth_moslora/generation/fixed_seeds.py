@@ -17,6 +17,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
+from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings.families import facts_of
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,5 @@ def generate_images(
 
     pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
-        remedy = (
-            "give --prior_generation_precision fp32, or another base if it says so in fp32 too."
-        )
-        raise UserError(f"the base draws pictures that are not finite (NaN): {remedy}")
+        raise UserError(f"the base draws pictures that are not finite (NaN): give {LIKE_FP32}.")
     return decode.pictures_of(pixels)

@@ -120,14 +120,10 @@ def check_together(config: Config) -> None:
         raise UserError(
             f"--resolution {config.resolution}: must be a multiple of 8, such as {lower or 8}."
         )
-    if (config.bucket_reso_steps or 8) % 8:
-        raise UserError(
-            f"--bucket_reso_steps {config.bucket_reso_steps}: must be a multiple of 8, such as 64."
-        )
     step = config.bucket_reso_steps or 8
-    if config.enable_bucket and step > config.resolution:
+    if config.enable_bucket and (step % 8 or step > config.resolution):
         raise UserError(
-            f"--bucket_reso_steps {step}: must be at most --resolution {config.resolution}."
+            f"--bucket_reso_steps {step}: must be a multiple of 8, and at most the resolution."
         )
 
     # Several subjects, and the words of a class that is preserved.
@@ -159,10 +155,6 @@ def check_together(config: Config) -> None:
         raise UserError(
             f"--optimizer {config.optimizer} takes one learning rate for all: leave "
             "--mixer_lr_scale at 1."
-        )
-    if kind.averages and not config.adam_beta1:
-        raise UserError(
-            f"--optimizer {config.optimizer} averages its steps itself: leave out --adam_beta1 0."
         )
     if kind.averages and config.train_text_encoder_ti:
         raise UserError(

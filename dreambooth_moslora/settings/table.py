@@ -413,13 +413,6 @@ class TrainConfig:
         publish="if_changed",
         idle=rows.unless(with_prior_preservation=True, prior="class_images"),
     )
-    prior_generation_precision: str | None = of_prior(
-        default=None,
-        help="precision of that generation",
-        choices=("no", "fp32", "fp16", "bf16"),
-        publish="if_changed",
-        idle=rows.unless(with_prior_preservation=True, prior="class_images"),
-    )
 
     # The adapter: its size, its mixer, and the layers that get it.
     rank: int = of_adapter(
@@ -1321,7 +1314,7 @@ def checked_setting(name: str, value: Any) -> Any:
         if facts["choices"] and found not in facts["choices"]:
             raise UserError(f"--{name} {found}: choose one of {', '.join(facts['choices'])}.")
         if is_number(found):
-            check_number(name, found, **{bound: facts[bound] for bound in BOUNDS})
+            check_number(name, found, facts)
 
     # Last, what it stands for: the tables of subjects, or a path.
     if base is rows.Subject:
@@ -1402,15 +1395,14 @@ BOUNDS = {
 """A row's bound -> how a value relates to it."""
 
 
-def check_number(name: str, value: float, **bounds: float | None) -> None:
+def check_number(name: str, value: float, facts: Mapping[str, Any]) -> None:
     """Raises UserError, which begins with `--name`, for a number that is not finite or breaks one
-    of BOUNDS."""
+    of BOUNDS in the `facts` of its row."""
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"--{name} {value}: must be a finite number.")
-    if bounds.get("high") is None and isinstance(value, int):
-        bounds["high"] = MOST
+    most = {"high": MOST} if facts["high"] is None and isinstance(value, int) else {}
     for kind, (holds, words) in BOUNDS.items():
-        bound = bounds.get(kind)
+        bound = most.get(kind, facts[kind])
         if bound is not None and not holds(value, bound):
             raise UserError(f"--{name} {value:g}: must be {words} {bound:g}.")
 

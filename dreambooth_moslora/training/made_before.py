@@ -23,8 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options
+from dreambooth_moslora.base.pipelines import encoding_options
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
@@ -40,12 +39,12 @@ from dreambooth_moslora.photos.captions import (
 from dreambooth_moslora.photos.folder import find_photos, usable_photos
 from dreambooth_moslora.photos.photo_file import Photo, UnreadableImageError, open_image
 from dreambooth_moslora.pictures import png_bytes
-from dreambooth_moslora.plan.distributed import DTYPES, agreed, on_main, share_out
+from dreambooth_moslora.plan.distributed import agreed, on_main, share_out
 from dreambooth_moslora.plan.plan import shares
 from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import frozen_base, reporter
+from dreambooth_moslora.training import reporter
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +262,6 @@ Sets = list[tuple[ClassImages, int]]
 
 def class_photos_of_each(
     config: TrainConfig,
-    base: Base,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     photos: list[Photo],
@@ -271,7 +269,6 @@ def class_photos_of_each(
     """Class images of each subject, in the sizes of its photos' crops.
 
     config: the run's settings
-    base: what is drawn with
     context: the run's folder, processes and reporter
     pipeline: the base, loaded
     photos: of all subjects
@@ -288,14 +285,13 @@ def class_photos_of_each(
         own = [photo for photo in photos if keys[photo.subject] == key]
         sizes = Counter(rule.target(photo.size_px) for photo in own)
         folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-        found[key] = top_up(folder, subject, base, context, pipeline, sizes)
+        found[key] = top_up(folder, subject, context, pipeline, sizes)
     return [found[key] for key in keys]
 
 
 def top_up(
     folder: Path,
     config: TrainConfig,
-    base: Base,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     sizes: Mapping[tuple[int, int], int],
@@ -304,7 +300,6 @@ def top_up(
 
     folder: where both lie
     config: the settings of the subject
-    base: what is drawn with
     context: the run's folder, processes and reporter
     pipeline: the base, loaded
     sizes: (h, w) -> its share of the images, in any unit
@@ -314,13 +309,7 @@ def top_up(
     accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if lacking:
-        precision, device = denoiser_of(pipeline).dtype, accelerator.device
-        asked = DTYPES.get(config.prior_generation_precision or "", precision)
-
-        # Loaded again for another precision.
-        if asked != precision:
-            pipeline = frozen_base.load_base(config, base, asked, device)
-        pipeline.to(device)
+        pipeline.to(accelerator.device)
 
         def draw(batch: ClassBatch) -> list[bytes]:
             generate = partial(

@@ -128,7 +128,7 @@ def prepare(
     context.stop_if_asked()
 
     # Latents and texts. What encoded them leaves memory.
-    streams = streams_of(config, base, context, pipeline, family, photos)
+    streams = streams_of(config, context, pipeline, family, photos)
     encode_photos(context, streams, sample_count)
     release_vae(config, context, pipeline, streams[0].encoder)
     prompt_embeds = prompt_cache(config, pipeline, family)
@@ -172,7 +172,6 @@ def checked_family(
 
 def streams_of(
     config: table.TrainConfig,
-    base: Base,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     family: pipelines.Family,
@@ -183,7 +182,7 @@ def streams_of(
     # Class images, drawn by the whole base.
     class_photos = []
     if config.draws_class_images:
-        class_photos = made_before.class_photos_of_each(config, base, context, pipeline, photos)
+        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos)
 
     # Both are cropped and encoded alike.
     encoder = photo_stream.PhotoEncoder(

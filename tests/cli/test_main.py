@@ -204,12 +204,6 @@ def test_a_mistyped_or_unfinished_command_is_one_line(words, capsys):
     assert error.startswith(f"error: {UNFINISHED[words]}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("word", ["", " "])
-def test_an_empty_word_as_of_an_unset_variable_is_one_line(word, capsys):
-    assert main(["doctor", word]) == 2
-    assert capsys.readouterr().err.startswith("error: an argument is empty; see ")
-
-
 @pytest.mark.parametrize("command", ["check", "compare"])
 @pytest.mark.parametrize(
     ("flag", "said"),

@@ -182,13 +182,12 @@ def asked(**changes):
 def test_bf16_on_an_older_gpu_is_refused_with_the_way_out_also_by_a_function_and_of_accelerate(
     t4, tmp_path, monkeypatch
 ):
-    for flag in ("mixed_precision", "prior_generation_precision"):
-        says = (
-            rf"^--{flag} bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: "
-            rf"give --{flag} fp16\.$"
-        )
-        with pytest.raises(UserError, match=says):
-            asked(**{flag: "bf16"})
+    says = (
+        r"^--mixed_precision bf16: Tesla T4 \(compute capability 7.5\) has no bf16.*: "
+        r"give --mixed_precision fp16\.$"
+    )
+    with pytest.raises(UserError, match=says):
+        asked(mixed_precision="bf16")
     says = "give --mixed_precision fp16"
     with pytest.raises(UserError, match=says):
         make_accelerator(

@@ -27,7 +27,7 @@ UNSET = """
 pretrained_vae_model_name_or_path revision variant cache_dir class_data_dir class_prompt
 validation_prompt seed max_train_steps
 checkpoints_total_limit resume_from_checkpoint snr_gamma prodigy_beta3 hub_token hub_model_id
-mixed_precision prior_generation_precision
+mixed_precision
 """
 OFF = """
 do_edm_style_training with_prior_preservation center_crop random_flip
@@ -81,7 +81,6 @@ EXAMPLES = {
     "mixed_precision": "bf16",
     "report_to": "wandb",
 }
-EXAMPLES |= {"prior_generation_precision": "fp32"}
 EXAMPLES |= {"resolution": "512", "snr_gamma": "5.0", "prodigy_beta3": "0.5", "lora_dropout": "0.1"}
 MEANINGS = {"optimizer": "Prodigy"}
 TO_Q_V = {"target_modules": ["to_q", "to_v"]}
@@ -280,9 +279,9 @@ ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from dreambooth_moslora.cli.command_train import parse_training
 from dreambooth_moslora.cli.parser import unknown_flag_message
 from dreambooth_moslora.cli.train_flags import build_train_parser
-from tests.helpers.command_line import parse_train_config
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import rules, sources
 from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
@@ -293,7 +292,7 @@ NEEDED += ["--instance_prompt", "a sks dog"]
 
 def taken(*words):
     try:
-        return parse_train_config([*NEEDED, *words]).haze
+        return TrainConfig.from_dict(parse_training([*NEEDED, *words]).all).haze
     except UserError as error:
         return str(error)
 

@@ -311,9 +311,7 @@ def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tm
     pipeline.unet.conv_out.weight.data.fill_(float("nan"))
     pipeline.save_pretrained(tmp_path / "model")
     changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
-    with pytest.raises(
-        UserError, match=r"pictures that are not finite .* --prior_generation_precision fp32"
-    ):
+    with pytest.raises(UserError, match=r"pictures that are not finite .* --mixed_precision bf16"):
         train(tiny_config(tmp_path / "model", photos, tmp_path / "run", **changes))
     assert not list((tmp_path / "class").iterdir())
 
