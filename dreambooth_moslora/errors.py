@@ -17,8 +17,6 @@ NO_MEMORY = re.compile(
 )
 """Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of
 oneDNN."""
-# Most characters of a message: a value of a hundred thousand is not shown whole.
-MOST_LETTERS = 1000
 
 
 def spelled_out(text: str) -> str:
@@ -46,14 +44,6 @@ def first_problem(error: "ValidationError") -> str:
     return f"{place}: {found['msg']}" if place else found["msg"]
 
 
-def shortened(text: str) -> str:
-    """A long message without its middle: the beginning says what is wrong, the end what to do."""
-    if len(text) <= MOST_LETTERS:
-        return text
-    half = MOST_LETTERS // 2
-    return f"{text[:half]} … {text[-half:]}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was lacking, on any device: each library says it in its own words."""
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -69,4 +59,4 @@ class UserError(ValueError):
     traceback)."""
 
     def __init__(self, text: str):
-        super().__init__(shortened(spelled_out(text)))
+        super().__init__(spelled_out(text))

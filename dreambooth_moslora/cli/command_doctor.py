@@ -11,8 +11,6 @@ from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
 from dreambooth_moslora.settings.rules import version_of
 
-# What SDXL with a few checkpoints takes
-NEEDED_DISK_GIB = 10
 LIBRARIES = (
     "torch",
     "diffusers",
@@ -76,21 +74,13 @@ def examine_machine(found: Findings) -> None:
     memory = psutil.virtual_memory().total / 2**30
     found.facts["processor"] = f"{os.cpu_count()} cores, {memory:.1f} GiB"
     found.facts["disk"] = f"{free:.1f} GiB free here"
-    if free < NEEDED_DISK_GIB:
-        found.warnings.append(
-            f"only {free:.1f} GiB of disk are free; SDXL with checkpoints wants {NEEDED_DISK_GIB}"
-        )
     say_loading()
     try:
         import torch
     except Exception as error:  # a broken installation may raise any error
         found.warnings.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import (
-        apple_gib,
-        has_fast_bf16,
-        unused_gpu,
-    )
+    from dreambooth_moslora.base.machine import apple_gib, unused_gpu
 
     # The device that trains
     if torch.cuda.is_available():
@@ -106,12 +96,6 @@ def examine_machine(found: Findings) -> None:
         if line:
             found.warnings.append(line)
         found.warnings.append("no GPU: the embedded base trains in minutes, SDXL in hours")
-
-    # Its half precision; a CPU that emulates it is slower than in fp32.
-    if found.facts["device"] == "CPU":
-        has_bf16 = has_fast_bf16()
-        other = "no"
-    else:
-        has_bf16 = half_precision() == "bf16"
-        other = "fp16"
-    found.facts["bf16"] = "yes" if has_bf16 else f"no: use --mixed_precision {other}"
+        return
+    has_bf16 = half_precision() == "bf16"
+    found.facts["bf16"] = "yes" if has_bf16 else "no: use --mixed_precision fp16"

@@ -360,13 +360,6 @@ def run_explain(args: argparse.Namespace) -> int:
         print(spelled_out(line))
     if not (leads or advice):
         advice = [explain.NOTHING]
-    print_section("what to try next", advice)
+    if advice:
+        print(spelled_out("\n  ".join(["what to try next", *advice])))
     return 0
-
-
-def print_section(title: str, lines: Sequence[str]) -> None:
-    """Print the lines below their title; nothing without lines."""
-    if lines:
-        print(title)
-    for line in lines:
-        print(spelled_out(f"  {line}"))

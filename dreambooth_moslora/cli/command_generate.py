@@ -1,11 +1,12 @@
 """`python -m dreambooth_moslora generate`: pictures without a browser."""
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.cli.terminal import hush, say, say_loading
@@ -100,25 +101,19 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
     that is missing."""
     if given:
         return Base.find(given)
+
+    # Of a file, a run's folder or one in it, such as best/
     for path, _ in map(_split_scale, adapters):
         place = Path(find_asset(path))
-
-        # A run's folder, or one in it, such as best/
-        folders = place.parents[:2] if place.is_file() else (place, place.parent)
-        for folder in folders:
+        for folder in (place, *place.parents[:2]):
             file = RunDir(folder).config_path
-            if not file.is_file():
-                continue
-
-            # Its base, by the settings that find it
-            known = read_json(file)
-            base = known.get("pretrained_model_name_or_path")
-            if not base:
-                continue
-            if base != "toy":
-                say([f"base: {base}, which the run in {folder} was trained on (--base)"])
-            told = {name: known[name] for name in SETTINGS.values() if name in known}
-            return Base.of_run(table.TrainConfig.from_dict(told))
+            if file.is_file():
+                # Its base, by the settings that find it
+                known = read_json(file)
+                told = {name: known[name] for name in SETTINGS.values() if name in known}
+                base = Base.of_run(table.TrainConfig.from_dict(told))
+                say([f"base: {base.name}, which the run in {folder} was trained on (--base)"])
+                return base
     return Base.find("toy")
 
 
@@ -162,25 +157,21 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
 def _save_all(events: Iterator, folder: Path) -> int:
     """Write each picture under a free name and print its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # erases the line of a terminal
     black = []
-    for event in events:
-        # One line of progress that overwrites itself; none in a file
-        if isinstance(event, params.Step) and clear:
-            image = f"image {event.index + 1}/{event.num_images}"
-            step = f"step {event.step}/{event.steps}"
-            eta = "" if math.isnan(event.eta_sec) else f", {event.eta_sec:.0f} s left"
-            print(f"{clear}{image}, {step}{eta}", end="", file=sys.stderr, flush=True)
-        elif isinstance(event, params.Image):
-            print(clear, end="", file=sys.stderr, flush=True)
-            stem = f"image_{event.params.seed}"
-            name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
-            print(event.save(folder / f"{name}.png"))
-            if params.about_black([event]):
-                black.append(event)
+    with tqdm(desc="drawing", unit="step", disable=not sys.stderr.isatty()) as bar:
+        for event in events:
+            if isinstance(event, params.Step):
+                bar.total = event.steps * event.num_images
+                bar.update()
+            elif isinstance(event, params.Image):
+                stem = f"image_{event.params.seed}"
+                name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
+                tqdm.write(str(event.save(folder / f"{name}.png")))
+                if params.about_black([event]):
+                    black.append(event)
 
     # What went wrong in a picture is no error, but must not go unnoticed.
     said = params.about_black(black)
     if said:
-        print(f"note: of the pictures, {said}.", file=sys.stderr)
+        say([f"note: of the pictures, {said}."])
     return 0

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.machine import is_main_process
 from dreambooth_moslora.disk import events, processes
-from dreambooth_moslora.errors import UserError, is_out_of_memory, shortened, spelled_out
+from dreambooth_moslora.errors import UserError, is_out_of_memory, spelled_out
 from dreambooth_moslora.settings.measures import curves
 
 # The file descriptor: a signal handler must not use Python's stream, which may be in the middle of
@@ -299,30 +299,25 @@ def exit_code(run: Callable[[], int]) -> int:
     with survive_broken_pipes():
         try:
             return run()
-        except UserError as error:
-            return print_user_error(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
             line = message_for_known_error(error)
-            if line is not None:
-                return print_user_error(line)
-
-            # What nobody foresaw is our bug, and its traceback helps to find it.
-            traceback.print_exc()
-            return OUR_BUG
-
-
-def print_user_error(text: str) -> int:
-    """Print it as one line; returns the exit code of a mistake."""
-    print(f"error: {shortened(spelled_out(' '.join(text.split())))}", file=sys.stderr)
-    return MISTAKE
+            if line is None:
+                # What nobody foresaw is our bug, and its traceback helps to find it.
+                traceback.print_exc()
+                return OUR_BUG
+            print(f"error: {spelled_out(' '.join(line.split()))}", file=sys.stderr)
+            return MISTAKE
 
 
 def message_for_known_error(error: Exception) -> str | None:
-    """One line for an error of the machine (memory, disk, permissions); None for any other
-    error."""
+    """One line for a person's mistake and for an error of the machine (memory, disk, permissions);
+    None for any other error."""
+    if isinstance(error, UserError):
+        return str(error)
+
     # PyTorch
     if is_out_of_memory(error):
         return OUT_OF_MEMORY

@@ -78,23 +78,19 @@ class Metrics:
 
     def refresh(self) -> "Metrics":
         """Read the file if it has changed. `problem` says why one that is there was not read."""
-        try:
+        seen: tuple[int, ...] = ()
+        with suppress(OSError):
             now = self.path.stat()
-        except OSError:
-            self.events = []
-            self.problem = ""
-            self._seen = ()
-            return self
-        seen = (now.st_ino, now.st_size, now.st_mtime_ns)
+            seen = (now.st_ino, now.st_size, now.st_mtime_ns)
         if seen == self._seen:
             return self
 
         # A resumed run replaces the file, so all of it is read.
+        self._seen = seen
         self.events = []
         self.problem = ""
-        self._seen = seen
         try:
-            self.events = read_events(self.path)
+            self.events = read_events(self.path) if seen else []
         except UserError as error:
             self.problem = str(error)
         return self
@@ -105,10 +101,7 @@ class Metrics:
 
     def last(self, kind: str) -> dict[str, Any]:
         """The last event of a kind; {} without one."""
-        for event in reversed(self.events):
-            if event.get("type") == kind:
-                return event
-        return {}
+        return next(reversed(self.of(kind)), {})
 
     def since_start(self) -> list[dict[str, Any]]:
         """Events since the last start. In a resumed run, events of the earlier one, even an `end`,

@@ -174,7 +174,6 @@ class Position:
     seed: int  # names every draw
     optimizer: str = ""  # `optimizer_kind`
     base: str = ""  # the denoiser: how it is held, and its fingerprint
-    shown: str = ""  # of earlier versions: photos and words; their digest covers it
     digest: str = ""  # of the position and the files beside it (`digest_of`)
 
 
@@ -261,28 +260,22 @@ def files_by_name(
 def run_files(runs: Collection[Path]) -> list[Path]:
     """Adapters of runs, the newest first, with the best step; then checkpoints, the last of a run
     first."""
-    # Published adapters, the best step's beside the last, by the time of the run's own.
-    finished = []
-    newest = {}
-    for run_dir in map(RunDir, runs):
+    # The best step's adapter lies beside the run's own, whose time counts.
+    found = []
+    for run_dir in sorted(map(RunDir, runs), key=published_at, reverse=True):
         places = (run_dir.adapter_path, run_dir.best_dir / PUBLISHED_NAME)
-        finished += [file for file in places if file.is_file()]
-        if run_dir.adapter_path.is_file():
-            newest[run_dir.path] = run_dir.adapter_path.stat().st_mtime
-
-    def written(file: Path) -> float:
-        return max(newest.get(run, 0.0) for run in (file.parent, file.parent.parent))
-
-    finished.sort(key=lambda file: -written(file))
-
-    # Checkpoints.
-    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
+        found += [file for file in places if file.is_file()]
 
     def run_and_step(file: Path) -> tuple[str, int]:
         return file.parent.parent.name, -(checkpoint_step(file.parent) or 0)
 
-    checkpoints.sort(key=run_and_step)
-    return [*finished, *checkpoints]
+    checkpoints = [file for run in runs for file in run.glob(f"checkpoint-*/{RAW_NAME}")]
+    return [*found, *sorted(checkpoints, key=run_and_step)]
+
+
+def published_at(run_dir: RunDir) -> float:
+    """When the run's adapter was written; 0 without one."""
+    return run_dir.adapter_path.stat().st_mtime if run_dir.adapter_path.is_file() else 0.0
 
 
 def name_of(file: Path, folders: Collection[Path]) -> str:

@@ -1,7 +1,7 @@
 """Faces: where they are in a picture, and whose they are.
 
-YuNet finds them and SFace compares them, both through OpenCV. Another pair is one more row of
-`FACE_READERS`. Their weights come from the hub at the first use.
+YuNet finds them and SFace compares them, both through OpenCV. Their weights come from the hub at
+the first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from PIL import Image
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.settings import subject_kinds, table
-from dreambooth_moslora.settings.measures import FACES, SFACE, YUNET
+from dreambooth_moslora.settings.measures import SFACE, YUNET
 
 # The picture's longer side as YuNet sees it: it finds faces of 10 to 300 px
 SEEN_PX = 640
@@ -52,7 +52,7 @@ class FaceReader:
         return found
 
 
-def opencv_reader() -> FaceReader:
+def load_faces() -> FaceReader:
     """YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and later for
     weights that are not here."""
     try:
@@ -114,15 +114,6 @@ def weights(repository: str, file: str) -> str:
     except (OSError, HfHubHTTPError) as error:
         missing = "is not here and cannot be fetched: connect to the hub once"
         raise UserError(f"--subject person: {repository} {missing}") from error
-
-
-# Name of an encoder of faces -> what opens it
-FACE_READERS: dict[str, Callable[[], FaceReader]] = {"sface": opencv_reader}
-
-
-def load_faces() -> FaceReader:
-    """The reader that finds and compares faces. Raises UserError."""
-    return FACE_READERS[FACES]()
 
 
 def with_faces(

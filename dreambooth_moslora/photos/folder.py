@@ -150,14 +150,10 @@ def require_folder_of_photos(folder: Path) -> None:
 def find_photos(
     folder: Path, instance_prompt: str, resolution_px: int, *, alpha: str = "mask"
 ) -> PhotoReport:
-    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when it cannot
-    be read."""
-    folder = Path(folder)
+    """Open every file of `folder` (not of its subfolders), by name. Raises UserError when there is
+    none."""
     require_folder_of_photos(folder)
-    try:
-        paths = sorted(folder.iterdir())
-    except PermissionError:
-        raise UserError(f"{folder}: cannot be read (permission denied).") from None
+    paths = sorted(folder.iterdir())
     captions = Captions(folder, sidecars_of(paths))
     report = PhotoReport()
 

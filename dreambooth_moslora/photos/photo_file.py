@@ -68,11 +68,8 @@ def open_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         raise UnreadableImageError(f"enormous: more than {most:.0f} megapixels") from None
-    except PermissionError:
-        raise UnreadableImageError("cannot be read: permission denied") from None
     except Image.UnidentifiedImageError:
-        reason = "the file is empty" if path.stat().st_size == 0 else "not a picture, or damaged"
-        raise UnreadableImageError(f"broken: {reason}") from None
+        raise UnreadableImageError("broken: not a picture, or damaged") from None
     except Exception as error:  # decoders raise any error on damaged bytes
         if getattr(error, "errno", None) in OF_THE_MACHINE:
             raise

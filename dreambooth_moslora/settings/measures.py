@@ -11,8 +11,7 @@ from typing import Literal
 # The encoders that score pictures of all bases but the embedded ones.
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dinov2-base"
-# The encoder of faces (a row of `photos/faces.py`), and the repositories and files of its models
-FACES = "sface"
+# The repositories and files of the models that find and compare faces
 YUNET = ("opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx")
 SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
 

@@ -45,19 +45,15 @@ def read_tables(path: Path | str) -> dict[str, Any]:
     """The content of a --config file, with its tables. Raises UserError."""
     path = Path(find_asset(str(path)))
     try:
-        return read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+        if path.suffix.lower() == ".json":
+            return read_json(path)
+        return tomllib.loads(small_text(path))
     except UserError as error:
         raise UserError(f"--config {error}") from error
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The file's names and values. Raises UserError naming it."""
-    try:
-        return tomllib.loads(small_text(path))
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: it is not valid TOML: {error}.") from error
+        raise UserError(f"--config {path}: it is not valid TOML: {error}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {reason_of(error)}.") from error
+        raise UserError(f"--config {path}: {reason_of(error)}.") from error
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -45,11 +45,8 @@ def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
     if not folder.is_dir():
         found = "not a folder" if folder.exists() else "no such folder"
         raise UserError(f"--subjects {folder}: {found}.")
-    try:
-        shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        folders = sorted(path for path in shown if path.is_dir())
-    except OSError as error:
-        raise UserError(f"--subjects {folder}: {error.strerror}.") from error
+    shown = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    folders = sorted(path for path in shown if path.is_dir())
     if not folders:
         raise UserError(
             f"--subjects {folder}: there is no folder in it; each subject has one, such as "

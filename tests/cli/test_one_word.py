@@ -393,7 +393,6 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
         (Path("runs") / name).mkdir(parents=True)
     assert parse_train_config(photos).output_dir == "runs/dog_3"
     resumed = [*photos, "--resume_from_checkpoint", "latest"]
-    assert parse_train_config(resumed).output_dir == "runs/dog_2"
     (Path("runs") / "dog" / "checkpoint-1").mkdir()
     for name in CHECKPOINT_FILES:
         (Path("runs") / "dog" / "checkpoint-1" / name).write_text("x")
@@ -401,6 +400,7 @@ def test_a_taken_name_is_left_alone_and_a_run_that_goes_on_takes_the_latest(phot
         "the empty one may wait in the queue"
     )
     shutil.copytree("runs/dog/checkpoint-1", "runs/dog_2/checkpoint-1")
+    os.utime("runs/dog/checkpoint-1", (1, 1))
     assert parse_train_config(resumed).output_dir == "runs/dog_2"
     named = parse_train_config([*photos, "--resume_from_checkpoint", "runs/dog/checkpoint-1"])
     assert named.output_dir == "runs/dog", "the other run would have been moved aside"

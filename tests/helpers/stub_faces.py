@@ -48,5 +48,6 @@ READER = faces.FaceReader(name="painted", find=find, vector=vector)
 @pytest.fixture
 def stub_faces(monkeypatch) -> Iterator[faces.FaceReader]:
     """The encoder of faces is the one above."""
-    monkeypatch.setitem(faces.FACE_READERS, faces.FACES, lambda: READER)
+    for module in ("photos.faces", "evaluation.metrics"):
+        monkeypatch.setattr(f"dreambooth_moslora.{module}.load_faces", lambda: READER)
     yield READER

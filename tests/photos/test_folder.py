@@ -155,9 +155,7 @@ def test_captions_come_from_the_text_beside_then_the_metadata_then_the_prompt(na
 def test_nothing_usable_is_one_line_that_names_the_files(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(
-        UserError, match=r"no usable photo in .*broken\.jpg \(broken: the file is empty\)"
-    ):
+    with pytest.raises(UserError, match=r"no usable photo in .*broken\.jpg \(broken: not a"):
         photo_report(TrainConfig(instance_data_dir=tmp_path))
     for name in ("missing", "broken.jpg"):
         with pytest.raises(UserError, match="folder"):
@@ -249,18 +247,16 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
     assert drawn((20, 20), 1, zoom=2)[0].resized == (32, 32)
 
 
-@pytest.mark.parametrize("name", cropping.FILTERS)
+@pytest.mark.parametrize("by", [Image.Resampling.LANCZOS, Image.Resampling.BILINEAR])
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_is_what_resizing_everything_first_gives(name, flip):
+def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
     """But for the edge, where a filter sees more of the photo."""
     photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
-    whole = photo.resize(
-        tuple(reversed(cropping.resized_size((300, 200), (50, 50)))), cropping.FILTERS[name]
-    )
+    whole = photo.resize(tuple(reversed(cropping.resized_size((300, 200), (50, 50)))), by)
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
     cuts = [
         np.asarray(image, dtype=int)
-        for image in (apply_crop(photo, plan, name), whole.crop((4, 11, 44, 61)))
+        for image in (apply_crop(photo, plan, by), whole.crop((4, 11, 44, 61)))
     ]
     assert np.abs(cuts[0] - cuts[1])[3:-3, 3:-3].max() <= 1
 

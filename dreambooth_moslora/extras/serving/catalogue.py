@@ -5,19 +5,20 @@ renewed after a short time, so that new files are seen without a restart. A chan
 version.
 """
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, files_by_name, run_files
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
-from dreambooth_moslora.values import parse_object
 
 
 class RefusedError(UserError):
@@ -181,3 +182,20 @@ def open_catalogue(places: Sequence[str]) -> Catalogue:
         if not folder.is_dir():
             raise UserError(f"--adapters {folder}: there is no such folder.")
     return Catalogue([folder.resolve() for folder in folders])
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises UserError unless the bytes are UTF-8 and a JSON object, without NaN and not too deeply
+    nested."""
+    try:
+        values = json.loads(body.decode("utf-8"), parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError("the body is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise UserError('the body must be a JSON object like {"prompt": "a dog"}')
+    return values
+
+
+def no_number(word: str) -> None:
+    """For `json.loads`, which would take NaN and Infinity. Raises ValueError."""
+    raise ValueError(f"{word} is not a JSON number")
