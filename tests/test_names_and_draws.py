@@ -17,7 +17,6 @@ from dreambooth_moslora.disk.paths import (
 )
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.seeds import generator, place_of, rng, seed_of
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.values import is_finite_number, is_number
 from tests.helpers.command_line import parse_train_config
 
@@ -73,15 +72,6 @@ def test_a_record_is_read_by_its_types_or_its_first_wrong_value_is_named(
     with pytest.raises(UserError) as told:
         read_json(path, kind)
     assert found in str(told.value)
-
-
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
-    for name in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    # as in a container that does not know its user
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        _ = TrainConfig().cache_folder
 
 
 def test_the_first_free_name():

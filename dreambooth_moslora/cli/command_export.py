@@ -26,28 +26,20 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Describe each file. Raises UserError for the first that is broken."""
+    """Describe each file. Raises UserError for the first that is missing or broken."""
     for number, name in enumerate(args.files):
         path = Path(find_asset(name))
-        facts = facts_of(path / PUBLISHED_NAME if path.is_dir() else path)
-        if args.json:
-            print(json.dumps(facts))
-            continue
+        file = path / PUBLISHED_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"there is no file {file}")
 
-        from dreambooth_moslora.lora.describe import lines
+        # It takes torch, which is not imported for a missing file.
+        from dreambooth_moslora.lora.describe import describe, lines
 
-        separator = "\n" if number else ""
-        print(separator + "\n".join(lines(facts)))
+        facts = describe(file)
+        separator = "\n" if number and not args.json else ""
+        print(separator + (json.dumps(facts) if args.json else "\n".join(lines(facts))))
     return 0
-
-
-def facts_of(file: Path) -> dict[str, object]:
-    """What the file is. Raises UserError, for a missing one at once: describing it takes torch."""
-    if not file.is_file():
-        raise UserError(f"there is no file {file}")
-    from dreambooth_moslora.lora.describe import describe
-
-    return describe(file)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

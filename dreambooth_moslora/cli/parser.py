@@ -119,20 +119,11 @@ GUESSES = {
 DEVICE = "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the environment chooses one"
 
 
-def foreign_flags() -> dict[str, str]:
-    """Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that
-    settings of ours have elsewhere."""
-    found = {}
-    for name, item in table.SETTINGS.items():
-        for flag in item.metadata["elsewhere"].split():
-            found[flag] = f"use --{name}"
-    for flags, instead in FOREIGN.items():
-        for flag in flags.split():
-            found[flag] = instead
-    return found
-
-
-FOREIGN_FLAGS = foreign_flags()
+# Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that settings
+# of ours have elsewhere.
+FOREIGN_FLAGS = {flag: f"use --{name}" for flag, name in table.by_names_in("elsewhere").items()}
+for flags, instead in FOREIGN.items():
+    FOREIGN_FLAGS |= dict.fromkeys(flags.split(), instead)
 
 
 def name_of(flag: str) -> str:

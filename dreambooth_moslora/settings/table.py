@@ -1115,22 +1115,16 @@ class TrainConfig:
     @property
     def cache_folder(self) -> Path:
         """Where encodings are kept for all runs: `--cache_dir`, else
-        `dreambooth_moslora` in `$XDG_CACHE_HOME` or `~/.cache`. Raises UserError where none of
-        them is known."""
+        `dreambooth_moslora` in `$XDG_CACHE_HOME` or `~/.cache`."""
         if self.cache_dir:
             return Path(self.cache_dir)
-        try:
-            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        except RuntimeError:
-            raise UserError(
-                "this user has no home folder for caches: set XDG_CACHE_HOME, or give --cache_dir."
-            ) from None
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or expanduser("~/.cache"))
         return caches / "dreambooth_moslora"
 
     @property
     def written_folders(self) -> dict[str, Path]:
         """The folders that the run writes to, but for class images, by the settings that name
-        them. Raises UserError as `cache_folder` does."""
+        them."""
         found = {"output_dir": Path(self.output_dir)}
         if self.caching == "disk":
             found["cache_dir"] = self.cache_folder
