@@ -131,10 +131,7 @@ def check_name(name: str) -> None:
     if name in ("", ".", "..") or not name.isprintable() or Path(name).name != name:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
-        raise UserError(
-            f"the name {name[:20]!r}, and so on, is too long: an adapter's has at most "
-            f"{NAME_BYTES} bytes"
-        )
+        raise UserError(f"the name {name} is too long: an adapter's has at most {NAME_BYTES} bytes")
 
 
 def tokens_name(name: str = "moslora", number: int = 0) -> str:

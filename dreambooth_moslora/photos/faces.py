@@ -37,7 +37,6 @@ class Face:
 class FaceReader:
     """What finds and compares faces."""
 
-    name: str  # its public name
     find: Callable[[Image.Image], list[Face]]  # in an RGB picture, the largest first
     vector: Callable[[Image.Image, Face], np.ndarray]  # a unit vector (D,) of a face
     load: Callable[[], object] = bool  # what compares, so that a missing file is told early
@@ -91,7 +90,7 @@ def load_faces() -> FaceReader:
         values = np.asarray(comparer().feature(upright), dtype=np.float32).ravel()
         return values / max(float(np.linalg.norm(values)), 1e-6)
 
-    return FaceReader(name="YuNet and SFace", find=find, vector=vector, load=comparer)
+    return FaceReader(find=find, vector=vector, load=comparer)
 
 
 def bgr(image: Image.Image) -> np.ndarray:

@@ -209,7 +209,8 @@ def read_photo(
 
     # Its size: a photo that would be enlarged more than eight times shows nothing.
     height, width = photo_file.upright_size(image)
-    reasons = ["rotated by EXIF: turned upright"] if photo_file.is_rotated(image) else []
+    is_turned = photo_file.orientation(image) in photo_file.TURNS
+    reasons = ["rotated by EXIF: turned upright"] if is_turned else []
     shorter = min(height, width)
     if shorter < max(8, resolution_px // 8):
         reason = f"tiny: {width} x {height} px for a resolution of {resolution_px}"

@@ -89,11 +89,6 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def is_rotated(image: Image.Image) -> bool:
-    """Whether the EXIF orientation says that the pixels must be turned."""
-    return orientation(image) in TURNS
-
-
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) of the upright picture: EXIF orientations from 5 on swap the sides."""
     turned = orientation(image) in (5, 6, 7, 8)

@@ -42,7 +42,7 @@ def vector(image: Image.Image, face: faces.Face) -> np.ndarray:
     return values / np.linalg.norm(values)
 
 
-READER = faces.FaceReader(name="painted", find=find, vector=vector)
+READER = faces.FaceReader(find=find, vector=vector)
 
 
 @pytest.fixture
