@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from types import FrameType
@@ -32,7 +32,7 @@ from dreambooth_moslora.settings.measures import curves
 STDERR = 2
 
 
-def say(lines: list[str]) -> None:
+def say(lines: Iterable[str]) -> None:
     """Print the lines on standard error, in the first process only."""
     if is_main_process():
         for line in lines:
