@@ -5,7 +5,6 @@ What came from a user or a file is escaped. The browser fetches nothing from els
 
 import base64
 import io
-import secrets
 from html import escape as escape_html
 from pathlib import Path
 from typing import Any
@@ -189,16 +188,14 @@ ROWS = (
     .replace("MOST_BYTES", str(MOST_BYTES))
     .replace("EMPTY_CAPTION", escape(EMPTY_CAPTION))
 )
-"""The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit, and
-the button for its mask.
+"""The photos of a subject as a grid, each as it is cropped. A click opens the caption to edit.
 
 One component holds all. The server sends `cards`: {photo, picture, remark, caption}, where `photo`
 is the digest of the clean copy, `picture` a data URL, and `caption` what was kept for it. The
 browser sends back its value, [[photo, caption], …] in the cards' order. What was typed stays with
-its photo whatever cards come. A new word in `reset` drops what was typed.
+its photo whatever cards come.
 
-Events: `keep` (a caption is finished), `mask` and `drop` (of
-`event.photo`), `masks` (masks are to be shown).
+Events: `keep` (a caption is finished), `drop` (of `event.photo`), `masks` (masks are to be shown).
 """
 ROWS_SCRIPT = "\n" + static("photo_rows.js")
 """What moves in the grid; `element`, `props`, `trigger` and `watch` are gradio's."""
@@ -207,14 +204,12 @@ ROWS_SCRIPT = "\n" + static("photo_rows.js")
 def photo_rows(elem_id: str) -> gr.HTML:
     """The grid; hidden until there are photos."""
     script = {"html_template": ROWS, "js_on_load": ROWS_SCRIPT, "apply_default_css": False}
-    return gr.HTML(label="Photos", visible=False, elem_id=elem_id, cards=[], reset="", **script)
+    return gr.HTML(label="Photos", visible=False, elem_id=elem_id, cards=[], **script)
 
 
-def with_cards(cards: list[dict[str, Any]], *, is_reset: bool = False) -> gr.HTML:
-    """The grid of these cards; with `is_reset`, their captions replace what was typed."""
-    # Any new word is a sign to the browser.
-    reset = {"reset": secrets.token_hex(4)} if is_reset else {}
-    return gr.HTML(visible=bool(cards), cards=cards, **reset)
+def with_cards(cards: list[dict[str, Any]]) -> gr.HTML:
+    """The grid of these cards."""
+    return gr.HTML(visible=bool(cards), cards=cards)
 
 
 def run_list(elem_id: str) -> gr.HTML:

@@ -25,11 +25,10 @@ MAX_SIDE_PX = 4096
 """Longer side of a copy; a larger photo is made smaller."""
 
 
-def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[str]:
-    """Copy photos and their masks into `folder`, which is replaced atomically.
+def take_photos(files: list[str], folder: Path) -> list[str]:
+    """Copy photos and their masks into `folder`, after those that are there. It is replaced whole.
 
-    With `keep` they come after the photos that are there. Returns remarks. Raises UserError for too
-    many photos, and when no file is usable.
+    Returns remarks. Raises UserError for too many photos, and when no file is usable.
     """
     # Tell masks from photos, by their names.
     given = list(map(Path, files))
@@ -42,7 +41,7 @@ def take_photos(files: list[str], folder: Path, *, keep: bool = False) -> list[s
     photos = [file for file in given if file not in named_masks]
     if not photos:
         raise UserError("add some photos of your subject first")
-    kept = len(kept_photos(folder)) if keep else 0
+    kept = len(kept_photos(folder))
     count = kept + len(photos)
     if count > MAX_PHOTOS:
         raise UserError(

@@ -35,11 +35,6 @@ QUIET = [
 ]
 PATIENCE_MS = 240_000
 SETTLE_MS = 150
-DRAWN = (
-    "window.editor?.background_image && window.editor.app.ticker && "
-    "!window.editor.app.ticker.started"
-)
-"""Whether the editor of masks has its photo, and rests as all is drawn."""
 DESK, PHONE = SIZES = ((1366, 768), (390, 844))
 """Windows: (width, height) px."""
 
@@ -150,7 +145,7 @@ def press(page: Page, name: str) -> None:
 
 
 def open_photo(page: Page, number: int) -> None:
-    """Open the caption and the buttons of a photo of the grid, from 1."""
+    """Open the caption of a photo of the grid, from 1."""
     tile = page.locator("#crops .photo").nth(number - 1)
     tile.wait_for()
     if "photo-chosen" not in (tile.get_attribute("class") or ""):
@@ -168,33 +163,6 @@ def write_caption(page: Page, number: int, words: str) -> None:
     open_photo(page, number)
     page.fill("#crops textarea", words)
     page.locator("#crops textarea").blur()
-
-
-def open_mask_of(page: Page, number: int) -> dict[str, float]:
-    """The rectangle of that photo of the first subject, which is a square, in the editor."""
-    open_photo(page, number)
-    press(page, f"Mask: photo {number}")
-    canvas = page.locator("#mask_editor canvas").last
-    canvas.wait_for()
-    page.wait_for_function(DRAWN)
-    before = None
-    while (now := (canvas.bounding_box(), page.inner_text("#mask_editor .zoom-number"))) != before:
-        before = now
-        page.wait_for_timeout(SETTLE_MS)
-    box, zoom = now
-    side = 768 * int(zoom.rstrip("%")) / 100
-    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    return {"x": left, "y": top, "width": side, "height": side}
-
-
-def brush(page: Page, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Paint on the mask from one place of the window to another, and keep it."""
-    page.mouse.move(*start)
-    page.mouse.down()
-    page.mouse.move(*end, steps=8)
-    page.mouse.up()
-    page.click("#keep_mask")
-    page.wait_for_selector("#mask_box", state="detached")
 
 
 def set_number(page: Page, elem_id: str, value: object) -> None:

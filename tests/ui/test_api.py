@@ -13,8 +13,6 @@ import pytest
 from gradio_client import Client, handle_file
 
 from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
-from dreambooth_moslora.ui.train.train_form import rows
-from tests.ui.conftest import TRAINER, end_all, noise_photos, wait_for
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}
@@ -44,16 +42,13 @@ def test_endpoints_and_arguments_keep_their_names_and_are_told_in_the_docs(clien
     }
     of_each = {
         ("generate", "compare"): OF_A_PICTURE,
-        ("train", "estimate", "add_to_queue"): ["photos", *rows()],
-        ("train_status", "stop_training", "resume_training", "remove_from_queue"): ["run"],
-        ("adapters", "stop", "queue"): [],
-        ("move_in_queue",): ["run", "place"],
+        ("adapters", "stop"): [],
         ("inspect",): ["file"],
     }
     assert arguments == {name: words for names, words in of_each.items() for name in names}
     parameters = [p for facts in api.values() for p in facts["parameters"]]
     needed = {p["parameter_name"] for p in parameters if not p["parameter_has_default"]}
-    assert needed == {"photos", "class_word", "file", "run"}
+    assert needed == {"file"}
     page = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `/")]
     told = {
@@ -108,38 +103,25 @@ def test_a_comparison_is_without_then_with_at_one_seed(client):
 
 
 MISTAKES = [
-    ("generate", {"prompt": " "}, "prompt is empty"),
-    ("generate", {"adapter": "rex"}, "no adapter rex"),
-    ("generate", {"steps": 0}, "minimum value 1"),
-    ("generate", {"num_images": 9}, "maximum value 8"),
-    ("generate", {"size": "big"}, "size"),
-    ("generate", {"size": "60000 x 60000"}, "60000"),
-    ("generate", {"size": "1024 x 1024"}, "at most 128 x 128 px"),
-    ("estimate", {"memory": "little"}, "Value: little is not in the list of choices"),
-    ("generate", {"adapter": "\ud800"}, r"There is no adapter \\ud800"),
-    ("generate", {"prompt": "a \ud800"}, "which is not a character"),
-    *(
-        ("train_status", {"run": run}, "cannot be the name of a run")
-        for run in (None, ["dog"], {}, "../dog", "\ud800")
-    ),
-    *(
-        (endpoint, {"run": 5}, "cannot be the name of a run")
-        for endpoint in ("stop_training", "resume_training")
-    ),
+    ({"prompt": " "}, "prompt is empty"),
+    ({"adapter": "rex"}, "no adapter rex"),
+    ({"steps": 0}, "minimum value 1"),
+    ({"num_images": 9}, "maximum value 8"),
+    ({"size": "big"}, "size"),
+    ({"size": "60000 x 60000"}, "60000"),
+    ({"size": "1024 x 1024"}, "at most 128 x 128 px"),
+    ({"adapter": "\ud800"}, r"There is no adapter \\ud800"),
+    ({"prompt": "a \ud800"}, "which is not a character"),
 ]
 
 
-@pytest.mark.parametrize("endpoint, arguments, words", MISTAKES)
-def test_mistakes_are_told_in_words(served, endpoint, arguments, words):
+@pytest.mark.parametrize("arguments, words", MISTAKES)
+def test_mistakes_are_told_in_words(served, arguments, words):
     """The Python client itself would not send all of them."""
-    prompt, subject = {"prompt": "a"}, {"photos": [], "class_word": "x"}
-    needed = {"generate": prompt, "estimate": subject}.get(endpoint, {})
-    content, headers = json.dumps(needed | arguments), {"Content-Type": "application/json"}
-    asked = httpx.post(
-        f"{served.url}gradio_api/call/v2/{endpoint}", content=content, headers=headers
-    )
+    content, headers = json.dumps({"prompt": "a"} | arguments), {"Content-Type": "application/json"}
+    asked = httpx.post(f"{served.url}gradio_api/call/v2/generate", content=content, headers=headers)
     told = httpx.get(
-        f"{served.url}gradio_api/call/{endpoint}/{asked.json()['event_id']}", timeout=60
+        f"{served.url}gradio_api/call/generate/{asked.json()['event_id']}", timeout=60
     ).text
     assert words in told and "event: error" in told
 
@@ -156,40 +138,3 @@ def test_clients_share_a_queue_each_gets_its_own_and_the_history_is_of_all(serve
         GenerationParams.from_png(picture.path).prompt for picture in served.ctx.workspace.history
     }
     assert prompts == {f"dog {number}" for number in range(5)}
-
-
-def test_another_client_watches_a_run_and_stops_and_resumes_it(
-    client, served, tmp_path, monkeypatch
-):
-    (stand_in := tmp_path / "trainer.py").write_text(TRAINER)
-    monkeypatch.setattr(served.ctx.jobs, "script", stand_in)
-    photos = list(map(handle_file, noise_photos(tmp_path, 3)))
-    client.predict(photos=photos, class_word="owl", steps=5000, api_name="/train")
-    other = Client(served.url, verbose=False)
-
-    def is_told(state: str) -> bool:
-        return other.predict("owl", api_name="/train_status")["state"] == state
-
-    wait_for(lambda: is_told("running"))
-    assert "Stopping owl" in other.predict("owl", api_name="/stop_training")
-    wait_for(lambda: is_told("interrupted"))
-    assert "Going on with owl" in other.predict("owl", api_name="/resume_training")
-    end_all(served.ctx.jobs)
-    wait_for(lambda: served.ctx.jobs.current() is None)
-
-
-def test_a_run_answers_with_its_name_has_an_estimate_and_follows_the_recipe(
-    client, started, tmp_path
-):
-    files = list(map(handle_file, noise_photos(tmp_path, 1)))
-    run, status = client.predict(photos=files, class_word="hen", api_name="/train")
-    assert run == "hen" and "is starting" in status
-    assert (started[0]["rank"], started[0]["prior"], started[0]["exposures_per_photo"]) == (
-        16,
-        "adapter_off",
-        320,
-    )
-    cost = client.predict(
-        photos=files, token="sks", class_word="dog", steps=7, api_name="/estimate"
-    )
-    assert "7 steps" in cost and "GiB" in cost and str(tmp_path) not in cost

@@ -19,15 +19,7 @@ from tests.ui.conftest import refusal, wait_for
 
 DRAW = {"steps": 1, "api_name": "/generate"}
 EVERYTHING = {"generate", "compare", "stop", "adapters"}
-NOT_THERE = (
-    "train",
-    "estimate",
-    "add_to_queue",
-    "train_status",
-    "stop_training",
-    "queue",
-    "inspect",
-)
+NOT_THERE = ("train", "on_page", "stop_training", "look", "inspect")
 FILES = {"file", "uploadbutton", "imageeditor", "downloadbutton", "timer"}
 
 

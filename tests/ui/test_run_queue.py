@@ -16,7 +16,7 @@ import pytest
 from dreambooth_moslora.disk.queue import QueuedRun, RunQueue
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import KILLED_MOST, Jobs, QueueTurns
-from dreambooth_moslora.ui.train.queue_view import queue_changes, status_of
+from dreambooth_moslora.ui.train.queue_view import queue_changes
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import add_to_queue, start_run
 from tests.helpers.tiny_training import paint_photos
@@ -240,21 +240,6 @@ def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
         queue.remove(run)
     assert not queue_changes(page, None, None, "dog")["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
-
-
-def test_a_program_is_told_that_its_run_waits_and_where(page):
-    """It was told that it had no such run."""
-    for name in ("bear", "dog"):
-        added(page.queue.queue, name)
-    waits = {"run": "dog", "state": "waiting", "step": 0, "steps": 0}
-    assert status_of(page, "dog") == waits | {"place": 2}
-    page.queue.queue.remove("bear")
-    assert status_of(page, "dog") == waits | {"place": 1}
-    with pytest.raises(UserError, match="there is no run called 'cat'"):
-        status_of(page, "cat")
-    page.queue.queue.claim()
-    assert status_of(page, "dog") == waits | {"state": "starting"}
-    assert trained(page.queue) == {"dog": "done"} and status_of(page, "dog")["state"] == "done"
 
 
 def test_the_page_turns_to_the_run_whose_turn_has_come_and_once(page):

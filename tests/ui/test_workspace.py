@@ -123,8 +123,3 @@ def test_masks_of_any_image_format_go_with_their_photos_and_are_no_photos(tmp_pa
     assert (third.getpixel((9, 9)), third.getpixel((90, 9))) == (255, 0)
     with pytest.raises(UserError, match="add some photos"):
         take_photos([str(tmp_path / "c.mask.png")], tmp_path / "none")
-
-
-def test_estimate_and_train_do_not_wait_for_each_other(served):
-    fns = {fn.api_name: fn for fn in served.page.fns.values()}
-    assert min(fns[name].concurrency_limit for name in ("estimate", "train")) > 1

@@ -1,8 +1,7 @@
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
   const closes = document.querySelector(".preview, .options") || document.fullscreenElement;
-  const open = document.querySelector("#close_mask");
-  if (event.key === "Escape" && !closes) (open || document.querySelector("#stop"))?.click();
+  if (event.key === "Escape" && !closes) document.querySelector("#stop")?.click();
   if (event.key === "/" && !typing) {
     const prompt = document.querySelector("#prompt textarea");
     if (prompt && prompt.offsetParent) { event.preventDefault(); prompt.focus(); }

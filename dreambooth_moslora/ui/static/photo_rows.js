@@ -1,9 +1,9 @@
 const [grid, hint, panel, template] = [".photo-grid", ".photo-hint", ".photo-open", "template"]
   .map((name) => element.querySelector(name));
-const [box, remarkLine, maskButton] = ["textarea", ".photo-remark", "[data-event=mask]"]
+const [box, remarkLine] = ["textarea", ".photo-remark"]
   .map((name) => panel.querySelector(name));
 const typed = new Map(props.value || []), tiles = new Map();
-let open = "", reset = props.reset;
+let open = "";
 
 const cards = () => props.cards || [];
 const inOneLine = (text) => text.replace(/[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+/g, " ");
@@ -49,7 +49,7 @@ function draw() {
     grid.replaceChildren(...drawn);
     if (grid.contains(typing)) typing.focus();
   }
-  // The chosen photo's caption and mask, below all photos.
+  // The chosen photo's caption, below all photos.
   const place = cards().findIndex(({photo}) => photo === open);
   panel.hidden = place < 0;
   hint.hidden = place >= 0;
@@ -57,13 +57,10 @@ function draw() {
   const words = typed.get(open) || "";
   if (box.value !== words) box.value = words;
   box.setAttribute("aria-label", `Caption of photo ${place + 1}`);
-  maskButton.setAttribute("aria-label", `Mask: photo ${place + 1}`);
   remarkLine.textContent = `Photo ${place + 1}: ${cards()[place].remark}`;
 }
 
 function take() {
-  if (props.reset !== reset) typed.clear();
-  reset = props.reset;
   for (const {photo, caption} of cards()) if (!typed.has(photo)) typed.set(photo, caption);
   say();
   if (cards().length) trigger("keep");
@@ -72,10 +69,6 @@ function take() {
 
 box.addEventListener("input", () => { typed.set(open, inOneLine(box.value)); say(); });
 box.addEventListener("change", () => { trigger("keep"); draw(); });
-maskButton.addEventListener("click", () => {
-  document.body.classList.add("opens-mask");
-  trigger("mask", {photo: open});
-});
 element.querySelector("[data-event=masks]").addEventListener("click", () => trigger("masks"));
-watch(Object.keys(props).filter((name) => /^(cards|reset)$/.test(name)), take);
+watch(["cards"], take);
 take();

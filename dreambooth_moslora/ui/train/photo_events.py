@@ -1,8 +1,4 @@
-"""The photos in the Train tab: the field to drop them, their grid, and the events of both.
-
-What a program sends in `photos` and `captions` the page has taken before: photos when they are
-dropped, and captions when they are written below the grid.
-"""
+"""The photos in the Train tab: the field to drop them, their grid, and the events of both."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,41 +11,40 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
 from dreambooth_moslora.ui.html import photo_rows, with_cards
 from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
-from dreambooth_moslora.ui.train import train_photos
+from dreambooth_moslora.ui.train import mask_pictures, train_photos
 from dreambooth_moslora.ui.train.train_form import TrainForm
+from dreambooth_moslora.ui.train.train_start import settings_of
 
 TAKING_PHOTOS = {"concurrency_limit": 4}
 """Options of events that process photos: an estimate need not wait for a start."""
-PRIVATE = {"api_visibility": "private", **GPU}
-"""Options of events that compute, and that no program calls."""
 ABOUT_PHOTOS = (
     "Several places, sides and light. If you have masks, add them too: dog.mask.png for dog.jpg."
 )
 """Told while there are no photos."""
+SHOWN = "What is inside the line is learned most."
+"""Told above the grid while it shows masks."""
 
 
 def photo_widgets() -> dict[str, Any]:
-    """The widgets in which photos are dropped and shown, by name.
-
-    `photos` is the hidden field for those of a program.
-    """
-    files = {
-        "file_count": "multiple",
-        "file_types": PHOTO_TYPES,
-        "label": "3 to 10 photos of one subject",
-    }
-    widgets = {"added": gr.File(height=84, elem_id="photos", **files)}
-    # What is said of the photos, of their masks, and the grid itself.
-    widgets["photos"] = gr.File(visible=False, **files)
+    """The widgets in which photos are dropped and shown, by name."""
+    widgets: dict[str, Any] = {}
+    widgets["added"] = gr.File(
+        file_count="multiple",
+        file_types=PHOTO_TYPES,
+        label="3 to 10 photos of one subject",
+        height=84,
+        elem_id="photos",
+    )
+    # What is said of the photos, and the grid itself.
     widgets["remarks"] = gr.HTML(html.faint(ABOUT_PHOTOS), elem_id="remarks")
-    widgets["mask_remarks"] = gr.HTML("", visible=False, elem_id="mask_remarks")
     widgets["crops"] = photo_rows("crops")
     return widgets
 
 
 def connect_photos(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts: dict) -> None:
-    """Photos are added and removed, captions written, and the prompts told."""
+    """Photos are added and removed, masks shown, captions written, and the prompts told."""
     _connect_adding(ctx, page, fields, parts)
+    _connect_masks(ctx, fields, parts)
     _connect_captions(ctx, parts)
     _connect_prompts(ctx, fields, parts)
 
@@ -94,6 +89,31 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         return review(ctx, values)
 
 
+def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
+    """“Show masks” draws those that a run would use into the grid."""
+    remarks, rows = parts["remarks"], parts["crops"]
+
+    @on(
+        rows.masks,
+        GPU,
+        inputs_kwargs=fields,
+        outputs=[remarks, rows],
+        show_progress="minimal",
+        show_progress_on=remarks,
+        api_visibility="private",
+    )
+    def show(**values) -> tuple:
+        lines = [SHOWN]
+        masks = {}
+        config = settings_of(ctx, TrainForm(**values))
+        for mask in mask_pictures.shown_masks(config, ctx.workspace):
+            photo = mask.photo.path
+            masks[photo] = mask.path
+            if mask.remark:
+                lines.append(f"photo {train_photos.number_of(photo)}: {mask.remark}")
+        return review(ctx, values, remarks=lines, masks=masks)
+
+
 def _connect_captions(ctx: state.AppContext, parts: dict) -> None:
     """Captions are kept as they are finished."""
     rows = parts["crops"]
@@ -129,18 +149,15 @@ def review(
     values: Mapping[str, Any],
     remarks: Sequence[str] = (),
     masks: Mapping[Path, Path | None] | None = None,
-    *,
-    is_reset: bool = False,
 ) -> tuple:
     """Values of the remarks and rows; hidden without photos.
 
     - `values` are the form's, which decide the crops.
     - `remarks` come before those on the photos.
     - `masks` are those that a run would use, by photo, if not those beside the photos.
-    - With `is_reset` kept captions replace what was typed.
     """
     if not kept_photos(ctx.workspace.photos_dir):
         return html.faint(ABOUT_PHOTOS), with_cards([])
     found = train_photos.review_kept(ctx, TrainForm(**values), remarks=remarks, masks=masks)
     cards = train_photos.cards_of(found)
-    return gr.HTML(found.remarks, visible=True), with_cards(cards, is_reset=is_reset)
+    return gr.HTML(found.remarks, visible=True), with_cards(cards)

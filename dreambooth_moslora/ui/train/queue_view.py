@@ -1,10 +1,9 @@
-"""What the page shows of the queue and the list of runs, and what a program is told of them."""
+"""What the page shows of the queue and the list of runs."""
 
 from typing import Any
 
 import gradio as gr
 
-from dreambooth_moslora.ui.jobs import Job
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train.run_list import run_cards
 
@@ -47,34 +46,3 @@ def queue_changes(
     if current is not None and current.name not in known:
         changes["run"] = current.name
     return changes
-
-
-def queued_runs(ctx: AppContext) -> list[dict[str, Any]]:
-    """The waiting runs, for a program: `run`, and its `place` from 1."""
-    waiting = enumerate(ctx.queue.queue.waiting(), 1)
-    return [{"run": run.name, "place": place} for place, run in waiting]
-
-
-def status_of(ctx: AppContext, run: str | None) -> dict[str, Any]:
-    """The state of a run, for a program; with its `place` while it waits. Raises UserError."""
-    unbegun = {"run": run, "state": "waiting", "step": 0, "steps": 0}
-    # It waits in the queue.
-    for waiting in queued_runs(ctx):
-        if waiting["run"] == run:
-            return unbegun | waiting
-    # Its turn has come, and it starts as soon as pictures make room.
-    is_next = any(one.name == run for one in ctx.queue.queue.started())
-    if is_next and Job.load(ctx.jobs.run_dir(run)) is None:
-        return unbegun | {"state": "starting"}
-    # It has begun.
-    job = ctx.jobs.recorded(run or "")
-    state = ctx.jobs.state(job)
-    facts = {
-        "run": job.name,
-        "state": state.state,
-        "step": state.step,
-        "steps": state.max_train_steps,
-    }
-    if state.message:
-        facts["message"] = state.message
-    return facts

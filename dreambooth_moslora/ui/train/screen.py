@@ -4,25 +4,18 @@ Further fields are folded.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan.choices import TOKEN
-from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.subject_kinds import kind_of
-from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.settings.toys import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, mistake_card, on
 from dreambooth_moslora.ui.generate_tab import GenerateTab
-from dreambooth_moslora.ui.photo_copies import take_photos
 from dreambooth_moslora.ui.train import (
-    mask_events,
     photo_events,
     train_form,
     train_photos,
@@ -38,10 +31,10 @@ FROM_HUB = "; {} from the hub once"
 
 
 def train_widgets(base: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields under the names of the API, and the other widgets, by name."""
+    """The fields of the form, and the other widgets, by name."""
     # What every run needs: photos, and a word for what they show.
     gr.Markdown("### 1 · Photos", elem_classes="step")
-    others = photo_events.photo_widgets() | mask_events.mask_widgets()
+    others = photo_events.photo_widgets()
     gr.Markdown("### 2 · What they show", elem_classes="step")
     fields = {"class_word": field_widget("class_word", base)}
     prompts = gr.HTML(visible=False, elem_id="prompts")
@@ -115,7 +108,7 @@ def field_widget(name: str, base: str) -> gr.components.Component:
     if row.values:
         is_shown = not (row.of_files and is_toy(base))
         return gr.Dropdown(list(row.values), value=first, visible=is_shown, **look)
-    return gr.Textbox(None if row.required else first, **look)
+    return gr.Textbox(first, **look)
 
 
 def build_train_tab(
@@ -143,11 +136,9 @@ def build_train_tab(
     )
     photo_events.connect_photos(ctx, page, fields, parts)
     _connect_start(ctx, fields, parts)
-    mask_events.connect_masks(ctx, fields, parts)
     # The run's events.
     connect_watch(ctx, page, parts)
     _connect_use(ctx, parts, tabs, generate)
-    _connect_reopen(ctx, fields, parts)
     of_base = {}
     for name, row in rows().items():
         if row.at_first or row.of_files:
@@ -156,62 +147,32 @@ def build_train_tab(
 
 
 def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """The three buttons that take the whole form: start, queue, and estimate.
-
-    What was chosen for the run goes through a state, which is hidden from programs: `/train`
-    returns two values.
-    """
+    """The three buttons that take the whole form: start, queue, and estimate."""
+    # What was chosen for a run is shown on the card, and the run comes into view.
     chosen = gr.State("")
     chosen.change(lambda card: card, chosen, parts["cost"], **AT_ONCE).then(
         None, js=SHOW_STATUS, **AT_ONCE
     )
 
-    def train(form: TrainForm) -> tuple:
+    def train(form: TrainForm) -> dict:
         job, said = train_start.start_run(ctx, form)
-        return job.name, html.notice(f"The run {job.name} is starting."), said
+        told = html.notice(f"The run {job.name} is starting.")
+        return {parts["run"]: job.name, parts["status"]: told, chosen: said}
 
-    def queue(form: TrainForm) -> tuple:
-        return (train_start.add_to_queue(ctx, form)[1],)
+    def queue(form: TrainForm) -> dict:
+        return {parts["cost"]: train_start.add_to_queue(ctx, form)[1]}
 
-    def estimate(form: TrainForm) -> tuple:
-        return (train_start.estimate_cost(ctx, form),)
+    def estimate(form: TrainForm) -> dict:
+        return {parts["cost"]: train_start.estimate_cost(ctx, form)}
 
-    started = [parts["run"], parts["status"], chosen]
-    of_form = (
-        ("train", parts["start"], train, started),
-        ("add_to_queue", parts["queue"], queue, [parts["cost"]]),
-        ("estimate", parts["estimate"], estimate, [parts["cost"]]),
-    )
-    for_programs = gr.Button(visible=False)
-    for name, button, act, outputs in of_form:
-        _connect_form(ctx, act, fields, parts, button=button, outputs=outputs)
-        for_programs.click(
-            _with_photos(ctx, act),
-            api_name=name,
-            inputs_kwargs={"photos": parts["photos"], **fields},
-            outputs=outputs,
-            **photo_events.TAKING_PHOTOS,
-        )
-
-
-def _with_photos(ctx: state.AppContext, act: Callable[[TrainForm], tuple]) -> Callable:
-    """A program's handler of the form's values, after its photos were taken."""
-
-    @as_gradio_error
-    def handler(photos: list[str] | None, **values) -> Any:
-        # Without the lock, the photos of another request could be used in their place.
-        with ctx.workspace.changing if photos else nullcontext():
-            if photos:
-                take_photos(photos, ctx.workspace.photos_dir)
-            done = act(TrainForm(**values))
-        return done if len(done) > 1 else done[0]
-
-    return handler
+    outputs = [parts["run"], parts["status"], chosen]
+    for name, act in (("start", train), ("queue", queue), ("estimate", estimate)):
+        _connect_form(ctx, act, fields, parts, button=parts[name], outputs=outputs)
 
 
 def _connect_form(
     ctx: state.AppContext,
-    act: Callable[[TrainForm], tuple],
+    act: Callable[[TrainForm], dict],
     fields: dict,
     parts: dict,
     button: gr.Button,
@@ -219,7 +180,7 @@ def _connect_form(
 ) -> None:
     """A button of the page, whose mistakes are told beside the field that has to change.
 
-    - `act` does it with the form, and gives the values of `outputs`.
+    - `act` does it with the form, and gives values of `outputs` or of the card.
     - `fields` and `parts` are the tab's widgets.
     """
     places = [parts[name] for name in ("remarks", "prompts", "cost")]
@@ -229,7 +190,7 @@ def _connect_form(
         try:
             # What was typed last may still be on its way.
             train_photos.keep_captions(ctx.workspace, said or [])
-            return dict(zip(outputs, act(form)))
+            return act(form)
         except Exception as error:
             place = train_start.place_of_mistake(ctx, form)
             return {parts[place]: gr.HTML(mistake_card(error), visible=True)}
@@ -237,7 +198,7 @@ def _connect_form(
     button.click(
         on_page,
         inputs_kwargs={"said": parts["crops"], **fields},
-        outputs=list(dict.fromkeys([*outputs, *places])),
+        outputs=[*outputs, *places],
         api_visibility="private",
         **photo_events.TAKING_PHOTOS,
     )
@@ -267,31 +228,3 @@ def _connect_use(ctx: state.AppContext, parts: dict, tabs: gr.Tabs, generate: Ge
         summary = summary_of(files[name])
         chosen = gr.Dropdown(choices=[NONE, *files], value=name)
         return gr.Tabs(selected="generate"), chosen, summary.prompt
-
-
-def _connect_reopen(ctx: state.AppContext, fields: dict, parts: dict) -> None:
-    """The photos and words of a run that has ended go into the form."""
-    words = [fields[name] for name in ("token", "class_word", "subject", "describe")]
-    outputs = [*words, parts["remarks"], parts["crops"], parts["cost"]]
-
-    @on(
-        parts["reopen"].click,
-        TELLING,
-        inputs_kwargs={"run": parts["run"], **fields},
-        outputs=outputs,
-        show_progress_on=parts["cost"],
-    )
-    def reopen(run: str | None, **values) -> tuple:
-        job = ctx.jobs.recorded(run or "")
-        config = TrainConfig.from_dict(job.settings)
-        subject = subject_of(config)
-        token, word = subject.token, subject.class_word
-        # The word of a style is its name, and it has no token beside it.
-        if kind_of(config).is_style:
-            token, word = TOKEN, token
-        train_start.take_photos_of_run(job.run_dir, ctx.workspace)
-        values["subject"] = config.subject
-        review = photo_events.review(ctx, values, is_reset=True)
-        told = f"The photos of {job.name}, with captions and masks, and its words are in the form."
-        looks = ", ".join(config.describe)
-        return token, word, config.subject, looks, *review, html.notice(told)

@@ -22,7 +22,6 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import choices as plan
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.table import SETTINGS
-from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.values import is_number
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
@@ -45,8 +44,6 @@ class FormField:
     """The setting that it fills; "" if the form does more with it."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """Value -> label, if it is a choice of a few (default: the values of its setting)."""
-    required: bool = False
-    """Whether the API's argument has no default."""
     always: bool = False
     """Whether the run is given its value even where that is as at first; else 0 is “by recipe”."""
     words: tuple[str, str] | None = None
@@ -97,21 +94,13 @@ def asked(default: Any, label: str, info: str = "", **facts: Any) -> Any:
 
 
 def rows() -> dict[str, FormField]:
-    """The fields of the form by name, in the API's order."""
+    """The fields of the form by name, in the table's order."""
     return {item.name: item.metadata["row"] for item in fields(TrainForm)}
-
-
-TOO_MANY_CAPTIONS = "{} captions for {} photos: one photo could not be read; leave out its line"
-"""Told when a line of captions would be another photo's."""
 
 
 @dataclass(frozen=True)
 class TrainForm:
-    """All that the form asks.
-
-    The fields' names and order are those of the API's arguments. 0 in a number, and None, mean what
-    the recipe says.
-    """
+    """All that the form asks. 0 in a number, and None, mean what the recipe says."""
 
     token: str = asked(
         plan.TOKEN,
@@ -123,7 +112,6 @@ class TrainForm:
     class_word: str = asked(
         "",
         label="In one word",
-        required=True,
         look={"placeholder": "dog, teapot, woman, drawing …"},
     )
     run_name: str = asked(
@@ -146,13 +134,6 @@ class TrainForm:
         line=8,
         setting="with_prior_preservation",
         elem_id="prior",
-    )
-    captions: str = asked(
-        "",
-        label="Captions",
-        info="one line for each photo, in order; may be left out",
-        line=7,
-        look={"visible": False},
     )
     rank: int = asked(
         0,
@@ -326,8 +307,7 @@ class TrainForm:
         The arguments are those of `choices`. Raises UserError.
         """
         self.check_words()
-        for words in (self.captions, self.describe):
-            check_characters(str(words or ""), "a caption")
+        check_characters(str(self.describe or ""), "what may change")
         given = {
             "pretrained_model_name_or_path": base,
             # The files that the page itself has loaded.
@@ -355,19 +335,6 @@ class TrainForm:
             if row.always or value != row.first(base):
                 given[row.setting] = row.words[bool(value)] if row.words else value
         return given
-
-    def write_captions(self, photos_dir: Path) -> None:
-        """Write each caption into a text file beside its photo; empty ones are skipped.
-
-        Raises UserError for more lines than photos: some would be another photo's.
-        """
-        photos = kept_photos(photos_dir)
-        lines = str(self.captions or "").rstrip().splitlines()
-        if len(lines) > len(photos):
-            raise UserError(TOO_MANY_CAPTIONS.format(len(lines), len(photos)))
-        for photo, line in zip(photos, lines):
-            if line.strip():
-                photo.with_suffix(".txt").write_text(line.strip(), encoding="utf-8")
 
 
 PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[^\"]*\""

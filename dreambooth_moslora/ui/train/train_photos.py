@@ -11,7 +11,6 @@ from pathlib import Path
 import PIL.Image
 
 from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import one_space
 from dreambooth_moslora.photos.cropping import apply_crop
 from dreambooth_moslora.photos.examine import examine, plans_of
@@ -21,7 +20,7 @@ from dreambooth_moslora.photos.photo_file import open_again, open_mask, open_rgb
 from dreambooth_moslora.plan.choices import TOKEN
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import kept_photos, remove_photos, take_photos
-from dreambooth_moslora.ui.train.mask_pictures import GONE, outlined
+from dreambooth_moslora.ui.train.mask_pictures import outlined
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import settings_of
 from dreambooth_moslora.ui.workspace import Workspace
@@ -36,7 +35,7 @@ def add_photos(files: list[str], workspace: Workspace) -> list[str]:
     Raises UserError.
     """
     with workspace.changing:
-        remarks = take_photos(files, workspace.photos_dir, keep=True)
+        remarks = take_photos(files, workspace.photos_dir)
         known = set()
         again = []
         for photo in kept_photos(workspace.photos_dir):
@@ -54,14 +53,6 @@ def remove_photo(workspace: Workspace, digest: str) -> None:
     with workspace.changing:
         gone = [photo for photo in kept_photos(folder) if file_digest(photo) == digest]
         remove_photos(folder, gone)
-
-
-def photo_with(workspace: Workspace, digest: str) -> Path:
-    """The photo of that digest. Raises UserError when it is gone."""
-    for photo in kept_photos(workspace.photos_dir):
-        if file_digest(photo) == digest:
-            return photo
-    raise UserError(GONE)
 
 
 def caption_of(photo: Path) -> str:

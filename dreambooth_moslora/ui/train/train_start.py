@@ -1,4 +1,4 @@
-"""From a filled form to a run, and from an earlier run back to the form.
+"""From a filled form to a run.
 
 A run is started, queued, or told what it will cost, as `--dry_run` estimates it.
 """
@@ -27,21 +27,6 @@ from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.train.train_form import TrainForm
-from dreambooth_moslora.ui.workspace import Workspace
-
-
-def take_photos_of_run(run_dir: Path, workspace: Workspace) -> None:
-    """The run's photos, captions and masks come into the form, in place of what is there.
-
-    Raises UserError where they are gone.
-    """
-    photos_dir = run_dir / "photos"
-    if not kept_photos(photos_dir):
-        raise UserError("the photos of this run are not there any more")
-    with workspace.changing:
-        shutil.rmtree(workspace.photos_dir, ignore_errors=True)
-        shutil.copytree(photos_dir, workspace.photos_dir)
-
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 """Why a run is not started."""
@@ -116,7 +101,6 @@ def prepared(
     try:
         with ctx.workspace.changing:
             shutil.copytree(photos, run_dir / "photos")
-        form.write_captions(run_dir / "photos")
         # What training would refuse is refused here, where the form can still be changed.
         base = Base.of(config)
         check_settings(replace(config, **family_settings(config, base)), base)

@@ -1,5 +1,5 @@
 """The events of the right half of the Train tab: the page looks at the runs and the queue, and its
-buttons change them. Programs have the same as endpoints."""
+buttons change them."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import gradio as gr
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
 from dreambooth_moslora.ui.state import AppContext
-from dreambooth_moslora.ui.train.queue_view import OF_QUEUE, queue_changes, queued_runs, status_of
+from dreambooth_moslora.ui.train.queue_view import OF_QUEUE, queue_changes
 from dreambooth_moslora.ui.train.run_list import listed_runs
 from dreambooth_moslora.ui.train.run_view import WATCHED, watched
 
@@ -24,7 +24,6 @@ def connect_watch(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     _connect_list(parts)
     _connect_controls(ctx, parts)
     _connect_queue(ctx, parts)
-    _connect_programs(ctx)
 
 
 def _outputs(parts: dict) -> list:
@@ -81,7 +80,6 @@ def _connect_controls(ctx: AppContext, parts: dict) -> None:
     for act in (stop, resume):
         button = parts[act.__name__]
         button.click(_or_mistake(act), parts["run"], parts["status"], **TELLING)
-        gr.api(as_gradio_error(act), api_name=f"{act.__name__}_training", queue=False)
 
 
 def _or_mistake(act: Callable[[str], str]) -> Callable[[str], str]:
@@ -117,25 +115,3 @@ def _connect_queue(ctx: AppContext, parts: dict) -> None:
     inputs = [parts["queued"], parts["run"], parts["queue_seen"]]
     for name, change in buttons.items():
         parts[name].click(control(change), inputs, _outputs(parts), **TELLING)
-
-
-def _connect_programs(ctx: AppContext) -> None:
-    """The endpoints for programs."""
-
-    @on(gr.api, api_name="train_status")
-    def status(run: str | None) -> dict:
-        return status_of(ctx, run)
-
-    @on(gr.api, api_name="queue", queue=False)
-    def queue() -> list:
-        return queued_runs(ctx)
-
-    @on(gr.api, api_name="move_in_queue", queue=False)
-    def move_in_queue(run: str, place: str = "first") -> list:
-        ctx.queue.queue.move(str(run), str(place))
-        return queued_runs(ctx)
-
-    @on(gr.api, api_name="remove_from_queue", queue=False)
-    def remove_from_queue(run: str) -> list:
-        ctx.queue.queue.remove(str(run))
-        return queued_runs(ctx)

@@ -54,7 +54,6 @@ def _buttons() -> dict[str, Any]:
         parts["stop"] = gr.Button("Stop", variant="stop", elem_id="stop_training", **look)
         parts["use"] = gr.Button("Draw with it", elem_id="use_adapter", **look)
         parts["resume"] = gr.Button("Resume", elem_id="resume", **look)
-        parts["reopen"] = gr.Button("Use its photos again", elem_id="reopen", **look)
         for name, (label, elem_id) in DOWNLOADS.items():
             parts[name] = gr.DownloadButton(label, elem_id=elem_id, **look)
     return parts

@@ -1,5 +1,4 @@
-"""Photos on the page: how they are taken, their crops, and masks that are shown, corrected and kept
-with them."""
+"""Photos on the page: how they are taken, their crops, and masks that are shown with them."""
 
 import random
 import shutil
@@ -17,24 +16,15 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.cropping import CropRule, apply_crop
 from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
+from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui.photo_copies import kept_photos, take_photos
-from dreambooth_moslora.ui.train.mask_pictures import (
-    EDIT_PX,
-    LEARNED,
-    LEFT_OUT,
-    editor_picture,
-    keep_mask,
-    place_of,
-    shown_masks,
-)
+from dreambooth_moslora.ui.train.mask_pictures import shown_masks
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_photos import (
     add_photos,
     cards_of,
     keep_captions,
-    photo_with,
     remove_photo,
     review_kept,
 )
@@ -56,9 +46,7 @@ def pixels(picture: PIL.Image.Image) -> np.ndarray:
     return np.asarray(picture)
 
 
-def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_fault_is_told(
-    tmp_path, workspace
-):
+def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, workspace):
     def noise(seed: int, side: int = 160) -> PIL.Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
         return PIL.Image.fromarray(pixels)
@@ -86,9 +74,6 @@ def test_photos_are_numbered_as_they_are_taken_with_their_captions_and_each_faul
     for words in (*faults, "photo 5: too small", "too few: take 3 to 10"):
         assert words in found.remarks, (words, found.remarks)
     assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
-    TrainForm("sks", "dog", captions="first\n\nthird").write_captions(workspace.photos_dir)
-    captions = {path.name: path.read_text() for path in workspace.photos_dir.glob("*.txt")}
-    assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
 
 
 def drawn(folder, *seeds: int) -> list[str]:
@@ -188,43 +173,13 @@ def masked(tmp_path, workspace):
     return workspace
 
 
-WHOLE, PART = (0, 0, 9999, 9999), (8, 8, 60, 90)
-
-
-def painted(workspace, *boxes: tuple[int, int, int, int]) -> PIL.Image.Image:
-    """The layer on which all is taken away but boxes in px of the first photo, as the page sends
-    it."""
-    with PIL.Image.open(workspace.photos_dir / "photo_01.png") as photo:
-        left, top, right, _ = place_of(photo.size)
-        scale = (right - left) / photo.width
-    layer = PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (*LEFT_OUT, 150))
-    for box in boxes:
-        layer.paste(
-            (*LEARNED, 150),
-            tuple(min(EDIT_PX, round(scale * s) + (left, top)[n % 2]) for n, s in enumerate(box)),
-        )
-    return layer
-
-
-def keep(workspace, name: str, layer: PIL.Image.Image) -> str:
-    """The remark on the mask that is kept."""
-    keep_mask(workspace, photo := workspace.photos_dir / name, layer, config_of(workspace))
-    return next(
-        mask.remark for mask in shown_masks(config_of(workspace), workspace) if mask.photo == photo
-    )
-
-
-def mask_of(workspace, number: int = 0) -> np.ndarray:
-    return np.asarray(open_mask(find_photos(workspace.photos_dir, "", 128).photos[number])) > 127
-
-
 def test_masks_are_shown_as_the_run_has_them(masked, tab):
     given, made = shown_masks(config_of(masked), masked)
-    assert (given.photo.name, given.remark, made.remark) == ("photo_01.png", "", "")
+    assert (given.photo.path.name, given.remark, made.remark) == ("photo_01.png", "", "")
     # the run makes it, as it was shown
     assert not (masked.photos_dir / "photo_02.mask.png").exists()
     (of_given, _), (bare, _) = review_kept(tab, ROCKET).crops
-    masks = {mask.photo: mask.path for mask in (given, made)}
+    masks = {mask.photo.path: mask.path for mask in (given, made)}
     (same, _), (lined, _) = review_kept(tab, ROCKET, masks=masks).crops
     assert np.array_equal(pixels(of_given), pixels(same))
     # A line around the subject, and nothing else, is of another colour.
@@ -232,56 +187,3 @@ def test_masks_are_shown_as_the_run_has_them(masked, tab):
     assert 0.005 < changed.mean() < 0.15
     bare = shown_masks(config_of(masked, make_masks=False), masked)
     assert [mask.remark for mask in bare] == ["", "no mask: all of it is learned"]
-
-
-def test_a_corrected_mask_is_that_of_the_run_and_of_the_crops(masked, tab):
-    tinted, plain = (
-        pixels(
-            editor_picture(
-                masked, masked.photos_dir / "photo_02.png", config_of(masked, make_masks=made)
-            )
-        )
-        for made in (None, False)
-    )
-    assert (
-        tinted.shape == (EDIT_PX, EDIT_PX, 3) and 0.02 < (tinted != plain).any(axis=2).mean() < 0.6
-    )
-    before = [pixels(crop) for crop, _ in review_kept(tab, ROCKET).crops]
-    assert keep(masked, "photo_01.png", painted(masked, PART)) == ""
-    rows, columns = np.where(mask_of(masked))
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 89, 8, 59)
-    after = [pixels(crop) for crop, _ in review_kept(tab, ROCKET).crops]
-    assert [np.array_equal(*pair) for pair in zip(before, after)] == [False, True]
-
-
-def test_the_brush_adds_to_the_mask_and_takes_away_from_it(masked):
-    before, layer = mask_of(masked), PIL.Image.new("RGBA", (EDIT_PX, EDIT_PX), (0, 0, 0, 0))
-    layer.paste((*LEFT_OUT, 150), (0, 0, EDIT_PX, EDIT_PX // 2))
-    layer.paste((*LEARNED, 150), (EDIT_PX // 2, EDIT_PX // 2, EDIT_PX, EDIT_PX))
-    keep(masked, "photo_01.png", layer)
-    middle, after = len(before) // 2, mask_of(masked)
-    assert not after[: middle - 1].any() and after[middle + 1 :].all() and before[:middle].any()
-
-
-def test_what_looks_wrong_is_said_and_nothing_is_kept_of_an_empty_one(masked):
-    with pytest.raises(UserError, match="the mask is empty"):
-        keep(masked, "photo_01.png", painted(masked))
-    for digest in ("photo_01.png", "../photo_01.png", "", "0" * 64):
-        with pytest.raises(UserError, match="not there any more"):
-            photo_with(masked, digest)
-    assert "nearly the whole picture" in keep(masked, "photo_01.png", painted(masked, WHOLE))
-
-
-@pytest.mark.parametrize(
-    ("widget", "event"),
-    [("photos", "upload"), ("crops", "drop"), ("reopen", "click")],
-)
-def test_what_changes_the_photos_hides_the_remarks_and_the_brush_of_the_old_ones(
-    served, widget, event
-):
-    page = served.page
-    numbers = {block.elem_id: number for number, block in page.blocks.items()}
-    of_event = [fn for fn in page.fns.values() if (numbers[widget], event) in fn.targets]
-    (hide,) = [fn for fn in of_event if numbers["mask_box"] in [block._id for block in fn.outputs]]
-    shown = dict(zip((block.elem_id for block in hide.outputs), hide.fn()))
-    assert [shown[name].visible for name in ("mask_remarks", "mask_box")] == [False] * 2

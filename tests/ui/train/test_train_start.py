@@ -2,19 +2,13 @@
 back to the form."""
 
 import re
-import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError
 
 import PIL.Image
 import pytest
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.disk import processes
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate
@@ -23,8 +17,6 @@ from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings.sources import load_settings
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
-from dreambooth_moslora.ui.page import build_app
-from dreambooth_moslora.ui.train import screen
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
 )
@@ -34,11 +26,9 @@ from dreambooth_moslora.ui.train.train_start import (
     prepared,
     settings_of,
     start_run,
-    take_photos_of_run,
 )
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
-from tests.ui.conftest import handler, recorded
 
 DUCK = TrainForm("sks", "duck")
 
@@ -68,15 +58,15 @@ def test_any_word_names_a_run_whose_folder_is_free(jobs, words, name):
 
 
 def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_three_numbers(workspace, tab):
-    form = replace(DUCK, captions="a yellow duck")
-    with prepared(tab, form) as run:
+    (workspace.photos_dir / "photo_01.txt").write_text("a yellow duck")
+    with prepared(tab, DUCK) as run:
         assert run.run_dir.name == "duck"
         folder, said = Path(run.settings["instance_data_dir"]), " ".join(run.said)
         assert len(list(folder.glob("*.png"))) == 5
         assert (folder / "photo_01.txt").read_text() == "a yellow duck"
     for words in ("from 5 photos.", "“a photo of a sks duck” will show your subject."):
         assert words in said
-    cost = estimate_cost(tab, form)
+    cost = estimate_cost(tab, DUCK)
     title, _, rest = cost.partition("<details>")
     assert re.fullmatch(
         r".*[\d.]+ GiB of memory · time not known yet · [\d.]+ GiB on the disk</b>", title
@@ -84,17 +74,7 @@ def test_what_is_started_has_the_photos_and_captions_and_its_cost_is_three_numbe
     assert "480 steps at 128 px" in rest and "time: not known before" in rest
 
 
-def test_captions_that_outnumber_the_photos_are_refused_as_some_would_be_another_photos(
-    workspace, tab
-):
-    """One of a program's photos could not be read: the rest moved up, and ran so."""
-    form = replace(DUCK, captions="one\n\n\n\n\nsix\n")
-    with pytest.raises(UserError, match="6 captions for 5 photos:"), prepared(tab, form):
-        pass
-    assert not list(tab.runs_dir.glob("*"))
-
-
-@pytest.mark.parametrize("broken", ["write_captions", "start", "spawn"])
+@pytest.mark.parametrize("broken", ["start", "spawn"])
 def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
     context, workspace, monkeypatch, broken
 ):
@@ -104,7 +84,6 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
     page = context()
     spawn = (page_jobs.processes, "start_logged")
     targets = {
-        "write_captions": (TrainForm, "write_captions"),
         "start": (page.jobs, "start"),
         "spawn": spawn,
     }
@@ -112,57 +91,6 @@ def test_a_start_that_fails_leaves_no_photos_and_no_taken_name(
     with pytest.raises(OSError, match="disk full"):
         start_run(page, DUCK)
     assert not list(page.runs_dir.glob("*"))
-
-
-def test_requests_at_once_train_each_on_the_photos_that_it_sent(context, tmp_path, monkeypatch):
-    """Both took theirs into one folder before either copied it: both runs had the same animal."""
-    page, both_took, take = context(), Barrier(2), screen.take_photos
-    monkeypatch.setattr(page.queue, "keep_on", lambda: None)
-    add = next(
-        event.fn for event in build_app(page).fns.values() if event.api_name == "add_to_queue"
-    )
-
-    def take_with_the_other(*args):
-        take(*args)
-        with suppress(BrokenBarrierError):
-            both_took.wait(1)
-
-    def ask(word: str, count: int) -> int:
-        files = list(map(str, sorted(paint_photos(tmp_path / word, count).iterdir())))
-        add(files, **vars(replace(DUCK, class_word=word)))
-        return len(list((page.runs_dir / word / "photos").iterdir()))
-
-    monkeypatch.setattr(screen, "take_photos", take_with_the_other)
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(ask, ("hen", "cat"), (2, 3))) == [2, 3]
-
-
-def test_the_photos_and_words_of_a_run_come_back_into_the_form(workspace, tab, context):
-    form = TrainForm("tok", "toy duck", captions="first\n\nthird")
-    with prepared(tab, form) as run:
-        processes.write_settings(run.run_dir, run.settings)
-        recorded(run.run_dir)
-        shutil.rmtree(workspace.photos_dir)
-        reopen = handler(context(), "reopen")
-        *words, _, _, told = reopen(run=run.run_dir.name, **vars(form))
-    assert words == ["tok", "toy duck", "thing", ""] and "are in the form" in told
-    captions = {path.name: path.read_text() for path in workspace.photos_dir.glob("*.txt")}
-    assert captions == {"photo_01.txt": "first", "photo_03.txt": "third"}
-
-
-def test_the_photos_of_the_run_with_their_masks_replace_those_that_were_added_unless_they_are_gone(
-    workspace, tab
-):
-    folder = workspace.photos_dir
-    shutil.copy(folder / "photo_02.png", folder / "photo_01.mask.png")
-    with prepared(tab, DUCK) as run:
-        (folder / "photo_05.png").unlink()
-        take_photos_of_run(run.run_dir, workspace)
-        assert len(list(folder.iterdir())) == 6
-        shutil.rmtree(run.run_dir / "photos")
-        with pytest.raises(UserError, match="the photos of this run are not there any more"):
-            take_photos_of_run(run.run_dir, workspace)
-        assert len(list(folder.iterdir())) == 6
 
 
 WORDS_AND_PATHS = {
