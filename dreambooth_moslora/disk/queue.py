@@ -5,8 +5,7 @@ process ends in any way, so the file of a killed run blocks nobody.
 
 The queue is the folder `.queue` in the folder of runs:
 
-    waiting/NAME.json    a waiting run with all its settings
-    order.json           the names of the waiting runs in their order
+    waiting/NAME.json    a waiting run with all its settings, and when it was added
     started/NAME.json    the run whose turn it is, until it has ended
     ended.jsonl          one line for each run that has ended, and how
 
@@ -18,7 +17,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -129,7 +128,7 @@ def remark_no_locks(folder: Path, reason: str) -> None:
 
 
 QUEUE_NAME = ".queue"  # The queue's folder in the folder of runs.
-HELD_SEC = 30.0  # How long another process may hold the order,
+HELD_SEC = 30.0  # How long another process may hold the waiting runs,
 POLL_SEC = 0.02  # and how often it is tried again.
 
 
@@ -166,34 +165,19 @@ class RunQueue:
         """Add a run behind the others; returns its place, from 1. Raises UserError for a name that
         is in the queue."""
         with self._held():
-            order = [found.name for found in self.waiting()]
-            taken = order + [found.name for found in self.started()]
-            if run.name in taken:
+            waiting = self.waiting()
+            if run.name in [found.name for found in waiting + self.started()]:
                 raise UserError(f"the run {run.name} is in the queue already")
-            self._set_order([*order, run.name])
             self._write("waiting", run)
-            return len(order) + 1
+            return len(waiting) + 1
 
     def waiting(self) -> list[QueuedRun]:
-        """The waiting runs in their order: those that it names, then the others by their time."""
-        names = []
-        with suppress(UserError):
-            names = read_json(self.folder / "order.json", list[str])
-        places = {name: number for number, name in enumerate(names)}
-
-        def place_of(run: QueuedRun) -> tuple[int, float, str]:
-            return places.get(run.name, len(places)), run.queued, run.name
-
-        return sorted(self._all("waiting"), key=place_of)
+        """The waiting runs in their order: the first that was added comes first."""
+        return sorted(self._all("waiting"), key=lambda run: run.queued)
 
     def started(self) -> list[QueuedRun]:
         """The run whose turn it is, or an empty list."""
         return sorted(self._all("started"), key=lambda run: run.started)
-
-    def move(self, name: str, place: str) -> None:
-        """Move a run to `place`, up, down, first or last. Raises UserError."""
-        with self._held():
-            self._set_order(with_place([run.name for run in self.waiting()], name, place))
 
     def remove(self, name: str) -> QueuedRun:
         """Remove a waiting run, and its folder, which was made for it, if nothing was trained
@@ -201,7 +185,7 @@ class RunQueue:
         with self._held():
             run = next((run for run in self.waiting() if run.name == name), None)
             if run is None:
-                raise UserError(not_waiting(name))
+                raise UserError(f"no run called {name!r:.60} waits in the queue")
             self._path("waiting", name).unlink()
         run_dir = run_folder.RunDir(self.runs_dir / name)
         if not run_dir.metrics_path.exists():
@@ -260,12 +244,9 @@ class RunQueue:
         clean_stale(path.parent)
         atomic_write(path, json.dumps(asdict(run), indent=1))
 
-    def _set_order(self, names: list[str]) -> None:
-        atomic_write(self.folder / "order.json", json.dumps(names))
-
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Lock the order and the waiting runs for the block, which must be short. Raises UserError
+        """Lock the waiting runs for the block, which must be short. Raises UserError
         when another process holds them for HELD_SEC."""
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + HELD_SEC
@@ -282,22 +263,3 @@ class RunQueue:
             yield
         finally:
             lock.close()
-
-
-def with_place(names: Sequence[str], name: str, place: str) -> list[str]:
-    """The names with `name` at its new place. Raises UserError for an unknown name and for an
-    invalid place."""
-    if name not in names:
-        raise UserError(not_waiting(name))
-    rest = [one for one in names if one != name]
-    now = list(names).index(name)
-    places = {"up": max(0, now - 1), "down": now + 1, "first": 0, "last": len(rest)}
-    if place not in places:
-        raise UserError(f"{place!r:.20} is not a place in the queue: {', '.join(places)}")
-    index = places[place]
-    return [*rest[:index], name, *rest[index:]]
-
-
-def not_waiting(name: str) -> str:
-    """What is said of a name that is not in the queue."""
-    return f"no run called {name!r:.60} waits in the queue"

@@ -78,21 +78,8 @@ def test_the_order_is_on_the_disk(queue):
     for name in "abcd":
         added(queue, name)
     assert names(RunQueue(queue.runs_dir)) == ["a", "b", "c", "d"]
-    for name, place, order in (
-        ("d", "up", "abdc"),
-        ("c", "first", "cabd"),
-        ("c", "down", "acbd"),
-        ("b", "first", "bacd"),
-        ("a", "last", "bcda"),
-    ):
-        queue.move(name, place)
-        assert "".join(names(RunQueue(queue.runs_dir))) == order
-    added(queue, "e")
-    assert names(queue)[-1] == "e"
     for call, words in (
-        (lambda: queue.move("zz", "up"), "waits in the queue"),
         (lambda: queue.remove("zz"), "waits in the queue"),
-        (lambda: queue.move("a", "sideways"), "'sideways' is not a place"),
         (lambda: queue.add(QueuedRun("a")), "a is in the queue already"),
     ):
         with pytest.raises(UserError, match=words):
@@ -114,15 +101,14 @@ def test_runs_are_trained_in_their_order_and_a_bad_one_fails_alone(turns):
         added(turns.queue, name, mode=mode)
     (turns.queue.folder / "waiting" / "torn.json").write_text('{"name": "to')
     added(turns.queue, "dog")
-    turns.queue.move("dog", "first")
     states = trained(turns)
-    assert [name for name in states if name != "torn"] == ["dog", "cat", "bad"]
+    assert [name for name in states if name != "torn"] == ["cat", "bad", "dog"]
     assert states == dict.fromkeys(("dog", "cat"), "done") | dict.fromkeys(
         ("bad", "torn"), "failed"
     )
     words = {event["name"]: event["message"] for event in turns.queue.ended()}
     assert words["bad"] == "error: the photos are gone" and "cannot be read" in words["torn"]
-    assert starts_of(turns.queue, "dog")[0]["time"] < starts_of(turns.queue, "cat")[0]["time"]
+    assert starts_of(turns.queue, "cat")[0]["time"] < starts_of(turns.queue, "dog")[0]["time"]
 
 
 def test_the_page_trains_on_after_the_folder_of_runs_was_deleted(turns, monkeypatch):
@@ -238,7 +224,7 @@ def test_the_page_adds_and_shows_runs_also_those_of_the_command(page):
         start_run(page, FORM)
     for run in names(queue):
         queue.remove(run)
-    assert not queue_changes(page, None, None, "dog")["queue_box"].visible
+    assert not queue_changes(page, None, None)["queue_box"].visible
     assert [path.name for path in runs_dir.iterdir()] == [".queue"]
 
 

@@ -11,18 +11,12 @@ OF_QUEUE = ("queue_box", "queued", "queue_seen", "run", "runs")
 """Widgets that show the queue."""
 
 
-def queue_changes(
-    ctx: AppContext,
-    run: str | None,
-    seen: tuple | None,
-    chosen: str | None = None,
-) -> dict[str, Any]:
+def queue_changes(ctx: AppContext, run: str | None, seen: tuple | None) -> dict[str, Any]:
     """New values for the widgets in OF_QUEUE, by name; empty while nothing is new.
 
     - `run` is the name of the run that the page watches. The one whose turn has come is watched
       next.
     - `seen` is what the page has shown last.
-    - `chosen` is the waiting run that was moved; it stays chosen.
     """
     waiting = ctx.queue.queue.waiting()
     rows = [(f"{place} · {one.name}", one.name) for place, one in enumerate(waiting, 1)]
@@ -30,12 +24,9 @@ def queue_changes(
     now = (rows, run, cards)
     if now == seen:
         return {}
-    # A run that does not wait any more cannot stay chosen.
-    if chosen not in [one.name for one in waiting]:
-        chosen = None
     changes = {
         "queue_box": gr.Column(visible=bool(rows)),
-        "queued": gr.Radio(choices=rows, value=chosen),
+        "queued": gr.Radio(choices=rows, value=None),
         "queue_seen": now,
         # Gradio replaces all that the list was told, so both go together.
         "runs": gr.HTML(cards=cards, chosen=run, visible=bool(cards)),

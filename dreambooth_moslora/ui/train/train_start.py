@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from dreambooth_moslora.base.base import Base
@@ -30,11 +29,8 @@ from dreambooth_moslora.ui.train.train_form import TrainForm
 
 BUSY = "another run is going on or waits; “Add to queue” lets this one wait for its turn"
 """Why a run is not started."""
-
-# Lines of the cards.
-TIME_KNOWN = "time: at the pace of the last such run here"
-TIME_UNKNOWN = "time: not known before the first run here; the page shows it after a few steps"
 CHOSEN = "“More settings” changes this:"
+"""Told above what was chosen for a run."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
 
 
 def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
-    """Memory, time and disk as HTML, and folded below them what they follow from.
+    """Memory and disk as HTML, and folded below them what they follow from.
 
     Raises UserError for whatever training would refuse.
     """
@@ -181,40 +177,12 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
 
     # The run's plan. Its folder is not made.
     plan = make_plan(settings_of(ctx, form), free_gib=train_form.free_gib(), is_later=True)
-    # Line by line: what it does, the time, the memory, and what could be better.
-    seconds = seconds_of(ctx.jobs, plan.config, plan.steps.total_steps)
+    # Line by line: what it does, the memory, and what could be better.
     lines = [*lack_of_disk(plan), *chosen_lines(plan.config)]
-    lines.append(TIME_KNOWN if seconds else TIME_UNKNOWN)
     lines += cost_lines(plan)
     lines += plan_lines(plan.config, plan.cost.size)
     lines += map(train_form.in_the_forms_words, advice(plan))
-    # The three numbers that decide.
+    # The two numbers that decide.
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
-    time_needed = "time not known yet"
-    if seconds:
-        time_needed = f"about {html.format_seconds(seconds)}"
     disk = f"{plan.cost.disk_gib:.2f} GiB on the disk"
-    return html.folded_card(f"{memory} · {time_needed} · {disk}", lines)
-
-
-def seconds_of(jobs: Jobs, config: table.TrainConfig, total_steps: int) -> float | None:
-    """The time that a run takes, s, at the pace of this machine's newest run that is like it.
-
-    None before the first such run.
-    """
-    # What decides the pace.
-    alike = (
-        "pretrained_model_name_or_path",
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "with_prior_preservation",
-        *table.OF_PLANS,
-    )
-    for job in jobs.all():
-        metrics = jobs.metrics(job)
-        earlier = metrics.last("start").get("config", {})
-        paces = [event["step_sec"] for event in metrics.of("step")[-50:] if event.get("step_sec")]
-        if paces and all(earlier.get(name) == getattr(config, name) for name in alike):
-            return median(paces) * total_steps
-    return None
+    return html.folded_card(f"{memory} · {disk}", lines)

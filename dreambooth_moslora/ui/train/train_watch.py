@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, as_gradio_error, mistake_card, on
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, mistake_card, on
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train.queue_view import OF_QUEUE, queue_changes
 from dreambooth_moslora.ui.train.run_list import listed_runs
@@ -96,22 +96,10 @@ def _or_mistake(act: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _connect_queue(ctx: AppContext, parts: dict) -> None:
-    """The buttons of the queue, each with what it does to the chosen run."""
-    queue = ctx.queue.queue
-
-    def control(change: Callable[[str], Any]) -> Callable:
-        @as_gradio_error
-        def changed(chosen: str | None, run: str | None, seen: tuple | None) -> dict:
-            change(chosen or "")
-            return _as_outputs(parts, queue_changes(ctx, run, seen, chosen))
-
-        return changed
-
-    buttons = {
-        "queue_up": lambda name: queue.move(name, "up"),
-        "queue_down": lambda name: queue.move(name, "down"),
-        "queue_remove": queue.remove,
-    }
+    """The chosen run is removed from the queue."""
     inputs = [parts["queued"], parts["run"], parts["queue_seen"]]
-    for name, change in buttons.items():
-        parts[name].click(control(change), inputs, _outputs(parts), **TELLING)
+
+    @on(parts["queue_remove"].click, TELLING, inputs=inputs, outputs=_outputs(parts))
+    def remove(chosen: str | None, run: str | None, seen: tuple | None) -> dict:
+        ctx.queue.queue.remove(chosen or "")
+        return _as_outputs(parts, queue_changes(ctx, run, seen))

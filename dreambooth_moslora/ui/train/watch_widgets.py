@@ -83,10 +83,7 @@ def _queue() -> dict[str, Any]:
     parts = {}
     with gr.Column(visible=False, elem_id="queue_box") as parts["queue_box"]:
         parts["queued"] = gr.Radio(
-            [], value=None, label="Waiting runs; choose one to move it", elem_id="queued"
+            [], value=None, label="Waiting runs; choose one to remove it", elem_id="queued"
         )
-        with gr.Row(elem_classes="tight"):
-            for name, width in (("up", 60), ("down", 60), ("remove", 80)):
-                key = f"queue_{name}"
-                parts[key] = gr.Button(name.title(), min_width=width, elem_id=key)
+        parts["queue_remove"] = gr.Button("Remove", min_width=80, elem_id="queue_remove")
     return parts
