@@ -7,6 +7,7 @@ file: styles and pictures are embedded, and opening it fetches nothing.
 
 import base64
 import re
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -37,6 +38,7 @@ FAINT = "#6a6a72"
 PAPER = "#ffffff"
 GAP_PX = 8  # Between its pictures.
 MARGIN_PX = 20  # Around them.
+SPACING_PX = 8  # Between two lines of a text.
 MAX_COLUMNS = 6  # Most pictures on a line.
 
 
@@ -51,73 +53,51 @@ class Row:
 
 def draw_contact_sheet(rows: list[Row], path: Path, tile_px: int = 192) -> None:
     """Write the rows that have pictures, at most MAX_COLUMNS of them on a line, as one PNG."""
-    # The sheet is as large as its rows need.
     rows = [row for row in rows if row.images]
     columns = min(MAX_COLUMNS, max(len(row.images) for row in rows))
-    width = 2 * MARGIN_PX + columns * (tile_px + GAP_PX) - GAP_PX
-    height = 2 * MARGIN_PX + sum(row_height(row, columns, tile_px) for row in rows)
+    strips = [drawn_row(row, columns, tile_px) for row in rows]
+    # One below the other, on a sheet as large as they need.
+    width = 2 * MARGIN_PX + strips[0].width
+    height = 2 * MARGIN_PX + sum(strip.height for strip in strips)
     sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    font = font_of(tile_px)
-    line_px = line_height(tile_px)
     top = MARGIN_PX
-    for row in rows:
-        # The title, in one line or two.
-        titles = two_lines(row.title, font, width - 2 * MARGIN_PX)
-        for line, text in enumerate(titles):
-            draw.text((MARGIN_PX, top + line * line_px), text, fill=INK, font=font)
-        # The pictures, each cut to a square, with its caption below.
-        first = top + max(1, len(titles)) * line_px
-        step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
-        for number, image in enumerate(row.images):
-            line, column = divmod(number, columns)
-            left = MARGIN_PX + column * (tile_px + GAP_PX)
-            y = first + line * step
-            tile = ImageOps.fit(image.convert("RGB"), (tile_px, tile_px))
-            sheet.paste(tile, (left, y))
-            caption = two_lines(row.captions[number], font, tile_px) if row.captions else []
-            for part, text in enumerate(caption):
-                place = (left, y + tile_px + 2 + part * line_px)
-                draw.text(place, text, fill=FAINT, font=font)
-        top += row_height(row, columns, tile_px)
+    for strip in strips:
+        sheet.paste(strip, (MARGIN_PX, top))
+        top += strip.height
     write_png(path, sheet)
 
 
-def font_of(tile_px: int) -> ImageFont.FreeTypeFont:
-    """The font for pictures of such a side."""
-    return ImageFont.load_default(max(11, tile_px // 14))
-
-
-def line_height(tile_px: int) -> int:
-    return font_of(tile_px).size + 8
-
-
-def row_height(row: Row, columns: int, tile_px: int) -> int:
-    """Of a row with its title, its captions and the gap below it, px."""
-    line_px = line_height(tile_px)
+def drawn_row(row: Row, columns: int, tile_px: int) -> Image.Image:
+    """The row with its title, its captions, and a gap below it."""
+    font = ImageFont.load_default(max(11, tile_px // 14))
+    line_px = font.size + SPACING_PX
     width = columns * (tile_px + GAP_PX) - GAP_PX
-    titles = two_lines(row.title, font_of(tile_px), width)
-    title = max(1, len(titles)) * line_px
-
-    caption = 2 * line_px if row.captions else 0
+    # The title, in one line or two.
+    title = two_lines(row.title, font, width)
+    first = (title.count("\n") + 1) * line_px
+    step = tile_px + GAP_PX + (2 * line_px if row.captions else 0)
     lines = -(-len(row.images) // columns)
-    return title + lines * (tile_px + GAP_PX + caption) + GAP_PX
+    strip = Image.new("RGB", (width, first + lines * step + GAP_PX), PAPER)
+    draw = ImageDraw.Draw(strip)
+    draw.text((0, 0), title, fill=INK, font=font, spacing=SPACING_PX)
+    # The pictures, each cut to a square, with its caption below.
+    for number, image in enumerate(row.images):
+        line, column = divmod(number, columns)
+        left = column * (tile_px + GAP_PX)
+        top = first + line * step
+        strip.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, top))
+        if row.captions:
+            caption = two_lines(row.captions[number], font, tile_px)
+            place = (left, top + tile_px + 2)
+            draw.text(place, caption, fill=FAINT, font=font, spacing=SPACING_PX)
+    return strip
 
 
-def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
-    """The text in at most two lines of `width_px`, broken at spaces; an ellipsis ends it if cut."""
-    lines = []
-    words = text.split()
-    while words and len(lines) < 2:
-        # As many words as fit; a single one is never broken.
-        count = len(words)
-        while count > 1 and font.getlength(" ".join(words[:count])) > width_px:
-            count -= 1
-        lines.append(" ".join(words[:count]))
-        words = words[count:]
-    if words:
-        lines[-1] += " …"
-    return lines
+def two_lines(text: str, font: ImageFont.FreeTypeFont, width_px: int) -> str:
+    """The text in at most two lines of about `width_px`; an ellipsis ends it if cut."""
+    character_px = font.getlength(text) / max(1, len(text))
+    most = int(width_px / max(1, character_px))
+    return textwrap.fill(text, most, max_lines=2, placeholder=" …", break_long_words=False)
 
 
 # A cell of a table that is set like a number: one, or several with their signs.
