@@ -417,8 +417,11 @@ class Image:
 
     def png(self) -> bytes:
         """The PNG's bytes, with the recipe."""
+        text = PngInfo()
+        for key, value in self.params.to_png_text(self.provenance).items():
+            text.add_itxt(key, value)
         file = BytesIO()
-        self.pixels.save(file, format="PNG", pnginfo=recipe_text(self.params, self.provenance))
+        self.pixels.save(file, format="PNG", pnginfo=text)
         return file.getvalue()
 
 
@@ -436,11 +439,3 @@ def about_black(pictures: Iterable[Image]) -> str:
         return ""
     these = "1 of them is" if count == 1 else f"{count} of them are"
     return f"{these} black: {WHY_BLACK}"
-
-
-def recipe_text(params: GenerationParams, provenance: Provenance) -> PngInfo:
-    """The text chunks of a picture's PNG."""
-    text = PngInfo()
-    for key, value in params.to_png_text(provenance).items():
-        text.add_itxt(key, value)
-    return text

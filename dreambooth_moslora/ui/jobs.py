@@ -126,10 +126,6 @@ class Job:
         told = read_json(run_folder.RunDir(self.run_dir).config_path)
         return told | {"output_dir": str(self.run_dir)}
 
-    def log_tail(self) -> str:
-        """The end of the trainer's log."""
-        return processes.log_tail(self.run_dir)
-
 
 STOPPED_EARLY = "It was stopped before training had begun."
 """Why a run has ended that was asked to stop while it started."""
@@ -286,7 +282,7 @@ class Jobs:
             message = STOPPED_EARLY
         elif not (message or end or alive):
             asked = bool(job.stop_asked)
-            message = processes.why_it_ended(None, job.log_tail(), was_asked=asked)
+            message = processes.why_it_ended(None, processes.log_tail(job.run_dir), was_asked=asked)
         return JobState(
             state=state,
             step=step,
@@ -305,7 +301,7 @@ class Jobs:
         ends = [event.get("state") for event in self._events_of(job) if event.get("type") == "end"]
         if ends:
             return ends[-1] == "interrupted"
-        return processes.was_killed(None, job.log_tail())
+        return processes.was_killed(None, processes.log_tail(job.run_dir))
 
     def _events_of(self, job: Job) -> list[dict[str, Any]]:
         """Events since the first that is not older than the run's process.

@@ -158,7 +158,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
     jobs.stop("dog")
     wait_for(lambda: not job.is_alive, 120)
     run, state = RunDir(job.run_dir), jobs.state(jobs.recorded("dog"))
-    assert state.state == "interrupted", job.log_tail()
+    assert state.state == "interrupted", processes.log_tail(job.run_dir)
     assert (
         run.adapter_path.is_file()
         and run.latest_checkpoint()
@@ -171,7 +171,7 @@ def test_a_training_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_same_
     processes.write_settings(run.path, settings)
     job = jobs.resume("dog")
     wait_for(lambda: not job.is_alive, 120)
-    assert jobs.state(job).state == "done", job.log_tail()
+    assert jobs.state(job).state == "done", processes.log_tail(job.run_dir)
     resumed = adapter_sha256(run.path)
     shutil.rmtree(run.path)
     job = jobs.start("dog", settings)

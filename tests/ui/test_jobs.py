@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
-from dreambooth_moslora.disk.processes import why_it_ended
+from dreambooth_moslora.disk.processes import log_tail, why_it_ended
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.events import as_gradio_error
 from dreambooth_moslora.ui.jobs import Job, Jobs
@@ -77,7 +77,7 @@ def loading(jobs: Jobs) -> Job:
     """A run that is killed by any signal."""
     jobs.script.write_text(SLEEPER)
     job = jobs.start("dog", {})
-    wait_for(lambda: "loading" in job.log_tail())
+    wait_for(lambda: "loading" in log_tail(job.run_dir))
     return job
 
 
@@ -195,7 +195,7 @@ def test_settings_that_cannot_be_read_are_told_and_the_log_has_a_bars_last_state
 ):
     run = (job := recorded(tmp_path / "dog")).run_dir
     (run / "job.log").write_bytes(b"loading\n\n 1%|\r 50%|\r 99%|\n\r\nsaved\n")
-    assert job.log_tail() == "loading\n 99%|\nsaved"
+    assert log_tail(job.run_dir) == "loading\n 99%|\nsaved"
     for content in ("", "[]"):
         (run / "job_config.json").write_text(content)
         with pytest.raises(UserError, match="job_config"):

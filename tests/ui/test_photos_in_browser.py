@@ -159,16 +159,16 @@ def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
     )
 
 
-def test_a_mistake_is_told_beside_its_field(served, browser, tmp_path):
+def test_a_mistake_is_told_below_the_buttons(served, browser, tmp_path):
     with web.visit(browser, served.url) as visited:
         page = visited.page
         web.open_tab(page, "Train")
         page.click("#start")
-        web.says(page, "remarks", "Add some photos of your subject first")
+        web.says(page, "cost", "Add some photos of your subject first")
         page.set_input_files("#photos input[type=file]", noise_photos(tmp_path, 3))
         web.says(page, "remarks", "3 photos")
         page.click("#start")
-        web.says(page, "prompts", "The word for what the photos show (such as dog) is missing")
+        web.says(page, "cost", "The word for what the photos show (such as dog) is missing")
         web.put(page, "class_word", "dog")
         web.says(page, "prompts", "Learns “a photo of a sks dog”")
         web.open_box(page, "more_training")

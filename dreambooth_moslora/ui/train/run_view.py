@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk.processes import log_tail
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui import html
@@ -102,7 +103,7 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
         "sheet": gr.Image(sheet, visible=bool(sheet)),
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
-        "log": job.log_tail(),
+        "log": log_tail(job.run_dir),
     }
 
 

@@ -165,7 +165,7 @@ def _connect_start(ctx: state.AppContext, fields: dict, parts: dict) -> None:
     def estimate(form: TrainForm) -> dict:
         return {parts["cost"]: train_start.estimate_cost(ctx, form)}
 
-    outputs = [parts["run"], parts["status"], chosen]
+    outputs = [parts["run"], parts["status"], chosen, parts["cost"]]
     for name, act in (("start", train), ("queue", queue), ("estimate", estimate)):
         _connect_form(ctx, act, fields, parts, button=parts[name], outputs=outputs)
 
@@ -178,27 +178,24 @@ def _connect_form(
     button: gr.Button,
     outputs: list,
 ) -> None:
-    """A button of the page, whose mistakes are told beside the field that has to change.
+    """A button of the page, whose mistakes are told on the card below it.
 
-    - `act` does it with the form, and gives values of `outputs` or of the card.
+    - `act` does it with the form, and gives values of `outputs`.
     - `fields` and `parts` are the tab's widgets.
     """
-    places = [parts[name] for name in ("remarks", "prompts", "cost")]
 
     def on_page(said: list | None, **values) -> dict:
-        form = TrainForm(**values)
         try:
             # What was typed last may still be on its way.
             train_photos.keep_captions(ctx.workspace, said or [])
-            return act(form)
+            return act(TrainForm(**values))
         except Exception as error:
-            place = train_start.place_of_mistake(ctx, form)
-            return {parts[place]: gr.HTML(mistake_card(error), visible=True)}
+            return {parts["cost"]: mistake_card(error)}
 
     button.click(
         on_page,
         inputs_kwargs={"said": parts["crops"], **fields},
-        outputs=[*outputs, *places],
+        outputs=outputs,
         api_visibility="private",
         **photo_events.TAKING_PHOTOS,
     )

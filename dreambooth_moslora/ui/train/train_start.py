@@ -144,18 +144,6 @@ def chosen_lines(config: table.TrainConfig) -> list[str]:
     return lines
 
 
-def place_of_mistake(ctx: state.AppContext, form: TrainForm) -> str:
-    """The widget beside which the form's mistake is told: below the photos, the word, or the
-    buttons."""
-    if not kept_photos(ctx.workspace.photos_dir):
-        return "remarks"
-    try:
-        form.check_words()
-    except UserError:
-        return "prompts"
-    return "cost"
-
-
 def free_run_dir(jobs: Jobs, form: TrainForm) -> Path:
     """The wanted name, or one from the class words; a number is added when it is taken."""
     wanted = str(form.run_name or form.class_word)

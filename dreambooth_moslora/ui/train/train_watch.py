@@ -1,14 +1,12 @@
 """The events of the right half of the Train tab: the page looks at the runs and the queue, and its
 buttons change them."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
 from dreambooth_moslora.ui import html
-from dreambooth_moslora.ui.events import AT_ONCE, TELLING, mistake_card, on
+from dreambooth_moslora.ui.events import AT_ONCE, TELLING, on
 from dreambooth_moslora.ui.state import AppContext
 from dreambooth_moslora.ui.train.queue_view import OF_QUEUE, queue_changes
 from dreambooth_moslora.ui.train.run_list import listed_runs
@@ -40,12 +38,9 @@ def _connect_look(ctx: AppContext, page: gr.Blocks, parts: dict) -> None:
     """Look when the page is loaded, from time to time, and when another run is chosen."""
 
     def attach() -> str:
-        """The run that trains is shown, or else the newest."""
-        current = ctx.jobs.current()
+        """The newest run is shown: that which trains, if there is one."""
         listed = listed_runs(ctx.jobs)
-        if current is None and not listed:
-            return ""
-        return current.name if current else listed[0][0].name
+        return listed[0][0].name if listed else ""
 
     def look(run: str | None, seen: tuple | None, queue_seen: tuple | None) -> dict:
         changes = watched(ctx.jobs, run, seen, ctx.workspace)
@@ -70,29 +65,15 @@ def _connect_list(parts: dict) -> None:
 
 def _connect_controls(ctx: AppContext, parts: dict) -> None:
     """Stop and Resume."""
+    shown = {"inputs": parts["run"], "outputs": parts["status"]}
 
+    @on(parts["stop"].click, TELLING, **shown)
     def stop(run: str | None) -> str:
         return html.notice(f"Stopping {ctx.jobs.stop(run or '').name} …")
 
+    @on(parts["resume"].click, TELLING, **shown)
     def resume(run: str | None) -> str:
         return html.notice(f"Going on with {ctx.jobs.resume(run or '').name} …")
-
-    for act in (stop, resume):
-        button = parts[act.__name__]
-        button.click(_or_mistake(act), parts["run"], parts["status"], **TELLING)
-
-
-def _or_mistake(act: Callable[[str], str]) -> Callable[[str], str]:
-    """The handler, whose error is told on the card that it gives."""
-
-    @functools.wraps(act)
-    def handler(run: str | None) -> str:
-        try:
-            return act(run)
-        except Exception as error:
-            return mistake_card(error)
-
-    return handler
 
 
 def _connect_queue(ctx: AppContext, parts: dict) -> None:
