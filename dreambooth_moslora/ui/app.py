@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None, prog: str = "app.py") -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")  # kept in memory, with their names
     try:
         return serve(args)
     except UserError as error:

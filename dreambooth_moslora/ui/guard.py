@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
+from uvicorn.config import HTTP_PROTOCOLS
 
 from dreambooth_moslora.errors import UserError
 
@@ -30,6 +31,11 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
 ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks."""
+UNUSED = re.compile(r"/stream/|/custom_component/")
+"""Paths of gradio's that no page here asks for. By the first, a request changes what an event that
+is drawing was asked, and it never ends."""
+UNHEARD = (b"x-gradio-server", b"range")
+"""Headers that gradio does not get: by the first it writes an address into what all users get."""
 UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"
 """The answer to a host name that is not the page's."""
 REFUSED = (
@@ -78,6 +84,8 @@ class TrustedHosts:
 
     def may_pass(self, name: bytes, value: bytes) -> bool:
         """Whether gradio gets to see this header."""
+        if name in UNHEARD:
+            return False
         if name != b"x-forwarded-host":
             return True
         origin = origin_of(f"https://{value.decode('latin1')}")
@@ -91,6 +99,8 @@ class TrustedHosts:
         # What no page asks for.
         if ELSEWHERE.search(path):
             return PlainTextResponse("the page fetches no address", 404)
+        if UNUSED.search(path):
+            return PlainTextResponse("not of this page", 404)
         # The name by which the page is called.
         host = headers.get("host", "")
         known = origin_of(f"http://{host}")
@@ -163,6 +173,7 @@ def origins_of(text: str) -> set[Origin]:
 
 NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
 """Last parts of the paths by which gradio takes something other than a form, or writes it down."""
+MAX_SESSION_NAME = 64
 MAX_FORM_BYTES = 256 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
 API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
@@ -250,6 +261,35 @@ def is_logged_in(scope: dict) -> bool:
     cookies = Request(scope).cookies
     names = (f"access-token-{app.cookie_id}", f"access-token-unsecure-{app.cookie_id}")
     return any(app.tokens.get(cookies.get(name)) is not None for name in names)
+
+
+def keep_the_queue(page: gr.Blocks) -> None:
+    """Let no session stop the queue of pictures, nor fill the memory by its name.
+
+    Gradio stops its queue for good when a waiting event's session has no place for messages: one
+    that was forgotten, or one without a name.
+    """
+    queue = page._queue
+    push, send = queue.push, queue.send_message
+
+    async def push_named(body: Any, request: Any, username: str | None) -> tuple:
+        named = body.session_hash is None or 0 < len(body.session_hash) <= MAX_SESSION_NAME
+        if not named:
+            return False, "a session's name has 1 to 64 characters", "error"
+        return await push(body=body, request=request, username=username)
+
+    def send_where_heard(event: Any, message: Any) -> None:
+        if event.session_hash in queue.pending_messages_per_session:
+            send(event, message)
+
+    queue.push = push_named
+    queue.send_message = send_where_heard
+
+
+def bound_headers() -> None:
+    """Let uvicorn read headers by h11, which ends a connection at 64 KiB of them; httptools, which
+    it prefers where that is installed, reads on without a limit."""
+    HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
 
 
 def fetch_nothing(page: gr.Blocks) -> None:

@@ -67,8 +67,10 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
             widgets = generate.of_base | trained
             connect_bases(ctx, page, chooser, about, widgets)
     # The queue of pictures, and the thread that trains the queued runs.
+    guard.bound_headers()
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
+        guard.keep_the_queue(page)
         guard.fetch_nothing(page)
     else:
         page.queue(api_open=False)

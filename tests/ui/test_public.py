@@ -3,9 +3,12 @@ files nor addresses."""
 
 import json
 import shutil
+import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -108,6 +111,52 @@ def test_sessions_that_never_draw_are_forgotten(served):
         served.ctx.announce(request)
     names = list(served.ctx._stops)
     assert len(names) == MOST_STOPS and max(map(len, names)) <= 32
+
+
+def joined(served, session: str) -> httpx.Response:
+    """The answer to one picture that a session asks for."""
+    config = httpx.get(f"{served.url}config").json()
+    named = {one["api_name"]: one["id"] for one in config["dependencies"]}
+    info = httpx.get(f"{served.url}gradio_api/info").json()["named_endpoints"]["/generate"]
+    data = [one.get("parameter_default") for one in info["parameters"]]
+    asked = {"fn_index": named["generate"], "data": data, "session_hash": session}
+    return httpx.post(f"{served.url}gradio_api/queue/join", json=asked)
+
+
+def test_no_session_stops_the_queue_without_a_name_or_when_it_is_forgotten(served, client):
+    for session in ("", "a" * 65):
+        answer = joined(served, session)
+        assert not answer.is_success and "1 to 64 characters" in answer.text
+    assert joined(served, "first").is_success and joined(served, "second").is_success
+    served.page._queue.pending_messages_per_session.pop("second", None)
+    gallery, *_ = client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
+    assert len(gallery) == 1
+
+
+def test_what_a_picture_was_asked_is_not_changed_while_it_is_drawn(served):
+    event = joined(served, "swapper").json()["event_id"]
+    given = {"data": [], "session_hash": "swapper"}
+    answer = httpx.post(f"{served.url}gradio_api/stream/{event}", json=given)
+    assert answer.status_code == 404 and answer.text == "not of this page"
+
+
+def test_no_request_writes_an_address_into_what_others_get(served):
+    served.page.app.api_info = None
+    evil = {"X-Gradio-Server": "http://evil.example"}
+    for headers in (evil, {}):
+        told = httpx.get(f"{served.url}gradio_api/info", headers=headers)
+        assert "generate" in told.text and "evil.example" not in told.text
+
+
+def test_a_header_without_an_end_is_not_read_to_its_end(served):
+    parts = urlsplit(served.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=60) as connection:
+        connection.sendall(f"GET / HTTP/1.1\r\nHost: {parts.netloc}\r\nX-A: ".encode())
+        with suppress(ConnectionError):  # the server has gone
+            for _ in range(64):
+                connection.sendall(b"a" * 2**16)
+        with suppress(ConnectionError):
+            assert b" 200 " not in connection.recv(2**16)
 
 
 def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
