@@ -54,9 +54,9 @@ SECTIONS = (
     Section(
         "step",
         "How long is a step of SDXL, how many kernels has it beside PEFT's own layers, and what "
-        "would graphs, layouts and a compiler save?",
+        "would layouts and a compiler save?",
         (
-            "gpu_step --arms floor ours peft graphed channels_last benchmarked compiled",
+            "gpu_step --arms floor ours peft channels_last benchmarked compiled",
             "gpu_step --checkpointing --arms ours peft",
             "gpu_step --batch 4 --arms ours compiled",
             "gpu_step --prior --arms ours",

@@ -35,7 +35,6 @@ ARMS = {
     "ours": "the trainer's own step",
     "peft": "the same, by PEFT's own layers",
     "compiled": "ours, with --compile on",
-    "graphed": "ours, its passes replayed as CUDA graphs (`benchmarks.graphs`)",
     "channels_last": "ours, with convolutions in NHWC",
     "benchmarked": "ours, with cuDNN's own search for algorithms",
     "nf4": "ours, the base in 4 bit",
@@ -176,7 +175,6 @@ def floor(options: argparse.Namespace, device: torch.device) -> Step:
 
 
 def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
-    from benchmarks.graphs import record_passes
     from dreambooth_moslora.base.quantization import quantize
     from dreambooth_moslora.extras.lab.full_step import random_materials
     from dreambooth_moslora.method.fast_linear import disable_fast_path
@@ -195,8 +193,6 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
     train_step = TrainStep(config, materials, accelerator, max_train_steps=WARM_UP + options.steps)
     if arm == "peft":
         disable_fast_path(unet)
-    if arm == "graphed":
-        record_passes(train_step)
 
     def step() -> tuple[float, float]:
         losses = train_step.accumulate_gradients()

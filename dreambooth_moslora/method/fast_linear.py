@@ -11,10 +11,10 @@ the fast CPU kernels.
 
 It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias
 (`slow_reason`). A `TextProjection` gives W0·x, and needs no dx, so autograd's own nodes do for its
-branch. Calls that need more go to PEFT's own forward.
+branch. Calls that need more, and those outside of a step, go to PEFT's own forward.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
-leaves of autograd, at the addresses of the step before:
+leaves of autograd:
 
     dB = s·dU·Mᵀ          dM = s·Bᵀ·dU
 
@@ -24,7 +24,7 @@ gradient is computed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
@@ -109,31 +109,16 @@ class ShortWay:
     working: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
     """Adapter name -> its copies A (r,in) and Uᵀ (r,out), while a step lends them."""
 
-    def lend(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Compute with these copies from now on."""
-        self.working = {adapter_name: (down, up)}
-
-    def take_back(self) -> None:
-        """Compute with the masters again."""
-        del self.working
-
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x (…,in) -> y (…,out), as PEFT's forward computes it."""
         name, base = self._only_adapter(), self.base_layer
 
-        # PEFT's own forward, where the node would compute something else: the caller chooses an
-        # adapter for each sample, there are no or several adapters, or x has another dtype.
-        if args or kwargs or name is None or not _same_dtype(x, compute_dtype(base)):
+        # PEFT's own forward outside of a step, and where the node would compute something else: the
+        # caller chooses an adapter for each sample, there are no or several adapters, or x has
+        # another dtype.
+        if args or kwargs or name not in self.working or not _same_dtype(x, compute_dtype(base)):
             return super().forward(x, *args, **kwargs)
-
-        # Outside of a step, such as in a preview: copies are made for this call alone. Autograd
-        # sees them, so gradients reach the fp32 masters.
-        copies = self.working.get(name)
-        if copies is None:
-            if slow_reason(self, name):
-                return super().forward(x)
-            copies = self._own_copies(name)
-        down, up = copies
+        down, up = self.working[name]
 
         # A projection of the text, whose frozen product W0·x is there: only the branch is left.
         if isinstance(base, TextProjection):
@@ -145,14 +130,6 @@ class ShortWay:
         packed = getattr(base.weight, "quant_state", None)
         x = x.to(compute_dtype(base))
         return _AdaptedLinear.apply(x, base.weight, base.bias, packed, down, up)
-
-    def _own_copies(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r,in) and Uᵀ (r,out) in the base's dtype, made from the masters."""
-        dtype, scale = compute_dtype(self.base_layer), self.scaling[name]
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        if scale != 1:
-            up = up * scale
-        return down.to(dtype), up.to(dtype).t()
 
     def _only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
@@ -260,59 +237,29 @@ class WorkingCopies:
         self.adapter_name = adapter_name
         modules = [module for model in models for module in model.modules()]
         self.layers = [layer for layer in modules if isinstance(layer, ShortWay)]
-        self.before: StepCopies | None = None
+        self.batches: list[Batch] = []
 
     @contextmanager
-    def for_one_step(self) -> Iterator["StepCopies"]:
+    def for_one_step(self) -> Iterator["WorkingCopies"]:
         """Lend the copies for the block, in which the adapter is constant; `collect` after each
-        backward pass."""
+        backward pass. The gradients are handed over if the block ends without an error."""
         # What changed since the last step, such as hooks or an adapter with dropout, may send a
-        # layer through PEFT.
-        fast = []
+        # layer through PEFT. The others are copied in batches of alike ones.
+        groups: dict[tuple, list[ShortWay]] = defaultdict(list)
         for layer in self.layers:
             if isinstance(layer, ShortWay) and slow_reason(layer, self.adapter_name) is None:
-                fast.append(layer)
+                groups[kind_of(layer, self.adapter_name)].append(layer)
+        self.batches = [Batch(alike, self.adapter_name) for alike in groups.values()]
 
-        # The same layers as before take the copies of the step before, at their addresses.
-        step = StepCopies(fast, self.adapter_name)
-        if self.before is None or self.before.groups != step.groups:
-            self.before = step
-        with self.before.lent() as step:
-            yield step
-
-
-class StepCopies:
-    """The copies of a step, in batches of alike layers; those of the next step with these layers
-    take their place."""
-
-    def __init__(self, layers: Iterable[ShortWay], adapter_name: str):
-        self.groups: dict[tuple, list[ShortWay]] = defaultdict(list)
-        for layer in layers:
-            self.groups[kind_of(layer, adapter_name)].append(layer)
-        self.batches = [Batch(alike, adapter_name) for alike in self.groups.values()]
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The copies that get gradients."""
-        found = []
-        for batch in self.batches:
-            for pair in batch.copies:
-                found += [leaf for leaf in pair if leaf.requires_grad]
-        return found
-
-    @contextmanager
-    def lent(self) -> Iterator["StepCopies"]:
-        """Lend the copies for the length of the block; hand the gradients over if it ends without
-        an error."""
-        for batch in self.batches:
-            batch.lend()
         try:
             yield self
         finally:
-            for batch in self.batches:
-                batch.take_back()
+            for layers in groups.values():
+                for layer in layers:
+                    del layer.working
         for batch in self.batches:
             batch.hand_over()
+        self.batches = []
 
     def collect(self) -> None:
         """Add the gradients of a backward pass to the sums of the step."""
@@ -330,19 +277,15 @@ def kind_of(layer: ShortWay, name: str) -> tuple:
 
 
 class Batch:
-    """n alike layers: A (n,r,in), B (n,out,r) and M (n,r,r), copied to A and Uᵀ (n,r,out)."""
+    """n alike layers: A (n,r,in), B (n,out,r) and M (n,r,r), copied to A and Uᵀ (n,r,out), with
+    which the layers compute from then on."""
 
     def __init__(self, layers: list[ShortWay], adapter_name: str):
-        self.layers = layers
-        self.adapter_name = adapter_name
         self.scale = layers[0].scaling[adapter_name]
-        self.copies: list[tuple[Tensor, Tensor]] = []
 
-    def lend(self) -> None:
-        """Copy A and U as they are now, and let the layers compute with them."""
-        # The masters, found anew each time: they may have been replaced since the last step.
-        lora_bs = [layer.lora_B[self.adapter_name] for layer in self.layers]
-        self.downs = [layer.lora_A[self.adapter_name].weight for layer in self.layers]
+        # The masters.
+        lora_bs = [layer.lora_B[adapter_name] for layer in layers]
+        self.downs = [layer.lora_A[adapter_name].weight for layer in layers]
         self.is_mixed = isinstance(lora_bs[0], mixer.MixerLinear)
         self.ups = [one.up if self.is_mixed else one.weight for one in lora_bs]
         self.mixers = [one.mixer for one in lora_bs] if self.is_mixed else []
@@ -355,36 +298,24 @@ class Batch:
         # An unused layer's gradient stays None, so that the optimizer skips the layer.
         self.reached: set[int] = set()
 
-        self._fill()
-        for layer, (down, up) in zip(self.layers, self.copies, strict=True):
-            layer.lend(self.adapter_name, down, up)
+        # The copies: each layer's leaves are views of the batch.
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        whole = self._whole(compute_dtype(layers[0].base_layer))
+        for layer, down, up in zip(layers, *whole, strict=True):
+            pair = (down.detach().requires_grad_(self.learns_down), up.detach().requires_grad_())
+            self.copies.append(pair)
+            layer.working = {adapter_name: pair}
 
     @torch.no_grad()
-    def _fill(self) -> None:
-        """Each layer's leaves A (r,in) and Uᵀ (r,out). They stay where they are."""
+    def _whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (n,r,in) and Uᵀ (n,r,out)."""
         # Uᵀ = s·Mᵀ·Bᵀ in fp32, all layers in one batch, and only then in the base's dtype.
         up = torch.stack(self.ups).mT
         if self.is_mixed:
             up = torch.stack(self.mixers).mT.bmm(up)
         if self.scale != 1:
             up = up * self.scale
-        dtype = compute_dtype(self.layers[0].base_layer)
-        down, up = torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
-
-        # From the second step on: write the values into the leaves that are there. They stay the
-        # same tensors, at the same addresses.
-        if self.copies:
-            self.whole[0].copy_(down)
-            self.whole[1].copy_(up)
-            for down_leaf, up_leaf in self.copies:
-                down_leaf.grad = up_leaf.grad = None
-            return
-
-        # In the first step: each layer's leaves are views of the batch.
-        self.whole = (down, up)
-        for one_down, one_up in zip(down, up, strict=True):
-            down_leaf = one_down.detach().requires_grad_(self.learns_down)
-            self.copies.append((down_leaf, one_up.detach().requires_grad_()))
+        return torch.stack(self.downs).to(dtype), up.to(dtype).contiguous()
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -412,7 +343,6 @@ class Batch:
         # dA is A's own gradient.
         if self.down_sum is not None:
             self._give(self.downs, self.down_sum)
-        self.down_sum = self.up_sum = None
 
         # U = s·B·M, so dM = s·Bᵀ·dU and dB = s·dU·Mᵀ.
         if self.scale != 1:
@@ -430,10 +360,6 @@ class Batch:
         for i in self.reached:
             weight, grad = parameters[i], gradients[i]
             weight.grad = grad if weight.grad is None else weight.grad + grad
-
-    def take_back(self) -> None:
-        for layer in self.layers:
-            layer.take_back()
 
 
 def added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
-"""The fast path is PEFT's own forward, cheaper: layers alone, and on a step's working
-copies."""
+"""The fast path is PEFT's own forward, cheaper, on a step's working copies."""
 
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import product
 
 import pytest
 import torch
@@ -97,6 +95,7 @@ def test_two_projections_of_one_input_keep_it_once():
             kept.setdefault(t.data_ptr(), t) if t.numel() == x.numel() else t
         )
         with (
+            WorkingCopies(model).for_one_step(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
             torch.autocast("cpu", torch.bfloat16),
         ):
@@ -124,10 +123,13 @@ def test_what_is_changed_later_is_followed(name):
     for layer in adapter_layers(general).values():
         layer.set_adapter("default")
     fast = fast_copy(general)
-    before = fast.to_q(x)
+    copies = WorkingCopies(fast)
+    with copies.for_one_step():
+        before = fast.to_q(x)
     for layer in (*adapter_layers(general).values(), *adapter_layers(fast).values()):
         change(layer)
-    after = fast.to_q(x, **call)
+    with copies.for_one_step():
+        after = fast.to_q(x, **call)
     assert not torch.equal(before, after) and torch.allclose(
         after, general.to_q(x, **call), atol=1e-5
     )
@@ -157,9 +159,12 @@ def test_autocast_to_another_dtype_than_the_weights_goes_the_general_way():
     """`meta` is a device without autocast: it has shapes and no numbers."""
     general, x = block(bias=False), torch.randn(6, 12)
     fast = fast_copy(general)
-    with torch.autocast("cpu", torch.bfloat16):
+    copies = WorkingCopies(fast)
+    with copies.for_one_step(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fast(x), general(x))
-    assert fast.to("meta")(torch.ones(6, 12, device="meta")).shape == (6, 20)
+    fast.to("meta")
+    with copies.for_one_step():
+        assert fast(torch.ones(6, 12, device="meta")).shape == (6, 20)
 
 
 CONVOLUTIONS = {name: nn.Conv2d(2, 2, 1) for name in ("to_q", "to_k")}
@@ -213,14 +218,13 @@ def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
     return (block.to_k(first) * block.to_q(first)).float().square().sum()
 
 
-@pytest.mark.parametrize("on_copies", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance, on_copies):
+def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance):
     general = quantised("nf4", dtype)
     fast = fast_copy(general)
     assert not slow_projections(fast)
-    step = step_on_copies if on_copies else plain_step
-    assert_same(step(fast, [quantised_loss]), plain_step(general, [quantised_loss]), tolerance)
+    found = step_on_copies(fast, [quantised_loss])
+    assert_same(found, plain_step(general, [quantised_loss]), tolerance)
     disable_fast_path(fast)
     assert torch.equal(quantised_loss(fast), quantised_loss(general))
 
@@ -237,28 +241,20 @@ def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():
         assert not step.batches
 
 
-def test_copies_lie_where_those_of_the_step_before_lay_while_the_layers_are_the_same():
-    """An adapter that moved is never seen as it was: after a step, after one that failed, and in
-    the next one."""
+def test_an_adapter_that_moved_is_never_seen_as_it_was():
+    """After a step, after one that failed, and in the next one."""
     model = fast_copy(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"]))
-    copies, found, layer = WorkingCopies(model), [], next(iter(adapter_layers(model).values()))
+    copies, layer = WorkingCopies(model), next(iter(adapter_layers(model).values()))
     with pytest.raises(ZeroDivisionError), copies.for_one_step():
         raise ZeroDivisionError
-
-    def step() -> list[int]:
-        assert not layer.working
-        found.append(step_on(copies, model))
-        return [leaf.data_ptr() for leaf in copies.before.leaves]
-
-    first = step()
+    assert not layer.working
+    step_on(copies, model)
+    assert not layer.working
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(2)
-    assert step() == first and len(set(first)) == len(first)
-    assert_same(found[-1], step_on(WorkingCopies(model), model), 0)
+    assert_same(step_on(copies, model), step_on(WorkingCopies(model), model), 0)
     set_scale(model, 3)
-    kept = copies.before
-    assert step() != first and copies.before is not kept
-    assert_same(found[-1], step_on(WorkingCopies(model), model), 0)
+    assert_same(step_on(copies, model), step_on(WorkingCopies(model), model), 0)
 
 
 def step_on(copies: WorkingCopies, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -359,17 +355,11 @@ def pair_loss(pair: nn.Module) -> torch.Tensor:
     return pair(x.to(weight.dtype)).float().square().sum()
 
 
-STEPS = {"alone": plain_step, "on copies": step_on_copies}
-CASES = [
-    *(("alone", kind, 1, False) for kind in ("learnt mixer", "no mixer", "frozen mixer", "scale")),
-    ("alone", "learnt mixer", 1, True),
-    *(("on copies", *case) for case in product(KINDS, (1, 2), (False, True))),
-]
-
-
-@pytest.mark.parametrize(("step", "kind", "micro_batches", "recomputed"), CASES)
-def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, recomputed):
-    """In fp64, layers alone or in a step."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed):
+    """In fp64."""
     general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()
     fast = copy.deepcopy(general)
     linear = [
@@ -378,24 +368,27 @@ def test_gradients_are_those_of_pefts_own_layers(step, kind, micro_batches, reco
         if isinstance(layer.base_layer, nn.Linear)
     ]
     assert enable_fast_path(fast) == len(linear)
-    assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
+    with WorkingCopies(fast).for_one_step():
+        assert unet_loss(fast).item() == pytest.approx(unet_loss(general).item(), rel=1e-9)
     if recomputed:
         fast.enable_gradient_checkpointing()
     losses = [unet_loss, lambda unet: 3 * unet_loss(unet).sqrt()][:micro_batches]
-    assert_same(STEPS[step](fast, losses), plain_step(general, losses), 1e-8)
+    assert_same(step_on_copies(fast, losses), plain_step(general, losses), 1e-8)
 
 
 @pytest.mark.parametrize("options", [KINDS["learnt mixer"], KINDS["no mixer"], KINDS["scale"]])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
 def test_fp32_adapters_on_a_base_of_either_dtype_get_fp32_gradients(options, dtype, tolerance):
-    """In bf16 all round at the same places; sums over micro-batches are in fp32."""
+    """In bf16 PEFT rounds at other places. Sums over micro-batches are in fp32."""
     model = adapted(Pair(), **options)
     for layer in adapter_layers(model).values():
         layer.base_layer.to(dtype)
     losses = [pair_loss, lambda pair: 3 * pair_loss(pair).sqrt()]
-    wanted = plain_step(fast_copy(model), losses)
-    assert {gradient.dtype for gradient in wanted.values()} == {torch.float32}
-    assert_same(step_on_copies(fast_copy(model), losses), wanted, tolerance)
+    found = step_on_copies(fast_copy(model), losses)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    each = [step_on_copies(fast_copy(model), [loss]) for loss in losses]
+    assert_same(found, {name: each[0][name] + each[1][name] for name in each[0]}, 1e-6)
+    assert_same(found, plain_step(model, losses), tolerance)
 
 
 def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
@@ -414,9 +407,9 @@ def test_weights_that_were_cast_since_are_not_computed_from_the_old_ones():
 def test_a_compiled_block_is_one_graph():
     """`fullgraph` raises where Python would have to step in."""
     model = fast_copy(adapted(Pair()))
-    alone = plain_step(copy.deepcopy(model), [pair_loss])
+    plain = step_on_copies(copy.deepcopy(model), [pair_loss])
     model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
-    assert_same(step_on_copies(model, [pair_loss]), alone, 2e-6)
+    assert_same(step_on_copies(model, [pair_loss]), plain, 2e-6)
 
 
 def inputs_of(number: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
