@@ -13,8 +13,7 @@ of each pixel. A starts gaussian and B at zero, so the adapter starts as a no-op
 is the B of a plain LoRA: every adapter folds exactly into a plain LoRA, `LowRank`, and with M = I
 it is one.
 
-`MixedLowRank` is the formula. In a model, PEFT's LoRA layer computes it, with a `MixerLinear`
-instead of its B.
+In a model, PEFT's LoRA layer computes it, with a `MixerLinear` instead of its B.
 """
 
 import hashlib
@@ -24,8 +23,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from dreambooth_moslora.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +131,6 @@ class MixedLowRank:
     scale: float
     magnitude: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """y = W0·x + s·B·M·A·x: x (…, in), W0 `weight` (out, in) -> y (…, out)."""
-        inner = F.linear(x, self.down)
-        mixed = inner if self.mixer is None else F.linear(inner, self.mixer)
-        return F.linear(x, weight) + self.scale * F.linear(mixed, self.up)
-
     @torch.no_grad()
     def fold(self) -> LowRank:
         """The equal plain LoRA in fp32: down = A, up = s·B·M. It is computed in fp64, on the CPU,
@@ -156,25 +147,6 @@ class MixedLowRank:
         down = self.down.float().cpu().clone(memory_format=torch.contiguous_format)
         magnitude = None if self.magnitude is None else self.magnitude.float().cpu().clone()
         return LowRank(down=down, up=up.contiguous(), magnitude=magnitude)
-
-
-class ReadOnlyWeight(torch.Tensor):
-    """A matrix that is computed at each reading. Assigning to its `data`, as PEFT may, would change
-    nothing: it raises UserError."""
-
-    # Results of operations with it are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> torch.Tensor:
-        return self.detach().as_subclass(torch.Tensor)
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        raise UserError(
-            "the weight is computed here and cannot be set; "
-            "fold the adapter into a plain LoRA first"
-        )
 
 
 class MixerLinear(torch.nn.Module):
@@ -202,10 +174,8 @@ class MixerLinear(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The product, which PEFT merges as it does a plain LoRA's weight. A fake or distributed
-        tensor keeps its class."""
-        product = self.product()
-        return product.as_subclass(ReadOnlyWeight) if type(product) is torch.Tensor else product
+        """The product, which PEFT merges as it does a plain LoRA's weight."""
+        return self.product()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, r) -> (…, out)."""

@@ -3,27 +3,26 @@ fold it.
 
 The mixer is inside PEFT's `lora_B[adapter]`, so whatever PEFT does with a LoRA layer also works
 here: quantised bases, DoRA, merging, several adapters. `inject` adds an adapter to a model in
-place, `MoSLoraConfig` is also for `peft.get_peft_model`. What PEFT would compute wrongly is
-refused. The first config with a mixer wraps a method of PEFT's LoraModel, for the life of the
-process: `add_adapter` can be called at any later time, and PEFT has no hook there.
+place, `MoSLoraConfig` is also for `peft.get_peft_model`. The first config with a mixer wraps a
+method of PEFT's LoraModel, for the life of the process: `add_adapter` can be called at any later
+time, and PEFT has no hook there.
 """
 
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache, wraps
 
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.settings.table import MIXERS, check_rank
+from dreambooth_moslora.settings.table import MIXERS
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -101,8 +100,8 @@ def has_mixer(config: LoraConfig) -> bool:
 def create_and_mix(
     self, lora_config, adapter_name, target, target_name, parent, current_key, **options
 ):
-    """Also put an fp32 mixer between PEFT's A and B. Raises UserError unless PEFT only multiplies
-    by lora_B."""
+    """Also put an fp32 mixer between PEFT's A and B. Raises UserError for a layer into which none
+    can be put."""
     # PEFT makes its layer with A and B, as for a plain LoRA.
     create(self, lora_config, adapter_name, target, target_name, parent, current_key, **options)
     if not has_mixer(lora_config):
@@ -110,14 +109,13 @@ def create_and_mix(
 
     # Refuse the layers whose B is no matrix that is multiplied by: M would have no place there.
     layer = getattr(parent, target_name)
-    base = layer.get_base_layer()
     matrices = (nn.Linear, nn.Conv2d)
     is_plain = adapter_name in layer.lora_B and type(layer.lora_B[adapter_name]) in matrices
-    is_special = isinstance(layer, (MultiheadAttention, ParamWrapper))
-    if not is_plain or is_special or is_odd_convolution(base):
-        raise cannot_carry(current_key, base)
-    if adapter_name in layer.lora_magnitude_vector:
-        check_dora(current_key, base)
+    if not is_plain or is_odd_convolution(layer.get_base_layer()):
+        kind = type(layer.get_base_layer()).__name__
+        raise UserError(
+            f"{current_key} is a {kind} that cannot carry a mixer; leave it out of target_modules"
+        )
 
     # Draw M₀, and put B·M in the place of B. B learns if PEFT's B would, and M with it.
     plain = layer.lora_B[adapter_name].weight
@@ -137,88 +135,12 @@ def create_and_mix(
     layer.lora_A[adapter_name].float()
 
 
-def check_settings(config: LoraConfig) -> None:
-    """Raises UserError for a rank below 1, an unknown mixer, or a setting that excludes a mixer."""
-    if config.mixer not in MIXERS:
-        raise UserError(f"mixer={config.mixer!r} is unknown; choose one of {', '.join(MIXERS)}")
-    for rank in (config.r, *(config.rank_pattern or {}).values()):
-        if rank < 1:
-            raise UserError(f"a rank is a whole number from 1 on, not {rank}")
-        check_rank(config.mixer, rank)
-    if not has_mixer(config):
-        return
-
-    # PEFT would compute variants of LoRA from B·A, without the mixer. DoRA alone reads
-    # `lora_B.weight`, which has it.
-    excluded = {"lora_bias"}
-    for one in fields(config):
-        if one.metadata.get("is_lora_variant") and one.name != "use_dora":
-            excluded.add(one.name)
-    for name in sorted(excluded):
-        if getattr(config, name):
-            raise UserError(
-                f'{name} cannot be combined with a mixer; leave it out or use mixer="none"'
-            )
-
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        raise UserError(
-            f"init_lora_weights={config.init_lora_weights!r} computes B·A from the base weights, "
-            'which a mixer would change; use "gaussian" or mixer="none"'
-        )
-
-
-def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Raises UserError when `config.target_modules` matches nothing, by PEFT's rule, or an
-    unsuitable module."""
-    targets = {}
-    for path, module in base_modules(model).items():
-        if LoraModel._check_target_module_exists(config, path):
-            targets[path] = module
-    if not targets:
-        name = type(without_wrapper(model)).__name__
-        raise UserError(f"target_modules={config.target_modules!r} matches no module of {name}")
-    # What no LoRA can adapt. Quantised weights are buffers in some libraries.
-    for path, module in targets.items():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if all(part.ndim < 2 for part in own):
-            raise UserError(
-                f"{path} is a {type(module).__name__}, which has no matrix to adapt; leave it out"
-            )
-        if config.use_dora:
-            check_dora(path, module)
-    if not has_mixer(config):
-        return
-
-    # What a mixer cannot be put into.
-    for path, module in targets.items():
-        if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or is_odd_convolution(module):
-            raise cannot_carry(path, module)
-
-
-def check_dora(path: str, base: nn.Module) -> None:
-    """Raises UserError for DoRA on a convolution."""
-    if isinstance(base, nn.modules.conv._ConvNd):
-        raise UserError(
-            f"{path} is a convolution, and DoRA is for projections; leave out the one or the other"
-        )
-
-
 def is_odd_convolution(module: nn.Module) -> bool:
     """Whether PEFT's A would differ from the base's kind of convolution, or M would mix groups."""
     if not isinstance(module, nn.modules.conv._ConvNd):
         return False
     is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
     return not (isinstance(module, nn.Conv2d) and is_plain)
-
-
-def cannot_carry(path: str, module: nn.Module) -> UserError:
-    """The error that names a layer into which no mixer can be put."""
-    kind = type(module).__name__
-    if isinstance(module, nn.Conv2d):
-        kind = "grouped, dilated or circular Conv2d"
-    return UserError(
-        f"{path} is a {kind}, which cannot carry a mixer; leave it out of target_modules"
-    )
 
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -229,8 +151,8 @@ START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. Raises UserError for what a
-    mixer excludes."""
+    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. A variant of LoRA that reads
+    more than `lora_B.weight`, as DoRA does, is computed without M: leave those out."""
 
     init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
     mixer: str = field(
@@ -240,7 +162,6 @@ class MoSLoraConfig(LoraConfig):
     mixer_seed: int = field(default=0, metadata={"help": "Seed of the random mixers."})
 
     def __post_init__(self):
-        check_settings(self)
         super().__post_init__()
         if has_mixer(self):
             patch_peft()
@@ -271,17 +192,7 @@ def exact_config(
 
 def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> nn.Module:
     """Add an adapter, in fp32, to a model in place, freeze the base, and return the model. Raises
-    UserError when no module matches, the name is taken, or a target cannot carry a mixer; the model
-    is unchanged then."""
-    # Refuse first: PEFT would fail in the middle of its work.
-    if adapter_name in getattr(model, "peft_config", {}):
-        raise UserError(
-            f"The model already has an adapter named {adapter_name!r}; "
-            "delete it or choose another name"
-        )
-    if config.target_modules not in (None, "all-linear"):  # PEFT finds their layers itself
-        check_targets(model, config)
-
+    UserError where a target cannot carry a mixer."""
     # PEFT replaces the layers in place. It warns of any second adapter.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
