@@ -160,8 +160,7 @@ def evaluators_of(
 
     # Each gets the vectors of the others' photos.
     for one in found:
-        others = (other for other in found if other is not one)
-        one.rivals = {other.plan.subject.words: other.photos.dino for other in others}
+        one.rivals = [other.photos.dino for other in found if other is not one]
     return found
 
 

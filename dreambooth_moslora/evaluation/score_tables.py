@@ -128,7 +128,7 @@ class Evaluator:
     truth: of a subject whose true appearance is known
     faces: what compares faces, of a person. Without a face in a photo there is no identity
 
-    `rivals`, words of other subjects -> DINO vectors of their photos, may be set later.
+    `rivals`, DINO vectors of the photos of each other subject, may be set later.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Evaluator:
         self.encoders = encoders
         self.truth = truth
         self.photos = self._views(list(photos))
-        self.rivals: dict[str, torch.Tensor] = {}
+        self.rivals: list[torch.Tensor] = []
         self.leaked = ""
         self._base: dict[str, Views] | None = None
 
@@ -255,20 +255,14 @@ class Evaluator:
             columns["background_leak"] = metrics.background_leak(
                 subject.clip, base.clip, self.backgrounds
             )
-        for words, others in self.rivals.items():
-            confused = metrics.confusion(subject.dino, photos.dino, others)
-            confused_base = metrics.confusion(base.dino, photos.dino, others)
-            columns[f"confusion_with {words}"] = confused
-            columns[f"confusion_with {words}_base"] = confused_base
+        # With several rivals: the mean over them
+        if self.rivals:
+            for end, views in (("", subject), ("_base", base)):
+                of_each = [metrics.confusion(views.dino, photos.dino, one) for one in self.rivals]
+                columns[f"confusion{end}"] = torch.stack(of_each).mean(0)
 
         shape = (len(self.plan.templates), len(self.plan.seeds))
         tables = {name: values.numpy().reshape(shape) for name, values in columns.items()}
-
-        # With several rivals: the mean over them
-        if self.rivals:
-            for end in ("", "_base"):
-                of_each = [tables[f"confusion_with {words}{end}"] for words in self.rivals]
-                tables[f"confusion{end}"] = np.mean(of_each, axis=0)
 
         # Pictures of one prompt, (prompts, 1), need two seeds.
         seeds = len(self.plan.seeds)

@@ -434,7 +434,7 @@ def evaluators(both):
         for word in both
     }
     duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
-    duck.rivals, rocket.rivals = {"sks rocket": rocket.photos.dino}, {"sks duck": duck.photos.dino}
+    duck.rivals, rocket.rivals = [rocket.photos.dino], [duck.photos.dino]
     return [duck, rocket]
 
 
@@ -504,7 +504,7 @@ def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_pa
     report.write_reports(tmp_path, evaluators, right, BOTH)
     scores = json.loads((tmp_path / "scores.json").read_text())
     of_duck = scores["subjects"][0]["scores"]
-    confused, of_base = (of_duck[f"confusion_with sks rocket{end}"] for end in ("", "_base"))
+    confused, of_base = (of_duck[f"confusion{end}"] for end in ("", "_base"))
     assert confused["low"] <= confused["mean"] < 0.05 < of_base["mean"]
     assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
