@@ -1,9 +1,6 @@
 """Describes any LoRA file, of this or another program."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -11,18 +8,8 @@ from torch import Tensor
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_file
-from dreambooth_moslora.lora.key_names import ENDINGS, PAIRED, Module
+from dreambooth_moslora.lora.key_names import PAIRED
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
-from dreambooth_moslora.method.mixer import nominal_scale
-from dreambooth_moslora.settings.families import DENOISERS
-
-
-@dataclass(frozen=True)
-class Pair:
-    module: Module
-    rank: int
-    alpha: float | None
-    use_rslora: bool = False
 
 
 def describe(path: str | Path) -> dict[str, object]:
@@ -44,16 +31,16 @@ def describe(path: str | Path) -> dict[str, object]:
     if raw_file.RAW_KEY in tensors:
         return facts | describe_raw(path)
     try:
-        raw_file.check_finite(
-            {k: t for k, t in tensors.items() if t.is_floating_point()}, path.name
-        )
-        facts |= describe_pairs(path, tensors, header)
+        raw_file.check_finite(tensors, path.name)
+        facts |= describe_layers(path, tensors, header)
         if bundled := new_tokens.tokens_inside(path):
             facts["new_tokens"] = "; ".join(
                 f"{one.count} for the word {one.word}, in this file" for one in bundled
             )
+    except UserError:
+        raise
     # torch lacks the operation for this dtype, or an alpha is no number
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path.name} is broken: {one_line(error)}") from error
     return facts | said_by_header(header)
 
@@ -67,89 +54,58 @@ def describe_raw(path: Path) -> dict[str, object]:
     return {"kind": kind, **facts, **said_by_metadata(metadata)}
 
 
-def describe_pairs(
+def describe_layers(
     path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 ) -> dict[str, object]:
-    """The content of a plain LoRA file; for other kinds of adapters only the kind. Raises
-    UserError."""
-    name, settings = (
-        path.name,
-        lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name),
-    )
-    pairs = with_settings(name, find_pairs(name, tensors), settings)
+    """The layers of a LoRA file; of other kinds of adapters only the kind. Raises UserError."""
+    # The layers with a down matrix are those of a plain LoRA; of the others the tool is told.
     keys = [key for key in map(key_names.parse, tensors) if key]
-    tools = dict.fromkeys(row.tool for row in ENDINGS if row.tool in {key.tool for key in keys})
-    others = [tool for tool in tools if tool not in PAIRED]
-    if not pairs and not others:
+    modules, _ = key_names.grouped(tensors)
+    pairs = {}
+    for module, parts in modules.items():
+        if "down" in parts and "mixer" not in parts:
+            pairs[module] = parts
+    kinds = sorted({key.tool for key in keys} - PAIRED)
+    if not pairs and not kinds:
         raise UserError(
-            f"{name} holds no known LoRA; its first tensor is {next(iter(tensors), 'absent')!r:.80}"
+            f"{path.name} holds no known LoRA; "
+            f"its first tensor is {next(iter(tensors), 'absent')!r:.80}"
         )
+
+    # The kind: whose keys they are, and whether it is DoRA.
     sizes = [tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")]
     use_dora = bool(sizes) or any("lora_magnitude_vector" in key for key in tensors)
-    by_columns = "DoRA by columns, which is not read here"
-    others += ["DoRA" if all(map(key_names.is_by_rows, sizes)) else by_columns] * use_dora
-    kinds = ", ".join(others + sorted({key.tool for key in keys if pairs and key.part == "down"}))
-    kind = "published by dreambooth_moslora, " * (HEADER in header) + kinds
-    return {"kind": kind, **(geometry(pairs) if pairs else {}), "use_dora": use_dora}
+    if use_dora:
+        is_read = all(map(key_names.is_by_rows, sizes))
+        kinds.append("DoRA" if is_read else "DoRA by columns, which is not read here")
+    kinds += sorted({key.tool for key in keys if key.part == "down" and key.module in pairs})
+    kind = ("published by dreambooth_moslora, " if HEADER in header else "") + ", ".join(kinds)
+    if not pairs:
+        return {"kind": kind, "use_dora": use_dora}
 
-
-def find_pairs(name: str, tensors: dict[str, Tensor]) -> list[Pair]:
-    """The pairs of down (r, in, …) and up (out, r, …) matrices. Raises UserError for one without
-    its partner."""
-    pairs = []
-    for module, parts in key_names.grouped(tensors)[0].items():
-        down, up, alpha = (parts.get(part) for part in ("down", "up", "alpha"))
-        if "mixer" in parts or (down is None and up is None):
-            continue
-        if alpha is not None and alpha.numel() != 1:
-            raise UserError(f"{name} is broken: {module.name:.100}.alpha is not one number")
-        has_both = down is not None and up is not None and min(up.ndim, down.ndim) >= 2
-        if not has_both or not up.shape[1] == down.shape[0] > 0:
-            raise UserError(
-                f"{name} is broken: {module.name:.100} has no down and up matrix of one rank"
-            )
-        number = None if alpha is None else float(alpha)
-        pairs.append(Pair(module, len(down), number))
-    return pairs
-
-
-def with_settings(name: str, pairs: list[Pair], settings: dict[str, object]) -> list[Pair]:
-    """The pairs with the alphas of PEFT's settings, where they have none. Raises UserError."""
-    result = []
-    is_of_one_model = "lora_alpha" in settings
-    for pair in pairs:
-        component, path = pair.module.component or DENOISERS[0], pair.module.path
-        prefix = "" if is_of_one_model else f"{component}."
-        own = {
-            key.removeprefix(prefix): value
-            for key, value in settings.items()
-            if key.startswith(prefix)
-        }
-        if own and pair.alpha is None:
-            told = lora_settings.scales_of_settings(component, [path], own, name)
-            lora_settings.check_alphas(told.alphas, name)
-            pair = replace(pair, alpha=float(told.alphas[path]), use_rslora=told.use_rslora)
-        result.append(pair)
-    return result
-
-
-def geometry(pairs: list[Pair]) -> dict[str, object]:
-    """Modules by component, ranks, alphas and scales."""
-    with_alpha = [p for p in pairs if p.alpha is not None]
-    alphas = {p.alpha for p in with_alpha}
-    scales = {nominal_scale(p.alpha, p.rank, p.use_rslora) for p in with_alpha}
-    modules = Counter(p.module.component or "other" for p in pairs)
+    # How many layers there are, and of which ranks and alphas.
+    settings = lora_settings.beside(path, tensors) or lora_settings.in_header(header, path.name)
+    alphas = alphas_in(settings) | {float(p["alpha"]) for p in pairs.values() if "alpha" in p}
+    ranks = Counter(len(parts["down"]) for parts in pairs.values())
     return {
-        "modules": dict(modules),
-        "ranks": by_rank(p.rank for p in pairs),
-        "alpha": ", ".join(f"{a:g}" for a in sorted(alphas))
+        "kind": kind,
+        "modules": dict(Counter(module.component or "other" for module in pairs)),
+        "ranks": {str(rank): number for rank, number in sorted(ranks.items())},
+        "alpha": ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
         or "not in the file (read as alpha = rank)",
-        "scale": ", ".join(f"{s:g}" for s in sorted(scales)) or "1",
+        "use_dora": use_dora,
     }
 
 
-def by_rank(ranks: Iterable[int]) -> dict[str, int]:
-    return {str(rank): number for rank, number in sorted(Counter(ranks).items())}
+def alphas_in(settings: dict[str, object]) -> set[float]:
+    """The alphas in PEFT's settings, of any component."""
+    found = set()
+    for name, value in settings.items():
+        if name.endswith("lora_alpha"):
+            found.add(value)
+        if name.endswith("alpha_pattern"):
+            found |= {*(value or {}).values()}
+    return found
 
 
 def said_by_header(header: dict[str, str]) -> dict[str, object]:
@@ -158,17 +114,10 @@ def said_by_header(header: dict[str, str]) -> dict[str, object]:
         return {"mixer": f"{metadata.mixer}, folded"} | said_by_metadata(metadata)
     if HEADER in header:
         return {"base": "unknown: the moslora header is broken"}
-    try:  # kohya's tag counts: the most frequent serve as trigger words
-        counts = Counter()
-        for tags in json.loads(header.get("ss_tag_frequency", "{}")).values():
-            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-        tags = [tag for tag, _ in counts.most_common(5)]
-    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
-        tags = []
     facts = {
         "title": header.get("modelspec.title") or header.get("ss_output_name"),
         "base": header.get("modelspec.architecture") or header.get("ss_base_model_version"),
-        "trigger_words": header.get("modelspec.trigger_phrase") or ", ".join(tags),
+        "trigger_words": header.get("modelspec.trigger_phrase"),
         "network": header.get("ss_network_module"),
     }
     return {key: value for key, value in facts.items() if value}

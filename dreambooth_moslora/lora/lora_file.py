@@ -32,7 +32,6 @@ from dreambooth_moslora.lora.lora_settings import (
     beside,
     broken,
     check_alphas,
-    flag,
     in_header,
     scales_of_settings,
 )
@@ -44,36 +43,21 @@ from dreambooth_moslora.settings.families import DENOISERS, facts_of
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Layers = dict[str, LowRank]  # by module path
 
 
 def projections(parts: Parts, file_name: str) -> Folded:
     """Component -> module path -> matrices down (r, in, …) and up (out, r, …). Raises UserError for
-    others."""
+    values that are not finite, and TypeError for a layer that is half there."""
     if not parts:
         raise UserError(f"{file_name} holds no LoRA projection")
     result: Folded = {}
     for (component, path), own in parts.items():
-        # Each tensor holds finite weights.
-        name = f"{component}.{path}"
         for field, tensor in own.items():
-            if tensor.dtype not in DTYPES:
-                said = f"is in {tensor.dtype}, which is not a dtype of weights"
-                raise broken(file_name, f"{f'{name}.{field}'!r:.100} {said}")
             if not tensor.float().isfinite().all():
+                name = f"{component}.{path}.{field}"
                 said = "has values that are NaN, infinite or beyond single precision"
-                raise broken(file_name, f"{f'{name}.{field}'!r:.100} {said}")
-        # The two matrices are there, and of one rank.
-        down, up = own.get("down"), own.get("up")
-        if (
-            down is None
-            or up is None
-            or down.ndim < 2
-            or up.ndim < 2
-            or not 0 < len(down) == up.shape[1]
-        ):
-            raise broken(file_name, f"{name!r:.100} is half there")
+                raise broken(file_name, f"{name!r:.100} {said}")
         result.setdefault(component, {})[path] = LowRank(**own)
     # DoRA is in all layers of a component, or in none.
     for component, layers in result.items():
@@ -100,14 +84,18 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leav
 def scales(
     component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str
 ) -> Scales:
-    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid and
-    contradicting settings."""
-    if of_peft and alphas:
-        raise broken(file_name, "it has both alphas and LoRA settings")
+    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid
+    settings, and for a file that goes with a changed base."""
     prefix = f"{component}."
     settings = {k.removeprefix(prefix): v for k, v in of_peft.items() if k.startswith(prefix)}
     if settings:
-        result = _from_settings(component, found, settings, file_name)
+        start = settings.get("init_lora_weights", True)
+        if start not in PLAIN_STARTS:
+            raise UserError(
+                f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
+                "export a plain LoRA"
+            )
+        result = scales_of_settings(component, found, settings, file_name)
     # a layer without an alpha gets the most common one, as in diffusers; without any, alpha is the
     # rank
     else:
@@ -120,20 +108,6 @@ def scales(
         )
     check_alphas(result.alphas, file_name)
     return result
-
-
-def _from_settings(component: str, found: Layers, settings: dict, file_name: str) -> Scales:
-    start = settings.get("init_lora_weights", True)
-    if not isinstance(start, bool | str | None) or start not in PLAIN_STARTS:
-        raise UserError(
-            f"{file_name} goes with a changed base (init_lora_weights {start!r:.40}); "
-            "export a plain LoRA"
-        )
-    if flag(settings, "use_dora", file_name) != any(
-        p.magnitude is not None for p in found.values()
-    ):
-        raise broken(file_name, "its use_dora does not go with its tensors")
-    return scales_of_settings(component, found, settings, file_name)
 
 
 @dataclass(frozen=True)
@@ -236,33 +210,16 @@ def _read_published(
 
 
 def check_fits(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:
-    """Raises UserError unless each pair fits a layer of the base."""
+    """Raises UserError unless each layer of the file is one of the base, in its size."""
     for component, (found, _) in weights.parts.items():
         model = getattr(pipeline, component, None)
         layers = {} if model is None else moslora.matrix_layers(model)
         for path, projection in found.items():
-            size, name = moslora.weight_size(layers.get(path)), f"{component}.{path}"
-            wanted = projection.up.shape[0], projection.down.shape[1]
-            if wanted != size[:2]:
-                raise raw_file.of_another_base(weights.file_name, name, wanted, size[:2])
-            if wrong := _misshapen(projection, *size):
-                raise broken(weights.file_name, f"{name} has {wrong}")
-
-
-def _misshapen(projection: LowRank, outputs: int, inputs: int, *kernel: int) -> str:
-    """The first tensor whose shape does not fit a layer of this size, in words; "" when all do."""
-    ones = (1,) * len(kernel)
-    shapes = {
-        "down": (projection.rank, inputs, *kernel),
-        "up": (outputs, projection.rank, *ones),
-        "bias": (outputs,),
-        "magnitude": (1, outputs, *ones) if kernel else (outputs,),
-    }
-    for name, shape in shapes.items():
-        tensor = getattr(projection, name)
-        if tensor is not None and tuple(tensor.shape) != shape:
-            return f"{name} {tuple(tensor.shape)} where {shape} belongs"
-    return ""
+            here = moslora.weight_size(layers.get(path))
+            size = (len(projection.up), *projection.down.shape[1:])
+            if size != here:
+                name = f"{component}.{path}"
+                raise raw_file.of_another_base(weights.file_name, name, size, here)
 
 
 def install(weights: AdapterWeights, pipeline: DiffusionPipeline) -> None:

@@ -51,7 +51,7 @@ def scales_of_settings(
     pattern = settings.get("alpha_pattern") or {}
     alphas = dict.fromkeys(paths, settings.get("lora_alpha", PEFT_ALPHA))
     alphas |= matches(component, paths, pattern, file_name)
-    return Scales(alphas, use_rslora=flag(settings, "use_rslora", file_name))
+    return Scales(alphas, use_rslora=bool(settings.get("use_rslora")))
 
 
 def check_alphas(alphas: Mapping[str, object], file_name: str) -> None:
@@ -104,31 +104,23 @@ def matches(
         if not MODULE_NAME.fullmatch(name):
             raise broken(file_name, f"its alpha_pattern {name!r:.60} names no module")
 
-    # Entries are looked up by every form of a module's name: trying each entry on each module
-    # would take long in a large file.
-    order = {name: number for number, name in enumerate(plain)}
     found = {}
     for path in paths:
         # Versions of transformers differ in the prefix `text_model.` of a text encoder.
         bare = path if component in DENOISERS else path.removeprefix("text_model.")
-        ends = set()
-        for name in (bare, key_names.published_path(component, path)):
-            parts = name.split(".")
-            ends.add(f"^{name}")
-            ends.update(".".join(parts[start:]) for start in range(len(parts)))
-
-        known = ends & order.keys()
-        if known:
-            found[path] = plain[min(known, key=order.__getitem__)]
+        names = (bare, key_names.published_path(component, path))
+        fitting = (value for entry, value in plain.items() if fits(entry, names))
+        value = next(fitting, None)
+        if value is not None:
+            found[path] = value
     return found
 
 
-def flag(settings: dict, name: str, file_name: str) -> bool:
-    """A setting that is true or false. Raises UserError for another value."""
-    value = settings.get(name, False)
-    if not isinstance(value, bool):
-        raise broken(file_name, f"its {name} is {value!r:.40}")
-    return value
+def fits(entry: str, names: Iterable[str]) -> bool:
+    """Whether the entry of a pattern is one of the names, or the end of one."""
+    if entry.startswith("^"):
+        return entry[1:] in names
+    return any(f".{name}".endswith(f".{entry}") for name in names)
 
 
 def broken(file_name: str, what: str) -> UserError:

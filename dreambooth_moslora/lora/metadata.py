@@ -77,18 +77,6 @@ def plain_name(name: str) -> str:
     return name
 
 
-LOKR = "kronecker"
-"""What a file says as its mixer that an earlier version trained as a LoKr. The published one is a
-plain LoRA, and is read as such."""
-
-
-def known_mixer(name: str) -> str:
-    """Raises ValueError for a mixer that this program does not know."""
-    if name not in (*table.MIXERS, LOKR):
-        raise ValueError(f"{name!r:.40} is no mixer")
-    return name
-
-
 def one_or_many(notes: object) -> object:
     """A file holds the note of a single subject's tokens without a list around it."""
     if isinstance(notes, dict):
@@ -100,8 +88,6 @@ Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
 FileName = Annotated[str, AfterValidator(plain_name)]
 """A file beside the adapter."""
-Mixer = Annotated[str, AfterValidator(known_mixer)]
-"""A kind of mixer."""
 
 
 class TokenNote(TypedDict):
@@ -134,7 +120,7 @@ class AdapterMetadata:
     use_rslora: bool = False
     use_dora: bool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    mixer: Mixer = "none"
+    mixer: str = "none"
     train_mixer: bool = True
     mixer_seed: int = 0
     ranks: dict[str, Rank] = field(default_factory=dict)

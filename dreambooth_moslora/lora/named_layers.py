@@ -109,7 +109,7 @@ def folded(parts: Tensors, shares: list[Share], file_name: str) -> Tensors:
     size = (sum(layer.size[0] for layer, _ in shares), *size[1:])
     try:
         up, down = lycoris.lora_of(parts, size)
-    except ValueError as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{file_name} is broken, or was made for another base: {component}.{path:.100} is "
             f"{'×'.join(map(str, size))} (out×in) here"

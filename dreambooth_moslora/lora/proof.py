@@ -2,14 +2,14 @@
 compute the same.
 
 diffusers' own `load_lora_weights` loads the file into an empty copy of the adapted models, so that
-memory never holds a second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32, at scale
-1: ΔW of every projection, as PEFT computes it on both sides, and DoRA's magnitudes.
+memory never holds a second UNet. Compared are, relative (‖file − live‖ / ‖live‖), in fp32: ΔW of
+every projection, as PEFT computes it on both sides, and DoRA's magnitudes.
 """
 
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
@@ -82,31 +82,17 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Compute fp32 products in full precision, without TF32, and restore PyTorch's settings
-    afterwards. Where its older switches and its settings contradict each other, reading a switch
-    raises RuntimeError in any library."""
-    backends = torch.backends
-    newer = (
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-    )
-    settings = [(switch, "allow_tf32", False) for switch in (backends.cuda.matmul, backends.cudnn)]
-    # later, as each switch changes some
-    settings += [(setting, "fp32_precision", "ieee") for setting in newer]
-    before = []
-    for backend, name, _ in settings:
-        with suppress(RuntimeError):  # the newer settings contradict this switch
-            before.append((backend, name, getattr(backend, name)))
+    """Compute fp32 products in full precision, without TF32, and restore PyTorch's switches
+    afterwards."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
     try:
-        for backend, name, exact in settings:
-            setattr(backend, name, exact)
+        for switch in switches:
+            switch.allow_tf32 = False
         yield
     finally:
-        for backend, name, value in before:
-            setattr(backend, name, value)
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -129,9 +115,8 @@ def prove_file(path: Path, components: Components, adapter_name: str) -> FilePro
     differences = {}
     for name, layer in live.items():
         other = stock[name]
-        with alone(layer, adapter_name), alone(other, STOCK):
-            wanted = delta(layer, adapter_name)
-            differences[name] = relative_difference(delta(other, STOCK), wanted)
+        wanted = delta(layer, adapter_name)
+        differences[name] = relative_difference(delta(other, STOCK), wanted)
         if adapter_name in layer.lora_magnitude_vector:
             found = other.lora_magnitude_vector[STOCK].weight.float().cpu()
             trained = layer.lora_magnitude_vector[adapter_name].weight.float().cpu()
@@ -189,17 +174,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def alone(layer: LoraLayer, adapter_name: str) -> Iterator[None]:
-    """The layer with this adapter at its trained scale."""
-    scale = layer.scaling[adapter_name]
-    layer.set_scale(adapter_name, 1.0)
-    try:
-        yield
-    finally:
-        layer.scaling[adapter_name] = scale
 
 
 def delta(layer: LoraLayer, adapter_name: str) -> Tensor:

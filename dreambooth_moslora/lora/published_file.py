@@ -73,7 +73,6 @@ def publish(
     Raises UserError for a difference beyond the dtype's bound, and NaN.
     """
     check_name(name)
-    raw_file.check_components(components)
 
     # Fold into a plain LoRA, under the names that other programs know.
     folded: Folded = {}

@@ -30,7 +30,7 @@ from torch import nn
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import public_name, user_path
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora.metadata import HEADER, LOKR, AdapterMetadata, most_common, versions
+from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.method import mixer
 from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, nominal_scale
 from dreambooth_moslora.settings import families
@@ -39,17 +39,11 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""How pickled files begin: torch's, which are zip files, and older ones."""
-
-
 def check_finite(tensors: Tensors, owner: str) -> None:
     """Raises UserError for NaN and infinity. `owner` begins the message."""
     for key, tensor in tensors.items():
         # Eight-bit floats have no isfinite.
-        if tensor.is_floating_point() and tensor.element_size() == 1:
-            tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise UserError(
                 f"{owner} holds NaN or infinite values, first in {key}; use an earlier checkpoint"
             )
@@ -75,21 +69,10 @@ def with_sorted_metadata(content: bytes) -> bytes:
 
 
 def read_tensors(path: str | Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and header strings of a safetensors file. Raises UserError for pickles and any other
-    file."""
+    """Tensors and header strings of a safetensors file. Raises UserError for any other file."""
     path = user_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    # A pickle begins so. A safetensors file may, too: it begins with the header's length in 8
-    # bytes. But there the header's brace follows.
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[:2] in PICKLES and start[8:] != b"{":
-        raise UserError(
-            f"{path.name} is a pickled file, which can run code when it is opened; "
-            "use a .safetensors file"
-        )
-
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -185,21 +168,13 @@ RAW_KEY = "raw_format"
 def adapter_metadata(
     components: Components, adapter_name: str = "default", *, base_id: str | Path = "", **said: Any
 ) -> AdapterMetadata:
-    """A live adapter's metadata. `said` are further entries. Raises UserError for an unknown
-    component, and for components whose settings differ."""
-    check_components(components)
-
+    """A live adapter's metadata. `said` are further entries."""
     # The settings that a file has once for all components. PEFT's own config has no mixer, and
     # then the default says so.
+    config = next(iter(components.values())).peft_config[adapter_name]
     settings = {}
-    configs = [model.peft_config[adapter_name] for model in components.values()]
     for name in SHARED_SETTINGS:
-        values = {getattr(config, name, getattr(AdapterMetadata, name)) for config in configs}
-        if len(values) > 1:
-            raise UserError(
-                f"the components of one adapter file need one {name}, but have {sorted(values)}"
-            )
-        settings[name] = values.pop()
+        settings[name] = getattr(config, name, getattr(AdapterMetadata, name))
 
     # Ranks and alphas: the usual one, and the modules that differ from it.
     layers = all_layers(components, adapter_name)
@@ -220,13 +195,6 @@ def adapter_metadata(
         versions=versions(),
         **said,
     )
-
-
-def check_components(components: Components) -> None:
-    """Raises UserError for an unknown component, or none."""
-    unknown = sorted(set(components) - set(COMPONENTS))
-    if unknown or not components:
-        raise UserError(f"components are {', '.join(COMPONENTS)}, not {unknown or 'an empty dict'}")
 
 
 def all_layers(components: Components, adapter_name: str) -> dict[str, "LoraLayer"]:
@@ -253,11 +221,9 @@ def save_raw(
     metadata: what the adapter itself does not know; ranks, alphas and settings are the live ones
     adapter_name: which one, if the models have several
 
-    Raises UserError for NaN and infinity, and for what the file cannot hold.
+    Raises UserError for NaN and infinity.
     """
     from dreambooth_moslora.method import moslora
-
-    check_components(components)
 
     # What the live adapter is, whatever the metadata said.
     live = adapter_metadata(components, adapter_name)
@@ -283,8 +249,7 @@ def save_raw(
 
 
 def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
-    """Tensors and metadata of a raw file. Raises UserError for any other file, and for a broken
-    one."""
+    """Tensors and metadata of a raw file. Raises UserError for any other file."""
     tensors, header = read_tensors(path)
     name = Path(path).name
     if RAW_KEY not in tensors:
@@ -301,53 +266,8 @@ def read_raw(path: str | Path) -> tuple[Tensors, AdapterMetadata]:
         lost = "has lost its header, which holds alpha and the mixer's kind"
         raise UserError(f"{name} {lost} ({one_line(error)})") from None
 
-    if metadata.mixer == LOKR:
-        raise UserError(
-            f"{name} is of a LoKr, which is not trained here any more: use the file that it "
-            "published"
-        )
-    check_whole(name, tensors, metadata)
     check_finite(tensors, name)
     return tensors, metadata
-
-
-def check_whole(name: str, tensors: Tensors, metadata: AdapterMetadata) -> None:
-    """Raises UserError unless the modules have exactly the matrices that the metadata says, of its
-    ranks."""
-    if not tensors:
-        raise UserError(f"{name} is broken: it holds no module")
-    # Names: component, module's path and part.
-    for key, tensor in tensors.items():
-        is_known = key.count(".") >= 2 and key.split(".", 1)[0] in COMPONENTS
-        if not is_known or not tensor.is_floating_point():
-            raise UserError(f"{name} is broken: {key!r:.100} does not belong to an adapter")
-
-    # Shapes: each module's matrices fit one another, and its rank.
-    for component, modules in by_module(tensors).items():
-        for path, parts in modules.items():
-            found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-            rank = metadata.ranks.get(f"{component}.{path}", metadata.rank)
-            if found != whole_shapes(found, rank, metadata):
-                raise UserError(
-                    f"{name} is broken: {component}.{path:.100} is not whole, or not of its rank"
-                )
-
-
-def whole_shapes(
-    found: Mapping[str, tuple[int, ...]], rank: int, metadata: AdapterMetadata
-) -> dict[str, tuple[int, ...]]:
-    """The shapes that a module's parts must have, by its inputs and outputs as they are `found`."""
-    # The inputs are (in,) or (in, h, w). A part that is missing has zeros, which fit nothing.
-    inputs, outputs = found.get("lora_A", (0, 0))[1:], found.get("lora_B", (0,))[:1]
-    if len(inputs) not in (1, 3):
-        inputs = (0,)
-
-    shapes = {"lora_A": (rank, *inputs), "lora_B": (*outputs, rank)}
-    if metadata.mixer != "none":
-        shapes["mixer"] = (rank, rank)
-    if metadata.use_dora:
-        shapes["magnitude"] = outputs
-    return shapes
 
 
 def load_raw(
@@ -358,7 +278,6 @@ def load_raw(
     from dreambooth_moslora.method import moslora
 
     # Read and compare everything before the first model is changed.
-    check_components(components)
     tensors, metadata = read_raw(path)
     by_component = by_module(tensors)
     missing = sorted(by_component.keys() - components.keys())

@@ -110,7 +110,7 @@ def test_info_of_our_three_files(checkpoint, capsys):
     for facts in (kohya, published):
         assert facts["modules"] == {"unet": 88} and facts["ranks"] == {"4": 88}
     assert (raw["rank"], raw["alpha"], raw["mixer"]) == (4, 11, "orthogonal")
-    assert kohya["alpha"] == "4" and kohya["scale"] == "1" and "kohya keys" in kohya["kind"]
+    assert kohya["alpha"] == "4" and "kohya keys" in kohya["kind"]
     assert published["kind"] == "published by dreambooth_moslora, PEFT keys"
 
 
@@ -118,8 +118,7 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     down, up = torch.randn(8, 16), torch.randn(16, 8)
     kohya = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
     kohya = {f"lora_te1_x.{name}": value for name, value in kohya.items()}
-    tags = json.dumps({"5_dog": {"sks": 12, "grass": 3}})
-    header = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": tags}
+    header = {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.trigger_phrase": "sks"}
     save_file(kohya, tmp_path / "kohya.safetensors", header)
     old = {
         "unet.a.processor.to_q_lora.down.weight": down,
@@ -129,13 +128,12 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
     save_file({"a.lokr_w1": up}, tmp_path / "lokr.safetensors")
     wanted = {
         "alpha": "2",
-        "scale": "0.25",
         "base": "sdxl_base_v1-0",
         "modules": {"text_encoder": 1},
     }
     assert (
         describe(tmp_path / "kohya.safetensors").items()
-        >= (wanted | {"trigger_words": "sks, grass"}).items()
+        >= (wanted | {"trigger_words": "sks"}).items()
     )
     assert describe(tmp_path / "old.safetensors")["modules"] == {"unet": 1}
     assert describe(tmp_path / "lokr.safetensors")["kind"] == "LyCORIS LoKr"
@@ -158,22 +156,8 @@ def test_info_of_other_peoples_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("tensors", "header", "said"),
     [
-        ({"alpha": torch.ones(2)}, {}, "alpha is not one number"),
-        (
-            {"lora_down.weight": torch.ones(0, 3), "lora_up.weight": torch.ones(3, 0)},
-            {},
-            "has no down and up matrix of one rank",
-        ),
-        (
-            {"half.lora_down.weight": torch.ones(2, 3)},
-            {},
-            "lora_unet_x.half has no down and up matrix of one rank",
-        ),
-        (
-            {},
-            {"ss_tag_frequency": '{"a": {"b": Infinity}}', "modelspec.title": "\x1b[31m\nred"},
-            "",
-        ),
+        ({"alpha": torch.ones(2)}, {}, "x.safetensors is broken"),
+        ({}, {"modelspec.title": "\x1b[31m\nred"}, ""),
         ({}, {"moslora": "[]"}, ""),
         ({"dora_scale": torch.ones(2).to(torch.float8_e4m3fn)}, {}, ""),
     ],

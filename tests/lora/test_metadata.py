@@ -36,8 +36,6 @@ ODD = {
     "float4": {
         key: torch.zeros(4, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2) for key in pair()
     },
-    "up alone": {key: value for key, value in pair().items() if "up" in key}
-    | {f"{NAME}_b.lora_mid": torch.ones(1)},
 }
 
 

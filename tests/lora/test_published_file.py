@@ -121,11 +121,7 @@ def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
     assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
     components["unet"].to(memory_format=torch.channels_last)
-    moslora.set_scale(components["unet"], 0.1)  # of the moment, which is not published
     published(components, tmp_path / "b")
-    assert next(iter(adapter_layers(components["unet"]).values())).scaling[
-        "default"
-    ] == pytest.approx(0.1 * 11 / 4)
     again = load_file(tmp_path / "b" / PUBLISHED_NAME)
     assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
 
@@ -299,57 +295,30 @@ def test_nan_and_names_of_no_file_are_not_saved(tmp_path):
     assert not folder.exists() or not list(folder.iterdir())
 
 
-COARSEST = dict.fromkeys((torch.backends.cuda.matmul, torch.backends.cudnn.conv), "tf32")
-COARSEST |= dict.fromkeys((torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv), "bf16")
-
-
-def precisions() -> list[str]:
-    return [setting.fp32_precision for setting in COARSEST]
-
-
 @pytest.fixture
 def coarse():
-    """Products of GPU and CPU as coarse as PyTorch lets them be. `monkeypatch` cannot put these
+    """The switches, with products as coarse as they let them be. `monkeypatch` cannot put these
     back."""
-    before = precisions()
-    for setting, precision in COARSEST.items():
-        setting.fp32_precision = precision
-    yield
-    for setting, precision in zip(COARSEST, before, strict=True):
-        setting.fp32_precision = precision
-
-
-def test_every_comparison_is_in_full_fp32_and_the_settings_come_back(coarse, monkeypatch, tmp_path):
-    found, compare, components = [], proof.relative_difference, live()
-    monkeypatch.setattr(
-        proof, "relative_difference", lambda *two: found.append(precisions()) or compare(*two)
-    )
-    published(components, tmp_path)
-    assert found and all(each == ["ieee"] * 4 for each in found)
-    assert precisions() == list(COARSEST.values())
-
-
-@pytest.fixture
-def older_switches():
-    """PyTorch raises on reading one of them where the newer settings contradict it."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
     yield switches
     for switch, allowed in zip(switches, before, strict=True):
         switch.allow_tf32 = allowed
 
 
-@pytest.mark.parametrize("allowed", [(True, True), (False, False), (True, False), (False, True)])
-def test_the_older_switches_for_tf32_can_be_read_inside_and_afterwards(allowed, older_switches):
-    for switch, value in zip(older_switches, allowed, strict=True):
-        switch.allow_tf32 = value
-    before = precisions()
-    with proof.full_fp32():
-        assert [switch.allow_tf32 for switch in older_switches] == [False, False]
-        assert precisions() == ["ieee"] * 4
-    assert (
-        tuple(switch.allow_tf32 for switch in older_switches) == allowed and precisions() == before
-    )
+def test_every_comparison_is_in_full_fp32_and_the_switches_come_back(coarse, monkeypatch, tmp_path):
+    found, compare, components = [], proof.relative_difference, live()
+
+    def compared(*two):
+        found.append([switch.allow_tf32 for switch in coarse])
+        return compare(*two)
+
+    monkeypatch.setattr(proof, "relative_difference", compared)
+    published(components, tmp_path)
+    assert found and all(each == [False, False] for each in found)
+    assert [switch.allow_tf32 for switch in coarse] == [True, True]
 
 
 KEPT = [
@@ -401,18 +370,8 @@ def with_nan(whole, tensors, header):
 BROKEN = {
     "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
     "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
-    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "can run code"),
+    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "not a safetensors file"),
     "nan": (with_nan, "NaN or infinite values, first in"),
-    "half": (
-        lambda _, t, header: save({k: t[k] for k in t if not k.endswith("to_q.mixer")}, header),
-        "is not whole",
-    ),
-    "a LoKr of an earlier version": (
-        lambda _, tensors, header: save(
-            tensors, {"moslora": header["moslora"].replace('"orthogonal"', '"kronecker"')}
-        ),
-        "is of a LoKr",
-    ),
     "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
 }
 
@@ -451,17 +410,6 @@ def test_another_base_is_named_with_both_sizes(dog, tmp_path):
     assert not hasattr(other, "peft_config")
 
 
-@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
-def test_a_header_as_long_as_a_pickles_first_bytes_is_no_pickle(start, tmp_path):
-    path, weights = tmp_path / "a.safetensors", {"a": torch.ones(3)}
-    bare = struct.unpack("<Q", save(weights, {"filler": ""})[:8])[0]
-    wanted = int.from_bytes(start, "little")
-    path.write_bytes(save(weights, {"filler": "x" * (wanted - bare)}))
-    assert path.read_bytes()[:2] == start
-    tensors, header = raw_file.read_tensors(path)
-    assert torch.equal(tensors["a"], weights["a"]) and set(header["filler"]) == {"x"}
-
-
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """The folder of a raw file."""
@@ -471,53 +419,33 @@ def raw(tmp_path_factory):
 
 
 HOSTILE = [
-    {"rank": 8},
     {"rank": "four"},
     {"alpha": float("nan")},
     {"alpha": 10**400},
     {"alphas": {"unet.x": "y"}},
-]
-HOSTILE += [
-    {"mixer": "none"},
     {"mixer": ["orthogonal"]},
-    {"use_dora": True},
     {"trigger_words": 5},
     {"versions": ["1"]},
 ]
-HOSTILE += [lambda t: t.int(), lambda t: t[None].clone(), lambda t: t[:, None, None, None].clone()]
-HOSTILE += [lambda t: t[:1].clone(), lambda t: t[:, 0].clone()]  # copy_ would repeat a row
-
-
-def with_facts(folder, path, tensors: dict | None = None, **facts):
-    """A copy of the raw file with other tensors or facts."""
-    own, header = raw_file.read_tensors(folder / RAW_NAME)
-    path.write_bytes(
-        save(tensors or own, {"moslora": json.dumps(json.loads(header["moslora"]) | facts)})
-    )
-    return path
 
 
 @pytest.mark.parametrize("change", HOSTILE)
-def test_facts_that_do_not_go_with_the_tensors_are_refused(change, raw, tmp_path):
-    tensors = load_file(raw / RAW_NAME)
-    if not isinstance(change, dict):
-        key = next(key for key in tensors if key.endswith(".lora_A"))
-        tensors[key], change = change(tensors[key]), {}
-    file = with_facts(raw, tmp_path / "x.safetensors", tensors, **change)
+def test_a_header_that_is_not_ours_is_refused(change, raw, tmp_path):
+    tensors, header = raw_file.read_tensors(raw / RAW_NAME)
+    facts = json.loads(header["moslora"]) | change
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(save(tensors, {"moslora": json.dumps(facts)}))
     for read in (raw_file.read_raw, describe):
-        with pytest.raises(UserError, match=r"is broken|has lost its header"):
+        with pytest.raises(UserError, match="has lost its header"):
             read(file)
 
 
-def test_a_header_that_is_no_object_and_tensors_of_no_adapter_are_refused(raw, tmp_path):
+def test_a_header_that_is_no_object_is_refused(raw, tmp_path):
     tensors, file = load_file(raw / RAW_NAME), tmp_path / "x.safetensors"
     for text in ("[]", "null", "5", "{", "{}", "[" * 100_000):
         file.write_bytes(save(tensors, {"moslora": text}))
         with pytest.raises(UserError, match="has lost its header"):
             raw_file.read_raw(file)
-    for key in ("weird", "unet.weird", "vae.a.lora_A"):
-        with pytest.raises(UserError, match="does not belong to an adapter"):
-            raw_file.read_raw(with_facts(raw, file, tensors | {key: torch.ones(4, 4)}))
 
 
 ODD_PARTS = [("utils", {}), ("AutoModel", {}), ("UNet2DConditionModel", None)]
