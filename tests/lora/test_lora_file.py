@@ -246,7 +246,6 @@ REFUSED = {
         **dict.fromkeys(("lora_A", "lora_B"), lambda t: t[..., None, None])
     ),
     "a magnitude of another length": with_part(f"{QUERY}.lora_magnitude_vector", torch.ones(7)),
-    "a bias of another length": with_part(f"{QUERY}.lora_B.bias", torch.ones(7)),
     "rank 0": changed(lora_A=lambda t: t[:0], lora_B=lambda t: t[:, :0]),
 }
 REFUSED |= {name: {"init_lora_weights": name} for name in ("olora", "pissa", "pissa_niter_1")}
