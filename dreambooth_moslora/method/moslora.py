@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -143,6 +143,20 @@ def is_odd_convolution(module: nn.Module) -> bool:
     return not (isinstance(module, nn.Conv2d) and is_plain)
 
 
+def check_variants(config: LoraConfig) -> None:
+    """Raises UserError for a variant of LoRA that PEFT would compute from B·A, without the mixer.
+    DoRA alone reads `lora_B.weight`, which has it."""
+    excluded = ["lora_bias"]
+    for one in fields(config):
+        if one.metadata.get("is_lora_variant") and one.name != "use_dora":
+            excluded.append(one.name)
+    given = [name for name in excluded if getattr(config, name)]
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        given.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if given:
+        raise UserError(f'{given[0]} excludes a mixer; leave it out or use mixer="none"')
+
+
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The paper's targets in SDXL."""
 START = LoraConfig.__dataclass_fields__["init_lora_weights"]
@@ -151,8 +165,8 @@ START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 
 @dataclass
 class MoSLoraConfig(LoraConfig):
-    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. A variant of LoRA that reads
-    more than `lora_B.weight`, as DoRA does, is computed without M: leave those out."""
+    """PEFT's LoraConfig with a mixer; its other fields are PEFT's. Raises UserError for what a
+    mixer excludes."""
 
     init_lora_weights: bool | str = field(default="gaussian", metadata=START.metadata)
     mixer: str = field(
@@ -164,6 +178,7 @@ class MoSLoraConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         if has_mixer(self):
+            check_variants(self)
             patch_peft()
 
 

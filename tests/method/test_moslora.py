@@ -470,3 +470,12 @@ def test_state_dicts_with_and_without_a_mixer_never_fit_each_other(tmp_path):
     )
     with pytest.raises(RuntimeError, match="size mismatch"):
         loaded_by_diffusers(tiny_unet(), tmp_path / "pytorch_lora_weights.safetensors")
+
+
+GIVEN = [{"lora_bias": True, "init_lora_weights": True}, {"init_lora_weights": "pissa"}]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_variant_that_peft_computes_without_the_mixer_is_refused(given):
+    with pytest.raises(UserError, match=f"{next(iter(given))}.* excludes a mixer"):
+        moslora.MoSLoraConfig(**given)
