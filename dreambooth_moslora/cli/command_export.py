@@ -12,7 +12,6 @@ from dreambooth_moslora.disk.run_folder import (
     RAW_NAME,
     RunDir,
     check_name,
-    tokens_name,
 )
 from dreambooth_moslora.errors import UserError
 
@@ -68,20 +67,13 @@ def run_export(args: argparse.Namespace) -> int:
     # The source, before torch is imported
     source = find_raw(user_path(args.source))
     out = user_path(args.out)
-    from dreambooth_moslora.lora import new_tokens, published_file, raw_file
+    from dreambooth_moslora.lora import published_file, raw_file
 
     refuse_to_replace(out)
 
-    # What lies beside the raw weights
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
     _, facts = raw_file.read_raw(source)
-    for note in facts.tokens:
-        file = note["file"]
-        if not (source.parent / file).is_file():
-            raise UserError(f"{source.name} has new tokens in {file}: put that file beside it")
-    tokens = new_tokens.tokens_beside(source, facts.header)
-    token_files = [tokens_name(name, number) for number in range(len(tokens))]
 
     # Models that have the adapter's layers but not the base's weights, which the files do not need
     components = {}
@@ -95,11 +87,10 @@ def run_export(args: argparse.Namespace) -> int:
         name,
         facts,
         published_file.DTYPES[args.dtype],
-        tokens=tokens,
     )
 
     # What was written, and what the comparison with the raw weights says
-    for file in [*proof.files, *token_files]:
+    for file in proof.files:
         size = (out / file).stat().st_size / 2**20
         print(f"{out / file}  {size:.2f} MiB")
     print(f"{proof.sentence()}.")

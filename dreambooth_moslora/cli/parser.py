@@ -13,14 +13,8 @@ from dreambooth_moslora.settings import rows, table
 
 FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
-    "adam_weight_decay_text_encoder_ti": "new tokens are never decayed; leave it out",
-    "enable_t5_ti": (
-        "SDXL has no T5 encoder; --train_text_encoder_ti learns tokens in both of its own"
-    ),
-    "placeholder_token token_string": "use --train_text_encoder_ti with --token_abstraction",
-    "initializer_token init_word": "use --train_text_encoder_ti with --initializer_concept",
-    "num_vectors num_vectors_per_token": (
-        "use --train_text_encoder_ti with --num_new_tokens_per_abstraction"
+    "train_text_encoder_ti token_abstraction placeholder_token": (
+        "not supported: no new tokens are learnt"
     ),
     "dataloader_num_workers max_data_loader_n_workers": (
         "photos are encoded once, before the first step; leave it out"

@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,7 +33,6 @@ RAW_NAME = "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"
 SETTINGS_NAME = "train_config.json"  # The settings of a run.
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
-TOKENS_SUFFIX = "_emb.safetensors"  # End of the name of a file with new tokens.
 CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)  # Without one it is not complete.
 NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -68,11 +66,6 @@ class RunDir:
     @property
     def kohya_path(self) -> Path:
         return self.path / f"{self.name}{KOHYA_SUFFIX}"
-
-    @property
-    def tokens_paths(self) -> list[Path]:
-        """New tokens of both text encoders, a file for each subject; [] if the run learnt none."""
-        return tokens_files(self.path, self.name)
 
     def read_card(self) -> str | None:
         """The text of the model card; None without one. Raises UserError."""
@@ -132,18 +125,6 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!a} cannot be part of a file's name; give the adapter a plain name")
     if len(name.encode()) > NAME_BYTES:
         raise UserError(f"the name {name} is too long: an adapter's has at most {NAME_BYTES} bytes")
-
-
-def tokens_name(name: str = "moslora", number: int = 0) -> str:
-    """New tokens of subject `number`, from 0: `dog_emb.safetensors`, `dog_2_emb.safetensors` of the
-    run `dog`."""
-    return f"{name}_{number + 1}{TOKENS_SUFFIX}" if number else f"{name}{TOKENS_SUFFIX}"
-
-
-def tokens_files(folder: Path, name: str = "moslora") -> list[Path]:
-    """The files of new tokens in the folder, by subject, up to the first that is missing."""
-    paths = (folder / tokens_name(name, number) for number in count())
-    return list(takewhile(Path.is_file, paths))
 
 
 def checkpoint_step(path: PurePath) -> int | None:
@@ -220,18 +201,9 @@ def find_weights(path: str | Path) -> Path:
 def header_of(file: Path) -> dict[str, str]:
     """The strings in the header of a safetensors file; no tensor is read. Raises UserError for any
     other file."""
-    return _header_and_keys(file)[0]
-
-
-def keys_of(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file. Raises UserError for any other file."""
-    return _header_and_keys(file)[1]
-
-
-def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
     try:
         with safe_open(file, framework="np") as opened:
-            return dict(opened.metadata() or {}), list(opened.keys())
+            return dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"it is not a safetensors file, or it is damaged: {one_line(error)}"
@@ -241,12 +213,11 @@ def _header_and_keys(file: Path) -> tuple[dict[str, str], list[str]]:
 def files_by_name(
     files: Iterable[Path], folders: Collection[Path], taken: Collection[str] = ()
 ) -> dict[str, Path]:
-    """Name -> file, in order, with a number if `taken`; without tokens, and without links out of
-    `folders`."""
+    """Name -> file, in order, with a number if `taken`; without links out of `folders`."""
     found: dict[str, Path] = {}
     known = {NONE, *taken}
     for file in files:
-        if file.name.endswith(TOKENS_SUFFIX) or not is_file_inside(file, folders):
+        if not is_file_inside(file, folders):
             continue
         name = free_name(name_of(file, folders), known.__contains__, " ")
         known.add(name)

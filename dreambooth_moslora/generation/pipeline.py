@@ -35,7 +35,7 @@ from dreambooth_moslora.generation.params import (
     Step,
 )
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
-from dreambooth_moslora.lora import lora_file, metadata, new_tokens
+from dreambooth_moslora.lora import lora_file, metadata
 from dreambooth_moslora.settings.families import Facts
 
 Item = TypeVar("Item")
@@ -84,7 +84,6 @@ class Adapter:
     key: str  # the name inside PEFT
     sha256: str
     header: dict[str, str]  # the file's metadata
-    tokens: tuple[new_tokens.NewTokens, ...]  # of the files that the header names, or bundled
     stamp: Stamp
 
 
@@ -132,7 +131,6 @@ class SubjectPipeline:
         self.family = pipelines.family_of(pipeline)
         self._active: dict[str, float] | None = None
         self._own_scheduler = pipeline.scheduler
-        self._tokens: new_tokens.AttachedTokens | None = None
         self._lock = threading.RLock()
         pipeline.set_progress_bar_config(disable=True)
 
@@ -186,19 +184,16 @@ class SubjectPipeline:
         """Load an adapter file (this program's, diffusers', kohya's) or a run folder into the
         model; returns its name.
 
-        An unchanged file that is already loaded costs nothing. New tokens come from the files that
-        its header names, beside it, or from the file itself, as OneTrainer bundles them. Raises
-        UserError when it is no adapter for this base, or its tokens belong to another.
+        An unchanged file that is already loaded costs nothing. Raises UserError when it is no
+        adapter for this base.
         """
         name = name or lora_file.adapter_name(path)
         file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
         with self._lock:
-            # Already loaded, with all files of tokens that its header names
             known = self.adapters.get(name)
-            is_same = known is not None and known.stamp == stamp
-            if is_same and len(known.tokens) >= len(metadata.notes_in(known.header)):
+            if known is not None and known.stamp == stamp:
                 self._touch(name)
                 return name
 
@@ -213,8 +208,6 @@ class SubjectPipeline:
         """Read the file and put its weights into the model. Raises UserError."""
         weights = lora_file.read_adapter(file, self.pipeline)
         lora_file.check_fits(weights, self.pipeline)
-        tokens = new_tokens.tokens_beside(file, weights.header)
-        tokens += new_tokens.tokens_inside(file, self.family.facts.has_new_tokens)
 
         # Files of equal content share their weights.
         if weights.key not in self._keys():
@@ -224,7 +217,6 @@ class SubjectPipeline:
             key=weights.key,
             sha256=weights.sha256,
             header=weights.header,
-            tokens=tokens,
             stamp=stamp,
         )
 
@@ -284,10 +276,9 @@ class SubjectPipeline:
     def activate(self, adapters: tuple[tuple[str, float], ...]) -> None:
         """Make exactly these adapters active; scales of files of equal content add up. Scale 0
         means absent: the result is the base's, bit for bit."""
-        chosen = [(self.adapters[name], scale) for name, scale in adapters if scale != 0]
         totals = defaultdict(float)
-        for adapter, scale in chosen:
-            totals[adapter.key] += scale
+        for name, scale in adapters:
+            totals[self.adapters[name].key] += scale
         active = {key: total for key, total in totals.items() if total}
 
         # Only on a change: PEFT walks over all modules.
@@ -298,14 +289,6 @@ class SubjectPipeline:
             elif self.adapters:
                 self.pipeline.disable_lora()
             self._active = active
-
-        # New tokens of the active adapters alone
-        self._detach_tokens()
-        tokens = []
-        for adapter, _ in chosen:
-            tokens.extend(adapter.tokens)
-        if tokens:
-            self._tokens = new_tokens.AttachedTokens(self.pipeline, tokens)
 
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
@@ -476,18 +459,10 @@ class SubjectPipeline:
         while len({adapter.sha256 for adapter in self.adapters.values()}) > self.resident_adapters:
             self._forget(next(iter(self.adapters)))
 
-    def _detach_tokens(self) -> None:
-        """Give the pipeline its own tokenizers and tables back."""
-        if self._tokens is not None:
-            self._tokens.detach()
-            self._tokens = None
-
     def _forget(self, name: str, unless: str = "") -> None:
         """Remove an adapter, and its weights from the model unless another one has them or their
         key is `unless`."""
         gone = self.adapters.pop(name, None)
-        if gone and gone.tokens:
-            self._detach_tokens()  # those of others come back with the next picture
         if gone and gone.key != unless and gone.key not in self._keys():
             self.pipeline.delete_adapters(gone.key)
             self._active = None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora import key_names, lora_settings, new_tokens, raw_file
+from dreambooth_moslora.lora import key_names, lora_settings, raw_file
 from dreambooth_moslora.lora.key_names import PAIRED
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
 
@@ -15,16 +15,9 @@ from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_i
 def describe(path: str | Path) -> dict[str, object]:
     """What a LoRA file is and contains, JSON-able. Raises UserError for a broken file, and for one
     without a LoRA."""
-    # New tokens alone
     path = user_path(path)
     tensors, header = raw_file.read_tensors(path)
     facts = {"file": path.name, "size_mib": round(path.stat().st_size / 2**20, 3)}
-    if set(tensors) == set(new_tokens.KEYS.values()):
-        tokens = new_tokens.read_tokens(path)
-        kind = "new tokens of SDXL's text encoders"
-        return facts | {"kind": kind, "word": tokens.word, "tokens": tokens.count}
-
-    # An adapter: a checkpoint's, or one of any program
     facts["dtypes"] = sorted(
         {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
     )
@@ -33,10 +26,6 @@ def describe(path: str | Path) -> dict[str, object]:
     try:
         raw_file.check_finite(tensors, path.name)
         facts |= describe_layers(path, tensors, header)
-        if bundled := new_tokens.tokens_inside(path):
-            facts["new_tokens"] = "; ".join(
-                f"{one.count} for the word {one.word}, in this file" for one in bundled
-            )
     except UserError:
         raise
     # torch lacks the operation for this dtype, or an alpha is no number
@@ -129,9 +118,6 @@ def said_by_metadata(metadata: AdapterMetadata) -> dict[str, object]:
         "trigger_words": ", ".join(metadata.trigger_words),
         "class_word": metadata.class_word,
         "resolution_px": metadata.resolution_px,
-        "new_tokens": "; ".join(
-            "{count} for the word {word}, in {file}".format_map(note) for note in metadata.tokens
-        ),
         "versions": ", ".join(f"{name} {number}" for name, number in metadata.versions.items()),
     }
     return {key: value for key, value in said.items() if value}

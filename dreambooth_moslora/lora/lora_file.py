@@ -35,7 +35,7 @@ from dreambooth_moslora.lora.lora_settings import (
     in_header,
     scales_of_settings,
 )
-from dreambooth_moslora.lora.metadata import BUNDLE, check_start_file, most_common
+from dreambooth_moslora.lora.metadata import most_common
 from dreambooth_moslora.lora.named_layers import Parts, as_lora, no_layer, no_part
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
@@ -175,8 +175,7 @@ def _read_published(
     """Matrices, alphas by component and path, and PEFT's settings. `own`: those beside the file.
     Raises UserError."""
     try:
-        # New tokens are read elsewhere, and eight-bit floats have no arithmetic.
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLE)}
+        # Eight-bit floats have no arithmetic.
         tensors = {
             k: t.float() if t.is_floating_point() and t.element_size() == 1 else t
             for k, t in tensors.items()
@@ -288,10 +287,6 @@ def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) ->
     except UserError as error:
         raise UserError(f"--init_adapter: {error}") from error
     name = f"--init_adapter {weights.file_name}"
-    try:
-        check_start_file(run_folder.find_weights(path))
-    except UserError as error:
-        raise UserError(f"{name}: {error}.") from error
     found = [
         projection
         for projections, _ in weights.parts.values()

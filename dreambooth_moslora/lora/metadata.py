@@ -10,26 +10,16 @@ dora_scale is (out, 1), and the norm is of each row of W + ΔW.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, field, replace
-from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.disk.run_folder import header_of, keys_of
 from dreambooth_moslora.errors import UserError, first_problem
 from dreambooth_moslora.settings import rules, sources, table
 from dreambooth_moslora.settings.families import TEXT_OPTIONS
@@ -70,38 +60,12 @@ HEADER = "moslora"
 """Key of the metadata in a safetensors header."""
 
 
-def plain_name(name: str) -> str:
-    """Raises ValueError for a file's name with a folder: anyone may write a header."""
-    if PurePath(name).name != name:
-        raise ValueError("it is no plain file name")
-    return name
-
-
-def one_or_many(notes: object) -> object:
-    """A file holds the note of a single subject's tokens without a list around it."""
-    if isinstance(notes, dict):
-        return (notes,) if notes else ()
-    return tuple(notes) if isinstance(notes, list) else notes
-
-
 Rank = Annotated[int, Field(gt=0)]
 """A rank, or another count that begins at 1."""
-FileName = Annotated[str, AfterValidator(plain_name)]
-"""A file beside the adapter."""
-
-
-class TokenNote(TypedDict):
-    """New tokens of one subject: their word, how many they are, and the file that holds them."""
-
-    word: Annotated[str, Field(pattern=r"\S")]
-    count: Rank
-    file: Annotated[FileName, Field(min_length=1)]
-    sha256: str
 
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 """No number is read from text, and none is infinite."""
-TokenNote.__pydantic_config__ = STRICT | {"extra": "forbid"}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -134,8 +98,6 @@ class AdapterMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     # `settings.sources.recipe_of`.
     recipe: dict[str, Any] = field(default_factory=dict)
-    # `NewTokens.note` of each file.
-    tokens: Annotated[tuple[TokenNote, ...], BeforeValidator(one_or_many)] = ()
     # Of several subjects.
     subject_prompts: tuple[str, ...] = ()
     # Where the adapter was taken, if the run did not end there.
@@ -150,10 +112,8 @@ class AdapterMetadata:
 
     def to_json(self) -> str:
         """The metadata as a file holds it. Entries that later versions added are left out when
-        they are empty, and so is a list around one subject's tokens: files keep their bytes."""
+        they are empty: files keep their bytes."""
         facts = asdict(self)
-        if len(self.tokens) == 1:
-            facts["tokens"] = self.tokens[0]
         for name in LATER:
             if not facts[name]:
                 del facts[name]
@@ -168,8 +128,7 @@ class AdapterMetadata:
             raise ValueError(first_problem(error)) from None
 
 
-LATER = ("recipe", "tokens", "subject_prompts")
-LATER += ("step", "processes")
+LATER = ("recipe", "subject_prompts", "step", "processes")
 """Entries that the first files did not have."""
 
 
@@ -179,12 +138,6 @@ def metadata_in(header: Mapping[str, str]) -> AdapterMetadata | None:
         return AdapterMetadata.from_json(header[HEADER])
     except (KeyError, ValueError):
         return None
-
-
-def notes_in(header: Mapping[str, str]) -> tuple[dict, ...]:
-    """Each `NewTokens.note` in the header of an adapter."""
-    facts = metadata_in(header)
-    return facts.tokens if facts else ()
 
 
 def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
@@ -200,31 +153,6 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
             with suppress(UserError):
                 told[name] = table.checked_setting(name, facts.recipe[name])
     return told
-
-
-BUNDLE = "bundle_emb."
-"""OneTrainer keeps new tokens in the adapter's own file: `bundle_emb.WORD.clip_l` and so on."""
-
-
-def bundled(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Word -> the names of its tensors, such as `clip_l`, by the keys of an adapter with bundled
-    new tokens."""
-    found = defaultdict(list)
-    for key in sorted(keys):
-        if key.startswith(BUNDLE):
-            word, _, name = key.removeprefix(BUNDLE).rpartition(".")
-            found[word].append(name)
-    return found
-
-
-def check_start_file(file: Path) -> None:
-    """Raises UserError for an adapter that no run can begin with, and for any other file than
-    safetensors."""
-    words = [note["word"] for note in notes_in(header_of(file))] + [*bundled(keys_of(file))]
-    if words:
-        raise UserError(
-            f"it has learnt new tokens for {words[0]!r:.40}, and no run begins with such an adapter"
-        )
 
 
 def most_common(values: Iterable[float]) -> float:

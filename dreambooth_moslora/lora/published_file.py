@@ -7,8 +7,6 @@ file is correct without metadata, in any version of diffusers and in kohya's for
 
         pytorch_lora_weights.safetensors    for diffusers
         <name>.kohya.safetensors            for others
-        <name>_emb.safetensors              new tokens, if there are any,
-        <name>_2_emb.safetensors            one file for each subject
 
     live adapter --save_raw--> moslora_weights.safetensors --load_raw--> the same, bit for bit
 
@@ -16,32 +14,20 @@ A file is published only after a stock loader has read it back and computed the 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dreambooth_moslora.disk.atomic import scratch_directory
-from dreambooth_moslora.disk.run_folder import (
-    KOHYA_SUFFIX,
-    PUBLISHED_NAME,
-    check_name,
-    tokens_name,
-)
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import key_names, new_tokens, raw_file
+from dreambooth_moslora.lora import key_names, raw_file
 from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, most_common
-from dreambooth_moslora.lora.proof import (
-    BOUNDS,
-    FileProof,
-    Proof,
-    prove_file,
-    relative_difference,
-    worst_of,
-)
+from dreambooth_moslora.lora.proof import BOUNDS, FileProof, Proof, prove_file
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
 from dreambooth_moslora.settings.families import DENOISERS
@@ -58,7 +44,6 @@ def publish(
     dtype: torch.dtype = torch.float32,
     *,
     adapter_name: str = "default",
-    tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> Proof:
     """Write both published files, or neither: each is verified first.
 
@@ -68,7 +53,6 @@ def publish(
     metadata: for their headers
     dtype: of the files
     adapter_name: which one, if the models have several
-    tokens: new tokens, which are written beside the adapter
 
     Raises UserError for a difference beyond the dtype's bound, and NaN.
     """
@@ -83,7 +67,6 @@ def publish(
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    metadata = replace(metadata, tokens=new_tokens.notes_of(tokens, name))
     with scratch_directory(out_dir) as scratch:
         # Write aside, and let a stock loader read each file.
         written = write_published(
@@ -95,12 +78,6 @@ def publish(
         )
         proofs = [prove_file(path, components, adapter_name) for path in written]
 
-        # New tokens: diffusers' loader is given the rows of their file.
-        paths = [scratch / tokens_name(name, number) for number in range(len(tokens))]
-        for path, of_one in zip(paths, tokens):
-            new_tokens.write_tokens(path, of_one)
-            proofs.append(prove_tokens(path, of_one))
-
         # NaN is no difference that is small enough, hence `not … <=`.
         for proof in proofs:
             if not proof.largest <= BOUNDS[dtype]:
@@ -111,19 +88,9 @@ def publish(
                 )
 
         # All are right: now they get their places.
-        for path in (*paths, *written):
+        for path in written:
             path.replace(out_dir / path.name)
     return report(tuple(proofs), dtype, folded)
-
-
-def prove_tokens(path: Path, tokens: new_tokens.NewTokens) -> FileProof:
-    """Read the file back, and compare its rows with the learnt ones."""
-    found = new_tokens.read_tokens(path).rows
-    differences = {}
-    for part, rows in tokens.rows.items():
-        learnt = rows.detach().float().cpu()
-        differences[new_tokens.KEYS[part]] = relative_difference(found[part], learnt)
-    return worst_of(differences, file=path.name, loader="safetensors")
 
 
 def write_published(

@@ -17,12 +17,11 @@ from dreambooth_moslora.base.files import SMALL_BASE_PX
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora.metadata import check_start_file
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.memory import precision_of
 from dreambooth_moslora.plan.memory_plans import check_memory
-from dreambooth_moslora.settings import families, prompts, rows, rules, table
+from dreambooth_moslora.settings import families, rows, rules, table
 from dreambooth_moslora.settings.families import SDXL, Facts
 
 # diffusers reads no such layers from a kohya file: they cannot be verified
@@ -227,7 +226,6 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     if config.instance_data_dir:
         require_folder_of_photos(Path(config.instance_data_dir))
     machine.check_bf16(config)
-    prompts.learnt_words(config)
 
     # Ranks that the mixer can have.
     ranks = [config.rank]
@@ -338,8 +336,6 @@ def check_family(config: table.TrainConfig, facts: Facts) -> None:
     others += tuple(name for name in families.TEXT_OPTIONS if name not in facts.text_options)
     if not facts.has_level_shift:
         others += ("shift_timesteps",)
-    if not facts.has_new_tokens:
-        others += ("train_text_encoder_ti",)
     if config.train_text_encoder and not facts.adapted_encoders:
         others += ("train_text_encoder",)
 
@@ -358,11 +354,11 @@ def check_family(config: table.TrainConfig, facts: Facts) -> None:
 
 
 def check_start(adapter: str) -> None:
-    """Raises UserError for a missing or damaged adapter, and for one that no run begins with."""
+    """Raises UserError for a missing or damaged adapter."""
     try:
         if not Path(adapter).exists():
             raise UserError("there is no such file or folder")
-        check_start_file(run_folder.find_weights(adapter))
+        run_folder.header_of(run_folder.find_weights(adapter))
     except UserError as error:
         raise UserError(f"--init_adapter {adapter}: {error}.") from error
 

@@ -38,7 +38,7 @@ without and with recomputation, counted with attention in single operations."""
 FEED_FORWARD_GIB = 2.15  # GiB of them that recomputing the feed-forward blocks saves.
 TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
-"""GiB of a prompt's pass through SDXL's text encoders where they, or new tokens, are trained;
+"""GiB of a prompt's pass through SDXL's text encoders where they are trained;
 counted like a step."""
 TOKENS = 77  # Of a prompt in a CLIP text encoder.
 PEFT_STEP = 1.4
@@ -81,7 +81,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     adapter = adapter_parameters(config, size)
     optimized = adapter * bytes_each / machine.GIB
     weights = unet - on_host_gib(config, size) + optimized
-    if config.keeps_text_encoders:
+    if config.train_text_encoder:
         weights += texts
 
     # Before the first step, photos and texts are encoded.
@@ -158,7 +158,7 @@ def preparing_gib(
         return unet + texts + vae + max(encoder, drawing)
 
     # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
-    if is_flow and not config.keeps_text_encoders:
+    if is_flow and not config.train_text_encoder:
         return vae + encoder
 
     # int8 quantises on the GPU, so that the denoiser is there.
@@ -245,7 +245,7 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
 def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
     """What a step's prompts keep in text encoders for the backward pass; recomputed as much less as
     the UNet."""
-    if not config.keeps_text_encoders:
+    if not config.train_text_encoder:
         return 0.0
     is_recomputed = config.gradient_checkpointing and config.train_text_encoder
     prompts = config.images_a_pass * size.text_widths / BaseSize.text_widths

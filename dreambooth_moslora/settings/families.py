@@ -94,8 +94,6 @@ class Facts:
     multiple_px: int = 16  # Sides of pictures are multiples of this.
     needs_sizes: bool = False  # Whether the denoiser is told the photo's size and crop.
     takes_references: bool = False  # Whether its pipeline also takes pictures of the subject.
-    # Whether new tokens can be learnt in its text encoders (pivotal tuning).
-    has_new_tokens: bool = False
     modelspec: str = ""
     """Name of the architecture in the header of a file in kohya's form, and kohya's own word for
     it."""
@@ -155,7 +153,6 @@ FAMILIES = (
         adapted_encoders=("text_encoder", "text_encoder_2"),
         guidance=5.0,
         needs_sizes=True,
-        has_new_tokens=True,
         file_mark="label_emb.0.0.weight",
         modelspec="stable-diffusion-xl-v1-base",
         kohya_version="sdxl_base_v1-0",

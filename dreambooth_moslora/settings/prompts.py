@@ -5,11 +5,9 @@ The DreamBooth templates are the 25 for objects and the 25 for animals of Ruiz e
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations, count, islice, permutations, product
+from itertools import combinations, islice
 
-from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import subject_kinds, toys
 from dreambooth_moslora.settings.table import TrainConfig
 
@@ -69,7 +67,6 @@ CONTEXT = re.compile(
 )
 STYLE_NAME = re.compile(r"\bin (?:the )?(.+?) style\b")  # How a prompt names a style
 # The words of a run's samples.
-USUAL_WORD = "TOK"  # diffusers' scripts use this word in prompts for new tokens.
 CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
 MOST_PAIRS = 6  # Most pairs of subjects that are drawn together.
@@ -134,67 +131,6 @@ def trigger_words(config: TrainConfig) -> tuple[str, ...]:
 def word_pattern(word: str) -> re.Pattern:
     """Matches the word, but not inside a longer one."""
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
-
-
-def learnt_words(config: TrainConfig) -> tuple[str, ...]:
-    """The word of each subject that its new tokens stand for. Raises UserError unless prompts and
-    words are apart."""
-    if not config.train_text_encoder_ti:
-        return ()
-    subjects = config.each_subject
-    words = tuple(map(learnt_word, subjects))
-
-    # No word may be part of another one: replacing one would break the other.
-    for one, other in permutations(words, 2):
-        if word_pattern(one).search(other):
-            raise UserError(
-                f"--train_text_encoder_ti: {one!r}, {other!r}: each subject needs a rare word "
-                "of its own."
-            )
-
-    # A class prompt with the word would teach it the class.
-    for word, subject in product(words, subjects):
-        for prompt in (subject.class_prompt or "", *subject.prior_prompts):
-            if word_pattern(word).search(prompt):
-                raise UserError(
-                    f"--token_abstraction {word}: it is in a prompt of the class too, "
-                    f"{prompt!r:.60}."
-                )
-    return words
-
-
-def learnt_word(config: TrainConfig) -> str:
-    """The word of a run's one subject. Raises UserError unless the instance prompt has it."""
-    has_usual = word_pattern(USUAL_WORD).search(config.instance_prompt)
-    usual = USUAL_WORD if has_usual else subject_of(config).token
-    word = (config.token_abstraction or usual).strip()
-    if "," in word:
-        raise UserError(f"--token_abstraction {word}: one word is learnt; give one.")
-    if not word or not word_pattern(word).search(config.instance_prompt):
-        raise UserError(
-            f"--token_abstraction: the instance prompt has no word {word or USUAL_WORD!r} to "
-            "be learnt."
-        )
-    return word
-
-
-def token_names(counts: Iterable[int]) -> list[list[str]]:
-    """Names of the new tokens of each word, which has so many, as in diffusers' scripts: `<s0>`,
-    `<s1>` and so on."""
-    numbers = count()
-    return [[f"<s{next(numbers)}>" for _ in range(of_one)] for of_one in counts]
-
-
-def spellings_of(counts: Mapping[str, int]) -> dict[str, str]:
-    """Each word with its new tokens: `{"sks": 2}` -> `{"sks": "<s0><s1>"}`."""
-    return dict(zip(counts, map("".join, token_names(counts.values()))))
-
-
-def spelled(prompt: str, spellings: Mapping[str, str]) -> str:
-    if not spellings:
-        return prompt
-    longest_first = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
-    return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", lambda found: spellings[found[0]], prompt)
 
 
 def joined(*parts: str) -> str:

@@ -59,15 +59,13 @@ EXCLUDED: dict[str, dict[str, str]] = {
     },
     "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
-    "train_text_encoder": {"train_text_encoder_ti": "train adapters or new tokens"},
     "cache_cross_attention": {
         "train_text_encoder": TEXT_CHANGES,
-        "train_text_encoder_ti": TEXT_CHANGES,
         "use_dora": "DoRA reads the weights",
         "base_quantization": "it quantises these weights",
     },
     "stream_blocks": {"use_dora": "DoRA reads the weights"},
-    "images_at_once": {name: ONE_PASS for name in ("train_text_encoder", "train_text_encoder_ti")},
+    "images_at_once": {"train_text_encoder": ONE_PASS},
 }
 """Setting -> settings that a run cannot change beside it, and why."""
 
@@ -155,11 +153,6 @@ def check_together(config: Config) -> None:
         raise UserError(
             f"--optimizer {config.optimizer} takes one learning rate for all: leave "
             "--mixer_lr_scale at 1."
-        )
-    if kind.averages and config.train_text_encoder_ti:
-        raise UserError(
-            f"--optimizer {config.optimizer} averages the adapter alone: give AdamW with new "
-            "tokens."
         )
 
     # An adapter to begin with is brought into this run's form, which not every mixer has.

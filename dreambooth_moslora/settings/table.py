@@ -511,54 +511,6 @@ class TrainConfig:
         help="put adapters on the CLIP text encoders too, of SDXL, SD 1.5, SD 3.5 and FLUX.1",
         publish="always",
     )
-    train_text_encoder_ti: bool = of_adapter(
-        default=False,
-        help=(
-            "learn new tokens in both text encoders beside the adapter (pivotal tuning), at "
-            "--text_encoder_lr; on the embedded base likeness did not rise"
-        ),
-        publish="if_changed",
-    )
-    train_text_encoder_ti_frac: float = of_adapter(
-        default=0.5,
-        help="fraction of the steps in which the tokens are learnt; afterwards they are fixed",
-        above=0,
-        high=1,
-        publish="if_changed",
-        idle=rows.unless(train_text_encoder_ti=True),
-    )
-    token_abstraction: str | None = of_adapter(
-        default=None,
-        help=(
-            "the word of the prompts that the tokens stand for (default: TOK, or the instance "
-            "prompt's rare word)"
-        ),
-        per_subject=True,
-        idle=rows.unless(train_text_encoder_ti=True),
-    )
-    num_new_tokens_per_abstraction: int = of_adapter(
-        default=2,
-        help="how many tokens the word stands for",
-        low=1,
-        high=32,
-        publish="if_changed",
-        idle=(
-            rows.unless(train_text_encoder_ti=True)
-            + rows.where(
-                "with --initializer_concept, whose words say how many",
-                lambda run: run.initializer_concept,
-            )
-        ),
-    )
-    initializer_concept: str | None = of_adapter(
-        default=None,
-        help=(
-            "words whose tokens the new ones start from; they set their number (default: random "
-            "start)"
-        ),
-        per_subject=True,
-        idle=rows.unless(train_text_encoder_ti=True),
-    )
     init_adapter: str | None = of_adapter(
         default=None,
         help="begin with an existing adapter: a LoRA file of any program and rank, or a run folder",
@@ -636,13 +588,10 @@ class TrainConfig:
         high=100,
         publish="always",
         idle=(
-            rows.where(
-                "without --train_text_encoder or --train_text_encoder_ti",
-                lambda run: not run.keeps_text_encoders,
-            )
+            rows.unless(train_text_encoder=True)
             + rows.where(
                 "with --optimizer {optimizer}, which takes one learning rate for all",
-                lambda run: run.keeps_text_encoders and optimizer_kinds.optimizer_of(run).one_rate,
+                lambda run: run.train_text_encoder and optimizer_kinds.optimizer_of(run).one_rate,
             )
         ),
     )
@@ -1157,11 +1106,6 @@ class TrainConfig:
         if wanted < whole:
             return min(wanted, self.train_batch_size)
         return min(wanted // whole, self.gradient_accumulation_steps) * whole
-
-    @property
-    def keeps_text_encoders(self) -> bool:
-        """Whether the steps use the text encoders, so that they stay in memory."""
-        return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def bare_share(self) -> float:

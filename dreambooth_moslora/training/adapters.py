@@ -1,13 +1,6 @@
-"""What a run learns: the adapters of the base's layers, and new tokens.
-
-Pivotal tuning: new tokens are learnt beside the adapter up to a step, the pivot, and stay fixed
-after it. Only their rows are parameters; the encoders and their embedding tables are frozen.
-Prompts with the new word are encoded at each step before the pivot, and once after it.
-"""
+"""What a run learns: the adapters of the base's layers."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,18 +11,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
-from dreambooth_moslora.base import load, pipelines
-from dreambooth_moslora.disk.run_folder import RAW_NAME, tokens_files
+from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import lora_file, new_tokens, raw_file
+from dreambooth_moslora.lora import lora_file, raw_file
 from dreambooth_moslora.method import fast_linear, moslora
-from dreambooth_moslora.seeds import generator, seed_of
+from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings.families import DENOISERS, Facts
-from dreambooth_moslora.settings.prompts import learnt_words
 from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted
-from dreambooth_moslora.settings.subjects import stream_of
 from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
-from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache
 
 logger = logging.getLogger(__name__)
 
@@ -231,122 +220,3 @@ def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -
     """The layers of a component that get an adapter, by their paths in it."""
     targets = config.target_modules if component in DENOISERS else TEXT_PROJECTIONS
     return [path for path in moslora.matrix_layers(module) if is_adapted(path, targets)]
-
-
-class LearntTokens:
-    """The new tokens of a run's subjects, fixed from step `pivot` on.
-
-    config: the run's settings
-    pipeline: the base, whose text encoders get the tokens in place
-    cached: encodes the prompts without them
-    total_steps: optimizer steps of the whole run
-    checkpoint: whose tokens are read; None for fresh ones
-
-    Raises UserError for an initializer that has no words, and for a damaged file.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        pipeline: DiffusionPipeline,
-        cached: PromptCache,
-        total_steps: int,
-        checkpoint: Path | None,
-    ):
-        self.pipeline = pipeline
-        self.cached = cached
-        self.pivot = max(1, round(config.train_text_encoder_ti_frac * total_steps))
-
-        # Where they begin.
-        started = []
-        if checkpoint:
-            started = [new_tokens.read_tokens(path) for path in tokens_files(checkpoint)]
-        if not started:
-            started = fresh_tokens(config, pipeline)
-
-        # Their rows are learnt in fp32, and stand in for those of the tables.
-        device = pipeline.text_encoder.device
-        learnt = []
-        for one in started:
-            rows = {}
-            for part, values in one.rows.items():
-                rows[part] = torch.nn.Parameter(values.float().to(device))
-            learnt.append(new_tokens.NewTokens(one.word, rows))
-        self.tokens = tuple(learnt)
-        self.attached = new_tokens.AttachedTokens(pipeline, self.tokens)
-
-        # After the pivot a prompt has one encoding, which is kept.
-        self._encoded = PromptCache(
-            lambda prompts: load.encode_text(pipeline, prompts), TensorCache(), ""
-        )
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Rows (n, D) of each subject and text encoder."""
-        return [rows for tokens in self.tokens for rows in tokens.rows.values()]
-
-    @contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """For a step's update. Missing gradients become zero; from the pivot on the rows stay as
-        they are."""
-        for rows in self.parameters:
-            if rows.grad is None:
-                rows.grad = torch.zeros_like(rows)
-
-        # An optimizer moves rows without gradients too, by momentum and decay.
-        kept = []
-        if step >= self.pivot:
-            kept = [rows.detach().clone() for rows in self.parameters]
-        yield
-        for rows, before in zip(self.parameters, kept):
-            rows.data.copy_(before)
-
-    def texts(self, prompts: list[str], step: int) -> list[pipelines.Text]:
-        """The texts of SDXL at `step`, embeddings (77, 2048) and pooled (1280); with gradients
-        before the pivot."""
-        different = list(dict.fromkeys(prompts))
-        mine = [prompt for prompt in different if self.attached.is_in(prompt)]
-        others = [prompt for prompt in different if prompt not in mine]
-
-        # Those with a new word, encoded with its rows; the others as the base encodes them.
-        found = {}
-        if mine:
-            is_at_rest = step >= self.pivot
-            texts = self._encoded(mine) if is_at_rest else load.encode_text(self.pipeline, mine)
-            found |= dict(zip(mine, texts, strict=True))
-        if others:
-            found |= dict(zip(others, self.cached(others), strict=True))
-
-        device = self.parameters[0].device
-        answers = []
-        for prompt in prompts:
-            answers.append({name: tensor.to(device) for name, tensor in found[prompt].items()})
-        return answers
-
-
-def fresh_tokens(config: TrainConfig, pipeline: DiffusionPipeline) -> list[new_tokens.NewTokens]:
-    """The first rows (n, D) of each subject's new tokens: those of the concept's words, or random
-    ones that vary as the table does. Raises UserError for a concept without words."""
-    found = []
-    words = zip(learnt_words(config), config.each_subject, strict=True)
-    for number, (word, subject) in enumerate(words):
-        concept = subject.initializer_concept
-        rows = {}
-        for part in new_tokens.KEYS:
-            table = getattr(pipeline, part).get_input_embeddings().weight.detach().float().cpu()
-            if concept:
-                tokenizer = getattr(pipeline, new_tokens.TOKENIZERS[part])
-                ids = tokenizer(concept, add_special_tokens=False).input_ids
-                rows[part] = table[ids].clone()
-            else:
-                draws = generator(subject.seed, stream_of("new tokens", number), part)
-                shape = (subject.num_new_tokens_per_abstraction, table.shape[1])
-                rows[part] = torch.randn(shape, generator=draws) * table.std()
-
-        # Both encoders need as many rows, as one word is written for both.
-        if len({len(each) for each in rows.values()}) != 1 or not len(rows["text_encoder"]):
-            raise UserError(
-                f"--initializer_concept {concept}: the tokenizers make no such words of it."
-            )
-        found.append(new_tokens.NewTokens(word, rows))
-    return found

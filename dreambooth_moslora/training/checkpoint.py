@@ -10,7 +10,7 @@ Files in the run folder that a new run does not continue, or would overwrite, ar
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -26,14 +26,14 @@ from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import Position
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.lora import metadata, new_tokens, raw_file
-from dreambooth_moslora.settings import optimizer_kinds, prompts, table
+from dreambooth_moslora.lora import metadata, raw_file
+from dreambooth_moslora.settings import optimizer_kinds, table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
 
-# The files of a checkpoint, beside the raw adapter and the new tokens.
+# The files of a checkpoint, beside the raw adapter.
 OPTIMIZER = "optimizer.pt"
 SCALER = "scaler.pt"
 POSITION = "position.json"
@@ -49,7 +49,6 @@ def save_checkpoint(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     weights: list[torch.Tensor] | None = None,
-    tokens: Sequence[new_tokens.NewTokens] = (),
 ) -> None:
     """Write a checkpoint completely, or leave the old content of its folder.
 
@@ -59,13 +58,9 @@ def save_checkpoint(
     facts: of the adapter, for its file's header
     optimizer, scaler: whose states are written
     weights: those behind an average, if the components hold one
-    tokens: the new tokens of each subject that learns some
     """
     with atomic_directory(path) as folder:
         # What is learnt.
-        for number, of_one in enumerate(tokens):
-            new_tokens.write_tokens(folder / run_folder.tokens_name(number=number), of_one)
-        facts = replace(facts, tokens=new_tokens.notes_of(tokens))
         raw_file.save_raw(components, folder / run_folder.RAW_NAME, facts)
 
         # What the next step needs of the steps before.
@@ -85,7 +80,6 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
     parts = [checkpoint / name for name in names]
     parts = [path for path in parts if path.is_file()]
-    parts += run_folder.tokens_files(checkpoint)
     files = {path.name: file_digest(path) for path in parts}
     return content_key(**asdict(replace(position, digest="")), files=files)
 
@@ -268,19 +262,6 @@ def settings_of_both(
     # What is trained beside the denoiser.
     has_text = any(module.startswith("text_encoder") for module in modules)
     yield "train_text_encoder", has_text, config.train_text_encoder
-    yield "train_text_encoder_ti", bool(facts.tokens), config.train_text_encoder_ti
-
-    # New tokens. With a concept their number is not asked: the concept has so many words.
-    if facts.tokens:
-        words = [note["word"] for note in facts.tokens]
-        yield "token_abstraction", " ".join(words), " ".join(prompts.learnt_words(config))
-    for number, (note, subject) in enumerate(zip(facts.tokens, config.each_subject)):
-        if not subject.initializer_concept:
-            asked_count = config.num_new_tokens_per_abstraction
-            yield "num_new_tokens_per_abstraction", note["count"], asked_count
-        name = run_folder.tokens_name(number=number)
-        if not (checkpoint / name).is_file():
-            raise damaged(checkpoint, name, "it is missing")
 
     # Rank and alpha of each module, which a pattern may give.
     rank_name = "rank_pattern" if config.rank_pattern else "rank"
@@ -324,8 +305,7 @@ def has_previous_run(run_dir: run_folder.RunDir) -> bool:
 def published_as(run_dir: run_folder.RunDir) -> list[Path]:
     """Files with the folder's name in theirs. The folder may have had another name when they were
     written."""
-    suffixes = run_folder.KOHYA_SUFFIX, run_folder.TOKENS_SUFFIX
-    return sorted(path for suffix in suffixes for path in run_dir.path.glob(f"*{suffix}"))
+    return sorted(run_dir.path.glob(f"*{run_folder.KOHYA_SUFFIX}"))
 
 
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:

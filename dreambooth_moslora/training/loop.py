@@ -267,7 +267,7 @@ class Training:
         def write() -> None:
             # With an average, the adapter's file holds it, and the weights get their own file.
             step = self.train_step
-            own = optimizer.copies(step.trained) if step.average is not None else None
+            own = optimizer.copies(step.parameters) if step.average is not None else None
             with step.averaged():
                 checkpoint.save_checkpoint(
                     path,
@@ -277,7 +277,6 @@ class Training:
                     optimizer=step.optimizer.optimizer,
                     scaler=self.accelerator.scaler,
                     weights=own,
-                    tokens=step.learnt.tokens if step.learnt else (),
                 )
 
             # Older ones go only when the new one is whole.
@@ -292,7 +291,7 @@ class Training:
 
     def require_finite_adapter(self) -> None:
         """Raises UserError on all processes for NaN or infinity: black pictures can score well."""
-        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.trained):
+        if not all(bool(torch.isfinite(weights).all()) for weights in self.train_step.parameters):
             raise self.diverged(f"the adapter is not finite after step {self.step}")
 
     def finish(self, interrupted: bool) -> TrainResult:

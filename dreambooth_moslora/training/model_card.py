@@ -21,7 +21,6 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import one_line
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.settings import families, table, toys
-from dreambooth_moslora.settings.prompts import spelled, spellings_of, token_names
 from dreambooth_moslora.training.best import BestStep
 
 if TYPE_CHECKING:
@@ -58,9 +57,6 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
     adapter = facts.adapter
     prompts = prompts_of(config)
 
-    # New tokens: the card names each, and writes a word as its tokens.
-    counts = {note["word"]: note["count"] for note in adapter.tokens}
-    names = token_names(note["count"] for note in adapter.tokens)
     text = render(
         "card.md",
         config=config,
@@ -72,8 +68,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
         call=call_of(facts),
         front=front_matter(config, facts),
         base=repr(adapter.base_id if "/" in adapter.base_id else "path/to/the/base"),
-        prompt=repr(spelled(prompts[0], spellings_of(counts))),
-        tokens=list(zip(adapter.tokens, names, strict=True)),
+        prompt=repr(prompts[0]),
         kohya=f"{facts.name}{run_folder.KOHYA_SUFFIX}",
         dora_table=dora_table(),
         began_with=public_name(config.init_adapter or ""),
@@ -179,7 +174,6 @@ PUBLIC_FILES = [
     "README.md",
     "image_*.png",
     f"*{run_folder.KOHYA_SUFFIX}",
-    f"*{run_folder.TOKENS_SUFFIX}",
 ]
 """Patterns of the files that may be uploaded."""
 

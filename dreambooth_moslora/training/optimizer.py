@@ -5,7 +5,7 @@ It is published, scored and sampled instead of the weights, from which training 
 checkpoint holds both.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,17 +25,14 @@ def parameter_groups(
     config: table.TrainConfig,
     components: dict[str, torch.nn.Module],
     world_size: int = 1,
-    tokens: Sequence[torch.nn.Parameter] = (),
 ) -> list[dict]:
     """The parameters in groups, each with its own rate and decay.
 
     config: the run's settings
     components: the modules that hold the adapter, by diffusers' names
     world_size: the number of processes
-    tokens: rows of new tokens
 
-    For each component there is a group of A and B and one of the mixers; the last group is of the
-    tokens. Empty groups are left out.
+    For each component there is a group of A and B and one of the mixers. Empty groups are left out.
     """
     # As in diffusers' script, `scale_lr` scales the denoiser's rate, and that of text encoders
     # only where they have none of their own.
@@ -63,7 +60,6 @@ def parameter_groups(
         # Mixers do not decay: that would pull them to zero, not to their start.
         add(name, others, lr=lr, decay=decay)
         add(f"{name}.mixer", mixers, lr=lr * config.mixer_lr_scale, decay=0.0)
-    add("tokens", list(tokens), lr=text_lr, decay=0.0)
     return groups
 
 

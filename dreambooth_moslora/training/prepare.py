@@ -40,7 +40,6 @@ from dreambooth_moslora.plan import checks, distributed
 from dreambooth_moslora.plan.memory_plans import USABLE
 from dreambooth_moslora.settings import rules, table
 from dreambooth_moslora.settings.families import facts_of, text_options_of
-from dreambooth_moslora.settings.prompts import learnt_words, word_pattern
 from dreambooth_moslora.training import frozen_base, made_before, objective, photo_stream, reporter
 
 Entries = dict[str, Callable[[], frozen_base.Tensors]]
@@ -116,7 +115,7 @@ def prepare(
 
     # The base. A flow model's denoiser waits where it can: with the encoders it would be too large.
     context.report.phase("loading")
-    needs_both = config.keeps_text_encoders or config.draws_class_images
+    needs_both = config.train_text_encoder or config.draws_class_images
     is_late = base.is_flow and not needs_both
     pipeline = frozen_base.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
@@ -405,15 +404,8 @@ def encode_prompts(
         if subject.class_prompt:
             captions |= {subject.class_prompt, *config.prior_prompts}
 
-    # Prompts with a word that is learnt are encoded at each step.
-    learnt = [word_pattern(word) for word in learnt_words(config)]
-    plain = []
-    for caption in sorted(captions):
-        if not any(pattern.search(caption) for pattern in learnt):
-            plain.append(caption)
-
     def found() -> Entries:
-        return dict(prompt_embeds.entry(caption) for caption in plain)
+        return dict(prompt_embeds.entry(caption) for caption in sorted(captions))
 
     entries = same_everywhere(context, found, "prompts")
     for _ in fill(prompt_embeds.cache, context, entries):
@@ -476,7 +468,7 @@ def release_encoders(
     prompt_embeds: frozen_base.PromptCache,
 ) -> None:
     """Free the text encoders, unless the steps need them."""
-    if not config.keeps_text_encoders:
+    if not config.train_text_encoder:
         prompt_embeds.release_encoders()
         pipeline.register_modules(**dict.fromkeys(family.facts.encoders))
     reporter.free_unused_memory(context.accelerator.device)

@@ -25,7 +25,7 @@ from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
-from dreambooth_moslora.lora import metadata, new_tokens, published_file, raw_file
+from dreambooth_moslora.lora import metadata, published_file, raw_file
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos.photo_file import (
     Photo,
@@ -233,9 +233,6 @@ class Publisher:
     best: BestStep | None = None
 
     def __post_init__(self) -> None:
-        self.learnt = self.train_step.learnt
-        self.tokens = self.learnt.tokens if self.learnt else ()
-
         # What a checkpoint notes of the run.
         self.position = Position(
             step=self.train_step.step,
@@ -284,7 +281,7 @@ class Publisher:
             name=run_dir.name,
             step=self.train_step.step,
             max_train_steps=self.max_train_steps,
-            adapter=replace(self.facts, tokens=new_tokens.notes_of(self.tokens, run_dir.name)),
+            adapter=self.facts,
             proof=proof,
             scores=self.scores,
             best=self.best if run_dir.best_dir.is_dir() else None,
@@ -304,11 +301,9 @@ class Publisher:
                 draw_contact_sheet(rows, run_dir.contact_sheet_path)
 
     def _publish_to(self, folder: Path) -> Proof:
-        """Write the adapter's files, and those of new tokens, each proved to reload."""
+        """Write the adapter's files, each proved to reload."""
         components = self.train_step.components
-        name = self.run_dir.name
-        facts = self.facts_now
-        return published_file.publish(components, folder, name, facts, tokens=self.tokens)
+        return published_file.publish(components, folder, self.run_dir.name, self.facts_now)
 
 
 def facts_of(

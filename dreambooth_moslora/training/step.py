@@ -72,8 +72,8 @@ class TrainStep:
     checkpoint: a folder to go on from; None for a fresh adapter
     step: the optimizer steps that are done
 
-    `trained` are the adapter's `parameters` and the new tokens. Raises UserError for a checkpoint
-    of other layers, and for an optimizer whose package is missing.
+    Raises UserError for a checkpoint of other layers, and for an optimizer whose package is
+    missing.
     """
 
     def __init__(
@@ -116,22 +116,8 @@ class TrainStep:
             self.lora_layers += moslora.lora_layers(module)
         self.copies = fast_linear.WorkingCopies(*self.components.values())
 
-        # New tokens, which are learnt beside it.
-        self.learnt: adapters.LearntTokens | None = None
-        tokens: list[torch.nn.Parameter] = []
-        if config.train_text_encoder_ti:
-            self.learnt = adapters.LearntTokens(
-                config,
-                inputs.pipeline,
-                inputs.prompt_embeds,
-                total_steps=max_train_steps,
-                checkpoint=checkpoint,
-            )
-            tokens = self.learnt.parameters
-        self.trained = [*self.parameters, *tokens]
-
         # What updates them, where the checkpoint left it.
-        groups = parameter_groups(config, self.components, accelerator.num_processes, tokens)
+        groups = parameter_groups(config, self.components, accelerator.num_processes)
         optimizer = make_optimizer(config, groups)
         self.lr_schedule = make_lr_schedule(config, optimizer, max_train_steps)
         if checkpoint is not None:
@@ -145,9 +131,9 @@ class TrainStep:
 
         # The checkpoint's adapter is the average, if there is one. So the average is copied before
         # the weights that go on are put back.
-        self.average = average_of(config, self.trained, optimizer)
+        self.average = average_of(config, self.parameters, optimizer)
         if checkpoint is not None and self.average is not None:
-            restore_weights(checkpoint, self.trained)
+            restore_weights(checkpoint, self.parameters)
         self.optimizer = accelerator.prepare(optimizer)
 
     def compile_blocks(self) -> None:
@@ -300,11 +286,10 @@ class TrainStep:
     def update_adapter(self) -> float:
         """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has
         skipped it."""
-        with self.learnt.step(self.step) if self.learnt else nullcontext():
-            self._average_gradients()
-            most = self.config.max_grad_norm or math.inf
-            norm = self.accelerator.clip_grad_norm_(self.trained, most)
-            self.optimizer.step()
+        self._average_gradients()
+        most = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters, most)
+        self.optimizer.step()
 
         # Reading the norm waits for a GPU, so it comes after all is queued. A step that fp16
         # skipped did not happen: it has neither a rate nor a number.
@@ -320,7 +305,7 @@ class TrainStep:
         the block."""
         # Pictures would need graphs of their own.
         pause = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-        with pause, lent(self.average, self.trained):
+        with pause, lent(self.average, self.parameters):
             yield
 
     def micro_batch(self, number: int) -> MicroBatch:
@@ -343,7 +328,7 @@ class TrainStep:
         }
 
         # Texts of frozen encoders move with the rest; others are computed on the device.
-        if config.keeps_text_encoders:
+        if config.train_text_encoder:
             moved = photo_stream.move_together(drawn, self.device)
             texts = self.texts(batch.prompts)
         else:
@@ -440,7 +425,7 @@ class TrainStep:
     def prior_rows(self, micro: MicroBatch) -> Rows:
         """The rows of the prior half, with text embeddings of the untrained encoders."""
         rows = micro.rows[micro.instance_count :]
-        if self.config.keeps_text_encoders:
+        if self.config.train_text_encoder:
             return replace(rows, texts=tuple(self.inputs.prompt_embeds(list(rows.prompts))))
         return rows
 
@@ -452,10 +437,7 @@ class TrainStep:
             return self.predict(rows)
 
     def texts(self, prompts: list[str]) -> list[pipelines.Text]:
-        """Cached texts, or live ones with gradients when the text encoders or new tokens are
-        trained."""
-        if self.learnt:
-            return self.learnt.texts(prompts, self.step)
+        """Cached texts, or live ones with gradients when the text encoders are trained."""
         if self.config.train_text_encoder:
             return self.inputs.family.texts(self.inputs.pipeline, prompts)
         return self.inputs.prompt_embeds(prompts)
@@ -480,7 +462,7 @@ class TrainStep:
         """Over the processes, in one all-reduce."""
         if self.accelerator.num_processes == 1:
             return
-        grads = [p.grad for p in self.trained if p.grad is not None]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         mean = distributed.mean_over(self.accelerator, parameters_to_vector(grads))
         vector_to_parameters(mean, grads)
 

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.cli.main import main
-from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir, header_of
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import DORA_NOTE
-from dreambooth_moslora.lora.new_tokens import NewTokens, notes_of, tokens_beside, write_tokens
 from dreambooth_moslora.lora.published_file import publish
 from dreambooth_moslora.lora.raw_file import adapter_metadata, save_raw
 from tests.helpers.live_adapters import live
@@ -75,31 +74,6 @@ def test_an_export_that_cannot_be_is_one_line(
     assert call("export", source or checkpoint, "--out", out) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
-
-
-def test_new_tokens_are_exported_too_and_missing_ones_are_asked_for(tmp_path, capsys):
-    """Without theirs, the files did not tell of them."""
-    components = live(target_modules=["attn1.to_q"])
-    tokens = NewTokens(
-        "sks", {"text_encoder": torch.ones(2, 4), "text_encoder_2": torch.ones(2, 8)}
-    )
-    facts = adapter_metadata(components, base_id="some/base", tokens=notes_of([tokens]))
-    save_raw(components, tmp_path / RAW_NAME, facts)
-    export = ["export", tmp_path / RAW_NAME, "--out", out := tmp_path / "dog"]
-    assert call(*export) == 2
-    missing = (
-        f"error: {RAW_NAME} has new tokens in moslora_emb.safetensors: put that file beside it\n"
-    )
-    assert capsys.readouterr().err == missing
-    write_tokens(tmp_path / "moslora_emb.safetensors", tokens)
-    assert (
-        call(*export, "--name", "../dog") == 2
-        and "cannot be part of a file's name" in capsys.readouterr().err
-    )
-    assert call(*export) == 0 and str(out / "dog_emb.safetensors") in capsys.readouterr().out
-    for file in set(out.iterdir()) - {out / "dog_emb.safetensors"}:
-        (found,) = tokens_beside(file, header_of(file))
-        assert found.content == tokens.content
 
 
 def test_info_of_our_three_files(checkpoint, capsys):

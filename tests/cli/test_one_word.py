@@ -193,8 +193,6 @@ def test_a_config_file_takes_the_recipes_place_and_what_it_says_of_its_subject_r
         "mask_prompt",
         "validation_prompt",
         "class_data_dir",
-        "token_abstraction",
-        "initializer_concept",
     ]
     names += [
         "class_word",

@@ -103,7 +103,9 @@ class Scene:
         code = train_main(self.flags)
         step = Watched.found[-1] if Watched.found else None
         learnt = (
-            {"adapter": digest_of(step.trained), "shown": step.shown} if step else {"adapter": None}
+            {"adapter": digest_of(step.parameters), "shown": step.shown}
+            if step
+            else {"adapter": None}
         )
         return {"code": code, **learnt, **self.done}
 

@@ -27,8 +27,6 @@ from dreambooth_moslora.lora import (
 )
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
-from dreambooth_moslora.lora.metadata import AdapterMetadata, check_start_file
-from dreambooth_moslora.lora.new_tokens import KEYS, TOKENIZERS, NewTokens, notes_of, write_tokens
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture
@@ -697,77 +695,6 @@ def test_floats_of_eight_bits_are_cast(tiny_base, state, tmp_path):
         of_file(tiny_base, tmp_path / f"{name}.safetensors") for name in ("short", "long")
     )
     assert worst(found, wanted) == 0 and all(change.any() for change in wanted.values())
-
-
-def rows_for(pipeline, count=2) -> dict[str, torch.Tensor]:
-    widths = {key: getattr(pipeline, part).config.hidden_size for part, key in KEYS.items()}
-    return {key: torch.randn(count, width) for key, width in widths.items()}
-
-
-def encoded(pipeline, prompt) -> torch.Tensor:
-    return torch.cat(
-        [
-            one.flatten()
-            for one in pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)[::2]
-        ]
-    )
-
-
-def test_new_tokens_that_onetrainer_bundles_are_those_that_diffusers_loads(
-    tiny_base, subject, tmp_path, caplog
-):
-    """A file of tokens beside the adapter draws the same. A vector for an encoder's output is named
-    and not read."""
-    plain = save_kohya_lora(subject.pipeline.unet, tmp_path / "plain.safetensors")
-    rows, file, prompt = (
-        rows_for(subject.pipeline),
-        tmp_path / "x.safetensors",
-        "a photo of <a dog> on the beach",
-    )
-    bundle = {f"bundle_emb.<a dog>.{key}": tensor for key, tensor in rows.items()}
-    save_file(load_file(plain) | bundle | {"bundle_emb.cat.clip_l_out": torch.ones(1, 16)}, file)
-    assert describe(file)["new_tokens"] == "2 for the word <a dog>, in this file"
-    drawn = picture(subject, prompt=prompt, adapters=((subject.load_adapter(file), 1.0),))
-    assert (
-        "x.safetensors holds new tokens for 'cat' that are not read here (clip_l_out)"
-        in caplog.text
-    )
-    stock = SubjectPipeline.from_base(tiny_base).pipeline
-    for part, key in KEYS.items():
-        own = {"text_encoder": getattr(stock, part), "tokenizer": getattr(stock, TOKENIZERS[part])}
-        stock.load_textual_inversion(rows[key], token=["<s0>", "<s1>"], **own)
-    wanted = encoded(stock, prompt.replace("<a dog>", "<s0><s1>"))
-    assert torch.equal(encoded(subject.pipeline, prompt), wanted)
-    tokens = NewTokens("<a dog>", {part: rows[key] for part, key in KEYS.items()})
-    write_tokens(tmp_path / "y_emb.safetensors", tokens)
-    header = AdapterMetadata(4, 4.0, tokens=notes_of([tokens], "y")).header
-    save_file(load_file(plain), tmp_path / "y.safetensors", header)
-    beside, without = (
-        subject.load_adapter(tmp_path / f"{name}.safetensors") for name in ("y", "plain")
-    )
-    assert (picture(subject, prompt=prompt, adapters=((beside, 1.0),)) == drawn).all()
-    assert (picture(subject, prompt=prompt, adapters=((without, 1.0),)) != drawn).any()
-    picture(subject, prompt=prompt, adapters=((beside, 1.0),))
-    subject.unload_adapter(beside)  # its tokens stayed in the pipeline
-    parts = [subject.pipeline.text_encoder, subject.pipeline.text_encoder_2]
-    assert [type(part.get_input_embeddings()) for part in parts] == [torch.nn.Embedding] * 2
-    assert "<s0>" not in subject.pipeline.tokenizer.get_vocab()
-
-
-def test_bundled_tokens_that_are_broken_are_refused_and_no_run_begins_with_any(subject, tmp_path):
-    tensors = load_file(save_kohya_lora(subject.pipeline.unet, tmp_path / "plain.safetensors"))
-    rows = rows_for(subject.pipeline)
-    for odd, said in (
-        (rows["clip_g"][:1], "as many rows"),
-        (rows["clip_g"] / 0, "NaN or infinite"),
-    ):
-        bundle = {"bundle_emb.sks.clip_l": rows["clip_l"], "bundle_emb.sks.clip_g": odd}
-        refused(subject, tmp_path, tensors | bundle, said)
-    with pytest.raises(
-        UserError, match="learnt new tokens for 'sks', and no run begins with such an adapter"
-    ):
-        check_start_file(tmp_path / "x.safetensors")
-    check_start_file(tmp_path / "plain.safetensors")
 
 
 def refused(subject, folder, tensors, said):

@@ -216,9 +216,8 @@ def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkey
         {"class_prompt": "a dog", "class_data_dir": "dogs", "with_prior_preservation": True},
         {"lr_warmup_steps": 0, "caption_model": "", "unmasked_weight": 0.0, "random_flip": False},
         {
-            "train_text_encoder_ti": True,
+            "train_text_encoder": True,
             "text_encoder_lr": 1e-5,
-            "num_new_tokens_per_abstraction": 3,
         },
     ],
 )

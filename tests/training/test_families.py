@@ -197,11 +197,6 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
         ("z_image", {"train_text_encoder": True}, "--train_text_encoder is not for Z-Image"),
         (
             "sd1",
-            {"train_text_encoder_ti": True},
-            "--train_text_encoder_ti is not for Stable Diffusion 1.5",
-        ),
-        (
-            "sd1",
             {"weighting_scheme": "mode"},
             "--weighting_scheme mode is not for Stable Diffusion 1.5",
         ),

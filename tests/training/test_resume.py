@@ -78,7 +78,6 @@ PRODIGY, ADAFACTOR = (
     CONVOLUTIONS | {"optimizer": "Adafactor"},
 )
 UNCACHED = {"caching": "off"}
-TOKENS = {"train_text_encoder_ti": True}
 KINDS = {
     "bare_prompt": {
         "instance_data_dir": "placed",
@@ -97,13 +96,12 @@ KINDS = {
     | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
     "a_prior_of_some": CONVOLUTIONS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
-    "new_tokens_of_several_subjects": CLASS_IMAGES | TOKENS | {"subjects": [DOG, CAT]},
+    "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
     **dict.fromkeys(("a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
-    "new_tokens_of_several_subjects": (1, 3),  # the pivot is step 2
     # step 2 has the whole learning rate
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),
     "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),
@@ -499,7 +497,6 @@ def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_ano
     folder, config = finished
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
-    (moved / "run_emb.safetensors").write_bytes(b"tokens")
     judged = "evaluation", "mixers_evaluation"
     for name in judged:
         (moved / name).mkdir()
@@ -507,7 +504,7 @@ def test_an_earlier_run_goes_aside_with_its_scores_also_where_the_folder_had_ano
     assert [path.name for path in moved.glob("*.kohya.safetensors")] == ["moved.kohya.safetensors"]
     home = max(moved.glob("earlier_run_*"))
     aside = {path.name for path in home.iterdir()}
-    assert {"run.kohya.safetensors", "run_emb.safetensors", *judged} <= aside
+    assert {"run.kohya.safetensors", *judged} <= aside
     assert not [*moved.glob("*evaluation")]
     assert adapter_sha256(home) == adapter_sha256(folder)
     assert [path.name for path in RunDir(moved).checkpoints()] == ["last"]

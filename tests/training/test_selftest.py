@@ -153,11 +153,7 @@ CACHED, ACCUMULATED = (
 TRAININGS = {
     "plain": {"target_modules": ATTENTION},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
-    "new tokens, bf16": {
-        "train_text_encoder_ti": True,
-        "mixed_precision": "bf16",
-        "target_modules": ATTENTION,
-    },
+    "bf16": {"mixed_precision": "bf16", "target_modules": ATTENTION},
     "min-SNR, accumulated": ACCUMULATED,
     "prior of the base": PRIOR | {"target_modules": ATTENTION},
     "one image after the other": PRIOR | {"images_at_once": 1, "use_dora": True} | PRODIGY,

@@ -29,9 +29,9 @@ def lists_are_never_old_enough(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two adapters with new tokens beside one, and a run with a checkpoint."""
+    """Two adapters, and a run with a checkpoint."""
     shelf = tmp_path / "shelf"
-    files = ("dog.safetensors", "cat.safetensors", "cat_emb.safetensors", "notes.txt")
+    files = ("dog.safetensors", "cat.safetensors", "notes.txt")
     for name in (*files, f"rex/{PUBLISHED_NAME}", f"rex/checkpoint-20/{RAW_NAME}"):
         (shelf / name).parent.mkdir(parents=True, exist_ok=True)
         (shelf / name).write_bytes(name.encode())
