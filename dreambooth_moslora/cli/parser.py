@@ -16,6 +16,7 @@ FOREIGN = {
     "train_text_encoder_ti token_abstraction placeholder_token": (
         "not supported: no new tokens are learnt"
     ),
+    "timestep_bias_strategy": "not supported: all noise levels are equally likely",
     "dataloader_num_workers max_data_loader_n_workers": (
         "photos are encoded once, before the first step; leave it out"
     ),

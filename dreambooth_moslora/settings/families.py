@@ -473,7 +473,6 @@ OF_UNETS = (
     "do_edm_style_training",
     "snr_gamma",
     "debiased_estimation_loss",
-    "timestep_bias_strategy",
     "noise_offset",
     "cache_cross_attention",
     "recompute_feed_forward",

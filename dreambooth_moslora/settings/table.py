@@ -652,29 +652,6 @@ class TrainConfig:
         high=1,
         publish="if_changed",
     )
-    timestep_bias_strategy: str = of_training(
-        default="none",
-        help="which noise levels are drawn more often: later is the noisiest",
-        choices=("none", "earlier", "later"),
-        publish="always",
-    )
-    timestep_bias_multiplier: float = of_training(
-        default=1.0,
-        help="how many times as often they are drawn",
-        above=0,
-        high=1e6,
-        publish="always",
-        idle=rows.where(
-            "without --timestep_bias_strategy", lambda run: run.timestep_bias_strategy == "none"
-        ),
-    )
-    timestep_bias_portion: float = of_training(
-        default=0.25,
-        help="fraction of the levels that is drawn more often",
-        above=0,
-        high=1,
-        publish="always",
-    )
     do_edm_style_training: bool = of_training(
         default=False,
         help="EDM preconditioning of the loss (arXiv 2206.00364)",

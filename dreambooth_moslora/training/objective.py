@@ -127,24 +127,6 @@ class LossParts:
         )
 
 
-def sample_timesteps(
-    schedule: NoiseSchedule,
-    count: int,
-    generator: torch.Generator,
-    strategy: str = "none",
-    multiplier: float = 1.0,
-    portion: float = 0.25,
-) -> torch.Tensor:
-    """Indices (count,) of noise levels; `portion` is `multiplier` times as likely, as in diffusers'
-    scripts."""
-    if strategy == "none":
-        return torch.randint(len(schedule), (count,), generator=generator)
-    chances = torch.ones(len(schedule))
-    order = schedule.sigmas.argsort(descending=strategy == "later")
-    chances[order[: max(1, int(portion * len(schedule)))]] = multiplier
-    return torch.multinomial(chances, count, replacement=True, generator=generator)
-
-
 def flow_levels(
     schedule: NoiseSchedule,
     count: int,

@@ -359,14 +359,7 @@ class TrainStep:
         config, schedule = self.config, self.inputs.schedule
         count = len(batch.latents)
         if schedule.style != "flow":
-            return objective.sample_timesteps(
-                schedule,
-                count,
-                draws,
-                strategy=config.timestep_bias_strategy,
-                multiplier=config.timestep_bias_multiplier,
-                portion=config.timestep_bias_portion,
-            )
+            return torch.randint(len(schedule), (count,), generator=draws)
 
         # A larger picture has more tokens, so its levels shift towards noise.
         tokens = None

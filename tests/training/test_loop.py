@@ -245,7 +245,6 @@ def is_told(left, plain):
 TOLD = {"rank": 2, "mixer": "identity", "lora_alpha": 8, "use_rslora": True, "use_dora": True}
 TOLD |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1}
 TEXT = {"text_encoder", "text_encoder_2"}
-LATER = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3}
 ROUNDED = (("bf16", {"mixed_precision": "bf16"}), ("nf4", {"base_quantization": "nf4"}))
 OPTIONS = {
     "seed": ({"seed": 4}, is_other),
@@ -259,7 +258,6 @@ OPTIONS = {
         lambda left, plain: left.mixers_are_far_from(plain),
     ),
     "dropout": ({"lora_dropout": 0.5}, is_other_later),  # nothing to drop while B is zero
-    "timestep bias": (LATER, is_other),
     "min-SNR": ({"snr_gamma": 1e-3}, lambda left, plain: left.loss < 0.9 * plain.loss),
     "noise offset": ({"noise_offset": 0.1}, is_other),
     "debiased": ({"debiased_estimation_loss": True}, is_other),

@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 
 from dreambooth_moslora.settings import weightings
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import objective, prepare
+from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.objective import NoiseSchedule
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -139,21 +139,6 @@ def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(draw
     target, _, output = drawn
     plain = objective.image_errors(output, target, None)
     assert torch.equal(plain, ((output - target) ** 2).flatten(1).mean(1))
-
-
-@pytest.mark.parametrize(
-    "strategy, noisy_share", [("none", 0.25), ("later", 4 / 7), ("earlier", 1 / 7)]
-)
-def test_biased_draws_prefer_their_portion_of_the_noise_levels(strategy, noisy_share):
-    for schedule in map(prepare.noise_schedule, (SCHEDULER, EDMEulerScheduler())):
-        draws = objective.sample_timesteps(
-            schedule, 20_000, torch.Generator().manual_seed(0), strategy, 4.0, 0.25
-        )
-        noisiest = (
-            schedule.sigmas[draws]
-            >= schedule.sigmas.sort(descending=True).values[len(schedule) // 4 - 1]
-        )
-        assert noisiest.float().mean().item() == pytest.approx(noisy_share, abs=0.02)
 
 
 def test_debiased_weights_turn_an_error_of_the_noise_into_one_of_the_latents():
