@@ -14,7 +14,6 @@ import gc
 import itertools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,6 @@ from torch import Tensor, nn
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
 from dreambooth_moslora.settings.table import PLANS, TrainConfig
-
-if TYPE_CHECKING:
-    from dreambooth_moslora.base.text_products import TextProducts
 
 __all__ = [
     "adapted_unet",
@@ -64,13 +60,10 @@ def adapted_unet(
 
     `fast` False: PEFT's own layers.
     """
-    from dreambooth_moslora.base.text_products import TextProducts
     from dreambooth_moslora.method.fast_linear import disable_fast_path
     from dreambooth_moslora.training.adapters import add_adapters
 
     unet = unet or sdxl_unet().to(torch.bfloat16).requires_grad_(False).train()
-    if config.cache_cross_attention:
-        TextProducts(unet, torch.device("meta"))
     with torch.device("meta"):
         add_adapters(config, {"unet": unet})
     if not fast:
@@ -85,13 +78,11 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
 
     batch, side = config.train_batch_size, config.resolution // 8
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    copies, products = WorkingCopies(unet), products_of(unet)
+    copies = WorkingCopies(unet)
     text = empty(batch, TOKENS, TEXT_WIDTH)
     noisy = empty(batch, 4, side, side).requires_grad_(not trained)
     added = {"text_embeds": empty(batch, POOLED_WIDTH), "time_ids": empty(batch, 6)}
     with Counter() as counter, flash_attention(), copies.for_one_step() as step:
-        if products:
-            products.show(text, [PROMPT] * batch)
         output = unet(noisy, empty(batch), text, added_cond_kwargs=added).sample
         loss = output.float().square().mean()
         kept = counter.live
@@ -99,17 +90,6 @@ def count(config: TrainConfig, unet: nn.Module) -> Count:
         step.collect()
     unet.zero_grad(set_to_none=True)
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
-
-
-def products_of(unet: nn.Module) -> "TextProducts | None":
-    """The UNet's cached text products for a known prompt; None when it keeps its projections."""
-    from dreambooth_moslora.base.text_products import TextProjection
-
-    layers = [module for module in unet.modules() if isinstance(module, TextProjection)]
-    if not layers:
-        return None
-    layers[0].products.keep(PROMPT, empty(TOKENS, sum(layer.out_features for layer in layers)))
-    return layers[0].products
 
 
 def empty(*shape: int) -> Tensor:

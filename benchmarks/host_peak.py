@@ -22,9 +22,7 @@ __all__ = ["ARMS", "command_of", "peak_gb"]
 
 OURS = {
     "kept": [],
-    "kept, text cached": ["--cache_cross_attention"],
     "recomputed": ["--gradient_checkpointing"],
-    "recomputed, text cached": ["--gradient_checkpointing", "--cache_cross_attention"],
 }
 BESIDE = ("floor", "diffusers", "diffusers-checkpointing")
 ARMS = (*OURS, *BESIDE)

@@ -10,8 +10,7 @@ the base weight's dtype. The scale is folded into U: `addmm` with a factor other
 the fast CPU kernels.
 
 It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias
-(`slow_reason`). A `TextProjection` gives W0·x, and needs no dx, so autograd's own nodes do for its
-branch. Calls that need more, and those outside of a step, go to PEFT's own forward.
+(`slow_reason`). Calls that need more, and those outside of a step, go to PEFT's own forward.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
 leaves of autograd:
@@ -35,7 +34,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dreambooth_moslora.base.text_products import TextProjection
 from dreambooth_moslora.method import mixer, moslora
 
 
@@ -120,12 +118,6 @@ class ShortWay:
             return super().forward(x, *args, **kwargs)
         down, up = self.working[name]
 
-        # A projection of the text, whose frozen product W0·x is there: only the branch is left.
-        if isinstance(base, TextProjection):
-            product = base(x)
-            inner = F.linear(x.to(product.dtype).flatten(0, -2), down)
-            return torch.addmm(product.flatten(0, -2), inner, up).view(product.shape)
-
         # The usual case: one node for W0·x and the branch.
         packed = getattr(base.weight, "quant_state", None)
         x = x.to(compute_dtype(base))
@@ -177,7 +169,7 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
     # The base layer: the node reads its weight by itself, so it must be a kind that is known.
     base = layer.base_layer
-    is_known = type(base) in (nn.Linear, TextProjection) or is_trainable_4bit(base)
+    is_known = type(base) is nn.Linear or is_trainable_4bit(base)
     if not is_known:
         return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:

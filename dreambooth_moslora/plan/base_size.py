@@ -20,16 +20,13 @@ UNET_BLOCKS = re.compile(r".*transformer_blocks\.\d+\.")
 class BaseSize:
     """Counts of a base's parameters. `adapted_widths` sums (in + out) over the `adapted_layers`
     that get an adapter. `projections` counts the UNet's parameters that quantisation replaces,
-    `text_projections` those of cross-attention's to_k and to_v, which have `text_outputs` outputs
-    together, `streamed` those that `--stream_blocks` keeps on the host, and `largest_block` those
-    of one block. For a convolution (out, in, h, w), in is in·h·w."""
+    `streamed` those that `--stream_blocks` keeps on the host, and `largest_block` those of one
+    block. For a convolution (out, in, h, w), in is in·h·w."""
 
     unet: int = STOCK.parameters
     projections: int = STOCK.in_blocks
     streamed: int = STOCK.in_blocks
     largest_block: int = STOCK.largest_block
-    text_projections: int = 340_787_200
-    text_outputs: int = 166_400
     text_encoders: int = STOCK.encoders
     vae: int = STOCK.vae
     adapted_widths: int = STOCK.adapted_widths
@@ -66,15 +63,12 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     is_assumed = model is None
     model = model or max(facts.models, key=lambda one: one.parameters)
 
-    # Its counts. Cross-attention's are known of SDXL alone, without the files.
     clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
     return BaseSize(
         unet=model.parameters,
         projections=model.in_blocks,
         streamed=model.streamed or model.in_blocks,
         largest_block=model.largest_block,
-        text_projections=0,
-        text_outputs=0,
         text_encoders=model.encoders,
         vae=model.vae,
         adapted_widths=model.adapted_widths,
@@ -118,9 +112,6 @@ def size_of_shapes(
     # Of these, the blocks that `base.streaming` streams.
     streamed = [number for block, number in blocks.items() if "refiner" not in block]
 
-    # Those that `--cache_cross_attention` keeps off the GPU.
-    of_text = [shape for path, shape in layers.items() if rows.is_text_projection(path)]
-
     # The layers of the text encoders that `--train_text_encoder` adapts.
     clip_widths = []
     for part in facts.adapted_encoders:
@@ -133,8 +124,6 @@ def size_of_shapes(
         projections=sum(blocks.values()),
         streamed=sum(streamed),
         largest_block=max(streamed, default=0),
-        text_projections=sum(map(math.prod, of_text)),
-        text_outputs=sum(shape[0] for shape in of_text),
         text_encoders=texts,
         vae=count.get("vae", 0),
         adapted_widths=sum(width for _, width in widths),

@@ -8,7 +8,7 @@ tokens, images and bytes.
 What a setting that saves memory takes away is counted in one place:
 
     base_quantization                                  `denoiser_gib`
-    cache_cross_attention, stream_blocks               `on_host_gib`
+    stream_blocks                                      `on_host_gib`
     gradient_checkpointing, recompute_feed_forward     `step_gib`
 """
 
@@ -40,7 +40,6 @@ TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
 """GiB of a prompt's pass through SDXL's text encoders where they are trained;
 counted like a step."""
-TOKENS = 77  # Of a prompt in a CLIP text encoder.
 PEFT_STEP = 1.4
 PEFT_RECOMPUTED = 1.1
 """Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
@@ -96,7 +95,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
     decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
     denoising = drawing_gib(config, size, images=2)
-    drawing = vae + max(decoder, denoising) + products_gib(config, size, images=2)
+    drawing = vae + max(decoder, denoising)
     if not (config.sample_count or config.is_scored):
         drawing = 0
 
@@ -123,12 +122,9 @@ def denoiser_gib(config: table.TrainConfig, size: BaseSize) -> float:
 
 def on_host_gib(config: table.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps while a step computes."""
-    kept = 0.0
-    if config.cache_cross_attention:
-        kept += size.text_projections * BYTES[precision_of(config)] / machine.GIB
-    if config.stream_blocks:
-        kept += streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
-    return kept
+    if not config.stream_blocks:
+        return 0.0
+    return streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
 
 
 def streamed_gib(config: table.TrainConfig, size: BaseSize, blocks: int | None = None) -> float:
@@ -186,13 +182,6 @@ def precision_of(config: table.TrainConfig) -> str:
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
-def products_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
-    """The products of cross-attention's to_k and to_v with the images' text, while the host holds
-    these weights."""
-    products = images * TOKENS * size.text_outputs if config.cache_cross_attention else 0
-    return products * BYTES[precision_of(config)] / machine.GIB
-
-
 def drawing_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
     """Memory of the UNet for images denoised together. A picture counts as two images, with and
     without its prompt."""
@@ -218,14 +207,13 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     images = config.images_a_pass
     is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
     scale = scale_of(config, size) * images
-    products = products_gib(config, size, images)
     memory = size.family.memory
     kept_scores = SCORES_GIB if machine.is_on_apple() and not memory else (0.0, 0.0)
 
     # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
         recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB + kept_scores[1]
-        return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1) + products
+        return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1)
 
     # A transformer was counted as a whole.
     if memory:
@@ -239,7 +227,7 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     text = TEXT_GIB * images * math.sqrt(size.unet / BaseSize.unet)
     casts = adapter * 2 / machine.GIB
-    return image * scale + text + casts + products
+    return image * scale + text + casts
 
 
 def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:

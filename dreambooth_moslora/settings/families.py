@@ -474,7 +474,6 @@ OF_UNETS = (
     "snr_gamma",
     "debiased_estimation_loss",
     "noise_offset",
-    "cache_cross_attention",
     "recompute_feed_forward",
 )
 """Settings that only UNets obey."""

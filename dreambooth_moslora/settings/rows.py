@@ -87,11 +87,6 @@ def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None
     return next((value for name, value in values if is_meant(path, name)), None)
 
 
-def is_text_projection(path: str) -> bool:
-    """Whether the UNet's layer at `path` projects the text: to_k and to_v of cross-attention."""
-    return path.endswith((".attn2.to_k", ".attn2.to_v"))
-
-
 Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
 # A `table.SubjectTable`; before conversion, a mapping of its settings
 Subject = NewType("Subject", Any)

@@ -49,7 +49,6 @@ REMARKS: dict[str, Callable[[Config], object]] = {
 
 
 # The reasons of EXCLUDED.
-TEXT_CHANGES = "the text of a prompt changes from step to step"
 EDM_WEIGHS = "EDM weighs noise levels itself"
 ONE_PASS = "a text's gradient comes from one pass"
 EXCLUDED: dict[str, dict[str, str]] = {
@@ -59,11 +58,6 @@ EXCLUDED: dict[str, dict[str, str]] = {
     },
     "debiased_estimation_loss": {"do_edm_style_training": EDM_WEIGHS},
     "exposures_per_photo": {"max_train_steps": "each sets the steps"},
-    "cache_cross_attention": {
-        "train_text_encoder": TEXT_CHANGES,
-        "use_dora": "DoRA reads the weights",
-        "base_quantization": "it quantises these weights",
-    },
     "stream_blocks": {"use_dora": "DoRA reads the weights"},
     "images_at_once": {"train_text_encoder": ONE_PASS},
 }

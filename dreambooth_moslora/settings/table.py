@@ -35,11 +35,8 @@ MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 BEGUN_WITH = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
-    "full_cached": {"cache_cross_attention": True},
     "recompute_ff": {"recompute_feed_forward": True},
-    "recompute_ff_cached": {"recompute_feed_forward": True, "cache_cross_attention": True},
     "recompute": {"gradient_checkpointing": True},
-    "recompute_cached": {"gradient_checkpointing": True, "cache_cross_attention": True},
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
     "stream": {"gradient_checkpointing": True, "stream_blocks": True},
     "nf4_stream": {
@@ -870,15 +867,6 @@ class TrainConfig:
             "with --gradient_checkpointing, which recomputes all",
             lambda run: run.gradient_checkpointing,
         ),
-    )
-    cache_cross_attention: bool = of_memory(
-        default=False,
-        help=(
-            "keep cross-attention's to_k and to_v off the GPU: their output for each prompt is "
-            "computed once"
-        ),
-        publish="if_changed",
-        yields_to=("memory",),
     )
     stream_blocks: bool = of_memory(
         default=False,

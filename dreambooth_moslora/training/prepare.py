@@ -27,7 +27,6 @@ from diffusers import (
 from dreambooth_moslora.base import machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.streaming import StreamedBlocks
-from dreambooth_moslora.base.text_products import TextProducts
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import find_weights
@@ -59,7 +58,6 @@ class TrainInputs:
     prompt_embeds: texts of frozen text encoders
     dtype: of the frozen base
     start: what a fresh adapter begins with, if a file gives it
-    text_products: of a UNet that caches cross-attention
     base: how the denoiser is held, and its fingerprint
     """
 
@@ -72,7 +70,6 @@ class TrainInputs:
     prompt_embeds: frozen_base.PromptCache
     dtype: torch.dtype
     start: lora_file.AdapterWeights | None = None
-    text_products: TextProducts | None = None
     base: str = ""
 
     @property
@@ -141,7 +138,9 @@ def prepare(
         start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
-    products = place_denoiser(config, denoiser, device)
+    if config.stream_blocks:
+        StreamedBlocks(denoiser, device)
+    denoiser.to(device)
     return TrainInputs(
         pipeline=pipeline,
         family=family,
@@ -152,7 +151,6 @@ def prepare(
         prompt_embeds=prompt_embeds,
         dtype=dtype,
         start=start,
-        text_products=products,
         base=held,
     )
 
@@ -195,18 +193,6 @@ def streams_of(
     if not class_photos:
         return [instance]
     return [instance, photo_stream.prior_streams(config, class_photos, encoder, instance)]
-
-
-def place_denoiser(
-    config: table.TrainConfig, denoiser: torch.nn.Module, device: torch.device
-) -> TextProducts | None:
-    """Move the denoiser to the device, with its blocks on the host if the settings say so. Returns
-    what its cross-attention computes of known prompts, if that is kept."""
-    products = TextProducts(denoiser, device) if config.cache_cross_attention else None
-    if config.stream_blocks:
-        StreamedBlocks(denoiser, device)
-    denoiser.to(device)
-    return products
 
 
 def check_weightings(config: table.TrainConfig, schedule: objective.NoiseSchedule) -> None:

@@ -405,11 +405,6 @@ class TrainStep:
         inputs, noisy = self.inputs, rows.noisy
         to = {"device": self.device, "dtype": inputs.dtype}
         words = inputs.family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
-
-        # What cross-attention computes of a known prompt is found, not computed again.
-        if inputs.text_products is not None:
-            inputs.text_products.show(words["prompt_embeds"], rows.prompts)
-
         output = inputs.family.predict(
             inputs.denoiser, noisy.unet_input.to(**to), noisy.timesteps, rows.time_ids, **words
         )

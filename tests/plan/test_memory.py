@@ -17,7 +17,6 @@ from benchmarks.gpu_memory import (
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.base.quantization import quantize
-from dreambooth_moslora.base.text_products import TextProducts
 from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
@@ -54,19 +53,15 @@ def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
     ("px", "rank", "batch", "plan", "kernels"),
     [
         (1024, 16, 8, "full", 6_710),
-        (512, 128, 1, "full_cached", 6_550),
         (1024, 16, 1, "recompute_ff", 6_900),
-        (768, 64, 2, "recompute_ff_cached", 6_785),
         (768, 16, 2, "recompute", 9_205),
-        (512, 16, 4, "recompute_cached", 8_930),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(
     px, rank, batch, plan, kernels
 ):
     """They were 11,410 and 15,724 with the products and casts of the adapter made at each call.
-    Attention's division by 1 would add 280, that of residual blocks 31, and 71 views of the cached
-    texts are no kernels."""
+    Attention's division by 1 would add 280, that of residual blocks 31."""
     config = run_config(px, rank, batch, plan)
     unet = adapted_unet(config)
     found = count(config, unet)
@@ -113,26 +108,10 @@ def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_bas
     assert two - one == pytest.approx(0.125), "of the second prompt"
 
 
-def test_cached_text_counts_as_its_products_weigh():
-    """340.8 million numbers of SETTINGS's are on the host; 77 tokens have 166,400 products."""
-    for changes, images in (({}, 1), ({"train_batch_size": 3}, 3)):
-        live, cached = cost(**changes), cost(**changes, cache_cross_attention=True)
-        saved = (340_787_200 - images * 77 * 166_400) * 2 / GIB
-        assert live.training_gib - cached.training_gib == pytest.approx(saved)
-        assert live.encoding_gib == cached.encoding_gib
-    sampling = cost(cache_cross_attention=True).sampling_gib
-    assert sampling == pytest.approx(
-        cost().sampling_gib - (340_787_200 - 2 * 77 * 166_400) * 2 / GIB
-    )
-
-
-def test_the_texts_projections_and_those_of_blocks_are_counted_in_the_files(tiny_base):
+def test_the_projections_of_blocks_are_counted_in_the_files(tiny_base):
     from bitsandbytes.nn import Linear4bit
 
     size, unet = size_of_base(Base.find(tiny_base), ("to_q",)), load_pipeline(tiny_base).unet
-    texts = TextProducts(load_pipeline(tiny_base).unet, torch.device("cpu")).layers
-    assert size.text_projections == sum(layer.host_weight.numel() for layer in texts)
-    assert size.text_outputs == sum(layer.out_features for layer in texts) > 0
     quantize(unet, "nf4", torch.float32)
     layers = [m for m in unet.modules() if type(m) is Linear4bit]
     assert size.projections == sum(layer.in_features * layer.out_features for layer in layers) > 0

@@ -247,7 +247,7 @@ def test_cards_of_different_memory_train_by_the_smaller_and_different_flags_end_
         [[str(photos), "dog"], [str(photos), "cat"]],
     ]
     free_and_flags = [([23.2, 20.8], [one_word] * 2)]
-    free_and_flags += [([23.2, 0.01], [["--config", str(file), "--cache_cross_attention"]] * 2)]
+    free_and_flags += [([23.2, 0.01], [["--config", str(file)]] * 2)]
     free_and_flags += [([23.2, 3.0], pair) for pair in pairs]
     ended, both = play([{"free": free, "flags": flags} for free, flags in free_and_flags])
     said = [words for _, words in ended]

@@ -14,13 +14,11 @@ import pytest
 from torch.utils import backend_registration
 
 from benchmarks.precision import bf16_accelerator
-from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import selftest
 from dreambooth_moslora.extras.lab.full_step import random_materials
 from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
-from dreambooth_moslora.plan.base_size import size_of_base
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import TrainStep
@@ -146,10 +144,7 @@ ATTENTION, CONVOLUTIONS = (
 )
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 PRODIGY = {"optimizer": "Prodigy", "learning_rate": 1.0}
-CACHED, ACCUMULATED = (
-    {"cache_cross_attention": True},
-    {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
-)
+ACCUMULATED = {"snr_gamma": 5.0, "gradient_accumulation_steps": 2}
 TRAININGS = {
     "plain": {"target_modules": ATTENTION},
     "text encoders, recomputed": {"train_text_encoder": True, "gradient_checkpointing": True},
@@ -163,7 +158,7 @@ TRAININGS = {
         "recompute_feed_forward": True,
     },
     "EDM, uncached": {"do_edm_style_training": True, "caching": "off"},
-    "text cached, samples": CACHED | {"num_validation_images": 1, "validation_steps": 2},
+    "samples": {"num_validation_images": 1, "validation_steps": 2},
 }
 COUNTED = ("plain", "prior of the base", "class images", "min-SNR, accumulated")
 """Each wait leaves the GPU idle until the program has handed it the next kernels: the loss alone is
@@ -292,24 +287,6 @@ def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
     assert found["skipped"] > 2 and len(found["losses"]) == 2
     assert found["losses"] == pytest.approx(usual["losses"], rel=2e-2)
     assert sum(found["update_waits"].values()) <= 2, found["update_waits"]
-
-
-@pytest.mark.slow
-def test_cached_text_needs_no_projection_on_the_device_and_one_more_copy_a_row(
-    run_on_device, tiny_base
-):
-    """With the frozen base as the prior a photo has two rows."""
-    live, cached = (
-        run_on_device(**TRAININGS["prior of the base"], **cached) for cached in ({}, CACHED)
-    )
-    assert cached["losses"] == pytest.approx(live["losses"], rel=1e-5)
-    assert (
-        live["frozen"] - cached["frozen"]
-        == size_of_base(Base.find(tiny_base), ()).text_projections
-        > 0
-    )
-    assert sum(cached["waits"].values()) == 1, cached["waits"]
-    assert sum(cached["copies"].values()) == 1 + 3, cached["copies"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
-from dreambooth_moslora.base.text_products import TextProducts, TextProjection
 from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
@@ -25,9 +24,8 @@ from dreambooth_moslora.training import loop, prepare
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
-from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_families import tiny_pipeline
-from tests.helpers.tiny_training import adapter_sha256, largest_difference, logged, tiny_config
+from tests.helpers.tiny_training import adapter_sha256, logged, tiny_config
 
 PRIOR = {"with_prior_preservation": True, "prior": "adapter_off"}
 KINDS = {
@@ -197,53 +195,6 @@ def losses_of(tiny_base, photos, tmp_path):
     return run
 
 
-DROPPED = {
-    "lora_dropout": 0.1,
-    "caption_dropout": 0.5,
-    "max_train_steps": 5,
-    "num_validation_images": 1,
-}
-CACHED = [
-    ({"mixed_precision": "bf16", "gradient_checkpointing": True}, True),
-    pytest.param(
-        {"target_modules": ("to_q", "attn2.to_v"), **DROPPED}, True, marks=pytest.mark.slow
-    ),
-    pytest.param(
-        PRIOR | {"gradient_checkpointing": True, "train_batch_size": 3},
-        False,
-        marks=pytest.mark.slow,
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "is_exact"), CACHED, ids=str)
-def test_cached_text_gives_the_same_bytes_and_several_rows_the_same_but_for_rounding(
-    losses_of, tmp_path, changes, is_exact
-):
-    """On a CPU, one photo at a time is the same products of the same shapes."""
-    settings = {
-        "target_modules": ("to_q", "to_k", "to_v", "to_out.0"),
-        "max_train_steps": 3,
-    } | changes
-    live, cached = (
-        losses_of("live", **settings),
-        losses_of("cached", cache_cross_attention=True, **settings),
-    )
-    assert cached == (live if is_exact else pytest.approx(live, rel=1e-5))
-    assert largest_difference(tmp_path / "live", tmp_path / "cached") <= (0 if is_exact else 1e-4)
-    for picture in (tmp_path / "live").rglob("*.png"):
-        assert (
-            tmp_path / "cached" / picture.relative_to(tmp_path / "live")
-        ).read_bytes() == picture.read_bytes()
-
-
-def drawn_by(unet) -> torch.Tensor:
-    """What it answers to some random numbers, the same each time."""
-    torch.manual_seed(0)
-    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.randn(1, 6)}
-    return unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 48), added_cond_kwargs=added).sample
-
-
 CHOSEN = [
     ({}, "cuda", 1000, True, True),
     ({}, "cuda", 999, False, False),
@@ -294,21 +245,6 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
     assert not torch.are_deterministic_algorithms_enabled()
     run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
     assert not speed_of(run, "cuda", 1000).searches
-
-
-def test_the_weights_leave_the_unet_and_a_text_of_no_prompt_has_their_products():
-    unet = tiny_unet()
-    expected, numbers = drawn_by(unet), sum(weight.numel() for weight in unet.parameters())
-    products = TextProducts(unet, torch.device("cpu"))
-    gone = sum(layer.host_weight.numel() for layer in products.layers)
-    assert (
-        len(products.layers)
-        == sum(isinstance(module, TextProjection) for module in unet.modules())
-        > 0
-    )
-    assert sum(weight.numel() for weight in unet.parameters()) == numbers - gone
-    assert all(layer.weight.untyped_storage().nbytes() <= 4 for layer in products.layers)
-    assert torch.equal(drawn_by(unet), expected)
 
 
 @pytest.mark.slow
