@@ -33,7 +33,7 @@ def floor(size: str, resolution_px: int, rank: int) -> Step:
     materials = random_materials(size, resolution_px)
     unet, batch = (
         materials.pipeline.unet.requires_grad_(False).train(),
-        materials.batch_at([0], has_prior=False),
+        materials.batch_at([0]),
     )
     latents, words = (
         batch.latents.to(materials.dtype),

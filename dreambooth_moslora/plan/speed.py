@@ -63,5 +63,5 @@ def speed_here(config: table.TrainConfig, steps: int) -> Speed:
 
 def images_of(config: table.TrainConfig, steps: int) -> float:
     """Images of 1024 px that so many steps pass through the denoiser."""
-    images = steps * config.gradient_accumulation_steps * config.mean_images_a_micro_batch
+    images = steps * config.gradient_accumulation_steps * config.images_a_micro_batch
     return images * (config.resolution / 1024) ** 2

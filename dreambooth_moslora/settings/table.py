@@ -394,14 +394,6 @@ class TrainConfig:
         idle=rows.unless(with_prior_preservation=True),
         elsewhere="prior_loss_weights",
     )
-    prior_every: int = of_prior(
-        default=1,
-        help="N: of N micro-batches one alone has the prior, at N times its weight",
-        low=1,
-        high=1000,
-        publish="if_changed",
-        idle=rows.unless(with_prior_preservation=True),
-    )
     sample_batch_size: int = of_prior(
         default=4,
         help="images generated at once",
@@ -1056,11 +1048,6 @@ class TrainConfig:
     def images_a_micro_batch(self) -> int:
         """Photos and their prior images of one micro-batch."""
         return self.train_batch_size * (2 if self.with_prior_preservation else 1)
-
-    @property
-    def mean_images_a_micro_batch(self) -> float:
-        """The same on average: one of `prior_every` micro-batches has a prior."""
-        return self.train_batch_size * (1 + self.with_prior_preservation / self.prior_every)
 
     @property
     def images_a_pass(self) -> int:

@@ -76,12 +76,11 @@ class TrainInputs:
     def denoiser(self) -> torch.nn.Module:
         return pipelines.denoiser_of(self.pipeline)
 
-    def batch_at(self, positions: Iterable[int], has_prior: bool) -> photo_stream.TrainBatch:
-        """The instance images at these positions, and as many class images if there are any and
-        the batch `has_prior`."""
+    def batch_at(self, positions: Iterable[int]) -> photo_stream.TrainBatch:
+        """The instance images at these positions, and as many class images if there are any."""
         instance = [self.instance.at(position) for position in positions]
         prior = []
-        if self.prior is not None and has_prior:
+        if self.prior is not None:
             prior = [self.prior.at(position) for position in positions]
         return photo_stream.collate([*instance, *prior], instance_count=len(instance))
 

@@ -224,13 +224,12 @@ class TrainStep:
             instance_count=micro.instance_count,
         )
 
-        # A prior in one of `prior_every` micro-batches counts for all of them.
         return objective.loss(
             prediction,
             target,
             weights,
             instance_count=micro.instance_count,
-            prior_loss_weight=config.prior_loss_weight * config.prior_every,
+            prior_loss_weight=config.prior_loss_weight,
             mask=micro.mask,
         )
 
@@ -376,22 +375,12 @@ class TrainStep:
             tokens=tokens,
         )
 
-    def has_prior(self, micro_batch: int) -> bool:
-        """Whether micro-batch number `micro_batch` of the run has a prior half: of each
-        `prior_every` in a row a drawn one has, with so many times the weight. The expected gradient
-        is that of a prior in each."""
-        every = self.config.prior_every
-        turn, place = divmod(micro_batch, every)
-        drawn = rng(self.config.seed, "prior's turn", turn).randrange(every)
-        return self.config.with_prior_preservation and place == drawn
-
     def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
-        """Micro-batch number `micro_batch` of the run, with its prior half if it has one."""
+        """Micro-batch number `micro_batch` of the run, with its prior half if the run has one."""
         size = self.config.train_batch_size
         positions = range(micro_batch * size, (micro_batch + 1) * size)
-        has_prior = self.has_prior(micro_batch)
-        batch = self.inputs.batch_at(positions, has_prior)
-        if not self.base_is_prior or not has_prior:
+        batch = self.inputs.batch_at(positions)
+        if not self.base_is_prior:
             return batch
 
         # The base's own answer is the prior: the same pictures, with prompts of their class.
@@ -455,20 +444,15 @@ class TrainStep:
         vector_to_parameters(mean, grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches, of the prior's over those that have one, and over
-        all processes. `found` are the `numbers_of` (3,) each, or of its parts, which sum to it."""
+        """Means over the step's micro-batches and all processes. `found` are the `numbers_of` (3,)
+        each, or of its parts, which sum to it."""
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
         total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
-
-        # Micro-batches without a prior have counted as 0.
-        of_step = count * self.accelerator.num_processes
-        numbers = range(self.step * of_step, (self.step + 1) * of_step)
-        share = sum(map(self.has_prior, numbers)) / of_step
         return StepLosses(
             total=total,
             instance=instance,
-            prior=prior / share if share else None,
+            prior=prior if self.config.with_prior_preservation else None,
         )
 
 

@@ -77,7 +77,6 @@ PRODIGY, ADAFACTOR = (
     {"optimizer": "Prodigy", "learning_rate": 1.0},
     CONVOLUTIONS | {"optimizer": "Adafactor"},
 )
-UNCACHED = {"caching": "off"}
 KINDS = {
     "bare_prompt": {
         "instance_data_dir": "placed",
@@ -95,13 +94,12 @@ KINDS = {
     "schedule_free": WARM
     | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
     "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
-    "a_prior_of_some": CONVOLUTIONS | CLASS_IMAGES | UNCACHED | {"prior_every": 3},
     "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}
 FAST = ("bare_prompt",)
 STOPS = {
-    **dict.fromkeys(("a_prior_of_some", "class_images_and_captions"), (1, 2, 3)),
+    "class_images_and_captions": (1, 2, 3),
     # step 2 has the whole learning rate
     **dict.fromkeys(("text_encoder_dropout_and_dora", "schedule_free"), (1,)),
     "buckets_class_images_of_several_sizes_and_adafactor": (0, 2),

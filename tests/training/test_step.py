@@ -11,16 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
-from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.plan.speed import speed_of
-from dreambooth_moslora.seeds import generator
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop, prepare
+from dreambooth_moslora.training import loop
 from dreambooth_moslora.training import step as train_step
 from dreambooth_moslora.training.loop import Training, train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
@@ -106,7 +104,6 @@ OF_CLASS = {
 }
 PASSES = [(PRIOR | {"prior_loss_weight": 0.5}, [3, 2, 1, 6, 12]), ({"enable_bucket": True}, [9])]
 PASSES += [pytest.param(OF_CLASS, [1, 4], marks=pytest.mark.slow)]
-PASSES += [pytest.param(PRIOR | {"prior_every": 2}, [1, 3, 12], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("changes", "passes"), PASSES)
@@ -132,69 +129,6 @@ def test_one_pass_and_many_have_the_gradients_of_a_micro_batch_each(
         assert_near(found, wanted)
 
 
-@pytest.fixture
-def one_draw(monkeypatch):
-    """Each micro-batch shows the same photo, noise and noise level. The numbers of images that are
-    passed."""
-    passed, batch_at, predict = [], prepare.TrainInputs.batch_at, TrainStep.predict
-    draw = lambda seed, kind, number, what: generator(seed, kind, 0, what)  # noqa: E731
-    of_first = lambda self, places, has_prior: batch_at(self, range(len(places)), has_prior)  # noqa: E731
-    monkeypatch.setattr(train_step, "generator", draw)
-    monkeypatch.setattr(prepare.TrainInputs, "batch_at", of_first)
-    monkeypatch.setattr(
-        TrainStep, "predict", lambda self, rows: passed.append(len(rows)) or predict(self, rows)
-    )
-    return passed
-
-
-@pytest.mark.parametrize("prior", [PRIOR, pytest.param(OF_CLASS, marks=pytest.mark.slow)])
-def test_the_prior_of_one_micro_batch_in_k_at_k_times_its_weight_has_the_gradient_of_one_in_each(
-    first_gradients, one_draw, prior
-):
-    """The mean over four micro-batches. The base's answer is a pass too."""
-    usual = prior | {"gradient_accumulation_steps": 4, "prior_loss_weight": 0.5}
-    wanted, losses = first_gradients(**usual)
-    for every in (2, 4):
-        one_draw.clear()
-        found, same = first_gradients(**usual, prior_every=every)
-        assert sum(one_draw) == 4 + 4 // every * (2 if prior is PRIOR else 1)
-        assert vars(same) == pytest.approx(vars(losses), rel=1e-5)
-        assert_near(found, wanted)
-    assert any(grad.norm() for grad in wanted)
-
-
-def test_a_step_without_a_prior_has_no_prior_s_loss_and_the_photo_s_is_that_of_a_prior_in_each(
-    losses_of, tmp_path
-):
-    """Four steps of one micro-batch: one of them has it, at four times its weight. The first step
-    shows the photo."""
-    settings = PRIOR | {"max_train_steps": 4, "prior_loss_weight": 0.5}
-    losses_of("each", **settings), losses_of("one", **settings, prior_every=4)
-    each, one = logged(tmp_path / "each"), logged(tmp_path / "one")
-    assert each[0]["loss_instance"] == pytest.approx(one[0]["loss_instance"], rel=1e-5)
-    [with_prior] = (step for step in one if step["loss_prior"] is not None)
-    assert with_prior["loss"] == pytest.approx(
-        with_prior["loss_instance"] + 4 * 0.5 * with_prior["loss_prior"]
-    )
-    assert all(step["loss"] == step["loss_instance"] for step in one if step is not with_prior)
-
-
-@pytest.fixture
-def losses_of(tiny_base, photos, tmp_path):
-    """Train a run by its name; returns its losses."""
-
-    def run(name: str, **changes) -> list[float]:
-        events = []
-        torch._dynamo.reset()
-        train(
-            tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}),
-            events.append,
-        )
-        return [event.loss for event in events if isinstance(event, StepDone)]
-
-    return run
-
-
 CHOSEN = [
     ({}, "cuda", 1000, True, True),
     ({}, "cuda", 999, False, False),
@@ -206,15 +140,6 @@ CHOSEN += [
 ]
 CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
 CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
-CHOSEN += [
-    (
-        {"with_prior_preservation": True, "class_prompt": "a dog", "prior_every": 4},
-        "cuda",
-        799,
-        False,
-        False,
-    )
-]
 CHOSEN += [
     ({"base_quantization": "nf4"}, "cuda", 1000, False, True),
     ({"compile": "off"}, "cuda", 1000, False, True),

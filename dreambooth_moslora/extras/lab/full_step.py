@@ -210,7 +210,7 @@ def floor_step(
     """One forward pass of the frozen UNet in training mode and its input's gradient: the lower
     bound of a step."""
     unet = materials.pipeline.unet.train()
-    batch = materials.batch_at(range(config.train_batch_size), has_prior=False)
+    batch = materials.batch_at(range(config.train_batch_size))
 
     # what the UNet is told, on the device
     texts = []
