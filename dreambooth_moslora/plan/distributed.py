@@ -206,14 +206,13 @@ def make_accelerator(config: TrainConfig, run_dir: run_folder.RunDir) -> Acceler
             kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
-        raise UserError(refusal(config.mixed_precision, one_line(error, 300))) from error
+        raise refusal(error) from error
     if accelerator.mixed_precision not in DTYPES:
         asks = (
             "`accelerate config` or the environment asks for the precision "
             f"{accelerator.mixed_precision}"
         )
         raise UserError(f"{asks}: give --mixed_precision no, fp16 or bf16.")
-    check_world_size(accelerator.num_processes)
 
     # A run on a GPU should return this memory, which it no longer needs.
     if accelerator.device.type == "cpu":
@@ -239,8 +238,7 @@ def joined() -> PartialState:
     try:
         state = PartialState(cpu=utils.parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     except ValueError as error:
-        raise UserError(refusal(None, one_line(error, 300))) from error
-    check_world_size(state.num_processes)
+        raise refusal(error) from error
     return state
 
 
@@ -252,25 +250,11 @@ def refuse_sharding() -> None:
             raise UserError(f"accelerate is set to {name}: {remedy}")
 
 
-def check_world_size(num_processes: int) -> None:
-    """Raises UserError when a launcher started processes that accelerate does not join."""
-    started = os.environ.get("WORLD_SIZE", "")
-    if started.isdigit() and int(started) != num_processes:
-        found = (
-            f"{started} processes were started (WORLD_SIZE) and accelerate joins {num_processes}"
-        )
-        raise UserError(f"{found}: use accelerate launch --multi_gpu, or start one process.")
-
-
-def refusal(mixed_precision: str | None, said: str) -> str:
-    """accelerate's message, with the source of the wrong value: the flag, or accelerate's own
-    settings."""
-    if mixed_precision is not None and "precision" in said:
-        return f"--mixed_precision {mixed_precision}: {said}"
-    return (
-        f"accelerate says: {said.rstrip('.')}; "
-        "look at `accelerate config` and at ACCELERATE_… in "
-        "the environment."
+def refusal(error: ValueError) -> UserError:
+    """accelerate's message, with the places of its settings."""
+    return UserError(
+        f"accelerate says: {one_line(error, 300).rstrip('.')}; look at --mixed_precision, at "
+        "`accelerate config` and at ACCELERATE_… in the environment."
     )
 
 

@@ -97,13 +97,6 @@ def excluded_by(name: str, config: Config) -> list[tuple[str, str]]:
     return [(flag, why) for flag, why in flags if flag]
 
 
-def weighting_flags(config: Config) -> list[str]:
-    """The given flags that weigh errors of noise or velocity, which EDM's errors of latents
-    exclude."""
-    flags = [given_flag(config, name) for name in ("snr_gamma", "debiased_estimation_loss")]
-    return [flag for flag in flags if flag]
-
-
 def check_together(config: Config) -> None:
     """Raises UserError for the first settings that contradict each other."""
     # The sides of crops, which the autoencoder makes eight times smaller.

@@ -4,11 +4,8 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.disk.run_folder import RAW_NAME
@@ -53,10 +50,9 @@ def add_adapters(
         raw_file.load_raw(checkpoint / RAW_NAME, components)
         check_same_layers(config, components, checkpoint)
 
-    # What a training step computes without: divisions by 1, and the layers' way through PEFT.
+    # The layers' way through PEFT, which a training step computes without.
     for module in components.values():
         recompute(config, module)
-        drop_divisions(module)
         fast_linear.enable_fast_path(module)
 
 
@@ -72,85 +68,6 @@ def check_same_layers(
                 f"--target_modules: {checkpoint.name} was trained on other layers, "
                 f"first {min(differing)}: resume with the same, or start a new run."
             )
-
-
-class PlainAttention(AttnProcessor2_0):
-    """Attention of a UNet's transformer block without diffusers' division of the result by 1: the
-    same numbers, two kernels less in a step."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **others,
-    ):
-        """`hidden_states` (B, n, D) -> (B, n, D); `encoder_hidden_states` are (B, m, E), or None in
-        self-attention."""
-        # A mask, for example, is diffusers' own business.
-        if any(value is not None for value in others.values()):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, **others)
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-
-        # (B, n, heads · d) -> (B, heads, n, d), and back.
-        parts = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
-        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-        # The projection, and its dropout.
-        return attn.to_out[1](attn.to_out[0](found))
-
-
-class PlainResnet(ResnetBlock2D):
-    """A UNet's residual block without diffusers' division of the sum by 1: the same numbers, two
-    kernels less."""
-
-    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) and the time embedding (B, T) -> (B, C', h, w)."""
-        inner = self.conv1(self.nonlinearity(self.norm1(x)))
-        inner = inner + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        inner = self.conv2(self.dropout(self.nonlinearity(self.norm2(inner))))
-        skip = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return skip + inner
-
-
-def drop_divisions(denoiser: torch.nn.Module) -> None:
-    """In place, where diffusers' own attention and residual blocks would add nothing but a division
-    by 1."""
-    for module in denoiser.modules():
-        if is_plain_attention(module):
-            module.processor = PlainAttention()
-        elif is_plain_resnet(module):
-            module.__class__ = PlainResnet
-
-
-def is_plain_attention(module: torch.nn.Module) -> bool:
-    """Whether `PlainAttention` computes what this module would, but for a division by 1."""
-    if not isinstance(module, Attention):
-        return False
-    if type(getattr(module, "processor", None)) is not AttnProcessor2_0:
-        return False
-    extras = (
-        module.group_norm,
-        module.spatial_norm,
-        module.norm_cross,
-        module.norm_q,
-        module.norm_k,
-    )
-    adds_nothing = all(extra is None for extra in extras) and not module.residual_connection
-    return adds_nothing and module.rescale_output_factor == 1
-
-
-def is_plain_resnet(module: torch.nn.Module) -> bool:
-    """Whether `PlainResnet` computes what this module would, but for a division by 1."""
-    if type(module) is not ResnetBlock2D or module.time_emb_proj is None or module.skip_time_act:
-        return False
-    resamples = module.upsample is not None or module.downsample is not None
-    return (
-        not resamples
-        and module.time_embedding_norm == "default"
-        and module.output_scale_factor == 1
-    )
 
 
 class RecomputedFeedForward(FeedForward):

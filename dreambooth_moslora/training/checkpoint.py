@@ -27,7 +27,7 @@ from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import Position
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import metadata, raw_file
-from dreambooth_moslora.settings import optimizer_kinds, table
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.reporter import RunContext
 
@@ -213,11 +213,6 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
             f"{checkpoint.name} was written with {position.optimizer}; "
             f"you ask for {asked_optimizer}: "
             "resume with the same optimizer, or start a new run."
-        )
-    if (checkpoint / WEIGHTS).is_file() and not optimizer_kinds.optimizer_of(config).averages:
-        raise UserError(
-            f"{checkpoint.name} holds an average that an earlier version kept (--use_ema): "
-            "start a new run."
         )
     for name, there, asked in settings_of_both(config, checkpoint, position.seed, facts, modules):
         if there != asked:

@@ -1,6 +1,6 @@
-"""What a run has measured: its events, its settings, and a newer report of `evaluate`, read with
-care."""
+"""What a run has measured: its events, its settings, and a newer report of `evaluate`."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -82,59 +82,47 @@ class Figures:
 def figures_from(
     records: Sequence[Mapping[str, Any]], config: table.TrainConfig, photos: Mapping[str, int] = {}
 ) -> Figures:
-    """Figures from the lines of `metrics.jsonl`, read with care: a line may lack any field.
-    `photos` is what is known of the photos, for a run whose evaluations do not tell it."""
+    """Figures from the lines of `metrics.jsonl`. `photos` is what is known of the photos, for a run
+    whose evaluations do not tell it."""
+    # By kind: of a resumed run the last start and end count.
+    by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in records:
+        by_kind[event["type"]].append(event)
+    start, end, last = ([{}, *by_kind[kind]][-1] for kind in ("start", "end", "evaluation"))
+    taken = [event["step"] for event in by_kind["step"] if not event.get("skipped")]
+    saved = [event["step"] for event in by_kind["checkpoint"]]
 
-    def of_kind(kind: str) -> list[Mapping[str, Any]]:
-        return [event for event in records if event.get("type") == kind]
-
-    def last_of(kind: str) -> Mapping[str, Any]:
-        return [{}, *of_kind(kind)][-1]
-
-    # A resumed run has several starts and ends; the last ones count.
-    start, end = last_of("start"), last_of("end")
-    taken = [event.get("step") or 0 for event in of_kind("step") if not event.get("skipped")]
-    saved = [event.get("step") or 0 for event in of_kind("checkpoint")]
-
-    # The latest scores, and what that evaluation says of the photos.
-    scored = of_kind("evaluation")
-    last = last_of("evaluation")
-    about = {**photos, **as_table(last.get("photos"))}
-    count, largest = number(about.get("count")), number(about.get("largest"))
+    # What the latest evaluation says of the photos, and of the adapter.
+    about = {**photos, **last.get("photos", {})}
+    scores = {name: value for name, value in last.items() if name not in NO_SCORES}
     return Figures(
         config=config,
-        state=str(end.get("state", "")),
-        message=str(end.get("message", "")),
+        state=end.get("state", ""),
+        message=end.get("message", ""),
         step=max(taken, default=0),
-        photos=None if count is None else int(count),
-        largest=None if largest is None else int(largest),
-        without_bare_prompt=int(number(about.get("without_bare_prompt")) or 0),
-        scores=numbers({name: value for name, value in last.items() if name not in NO_SCORES}),
-        copy_alarm=last.get("copy_alarm") is True,
-        likeness=curve(scored, "dino"),
-        score=curve(scored, "score"),
-        processes=int(number(start.get("processes")) or 1),
-        time=max((number(event.get("time")) or 0.0 for event in records), default=0.0),
-        planned=int(number(start.get("max_train_steps")) or 0) or None,
+        photos=about.get("count"),
+        largest=about.get("largest"),
+        without_bare_prompt=about.get("without_bare_prompt", 0),
+        scores=numbers(scores),
+        copy_alarm=last.get("copy_alarm", False),
+        likeness=curve(by_kind["evaluation"], "dino"),
+        score=curve(by_kind["evaluation"], "score"),
+        processes=start.get("processes", 1),
+        time=max((event.get("time", 0.0) for event in records), default=0.0),
+        planned=start.get("max_train_steps"),
         saved=max(saved, default=0),
     )
 
 
 def curve(scored: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of each evaluation, sorted; a step that was scored twice counts once."""
-    values = {event.get("step") or 0: number(event.get(name)) for event in scored}
-    return sorted((step, value) for step, value in values.items() if value is not None)
+    values = {event["step"]: event[name] for event in scored if is_finite_number(event.get(name))}
+    return sorted(values.items())
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Those that are numbers."""
-    found = {name: number(value) for name, value in values.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def number(value: Any) -> float | None:
-    """The value as a number; None for anything else, and for NaN and infinity."""
-    return float(value) if is_finite_number(value) else None
+    return {name: value for name, value in values.items() if is_finite_number(value)}
 
 
 def figures_of(run_dir: RunDir, photos: Sequence[photo_file.Photo] | None = None) -> Figures:
@@ -183,7 +171,7 @@ def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
     """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if that is
-    damaged."""
+    no JSON."""
     path = run_dir.evaluation_dir / "scores.json"
     if not path.is_file():
         return found
@@ -191,26 +179,20 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
     # An older one is of an adapter that is gone; another scale, or one of several subjects, is
     # another question.
     report = read_json(path)
-    if (number(report.get("time")) or 0.0) < found.time:
+    if report["time"] < found.time:
         return found
     is_of_one = len(found.config.subjects) > 1 and "subjects" not in report
-    if is_of_one or as_table(report.get("protocol")).get("adapter_scale", 1) != 1:
+    if is_of_one or report["protocol"]["adapter_scale"] != 1:
         return found
 
     # Its scores, by the names that an evaluation in training gives them.
-    intervals = as_table(report.get("scores"))
-    alarm = as_table(report.get("copy_alarm"))
-    values = {name: as_table(interval).get("mean") for name, interval in intervals.items()}
-    values |= as_table(report.get("relative"))
-    values |= {"copied": alarm.get("share"), "score": report.get("score")}
+    alarm = report["copy_alarm"]
+    values = {name: interval["mean"] for name, interval in report["scores"].items()}
+    values |= report["relative"]
+    values |= {"copied": alarm["share"], "score": report["score"]}
     return replace(
         found,
         scores=numbers(values),
-        copy_alarm=alarm.get("raised") is True,
-        verdict=str(as_table(report.get("references")).get("verdict") or ""),
+        copy_alarm=alarm["raised"],
+        verdict=(report["references"] or {}).get("verdict", ""),
     )
-
-
-def as_table(value: Any) -> Mapping[str, Any]:
-    """The value if it is a table, else an empty one."""
-    return value if isinstance(value, Mapping) else {}

@@ -27,14 +27,9 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# What is said of a base whose precision is slow on this machine.
 FP32_ON_A_GPU = (
     "The base trains in fp32, which takes twice the memory and several times the time: "
     "give --mixed_precision %s."
-)
-BF16_ON_A_CPU = (
-    "This CPU has no bf16, so PyTorch emulates it, many times slower than fp32: "
-    "give --mixed_precision no, which takes twice the memory."
 )
 
 
@@ -94,8 +89,7 @@ def finish_denoiser(
 
 
 def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) -> None:
-    """Warn when a base as large as SDXL would train in fp32 on a GPU, or in bf16 on a CPU without
-    it."""
+    """Warn when a base as large as SDXL would train in fp32 on a GPU."""
     if load.default_resolution(pipeline) <= files.SMALL_BASE_PX:
         return
     kind = (device.type, pipelines.denoiser_of(pipeline).dtype)
@@ -103,8 +97,6 @@ def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) ->
         half = machine.half_precision_of(pipelines.family_of(pipeline).facts)
         if half != "no":
             logger.warning(FP32_ON_A_GPU, half)
-    if kind == ("cpu", torch.bfloat16) and not machine.has_fast_bf16():
-        logger.warning(BF16_ON_A_CPU)
 
 
 Tensors = dict[str, torch.Tensor]

@@ -27,7 +27,7 @@ from dreambooth_moslora.photos import folder, photo_file, shown_captions
 from dreambooth_moslora.photos.examine import examine, log_faults
 from dreambooth_moslora.plan import checks, distributed, memory_plans
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
-from dreambooth_moslora.precision import half_precision
+from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
@@ -147,13 +147,9 @@ class Training:
             raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
 
     def diverged(self, what: str) -> UserError:
-        """The error of numbers that are no longer finite. It names bf16 only where the machine has
-        it."""
-        is_on_cpu = self.accelerator.device.type == "cpu"
+        """The error of numbers that are no longer finite."""
         is_fp16 = self.accelerator.mixed_precision == "fp16"
-        other = ""
-        if is_fp16 and (is_on_cpu or half_precision() == "bf16"):
-            other = ", or use --mixed_precision bf16 instead of fp16"
+        other = f", or give {LIKE_FP32}" if is_fp16 else ""
         return UserError(
             f"{what}: lower --learning_rate{other}; "
             f"checkpoints up to here are in {self.run_dir.path}"

@@ -37,7 +37,7 @@ from dreambooth_moslora.photos.cropping import crop_rule
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import checks, distributed
 from dreambooth_moslora.plan.memory_plans import USABLE
-from dreambooth_moslora.settings import rules, table
+from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import facts_of, text_options_of
 from dreambooth_moslora.training import frozen_base, made_before, objective, photo_stream, reporter
 
@@ -117,7 +117,10 @@ def prepare(
 
     # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    family = checked_family(config, pipeline, schedule)
+    family = pipelines.family_of(
+        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
+    )
+    checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
     context.stop_if_asked()
@@ -154,18 +157,6 @@ def prepare(
     )
 
 
-def checked_family(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, schedule: objective.NoiseSchedule
-) -> pipelines.Family:
-    """The base's family. Raises UserError for settings that it cannot obey."""
-    check_weightings(config, schedule)
-    family = pipelines.family_of(
-        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
-    )
-    checks.check_family(config, family.facts)
-    return family
-
-
 def streams_of(
     config: table.TrainConfig,
     context: reporter.RunContext,
@@ -192,18 +183,6 @@ def streams_of(
     if not class_photos:
         return [instance]
     return [instance, photo_stream.prior_streams(config, class_photos, encoder, instance)]
-
-
-def check_weightings(config: table.TrainConfig, schedule: objective.NoiseSchedule) -> None:
-    """Raises UserError for a weighting of noise levels on a base made in EDM style, which has its
-    own, also without `--do_edm_style_training`."""
-    if schedule.style != "edm":
-        return
-    for flag in rules.weighting_flags(config):
-        raise UserError(
-            f"{flag}: this base was made in EDM style, which weighs noise levels itself; "
-            "leave it out."
-        )
 
 
 def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:

@@ -98,7 +98,15 @@ def test_explain_says_what_the_report_says(tmp_path, capsys):
     settings = {"instance_data_dir": str(tmp_path), "output_dir": str(run)}
     RunDir(run).config_path.write_text(json.dumps(settings))
     RunDir(run).metrics_path.write_text("")
-    told = {"references": {"verdict": references.TRAIN}, "time": 1e12}
+    told = {
+        "time": 1e12,
+        "protocol": {"adapter_scale": 1.0},
+        "scores": {},
+        "relative": {},
+        "copy_alarm": {"raised": False, "share": 0.0},
+        "score": 0.5,
+        "references": {"verdict": references.TRAIN},
+    }
     (run / "evaluation" / "scores.json").write_text(json.dumps(told))
     assert run_explain(SimpleNamespace(run=str(run))) == 0
     assert references.TRAIN in capsys.readouterr().out

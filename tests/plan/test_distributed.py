@@ -16,7 +16,6 @@ from dreambooth_moslora.plan.distributed import (
     make_accelerator,
     on_each,
     on_main,
-    refusal,
     share_out,
 )
 from dreambooth_moslora.settings.table import TrainConfig
@@ -157,8 +156,6 @@ BEGIN = {
         [(f"ACCELERATE_USE_{name}", "true") for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM")],
         "adapters need no sharding; use accelerate launch --multi_gpu",
     ),
-    # each would be the main process
-    ("WORLD_SIZE", "2"): r"2 processes were started .* accelerate joins 1",
 }
 
 
@@ -170,15 +167,10 @@ def begin(tmp_path):
 
 
 @pytest.mark.parametrize("setting", BEGIN)
-def test_what_a_launcher_sets_is_refused_in_one_line_and_a_flag_named_only_where_it_is_to_blame(
-    setting, begin, monkeypatch
-):
+def test_what_a_launcher_sets_is_refused_in_one_line(setting, begin, monkeypatch):
     monkeypatch.setenv(*setting)
     with pytest.raises(UserError, match=BEGIN[setting]):
         begin(mixed_precision="bf16" if "DYNAMO" in setting[0] else None)
-    # accelerate, on a GPU too old
-    said = "bf16 mixed precision requires PyTorch >= 1.10 and a supported device."
-    assert refusal("bf16", said) == f"--mixed_precision bf16: {said}"
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -246,13 +246,23 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         "time": 1e10,
         "scores": {"dino": {"mean": 0.6}},
         "relative": {"drift_of_spread": 1.7},
+        "copy_alarm": {"raised": True, "share": 0.3},
+        "protocol": {"adapter_scale": 1.0},
+        "references": None,
         "score": 0.4,
     }
-    (tmp_path / "evaluation" / "scores.json").write_text(
-        json.dumps(report | {"copy_alarm": {"raised": True}})
-    )
+    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(report))
     found = figures_of(run)
-    assert found.scores == {"dino": 0.6, "drift_of_spread": 1.7, "score": 0.4} and found.copy_alarm
+    assert (
+        found.scores
+        == {
+            "dino": 0.6,
+            "drift_of_spread": 1.7,
+            "copied": 0.3,
+            "score": 0.4,
+        }
+        and found.copy_alarm
+    )
     for moment, score in ((1.0, 0.5), (3.0, 0.6)):
         run.metrics_path.write_text(
             json.dumps({"type": "evaluation", "step": 3, "time": 2.0, "dino": 0.5}) + "\n"

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import (
     DDPMScheduler,
-    EDMEulerScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -317,15 +316,6 @@ def test_a_v_prediction_base_is_trained_on_velocity(tmp_path, photos, monkeypatc
         torch.testing.assert_close(
             target, scheduler.get_velocity(latents, noise, index), atol=1e-5, rtol=1e-4
         )
-
-
-def test_min_snr_is_refused_on_an_edm_base(tmp_path, photos):
-    base = save_tiny_sdxl(tmp_path / "base")
-    EDMEulerScheduler().save_pretrained(base / "scheduler")
-    index = base / "model_index.json"
-    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "EDMEulerScheduler"))
-    with pytest.raises(UserError, match="EDM style"):
-        train(tiny_config(base, photos, tmp_path / "run", snr_gamma=5.0))
 
 
 def test_prior_losses_are_logged_apart_and_every_second_prompt_is_the_class_s(
