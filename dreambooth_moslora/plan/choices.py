@@ -10,7 +10,7 @@ The base's family decides the recipe from `assets/configs`; how memory is saved 
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +24,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.subject_kinds import KINDS
-from dreambooth_moslora.settings.table import TrainConfig, checked_setting, shown_flag
+from dreambooth_moslora.settings.table import TrainConfig, shown_flag
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -214,22 +214,6 @@ def choose_style(choices: Choices, name: str) -> None:
     if facts and facts.name == "sdxl" and not choices.base.is_toy:
         line = "layers: the blocks that hold style"
         choices.add(line, "target_modules", target_modules=("blora_style",))
-
-
-def choose_subjects(choices: Choices) -> None:
-    """Like `choose_words`, for several given subjects, whose tables have the prompts."""
-    tables = checked_setting("subjects", choices.given["subjects"])
-    choices.say(f"words: {in_words(table.instance_prompt for table in tables)}")
-    if choices.given.get("with_prior_preservation") is not False:
-        classes = in_words(table.class_prompt for table in tables)
-        line = f"the classes: {classes} stay as the base draws them"
-        choices.add(line, "no_with_prior_preservation", with_prior_preservation=True)
-        choices.add("", prior="adapter_off")
-
-
-def in_words(prompts: Iterable[str | None]) -> str:
-    """The prompts in quotes, each once."""
-    return ", ".join(f"“{prompt}”" for prompt in dict.fromkeys(prompts) if prompt)
 
 
 def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> None:

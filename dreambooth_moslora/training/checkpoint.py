@@ -297,12 +297,6 @@ def has_previous_run(run_dir: run_folder.RunDir) -> bool:
     )
 
 
-def published_as(run_dir: run_folder.RunDir) -> list[Path]:
-    """Files with the folder's name in theirs. The folder may have had another name when they were
-    written."""
-    return sorted(run_dir.path.glob(f"*{run_folder.KOHYA_SUFFIX}"))
-
-
 def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
     """Move checkpoints after `step` away: otherwise `latest` would later resume the abandoned
     run."""
@@ -384,7 +378,8 @@ def files_of_run(run_dir: run_folder.RunDir) -> list[Path]:
     """Where a run may have left its results. Class images are not among them, since a new run can
     use them, nor is `train.log`, which continues."""
     weights = [*run_dir.named_checkpoints(), run_dir.best_dir]
-    adapter = [run_dir.adapter_path, *published_as(run_dir)]
+    # The folder may have had another name when kohya's file was written.
+    adapter = [run_dir.adapter_path, *run_dir.path.glob(f"*{run_folder.KOHYA_SUFFIX}")]
     facts = [run_dir.metrics_path, run_dir.config_path, run_dir.card_path, run_dir.loss_plot_path]
 
     # The card names its pictures; samples and the sheet have their places.

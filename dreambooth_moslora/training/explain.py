@@ -42,10 +42,8 @@ BARE_SHOWN = 1 / 2
 """Of the likeness gained: 0.15 without the bare prompt, 1.11 with a third of the exposures."""
 BARE_SHARES = (0.25, 0.5)
 """Shares of the instance prompt to try, one after the other."""
-LEAK = 0.05
-"""A leak above this is mentioned with a lost prompt."""
-LEAK_ALONE = 0.25
-"""A leak above this is named by itself. Runs that kept their prompts, in all studies: 0.23 at most,
+LEAK = 0.25
+"""Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
 CONFUSED = 0.25
 """Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base."""
@@ -96,9 +94,8 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
         lower = "--unmasked_weight 0" if config.unmasked_weight else fewer
         remedy = f"try {lower}, and captions that name the surroundings"
     if kept < PROMPT_KEPT:
-        measured = f", leak {leak:.2f}" if leak is not None and leak > LEAK else ""
-        yield f"{came} (CLIP-T is {kept:.2f} of the base's{measured}): {remedy}"
-    elif leak is not None and leak > LEAK_ALONE:
+        yield f"{came} (CLIP-T is {kept:.2f} of the base's): {remedy}"
+    elif leak is not None and leak > LEAK:
         yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
 
 

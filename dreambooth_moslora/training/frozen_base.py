@@ -65,19 +65,6 @@ def load_base(
     return pipeline
 
 
-def load_denoiser_of(
-    config: TrainConfig,
-    base: Base,
-    pipeline: DiffusionPipeline,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give the pipeline of `load_base` the denoiser that it was loaded without, quantised. The
-    arguments are as for `load_base`. Raises UserError for a base that cannot be loaded."""
-    load.load_denoiser(pipeline, base, dtype)
-    finish_denoiser(config, pipeline, dtype, device)
-
-
 def finish_denoiser(
     config: TrainConfig, pipeline: DiffusionPipeline, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -13,8 +13,6 @@ import torch
 from dreambooth_moslora.base import pipelines
 from dreambooth_moslora.training import objective
 
-__all__ = ["MicroBatch", "Rows", "alike", "predicted_together"]
-
 
 @dataclass(frozen=True)
 class Rows:

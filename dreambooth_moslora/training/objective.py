@@ -109,21 +109,20 @@ class NoisySample:
 
 @dataclass(frozen=True)
 class LossParts:
-    """The loss of a batch, one number each; `total` is the one to differentiate, and `prior` is
-    None without prior images."""
+    """The loss of a batch, one number each; `total` is the one to differentiate. That of images of
+    which it has none is 0."""
 
     total: torch.Tensor
     instance: torch.Tensor
-    prior: torch.Tensor | None
+    prior: torch.Tensor
 
     def share(self, of_all: float) -> "LossParts":
         """The same of a part of a micro-batch, which holds the share `of_all` of its instance
         images, or of its prior ones."""
-        prior = torch.zeros_like(self.instance) if self.prior is None else self.prior
         return LossParts(
             total=self.total * of_all,
             instance=self.instance * of_all,
-            prior=prior * of_all,
+            prior=self.prior * of_all,
         )
 
 
@@ -344,27 +343,19 @@ def loss(
     """
     per_image = weights * image_errors(prediction.float(), target.float(), mask)
 
-    # Only prior images: a part of a micro-batch can be such.
-    if instance_count == 0:
-        prior = per_image.mean()
-        return LossParts(
-            total=prior_loss_weight * prior,
-            instance=torch.zeros_like(prior),
-            prior=prior.detach(),
-        )
-
-    # Only the subject's.
-    instance = per_image[:instance_count].mean()
-    if len(per_image) == instance_count:
-        return LossParts(total=instance, instance=instance.detach(), prior=None)
-
-    # Both.
-    prior = per_image[instance_count:].mean()
+    # A part of a micro-batch can have the subject's images alone, or the prior's.
+    instance = mean_of(per_image[:instance_count])
+    prior = mean_of(per_image[instance_count:])
     return LossParts(
         total=instance + prior_loss_weight * prior,
         instance=instance.detach(),
         prior=prior.detach(),
     )
+
+
+def mean_of(errors: torch.Tensor) -> torch.Tensor:
+    """The mean of errors (B,); 0 of none."""
+    return errors.mean() if len(errors) else errors.new_zeros(())
 
 
 def image_errors(

@@ -83,7 +83,10 @@ class PhotoEncoder:
     def encode(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
         transparent."""
-        tensors = self._tensors(photo, plan)
+        if self.cache is None:
+            tensors = self._compute(photo, plan)
+        else:
+            tensors = self.cache.get(*self.entry(photo, plan))
 
         # A mask that is the photo's own transparency has nothing around the subject to weigh.
         around = 0.0 if photo.mask_path == photo.path else self.unmasked_weight
@@ -97,11 +100,6 @@ class PhotoEncoder:
             time_ids=torch.tensor(plan.time_ids, dtype=torch.float32),
             mask=weights,
         )
-
-    def _tensors(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
-        if self.cache is None:
-            return self._compute(photo, plan)
-        return self.cache.get(*self.entry(photo, plan))
 
     def entry(
         self, photo: photo_file.Photo, plan: cropping.CropPlan
@@ -228,11 +226,6 @@ class PhotoStream:
         draws = rng(self.seed, self.name, "crop", slot, crop)
         return photo, self.encoder.rule.plan(photo.size_px, draws, target, photo.face)
 
-    @property
-    def is_one_size(self) -> bool:
-        """Whether any samples can be batched together."""
-        return len(self.groups) == 1 or self.batch_size == 1
-
     def _view(self, position: int) -> View:
         """What `position` shows. Where batches need one size, each group of slots has as many of a
         round's batches as it has slots, so that all are shown equally often."""
@@ -244,7 +237,7 @@ class PhotoStream:
             epoch, slot = self._place_in(target, position)
 
         # Any samples fit together: the slots are shuffled in each epoch.
-        elif self.is_one_size:
+        elif len(self.groups) == 1 or self.batch_size == 1:
             epoch, slot = place_of(position, len(self), self.seed, self.name)
 
         # A round is as many batches as there are slots, in an order of groups drawn for it. How
@@ -301,10 +294,6 @@ class SubjectStreams:
     streams: Sequence[PhotoStream]
     seed: int
     run: int = 1
-
-    @property
-    def photos(self) -> list[photo_file.Photo]:
-        return [photo for stream in self.streams for photo in stream.photos]
 
     @property
     def captions(self) -> set[str]:

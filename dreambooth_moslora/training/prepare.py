@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from diffusers import (
@@ -24,7 +23,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from dreambooth_moslora.base import machine, pipelines
+from dreambooth_moslora.base import load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.disk.contents import content_key, file_digest
@@ -117,9 +116,8 @@ def prepare(
 
     # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    family = pipelines.family_of(
-        pipeline, told_guidance=config.guidance_scale, options=text_options(config)
-    )
+    options = pipelines.encoding_options(text_options_of(config))
+    family = pipelines.family_of(pipeline, told_guidance=config.guidance_scale, options=options)
     checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
@@ -136,7 +134,8 @@ def prepare(
 
     # The denoiser has the memory for itself. Its fingerprint is taken before an adapter is added.
     if is_late:
-        frozen_base.load_denoiser_of(config, base, pipeline, dtype, device)
+        load.load_denoiser(pipeline, base, dtype)
+        frozen_base.finish_denoiser(config, pipeline, dtype, device)
         start = check_denoiser(config, context, pipeline, is_fresh)
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
@@ -218,11 +217,6 @@ def check_denoiser(
     return lora_file.read_start(config.init_adapter, pipeline, config.use_dora)
 
 
-def text_options(config: table.TrainConfig) -> dict[str, Any]:
-    """The settings that change how a prompt is encoded, by the pipeline's names."""
-    return pipelines.encoding_options(text_options_of(config))
-
-
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
     """A base's noise levels by its scheduler's configuration. Raises UserError for an unknown
     prediction."""
@@ -301,7 +295,7 @@ def prompt_cache(
         identity += "+zeros"
     if family.layout:
         identity += f"+{family.layout}"
-    if options := text_options(config):
+    if options := pipelines.encoding_options(text_options_of(config)):
         identity += f"+{sorted(options.items())}"
 
     def encode(prompts: list[str]) -> list[pipelines.Text]:

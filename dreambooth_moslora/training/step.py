@@ -177,12 +177,15 @@ class TrainStep:
     def differentiated(
         self, micros: Sequence[MicroBatch], share: float | None
     ) -> list[torch.Tensor]:
-        """One pass forward and backward. Returns the `numbers_of` (3,) each micro-batch; gradients
-        are added to the copies'."""
+        """One pass forward and backward. Returns total, instance and prior loss (3,) of each
+        micro-batch; gradients are added to the copies'."""
         losses = self.losses(micros, share)
         total = sum((parts.total for parts in losses[1:]), losses[0].total)
         self.accelerator.backward(total / self.config.gradient_accumulation_steps)
-        return [numbers_of(parts) for parts in losses]
+        found = []
+        for parts in losses:
+            found.append(torch.stack([parts.total.detach(), parts.instance, parts.prior]))
+        return found
 
     def losses(
         self, micros: Sequence[MicroBatch], share: float | None = None
@@ -273,7 +276,9 @@ class TrainStep:
 
     def begin(self) -> None:
         """Before a step: dropout is on, and no gradients are left."""
-        self.train_mode()
+        for module in self.components.values():
+            if not module.training:  # as `train()` walks over thousands of modules
+                module.train()
         self.optimizer.zero_grad(set_to_none=True)
 
     def number_of(self, turn: int) -> int:
@@ -286,8 +291,7 @@ class TrainStep:
         """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has
         skipped it."""
         self._average_gradients()
-        most = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.parameters, most)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
 
         # Reading the norm waits for a GPU, so it comes after all is queued. A step that fp16
@@ -425,12 +429,6 @@ class TrainStep:
         group = self.optimizer.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
 
-    def train_mode(self) -> None:
-        """Set it where it is off; `train()` walks over thousands of modules."""
-        for module in self.components.values():
-            if not module.training:
-                module.train()
-
     @property
     def base_is_prior(self) -> bool:
         return self.config.with_prior_preservation and self.config.prior == "adapter_off"
@@ -444,8 +442,8 @@ class TrainStep:
         vector_to_parameters(mean, grads)
 
     def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches and all processes. `found` are the `numbers_of` (3,)
-        each, or of its parts, which sum to it."""
+        """Means over the step's micro-batches and all processes. `found` are the losses (3,) of
+        each, or of its parts, which sum to them."""
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
         total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
@@ -465,9 +463,3 @@ def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> 
         other = draws.choice(config.prior_prompts or (of_class,))
         found.append(draws.choice((of_class, other)))
     return found
-
-
-def numbers_of(parts: objective.LossParts) -> torch.Tensor:
-    """Total, instance and prior loss (3,); the last is 0 without prior images."""
-    prior = torch.zeros_like(parts.instance) if parts.prior is None else parts.prior
-    return torch.stack([parts.total.detach(), parts.instance, prior])

@@ -73,7 +73,7 @@ FAULTS = {
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
     "lost_the_prompt": (
         with_scores(clip_t_of_base=0.6, background_leak=0.12),
-        "0.60; leak 0.12; --unmasked_weight 0",
+        "0.60; --unmasked_weight 0",
     ),
     "leaks": (with_scores(background_leak=0.3), "came along; leak 0.30; --unmasked_weight 0"),
     "bare_prompt_lags": (

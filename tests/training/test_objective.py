@@ -129,7 +129,7 @@ def test_instance_and_prior_are_apart_and_weighted_and_a_mask_weighs_places(draw
     got = objective.loss(prediction, target, torch.ones(4), instance_count=2, prior_loss_weight=0.5)
     assert (got.instance, got.prior, got.total) == (1, 9, 5.5)
     alone = objective.loss(prediction[:1], target[:1], torch.ones(1), 1)
-    assert alone.prior is None and alone.total == alone.instance == 1
+    assert alone.prior == 0 and alone.total == alone.instance == 1
     target = torch.ones(4, 4, 2, 2)
     target[..., 0, 0] = 2
     mask = torch.stack([torch.full((1, 2, 2), weight) for weight in (1.0, 0.2, 0.0, 0.0)])
