@@ -77,7 +77,10 @@ def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
     with suppress(UserError):  # the folder has no settings
         saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
-            return {name: saved[name] for name in saved.keys() & still_open(config)}
+            # What a word of `--memory` decides, but for what was given.
+            decided = table.SETTINGS["memory"].metadata["replaces"]
+            names = [name for name in decided if not rules.given_flag(config, name)]
+            return {name: saved[name] for name in names if name in saved}
     return None
 
 
@@ -85,12 +88,6 @@ def without_plan(config: table.TrainConfig) -> table.TrainConfig:
     """The same settings, with the defaults in place of what a plan sets."""
     names = [name for name in table.OF_PLANS if name != "images_at_once"]
     return replace(config, **{name: table.SETTINGS[name].default for name in names})
-
-
-def still_open(config: table.TrainConfig) -> set[str]:
-    """The settings that a word of `--memory` decides, but for those that were given."""
-    decided = table.SETTINGS["memory"].metadata["replaces"]
-    return {name for name in decided if not rules.given_flag(config, name)}
 
 
 def half_settings(

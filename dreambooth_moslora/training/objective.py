@@ -101,11 +101,6 @@ class NoisySample:
     timesteps: torch.Tensor
     index: torch.Tensor
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All fields, in the order in which they are declared."""
-        return self.unet_input, self.latents, self.timesteps, self.index
-
 
 @dataclass(frozen=True)
 class LossParts:
@@ -291,22 +286,14 @@ FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def weightings_of(config: TrainConfig, schedule: NoiseSchedule) -> tuple[str, ...]:
-    """The rows of `weightings.WEIGHTINGS` that the settings ask for; their product weighs the loss.
-
-    The words `logit_normal` and `mode` have none: they change which levels are drawn.
-    """
-    rows = weightings.WEIGHTINGS.items()
-    return tuple(name for name, row in rows if row.is_asked_for(config, schedule.style))
-
-
 def weights_of(
     config: TrainConfig,
     schedule: NoiseSchedule,
     index: torch.Tensor,
     instance_count: int,
 ) -> torch.Tensor:
-    """Weights (B,) of the images' squared errors, by the settings.
+    """Weights (B,) of the images' squared errors: the product of the rows of
+    `weightings.WEIGHTINGS` that the settings ask for.
 
     config: asks for weightings, and has their parameters
     schedule: the base's noise levels
@@ -314,8 +301,9 @@ def weights_of(
     instance_count: how many images are the subject's, which come first
     """
     weights = torch.ones_like(schedule.snr(index))
-    for name in weightings_of(config, schedule):
-        row = weightings.WEIGHTINGS[name]
+    for name, row in weightings.WEIGHTINGS.items():
+        if not row.is_asked_for(config, schedule.style):
+            continue
         parameters = [getattr(config, setting) for setting in row.parameters]
         found = FORMULAS[name](schedule, index, *parameters)
         if row.spares_prior:
