@@ -235,10 +235,9 @@ def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
     the UNet."""
     if not config.train_text_encoder:
         return 0.0
-    is_recomputed = config.gradient_checkpointing and config.train_text_encoder
     prompts = config.images_a_pass * size.text_widths / BaseSize.text_widths
     kept = TRAINED_TEXT_GIB * prompts * BYTES[precision_of(config)] / 2
-    return kept * (RECOMPUTED_GIB / STEP_GIB if is_recomputed else 1)
+    return kept * (RECOMPUTED_GIB / STEP_GIB if config.gradient_checkpointing else 1)
 
 
 def disk_gib(

@@ -178,18 +178,13 @@ class PromptCache:
         return {name: tensor.cpu() for name, tensor in text.items()}
 
     def release_encoders(self) -> None:
-        """Drop the encoders. A new prompt then raises RuntimeError, an unreadable file of the cache
-        UserError."""
+        """Drop the encoders. What is not in the cache then raises UserError."""
 
         def gone(prompts: list[str]) -> list[pipelines.Text]:
-            if self.cache.folder is not None:
-                raise UserError(
-                    f"{self.cache.folder}: the encoding of {prompts[0]!r:.60} cannot be read "
-                    "any more, and the text encoders have left memory; "
-                    "resume the run, which encodes it anew."
-                )
-            raise RuntimeError(
-                f"the text encoders have left memory; {prompts} was not encoded before"
+            raise UserError(
+                f"{self.cache.folder or 'the cache'}: the encoding of {prompts[0]!r:.60} cannot be "
+                "read any more, and the text encoders have left memory; "
+                "resume the run, which encodes it anew."
             )
 
         self.encode = gone

@@ -239,7 +239,7 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
         again = prompt_embeds(["a cat", "a dog", "a dog"])
         assert equal([again[0], again[2]], [first[1], first[0]])
     assert asked == ["a dog", "a cat"] * 2
-    with pytest.raises(RuntimeError, match="a bird"):
+    with pytest.raises(UserError, match="a bird"):
         in_memory(["a bird"])
     stream = stream_of(read[:1], pipeline.vae, TensorCache(tmp_path / "cache"))
     encode_ahead(stream, 1)
