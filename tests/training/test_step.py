@@ -3,7 +3,6 @@ blocks, fp16."""
 
 import os
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +19,7 @@ from dreambooth_moslora.plan.speed import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training import step as train_step
-from dreambooth_moslora.training.loop import Training, train
+from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import StepLosses, TrainStep
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, logged, tiny_config
@@ -267,20 +266,6 @@ def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_sc
     assert (
         len(logged(tmp_path / "run")) == 20 and not RunDir(tmp_path / "run").adapter_path.exists()
     )
-
-
-def is_advised_bf16(place: str, precision: str, folder: Path) -> bool:
-    accelerator = SimpleNamespace(device=torch.device(place), mixed_precision=precision)
-    error = Training.diverged(
-        SimpleNamespace(accelerator=accelerator, run_dir=RunDir(folder)), "the loss is nan"
-    )
-    return "--mixed_precision bf16" in str(error)
-
-
-def test_bf16_is_advised_only_to_a_run_in_fp16_on_a_card_that_has_it(gpu, tmp_path):
-    for precision, major, advised in (("fp16", 7, False), ("fp16", 8, True), ("bf16", 8, False)):
-        gpu(major)
-        assert is_advised_bf16("cuda", precision, tmp_path) is advised
 
 
 @pytest.mark.slow
