@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
+from dreambooth_moslora.disk.events import StepDone
 from dreambooth_moslora.disk.run_folder import RAW_NAME, RunDir
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.method.fast_linear import WorkingCopies
@@ -169,6 +170,22 @@ def test_deterministic_is_asked_of_pytorch_before_the_gpu_and_costs_the_search(m
     assert not torch.are_deterministic_algorithms_enabled()
     run = TrainConfig(resolution=1024, train_batch_size=1, deterministic=True)
     assert not speed_of(run, "cuda", 1000).searches
+
+
+@pytest.fixture
+def losses_of(tiny_base, photos, tmp_path):
+    """Train a run by its name; returns its losses."""
+
+    def run(name: str, **changes) -> list[float]:
+        events = []
+        torch._dynamo.reset()
+        train(
+            tiny_config(tiny_base, photos, tmp_path / name, **{"max_train_steps": 2, **changes}),
+            events.append,
+        )
+        return [event.loss for event in events if isinstance(event, StepDone)]
+
+    return run
 
 
 @pytest.mark.slow
