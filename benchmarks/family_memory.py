@@ -140,6 +140,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
         (16, 8),
         lambda: {"prompt_embeds": empty(1, 64, 3584), "prompt_embeds_mask": None},
     ),
+    "Qwen-Image-2.1": (
+        "qwen_image21",
+        {},
+        (64, 16),
+        lambda: {"prompt_embeds": empty(1, 64, 4096), "prompt_embeds_mask": None},
+    ),
     "Krea 2": (
         "krea2",
         {},
@@ -182,7 +188,21 @@ def denoiser_of(name: str) -> tuple[Facts, nn.Module]:
     facts = facts_named(family)
     with torch.device("meta"):
         model = getattr(diffusers, facts.model)(**options)
+    if facts.name == "qwen_image21":
+        model.forward = with_a_real_mask(model.forward)
     return facts, model.to(torch.bfloat16).requires_grad_(False).train()
+
+
+def with_a_real_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of Qwen-Image-2.1's transformer, which reads from a mask where the picture
+    lies: this has values, while nothing else on the meta device has."""
+
+    def computed(pixels, texts, time, shapes, mask, **options):
+        in_picture = torch.arange(mask.shape[1], device="cpu") >= texts.shape[1]
+        with torch.device("cpu"):
+            return forward(pixels, texts, time, shapes, in_picture[None], **options)
+
+    return computed
 
 
 def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Count:

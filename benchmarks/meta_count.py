@@ -66,6 +66,9 @@ class Counter(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # A mask that keeps its values on the CPU chooses among tensors that have none.
+        if function is torch.ops.aten.where.self and args[1].is_meta:
+            args = tuple(one.to("meta") for one in args)
         result = function(*args, **(kwargs or {}))
         self.kernels += function.overloadpacket.__name__ not in VIEWS
         inputs = {key_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}

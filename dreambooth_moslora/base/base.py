@@ -271,7 +271,7 @@ class Base:
         models = [facts.denoiser, *facts.encoders]
         if not self.vae:
             models.insert(1, "vae")
-        tokenizers = [part.replace("text_encoder", "tokenizer") for part in facts.encoders]
+        tokenizers = [part.replace("text_encoder", facts.tokenizer) for part in facts.encoders]
         for part in (*models, *tokenizers, "scheduler"):
             if not any((self.folder / part).glob("*.json")):
                 missing = f"{self.folder / part} is missing or has no configuration"

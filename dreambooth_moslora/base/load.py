@@ -141,8 +141,11 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
         if base.file:
             model = denoiser_from_file(base.file, facts, dtype)
         else:
-            # Every other part is None, and so it is not loaded again.
-            others = dict.fromkeys(part for part in pipeline.components if part != name)
+            # Every other part is given, a model as None, and so it is not loaded again.
+            others: dict[str, Any] = {}
+            for part, value in pipeline.components.items():
+                if part != name:
+                    others[part] = None if isinstance(value, torch.nn.Module) else value
             options = base.version | {"variant": base.variant, "dtype": dtype}
             whole = type(pipeline).from_pretrained(base.place, **options, **others)
             model = getattr(whole, name)

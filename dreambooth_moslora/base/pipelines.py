@@ -326,6 +326,50 @@ class Krea2(QwenImage):
         return unpacked(found, z)
 
 
+class QwenImage21(QwenImage):
+    """One sequence of text and then picture, whose tokens lie after the longest text of a batch. So
+    that a picture lies where it does alone, texts of one length are predicted together. The VAE has
+    opacity as its fourth channel."""
+
+    def latents(self, vae, pixels):
+        opaque = torch.ones_like(pixels[:, :1])
+        return super().latents(vae, torch.cat([pixels, opaque], dim=1))
+
+    def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_embeds_mask):
+        if prompt_embeds_mask is None:
+            return self.predict_of_one_length(denoiser, z, t, prompt_embeds)
+        lengths = prompt_embeds_mask.sum(1).tolist()
+        found = torch.empty_like(z)
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            said = prompt_embeds[rows, :length]
+            found[rows] = self.predict_of_one_length(denoiser, z[rows], t[rows], said)
+        return found
+
+    def predict_of_one_length(
+        self,
+        denoiser: torch.nn.Module,
+        z: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `predict`, of texts (B, T, D) without padding."""
+        height, width = z.shape[-2:]
+
+        # A place of the sequence is a token of the text or four of the picture.
+        in_text = torch.zeros(prompt_embeds.shape[:2], dtype=torch.bool, device=z.device)
+        in_picture = in_text.new_ones(len(z), height * width // 4)
+        found = denoiser(
+            z.flatten(2).mT,
+            prompt_embeds,
+            t / 1000,
+            [[(1, height, width)]] * len(z),
+            torch.cat([in_text, in_picture], dim=1),
+            return_dict=False,
+        )[0]
+        return found[:, -height * width :].mT.reshape(z.shape)
+
+
 class Lumina2(Family):
     """Time runs backwards, and the answer is negated. Its encoder is not instructed before a
     negative prompt."""
@@ -364,6 +408,14 @@ class Sana(Lumina2):
     def predict(self, denoiser, z, t, crops, prompt_embeds, prompt_attention_mask):
         options = {"encoder_attention_mask": prompt_attention_mask, "return_dict": False}
         return denoiser(z, prompt_embeds, t * denoiser.config.timestep_scale, **options)[0]
+
+
+def guided(facts: Facts, words: dict[str, Any], guidance: float) -> dict[str, Any]:
+    """The arguments of a call with this guidance: those of the negative prompt only where it uses
+    them."""
+    if guidance > facts.no_guidance:
+        return words
+    return {name: value for name, value in words.items() if not name.startswith("negative_")}
 
 
 def filled(words: dict[str, Any], length: int = 0) -> dict[str, Any]:
@@ -408,6 +460,7 @@ METHODS: dict[str, type[Family]] = {
     "flux2": Flux2,
     "z_image": ZImage,
     "qwen_image": QwenImage,
+    "qwen_image21": QwenImage21,
     "krea2": Krea2,
     "lumina2": Lumina2,
     "sana": Sana,

@@ -146,13 +146,15 @@ def drawn(
     if guidance is None:
         guidance = load.default_guidance(pipeline)
     options[facts.guidance_name] = guidance
+    words = pipelines.guided(facts, words, guidance)
 
     # On the CPU: a seed means the same noise on every device and in any batch.
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    # A flow's pipeline unpacks its latents and decodes them itself.
+    # A flow's pipeline unpacks its latents and decodes them itself. A fourth channel is opacity.
     if facts.style == "flow":
-        return pipeline(**words, **options, output_type="pt").images.float() * 2 - 1
+        pixels = pipeline(**words, **options, output_type="pt").images[:, :3]
+        return pixels.float() * 2 - 1
     options["guidance_rescale"] = load.guidance_rescale(pipeline)
     latents = pipeline(**words, **options, output_type="latent").images
     return decode.decode_pixels(pipeline.vae, latents)

@@ -381,6 +381,7 @@ class SubjectPipeline:
         if not is_flow:
             self.pipeline.scheduler = self._scheduler(own.scheduler)
             words = words | {"guidance_rescale": load.guidance_rescale(self.pipeline)}
+        words = pipelines.guided(self.family.facts, words, own.guidance_scale)
         words = words | {self.family.facts.guidance_name: own.guidance_scale}
         watcher = Watcher(
             index=index,
@@ -407,7 +408,7 @@ class SubjectPipeline:
             )
         image = Image(
             index=index,
-            pixels=drawn.images[0],
+            pixels=drawn.images[0].convert("RGB"),
             params=own,
             provenance=self.provenance(own),
         )

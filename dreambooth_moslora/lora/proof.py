@@ -149,9 +149,11 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
         for name, parameter in names
         if parameter.default is parameter.empty and name != "self"
     }
-    # A pipeline without a safety checker says so, and each component without an adapter.
+    # Some pipelines cannot be made without all their parts, none of which the loader needs. The
+    # loader says of each component that it got no adapter.
     with quiet():
-        shell = kind(**parts | twins)
+        shell = kind.__new__(kind)
+        shell.register_modules(**parts | twins)
         try:
             shell.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=STOCK, local_files_only=True

@@ -71,6 +71,7 @@ class Facts:
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizer: str = "tokenizer"  # The pipeline's name for what reads a prompt for its encoder.
     adapted_encoders: tuple[str, ...] = ()
     """Those whose LoRA diffusers loads: what `--train_text_encoder` trains."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -372,6 +373,39 @@ FAMILIES = (
                 vae=126_892_531,
             )
             for name in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
+        ),
+    ),
+    Facts(
+        name="qwen_image21",
+        title="Qwen-Image-2.1",
+        pipeline="QwenImage21Pipeline",
+        model="QwenImage21Transformer2DModel",
+        tokenizer="processor",
+        text_options=(),
+        guidance=1.0,
+        guidance_name="true_cfg_scale",
+        multiple_px=32,
+        has_level_shift=True,
+        file_mark="txt_in.text_norm.weight",
+        licence="Qwen Research",
+        memory=Memory(
+            full_gib=27.68,
+            recomputed_gib=2.10,
+            drawing_gib=0.574,
+            parameters=7.115e9,
+            text_tokens=64,
+        ),
+        models=(
+            Model(
+                hub_id="Qwen/Qwen-Image-2.1",
+                parameters=7_115_124_736,
+                in_blocks=6_979_321_856,
+                largest_block=218_103_808,
+                adapted_layers=128,
+                adapted_widths=1_048_576,
+                encoders=8_767_123_696,
+                vae=337_740_404,
+            ),
         ),
     ),
     Facts(

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
+from dreambooth_moslora.base.pipelines import packed
 from tests.helpers.tiny import byte_alphabet, tiny_sdxl, tiny_text_config, tiny_tokenizer
 
 CHAT = (
@@ -284,6 +285,62 @@ def krea2(folder: Path) -> DiffusionPipeline:
     )
 
 
+def qwen3_vl_processor() -> transformers.Qwen3VLProcessor:
+    """Bytes for a text, and 2 x 2 patches of 16 px a token for a picture."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>")
+    special += ("<|vision_start|>", "<|vision_end|>")
+    words = {token: number for number, token in enumerate([*byte_alphabet(), *special])}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=words, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    chat = CHAT.replace("m['content']", "m['content'][0]['text']")
+    patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+    return transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            size={"shortest_edge": 32**2, "longest_edge": 256**2}, **patches
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen3VLVideoProcessor(**patches),
+        chat_template=chat,
+    )
+
+
+def qwen_image21(folder: Path) -> DiffusionPipeline:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    autoencoder = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    )
+    processor = qwen3_vl_processor()
+    numbers = processor.tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    text = {**SMALL, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": WORDS}
+    vision = {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    config = transformers.Qwen3VLConfig(
+        text_config=text | {"rope_parameters": rope | {"mrope_interleaved": True}},
+        vision_config=vision,
+        image_token_id=numbers("<|image_pad|>"),
+        video_token_id=numbers("<|video_pad|>"),
+        vision_start_token_id=numbers("<|vision_start|>"),
+        vision_end_token_id=numbers("<|vision_end|>"),
+    )
+    encoder = transformers.Qwen3VLForConditionalGeneration(config)
+    parts = {"vae": autoencoder, "text_encoder": encoder, "processor": processor}
+    return with_flow(diffusers.QwenImage21Pipeline, transformer, DYNAMIC, **parts)
+
+
 def lumina2(folder: Path) -> DiffusionPipeline:
     sizes = {
         "sample_size": 4,
@@ -348,7 +405,9 @@ class TinyFamily:
     one_layer: that diffusers' own tests train alone, by its path; "" for UNets
     settings: of a run, that the little encoders need
     instructed: arguments of `encode_prompt` that put an instruction before a prompt
-    is_packed: whether its pipeline takes latents as tokens
+    as_tokens: latents (B, C, h, w) as the tokens that its pipeline takes; None where it takes them
+        as they are
+    prompts: of which its pipeline draws in a batch what it draws of each alone
     file_type: diffusers' word for a single file of it; "" where it has none
     file_keys: what such a file has beside the family's mark
     streams_at_gib: on a card with at most so much free, its recipe streams the blocks
@@ -360,7 +419,8 @@ class TinyFamily:
     one_layer: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     instructed: Mapping[str, Any] = field(default_factory=dict)
-    is_packed: bool = False
+    as_tokens: Callable[[torch.Tensor], torch.Tensor] | None = None
+    prompts: tuple[str, str] = ("a photo of sks dog", "a much longer photo of a cat on the moon")
     file_type: str = ""
     file_keys: tuple[str, ...] = ()
     streams_at_gib: float = 0.0
@@ -370,6 +430,11 @@ class TinyFamily:
 def three(block: str, *names: str) -> tuple[str, ...]:
     """The layers that one of q, k and v is in diffusers."""
     return tuple(f"{block}.{name}" for name in names or ("to_q", "to_k", "to_v"))
+
+
+def flat(z: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, h·w, C)."""
+    return z.flatten(2).mT
 
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -396,7 +461,7 @@ TINY_FAMILIES = {
     "flux": TinyFamily(
         make=flux,
         one_layer="single_transformer_blocks.0.attn.to_k",
-        is_packed=True,
+        as_tokens=packed,
         file_type="flux-dev",
         file_keys=(
             "double_blocks.0.img_attn.norm.key_norm.scale",
@@ -440,17 +505,28 @@ TINY_FAMILIES = {
     "qwen_image": TinyFamily(
         make=qwen_image,
         one_layer="transformer_blocks.0.attn.to_k",
-        is_packed=True,
+        as_tokens=packed,
         streams_at_gib=11.4,
         original={  # its original layout is diffusers'
             "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
             "transformer_blocks.1.img_mlp.net.0.proj": ("transformer_blocks.1.img_mlp.net.0.proj",),
         },
     ),
+    "qwen_image21": TinyFamily(
+        make=qwen_image21,
+        one_layer="transformer_blocks.0.attn.to_k",
+        as_tokens=flat,
+        prompts=("a photo of sks dog", "a photo of sks cat"),
+        file_type="qwen-image-2.1",
+        original={  # its original layout is diffusers'
+            "transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",),
+            "transformer_blocks.1.img_mlp.proj": ("transformer_blocks.1.img_mlp.proj",),
+        },
+    ),
     "krea2": TinyFamily(
         make=krea2,
         one_layer="transformer_blocks.0.attn.to_k",
-        is_packed=True,
+        as_tokens=packed,
         file_type="krea2",
         streams_at_gib=11.4,
         original={
