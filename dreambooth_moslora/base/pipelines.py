@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from dreambooth_moslora.base.decode import latent_statistics
@@ -86,6 +87,17 @@ class Family:
         if not self.facts.has_negative:
             return words
         return words | {f"negative_{name}": value for name, value in empty.items()}
+
+    def beside_references(
+        self,
+        words: dict[str, Any],
+        prompts: Sequence[str],
+        references: Sequence[Image.Image],
+        side_px: int,
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for pictures of `words`, which are those of the prompts, with
+        pictures that show the subject. `side_px` is that of the pictures to draw."""
+        return words | {"image": list(references)}
 
     def latents(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], encoded to the mean of the posterior, fp32."""
@@ -330,6 +342,14 @@ class QwenImage21(QwenImage):
     """One sequence of text and then picture, whose tokens lie after the longest text of a batch. So
     that a picture lies where it does alone, texts of one length are predicted together. The VAE has
     opacity as its fourth channel."""
+
+    def beside_references(self, words, prompts, references, side_px):
+        """Its encoder sees them too, so that the pipeline encodes the prompts."""
+        return {
+            "prompt": list(prompts),
+            "image": list(references),
+            "output_resolution": side_px,
+        }
 
     def latents(self, vae, pixels):
         opaque = torch.ones_like(pixels[:, :1])

@@ -99,17 +99,18 @@ class Sampler:
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         """One batch of pictures. Raises StopRequestedError."""
         family = pipelines.family_of(self.pipeline)
-        words = self._words([request.prompt for request in requests])
+        prompts = [request.prompt for request in requests]
         empty = self._words([""] * len(requests))
-        shown = {"image": list(self.references)} if self.references else {}
+        words = family.with_negative(self._words(prompts), empty)
+        if self.references:
+            words = family.beside_references(words, prompts, self.references, self.resolution_px)
         pixels = drawn(
             self.pipeline,
-            family.with_negative(words, empty),
+            words,
             seeds=[request.seed for request in requests],
             size_px=(self.resolution_px, self.resolution_px),
             guidance=self.guidance_scale,
             num_inference_steps=self.inference_steps,
-            **shown,
             callback_on_step_end=stopper(self.should_stop, self.on_step),
         )
         return decode.pictures_of(decode.finite_or_black(pixels))

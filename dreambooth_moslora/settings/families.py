@@ -387,6 +387,7 @@ FAMILIES = (
         multiple_px=32,
         has_level_shift=True,
         file_mark="txt_in.text_norm.weight",
+        takes_references=True,
         licence="Qwen Research",
         memory=Memory(
             full_gib=27.68,

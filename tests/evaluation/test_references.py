@@ -62,13 +62,14 @@ def test_one_picture_alone_decides_nothing():
     assert references.verdict(one, other).words == references.UNKNOWN
 
 
-def test_a_klein_draws_three_ways_and_the_report_says_the_verdict(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["flux2", pytest.param("qwen_image21", marks=pytest.mark.slow)])
+def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path, monkeypatch):
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
-    subject = SubjectPipeline(tiny_pipeline("flux2", tmp_path / "base"), "tiny")
-    name = loaded(subject, tmp_path / "dog.safetensors")
+    subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")
+    adapter = loaded(subject, tmp_path / "dog.safetensors")
     photos = toy_pictures(TOY, ["on grass", "on the beach"])
     evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
-    judge = partial(evaluate_adapter, subject, name)
+    judge = partial(evaluate_adapter, subject, adapter)
 
     found = judge(evaluator)
     found.beside = references.compare(evaluator, found, judge, scale=1.0)
