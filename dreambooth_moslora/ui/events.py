@@ -81,9 +81,10 @@ def as_gradio_error(handler: Callable) -> Callable:
     return guarded
 
 
-def mistake_card(error: Exception) -> str:
-    """The message of a handler's error as HTML, for a handler that shows it among its values."""
-    return notice(sentence(as_user_error(error)), "bad")
+def mistake_card(error: Exception, in_words: Callable[[str], str] = str) -> str:
+    """The message of a handler's error as HTML, for a handler that shows it among its values.
+    `in_words` says it in the words of a form."""
+    return notice(in_words(sentence(as_user_error(error))), "bad")
 
 
 def as_user_error(error: Exception) -> UserError:

@@ -124,9 +124,7 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
         with gr.Tab("Compare", id="compare"):
-            parts["compare"] = gr.Button(
-                "Compare at the same seed", variant="primary", elem_id="compare"
-            )
+            parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             gr.HTML(faint("Left without, right with the adapter."))
             parts["slider"] = gr.ImageSlider(
                 label="Without | with the adapter", type="filepath", elem_id="slider", **SHOWN

@@ -175,5 +175,5 @@ def test_a_mistake_is_told_below_the_buttons(served, browser, tmp_path):
         web.open_box(page, "expert_training")
         web.set_number(page, "rank", -1)
         page.click("#estimate")
-        web.says(page, "cost", "--rank")
+        web.says(page, "cost", "“Rank”")
         assert not page.locator(".toast-body").count() and not visited.errors

@@ -22,7 +22,7 @@ from dreambooth_moslora.ui.train import (
     train_start,
 )
 from dreambooth_moslora.ui.train.run_view import best_folder
-from dreambooth_moslora.ui.train.train_form import TrainForm, rows
+from dreambooth_moslora.ui.train.train_form import TrainForm, in_the_forms_words, rows
 from dreambooth_moslora.ui.train.train_watch import SHOW_STATUS, connect_watch
 from dreambooth_moslora.ui.train.watch_widgets import watch_widgets
 
@@ -190,7 +190,7 @@ def _connect_form(
             train_photos.keep_captions(ctx.workspace, said or [])
             return act(TrainForm(**values))
         except Exception as error:
-            return {parts["cost"]: mistake_card(error)}
+            return {parts["cost"]: mistake_card(error, in_the_forms_words)}
 
     button.click(
         on_page,

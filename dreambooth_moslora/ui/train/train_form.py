@@ -342,7 +342,8 @@ PRIOR_FLAGS = r"--with_prior_preservation --prior adapter_off --class_prompt \"[
 
 
 def in_the_forms_words(advice: str) -> str:
-    """Flags of the command line as the form calls them; those that it has not stay."""
+    """Advice, or a mistake, with flags of the command line as the form calls them; those that it
+    has not stay."""
     # Pattern of a flag -> what is said in its place.
     words = {
         r"--exposures_per_photo \d+": "a greater “Length”, or more “Steps”",
@@ -353,6 +354,10 @@ def in_the_forms_words(advice: str) -> str:
             words[f"--{row.setting} {row.words[1]}"] = f"“{row.label}”"
         elif row.setting and row.is_number:
             words[rf"--{row.setting} ([\d.e-]+)"] = rf"“{row.label}” \1"
+    # A flag that is named without its value, as in mistakes
+    for row in rows().values():
+        if row.setting:
+            words[rf"--{row.setting}\b"] = f"“{row.label}”"
     for flag, said in words.items():
         advice = re.sub(flag, said, advice)
     return advice

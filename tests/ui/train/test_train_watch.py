@@ -97,6 +97,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
             "try “Weight outside the mask” 0, and captions",
         ),
         ("add masks: --masks auto", "add masks: “Make masks”"),
+        ("--rank: from 1 on; --rank_pattern too", "“Rank”: from 1 on; --rank_pattern too"),
     ],
 )
 def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
