@@ -100,7 +100,10 @@ def survive_broken_pipes() -> Iterator[None]:
     before = sys.stdout, sys.stderr
 
     # A process without a terminal may have no streams at all.
-    streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
+    streams = [
+        stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        for stream in before
+    ]
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -283,7 +283,8 @@ def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str
     try:
         with safe_open(checkpoint / run_folder.RAW_NAME, framework="pt") as file:
             facts = metadata.AdapterMetadata.from_json((file.metadata() or {})["moslora"])
-            return facts, {key.rpartition(".")[0] for key in file.keys() if "." in key}  # noqa: SIM118
+            names = file.keys()
+            return facts, {key.rpartition(".")[0] for key in names if "." in key}
     # safetensors raises its own kind, the disk another, and a header may hold anything
     except Exception as error:
         raise damaged(checkpoint, run_folder.RAW_NAME, error) from None
