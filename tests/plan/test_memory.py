@@ -130,6 +130,17 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
     assert all(int(ours) < int(theirs) for ours, theirs in kernels), said
 
 
+OF_FLOWS = [name for name, (family, *_) in family_memory.MODELS.items() if "sd" not in family[:2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FLOWS)
+def test_a_recomputed_step_never_takes_more_than_by_pefts_own_layers(name):
+    """At full width, of one block of each kind."""
+    ours, pefts = family_memory.peaks_of_one_block(name)
+    assert 0 < ours <= pefts
+
+
 KNOWN = [(facts, model) for facts in FAMILIES for model in facts.models]
 
 
