@@ -146,6 +146,9 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+LAST_TEXTS = 32  # That are kept in memory; a long text of FLUX.1 takes 8 MB.
+
+
 class PromptCache:
     """Prompts -> texts. Frozen encoders encode each prompt once; `release_encoders` then frees
     their memory.
@@ -161,10 +164,20 @@ class PromptCache:
         self.encode = encode
         self.cache = cache
         self.identity = identity
+        self._last: dict[str, pipelines.Text] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[pipelines.Text]:
         """The text of each prompt, from the cache or else computed."""
-        return [self.cache.get(*self.entry(prompt)) for prompt in prompts]
+        for prompt in prompts:
+            if prompt not in self._last:
+                self._last[prompt] = self.cache.get(*self.entry(prompt))
+
+        # The last ones stay in memory: every step asks for the same few, and a cache on the disk
+        # would read them again.
+        found = [self._last[prompt] for prompt in prompts]
+        for prompt in list(self._last)[:-LAST_TEXTS]:
+            del self._last[prompt]
+        return found
 
     def entry(self, prompt: str) -> tuple[str, Callable[[], Tensors]]:
         """The prompt's key in the cache, and the function that encodes it."""

@@ -219,6 +219,7 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
         for _, weights in moslora.adapter_parameters(model):
             torch.nn.init.normal_(weights)
     file.unlink()
+    prompt_embeds._last.clear()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
     assert not torch.allclose(
         embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3
@@ -247,6 +248,9 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
     assert stream.at(0)[0].latents.shape == (4, 8, 8)
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
+    # The last texts are in memory: no step reads the disk for them again.
+    assert equal(on_disk(["a dog"]), [first[0]])
+    on_disk._last.clear()
     with pytest.raises(UserError, match=r"'a dog' cannot be read any more.*resume the run"):
         on_disk(["a dog"])
     with pytest.raises(UserError, match=r"photo.*0\.png cannot be read any more.*resume the run"):
