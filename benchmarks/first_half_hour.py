@@ -85,7 +85,7 @@ SECTIONS = (
         "flows",
         "How long is a step of the flow families, and what takes it?",
         (
-            'flow_step --model "Z-Image" --arms ours peft compiled stateless',
+            'flow_step --model "Z-Image" --arms ours peft compiled stateful',
             'flow_step --model "FLUX.1 dev" --arms ours peft',
             "flow_step --model Qwen-Image --arms ours masked",
             'flow_step --model "Krea 2" --plan recompute nf4',

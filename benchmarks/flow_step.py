@@ -2,7 +2,7 @@
 
     python -m benchmarks.flow_step --model Z-Image            # ours, recomputed, 1024 px
     python -m benchmarks.flow_step --model "FLUX.1 dev" --plan nf4 nf4_stream --arms ours peft
-    python -m benchmarks.flow_step --model Qwen-Image --arms ours masked stateless compiled
+    python -m benchmarks.flow_step --model Qwen-Image --arms ours masked stateful compiled
     python -m benchmarks.flow_step --size small --resolution 64           # on a CPU: does it run
 
 It downloads nothing: the configurations are those of the published models, one photo and one
@@ -12,14 +12,12 @@ prompt are random. It prints one line of JSON for each plan and arm, as `gpu_ste
 import argparse
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.family_memory import MODELS, config_of, facts_named
 from benchmarks.gpu_step import WARM_UP, Step, measure_or_say, measured
@@ -43,7 +41,7 @@ ARMS = {
     "ours": "the trainer's own step",
     "peft": "the same, by PEFT's own layers",
     "compiled": "ours, with --compile on",
-    "stateless": "ours, recomputed without the state of the random generator",
+    "stateful": "ours, recomputed with the state of the random generator",
     "masked": "ours, texts with a mask that hides nothing, for Qwen-Image and Krea 2",
 }
 SMALL = {
@@ -132,19 +130,14 @@ def trainer_step(
     train_step = TrainStep(config, materials, accelerator, max_train_steps=steps)
     if arm == "peft":
         disable_fast_path(denoiser)
-    if arm == "stateless":
-        denoiser.enable_gradient_checkpointing(without_state)
+    if arm == "stateful":
+        denoiser.enable_gradient_checkpointing()
 
     def step() -> tuple[float, float]:
         losses = train_step.accumulate_gradients()
         return losses.total, train_step.update_adapter()
 
     return step, estimate(config, size, total_steps=steps).training_gib
-
-
-def without_state(block: nn.Module, *inputs: Any) -> Any:
-    """Nothing in these blocks draws, so that the generator's state need not be kept."""
-    return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def random_denoiser(

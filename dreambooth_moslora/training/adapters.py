@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -82,11 +83,19 @@ class RecomputedFeedForward(FeedForward):
 def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
     """Let blocks be computed again in the backward pass, in place, as the settings say: all, or the
     feed-forward ones alone."""
+    # In a block nothing but an adapter's dropout is random. Without it the generator's state is not
+    # kept, which torch would read from the GPU once for each tensor of each block.
+    options = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
+
+    def again(block: torch.nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block.__call__, *inputs, **options)
+
     # diffusers and transformers name the method differently.
     if config.gradient_checkpointing:
-        turn_on = getattr(module, "enable_gradient_checkpointing", None)
-        turn_on = turn_on or module.gradient_checkpointing_enable
-        turn_on()
+        if hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing(again)
+        else:
+            module.gradient_checkpointing_enable(options)
 
     # Feed-forward blocks keep two fifths of what the UNet keeps for the backward pass. A step that
     # ran out of memory may change the settings, so they are turned on as well as off.

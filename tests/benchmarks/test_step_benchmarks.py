@@ -115,7 +115,7 @@ def test_an_arm_that_fails_is_one_line_and_the_next_follows(capsys, monkeypatch)
 
 
 FLOWS = [
-    ("Z-Image", "recompute", ["ours", "peft", "stateless"]),
+    ("Z-Image", "recompute", ["ours", "peft", "stateful"]),
     ("Z-Image", "stream", ["ours"]),
     ("FLUX.1 dev", "nf4", ["ours"]),
     ("FLUX.2 klein 4B", "full", ["ours"]),

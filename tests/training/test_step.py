@@ -2,6 +2,7 @@
 blocks, fp16."""
 
 import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -89,6 +90,18 @@ def test_feed_forward_blocks_that_are_recomputed_give_the_same_bytes(first_gradi
         and all(map(torch.equal, plain, recomputed))
         and any(grad.norm() for grad in plain)
     )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_state_of_the_generator_is_kept_for_recomputed_blocks_where_dropout_draws_alone(
+    first_gradients, monkeypatch, dropout
+):
+    asked, state = [], torch.get_rng_state
+    module = sys.modules["torch.utils.checkpoint"]
+    monkeypatch.setattr(module.torch, "get_rng_state", lambda: asked.append(1) or state())
+    first_gradients(gradient_checkpointing=True, lora_dropout=dropout)
+    inside = [call for call in asked]
+    assert bool(inside) == bool(dropout)
 
 
 def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
