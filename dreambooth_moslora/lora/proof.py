@@ -6,7 +6,6 @@ memory never holds a second UNet. Compared are, relative (‖file − live‖ / 
 every projection, as PEFT computes it on both sides, and DoRA's magnitudes.
 """
 
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -143,12 +142,8 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
         for name, model in components.items()
     }
     kind = getattr(diffusers, facts_of_model(type(denoiser).__name__, denoiser.config).pipeline)
-    names = inspect.signature(kind.__init__).parameters.items()
-    parts = {
-        name: None
-        for name, parameter in names
-        if parameter.default is parameter.empty and name != "self"
-    }
+    expected, _ = kind._get_signature_keys(kind)
+    parts = dict.fromkeys(expected)
     # Some pipelines cannot be made without all their parts, none of which the loader needs. The
     # loader says of each component that it got no adapter.
     with quiet():
