@@ -89,9 +89,17 @@ def scale_of(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+TILING = (
+    "use_tiling",
+    "tile_sample_min_size",
+    "tile_latent_min_size",
+)
+"""How a VAE is told to work in tiles, and the sides of those of SDXL's kind."""
+
+
 @contextmanager
 def tiled_where_short(
-    vae: AutoencoderKL,
+    vae: torch.nn.Module,
     size_px: Sequence[int],
     device: torch.device,
     bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL,
@@ -106,22 +114,24 @@ def tiled_where_short(
     # How many pixels fit into the free memory. On a CPU all of them do.
     free = machine.free_gib(device)
     pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
-    if math.prod(size_px) <= pixels or not hasattr(vae, "tile_latent_min_size"):
+    before = {name: getattr(vae, name) for name in TILING if hasattr(vae, name)}
+    if math.prod(size_px) <= pixels or not before:
         yield
         return
 
-    # The largest tile that fits, and the smallest where none does.
+    # The largest tile that fits, and the smallest where none does. VAEs of other kinds, such as
+    # Qwen-Image's, have tiles of their own, of 256 px.
     fitting = [side for side in machine.TILES_PX if side**2 <= pixels]
     tile = fitting[0] if fitting else machine.TILES_PX[-1]
-
-    before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
     vae.use_tiling = True
-    vae.tile_sample_min_size = tile
-    vae.tile_latent_min_size = tile // scale_of(vae)
+    if "tile_latent_min_size" in before:
+        vae.tile_sample_min_size = tile
+        vae.tile_latent_min_size = tile // scale_of(vae)
     try:
         yield
     finally:
-        vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
+        for name, value in before.items():
+            setattr(vae, name, value)
 
 
 def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:

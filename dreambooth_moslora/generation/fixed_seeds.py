@@ -154,7 +154,13 @@ def drawn(
 
     # A flow's pipeline unpacks its latents and decodes them itself. A fourth channel is opacity.
     if facts.style == "flow":
-        pixels = pipeline(**words, **options, output_type="pt").images[:, :3]
+        with decode.tiled_where_short(
+            pipeline.vae,
+            size_px=size_px,
+            device=machine.device_of(pipeline.vae),
+            bytes_a_pixel=facts.decoder_bytes_a_pixel,
+        ):
+            pixels = pipeline(**words, **options, output_type="pt").images[:, :3]
         return pixels.float() * 2 - 1
     options["guidance_rescale"] = load.guidance_rescale(pipeline)
     latents = pipeline(**words, **options, output_type="latent").images

@@ -10,7 +10,6 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -391,10 +390,12 @@ class SubjectPipeline:
             emit=emit,
             stop=stop,
         )
-        decoding = nullcontext()
-        if not is_flow:
-            size = (own.height_px, own.width_px)
-            decoding = decode.tiled_where_short(self.pipeline.vae, size, self.home.device)
+        decoding = decode.tiled_where_short(
+            self.pipeline.vae,
+            size_px=(own.height_px, own.width_px),
+            device=self.home.device,
+            bytes_a_pixel=self.family.facts.decoder_bytes_a_pixel,
+        )
 
         # The noise is drawn on the CPU, so that a seed means the same on every device.
         with decoding:

@@ -102,6 +102,9 @@ class Facts:
     article: str = "a"
     hub_tag: str = ""
     licence: str = ""
+    decoder_bytes_a_pixel: int = 4300
+    """Peak of its fp32 VAE decoder beside the weights, for a pixel of the picture; at most so
+    much."""
     file_mark: str = ""
     """A tensor that this family's single files have, in the layout of its authors."""
     models: tuple[Model, ...] = ()
@@ -353,6 +356,7 @@ FAMILIES = (
         call=', negative_prompt=" "',
         file_mark="txt_norm.weight",
         has_level_shift=True,
+        decoder_bytes_a_pixel=6_930,
         licence="Apache-2.0",
         memory=Memory(
             full_gib=25.915,
@@ -388,6 +392,7 @@ FAMILIES = (
         has_level_shift=True,
         file_mark="txt_in.text_norm.weight",
         takes_references=True,
+        decoder_bytes_a_pixel=12_290,
         licence="Qwen Research",
         memory=Memory(
             full_gib=27.68,
@@ -418,6 +423,7 @@ FAMILIES = (
         has_level_shift=True,
         guidance=4.5,
         no_guidance=0.0,
+        decoder_bytes_a_pixel=6_930,
         licence="Krea 2 Community",
         memory=Memory(
             full_gib=29.449,

@@ -21,13 +21,14 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.base import decode, load, machine
+from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import OTHERS, variants_in, weight_files
 from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import fixed_seeds
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
@@ -710,3 +711,23 @@ def test_a_unet_in_scaled_fp8_is_refused(spelling, tmp_path):
     save_file(tensors, tmp_path / "scaled.safetensors")
     with pytest.raises(UserError, match="scaled fp8, which is read of transformers alone"):
         load.load_pipeline(tmp_path / "scaled.safetensors")
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_path, monkeypatch):
+    """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
+    pipe = tiny_pipeline(name, tmp_path)
+    family = pipelines.family_of(pipe)
+    said, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
+    seen, whole = [], pipe.vae.decode
+
+    def noted(*given, **options):
+        seen.append(pipe.vae.use_tiling)
+        return whole(*given, **options)
+
+    monkeypatch.setattr(pipe.vae, "decode", noted)
+    for free in (None, 1e-4):
+        monkeypatch.setattr(machine, "free_gib", lambda device, free=free: free)
+        words = family.with_negative(said, empty)
+        fixed_seeds.drawn(pipe, words, [0], (64, 64), num_inference_steps=1)
+    assert seen == [False, True] and not pipe.vae.use_tiling
