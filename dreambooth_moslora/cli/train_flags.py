@@ -128,8 +128,13 @@ def settings_of(
     flags = dict(flags)
     file = flags.pop("config")
 
-    # A flag may replace another setting of the file, such as the photos by their other source.
-    given = {*flags, WORDS} if without_words else {*flags}
+    # A flag may replace another setting of the file, such as the photos by their other source. A
+    # switch that is turned off replaces none.
+    given = {
+        name for name, value in flags.items() if table.checked_setting(name, value) is not False
+    }
+    if without_words:
+        given.add(WORDS)
     settings = {}
     for name, value in (sources.load_settings(file) if file else {}).items():
         item = table.SETTINGS.get(name)

@@ -21,7 +21,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import families, sources, toys
+from dreambooth_moslora.settings import families, rules, sources, toys
 from dreambooth_moslora.settings.measures import CLIP, DINO
 from dreambooth_moslora.settings.subject_kinds import KINDS
 from dreambooth_moslora.settings.table import TrainConfig, shown_flag
@@ -115,8 +115,12 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
 
     # What of the recipe is another run's, or chosen by other settings.
     left_out = set(OWN)
-    if choices.given.get("do_edm_style_training"):
-        left_out.add("snr_gamma")
+    # It gives way to what was given and cannot stand beside it.
+    for setting, others in rules.EXCLUDED.items():
+        if choices.given.get(setting):
+            left_out.update(others)
+        if any(choices.given.get(other) for other in others):
+            left_out.add(setting)
     if base.facts and not base.is_toy and base.is_flow:
         left_out.update(families.OF_UNETS)
     layers = recipe.get("target_modules")

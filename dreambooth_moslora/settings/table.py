@@ -625,6 +625,7 @@ class TrainConfig:
         above=0,
         publish="always",
         elsewhere="min_snr_gamma",
+        yields_to=("debiased_estimation_loss", "do_edm_style_training"),
     )
     debiased_estimation_loss: bool = of_training(
         default=False,

@@ -322,6 +322,19 @@ def test_sdxl_is_scored_where_both_encoders_are_here(photos, tmp_path, monkeypat
         assert ("scores: none" in capsys.readouterr().err) == (steps is None)
 
 
+@pytest.mark.parametrize("flag", ["--debiased_estimation_loss", "--do_edm_style_training"])
+def test_a_recipe_or_a_file_gives_way_to_another_weighting(flag, photos):
+    """SDXL's recipe weighs by min-SNR, and who gave one flag was told to give one of two."""
+    sdxl = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
+    for words in (sdxl, [*sdxl, "--config", str(CONFIGS / "sdxl.toml")]):
+        chosen = parse_train_config([*words, flag])
+        assert getattr(chosen, flag[2:]) and chosen.snr_gamma is None
+        assert parse_train_config(words).snr_gamma == 5.0
+        assert parse_train_config([*words, flag, "false"]).snr_gamma == 5.0
+        with pytest.raises(UserError, match=f"--snr_gamma and {flag}: .*; give one of them"):
+            parse_train_config([*words, flag, "--snr_gamma", "5"])
+
+
 def test_a_cpu_without_bf16_trains_sdxl_in_fp32(photos, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_fast_bf16", lambda: False)
     words = [*photos, "--pretrained_model_name_or_path", STOCK_SDXL]
