@@ -11,7 +11,7 @@ from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, mistake_card, on
 from dreambooth_moslora.ui.html import photo_rows, with_cards
 from dreambooth_moslora.ui.photo_copies import PHOTO_TYPES, kept_photos
-from dreambooth_moslora.ui.train import mask_pictures, train_photos
+from dreambooth_moslora.ui.train import mask_pictures, train_form, train_photos
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_start import settings_of
 
@@ -82,7 +82,10 @@ def _connect_adding(ctx: state.AppContext, page: gr.Blocks, fields: dict, parts:
         return review(ctx, values)
 
     # What decides the crops may have changed.
-    changes = [page.load, fields["seed"].blur, fields["subject"].input]
+    changes = [page.load]
+    for name, row in train_form.rows().items():
+        if row.moves_crops:
+            changes.append(fields[name].blur if row.is_number else fields[name].input)
 
     @on(changes, TELLING, inputs_kwargs=fields, outputs=shown)
     def again(**values) -> tuple:

@@ -50,6 +50,8 @@ class FormField:
     """Values of the setting for a tick that is off, and on."""
     of_files: bool = False
     """Whether the embedded base has no use for it."""
+    moves_crops: bool = False
+    """Whether the grid of photos, each as the run will crop it, is drawn anew after it."""
     at_first: Callable[[str], Any] | None = None
     """From the base's name to the first value, if the base decides it."""
     fetched: str = ""
@@ -172,6 +174,7 @@ class TrainForm:
         line=20,
         setting="seed",
         always=True,
+        moves_crops=True,
         elem_id="train_seed",
     )
     make_masks: bool | None = asked(
@@ -231,6 +234,7 @@ class TrainForm:
         info="a person is known by the face, a style by how things look",
         line=1,
         setting="subject",
+        moves_crops=True,
         choices={"thing": "object", "person": "person", "style": "style"},
     )
     describe: str = asked(

@@ -18,7 +18,9 @@ from dreambooth_moslora.photos.examine import plans_of
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
 from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.photo_copies import kept_photos, take_photos
+from dreambooth_moslora.ui.train import train_form
 from dreambooth_moslora.ui.train.mask_pictures import shown_masks
 from dreambooth_moslora.ui.train.train_form import TrainForm
 from dreambooth_moslora.ui.train.train_photos import (
@@ -157,6 +159,18 @@ def test_the_crops_shown_are_those_of_the_very_run(tmp_path, workspace, base, se
         True,
         False,
     ]
+
+
+def test_a_field_that_moves_the_crops_draws_the_grid_anew(context, monkeypatch):
+    """Another number moves them too, if its row says so."""
+    rows = train_form.rows()
+    rows["rank"] = replace(rows["rank"], moves_crops=True)
+    monkeypatch.setattr(train_form, "rows", lambda: rows)
+    page = build_app(context())
+    again = next(event for event in page.fns.values() if event.name == "again")
+    labels = {number: getattr(block, "label", None) for number, block in page.blocks.items()}
+    targets = {(labels.get(number), trigger) for number, trigger in again.targets}
+    assert targets - {(None, "load")} == {("Seed", "blur"), ("Subject", "input"), ("Rank", "blur")}
 
 
 @pytest.fixture
