@@ -5,10 +5,10 @@ It only adds to the given flags; on a GPU it also chooses half precision, unless
 given. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
 the first of all. On Apple's, whose attention keeps all scores, it is always one that recomputes.
 
-Gradients of these differ at most by rounding, and so do those of one large pass and of several
-small ones (`--images_at_once`). A plan fits if its smallest pass does: photos and their prior one
-after the other keep half the activations, and recompute nothing. Of the plan, the largest pass that
-fits is taken.
+Gradients of these differ at most by rounding, but for quantised plans, and so do those of one large
+pass and of several small ones (`--images_at_once`). A plan fits if its smallest pass does: photos
+and their prior one after the other keep half the activations, and recompute nothing. Of the plan,
+the largest pass that fits is taken.
 
 A plan is known by its settings alone, never by its name.
 """
@@ -223,6 +223,9 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
 
 def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
     """Whether a base that is loaded for these settings can change to the plan."""
+    # Layers in 8 bit cannot be quantised further: a run out of memory passes them by.
+    if plan.get("base_quantization") == "int8":
+        return False
     # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
     if "base_quantization" in plan and (config.use_dora or config.stream_blocks):
         return False

@@ -61,13 +61,11 @@ def chosen(config: TrainConfig) -> tuple:
 
 def short(config: TrainConfig) -> str:
     """The plan in one word, with the images that pass at once."""
-    words = (
-        ["nf4"]
-        if config.base_quantization == "nf4"
-        else ["recompute"]
-        if config.gradient_checkpointing
-        else []
-    )
+    words = []
+    if config.base_quantization != "none":
+        words = [config.base_quantization]
+    elif config.gradient_checkpointing:
+        words = ["recompute"]
     words += ["ff"] * config.recompute_feed_forward
     return f"{' '.join(words) or 'full'}, {config.images_a_pass}"
 
@@ -347,6 +345,17 @@ def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch)
     assert memory_plans.leaner(plain, sdxl) == ("--memory RECOMPUTE_FF", settings)
     with_dora = replace(plain, gradient_checkpointing=True, use_dora=True)
     assert memory_plans.leaner(with_dora, sdxl) is None
+
+
+def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
+    """Layers in 8 bit cannot become those in 4 bit, in which the next plans train."""
+    card(8.0)
+    in_8_bit = CHECKPOINTED | {"base_quantization": "int8"}
+    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": table.PLANS["nf4"]}
+    monkeypatch.setattr(table, "PLANS", plans)
+    run = TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
+    flag, _ = memory_plans.leaner(run, family_memory.facts_named("sdxl"))
+    assert flag == "--memory nf4"
 
 
 def test_a_transformer_on_apples_gpu_gets_no_plan_of_unets(apple):
