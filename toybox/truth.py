@@ -66,8 +66,8 @@ class ToyTruth:
         renders in its place, with its own ceiling and floor. clip_t_ceiling, clip_t_floor: CLIP-T
         of the same renders; CLIP does not see a typical "rocket" in an unusual toy, however true
         its picture. judge_*: whether the judge reads the toy and place that were requested;
-        judge_*_ceiling: of true renders. sharpness, sharpness_ceiling: of the generated toy, and of
-        true renders through the autoencoder.
+        judge_*_ceiling: of true renders. toy_sharpness, toy_sharpness_ceiling: of the generated
+        toy, and of true renders through the autoencoder.
         """
         places = [place_in(template) for template in plan.templates]
         seen = {
@@ -138,8 +138,8 @@ class ToyTruth:
             torch.cat([r.masks for r in true]),
         )
         return {
-            "sharpness": drawn.view(len(places), seeds).numpy(),
-            "sharpness_ceiling": ceiling.view(len(places), VIEWS).numpy(),
+            "toy_sharpness": drawn.view(len(places), seeds).numpy(),
+            "toy_sharpness_ceiling": ceiling.view(len(places), VIEWS).numpy(),
         }
 
     @torch.no_grad()

@@ -274,7 +274,10 @@ class Evaluator:
         if self.photo_faces is not None:
             tables |= self._face_tables(subject.pictures, base.pictures)
         if self.truth is not None:
-            tables |= self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+            known = self.truth.tables(self.plan, subject.pictures, subject.dino, photos.dino)
+            if twice := known.keys() & tables.keys():
+                raise ValueError(f"the truth has tables of the same name: {sorted(twice)}")
+            tables |= known
         return tables
 
     def _style_tables(self, subject: Views, base: Views) -> Tables:

@@ -228,7 +228,7 @@ MEASURES = {
     "sharpness_of_ceiling": Measure(
         title="Sharpness of the toy, share of true renders' after the autoencoder",
         kind="share",
-        share=("sharpness", "sharpness_ceiling"),
+        share=("toy_sharpness", "toy_sharpness_ceiling"),
         study="values",
     ),
     "copied": Measure(

@@ -290,8 +290,8 @@ def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, pho
     assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
     assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
     assert good["judge_kind_ceiling"].shape == (3, 3)
-    assert good["sharpness"].mean() > max(
-        good["sharpness_ceiling"].mean(), 1.5 * blurred["sharpness"].mean()
+    assert good["toy_sharpness"].mean() > max(
+        good["toy_sharpness_ceiling"].mean(), 1.5 * blurred["toy_sharpness"].mean()
     )
 
 
@@ -375,10 +375,19 @@ def test_every_measure_is_computed_by_its_name(encoders, photos):
     assert MEASURES.keys() - found.keys() == OF_SOME
 
 
+def test_the_truth_overwrites_no_other_table(encoders, photos):
+    """It once had "sharpness", the name that a measure of all pictures would take."""
+    truth = SimpleNamespace(
+        tables=lambda *asked: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
+    )
+    with pytest.raises(ValueError, match=r"tables of the same name: \['dino'\]"):
+        Evaluator(PLAN, encoders, photos, truth=truth)(stub_pictures)
+
+
 def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
     """Every measure that has a scale or a base names tables that exist."""
-    known = {*MEASURES, "clip_i_base", "diversity_base", "sharpness"}
-    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "sharpness")}
+    known = {*MEASURES, "clip_i_base", "diversity_base", "toy_sharpness"}
+    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "toy_sharpness")}
     assert {
         name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name
     } <= known
