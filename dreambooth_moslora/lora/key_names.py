@@ -46,7 +46,7 @@ DIFFUSERS, KOHYA = "diffusers", "kohya"
 PEFT_PREFIX = "base_model.model."
 PREFIXES = (
     *(Prefix(f"{component}.", DIFFUSERS, (component,)) for component in COMPONENTS),
-    Prefix("lora_unet_", KOHYA, DENOISERS),
+    Prefix("lora_unet_", KOHYA, DENOISERS),  # of transformers too
     Prefix("lora_te_", KOHYA, ("text_encoder",)),  # of the one encoder of SD 1.5 and FLUX.1
     Prefix("lora_te1_", KOHYA, ("text_encoder",)),
     Prefix("lora_te2_", KOHYA, ("text_encoder_2",)),

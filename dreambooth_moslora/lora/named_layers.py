@@ -158,6 +158,11 @@ def shares_of(modules: Modules, pipeline: "DiffusionPipeline") -> Shares:
     # The others: with the names of the family's original files
     others = {module: parts for module, parts in modules.items() if module not in found}
     if not hasattr(pipeline, "unet"):
+        others = {
+            module: parts
+            for module, parts in others.items()
+            if "transformer" in module.prefix.components
+        }
         return found | in_original_file(others, pipeline.transformer, known["transformer"])
     labels = renamed([module for module in others if module.name.startswith("lora_")], pipeline)
     for module, (prefix, path) in labels.items():

@@ -169,6 +169,16 @@ def test_each_cell_of_the_page_of_formats_is_so(facts, tool, kind, pipelines, tm
                 lora_file.check_fits(lora_file.read_adapter(file, pipeline), pipeline)
 
 
+def test_layers_of_a_unet_alone_are_none_of_a_transformer(pipelines, tmp_path, monkeypatch):
+    """Its converter was asked for them: the file was read where the page says that it is not."""
+    pipeline, file = pipelines("z_image"), tmp_path / "x.safetensors"
+    monkeypatch.setitem(SPELLINGS, "kohya", lambda _, path: f"unet.{path}")
+    layers = layers_of(TINY_FAMILIES["z_image"], "kohya")
+    written(file, pipeline.transformer, layers, lora, "kohya")
+    with pytest.raises(UserError):
+        lora_file.check_fits(lora_file.read_adapter(file, pipeline), pipeline)
+
+
 def check_read(file, pipeline, facts, make, layers, wanted):
     """The file gives these layers these ΔW and magnitudes."""
     assert describe(file)["kind"]
