@@ -114,6 +114,7 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     # Faults of single photos
     for photo in report.photos:
         image = photo_file.open_rgb(photo)
+        # Of any scale beside the image's; behind what is not opaque the image is white.
         mask = photo_file.open_mask(photo)
         opaque = mask if photo.mask_path == photo.path else None
         reasons = []

@@ -100,3 +100,8 @@ BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
 
 def optimizer_of(config: Config) -> OptimizerKind:
     return OPTIMIZERS[config.optimizer]
+
+
+def that_take(setting: str) -> str:
+    """The names of the optimizers that take a setting, as a help text lists them."""
+    return ", ".join(name for name, kind in OPTIMIZERS.items() if kind.takes(setting))

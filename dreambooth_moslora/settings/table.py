@@ -758,7 +758,7 @@ class TrainConfig:
     )
     adam_beta1: float = of_optimizer(
         default=0.9,
-        help="beta1 of Adam and Prodigy",
+        help=f"beta1 of {optimizer_kinds.that_take('adam_beta1')}",
         low=0,
         below=1,
         publish="always",
@@ -766,7 +766,7 @@ class TrainConfig:
     )
     adam_beta2: float = of_optimizer(
         default=0.999,
-        help="beta2 of Adam and Prodigy",
+        help=f"beta2 of {optimizer_kinds.that_take('adam_beta2')}",
         low=0,
         below=1,
         publish="always",
@@ -774,7 +774,7 @@ class TrainConfig:
     )
     adam_epsilon: float = of_optimizer(
         default=1e-8,
-        help="epsilon of Adam and Prodigy",
+        help=f"epsilon of {optimizer_kinds.that_take('adam_epsilon')}",
         above=0,
         publish="always",
         idle=unless_optimized("adam_epsilon"),

@@ -11,7 +11,7 @@ from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.training import adapters
-from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import tiny_config
 
 
@@ -61,7 +61,7 @@ def gradients(
 
     # The pass of the prior without gradients, then a step.
     words = family.arguments(family.texts(pipeline, ["a dog"]))
-    z = torch.randn(1, *latent_shape(denoiser))
+    z = torch.randn(1, *latent_shape(name, denoiser))
     crops = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
     t = torch.tensor([500.0])
     with copied.for_one_step() as step:
@@ -77,14 +77,13 @@ def gradients(
 TARGETS = ("to_q", "to_qkv_mlp_proj")
 
 
-def latent_shape(denoiser: nn.Module) -> tuple[int, int, int]:
+def latent_shape(name: str, denoiser: nn.Module) -> tuple[int, int, int]:
     config = denoiser.config
     channels = config.get("in_channels")
-    is_packed = type(denoiser).__name__ in PACKED
+    is_packed = TINY_FAMILIES[name].as_tokens is pipelines.packed
     return (channels // 4 if is_packed else channels, 16, 16)
 
 
-PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "Krea2Transformer2DModel")
 CASES = [(facts.name, "none") for facts in FAMILIES] + [("flux", "nf4"), ("sdxl", "nf4")]
 
 

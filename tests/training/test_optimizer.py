@@ -175,7 +175,7 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         "--adam_epsilon has no effect with --optimizer RAdam"
     ]
     with pytest.raises(UserError, match=f"choose one of {', '.join(OPTIMIZERS)}"):
-        replace(flagged, optimizer="Lion")
+        replace(flagged, optimizer="Nobody")
     photos, sizes = (
         paint_photos(tmp_path / "photos", count=2),
         {"max_train_steps": 4, "checkpointing_steps": 2},
@@ -200,7 +200,8 @@ def test_an_optimizer_is_one_row_by_which_flag_estimate_step_and_checkpoint_know
         make_optimizer(TrainConfig(optimizer="AdamWScheduleFree"), [])
 
 
-# Shares of the rate at steps 1, 6 and 9 of 10: two steps of warm-up, three cycles, power 2.
+OF_SCHEDULES = {"lr_warmup_steps": 2, "lr_num_cycles": 3, "lr_power": 2.0}
+# Shares of the rate at steps 1, 6 and 9 of 10, with these.
 SHARES = {
     "linear": (0.5, 0.5, 0.125),
     "cosine": (0.5, 0.5, 0.0381),
@@ -214,13 +215,7 @@ SHARES = {
 def test_each_schedule_has_the_rates_of_its_name():
     assert SHARES.keys() == LR_SCHEDULES.keys()
     for name, shares in SHARES.items():
-        settings = TrainConfig(
-            lr_scheduler=name,
-            lr_warmup_steps=2,
-            lr_num_cycles=3,
-            lr_power=2.0,
-            learning_rate=1e-3,
-        )
+        settings = TrainConfig(lr_scheduler=name, learning_rate=1e-3, **OF_SCHEDULES)
         optimizer = make_optimizer(settings, parameter_groups(settings, components()))
         schedule = make_lr_schedule(settings, optimizer, max_train_steps=10)
         rates = [schedule.lr_lambdas[0](step) for step in (1, 6, 9)]
@@ -231,11 +226,9 @@ def test_each_schedule_has_the_rates_of_its_name():
 def test_a_schedule_goes_on_at_the_rate_at_which_it_stopped(name, tmp_path):
     settings = TrainConfig(
         lr_scheduler=name,
-        lr_warmup_steps=2,
-        lr_num_cycles=3,
-        lr_power=2.0,
         learning_rate=1e-3,
         text_encoder_lr=1e-4,
+        **OF_SCHEDULES,
     )
 
     def begun():
