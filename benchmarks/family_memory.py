@@ -30,8 +30,8 @@ from dreambooth_moslora.base.pipelines import METHODS
 from dreambooth_moslora.base.quantization import OUTPUTS_A_BLOCK, layers_of_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
-from dreambooth_moslora.plan.base_size import size_of_shapes
-from dreambooth_moslora.plan.memory import QUANTIZED_BYTES, estimate
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_shapes
+from dreambooth_moslora.plan.memory import GRADIENT_BYTES, QUANTIZED_BYTES, estimate
 from dreambooth_moslora.settings.families import FAMILIES, Facts
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
@@ -207,8 +207,11 @@ def with_a_real_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Count:
-    """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
+def count(
+    name: str, facts: Facts, denoiser: nn.Module, resolution: int, learns: bool = True
+) -> Count:
+    """One step of one picture by the adapted denoiser, as in `gpu_memory`; its forward pass alone,
+    as where it draws, unless it learns."""
     channels, pixels = MODELS[name][2]
     copies, family = WorkingCopies(denoiser), METHODS[facts.name](facts, told_guidance=3.5)
     z, time = (
@@ -219,6 +222,7 @@ def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Coun
         torch.device("meta"),
         Counter() as counter,
         flash_attention(),
+        torch.set_grad_enabled(learns),
         copies.for_one_step() as step,
     ):
         loss = (
@@ -228,8 +232,9 @@ def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Coun
             .mean()
         )
         kept = counter.live
-        loss.backward()
-        step.collect()
+        if learns:
+            loss.backward()
+            step.collect()
     denoiser.zero_grad(set_to_none=True)
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
 
@@ -244,9 +249,24 @@ def saved_gib(denoiser: nn.Module, plan: str) -> float:
     return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
 
 
+def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
+    """What was counted as `families` has it, but for `text_tokens`, `encoders` and `vae`.
+
+    steps: GiB of a step without gradients, by whether it is recomputed
+    drawing: GiB of a forward pass
+    """
+    memory = f"full_gib={steps[False]:.3f}, recomputed_gib={steps[True]:.3f}"
+    memory += f", drawing_gib={drawing:.3f}, parameters={size.unet / 1e9:.3f}e9"
+    model = f"parameters={size.unet:_}, in_blocks={size.projections:_}, streamed={size.streamed:_}"
+    model += f", largest_block={size.largest_block:_}, adapted_layers={size.adapted_layers}"
+    return f"    Memory({memory})\n    Model({model}, adapted_widths={size.adapted_widths:_})"
+
+
 def deviations(name: str, resolution: int, rank: int) -> list[float]:
-    """Print a line for each of `COUNTED`; returns |estimate / count - 1| of each."""
-    found, counts = [], {}
+    """Print a line for each of `COUNTED`, and the model's row; returns |estimate / count - 1| of
+    each."""
+    found, counts, steps = [], {}, {}
+    drawing = 0.0
     for plan in COUNTED:
         gc.collect()
         facts, denoiser = denoiser_of(*MODELS[name][:2])
@@ -256,9 +276,8 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
                 path: list(weight.shape) for path, weight in denoiser.named_parameters()
             }
         }
-        told = estimate(
-            config, size_of_shapes(facts, shapes, facts.targets), total_steps=100
-        ).training_gib
+        size = size_of_shapes(facts, shapes, facts.targets)
+        told = estimate(config, size, total_steps=100).training_gib
         weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
         with torch.device("meta"):
             add_adapters(config, {facts.denoiser: denoiser})
@@ -266,6 +285,10 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         is_recomputed = config.gradient_checkpointing
         if is_recomputed not in counts:
             ours = count(name, facts, denoiser, resolution)
+            steps[is_recomputed] = ours.peak_gib - adapter * GRADIENT_BYTES / GIB
+            # A pass alone, without the adapter's copies in bf16.
+            drawing = count(name, facts, denoiser, resolution, learns=False).peak_gib
+            drawing -= adapter * 2 / GIB
             disable_fast_path(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
@@ -277,6 +300,7 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         kernels = f"{counted.kernels:8,} {of_peft.kernels:8,} kernels"
         print(f"{line} {kernels} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
         found.append(abs(told / total - 1))
+    print(row_of(size, steps, drawing), flush=True)
     return found
 
 
