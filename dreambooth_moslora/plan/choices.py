@@ -123,6 +123,10 @@ def choose_recipe(choices: Choices, free_gib: float | None) -> int:
             left_out.add(setting)
     if base.facts and not base.is_toy and base.is_flow:
         left_out.update(families.OF_UNETS)
+    # The rate of an optimizer that a recipe names is that optimizer's alone.
+    named = recipe.get("optimizer", "").lower()
+    if named and str(choices.given.get("optimizer", named)).lower() != named:
+        left_out.add("learning_rate")
     layers = recipe.get("target_modules")
     if layers and choices.given.get("use_dora"):  # which is of projections alone
         recipe["target_modules"] = [name for name in layers if "conv" not in name]

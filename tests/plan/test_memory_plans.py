@@ -381,3 +381,12 @@ def test_every_card_trains_the_one_recipe_of_a_family(card, facts, free_gib, tmp
 def test_one_word_takes_the_recipe_of_the_bases_family(tmp_path):
     tiny_pipeline("z_image", tmp_path / "files").save_pretrained(tmp_path / "base")
     assert recipe_settings(Base.find(tmp_path / "base"))[0] == "z_image.toml"
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("AdamW", None), ("prodigy", 1.0), (None, 1.0)])
+def test_the_rate_of_a_recipes_optimizer_is_not_given_to_another(optimizer, rate):
+    """Z-Image's is Prodigy's: 1.0 would be ten thousand times AdamW's."""
+    given = {"pretrained_model_name_or_path": "Tongyi-MAI/Z-Image"}
+    choices = Choices(given | ({"optimizer": optimizer} if optimizer else {}))
+    choose_recipe(choices, 23.0)
+    assert choices.all.get("learning_rate") == rate
