@@ -49,10 +49,10 @@ Data: renders by `toybox.data.render_dataset`, none of a held-out combination: 2
 for the UNet, then 16,000 of seed 1001 from a nearer camera, and in the end 20,000 narrow ones of
 seeds 9101 and 9102 and 7,500 wide ones of seeds 9001 and 9003. Of the first the VAE saw 12,000
 beside 300 dead-leaves pictures, then its decoder 8,000 of seed 3, 11,000 of seed 11 and 4,000 of
-seed 101 with 1,632 latents that the UNet drew, and in the end the whole VAE 10,000 narrow ones of
-seed 9101 and 1,500 wide ones of seed 9001; 12,000 of an earlier version for the CLIP towers; 12,000
-of every combination, of seed 2, for the judge. The ViT learnt from 14,004 individuals in four
-views each.
+seed 101 with 1,632 latents that the UNet drew, then the whole VAE 10,000 narrow ones of seed 9101
+and 1,500 wide ones of seed 9001, and in the end its decoder 4,000 of seed 9201 with 1,056 latents
+that this UNet drew; 12,000 of an earlier version for the CLIP towers; 12,000 of every combination,
+of seed 2, for the judge. The ViT learnt from 14,004 individuals in four views each.
 
 Each row tells a part's last training. The VAE, the UNet and the judge went on from earlier ones,
 the first of which saw earlier versions of the scenery and the patterns: 10,450 steps of the VAE and
@@ -75,9 +75,9 @@ are kept only roughly by its VAE. Pictures are 128 px. Two toys in one picture, 
 for a second colour, and above all ornaments are its weakest side.
 
 Its shapes are soft: a robot's arms or a teapot's handle may melt into its body, and patterns
-smear. Before its last training two graders gave twenty of its pictures 2.5 of 5, and true renders
-4.7 (`python -m toybox.measures.grades`, `assets/studies/grades`); it was not graded since. The
-distances above hardly show that. At which noise it loses quality, `toybox.measures.ladder` tells
+smear. Two graders gave twenty of its pictures 2.5 of 5, as much as before its decoder was finished,
+and true renders 4.9 (`python -m toybox.measures.grades`, `assets/studies/grades`). The distances
+above hardly show that. At which noise it loses quality, `toybox.measures.ladder` tells
 (`docs/embedded-base.md`).
 
 ## Licence
