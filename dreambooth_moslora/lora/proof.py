@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names, raw_file
 from dreambooth_moslora.lora.key_names import KOHYA_KEYS
 from dreambooth_moslora.method.mixer import Components, Tensors
@@ -27,6 +27,8 @@ from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
 # Of ΔW, by rounding up and down
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 STOCK = "proof"
+# Of the loader's text: its cause stands at its end, behind a dump of the pipeline.
+MOST_LETTERS = 200
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,18 @@ def stock_layers(path: Path, components: Components) -> dict[str, LoraLayer]:
             )
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path.name} was not published: the stock loader refuses it: {one_line(error)}"
+                f"{path.name} was not published: the stock loader refuses it: {end_of(error)} "
+                "(probably a bug of ours; a training's checkpoints are kept, and it goes on with "
+                "--resume_from_checkpoint latest)"
             ) from error
     adapted = {name: twin for name, twin in twins.items() if hasattr(twin, "peft_config")}
     return raw_file.all_layers(adapted, STOCK)
+
+
+def end_of(error: Exception) -> str:
+    """The last words of the loader's error, as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_LETTERS else "…" + text[1 - MOST_LETTERS :]
 
 
 @contextmanager

@@ -247,6 +247,15 @@ def doubled(real, *arguments):
     return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
 
 
+def test_the_cause_stands_at_the_end_of_a_loaders_long_text():
+    """It was cut off, and a dump of the pipeline was shown."""
+    said = proof.end_of(ValueError("StableDiffusionXLPipeline {\n" + "x " * 400 + "\nExpected y"))
+    assert said.startswith("…") and said.endswith(" Expected y") and len(said) == 200
+    assert (
+        proof.end_of(ValueError("short")) == "short" and proof.end_of(ValueError()) == "ValueError"
+    )
+
+
 KOHYA_ALPHA, SWAPPED = (
     (key_names, "kohya_tensors", doubled),
     (published_file, "published_tensors", swapped),
