@@ -66,7 +66,7 @@ def run_check(args: argparse.Namespace) -> int:
     crops = None
     if not args.no_picture:
         crops = draw(report.photos, config, Path(config.instance_data_dir))
-    print(spelled_out(as_text(report, crops)))
+    print(spelled_out(as_text(report, judged_for(config), crops)))
     return 0
 
 
@@ -96,9 +96,16 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> 
     return f"the crops: {path}"
 
 
-def as_text(report: "PhotoReport", crops: str | None = None) -> str:
+def judged_for(config: table.TrainConfig) -> str:
+    """The model and the size for which photos are judged. The toy's 128 px ask for less."""
+    base = Base.of(config)
+    said = f"for {base.name} at {config.resolution} px"
+    return f"{said}; for SDXL add --base {STOCK_SDXL}" if base.is_toy else said
+
+
+def as_text(report: "PhotoReport", judged: str, crops: str | None = None) -> str:
     """The lines of an examined report, one of them about the picture of the `crops`, if it is
-    there."""
+    there. `judged` says for which model."""
     from dreambooth_moslora.photos.faults import faults_of
     from dreambooth_moslora.photos.photo_file import quoted
 
@@ -119,7 +126,7 @@ def as_text(report: "PhotoReport", crops: str | None = None) -> str:
     lines.append(f"{usable} usable, {left_out} left out, {beside} captions and masks")
     if crops:
         lines.append(crops)
-    lines.append(verdict(report))
+    lines.append(f"{verdict(report)} ({judged})")
     return "\n".join(lines)
 
 
@@ -130,14 +137,13 @@ def verdict(report: "PhotoReport") -> str:
 
     faulty = [photo.path.name for photo in filter(faults_of, report.photos)]
     good = len(report.photos) - len(faulty)
-    if not good:  # --leave_out takes no names of all
-        return f"verdict: no good photo is there: take {FEWEST} to 10 of the subject"
+    if good < FEWEST:  # the others are better than none
+        return f"verdict: {'; '.join(report.remarks)}"
     advice = ""
     if faulty:
         advice = f"leave out {', '.join(faulty)} (--leave_out {shlex.join(faulty)}); "
-    rest = f"{good} good {'photo is' if good == 1 else 'photos are'} there"
     enough = "; ".join(report.remarks) or "enough to train"
-    return f"verdict: {advice}{rest}, {enough}"
+    return f"verdict: {advice}{good} good photos are there, {enough}"
 
 
 def caption_arguments(parser: argparse.ArgumentParser) -> None:

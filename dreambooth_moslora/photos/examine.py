@@ -85,8 +85,14 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
             ImageDraw.Draw(framed).rectangle(frame, outline=FRAME_COLOUR, width=3)
         framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")
 
+        # Of a square photo each crop is the whole: one tells as much.
+        remarks = []
+        if len(plans) > 1 and len(set(plans)) == 1:
+            remarks.append(f"all {config.crops_per_photo} crops are the same")
+            crops = crops[:1]
+
         # The font of the sheet may lack other letters than ASCII's.
-        title = "; ".join([photo.path.name, *photo.reasons])
+        title = "; ".join([photo.path.name, *photo.reasons, *remarks])
         rows.append(Row(title.encode("ascii", "replace").decode(), [framed, *crops]))
     return rows
 
@@ -139,8 +145,13 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     # What is to be said of all of them.
     remarks = []
     good = [number for number, photo in enumerate(photos) if not faults.faults_of(photo)]
-    if len(good) < FEWEST:
+    if len(photos) < FEWEST:
         remarks.append(f"too few: take {FEWEST} to 10 of the subject")
+    elif len(good) < FEWEST:
+        remarks.append(
+            f"only {len(good)} of {len(photos)} photos {'is' if len(good) == 1 else 'are'} "
+            "without a fault: better ones help; training takes all"
+        )
     same = most_alike([backgrounds[number] for number in good])
     if same >= FEWEST and same > len(good) / 2:
         remarks.append(

@@ -27,6 +27,8 @@ from dreambooth_moslora.settings.table import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+# A photo that is enlarged more times than this is at fault; up to it only a little soft.
+MAX_ENLARGED = 1.5
 # Files that systems and programs leave in folders, by lower-case name
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
 
@@ -217,7 +219,10 @@ def read_photo(
         return Skipped(path, reason, is_photo=True, size_px=(height, width))
     if shorter < resolution_px:
         times = resolution_px / shorter
-        reasons.append(faults.reason("too small", width=width, height=height, times=times))
+        if times > MAX_ENLARGED:
+            reasons.append(faults.reason("too small", width=width, height=height, times=times))
+        else:
+            reasons.append(f"a little small: {width} x {height} px is enlarged {times:.1f} times")
 
     # What lies beside it
     beside = captions.sidecars.get((path.stem, MASK_SUFFIX))

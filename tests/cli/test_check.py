@@ -7,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.photos.examine import crop_rows
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.settings.families import STOCK_SDXL
+from dreambooth_moslora.settings.table import TrainConfig
 from tests.helpers.odd_photos import CASES, make_folder, picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,31 +58,58 @@ def test_a_folder_and_a_word_are_judged_as_train_would_and_end_in_a_verdict(tmp_
         and "“a photo of a sks rocket”" in shown.out
     )
     assert "40 x 40 px is enlarged 3.2 times" in shown.out, "to 128 px"
-    bad = (
-        "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); "
-        "2 good photos are there, too few"
-    )
-    assert shown.out.splitlines()[-1] == f"verdict: {bad}: take 3 to 10 of the subject"
+    few = "only 2 of 4 photos are without a fault: better ones help; training takes all"
+    judged = f"for toy at 128 px; for SDXL add --base {STOCK_SDXL}"
+    assert shown.out.splitlines()[-1] == f"verdict: {few} ({judged})"
     marks = [
         line.split()[0]
         for line in shown.out.splitlines()
         if line.startswith("  ") and ".jpg" in line
     ]
     assert marks == ["bad", "ok", "ok", "bad"]
-    assert main(["check", ".", "rocket", "--no_picture", "--resolution", "520"]) == 0
+    assert main(["check", ".", "rocket", "--no_picture", "--resolution", "800"]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "verdict: no good photo is there: take 3 to 10 of the subject", (
-        "a run leaves out no photos of all"
-    )
+    assert said.startswith("verdict: only 0 of 3 photos are without a fault: better ones help")
+    assert "at 800 px" in said
     shutil.copy(ROOT / "assets" / "subjects" / "rocket" / "02.jpg", tmp_path / "02.jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
     said = capsys.readouterr().out
-    assert said.endswith("3 good photos are there, enough to train\n")
+    bad = "leave out 00 copy.jpg, tiny.jpg (--leave_out '00 copy.jpg' tiny.jpg); "
+    enough = f"verdict: {bad}3 good photos are there, enough to train ({judged})\n"
+    assert said.endswith(enough)
     (tmp_path / "tiny.jpg").rename("$(reboot).jpg")
     assert main(["check", ".", "rocket", "--no_picture"]) == 0
     assert "(--leave_out '$(reboot).jpg' '00 copy.jpg')" in capsys.readouterr().out, (
         "a shell runs none"
     )
+
+
+def test_a_photo_that_is_enlarged_a_little_is_good_and_says_so(tmp_path, capsys):
+    """Ordinary photos of 780 px were all bad for SDXL, and none was good."""
+    for seed in range(3):
+        tiles = np.random.default_rng(seed).integers(40, 255, (6, 6, 3), np.uint8)
+        photo = Image.fromarray(tiles).resize((512, 512), Image.Resampling.NEAREST)
+        photo.save(f"{seed}.png")
+    assert main(["check", ".", "rocket", "--no_picture", "--resolution", "720"]) == 0
+    out = capsys.readouterr().out
+    assert "  ok    0.png" in out and "a little small: " in out and "enlarged 1.4 times" in out
+    assert "bad" not in out and "3 good photos are there, enough to train" in out
+
+
+def test_the_crops_of_a_square_photo_are_one_cell_and_it_says_why(tmp_path):
+    """Four equal crops stood beside each photo."""
+    picture(size_px=(96, 96)).save("a.png")
+    picture(size_px=(96, 160)).save("b.png")
+    photos = find_photos(tmp_path, "a photo of a sks dog", 64).photos
+    config = TrainConfig(
+        pretrained_model_name_or_path="toy",
+        instance_prompt="a photo of a sks dog",
+        resolution=64,
+        crops_per_photo=4,
+    )
+    square, long = crop_rows(photos, config)
+    assert square.title == "a.png; all 4 crops are the same" and len(square.images) == 2
+    assert long.title == "b.png" and len(long.images) == 5
 
 
 def test_the_picture_shows_every_photo_and_its_crops_and_never_lies_among_the_photos(

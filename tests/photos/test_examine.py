@@ -31,7 +31,7 @@ def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     photos |= {"0-small": photos["a"].resize((50, 50)), "1-smaller": photos["a"].resize((80, 80))}
     for name, photo in photos.items():
         photo.save(tmp_path / f"{name}.png")
-    report = examine(find_photos(tmp_path, PROMPT, 64))
+    report = examine(find_photos(tmp_path, PROMPT, 80))
     verdicts = {p.path.stem: "; ".join(p.reasons) for p in report.photos}
     assert verdicts["a"] == verdicts["c"] == "" and verdicts["b"] == "near-duplicate of a.png"
     assert verdicts["0-small"].startswith("too small") and verdicts["0-small"].endswith(
@@ -47,7 +47,7 @@ def test_blurred_and_nearly_equal_photos_are_named_and_others_are_not(tmp_path):
     assert named == FAULTS.keys()
     bad = {photo.path.stem for photo in report.photos if faults_of(photo)}
     assert bad == {stem for stem, words in verdicts.items() if words}
-    assert as_text(report, None).count("  bad   ") == len(bad)
+    assert as_text(report, "for toy").count("  bad   ") == len(bad)
 
 
 def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):

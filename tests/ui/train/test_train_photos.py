@@ -73,7 +73,7 @@ def test_photos_are_numbered_as_they_are_taken_and_each_fault_is_told(tmp_path, 
         "photo 3: near-duplicate of photo_02",
         "photo 4: blurred",
     )
-    for words in (*faults, "photo 5: too small", "too few: take 3 to 10"):
+    for words in (*faults, "photo 5: too small", "only 2 of 5 photos are"):
         assert words in found.remarks, (words, found.remarks)
     assert [caption == "good" for _, caption in found.crops] == [True, True, False, False, False]
 
