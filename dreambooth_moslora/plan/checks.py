@@ -259,16 +259,21 @@ def check_adapted_layers(config: table.TrainConfig, base: Base) -> None:
         check_patterns(config, layers)
 
 
+def check_distilled(base: Base, companion: str | None) -> None:
+    """Raises UserError for a distilled base without the LoRA that undoes it."""
+    if base.distilled and not companion:
+        raise UserError(
+            f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
+        )
+
+
 def family_settings(config: table.TrainConfig, base: Base) -> dict[str, Any]:
     """What the base's family says where nothing was chosen. Raises UserError for what it cannot
     obey."""
     facts = base.facts
     if facts is not None:
         check_family(config, facts)
-    if base.distilled and not config.companion:
-        raise UserError(
-            f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
-        )
+    check_distilled(base, config.companion)
     if facts is None or facts.style == "ddpm":
         return {}
     check_sides(config, facts)

@@ -433,6 +433,8 @@ MISTAKES += [
     (["--rank", "4", "dog", "--flag=dog"], "unknown flag --flag"),
 ]
 MISTAKES += [(["dog", "dog", "--instance_data_dir", "dog"], "give the folder of photos once")]
+# before eight lines of choices that name a recipe
+MISTAKES += [(["dog", "dog", "--base", "Tongyi-MAI/Z-Image-Turbo"], "distilled to a few steps")]
 MISTAKES += [(["dog", "dog", "--rank", "much"], "--rank 'much'")]
 MISTAKES += [(["--instance_prompt", "a", "sks", "dog"], "belongs to no flag")]
 
