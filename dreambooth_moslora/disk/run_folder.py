@@ -189,6 +189,12 @@ def find_weights(path: str | Path) -> Path:
     if path.is_dir():
         path = path / (PUBLISHED_NAME if (path / PUBLISHED_NAME).is_file() else RAW_NAME)
     if not path.is_file():
+        # A run's folder without the adapter, which is written at the end
+        if path.name == RAW_NAME and RunDir(path.parent).metrics_path.is_file():
+            raise UserError(
+                f"{path.parent} has no adapter: its run did not come to its end; "
+                f"`explain {path.parent}` says how to go on"
+            )
         raise UserError(f"there is no adapter file {path}")
     if path.suffix != ".safetensors":
         raise UserError(

@@ -31,7 +31,13 @@ from dreambooth_moslora.disk.events import (
 )
 from dreambooth_moslora.disk.process_identity import process_token
 from dreambooth_moslora.disk.queue import locked
-from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir, files_by_name, step_of
+from dreambooth_moslora.disk.run_folder import (
+    CHECKPOINT_FILES,
+    RunDir,
+    files_by_name,
+    find_weights,
+    step_of,
+)
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.beside import kept_captions
 from dreambooth_moslora.plan.checks import check_folders
@@ -54,6 +60,15 @@ while True:
     atomic_write(root / "one.txt", str(number) * 20000)
 """
 BEST = {"step": 2, "score": 0.5, "since": 0}
+
+
+def test_a_run_without_an_adapter_is_told_how_it_goes_on(tmp_path):
+    """It named a file of which no page speaks."""
+    with pytest.raises(UserError, match="there is no adapter file"):
+        find_weights(tmp_path)
+    RunDir(tmp_path).metrics_path.write_text("")
+    with pytest.raises(UserError, match=r"has no adapter: .*`explain .*` says how to go on"):
+        find_weights(tmp_path)
 
 
 def make_checkpoint(folder: Path, text: str = "x") -> None:
