@@ -342,7 +342,7 @@ def run_explain(args: argparse.Namespace) -> int:
     # How far it came
     shown = ""
     if found.exposures is not None:
-        shown = f"; each of {found.photos} photos was shown {found.exposures:.0f} times"
+        shown = f"; each of {found.photos:g} photos was shown {found.exposures:.0f} times"
     is_early = found.planned is not None and found.step < found.planned
     steps = f"{found.step} of {found.planned} steps" if is_early else f"{found.step} steps"
     print(spelled_out(f"{STATES.get(found.state, 'it has not ended')} after {steps}{shown}"))

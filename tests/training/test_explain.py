@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -148,6 +149,14 @@ def test_a_run_that_ended_early_is_told_the_command_that_goes_on(changes, says):
     run = replace(STOPPED, **changes)
     assert explain.leads(run) == says
     assert run.step or advice_after(run) == []
+
+
+def test_photos_are_counted_as_whole_numbers(monkeypatch, capsys):
+    """It said that each of 5.0 photos was shown: the record of a run keeps floats."""
+    run = replace(STOPPED, photos=5.0)
+    monkeypatch.setattr(command_evaluate, "figures_of", lambda run_dir: run)
+    assert main(["explain", "dog"]) == 0
+    assert "each of 5 photos was shown" in capsys.readouterr().out
 
 
 def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tmp_path, capsys):
