@@ -12,7 +12,7 @@ from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan import agreement, checks, choices
+from dreambooth_moslora.plan import agreement, choices
 from dreambooth_moslora.settings import families, table
 
 # Where runs go that have no --output_dir
@@ -31,6 +31,7 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
     Raises UserError.
     """
     from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.plan.checks import check_distilled
 
     # The words, and a wrong base before PyTorch is imported to ask for the GPU's memory
     folder, word = folder_and_word(words)
@@ -39,7 +40,7 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
         raise UserError(f"{words[0]} and --instance_data_dir: give the folder of photos once.")
     base = settings.get("pretrained_model_name_or_path")
     if base:
-        checks.check_distilled(Base.find(base), settings.get("companion"))
+        check_distilled(Base.find(base), settings.get("companion"))
 
     # The base. For photos of one's own the GPU is asked, which needs PyTorch.
     if not (folder / SUBJECT_FILE).is_file():
