@@ -34,6 +34,8 @@ SETTINGS = {
 LOGIN = "asks for a login: accept its terms on its page, then `hf auth login`"
 HUB_ANSWERS = {401: LOGIN, 403: LOGIN, 404: "has no such model"}
 """HTTP status -> what follows "the hub" in a message."""
+GIVE_ANOTHER = "give the folder of a base, or a .safetensors file"
+"""What helps where nobody has a base."""
 HUB_SEC = 5
 """How long the hub's answer is waited for."""
 Shapes = dict[str, list[int]]
@@ -163,7 +165,7 @@ class Base:
             return None
         return (
             f"the base {self.name} is not on this machine, and the hub {self._told}: "
-            "give the folder of a base, "
+            f"{GIVE_ANOTHER}, "
             f"or fetch it with `hf download {self.name}` where there is a connection."
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreambooth_moslora.base import files
-from dreambooth_moslora.base.base import Base, asked_of_hub
+from dreambooth_moslora.base.base import GIVE_ANOTHER, Base, asked_of_hub
 from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 BYTES_A_PARAMETER = 2
 """Of weights that are fetched, in half precision."""
+START_WITH = "start the page with `python app.py --base FOLDER_OR_FILE`"
+"""What helps on the page where nobody has a base: it takes none itself."""
 NEEDS_LOGIN = (
     "whoever finds this address could train here: ask for a login with --auth NAME:PASSWORD, "
     "or start a page that only draws with --public"
@@ -156,7 +158,7 @@ def context_of(args: argparse.Namespace) -> "AppContext":
     found = {first.public_name: first} if args.public else offered(first)
     bases = [page_base(title, base) for title, base in found.items()]
     # Only the base that was asked for is looked for on the hub, which takes seconds.
-    bases[0] = replace(bases[0], problem=first.unreachable or "")
+    bases[0] = replace(bases[0], problem=refusal_of(first))
     adapters_dir = user_path(args.adapters_dir).resolve()
     return state.AppContext(
         *bases,
@@ -165,6 +167,11 @@ def context_of(args: argparse.Namespace) -> "AppContext":
         workspace=new_workspace(),
         public=args.public,
     )
+
+
+def refusal_of(base: Base) -> str:
+    """Why nobody has it, and what helps on the page; "" where one has it."""
+    return (base.unreachable or "").replace(GIVE_ANOTHER, START_WITH)
 
 
 def page_base(title: str, base: Base) -> "PageBase":
@@ -179,7 +186,7 @@ def page_base(title: str, base: Base) -> "PageBase":
         asked_of_hub.cache_clear()
         now = Base.find(base.name)
         if now.unreachable:
-            raise UserError(now.unreachable)
+            raise UserError(refusal_of(now))
         return SubjectPipeline.from_base(as_fetched(now), resting=True)
 
     is_named = base.path is None or base.name in toys.TOYS

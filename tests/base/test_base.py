@@ -48,7 +48,7 @@ def world(tiny_base, tmp_path_factory):
 
 KNOWN, ELSEWHERE = (
     "black-forest-labs/FLUX.1-dev",
-    "as HF_HUB_OFFLINE is set: give the folder of a base",
+    "as HF_HUB_OFFLINE is set: give the folder of a base, or a .safetensors file",
 )
 TOY_FOLDER = TOYS["toy"]
 # fmt: off

@@ -151,6 +151,13 @@ def test_a_base_whose_weights_are_gone_is_told_of_and_does_not_keep_the_page_fro
     assert found.about.startswith("it cannot be used: [Errno 2]")
 
 
+def test_a_base_that_nobody_has_is_refused_with_the_flag_of_the_pages_start(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    told = app.refusal_of(Base.find("owner/elsewhere"))
+    assert "`python app.py --base FOLDER_OR_FILE`, or fetch it" in told and len(told) < 300
+    assert app.refusal_of(Base.find("toy")) == ""
+
+
 @pytest.mark.parametrize("public", [False, True])
 def test_a_public_page_has_the_operators_base_alone(tmp_path, public):
     app.add_arguments(parser := argparse.ArgumentParser())
