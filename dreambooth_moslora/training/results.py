@@ -166,8 +166,8 @@ def draw_loss_plot(
     """Write a PNG with the loss and its running mean, and with the scores if there are
     evaluations."""
     panels = 2 if evaluations else 1
-    figure = Figure(figsize=(7 * panels, 3.5), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(7, 3.5 * panels), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
 
     # The losses. Single steps vary so much that only the mean shows where they go.
     for key, (colour, label) in CURVES.items():
@@ -183,7 +183,7 @@ def draw_loss_plot(
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(frameon=False)
 
-    # The scores beside them.
+    # The scores below them.
     if evaluations:
         draw_fidelity(axes[1], evaluations)
     for panel in axes:
@@ -204,7 +204,9 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
     best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
     axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
     axes.set(xlabel="step", ylabel="score")
-    axes.legend(frameon=False, fontsize="small")
+    # Below the curves, which would hide it.
+    beneath = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}
+    axes.legend(frameon=False, fontsize="small", **beneath)
 
 
 @dataclass(eq=False)
