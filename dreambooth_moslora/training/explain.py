@@ -138,8 +138,7 @@ def about_the_class(run: Figures) -> Iterator[str]:
     spread = run.scores.get("drift_of_spread", 0.0)
     if moved is not None and moved > CLASS_MOVED:
         yield (
-            f"every {word} turns into yours (PRES went {min(moved, 1.0):.0%} of the way): "
-            f"try {remedy}"
+            f"every {word} turns into yours ({min(moved, 1.0):.0%} of the way to it): try {remedy}"
         )
     elif spread > DRIFTED:
         # The base's answers hold other things only if prompts name some.
@@ -253,8 +252,5 @@ def advice_after(run: Figures) -> list[str]:
 
 
 def closing_advice(run: Figures) -> list[str]:
-    """Up to three lines of advice for the end of a run, the most important first; none for a run
-    without scores."""
-    if not run.scores:
-        return []
+    """Up to three lines of advice for the end of a run, the most important first."""
     return advice_after(run)[:MOST_LINES] or [NOTHING]

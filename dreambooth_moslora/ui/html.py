@@ -71,6 +71,11 @@ def faint(text: str) -> str:
     return f'<div class="faint">{escape(text)}</div>'
 
 
+def log(text: str) -> str:
+    """Lines of a log; the page shows the newest first, as `#log` is scrolled from its end."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def remarks_card(lines: list[str], title: str = "") -> str:
     """A list under a title; "" for an empty list."""
     heading = f"<b>{escape(title)}</b>" if title else ""

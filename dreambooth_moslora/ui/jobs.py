@@ -261,7 +261,9 @@ class Jobs:
         # The state: what the trainer recorded at its end, or what its process tells.
         by_kind = {event.get("type"): event for event in events}
         end = by_kind.get("end", {})
-        if alive and job.stop_asked:
+        # A process that was stopped takes its request away before it ends.
+        has_stopped = job.has_process and end.get("state") == "interrupted"
+        if alive and (job.stop_asked or has_stopped):
             state = "stopping"
         elif alive:
             state = "running" if events else "starting"

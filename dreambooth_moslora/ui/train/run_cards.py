@@ -1,19 +1,28 @@
 """A run in words: how far it is, and what became of it."""
 
+from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.disk import events
-from dreambooth_moslora.training.explain import NOTHING, closing_advice
+from dreambooth_moslora.settings.prompts import trigger_words
+from dreambooth_moslora.training.explain import NOT_SCORED, NOTHING, closing_advice, is_short
 from dreambooth_moslora.training.figures import LEAST_LIKENESS, figures_from, known_config
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import sentence
 from dreambooth_moslora.ui.jobs import JobState
+from dreambooth_moslora.ui.photo_copies import kept_photos
 from dreambooth_moslora.ui.train import train_form
 
+BEGUN = "It has begun to learn your subject: likeness to the photos rose from {:.0%} to {:.0%}."
 LEARNED = "It learned your subject: likeness to the photos rose from {:.0%} to {:.0%}."
 NOT_LEARNED = "It hardly learned your subject: likeness to the photos was {:.0%}, and is {:.0%}."
 LOOK_YOURSELF = "Nothing was measured. Are the new pictures like your photos?"
-"""Verdicts on a finished run; the first two with likeness before and now."""
+"""Verdicts on a finished run; the first three with likeness before and now."""
+IN_COMFYUI = (
+    "For ComfyUI: put the file into its folder models/loras, choose it in a LoRA loader, "
+    "and write {} in the prompt."
+)
+"""Where the downloaded file goes, with the words of the subject."""
 PHASES = {
     "loading": "Loading the base",
     "captions": "Writing captions",
@@ -33,18 +42,22 @@ ENDINGS = {
 """State of a run that has ended -> what the page says of it."""
 
 
-def verdict_card(metrics: events.Metrics, has_best: bool) -> str:
+def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
     """What became of a finished run, in words, and what to do next.
 
-    With `has_best` its best step was kept. Advice for the command line is said in the form's words.
+    In `run_dir` are the page's copies of its photos. With `has_best` its best step was kept. Advice
+    for the command line is said in the form's words.
     """
-    figures = figures_from(metrics.events, known_config(metrics.last("start").get("config") or {}))
+    config = known_config(metrics.last("start").get("config") or {})
+    photos = kept_photos(run_dir / "photos")
+    figures = figures_from(metrics.events, config, {"count": len(photos)})
     # Did it learn the subject?
     before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))
     if now is None or before is None:
         verdict = LOOK_YOURSELF
     else:
-        said = LEARNED if now - before >= LEAST_LIKENESS else NOT_LEARNED
+        learned = BEGUN if is_short(figures) else LEARNED
+        said = learned if now - before >= LEAST_LIKENESS else NOT_LEARNED
         verdict = said.format(max(before, 0), max(now, 0))
     lines = [verdict]
     best = metrics.last("evaluation").get("best")
@@ -52,12 +65,16 @@ def verdict_card(metrics: events.Metrics, has_best: bool) -> str:
         lines.append(
             f"Step {best.get('step')} was the best: it is what you draw with and download."
         )
-    # What next?
-    advice = [line for line in closing_advice(figures) if line != NOTHING]
+    # What next? That nothing was scored is said already.
+    known = (NOTHING, NOT_SCORED)
+    advice = [line for line in closing_advice(figures) if not line.startswith(known)]
     for line in advice:
-        lines.append(f"Try next: {train_form.in_the_forms_words(line)}.")
+        lines.append(f"Next: {train_form.in_the_forms_words(line)}.")
     if not advice:
         lines.append("Next: “Draw with it”, in places that the photos do not show.")
+    words = " and ".join(f"“{word}”" for word in trigger_words(config))
+    if words:
+        lines.append(IN_COMFYUI.format(words))
     return html.remarks_card(lines)
 
 
@@ -83,11 +100,11 @@ def status_card(state: JobState, metrics: events.Metrics) -> str:
     # It trains.
     if state.phase in ("", "training") and last:
         line = f"Step {state.step} of {total}"
-        return html.progress_card(line, numbers_of(last), fraction)
+        return html.progress_card(line, numbers_of(last, has_time=True), fraction)
     if state.phase == "training":
         line = f"Step {state.step + 1} of {total} …"
         return html.progress_card(line, "the first takes longest", fraction)
-    # It does something else, which may be counted.
+    # It does something else, which may be counted: the time that is left is of the steps alone.
     line = PHASES.get(state.phase, state.phase or "Preparing")
     phase = metrics.last("phase")
     if int(phase.get("total") or 1) > 1:
@@ -95,10 +112,11 @@ def status_card(state: JobState, metrics: events.Metrics) -> str:
     return html.progress_card(f"{line} …", numbers_of(last), fraction)
 
 
-def numbers_of(step: dict[str, Any]) -> str:
-    """The numbers of a step's event, in one line; those that it has."""
+def numbers_of(step: dict[str, Any], *, has_time: bool = False) -> str:
+    """The numbers of a step's event, in one line; those that it has, with `has_time` the time that
+    is left as well."""
     parts = []
-    if step.get("eta_sec") is not None:
+    if has_time and step.get("eta_sec") is not None:
         parts.append(f"about {html.format_seconds(step['eta_sec'])} left")
     if step.get("memory_gib"):
         parts.append(f"{step['memory_gib']:.1f} GiB")

@@ -85,10 +85,11 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
     best = best_folder(run_dir) if ready else run_dir.path
     adapter = link(best / PUBLISHED_NAME, ready)
     kohya = link(best / run_dir.kohya_path.name, ready)
+    label = "Download for diffusers" if kohya else DOWNLOADS["download"][0]
     # The state, and what to make of it.
     status = status_card(state, metrics)
     if state.state == "done":
-        status += verdict_card(metrics, has_best=best != run_dir.path)
+        status += verdict_card(metrics, job.run_dir, has_best=best != run_dir.path)
     can_stop = state.is_active and job.has_process
     if state.is_active and not can_stop:
         status += html.faint(sentence(IN_TERMINAL) + ".")
@@ -97,13 +98,13 @@ def _shown(jobs: Jobs, job: Job, state: JobState, workspace: Workspace) -> dict[
         "stop": gr.Button(visible=can_stop),
         "resume": gr.Button(visible=is_over and state.state != "done"),
         "use": gr.Button(visible=ready),
-        "download": gr.DownloadButton(value=adapter, visible=bool(adapter)),
+        "download": gr.DownloadButton(label, value=adapter, visible=bool(adapter)),
         "download_kohya": gr.DownloadButton(value=kohya, visible=bool(kohya)),
         "samples": gr.Gallery(samples, visible=bool(samples)),
         "sheet": gr.Image(sheet, visible=bool(sheet)),
         "details": gr.Accordion(visible=True),
         "plot": gr.Image(plot, visible=bool(plot)),
-        "log": log_tail(job.run_dir),
+        "log": html.log(log_tail(job.run_dir)),
     }
 
 

@@ -18,8 +18,8 @@ NO_RUN = html.remarks_card(
 )
 """The state of a page without a run."""
 DOWNLOADS = {
-    "download": ("Download the LoRA", "download_adapter"),
     "download_kohya": ("Download for ComfyUI", "download_kohya"),
+    "download": ("Download the LoRA", "download_adapter"),
 }
 """Name -> label and id of a button."""
 
@@ -41,8 +41,7 @@ def watch_widgets() -> dict[str, Any]:
     look = {"open": False, "visible": False, "elem_id": "log_box"}
     with gr.Accordion("Curves and log", **look) as parts["details"]:
         parts["plot"] = _picture("Loss and scores", "plot")
-        look = {"show_line_numbers": False, "wrap_lines": True, "max_lines": 20}
-        parts["log"] = gr.Code(language=None, label="Log", elem_id="log", **look)
+        parts["log"] = gr.HTML("", elem_id="log", label="Log")
     return parts
 
 

@@ -15,7 +15,7 @@ from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
-from dreambooth_moslora.ui.train.run_cards import status_card
+from dreambooth_moslora.ui.train.run_cards import status_card, verdict_card
 from dreambooth_moslora.ui.train.run_list import run_cards
 from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, samples_of, watched
 from dreambooth_moslora.ui.train.train_form import in_the_forms_words
@@ -59,7 +59,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     catalog = AdapterCatalog(tmp_path / "adapters", tmp_path / "runs", workspace)
     assert catalog.files() == {"dog": run / PUBLISHED, "dog@best": run / "best" / PUBLISHED}
     now = look()
-    for words in ("Step 20 was the best", "Try next: the score fell from 0.50 at step 20"):
+    for words in ("Step 20 was the best", "Next: the score fell from 0.50 at step 20"):
         assert words in now["status"]
     assert "@" not in now["status"]
     files = {"download": PUBLISHED, "download_kohya": "dog.kohya.safetensors"}
@@ -67,6 +67,7 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
         now[name].visible and Path(str(now[name].value["path"])).name == file
         for name, file in files.items()
     )
+    assert now["download"].label == "Download for diffusers"
     later = {"sheet": "contact_sheet.png", "plot": "loss.png"}
     assert not any(now[name].visible for name in later)
     for file in later.values():
@@ -78,9 +79,26 @@ def test_the_card_names_the_best_step_which_is_on_the_shelf_and_offers_all_files
     recorded(run, {"type": "start"}, {"type": "end", "state": "done", "step": 30})
     now = look()
     assert now["download"].visible and not now["download_kohya"].visible
-    assert "Nothing was measured" in now["status"] and "Try next" not in now["status"]
+    assert now["download"].label == "Download the LoRA"
+    assert "Nothing was measured" in now["status"] and "Next: “Draw with it”" in now["status"]
     run.rename(run.with_name("best"))  # a run of that name is a run
     assert set(catalog.files()) == {"best", "best@best"}
+
+
+def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(tmp_path):
+    for number in range(5):
+        copy = tmp_path / "photos" / f"photo_{number:02d}.png"
+        copy.parent.mkdir(exist_ok=True)
+        copy.touch()
+    config = {"instance_prompt": "a photo of sks bear", "train_batch_size": 4}
+    short = [{"type": "start", "config": config}, {"type": "step", "step": 10}]
+    said = verdict_card(written(tmp_path, *short), tmp_path, has_best=False)
+    for words in ("Next: each photo was shown 8 times", "models/loras", "“sks bear”"):
+        assert words in said
+    assert "nothing was scored" not in said and "Draw with it" not in said
+    scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
+    said = verdict_card(written(tmp_path, *short, scores), tmp_path, has_best=False)
+    assert "It has begun to learn your subject" in said
 
 
 @pytest.mark.parametrize(
@@ -116,6 +134,13 @@ def test_a_run_that_is_gone_is_told(tmp_path, workspace):
     assert watched(jobs, None, None, workspace) == {}
 
 
+def test_a_run_that_was_stopped_is_stopping_until_its_process_has_ended(tmp_path):
+    """It takes the request away a moment before."""
+    ended = {"type": "end", "state": "interrupted", "step": 4}
+    job = recorded(tmp_path / "dog", {"type": "start"}, ended, birth=birth_of(os.getpid()))
+    assert Jobs(tmp_path).state(job).state == "stopping"
+
+
 def test_events_of_gigabytes_are_not_read_and_the_card_names_their_file(tmp_path, look):
     """A hole in a received folder: each look, once a second, took half a minute."""
     run = recorded(tmp_path / "runs" / "dog", {"type": "start"}).run_dir
@@ -129,7 +154,7 @@ def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint
     """On a CPU it takes minutes with SDXL, and nothing more is written before its end."""
     encoding, step = (
         {"type": "phase", "phase": "caching", "done": 3, "total": 4},
-        {"type": "step", "step": 7},
+        {"type": "step", "step": 7, "eta_sec": 90},
     )
     assert phase_of([encoding]) == "caching"
     last = phase_of([encoding, encoding | {"done": 4}])
@@ -137,7 +162,10 @@ def test_the_card_tells_of_a_first_step_after_the_last_photo_and_of_a_checkpoint
     drawing = [encoding | {"done": 4}, {"type": "phase", "phase": "sampling"}]
     assert phase_of(drawing) == "sampling"
     trains = JobState("running", 7, 400, phase_of([*drawing, step]))
-    assert "Step 7 of 400" in status_card(trains, written(tmp_path, *drawing, step))
+    told = status_card(trains, written(tmp_path, *drawing, step))
+    assert "Step 7 of 400" in told and "about 1 min 30 s left" in told
+    scores = JobState("running", 7, 400, "evaluating")
+    assert "left" not in status_card(scores, written(tmp_path, step))
     early = JobState("interrupted", 0, 100, "", "stopped before the first step")
     assert "Stopped before the first step." in status_card(early, Metrics(tmp_path))
     assert "checkpoint is written" in status_card(replace(early, message=""), Metrics(tmp_path))
