@@ -142,7 +142,7 @@ def told_of(count: int, faults: list[str]) -> str:
     title = f"{count} photo{plural}, shown as the run will crop them"
     if not faults:
         return html.faint(f"{title}.")
-    return html.remarks_card(faults, f"{title}. Worth a look:")
+    return html.remarks_card(faults, f"{title}:")
 
 
 def cards_of(found: PhotoReview) -> list[dict[str, str]]:

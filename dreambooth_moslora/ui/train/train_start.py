@@ -48,7 +48,7 @@ def start_run(ctx: state.AppContext, form: TrainForm) -> tuple[Job, str]:
         raise UserError(BUSY)
     with prepared(ctx, form) as run:
         job = ctx.jobs.start(run.run_dir.name, run.settings)
-    return job, html.remarks_card(run.said, f"{job.name} has started. {CHOSEN}")
+    return job, html.remarks_card(run.said, f"Chosen for {job.name}. {CHOSEN}")
 
 
 def add_to_queue(ctx: state.AppContext, form: TrainForm) -> tuple[str, str]:
