@@ -433,6 +433,7 @@ def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(serve
         (run := served.ctx.runs_dir / "ended").mkdir()
         (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
         PIL.Image.new("RGB", (900, 400)).save(run / "loss.png")
+        (run / "job.log").write_text("a line\n" * 39 + "the newest\n")
         recorded(run, {"type": "start"}, {"type": "end", "state": "done"})
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -447,6 +448,8 @@ def test_a_phone_has_the_results_under_the_button_and_a_dark_page_if_asked(serve
             assert web.fits(page), tab
         web.open_box(page, "log_box")
         page.locator("#plot img").wait_for()
+        log = page.locator("#log").evaluate("e => [e.scrollHeight - e.clientHeight, e.scrollTop]")
+        assert log[0] > 0 and log[1] == 0  # it is counted from the end
         words = (
             "e => { const r = document.createRange(); r.selectNodeContents(e); "
             "return r.getBoundingClientRect().x }"
