@@ -72,7 +72,7 @@ def faint(text: str) -> str:
 
 
 def log(text: str) -> str:
-    """Lines of a log; the page shows the newest first, as `#log` is scrolled from its end."""
+    """Lines of a log. The page opens it at its newest line: `#log` is scrolled from its end."""
     return f"<pre>{escape(text)}</pre>"
 
 
