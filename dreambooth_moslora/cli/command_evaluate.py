@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
-from dreambooth_moslora.disk.contents import read_json, stored_text
+from dreambooth_moslora.disk.contents import read_json, reason_of, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
 from dreambooth_moslora.errors import UserError, spelled_out
@@ -295,7 +295,10 @@ def plan_of(
 
     # The user's own prompts
     if file.is_file():
-        lines = map(str.strip, stored_text(file).splitlines())
+        try:
+            lines = map(str.strip, small_text(file).splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file}: {reason_of(error)}.") from error
         plan = replace(plan, templates=tuple(filter(None, lines)))
 
     if args.num_prompts:
