@@ -78,6 +78,10 @@ class TrustedHosts:
                 message["headers"] = [*message.get("headers", ()), FRAMES]
             await send(message)
 
+        # gradio keeps for all what it told the first who asked, with the Host of that request
+        if scope["path"].endswith("/info"):
+            scope["app"].api_info = None
+
         # gradio writes X-Forwarded-Host into addresses that all users get, so only known names pass
         asked = [pair for pair in scope["headers"] if self.may_pass(*pair)]
         await self.app(scope | {"headers": asked}, receive, send_unframed)

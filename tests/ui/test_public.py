@@ -15,7 +15,7 @@ import pytest
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.guard import MAX_FORM_BYTES, too_long
-from dreambooth_moslora.ui.page import MOST_WAITING
+from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
 from dreambooth_moslora.ui.state import MOST_STOPS
 from tests.helpers.ui_server import serve
 from tests.ui.conftest import refusal, wait_for
@@ -140,12 +140,15 @@ def test_what_a_picture_was_asked_is_not_changed_while_it_is_drawn(served):
     assert answer.status_code == 404 and answer.text == "not of this page"
 
 
-def test_no_request_writes_an_address_into_what_others_get(served):
-    served.page.app.api_info = None
-    evil = {"X-Gradio-Server": "http://evil.example"}
-    for headers in (evil, {}):
-        told = httpx.get(f"{served.url}gradio_api/info", headers=headers)
-        assert "generate" in told.text and "evil.example" not in told.text
+def test_no_request_writes_an_address_into_what_others_get(tiny_base, tmp_path):
+    """Not on a page that answers to every name, either."""
+    options = launch_options(any_host=True, public=True) | {"server_name": "127.0.0.2"}
+    with serve(tiny_base, tmp_path, public=True, **options) as server:
+        told = f"{server.url}gradio_api/info"
+        for headers in ({"X-Gradio-Server": "http://evil.example"}, {"Host": "evil.example"}):
+            assert httpx.get(told, headers=headers).is_success
+            answer = httpx.get(told)
+            assert "generate" in answer.text and "evil.example" not in answer.text
 
 
 def test_a_header_without_an_end_is_not_read_to_its_end(served):
