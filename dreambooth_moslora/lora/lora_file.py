@@ -147,7 +147,12 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
         found = {paths[path]: projection for path, projection in of_component.items()}
         own = {paths[path]: alpha for path, alpha in alphas.get(component, {}).items()}
         parts[component] = found, scales(component, found, own, settings, file.name)
-    return AdapterWeights(file.name, file_digest(file), parts, header)
+    return AdapterWeights(
+        file_name=file.name,
+        sha256=file_digest(file),
+        parts=parts,
+        header=header,
+    )
 
 
 def _base_path(component: str, path: str, pipeline: DiffusionPipeline) -> str:
