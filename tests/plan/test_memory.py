@@ -54,7 +54,7 @@ def test_a_scored_run_keeps_its_best_adapter_on_the_disk_too():
     [
         (1024, 16, 8, "full", 7_021),
         (1024, 16, 1, "recompute_ff", 7_211),
-        (768, 16, 2, "recompute", 9_640),
+        (768, 16, 2, "recompute", 9_650),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_count_and_the_kernels_are_few(

@@ -118,7 +118,7 @@ def test_its_vit_tells_individuals_apart_and_an_untrained_one_does_not():
 @pytest.mark.slow
 def test_its_vae_keeps_renders_and_its_clip_knows_their_captions(base):
     images, captions = parts.fresh_renders(100, seed=1)
-    assert parts.psnr_db(images, parts.reconstruct(base.vae, images)).mean() > 30
+    assert parts.psnr_db(images, parts.reconstruct(base.vae, images)).mean() > 29
     assert parts.retrieval_at_1(base, images, captions) > 0.8
 
 

@@ -59,13 +59,11 @@ def test_a_run_is_trained_as_captioned_and_masked_and_queued_once_more(of_toys, 
         with queue.turn():  # so that it stays there
             page.click("#add_to_queue")
             web.says(page, "cost", "duck-2 waits")
+            (waiting,) = queue.waiting()
         assert web.fits(page) and not visited.errors
     for run in ("duck", "duck-2"):
         assert (runs_dir / run / "photos" / "photo_02.txt").read_text() == "a sks duck at night"
-    trained, (waiting,) = (
-        json.loads((runs_dir / "duck" / "job_config.json").read_text()),
-        queue.waiting(),
-    )
+    trained = json.loads((runs_dir / "duck" / "job_config.json").read_text())
     words = ("instance_prompt", "class_prompt")
     assert [trained[name] == waiting.settings[name] for name in words] == [True, True]
     events = map(json.loads, (runs_dir / "duck" / "metrics.jsonl").read_text().splitlines())
