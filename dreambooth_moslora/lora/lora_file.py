@@ -84,8 +84,11 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # they leav
 def scales(
     component: str, found: Layers, alphas: dict[str, float], of_peft: dict, file_name: str
 ) -> Scales:
-    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid
-    settings, and for a file that goes with a changed base."""
+    """The alphas of one component, the file's by path or PEFT's. Raises UserError for invalid or
+    contradicting settings, and for a file that goes with a changed base."""
+    # diffusers refuses both, too: one of them would be ignored.
+    if of_peft and alphas:
+        raise broken(file_name, "it has both alphas and LoRA settings")
     prefix = f"{component}."
     settings = {k.removeprefix(prefix): v for k, v in of_peft.items() if k.startswith(prefix)}
     if settings:
@@ -137,10 +140,14 @@ def read_adapter(path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeight
     file = run_folder.find_weights(path)
     tensors, header = raw_file.read_tensors(file)
     own = beside(file, tensors)
+
+    # A checkpoint's own file, or one of any tool.
     if raw_file.RAW_KEY in tensors:
         layers, alphas, settings = fold_raw(file), {}, {}
     else:
         layers, alphas, settings = _read_published(file, tensors, header, own, pipeline)
+
+    # By the base's own paths, each projection with the scale that the file means.
     parts = {}
     for component, of_component in layers.items():
         paths = {path: _base_path(component, path, pipeline) for path in of_component}
@@ -283,15 +290,24 @@ def lora_config(found: Layers, scales: Scales) -> dict[str, Any]:
     }
 
 
-def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
-    """The file's content. Raises UserError for another base's, and for what no adapter of the run
-    can hold."""
+def read_for(flag: str, path: str | Path, pipeline: DiffusionPipeline) -> AdapterWeights:
+    """The content of a file that fits the pipeline. Raises UserError, which begins with the flag
+    that named it."""
     try:
         weights = read_adapter(path, pipeline)
         check_fits(weights, pipeline)
     except UserError as error:
-        raise UserError(f"--init_adapter: {error}") from error
+        raise UserError(f"{flag}: {error}") from error
+    return weights
+
+
+def read_start(path: str | Path, pipeline: DiffusionPipeline, use_dora: bool) -> AdapterWeights:
+    """The file's content. Raises UserError for another base's, and for what no adapter of the run
+    can hold."""
+    weights = read_for("--init_adapter", path, pipeline)
     name = f"--init_adapter {weights.file_name}"
+
+    # An adapter of this run has no biases, and magnitudes only where it is a DoRA.
     found = [
         projection
         for projections, _ in weights.parts.values()
@@ -322,6 +338,8 @@ def begin_with(
         for component, (found, scales) in weights.parts.items()
         for path, projection in found.items()
     }
+
+    # The layers that both have go on, the others begin anew.
     common = [path for path in live if path in update]
     if not common:
         first = f"it holds {min(update)}, the run trains {min(live)}"

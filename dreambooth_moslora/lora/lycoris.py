@@ -41,10 +41,12 @@ def lora_of(parts: Tensors, size: tuple[int, ...]) -> Factors:
 
 
 def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int]:
-    """LoHa's factors and its own rank."""
+    """LoHa's factors and its own rank. Raises ValueError."""
     rank = len(parts["hada_w1_b"])
-    up, down = factors(parts, "hada_w1", "hada_t1")
-    other_up, other_down = factors(parts, "hada_w2", "hada_t2")
+    up, down = factors(parts, "hada_w1", "hada_t1", outputs * inputs)
+    other_up, other_down = factors(parts, "hada_w2", "hada_t2", outputs * inputs)
+    if {(len(up), down.shape[1]), (len(other_up), other_down.shape[1])} != {(outputs, inputs)}:
+        raise ValueError("another size")
     if len(down) * len(other_down) >= min(outputs, inputs):
         return *whole((up @ down) * (other_up @ other_down)), rank
     return (
@@ -56,8 +58,8 @@ def hadamard(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor,
 
 def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor, int | None]:
     """LoKr's factors and its own rank, None if it has two whole matrices. Raises ValueError."""
-    up, down = factors(parts, "lokr_w1", "lokr_t1")
-    other_up, other_down = factors(parts, "lokr_w2", "lokr_t2")
+    up, down = factors(parts, "lokr_w1", "lokr_t1", outputs * inputs)
+    other_up, other_down = factors(parts, "lokr_w2", "lokr_t2", outputs * inputs)
     if (len(up) * len(other_up), down.shape[1] * other_down.shape[1]) != (outputs, inputs):
         raise ValueError("another size")
     rank = next((len(parts[name]) for name in ("lokr_w1_b", "lokr_w2_b") if name in parts), None)
@@ -66,13 +68,16 @@ def kronecker(parts: Tensors, outputs: int, inputs: int) -> tuple[Tensor, Tensor
     return torch.kron(up, other_up), torch.kron(down, other_down), rank
 
 
-def factors(parts: Tensors, name: str, core: str) -> Factors:
-    """The product that one matrix of LoHa or LoKr is."""
+def factors(parts: Tensors, name: str, core: str, most: int) -> Factors:
+    """The product that one matrix of LoHa or LoKr is. Raises ValueError for a core that makes more
+    than `most` numbers, which could be more than the memory holds."""
     if name in parts:
         return whole(parts[name].flatten(1))
     up, down = parts[f"{name}_a"], parts[f"{name}_b"]
     if core not in parts:
         return up, down
+    if up.shape[1] * down.shape[1] * parts[core].shape[2:].numel() > most:
+        raise ValueError("another size")
     return whole(torch.einsum("ijhw,jn,io->onhw", parts[core], down, up).flatten(1))
 
 

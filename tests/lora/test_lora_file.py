@@ -576,6 +576,11 @@ def test_comfyui_s_prefix_keeps_the_settings_of_the_header(tmp_path):
     _, scales = lora_file.read_adapter(file, pipeline).parts["transformer"]
     assert scales.of(key, 2) == 3
 
+    # Alphas beside these settings would be ignored.
+    save_file(tensors | {f"diffusion_model.{key}.alpha": torch.tensor(1.0)}, file, header)
+    with pytest.raises(UserError, match="has both alphas and LoRA settings"):
+        lora_file.read_adapter(file, pipeline)
+
 
 def test_what_peft_saves_is_read_with_its_settings(tiny_base, tmp_path):
     """Of the second text encoder, whose names the first has too."""
@@ -719,6 +724,14 @@ def test_what_is_broken_or_of_another_base_is_refused_in_one_line(subject, tmp_p
         f"{LYCORIS_QUERY}.lokr_w2": torch.ones(1, 10**6),
     }
     refused(subject, tmp_path, huge, misfit)
+    core = {
+        "lokr_w1": torch.ones(1, 1),
+        "lokr_t2": torch.ones(1, 1, 1, 1),
+        "lokr_w2_a": torch.ones(1, 10**5),
+        "lokr_w2_b": torch.ones(1, 10**5),
+    }
+    of_core = {f"{LYCORIS_QUERY}.{part}": tensor for part, tensor in core.items()}
+    refused(subject, tmp_path, of_core | {f"{LYCORIS_QUERY}.alpha": torch.ones(1)}, misfit)
     refused(
         subject,
         tmp_path,
