@@ -173,6 +173,7 @@ def run_caption(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.captions import load_captioner, make_beside
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
+    # Captions are made as a training on this base makes them.
     config = table.TrainConfig(
         pretrained_model_name_or_path=args.base,
         instance_prompt=f"a photo of a {args.subject.strip()}",
@@ -185,6 +186,7 @@ def run_caption(args: argparse.Namespace) -> int:
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
 
+    # One photo after the other, each told when its caption is there.
     terminal.hush()
     captioner = load_captioner(config, best_device())
     captions = make_beside(report.photos, captioner, config.instance_prompt)

@@ -102,6 +102,7 @@ def train_subject(
     """
     if base is not None:
         settings["pretrained_model_name_or_path"] = str(base)
+    # The given settings are checked before the rest is chosen.
     given = table.check_each(settings)
     chosen = one_word.choose([str(photos), word], given, has_recipe=False)
     for line in filter(None, chosen.last_words):

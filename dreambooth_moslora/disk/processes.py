@@ -204,6 +204,7 @@ def start_logged(
     inherits: open files that are passed on, but not on Windows
     """
     (run_dir / STOP_NAME).unlink(missing_ok=True)
+    # The log follows the run line by line, and a file beside it asks the run to stop.
     own = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",

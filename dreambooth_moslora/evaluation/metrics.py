@@ -200,6 +200,7 @@ def load_clip(name: str | Path, device: str | torch.device) -> Clip:
 
 def clip_in_pipeline(folder: Path, device: str | torch.device) -> Clip:
     """The CLIP of a pipeline's folder: its image encoder, and its second text encoder."""
+    # Its two halves lie in folders of their own, as parts of the pipeline.
     vision = frozen(
         transformers.CLIPVisionModelWithProjection,
         folder / "image_encoder",

@@ -53,6 +53,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "adapter": about.adapter,
         "base": about.base,
         "encoders": {"clip": clip, "dino": dino},
+        # What was drawn, and how.
         "subject": asdict(plan.subject),
         "protocol": {
             "prompts": len(plan.templates),
@@ -64,6 +65,7 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
             "adapter_scale": about.adapter_scale,
             "interval": "95 %, crossed bootstrap over prompts and seeds",
         },
+        # What was measured in it.
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
         "dino_of_photos": None if math.isnan(of_photos) else round(of_photos, 4),
         "relative": found.relative(),

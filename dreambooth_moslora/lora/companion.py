@@ -26,12 +26,9 @@ Layers = dict[str, LowRank]
 def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
     """The companion in a LoRA file. Raises UserError for another base's, and for more than a plain
     LoRA of the denoiser."""
-    try:
-        weights = lora_file.read_adapter(path, pipeline)
-        lora_file.check_fits(weights, pipeline)
-    except UserError as error:
-        raise UserError(f"--companion: {error}") from error
+    weights = lora_file.read_for("--companion", path, pipeline)
 
+    # Of the denoiser alone, as nothing is trained or drawn with other parts changed.
     facts = facts_of(type(pipeline).__name__)
     found = {}
     for component, (layers, scales) in weights.parts.items():

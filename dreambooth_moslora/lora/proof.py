@@ -192,8 +192,10 @@ def prove_kohya_dora(
     path: Path, tensors: Tensors, live: dict[str, LoraLayer], adapter_name: str
 ) -> FileProof:
     """Compare ΔW and DoRA's magnitudes as the file defines them."""
-    differences, components = {}, {name.partition(".")[0] for name in live}
+    differences = {}
+    components = {name.partition(".")[0] for name in live}
     for name, layer in live.items():
+        # What the file has of the layer, under kohya's name.
         component, module = name.split(".", 1)
         named = key_names.kohya_name(
             component, key_names.published_path(component, module), components
@@ -202,6 +204,8 @@ def prove_kohya_dora(
             tensors[key_names.spell(KOHYA_KEYS, named, part)].double()
             for part in ("up", "down", "alpha", "dora_scale")
         )
+
+        # What the live layer computes with.
         wanted = delta(layer, adapter_name)
         size = layer.lora_magnitude_vector[adapter_name].weight.cpu()[:, None]
         differences[name] = max(

@@ -295,6 +295,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
     which `set_scale` does not change."""
+    # Without a mixer, B is PEFT's own.
     lora_b = layer.lora_B[adapter_name]
     if isinstance(lora_b, mixer.MixerLinear):
         mix, up = lora_b.mixer, lora_b.up

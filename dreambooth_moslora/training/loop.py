@@ -481,6 +481,7 @@ def training_of(
     max_train_steps: int,
 ) -> Training:
     """The run, with what draws and publishes the adapter that `train_step` trains."""
+    # Pictures are drawn by the adapter as it is at that step.
     sampler = Sampler(
         pipeline=inputs.pipeline,
         embed=train_step.texts,
@@ -488,6 +489,7 @@ def training_of(
         device=context.accelerator.device,
         should_stop=context.should_stop,
     )
+    # What is published is drawn once more, by the same sampler.
     publisher = results.Publisher(
         config=config,
         run_dir=context.run_dir,

@@ -106,6 +106,7 @@ class PhotoEncoder:
     ) -> tuple[str, Callable[[], Tensors]]:
         """The crop's key in the cache, and the function that encodes it. That raises UserError if
         the cache was changed after the VAE had left memory."""
+        # All that the encoding depends on: pixels, mask, crop and VAE.
         key = content_key(
             photo=self._digest(photo.path),
             subject=photo.mask_path and self._digest(photo.mask_path),

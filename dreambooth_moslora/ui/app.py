@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         spellings = dict.fromkeys([*names, *(f"--{one[2:].replace('_', '-')}" for one in names)])
         parser.add_argument(*spellings, dest=name, **options)
 
+    # What it draws with, and where it finds and keeps what it shows.
     add(
         "base",
         default="toy",
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of .safetensors adapters to offer",
     )
     add("runs_dir", default="runs", help="folder of training runs (default runs)")
+    # Where it listens, and who may come.
     add(
         "server_name",
         default="127.0.0.1",

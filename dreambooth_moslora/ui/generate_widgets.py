@@ -117,12 +117,14 @@ def result_widgets(ctx: state.AppContext) -> dict[str, Any]:
     """The widgets of the results, by name; a public page has no history, which is its owner's."""
     parts: dict[str, Any] = {"status": gr.HTML(IDLE, elem_id="status", label="Status")}
     with gr.Tabs(elem_id="result_tabs", selected="pictures") as parts["tabs"]:
+        # What is being drawn, and what came of it.
         with gr.Tab("Pictures", id="pictures"):
             parts["preview"] = gr.HTML("", elem_id="preview")
             parts |= _gallery("Pictures", "gallery")
             parts["used_seed"] = gr.Number(
                 label="Seed used", interactive=False, elem_id="used_seed", visible="hidden"
             )
+        # One picture with and without the adapter, from the same noise.
         with gr.Tab("Compare", id="compare"):
             parts["compare"] = gr.Button("Compare at the same seed", elem_id="compare")
             gr.HTML(faint("Left without, right with the adapter."))

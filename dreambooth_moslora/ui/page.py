@@ -177,11 +177,13 @@ def launch_options(
     """
     hosts = None if any_host else guard.LOOPBACK | {name for _, name, _ in allowed}
     return {
+        # How it looks, and what gradio adds at the foot.
         "theme": html.THEME,
         "css": html.CSS,
         "head": html.HEAD,
         "footer_links": ["api"],
         "run_history": False,
+        # Who may ask what, and for how many it keeps something.
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {
             "middleware": [Middleware(guard.DrawsOnly if public else guard.BeforeLogin)],
@@ -238,12 +240,16 @@ def recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     params = recipe.params
     origin = recipe.provenance
     hashes = dict(origin.adapter_sha256)
+
+    # Each adapter with the digest by which its file is known.
     adapters = []
     for name, scale in params.adapters:
         line = f"{name}, scale {scale:g}"
         if name in hashes:
             line += f"\nsha256 {hashes[name]}"
         adapters.append(("Adapter", line))
+
+    # What an older recipe may leave out.
     size = f"{params.width_px} × {params.height_px} px" if params.width_px else ""
     guidance = "" if params.guidance_scale is None else f"{params.guidance_scale:g}"
     scheduler = SCHEDULERS[params.scheduler].title if params.scheduler else ""

@@ -210,6 +210,7 @@ def run_study(
     ranks = budget_ranks(study) if jobs else {}
     runner = runner or run_cells
 
+    # What an earlier call has left is read, the rest is trained.
     def finished(cells: list[Cell]) -> list[Result]:
         todo = [cell for cell in cells if not result_path(study, cell, out).is_file()]
         done = len(cells) - len(todo)
@@ -220,6 +221,7 @@ def run_study(
             )
         return read_results(study, cells, out)
 
+    # The rates are tuned first, on subjects of their own.
     tuned = finished(study.tuning_cells())
     return tuned + finished(compared_cells(study, tuned))
 
@@ -283,6 +285,7 @@ def cells_on_cluster(
     most: trainings at once; None for as many as the machines hold
     """
 
+    # Made one by one: what a cell takes of a machine is only known with its settings.
     def tasks() -> Iterator[ray_fleet.Task]:
         for cell in cells:
             rank = ranks[cell.arm, cell.rank]

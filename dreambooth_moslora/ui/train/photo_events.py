@@ -106,6 +106,7 @@ def _connect_masks(ctx: state.AppContext, fields: dict, parts: dict) -> None:
         api_visibility="private",
     )
     def show(**values) -> tuple:
+        # Each mask lies over its photo in the grid; what is remarkable is told beside it.
         lines = [SHOWN]
         masks = {}
         config = settings_of(ctx, TrainForm(**values))
