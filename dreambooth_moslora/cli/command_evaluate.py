@@ -26,8 +26,10 @@ from dreambooth_moslora.training import explain
 from dreambooth_moslora.training.figures import figures_of
 
 if TYPE_CHECKING:
+    from dreambooth_moslora.evaluation.metrics import Encoders
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-    from dreambooth_moslora.evaluation.score_tables import Evaluation
+    from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
 EVALUATE_EPILOG = """examples:
@@ -107,39 +109,92 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.reference:
         check_references(Base.find(base), config)
     say_loading()
-    from dreambooth_moslora.base import load, pipelines
-    from dreambooth_moslora.evaluation import metrics, references, report, score_tables
+    from dreambooth_moslora.base import load
+    from dreambooth_moslora.evaluation import report
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     hush()
 
-    # The photos and the plan of each subject
-    subjects = config.each_subject
+    # The photos, and what is asked of each subject
     folders = photo_report(config)
     log_strays(folders)
-    photos = folders.photos
-    of_each = report.photos_by_subject(photos, len(subjects))
+    subjects = config.each_subject
+    of_each = report.photos_by_subject(folders.photos, len(subjects))
     plans = [plan_of(args, subject, own) for subject, own in zip(subjects, of_each)]
 
     # The models: what draws, and what looks
     pipeline = SubjectPipeline.from_base(base)
     name = pipeline.load_adapter(find_asset(args.adapter))
-    device = pipelines.denoiser_of(pipeline.pipeline).device
-    faces = subject_kinds.any_has_face(subjects)
-    known_as = config.pretrained_model_name_or_path
-    encoders = metrics.load_encoders(known_as, args.clip, args.dino, device, faces)
+    guidance = args.guidance_scale
+    if guidance is None:
+        guidance = load.default_guidance(pipeline.pipeline)
     evaluators = report.evaluators_of(
         subjects=subjects,
-        photos=photos,
+        photos=folders.photos,
         plans=plans,
-        encoders=encoders,
+        encoders=encoders_beside(args, config, pipeline),
         size_px=pipeline.resolution_px,
     )
-    followed = args.guidance_scale
-    if followed is None:
-        followed = load.default_guidance(pipeline.pipeline)
 
-    # Pictures and scores, with one bar over all of them
+    # Pictures and scores of each subject
+    found = scored(args, config, evaluators, pipeline, name, guidance)
+
+    # The files, and the figures on the terminal
+    about = report.ReportContext(
+        adapter=name,
+        base=pipeline.base_name,
+        encoders=evaluators[0].encoders.names,
+        inference_steps=evaluators[0].plan.inference_steps,
+        guidance_scale=guidance,
+        adapter_scale=args.scale,
+    )
+    files = report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
+    print(summary(report.pooled(found)))
+    for one in found:
+        if one.beside:
+            print(f"{'references':18} {one.beside.verdict}")
+    for file in files:
+        print(file)
+    return 0
+
+
+def encoders_beside(
+    args: argparse.Namespace, config: table.TrainConfig, pipeline: "SubjectPipeline"
+) -> "Encoders":
+    """What looks at the pictures, on the device where the pipeline draws them."""
+    from dreambooth_moslora.base import pipelines
+    from dreambooth_moslora.evaluation import metrics
+
+    return metrics.load_encoders(
+        config.pretrained_model_name_or_path,
+        args.clip,
+        args.dino,
+        pipelines.denoiser_of(pipeline.pipeline).device,
+        subject_kinds.any_has_face(config.each_subject),
+    )
+
+
+def scored(
+    args: argparse.Namespace,
+    config: table.TrainConfig,
+    evaluators: "list[Evaluator]",
+    pipeline: "SubjectPipeline",
+    name: str,
+    guidance: float,
+) -> "list[Evaluation]":
+    """The evaluation of each subject, with one bar over all pictures.
+
+    args: of the command
+    config: the run's settings
+    evaluators: of the subjects
+    pipeline: that draws
+    name: of the adapter in it
+    guidance: of all pictures
+    """
+    from dreambooth_moslora.evaluation import references, score_tables
+
+    # References are drawn without the adapter and with it.
+    plans = [evaluator.plan for evaluator in evaluators]
     count = sum(map(picture_count, plans))
     if args.reference:
         count += 2 * sum(len(plan.subject_requests) for plan in plans)
@@ -155,31 +210,14 @@ def run_evaluate(args: argparse.Namespace) -> int:
             pipeline,
             name,
             on_picture=bar.update,
-            guidance_scale=followed,
+            guidance_scale=guidance,
             text_options=text_options_of(config),
         )
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.reference:
             for evaluator, one in zip(evaluators, found):
                 one.beside = references.compare(evaluator, one, judge, args.scale)
-
-    # The files, and the figures on the terminal
-    about = report.ReportContext(
-        adapter=name,
-        base=pipeline.base_name,
-        encoders=encoders.names,
-        inference_steps=plans[0].inference_steps,
-        guidance_scale=followed,
-        adapter_scale=args.scale,
-    )
-    files = report.write_reports(folder=folder, evaluators=evaluators, found=found, about=about)
-    print(summary(report.pooled(found)))
-    for one in found:
-        if one.beside:
-            print(f"{'references':18} {one.beside.verdict}")
-    for file in files:
-        print(file)
-    return 0
+    return found
 
 
 def check_paths(args: argparse.Namespace) -> None:
