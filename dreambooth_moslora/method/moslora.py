@@ -262,12 +262,6 @@ def mixer_parameters(
     return [(name, parameter) for name, parameter in named if name.endswith(".lora_B.mixer")]
 
 
-def set_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
-    """Multiply the adapter's own s = alpha/r by `scale` (1 = as trained)."""
-    for layer in adapter_layers(model, adapter_name).values():
-        layer.set_scale(adapter_name, scale)
-
-
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """PEFT's layers, of any adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -294,7 +288,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 def matrices_of(layer: LoraLayer, adapter_name: str) -> mixer.MixedLowRank:
     """The live A, M, B and magnitude of one layer, not copied. Its scale is the s of training,
-    which `set_scale` does not change."""
+    which PEFT's `set_scale` does not change."""
     # Without a mixer, B is PEFT's own.
     lora_b = layer.lora_B[adapter_name]
     if isinstance(lora_b, mixer.MixerLinear):

@@ -9,6 +9,8 @@ from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_t
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from dreambooth_moslora.method import moslora
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -49,3 +51,9 @@ def base_bytes(pipeline: StableDiffusionXLPipeline) -> str:
         for key in sorted(plain):
             digest.update(key.encode() + plain[key].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def set_scale(model, scale: float, adapter_name: str = "default") -> None:
+    """Multiply the adapter's own s = alpha/r by `scale` (1 = as trained)."""
+    for layer in moslora.adapter_layers(model, adapter_name).values():
+        layer.set_scale(adapter_name, scale)

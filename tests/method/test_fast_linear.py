@@ -18,9 +18,9 @@ from dreambooth_moslora.method.moslora import (
     adapter_layers,
     disabled,
     inject,
-    set_scale,
 )
 from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_adapters import set_scale
 
 RANK = 3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

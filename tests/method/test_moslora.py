@@ -38,6 +38,7 @@ from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, shake, text_encoders
 from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_adapters import set_scale
 
 MIXED = [kind for kind in MIXERS if kind != "none"]
 X = torch.randn(7, 12, generator=torch.Generator().manual_seed(9))
@@ -175,9 +176,9 @@ def test_several_adapters_scale_disable_and_delete():
         layer.delete_adapter("second")
         layer.set_adapter("default")
     assert torch.equal(net(X), first)
-    moslora.set_scale(net, 0.0)
+    set_scale(net, 0.0)
     assert torch.allclose(net(X), alone, atol=1e-6)
-    moslora.set_scale(net, 1.0)
+    set_scale(net, 1.0)
     assert torch.equal(net(X), first)
 
 
