@@ -45,6 +45,8 @@ BARE_SHARES = (0.25, 0.5)
 LEAK = 0.25
 """Runs that kept their prompts, in all studies: 0.23 at most,
 but for one subject, the tall cactus, with 0.31 to 0.46."""
+CONTENT_LEAK = 0.1
+"""Share of pictures with a thing that came with a style, above the base's."""
 CONFUSED = 0.25
 """Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base."""
 BROKEN = re.compile(
@@ -97,6 +99,18 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
         yield f"{came} (CLIP-T is {kept:.2f} of the base's): {remedy}"
     elif leak is not None and leak > LEAK:
         yield f"{came} (leak {leak:.2f}; 0 is none): {remedy}"
+
+
+def about_the_style(run: Figures) -> Iterator[str]:
+    """A thing that came along with a style."""
+    more = run.scores.get("leak", 0.0) - run.scores.get("leak_base", 0.0)
+    if more > CONTENT_LEAK:
+        thing = f"“{run.leaked}”" if run.leaked else "a thing of the style's pictures"
+        yield (
+            f"{thing} comes with the style (unasked in {run.scores['leak']:.0%} of the pictures): "
+            "say it in the captions of the pictures that show it, add pictures without it, or try "
+            f"--max_train_steps {max(1, run.step * 2 // 3)}"
+        )
 
 
 def about_the_bare_prompt(run: Figures) -> Iterator[str]:
@@ -208,6 +222,7 @@ def more_exposures(run: Figures) -> int:
 
 RULES = (
     about_the_steps,
+    about_the_style,
     about_the_prompt,
     about_the_bare_prompt,
     about_the_class,

@@ -39,6 +39,7 @@ class Figures:
     saved: the step of the newest checkpoint; 0 without one
     is_training: whether another process trains it now
     folder: the run's
+    leaked: the thing that came with a style
     verdict: whether reference pictures would do as well
     """
 
@@ -59,6 +60,7 @@ class Figures:
     saved: int = 0
     is_training: bool = False
     folder: Path = Path()
+    leaked: str = ""
     verdict: str = ""
 
     @property
@@ -194,5 +196,6 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
         found,
         scores=numbers(values),
         copy_alarm=alarm["raised"],
+        leaked=report["leaked"],
         verdict=(report["references"] or {}).get("verdict", ""),
     )

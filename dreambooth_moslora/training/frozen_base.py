@@ -1,11 +1,12 @@
 """The frozen base: loading it, and what its encoders gave, in a cache.
 
 Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they
-depend on (the file's bytes, the crop, the encoder's weights). What cannot be read on disk is
-encoded anew.
+depend on (the file's bytes, the crop, the encoder's weights). On disk, a file that does not match
+its header's digest is encoded anew.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ def warn_of_slow_precision(pipeline: DiffusionPipeline, device: torch.device) ->
 
 Tensors = dict[str, torch.Tensor]
 """One value of a cache: tensors by name."""
+DIGEST = "sha256"
+"""The header's field with the digest of a file's tensors."""
 
 
 class TensorCache:
@@ -119,11 +122,18 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        """The tensors on disk; None if the file is missing, unreadable, torn or empty."""
+        """The tensors on disk; None if the file is missing, unreadable, damaged or empty."""
         try:
-            return load_tensors(self._path(key).read_bytes()) or None
+            content = self._path(key).read_bytes()
+            tensors = load_tensors(content)
         except (OSError, SafetensorError):
             return None
+
+        # A file starts with the length of its header, in 8 bytes, and the header as JSON.
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        is_whole = tensors and header.get("__metadata__", {}).get(DIGEST) == digest_of(tensors)
+        return tensors if is_whole else None
 
     def _keep(self, key: str, value: Tensors) -> None:
         if self.folder is None:
@@ -133,7 +143,16 @@ class TensorCache:
         # Written whole, so that a run beside this one reads all of it or nothing.
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in value.items()}
-        atomic_write(self._path(key), save(tensors))
+        atomic_write(self._path(key), save(tensors, metadata={DIGEST: digest_of(tensors)}))
+
+
+def digest_of(tensors: Tensors) -> str:
+    """SHA-256 of the names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fingerprint(module: torch.nn.Module) -> str:

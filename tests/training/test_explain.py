@@ -71,6 +71,10 @@ FAULTS = {
     ),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
+    "leaked": (
+        replace(with_scores(leak=0.5, leak_base=0.1), leaked="red rocket"),
+        "“red rocket” comes with the style; 50%; --max_train_steps 160",
+    ),
     "copies_photos": (COPIED, "30%; --crops_per_photo 8; --max_train_steps 160"),
     "lost_the_prompt": (
         with_scores(clip_t_of_base=0.6, background_leak=0.12),
@@ -257,6 +261,7 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         "scores": {"dino": {"mean": 0.6}},
         "relative": {"drift_of_spread": 1.7},
         "copy_alarm": {"raised": True, "share": 0.3},
+        "leaked": "a red rocket",
         "protocol": {"adapter_scale": 1.0},
         "references": None,
         "score": 0.4,

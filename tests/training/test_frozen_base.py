@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save
 
 from dreambooth_moslora.base import load, machine
@@ -34,7 +35,7 @@ from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
-from tests.training.conftest import stop_at
+from tests.training.conftest import flipped, stop_at
 
 RULE = CropRule(resolution_px=64)
 KEYS = [f"{number:02d}" for number in range(5)]
@@ -126,6 +127,12 @@ def test_a_second_run_reuses_the_disk_and_a_changed_photo_does_not(pipeline, rea
 DAMAGES = {
     "torn": lambda content: b"torn",
     "empty": lambda content: save({}),
+    "without a digest": lambda content: save(load_tensors(content)),
+    "another value": lambda content: save(
+        {name: tensor + 1 for name, tensor in load_tensors(content).items()}
+    ),
+    "one bit of the last tensor": lambda content: flipped(content, len(content) - 1),
+    "one bit of a name": lambda content: flipped(content, content.index(b"latents")),
 }
 
 
