@@ -105,6 +105,7 @@ def test_explain_says_what_the_report_says(tmp_path, capsys):
         "scores": {},
         "relative": {},
         "copy_alarm": {"raised": False, "share": 0.0},
+        "leaked": "",
         "score": 0.5,
         "references": {"verdict": references.TRAIN},
     }
