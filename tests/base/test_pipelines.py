@@ -25,12 +25,10 @@ from dreambooth_moslora.method.moslora import (
 )
 from dreambooth_moslora.settings.families import FAMILIES, Facts, facts_of
 from dreambooth_moslora.settings.rows import is_adapted
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, tiny_pipeline
 
-FAST = ("flux", "z_image")
-NAMES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TINY_FAMILIES
-]
+NAMES = slow_but(("flux", "z_image"), TINY_FAMILIES)
 PX = 64
 PROMPTS = list(TinyFamily.prompts)
 CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)

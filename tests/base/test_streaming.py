@@ -84,7 +84,11 @@ def latent_shape(name: str, denoiser: nn.Module) -> tuple[int, int, int]:
     return (channels // 4 if is_packed else channels, 16, 16)
 
 
-CASES = [(facts.name, "none") for facts in FAMILIES] + [("flux", "nf4"), ("sdxl", "nf4")]
+FAST = ("sdxl", "flux", "z_image")
+CASES = [(name, "none") for name in FAST] + [("flux", "nf4"), ("sdxl", "nf4")]
+for facts in FAMILIES:
+    if facts.name not in FAST:
+        CASES.append(pytest.param(facts.name, "none", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

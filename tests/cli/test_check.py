@@ -177,6 +177,7 @@ def test_crops_have_sides_that_the_bases_patches_divide(base, step, other, tmp_p
     assert crops() == crops("--bucket_reso_steps", step) != crops("--bucket_reso_steps", other)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_spelled_out(tmp_path):
     """In the report, in the error line, and on a terminal that knows less than UTF-8."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}

@@ -86,6 +86,7 @@ def test_gpu_memory_has_no_holes_and_idle_threads_sleep_soon_unless_a_person_cho
 ORDERS = {"dreambooth_moslora, torch": 2000, "torch, dreambooth_moslora": 300_000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "spins"), ORDERS.items())
 def test_torch_s_threads_obey_it_where_the_package_is_imported_first(order, spins):
     """libgomp prints what it has read as it is loaded."""

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import metrics
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from toybox.make_subjects import FOLDER, load
 from toybox.render import render
@@ -176,7 +177,7 @@ def in_places(toys: list[Toy], seed: int) -> list[Image.Image]:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(("bear", "rocket", "train"), NAMES))
 def test_an_individual_is_known_elsewhere_among_its_kind_and_the_copy_alarm_knows_a_worn_photo(
     toy_encoders, name
 ):

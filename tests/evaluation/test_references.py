@@ -19,6 +19,7 @@ from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.evaluation.test_score_tables import TOY, toy_pictures
 from tests.generation.test_text_options import loaded
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import tiny_encoders
 from tests.helpers.tiny_families import tiny_pipeline
 
@@ -62,7 +63,7 @@ def test_one_picture_alone_decides_nothing():
     assert references.verdict(one, other).words == references.UNKNOWN
 
 
-@pytest.mark.parametrize("name", ["flux2", pytest.param("qwen_image21", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
 def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path, monkeypatch):
     monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
     subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")

@@ -71,6 +71,7 @@ def scored(evaluator: Evaluator, style: str, planted: int = 0) -> Evaluation:
     return evaluator(draw)
 
 
+@pytest.mark.slow
 def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_named(evaluator):
     ink, dusk, none = (scored(evaluator, style) for style in ("ink", "dusk", ""))
     assert none.mean("style") == pytest.approx(0, abs=0.05)

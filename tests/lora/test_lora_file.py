@@ -31,6 +31,7 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture
 from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import base_bytes, save_diffusers_lora, save_kohya_lora
 from tests.helpers.tiny_families import tiny_pipeline
@@ -110,10 +111,10 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("save", HONEST.values(), ids=HONEST)
-def test_an_honest_file_computes_what_diffusers_computes(save, tiny_base, subject, tmp_path):
+@pytest.mark.parametrize("kind", slow_but(("ours", "PEFT with patterns", "kohya"), HONEST))
+def test_an_honest_file_computes_what_diffusers_computes(kind, tiny_base, subject, tmp_path):
     """Also beside another adapter, and the base is as before when it has gone."""
-    file, stock = save(tiny_base, tmp_path), SubjectPipeline.from_base(tiny_base)
+    file, stock = HONEST[kind](tiny_base, tmp_path), SubjectPipeline.from_base(tiny_base)
     stock.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     bare, before = picture(subject), base_bytes(subject.pipeline)
     mine = picture(loaded(subject, file), adapters=(("x", 1.0),))
@@ -474,7 +475,7 @@ def as_lycoris(base, file, config, prefix="lycoris") -> dict[str, torch.Tensor]:
     return wanted
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "original blocks"])
+@pytest.mark.parametrize("kind", slow_but(("LoHa", "LoKr"), [*KINDS, "original blocks"]))
 def test_a_file_of_lycoris_changes_each_weight_as_its_definition_says(kind, tiny_base, tmp_path):
     """Also under kohya's names, and under those of SDXL's original blocks."""
     prefix = "lora_unet" if kind in ("LoKr of two products", "original blocks") else "lycoris"
@@ -499,7 +500,7 @@ RENAMED = {
 }
 
 
-@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("name", slow_but(("lycoris", "PEFT"), RENAMED))
 def test_a_file_with_other_names_is_the_same_adapter(name, tiny_base, state, tmp_path):
     """Its alpha is not the rank."""
     found = []

@@ -44,19 +44,20 @@ from dreambooth_moslora.method.moslora import (
 )
 from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
 from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_families import tiny_pipeline
 
 KOHYA = "dog.kohya.safetensors"
 
 
-PAIRS = [
-    ("orthogonal", "alpha ≠ r"),
-    ("orthogonal", "rank pattern"),
-    ("identity", "rsLoRA"),
-    ("kaiming", "DoRA"),
+PAIRS = [("orthogonal", "rank pattern"), ("kaiming", "DoRA")]
+PAIRS += [
+    pytest.param("orthogonal", "alpha ≠ r", marks=pytest.mark.slow),
+    pytest.param("identity", "rsLoRA", marks=pytest.mark.slow),
+    pytest.param("butterfly", "alpha = r", marks=pytest.mark.slow),
+    pytest.param("none", "rank pattern", marks=pytest.mark.slow),
 ]
-PAIRS += [("butterfly", "alpha = r"), ("none", "rank pattern")]
 
 
 @pytest.mark.parametrize(("kind", "variant"), PAIRS)
@@ -79,8 +80,12 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "none"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, RANKS], ids=str)
+@pytest.mark.parametrize("kind", slow_but(("orthogonal",), ("orthogonal", "none")))
+@pytest.mark.parametrize(
+    "options",
+    [{}, RANKS, pytest.param({"use_rslora": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
     """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
     components, generator = (

@@ -356,8 +356,15 @@ def pair_loss(pair: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    ("micro_batches", "recomputed"),
+    [
+        (2, True),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(1, False, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_those_of_pefts_own_layers(kind, micro_batches, recomputed):
     """In fp64."""
     general = adapted(tiny_unet().double(), **KINDS[kind]).double().train()

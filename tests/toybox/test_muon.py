@@ -73,6 +73,7 @@ def steps_of(rank: int, world: int, folder: Path) -> None:
     torch.save([weight.detach() for weight in weights], folder / f"{rank}-{world}.pt")
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_work_get_the_weights_of_one_alone(tmp_path):
     steps_of(0, 1, tmp_path)
     multiprocessing.spawn(steps_of, (2, tmp_path), nprocs=2)

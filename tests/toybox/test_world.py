@@ -40,6 +40,7 @@ def toy_pixels(scene: Scene, size_px: int = 64) -> torch.Tensor:
     return pictures[0][changed]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_scenes_and_pictures_which_do_not_depend_on_their_neighbours():
     three = scenes(3)
     together = render(three, 32)
@@ -49,6 +50,7 @@ def test_the_same_seed_gives_the_same_scenes_and_pictures_which_do_not_depend_on
         assert (render([scene], 32)[0].int() - picture.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_masks_hold_the_pixels_that_change_with_the_toy():
     five = [replace(s, light="day") for s in scenes(20) if len(s.toys) == 1][:5]
     black, white = (

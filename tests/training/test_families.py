@@ -51,17 +51,13 @@ from dreambooth_moslora.training.objective import (
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.few_pictures import few_pictures
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("two_steps")
-FAST = ("z_image",)
-NAMES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-    for name in TINY_FAMILIES
-    if name != "sdxl"
-]
+NAMES = slow_but(("z_image",), [name for name in TINY_FAMILIES if name != "sdxl"])
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +171,7 @@ def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
     assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
 
 
-@pytest.mark.parametrize(
-    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "qwen_image"))]
-)
+@pytest.mark.parametrize("name", slow_but(("flux",), ("flux", "sd3", "qwen_image")))
 def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
     """The pipeline hands its latents to the VAE in the transformer's dtype."""
     more = {"mixed_precision": "bf16", "num_validation_images": 1, "max_train_steps": 1}

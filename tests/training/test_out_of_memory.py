@@ -73,11 +73,12 @@ WAYS = [
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
     pytest.param(LAYERS | IN_4_BIT, is_streamed, STREAMED, [TO_STREAMED], marks=slow),
-    (
+    pytest.param(
         PAIR | LAYERS,
         has_layers("Linear4bit"),
         FEWER | IN_4_BIT,
         [TO_FEWER, TO_FEED_FORWARD, TO_RECOMPUTED, TO_4_BIT],
+        marks=slow,
     ),
 ]
 

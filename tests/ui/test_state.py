@@ -231,6 +231,7 @@ def test_a_run_begins_when_the_picture_being_drawn_is_done_and_a_resumed_one_kee
     assert moves == [OTHER_DEVICE, "cpu"] * 2
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_loaded_at_rest_draws_as_one_loaded_awake():
     params = GenerationParams("a sks rocket", adapters=(("rocket", 1.0),), seed=3, steps=2)
     drawn = []

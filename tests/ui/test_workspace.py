@@ -39,9 +39,8 @@ def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_
     assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
     """After a kill the next start clears it away."""
     tmp = tmp_path / "tmp"
