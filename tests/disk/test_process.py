@@ -126,6 +126,7 @@ print(full, kept, resident().rss)
 """
 
 
+@pytest.mark.slow
 def test_a_phase_that_is_over_gives_its_memory_back():
     """Kept until then; 10 blocks of 20 MB, below one that stays."""
     full, kept, left = map(int, printed(PHASE))

@@ -346,6 +346,7 @@ def test_what_is_no_adapter_of_the_base_is_refused_in_one_line(pipeline, files, 
     assert pipeline.adapters == before
 
 
+@pytest.mark.slow
 def test_the_least_used_adapter_makes_room_and_reloading_is_by_content(
     tiny_base, files, monkeypatch
 ):

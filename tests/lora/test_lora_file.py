@@ -320,6 +320,7 @@ def test_other_settings_of_a_file_do_not_reach_peft(state, subject, tmp_path):
     assert np.array_equal(picture(subject), bare) and base_bytes(subject.pipeline) == before
 
 
+@pytest.mark.slow
 def test_a_failure_half_way_takes_out_what_was_in(tiny_base, subject, tmp_path, monkeypatch):
     file = save_published(tiny_base, tmp_path)
 

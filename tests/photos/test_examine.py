@@ -119,6 +119,7 @@ def test_a_soft_large_photo_is_sharp_enough_for_a_small_training(subject):
         assert sharpness(image.filter(ImageFilter.GaussianBlur(6)), 128) < MIN_SHARPNESS
 
 
+@pytest.mark.slow
 def test_a_training_says_once_what_is_wrong_with_its_photos(tiny_base, tmp_path, caplog):
     """Of each photo, and of the whole set; a run that goes on does not say it again."""
     photos = tmp_path / "photos"

@@ -14,6 +14,7 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import rows
 from dreambooth_moslora.training.loop import train
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import largest_difference, paint_photos, tiny_config
 
@@ -47,7 +48,7 @@ def bases(tmp_path_factory):
     return folder / "tiny-turbo", file, folder / "merged"
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", slow_but(("int8",), ("none", "int8")))
 def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishes(
     quantization, bases, tmp_path
 ):

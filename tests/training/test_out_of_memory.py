@@ -69,7 +69,9 @@ def has_layers(kind: str) -> Fits:
 # the settings of a run, what fits, what it ends with beside these, and the flags that it names
 WAYS = [
     (PAIR, is_single, FEWER, [TO_FEWER]),
-    (LAYERS, has_layers("RecomputedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD]),
+    pytest.param(
+        LAYERS, has_layers("RecomputedFeedForward"), FEED_FORWARD, [TO_FEED_FORWARD], marks=slow
+    ),
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
     pytest.param(LAYERS | IN_4_BIT, is_streamed, STREAMED, [TO_STREAMED], marks=slow),

@@ -342,6 +342,7 @@ def goes_on(finished, checkpoint):
     return go_on
 
 
+@pytest.mark.slow
 def test_a_base_with_other_weights_is_refused_and_one_in_another_folder_or_precision_is_not(
     tiny_base, goes_on, tmp_path
 ):
@@ -400,6 +401,7 @@ def test_a_checkpoint_with_a_file_missing_is_not_the_latest_and_is_refused_by_na
             find_checkpoint(run, "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_was(
     finished, tmp_path, caplog
 ):

@@ -272,6 +272,7 @@ def scaled(monkeypatch):
     return use
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_done_again_and_neither_counts_nor_moves_the_schedule(
     tiny_base, photos, tmp_path, scaled
 ):

@@ -126,6 +126,7 @@ def test_mistakes_are_told_in_words(served, arguments, words):
     assert words in told and "event: error" in told
 
 
+@pytest.mark.slow
 def test_clients_share_a_queue_each_gets_its_own_and_the_history_is_of_all(served):
     def ask(number: int) -> tuple[int, list]:
         client = Client(served.url, verbose=False)

@@ -179,6 +179,7 @@ def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
     assert "event: error" in answer and "fetches no address" in answer and not fetched
 
 
+@pytest.mark.slow
 def test_so_many_pictures_wait_and_the_next_is_told_that_the_queue_is_full(served, monkeypatch):
     go_on = threading.Event()
 

@@ -101,6 +101,7 @@ def of_generate(base: SubjectPipeline, shelf: Path, asked: dict, target: Path) -
     return image.save(target).read_bytes()
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_generate_byte_for_byte_whatever_they_are_drawn_with(
     shop, base, shelf, tmp_path
 ):
