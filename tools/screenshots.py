@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
 TRAINED_STEPS = 250
+TRAINING_MS = 15 * 60 * 1000
+"""How long they may take: two and a half minutes on two quiet cores."""
 COLOURS = 256
 
 
@@ -146,6 +148,7 @@ def train(page: Page, args: argparse.Namespace) -> None:
         "n => Number((document.getElementById('train_status').innerText.match(/Step (\\d+)/) || "
         "[])[1]) >= n",
         arg=TRAINED_STEPS,
+        timeout=TRAINING_MS,
     )
     page.wait_for_function("document.querySelectorAll('#samples img').length >= 4")
 
