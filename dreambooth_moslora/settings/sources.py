@@ -32,7 +32,10 @@ def load_settings(path: Path | str) -> dict[str, Any]:
     """The file's settings by name. Tables are flattened: `[training] seed = 1` becomes `seed = 1`.
     Raises UserError."""
     path = Path(path)
-    settings = flatten(read_tables(path), path)
+    try:
+        settings = flatten(read_tables(path), path)
+    except RecursionError as error:
+        raise UserError(f"--config {path}: its tables are nested too deep.") from error
     return still_known(settings) if path.name in OF_RUNS else settings
 
 

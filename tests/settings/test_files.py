@@ -73,6 +73,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
         ("a.toml", "random_flip = 1", "expected true or false"),
+        ("a.toml", f"{'a.' * 20_000}rank = 4", "nested too deep"),
     ],
 )
 def test_mistakes_in_files_name_the_place_and_are_named_before_what_is_missing(
