@@ -213,3 +213,11 @@ def test_a_page_that_answers_late_has_started(monkeypatch):
     page.probe_patiently.__wrapped__()
     assert networking.url_ok("http://127.0.0.1/")
     assert list(answers) == []
+
+
+def test_an_odd_range_of_a_file_is_no_error_of_the_server(served):
+    """gradio knows two numbers."""
+    sent = httpx.post(f"{served.url}gradio_api/upload", files={"files": ("a.png", bytes(100))})
+    file = f"{served.url}gradio_api/file={sent.json()[0]}"
+    answer = httpx.get(file, headers={"Range": "bytes=0-1-2"})
+    assert (answer.status_code, len(answer.content)) == (200, 100)
