@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dreambooth_moslora.disk.process_identity import is_running, own_token
+from dreambooth_moslora.disk.process_identity import is_running, own_host, own_token
 
-# The name of a temporary: whose it becomes, who made it, and whether it is the new content or the
-# old.
+# The name of a temporary: whose it becomes, who made it on which host, and whether it is the new
+# content or the old.
 TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})\.(?P<kind>new|old)"
+    r"\.(?P<name>.+)\.(?P<pid>[0-9]{1,9})-(?P<token>[0-9a-f]{8})(-(?P<host>[0-9a-f]{8}))?"
+    r"\.(?P<kind>new|old)"
 )
+FOREIGN_SEC = 24 * 60 * 60.0
+"""How long a temporary of another host is left alone: whether its process runs is not known."""
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -111,7 +114,8 @@ def remove_directory(path: Path) -> None:
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{own_token(os.getpid())}.{kind}")
+    maker = f"{os.getpid()}-{own_token(os.getpid())}-{own_host()}"
+    return path.with_name(f".{path.name}.{maker}.{kind}")
 
 
 def recover(folder: Path) -> None:
@@ -119,7 +123,7 @@ def recover(folder: Path) -> None:
     for path, match in temporaries(folder):
         target = folder / match["name"]
         is_old = match["kind"] == "old" and path.is_dir()
-        if is_old and not target.exists() and not is_in_use(match):
+        if is_old and not target.exists() and not is_in_use(path, match):
             with suppress(OSError):
                 os.replace(path, target)
 
@@ -128,7 +132,7 @@ def clean_stale(folder: Path) -> None:
     """Remove temporaries of processes that no longer run from `folder`."""
     recover(folder)
     for path, match in temporaries(folder):
-        if is_in_use(match):
+        if is_in_use(path, match):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -142,9 +146,15 @@ def temporaries(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path, match in named if match]
 
 
-def is_in_use(temporary: re.Match[str]) -> bool:
-    """Whether the process that made it still runs. Each removes its own temporaries itself."""
-    return is_running(int(temporary["pid"]), temporary["token"])
+def is_in_use(path: Path, named: re.Match[str]) -> bool:
+    """Whether the process that made it still runs, or may do so on another host. Each removes its
+    own temporaries itself."""
+    if named["host"] in (None, own_host()):
+        return is_running(int(named["pid"]), named["token"])
+    # A rename changes this time, and no other of a folder.
+    with suppress(OSError):
+        return time.time() - path.stat().st_ctime < FOREIGN_SEC
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Which process made a file, and whether it still runs: systems use process numbers again."""
 
 import hashlib
+import platform
 import secrets
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,12 @@ from pathlib import Path
 def own_token(pid: int) -> str:
     """`process_token` of this process; `pid` is its own."""
     return process_token(pid) or secrets.token_hex(4)
+
+
+@cache
+def own_host() -> str:
+    """Distinguishes this machine or container from others that share a folder with it."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def process_token(pid: int) -> str:

@@ -13,7 +13,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk import atomic, events
 from dreambooth_moslora.disk.atomic import (
     atomic_directory,
     atomic_write,
@@ -29,7 +29,7 @@ from dreambooth_moslora.disk.events import (
     events_of,
     record_of,
 )
-from dreambooth_moslora.disk.process_identity import process_token
+from dreambooth_moslora.disk.process_identity import own_host, process_token
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.disk.run_folder import (
     CHECKPOINT_FILES,
@@ -125,6 +125,19 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
         (tmp_path / name).mkdir()
     clean_stale(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, monkeypatch):
+    """Its processes are not in the table of this one, which deleted what they wrote."""
+    for kind in ("old", "new"):
+        make_checkpoint(tmp_path / f".checkpoint-7.1-0123abcd-89abcdef.{kind}")
+    clean_stale(tmp_path)
+    assert len(os.listdir(tmp_path)) == 2 and not RunDir(tmp_path).checkpoints()
+    monkeypatch.setattr(atomic, "FOREIGN_SEC", 0)
+    clean_stale(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint-7"]
+    with scratch_directory(tmp_path) as scratch:
+        assert scratch.name.endswith(f"-{own_host()}.new")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
