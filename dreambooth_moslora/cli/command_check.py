@@ -75,6 +75,7 @@ def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
     from dreambooth_moslora.base.machine import best_device
     from dreambooth_moslora.photos.masks import load_segmenter, make_beside
 
+    terminal.say_loading()
     terminal.hush()
     for made in make_beside(photos, load_segmenter(config, best_device())):
         done = f"{made.path.name} is written" if made.path else ""
@@ -187,6 +188,7 @@ def run_caption(args: argparse.Namespace) -> int:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")
 
     # One photo after the other, each told when its caption is there.
+    terminal.say_loading()
     terminal.hush()
     captioner = load_captioner(config, best_device())
     captions = make_beside(report.photos, captioner, config.instance_prompt)

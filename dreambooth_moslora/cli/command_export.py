@@ -5,6 +5,7 @@ import argparse
 import json
 from pathlib import Path
 
+from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import (
     BEST_NAME,
@@ -33,6 +34,7 @@ def run_info(args: argparse.Namespace) -> int:
             raise UserError(f"there is no file {file}")
 
         # It takes torch, which is not imported for a missing file.
+        say_loading()
         from dreambooth_moslora.lora.describe import describe, lines
 
         facts = describe(file)
@@ -67,12 +69,12 @@ def run_export(args: argparse.Namespace) -> int:
     # The source, before torch is imported
     source = find_raw(user_path(args.source))
     out = user_path(args.out)
-    from dreambooth_moslora.lora import published_file, raw_file
-
     refuse_to_replace(out)
-
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
+    say_loading()
+    from dreambooth_moslora.lora import published_file, raw_file
+
     _, facts = raw_file.read_raw(source)
 
     # Models that have the adapter's layers but not the base's weights, which the files do not need

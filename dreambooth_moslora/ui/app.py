@@ -108,6 +108,8 @@ def serve(args: argparse.Namespace) -> int:
     runs_folder(args.runs_dir)
     if not user_path(args.adapters_dir).is_dir():
         raise UserError(f"--adapters_dir {args.adapters_dir}: there is no such folder")
+    if sys.stderr.isatty():
+        print("starting the page …", file=sys.stderr)
     from dreambooth_moslora.ui import guard, page
 
     # Who may reach the page: others need a login, or a page that only draws.

@@ -350,6 +350,19 @@ SLOW = [
     ["generate", "--prompt", "dog"],
     ["evaluate", "dog.safetensors", "--photos", "photos", "--instance_prompt", "a sks dog"],
     ["doctor"],
+    ["app", "--adapters_dir", "."],
+]
+DUCK = str(assets_folder() / "subjects" / "duck")
+SLOW += [
+    pytest.param(words, marks=pytest.mark.slow)
+    for words in (
+        ["info", "dog.safetensors"],
+        ["export", "dog.safetensors", "--out", "exported"],
+        ["check", "photos", "dog"],
+        ["caption", DUCK, "--subject", "sks duck"],
+        ["compare", "photos", "dog"],
+        ["serve", "--adapters", "."],
+    )
 ]
 
 
@@ -358,7 +371,7 @@ SLOW = [
 def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp_path):
     """On a busy machine nothing was said for two minutes. The import is interrupted here."""
     (tmp_path / "sitecustomize.py").write_text(
-        INTERRUPTER.replace("dreambooth_moslora.errors", "torch")
+        INTERRUPTER.replace('== "dreambooth_moslora.errors"', 'in ("torch", "gradio")')
     )
     shutil.copy(assets_folder() / "adapters" / "rocket.safetensors", tmp_path / "dog.safetensors")
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -369,7 +382,8 @@ def test_a_person_is_told_that_pytorch_is_loaded_before_it_is(words, photos, tmp
     assert process.wait(timeout=100) == INTERRUPTED
     said = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert said == "loading PyTorch …\r\ninterrupted\r\n"
+    loading = "starting the page" if words[0] == "app" else "loading PyTorch"
+    assert said == f"{loading} …\r\ninterrupted\r\n"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.cli import one_word
+from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
@@ -56,6 +57,7 @@ def run_compare(args: argparse.Namespace) -> int:
     tests = len(study.test_cells(study.first_rates()))
     line = f"{tuning + tests} trainings: {tuning} to choose learning rates, {tests} to compare"
     print(line, file=sys.stderr)
+    say_loading()
     from dreambooth_moslora.extras.lab import run, study_report
 
     if args.dry_run:
@@ -108,7 +110,8 @@ def study_of(args: argparse.Namespace) -> Study:
     if unknown := [mixer for mixer in mixers if mixer not in MIXERS]:
         raise UserError(f"--mixers {unknown[0]}: choose from {', '.join(MIXERS)}.")
 
-    # what `train` would choose
+    # what `train` would choose; the GPU is asked, which needs PyTorch
+    say_loading()
     base = args.base
     chosen = choices.Choices({BASE: base} if base else {})
     one_word.choose_base(chosen, folder)

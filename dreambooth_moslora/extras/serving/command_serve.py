@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster.ray_fleet import connected, has_gpus
 from dreambooth_moslora.extras.serving.catalogue import open_catalogue
@@ -123,6 +124,7 @@ def settings_of(args: argparse.Namespace) -> ServeSettings:
     """The settings that the flags give. Raises UserError."""
     values = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.threads is None:
+        say_loading()
         import torch
 
         values["threads"] = torch.get_num_threads()
