@@ -6,7 +6,7 @@ the memory.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -245,6 +245,7 @@ def check_settings(config: table.TrainConfig, base: Base) -> None:
     # The base, and the layers that get an adapter.
     base.check()
     check_adapted_layers(config, base)
+    check_text_layers(config.text_encoder_out_layers, base)
     rules.require_packages(config)
 
 
@@ -257,6 +258,21 @@ def check_adapted_layers(config: table.TrainConfig, base: Base) -> None:
     if layers:
         check_layers(config.target_modules, layers, config.use_dora, base.facts)
         check_patterns(config, layers)
+
+
+def check_text_layers(numbers: Sequence[str], base: Base) -> None:
+    """Raises UserError where the text encoder's layers of these numbers, side by side, are not as
+    wide as what the transformer reads. Widths are not known before the base's files are here."""
+    read = base.denoiser_shapes.get("context_embedder.weight")
+    encoder = base.shapes.get("text_encoder", {}).get("model.embed_tokens.weight")
+    if not (numbers and read and encoder):
+        return
+    wanted = read[1] // encoder[1]
+    if len(numbers) != wanted:
+        raise UserError(
+            f"--text_encoder_out_layers: {len(numbers)} given; this base's transformer reads "
+            f"{wanted}."
+        )
 
 
 def check_distilled(base: Base, companion: str | None) -> None:

@@ -216,6 +216,11 @@ def test_in_bf16_samples_are_drawn_too(name, base_of, photos, tmp_path):
             {"resolution": 72},
             "--resolution 72: FLUX.1 needs multiples of 16 px, such as 64",
         ),
+        (
+            "flux2",
+            {"text_encoder_out_layers": ("1", "2")},
+            "--text_encoder_out_layers: 2 given; this base's transformer reads 3.",
+        ),
     ],
 )
 def test_a_setting_of_other_models_is_refused_by_the_familys_name(
