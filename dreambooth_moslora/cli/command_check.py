@@ -175,14 +175,14 @@ def run_caption(args: argparse.Namespace) -> int:
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     # Captions are made as a training on this base makes them.
+    folder = Path(find_asset(args.folder))
     config = table.TrainConfig(
         pretrained_model_name_or_path=args.base,
+        instance_data_dir=str(folder),
         instance_prompt=f"a photo of a {args.subject.strip()}",
         caption_model=args.caption_model,
         describe=vars(args).get("describe", ()),
     )
-
-    folder = Path(find_asset(args.folder))
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:
         raise UserError(f"no usable photo in {folder}: {summary_of_skipped(report)}")

@@ -12,6 +12,7 @@ in a run folder      `captions.json` (`--captions auto`), so that a resumed run 
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +24,14 @@ from typing import Any
 from PIL import Image
 
 from dreambooth_moslora.disk.atomic import atomic_write
-from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.disk.paths import SUBJECT_FILE, public_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import beside, photo_file
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.precision import half_precision
 from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
+
+logger = logging.getLogger(__name__)
 
 # The chat model by default
 QWEN = "Qwen/Qwen3-VL-2B-Instruct"
@@ -46,6 +49,11 @@ NO_LOOKS = "Say nothing about how the {word} itself looks."
 START = "A photo of a {word}"
 # The photo's longer side as the model sees it: more pixels cost time and change few words
 SEEN_PX = 768
+# What is said where the embedded base's own captioner sees other photos
+OF_TOYS = (
+    "captions: the toy knows its own world alone, and invents where other things are: write them "
+    "yourself, or train a larger base"
+)
 # Bounds of an answer: SDXL reads 77 tokens
 MOST_TOKENS = 60
 MOST_WORDS = 30
@@ -75,6 +83,11 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
             "captions: no word says what the photos show; "
             'name it behind the rare word, as in "sks dog".'
         )
+
+    # Photos of toys have their facts beside them.
+    folder = config.each_subject[0].instance_data_dir
+    if name == own and folder and not (Path(folder) / SUBJECT_FILE).is_file():
+        logger.warning(OF_TOYS)
 
     # A vision-language model has gigabytes. Loading waits until a photo needs a caption.
     @cache

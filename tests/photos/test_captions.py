@@ -175,3 +175,17 @@ def test_the_embedded_bases_clip_reads_where_the_sample_subjects_stand():
         photo = open_image(Path(find_asset(f"assets/subjects/duck/{number:02d}.jpg")))
         right += captioner.surroundings(photo).startswith(place)
     assert right >= 4 and (assets_folder() / captioner.name).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("base", "folder", "is_warned"),
+    [("toy", "", True), ("toy", "assets/subjects/duck", False), ("other", "", False)],
+)
+def test_where_the_toys_captioner_sees_what_is_no_toy_it_is_said_to_invent(
+    base, folder, is_warned, tmp_path, caplog
+):
+    """Noise was called “in the snow in the fog”."""
+    folder = find_asset(folder) if folder else tmp_path
+    toys = {"pretrained_model_name_or_path": base, "instance_data_dir": str(folder)}
+    captions.load_captioner(config_of(**toys, instance_prompt="a photo of a sks dog"))
+    assert [captions.OF_TOYS] * is_warned == caplog.messages

@@ -222,7 +222,8 @@ class TrainForm:
     make_captions: bool = asked(
         False,
         label="Write captions at the start",
-        info="says what surrounds the subject in photos without a caption",
+        info="says what surrounds the subject in photos without a caption; the toy invents it of "
+        "what is no toy",
         line=6,
         setting="captions",
         words=("given", "auto"),
