@@ -43,6 +43,8 @@ THUMBNAIL_PX = 16
 MIDDLE = (slice(3, -3), slice(3, -3))
 # Two backgrounds whose colours differ by less on average, of 0 to 1, are the same
 SAME_BACKGROUND = 0.1
+# A subject whose mask has a longer side below this share of the photo's shorter one is small
+SMALL_SHARE = 0.25
 # Tiles with steeper steps than this share of all tiles are edges; of these, this one decides
 EDGE_PERCENTILE = 80
 SHARPEST_PERCENTILE = 90
@@ -127,6 +129,9 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
         sharp = sharpness(image, look_px)
         if sharp < MIN_SHARPNESS:
             reasons.append(faults.reason("blurred", sharpness=sharp, usual=MIN_SHARPNESS))
+        share = share_of_frame(mask) if mask is not None else 1.0
+        if share < SMALL_SHARE:
+            reasons.append(f"small subject: {share:.0%} of the frame")
         thumbnails.append(thumbnail(image, opaque))
         # What is behind a cut-out is not learnt.
         backgrounds.append(background(image, mask) * (opaque is None))
@@ -201,6 +206,12 @@ def sharpness(image: Image.Image, look_px: int = LOOK_PX) -> float:
     # Only tiles with edges tell: a plain wall is not blurred.
     edges = first >= np.percentile(first, EDGE_PERCENTILE)
     return float(np.percentile((second / (first + 1))[edges], SHARPEST_PERCENTILE))
+
+
+def share_of_frame(mask: Image.Image) -> float:
+    """How much of the shorter side the longer side of what a mask (L) shows fills."""
+    left, top, right, bottom = mask.point(lambda value: value // 128).getbbox() or (0, 0, 0, 0)
+    return max(right - left, bottom - top) / min(mask.size)
 
 
 def tile_energy(squares: np.ndarray) -> np.ndarray:

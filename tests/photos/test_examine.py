@@ -61,6 +61,19 @@ def test_a_mild_reason_is_no_fault_whatever_its_words(tmp_path):
     assert faults_of(said) == []
 
 
+@pytest.mark.parametrize(
+    ("side_px", "said"), [(60, ("small subject: 20% of the frame",)), (90, ())]
+)
+def test_a_subject_that_is_small_in_the_frame_by_its_mask_is_remarked(side_px, said, tmp_path):
+    """A tiny teapot was called good."""
+    scene(1).save(tmp_path / "a.png")
+    mask = Image.new("L", (300, 300))
+    mask.paste(255, (10, 10, 40, 10 + side_px))
+    mask.save(tmp_path / "a.mask.png")
+    (photo,) = examine(find_photos(tmp_path, PROMPT, 64)).photos
+    assert photo.reasons == said and not faults_of(photo)
+
+
 def test_the_white_behind_a_cut_out_is_not_its_likeness(tmp_path):
     """Nine tenths of each are transparent, and the subject is in the same place."""
     for name, photo in {
