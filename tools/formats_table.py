@@ -24,6 +24,7 @@ What is read can be drawn with, described, exported, and begun with (`--init_ada
 have diffusers' names or those of the family's original files. The kohya column is musubi-tuner's
 too, and ComfyUI's is ai-toolkit's. DoRA is read by its rows. “all” is LoRA, LoKr, LoHa and DoRA,
 read; what is written too is **bold**.
+Of transformers no file in kohya's names is written: ComfyUI reads diffusers' names too.
 PEFT's own LoKr and LoHa, beside which their `adapter_config.json` lies, are refused.
 """
 TOOLS = tuple(dict.fromkeys(row.tool for row in PREFIXES))
