@@ -2,6 +2,7 @@
 before it is read."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.params import (
     GenerationParams,
@@ -26,6 +28,7 @@ from dreambooth_moslora.lora.describe import ranks_in_words
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.drawing import compare, make_pictures
 from dreambooth_moslora.ui.events import as_gradio_error
+from dreambooth_moslora.ui.generate_adapters import fitting_adapter
 from dreambooth_moslora.ui.generate_values import (
     GenerateForm,
     remarks_on,
@@ -263,3 +266,25 @@ def test_a_header_that_makes_no_sense_is_left_to_the_reader(tmp_path, header):
     file = with_header(tmp_path / "odd.safetensors", header)
     with pytest.raises(UserError, match="odd"):
         adapter_facts(str(file))
+
+
+def test_a_toys_adapter_is_chosen_at_first_for_toys_alone(context):
+    """The page of a large base had the toy's rocket in its form."""
+    chosen = {}
+    for base in ("toy", "owner/base"):
+        ctx = context(name=base)
+        write_adapter(ctx.catalog.adapters_dir / "rocket.safetensors")
+        chosen[base] = fitting_adapter(ctx)
+    assert chosen == {"toy": "rocket", "owner/base": NONE}
+
+
+def test_each_tab_has_one_button_to_press_first(context):
+    """In the comparison two were green."""
+    counts = Counter()
+    for block in build_app(context()).blocks.values():
+        if isinstance(block, gr.Button) and block.variant == "primary":
+            place = block
+            while place.parent.parent is not None and not isinstance(place, gr.Tab):
+                place = place.parent
+            counts[place.label] += 1
+    assert counts == {"Generate": 1, "Train": 1, "Inspect": 1}

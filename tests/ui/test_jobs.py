@@ -61,6 +61,16 @@ def test_resume_adds_the_checkpoint_to_the_same_run(jobs):
     assert config["resume_from_checkpoint"] == "latest" and len(jobs.metrics(job).of("start")) == 2
 
 
+def test_a_run_of_a_terminal_is_resumed_with_the_settings_that_it_kept(jobs):
+    job = start(jobs, steps=2)
+    wait_for(lambda: jobs.state(job).state == "done")
+    (job.run_dir / "job_config.json").rename(job.run_dir / "train_config.json")
+    (job.run_dir / "job.json").unlink()
+    job = jobs.resume("dog")
+    wait_for(lambda: jobs.state(job).state == "done")
+    assert job.settings["steps"] == 2 and len(jobs.metrics(job).of("start")) == 2
+
+
 def test_a_process_that_will_not_stop_is_killed_at_the_second_asking(jobs, monkeypatch):
     job = start(jobs, "stubborn")
     wait_for(lambda: jobs.state(job).step)

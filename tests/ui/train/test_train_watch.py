@@ -15,11 +15,16 @@ from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.jobs import Job, Jobs, JobState, phase_of
 from dreambooth_moslora.ui.state import AdapterCatalog
-from dreambooth_moslora.ui.train.run_cards import status_card, verdict_card
+from dreambooth_moslora.ui.train.run_cards import (
+    LEARNED,
+    NOT_LEARNED,
+    status_card,
+    verdict_card,
+)
 from dreambooth_moslora.ui.train.run_list import run_cards
 from dreambooth_moslora.ui.train.run_view import MAX_SAMPLES_SHOWN, samples_of, watched
 from dreambooth_moslora.ui.train.train_form import in_the_forms_words
-from tests.ui.conftest import recorded
+from tests.ui.conftest import handler, recorded
 
 PUBLISHED = "pytorch_lora_weights.safetensors"
 
@@ -99,6 +104,10 @@ def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(
     scores = {"type": "evaluation", "step": 10, "dino": 0.47, "dino_base": 0.0}
     said = verdict_card(written(tmp_path, *short, scores), tmp_path, has_best=False)
     assert "It has begun to learn your subject" in said
+    whole = [short[0], {"type": "step", "step": 200}]
+    for now, words in ((0.47, LEARNED), (0.05, NOT_LEARNED)):
+        told = written(tmp_path, *whole, scores | {"dino": now})
+        assert words.format(0, now) in verdict_card(told, tmp_path, has_best=False)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,17 @@ def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(
 )
 def test_advice_names_what_the_form_has_and_not_the_flag(advice, words):
     assert in_the_forms_words(advice).endswith(words)
+
+
+def test_the_newest_run_is_shown_at_first(context):
+    ctx = context()
+    attach = handler(ctx, "attach")
+    assert attach() == ""
+    for number, name in enumerate(("newest", "older")):
+        run = recorded(ctx.runs_dir / name, {"type": "end", "state": "done", "step": 3}).run_dir
+        (run / PUBLISHED).touch()
+        os.utime(run / "job.json", (9 - number, 9 - number))
+    assert attach() == "newest"
 
 
 def test_a_run_that_is_gone_is_told(tmp_path, workspace):
