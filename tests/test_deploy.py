@@ -109,3 +109,13 @@ def test_an_image_installs_exact_versions_by_their_digests_and_no_test_tool(name
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"^FROM \S+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
     assert "--require-hashes" in dockerfile and "requirements.txt" not in dockerfile
+
+
+def test_each_requirement_has_an_upper_bound_and_none_admits_a_version_with_a_known_hole():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    asked = [Requirement(line) for line in lines]
+    for one in asked:
+        assert any(bound.operator == "<" for bound in one.specifier), one
+    for name, broken in (("starlette", "0.49.0"), ("ray", "2.53.0")):
+        assert not any(one.name == name and one.specifier.contains(broken) for one in asked)
