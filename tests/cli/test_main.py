@@ -13,15 +13,25 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import pytest
+import transformers
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
+from tqdm import tqdm
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.cli.command_train import ending_of, run_trainer, train_main
 from dreambooth_moslora.cli.main import COMMANDS, command, main
 from dreambooth_moslora.cli.parser import Parser
-from dreambooth_moslora.cli.terminal import INTERRUPTED, StopRequest, TerminalProgress, exit_code
+from dreambooth_moslora.cli.terminal import (
+    INTERRUPTED,
+    STEPS,
+    StopRequest,
+    TerminalProgress,
+    exit_code,
+    hush,
+)
 from dreambooth_moslora.disk.events import RunStarted, StepDone, StepEvaluated
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.disk.processes import STOP_FILE, ask_to_stop
@@ -634,6 +644,15 @@ def test_a_run_shows_its_phases_the_time_left_and_both_losses(photos, tiny_base,
     ]
     assert "5/5 [" in last and "left=00:00" in last
     assert "loss=" in last and "prior=" not in last
+
+
+def test_loading_a_base_shows_no_bars_and_the_bar_of_the_steps_fits_100_columns():
+    hush()
+    for library in (diffusers, transformers):
+        assert not library.utils.logging.is_progress_bar_enabled()
+    counts = {"n": 1234, "total": 20_000, "elapsed": 36_000, "postfix": "left=99:59:59, loss=0.123"}
+    line = tqdm.format_meter(**counts, ncols=100, prefix="training", bar_format=STEPS)
+    assert len(line) == 100 and line.endswith("left=99:59:59, loss=0.123]")
 
 
 def shown(*events) -> str:

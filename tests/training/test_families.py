@@ -307,6 +307,15 @@ def test_a_solver_of_flows_such_as_sanas_gives_the_levels_of_its_own_shift():
     assert torch.equal(found.timesteps, wanted.timesteps) and found.shift_line is None
 
 
+@pytest.mark.parametrize(("name", "shift", "share"), [("lumina2", 6.0, 0.77), ("sana", 3.0, 0.68)])
+def test_the_mean_share_of_noise_is_what_the_page_says_beside_diffusers_scripts(name, shift, share):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule, draws = noise_schedule(scheduler), torch.Generator().manual_seed(1)
+    scheme = facts_named(name).weighting_scheme
+    index = flow_levels(schedule, 50_000, draws, scheme, 0.0, 1.0, 1.29)
+    assert float(scheduler.sigmas[index].mean()) == pytest.approx(share, abs=0.005)
+
+
 def test_preconditioned_errors_are_those_of_the_latents_as_in_the_script_for_sd3():
     schedule, index = (
         noise_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0)),

@@ -410,21 +410,22 @@ def test_latest_passes_by_a_checkpoint_that_was_changed_and_the_run_ends_as_it_w
     run = RunDir(tmp_path / "run")
     older, newest, before = run.checkpoint_path(2), run.checkpoint_path(4), adapter_sha256(run.path)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
-    far = json.dumps({**json.loads((newest / "position.json").read_text()), "step": 10**9}).encode()
+    position = json.loads((newest / "position.json").read_text())
+    far, bare = (json.dumps(position | odd).encode() for odd in ({"step": 10**9}, {"digest": ""}))
     files = {
         name: (newest / name).read_bytes()
         for name in ("moslora_weights.safetensors", "optimizer.pt")
     }
     damages = [(name, flipped(content, len(content) // 2)) for name, content in files.items()]
     damages += [(name, (older / name).read_bytes()) for name in ("optimizer.pt", "position.json")]
-    for name, damage in (*damages, ("position.json", far)):
+    for name, damage in (*damages, ("position.json", far), ("position.json", bare)):
         for path, content in whole.items():
             path.write_bytes(content)
         (newest / name).write_bytes(damage)
         assert find_checkpoint(run, "latest") == older
         with pytest.raises(UserError, match="checkpoint-4 is damaged"):
             check_whole(newest)
-    assert caplog.text.count("latest skips checkpoint-4") == 5
+    assert caplog.text.count("latest skips checkpoint-4") == 6
     assert train(replace(config, resume_from_checkpoint="latest")).step == 4
     assert adapter_sha256(run.path) == before
 
