@@ -167,9 +167,8 @@ def estimate_cost(ctx: state.AppContext, form: TrainForm) -> str:
     plan = make_plan(settings_of(ctx, form), free_gib=train_form.free_gib(), is_later=True)
     # Line by line: what it does, the memory, and what could be better.
     lines = [*lack_of_disk(plan), *chosen_lines(plan.config)]
-    lines += cost_lines(plan)
-    lines += plan_lines(plan.config, plan.cost.size)
-    lines += map(train_form.in_the_forms_words, advice(plan))
+    told = [*cost_lines(plan), *plan_lines(plan.config, plan.cost.size), *advice(plan)]
+    lines += map(train_form.in_the_forms_words, told)
     # The two numbers that decide.
     memory = f"{plan.cost.peak_gib:.1f} GiB of memory"
     disk = f"{plan.cost.disk_gib:.2f} GiB on the disk"

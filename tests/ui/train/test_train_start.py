@@ -181,5 +181,6 @@ def test_the_cost_says_each_choice_and_what_each_plan_of_memory_needs(gpu, works
     ctx = context(title="sdxl", name="owner/sdxl", resolution_px=1024)
     cost = estimate_cost(ctx, TrainForm("sks", "dog"))
     assert "memory plans: full" in cost and "GiB are free" in cost
+    assert "(“Memory” auto)" in cost and "--memory" not in cost
     for said in ("at 1024 px, from 5 photos.", "learned whole", "Likeness is not measured"):
         assert said in cost, (said, cost)
