@@ -133,6 +133,17 @@ def test_no_session_stops_the_queue_without_a_name_or_when_it_is_forgotten(serve
     assert len(gallery) == 1
 
 
+def test_nobody_cancels_what_is_drawn_by_gradios_own_way(served):
+    """Cancelled twice, it stayed in memory with its form, and another base drew nothing more."""
+    event = joined(served, "quitter").json()["event_id"]
+    config = httpx.get(f"{served.url}config").json()
+    named = {one["api_name"]: one["id"] for one in config["dependencies"]}
+    asked = {"session_hash": "quitter", "fn_index": named["generate"], "event_id": event}
+    for path in ("cancel", "cancel/"):
+        answer = httpx.post(f"{served.url}gradio_api/{path}", json=asked)
+        assert answer.status_code == 404 and answer.text == "not of this page"
+
+
 def test_what_a_picture_was_asked_is_not_changed_while_it_is_drawn(served):
     event = joined(served, "swapper").json()["event_id"]
     given = {"data": [], "session_hash": "swapper"}
