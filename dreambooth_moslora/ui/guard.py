@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gradio as gr
+from gradio.utils import LRUCache
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from uvicorn.config import HTTP_PROTOCOLS
@@ -268,19 +269,32 @@ def is_logged_in(scope: dict) -> bool:
     return any(app.tokens.get(cookies.get(name)) is not None for name in names)
 
 
+class Places(LRUCache):
+    """Session -> messages that wait for it. One may be deleted twice: gradio does so when two
+    streams of a session end, and at an error the second's clock would tick for good."""
+
+    def __delitem__(self, session: str) -> None:
+        if session in self:
+            super().__delitem__(session)
+
+
 def keep_the_queue(page: gr.Blocks) -> None:
     """Let no session stop the queue of pictures, nor fill the memory by its name.
 
     Gradio stops its queue for good when a waiting event's session has no place for messages: one
-    that was forgotten, or one without a name.
+    that was forgotten, or one without a name. The events of a forgotten one it remembers.
     """
     queue = page._queue
+    queue.pending_messages_per_session = Places(queue.pending_messages_per_session.max_size)
     push, send = queue.push, queue.send_message
 
     async def push_named(body: Any, request: Any, username: str | None) -> tuple:
         named = body.session_hash is None or 0 < len(body.session_hash) <= MAX_SESSION_NAME
         if not named:
             return False, "a session's name has 1 to 64 characters", "error"
+        known = queue.pending_event_ids_session
+        for forgotten in known.keys() - queue.pending_messages_per_session.keys():
+            del known[forgotten]
         return await push(body=body, request=request, username=username)
 
     def send_where_heard(event: Any, message: Any) -> None:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.guard import MAX_FORM_BYTES, too_long
+from dreambooth_moslora.ui.guard import MAX_FORM_BYTES, Places, too_long
 from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
 from dreambooth_moslora.ui.state import MOST_STOPS
 from tests.helpers.ui_server import serve
@@ -131,6 +131,21 @@ def test_no_session_stops_the_queue_without_a_name_or_when_it_is_forgotten(serve
     served.page._queue.pending_messages_per_session.pop("second", None)
     gallery, *_ = client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
     assert len(gallery) == 1
+
+
+def test_a_forgotten_session_leaves_nothing_behind(served, client):
+    """Its events' names stayed, and a task for each of its streams that were dropped."""
+    queue = served.page._queue
+    assert joined(served, "third").is_success
+    for _ in range(2):
+        del queue.pending_messages_per_session["third"]
+    client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
+    assert queue.pending_event_ids_session.keys() <= queue.pending_messages_per_session.keys()
+    # The oldest goes when there are too many.
+    places = Places(2)
+    for name in "abc":
+        places[name] = None
+    assert list(places) == ["b", "c"]
 
 
 def test_nobody_cancels_what_is_drawn_by_gradios_own_way(served):
