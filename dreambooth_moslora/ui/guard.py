@@ -80,9 +80,10 @@ class TrustedHosts:
                 message["headers"] = [*message.get("headers", ()), FRAMES]
             await send(message)
 
-        # gradio keeps for all what it told the first who asked, with the Host of that request
-        if scope["path"].endswith("/info"):
-            scope["app"].api_info = None
+        # gradio keeps for all what it told the first who asked, with the Host of that request;
+        # what it tells of one page, by the last "page" of a query, it makes for each
+        if scope["path"].rstrip("/").endswith("/info"):
+            scope = scope | {"query_string": scope["query_string"] + b"&page="}
 
         # gradio writes X-Forwarded-Host into addresses that all users get, so only known names pass
         asked = [pair for pair in scope["headers"] if self.may_pass(*pair)]

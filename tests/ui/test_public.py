@@ -170,11 +170,14 @@ def test_no_request_writes_an_address_into_what_others_get(tiny_base, tmp_path):
     """Not on a page that answers to every name, either."""
     options = launch_options(any_host=True, public=True) | {"server_name": "127.0.0.2"}
     with serve(tiny_base, tmp_path, public=True, **options) as server:
-        told = f"{server.url}gradio_api/info"
-        for headers in ({"X-Gradio-Server": "http://evil.example"}, {"Host": "evil.example"}):
-            assert httpx.get(told, headers=headers).is_success
-            answer = httpx.get(told)
-            assert "generate" in answer.text and "evil.example" not in answer.text
+        for path in ("info", "info/", "info?page=x"):
+            told = f"{server.url}gradio_api/{path}"
+            for headers in ({"X-Gradio-Server": "http://evil.example"}, {"Host": "evil.example"}):
+                assert httpx.get(told, headers=headers).is_success
+                answer = httpx.get(told)
+                assert "generate" in answer.text and "evil.example" not in answer.text
+        # Not to whoever asks at the same time, either: gradio keeps none.
+        assert not server.page.app.api_info
 
 
 def test_a_header_without_an_end_is_not_read_to_its_end(served):
