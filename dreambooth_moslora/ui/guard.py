@@ -5,6 +5,7 @@ site could point a name of its own at 127.0.0.1 (DNS rebinding), or use the logi
 holds.
 """
 
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -183,6 +184,8 @@ NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "proce
 MAX_SESSION_NAME = 64
 MAX_FORM_BYTES = 256 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
+MAX_FILES = 16
+"""The most files that a form of a public page names: twice as many as one request draws."""
 API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
 """Where gradio writes the endpoints into the page, with the names of adapters and runs."""
 
@@ -320,6 +323,22 @@ def fetch_nothing(page: gr.Blocks) -> None:
     for block in page.blocks.values():
         keep = block.async_move_resource_to_block_cache
         block.async_move_resource_to_block_cache = partial(_of_this_machine, keep)
+
+
+def name_few_files(page: gr.Blocks) -> None:
+    """Refuse a form that names more files than a gallery of the page holds.
+
+    Gradio looks for each in all its folders, and answers nobody meanwhile.
+    """
+    preprocess = page.preprocess_data
+
+    async def preprocess_few(fn: Any, inputs: list, *args: Any, **options: Any) -> list:
+        # Quotes inside of a text are escaped, so this is the name of a field.
+        if json.dumps(inputs, default=str).count('"path":') > MAX_FILES:
+            raise gr.Error("The form names too many files.", print_exception=False)
+        return await preprocess(fn, inputs, *args, **options)
+
+    page.preprocess_data = preprocess_few
 
 
 async def _of_this_machine(keep: Callable, path: str | None) -> str | None:

@@ -72,6 +72,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
         page.queue(api_open=False, max_size=MOST_WAITING)
         guard.keep_the_queue(page)
         guard.fetch_nothing(page)
+        guard.name_few_files(page)
     else:
         page.queue(api_open=False)
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.ui.guard import MAX_FORM_BYTES, Places, too_long
+from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, Places, too_long
 from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
 from dreambooth_moslora.ui.state import MOST_STOPS
 from tests.helpers.ui_server import serve
@@ -206,6 +206,16 @@ def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
     ]
     answer = httpx.get(f"{served.url}gradio_api/call/generate/{event}", timeout=60).text
     assert "event: error" in answer and "fetches no address" in answer and not fetched
+
+
+def test_a_form_names_a_few_files_alone(served):
+    """A thousand of the page's own pictures kept it from answering anybody for seconds."""
+    file = {"path": "a.png", "meta": {"_type": "gradio.FileData"}}
+    describe, allowed = f"{served.url}gradio_api/run/describe", []
+    for number in (MAX_FILES, MAX_FILES + 1):
+        answer = httpx.post(describe, json={"data": ["dog", [file] * number]})
+        allowed.append("too many files" not in answer.text)
+    assert allowed == [True, False]
 
 
 @pytest.mark.slow
