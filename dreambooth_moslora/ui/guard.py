@@ -8,7 +8,7 @@ holds.
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -184,6 +184,8 @@ NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "proce
 MAX_SESSION_NAME = 64
 MAX_FORM_BYTES = 256 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
+MAX_CONNECTIONS = 2**16
+"""As many as one address has ports."""
 MAX_FILES = 16
 """The most files that a form of a public page names: twice as many as one request draws."""
 API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
@@ -313,6 +315,19 @@ def bound_headers() -> None:
     """Let uvicorn read headers by h11, which ends a connection at 64 KiB of them; httptools, which
     it prefers where that is installed, reads on without a limit."""
     HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
+
+
+def take_connections() -> None:
+    """Let the process hold more connections than one small client can open: by the usual limit, a
+    thousand that say nothing kept everybody else out."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
+    with suppress(ValueError, OSError):  # the system has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def fetch_nothing(page: gr.Blocks) -> None:

@@ -68,6 +68,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
             connect_bases(ctx, page, chooser, about, widgets)
     # The queue of pictures, and the thread that trains the queued runs.
     guard.bound_headers()
+    guard.take_connections()
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
         guard.keep_the_queue(page)

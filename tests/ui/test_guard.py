@@ -1,6 +1,7 @@
 """No other site reaches the page through a browser, and the page answers to its own names only."""
 
 import asyncio
+import resource
 from types import SimpleNamespace
 
 import httpx
@@ -204,6 +205,18 @@ def test_an_allowed_host_may_be_written_as_an_address_and_what_is_none_is_refuse
     for text in ("https://", "", f"ftp://{PROXY}", f"{PROXY}:port"):
         with pytest.raises(UserError, match="is not a host name"):
             origins_of(text)
+
+
+def test_a_page_holds_more_connections_than_the_usual_thousand():
+    """As many that said nothing kept everybody else out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        guard.take_connections()
+        held, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert held == min(hard % 2**64, guard.MAX_CONNECTIONS)  # -1: no limit
 
 
 def test_a_page_that_answers_late_has_started(monkeypatch):
