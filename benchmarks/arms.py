@@ -76,8 +76,8 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     )
 
     def step() -> tuple[float, float]:
-        losses = train_step.accumulate_gradients()
-        return losses.total, train_step.update_adapter()
+        found = train_step.update_adapter(train_step.accumulate_gradients())
+        return found.total, found.grad_norm
 
     return step
 

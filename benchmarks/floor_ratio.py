@@ -54,7 +54,12 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     alone = floor_step(materials, config, torch.device("cpu"))
     materials.pipeline.unet = unet
     ours = TrainStep(config, materials, bf16_accelerator(), max_train_steps=100)
-    return alone, ours.accumulate_gradients, ours.update_adapter
+    losses: list[torch.Tensor] = []
+
+    def gradients() -> None:
+        losses[:] = [ours.accumulate_gradients()]
+
+    return alone, gradients, lambda: ours.update_adapter(*losses)
 
 
 def measure(

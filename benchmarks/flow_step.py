@@ -134,8 +134,8 @@ def trainer_step(
         denoiser.enable_gradient_checkpointing()
 
     def step() -> tuple[float, float]:
-        losses = train_step.accumulate_gradients()
-        return losses.total, train_step.update_adapter()
+        found = train_step.update_adapter(train_step.accumulate_gradients())
+        return found.total, found.grad_norm
 
     return step, estimate(config, size, total_steps=steps).training_gib
 

@@ -195,8 +195,8 @@ def trainer_step(arm: str, options: argparse.Namespace, accelerator) -> Step:
         disable_fast_path(unet)
 
     def step() -> tuple[float, float]:
-        losses = train_step.accumulate_gradients()
-        return losses.total, train_step.update_adapter()
+        found = train_step.update_adapter(train_step.accumulate_gradients())
+        return found.total, found.grad_norm
 
     return step
 

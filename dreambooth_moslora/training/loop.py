@@ -38,7 +38,7 @@ from dreambooth_moslora.training import (
 )
 from dreambooth_moslora.training.best import BestStep
 from dreambooth_moslora.training.prepare import TrainInputs, prepare
-from dreambooth_moslora.training.step import StepLosses, TrainStep
+from dreambooth_moslora.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class Training:
     def step(self) -> int:
         return self.train_step.step
 
-    def accumulate_gradients(self) -> StepLosses:
-        """Draw, predict, compare and differentiate a step's micro-batches.
+    def accumulate_gradients(self) -> torch.Tensor:
+        """Draw, predict, compare and differentiate a step's micro-batches. Returns its losses (3,).
 
         Until the first update a step that runs out of memory is done again with less, from the
         same draws. Raises the error where nothing is left, and in one of several processes, as the
@@ -140,12 +140,6 @@ class Training:
         self.publisher = replace(self.publisher, config=config)
         checkpoint.write_settings(config, self.run_dir)
 
-    def check_finite(self, losses: StepLosses) -> None:
-        """Raises UserError unless the loss is finite. Losses are shared, so all processes stop
-        together."""
-        if not math.isfinite(losses.total):
-            raise self.diverged(f"the loss is {losses.total} at step {self.step + 1}")
-
     def diverged(self, what: str) -> UserError:
         """The error of numbers that are no longer finite."""
         is_fp16 = self.accelerator.mixed_precision == "fp16"
@@ -155,26 +149,34 @@ class Training:
             f"checkpoints up to here are in {self.run_dir.path}"
         )
 
-    def update_adapter(self, losses: StepLosses) -> bool:
+    def update_adapter(self, losses: torch.Tensor) -> bool:
         """Take an optimizer step. Returns False when fp16 overflowed, so that the step is repeated.
 
-        Raises UserError when every step overflows, and for a gradient that is not finite otherwise.
+        losses: (3,), of `accumulate_gradients`
+
+        Raises UserError when every step overflows, for a loss that is not finite, and for such a
+        gradient otherwise.
         """
         # The update raises `step`, unless fp16 skips it.
         attempted = self.step + 1
-        grad_norm = self.train_step.update_adapter()
-        skipped = not math.isfinite(grad_norm)
+        found = self.train_step.update_adapter(losses)
+
+        # Known only now, as reading it waits for a GPU: the update is lost with the run. Losses are
+        # shared, so all processes stop together.
+        if not math.isfinite(found.total):
+            raise self.diverged(f"the loss is {found.total} at step {attempted}")
+        skipped = not math.isfinite(found.grad_norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.seconds.append(time.monotonic() - self.started)
 
         # A skipped step is reported too: its time is spent, and its number comes again.
         done = events.StepDone(
             step=attempted,
-            loss=losses.total,
-            loss_instance=losses.instance,
-            loss_prior=losses.prior,
+            loss=found.total,
+            loss_instance=found.instance,
+            loss_prior=found.prior,
             lr=self.train_step.learning_rate,
-            grad_norm=None if skipped else grad_norm,
+            grad_norm=None if skipped else found.grad_norm,
             step_sec=self.seconds[-1],
             eta_sec=median(self.seconds) * (self.max_train_steps - self.step),
             memory_gib=reporter.memory_gib(self.accelerator.device),
@@ -184,7 +186,7 @@ class Training:
 
         # Without a scaler nothing is skipped on purpose. With one, its scale has fallen enough.
         if skipped and (self.accelerator.scaler is None or self.skipped_in_a_row >= MOST_SKIPPED):
-            raise self.diverged(f"the gradient is {grad_norm} at step {attempted}")
+            raise self.diverged(f"the gradient is {found.grad_norm} at step {attempted}")
         return not skipped
 
     def sample_if_due(self) -> None:
@@ -526,7 +528,6 @@ def fit(run: Training) -> TrainResult:
 
         # Draw, predict, compare, differentiate.
         losses = run.accumulate_gradients()
-        run.check_finite(losses)
 
         # Update. A step that fp16 skipped is repeated.
         if not run.update_adapter(losses):

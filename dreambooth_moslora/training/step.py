@@ -54,12 +54,14 @@ GRAPHS = 32
 
 
 @dataclass(frozen=True)
-class StepLosses:
-    """Means over a step's micro-batches and processes; `prior` is None for a step without one."""
+class StepFigures:
+    """Losses, as means over a step's micro-batches and processes, and the gradient's norm before
+    clipping. `prior` is None for a step without one."""
 
     total: float
     instance: float
     prior: float | None
+    grad_norm: float
 
 
 class TrainStep:
@@ -146,9 +148,10 @@ class TrainStep:
         settings = torch._dynamo.config
         settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
 
-    def accumulate_gradients(self) -> StepLosses:
+    def accumulate_gradients(self) -> torch.Tensor:
         """Draw, predict, compare and differentiate this process's micro-batches; again without
-        compilation if that fails."""
+        compilation if that fails. Returns total, instance and prior loss (3,) of the step, on the
+        device: reading them would wait for it."""
         try:
             return self.run_passes()
         except (UserError, StopRequestedError):
@@ -161,7 +164,7 @@ class TrainStep:
         # The draws have names, so the second attempt sees the same.
         return self.run_passes()
 
-    def run_passes(self) -> StepLosses:
+    def run_passes(self) -> torch.Tensor:
         """The same, once."""
         self.begin()
         found = []
@@ -287,20 +290,26 @@ class TrainStep:
         count, world = self.config.gradient_accumulation_steps, self.accelerator.num_processes
         return (self.step * count + turn) * world + self.accelerator.process_index
 
-    def update_adapter(self) -> float:
-        """Average and clip gradients, and take a step. Returns the norm; if not finite, fp16 has
-        skipped it."""
+    def update_adapter(self, losses: torch.Tensor) -> StepFigures:
+        """Average and clip gradients, and take a step. `losses` (3,) are those of
+        `accumulate_gradients`. If the norm is not finite, fp16 has skipped the step."""
         self._average_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
 
-        # Reading the norm waits for a GPU, so it comes after all is queued. A step that fp16
-        # skipped did not happen: it has neither a rate nor a number.
-        norm = float(norm)
+        # Reading waits for a GPU, so it is done once, after all is queued.
+        total, instance, prior, norm = torch.cat([losses, norm.view(1)]).tolist()
+
+        # A step that fp16 skipped did not happen: it has neither a rate nor a number.
         if math.isfinite(norm):
             self.lr_schedule.step()
             self.step += 1
-        return norm
+        return StepFigures(
+            total=total,
+            instance=instance,
+            prior=prior if self.config.with_prior_preservation else None,
+            grad_norm=norm,
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -441,17 +450,12 @@ class TrainStep:
         mean = distributed.mean_over(self.accelerator, parameters_to_vector(grads))
         vector_to_parameters(mean, grads)
 
-    def mean_of(self, found: list[torch.Tensor]) -> StepLosses:
-        """Means over the step's micro-batches and all processes. `found` are the losses (3,) of
-        each, or of its parts, which sum to them."""
+    def mean_of(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """Means (3,) over the step's micro-batches and all processes. `found` are the losses (3,)
+        of each, or of its parts, which sum to them."""
         count = self.config.gradient_accumulation_steps
         of_all = torch.stack(found).sum(0) / count
-        total, instance, prior = distributed.mean_over(self.accelerator, of_all).tolist()
-        return StepLosses(
-            total=total,
-            instance=instance,
-            prior=prior if self.config.with_prior_preservation else None,
-        )
+        return distributed.mean_over(self.accelerator, of_all)
 
 
 def prior_prompts(config: TrainConfig, classes: list[str], micro_batch: int) -> list[str]:

@@ -51,11 +51,11 @@ class WatchedTrainStep(train_step.TrainStep):
         numbers.append(sum(weight.numel() for weight in weights if weight.device == DEVICE))
         return losses
 
-    def update_adapter(self):
+    def update_adapter(self, losses):
         with Watch() as watch:
-            norm = super().update_adapter()
+            found = super().update_adapter(losses)
         updates.append(watch)
-        return norm
+        return found
 
 
 def accelerator_on_device(config, run_dir):

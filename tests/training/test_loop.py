@@ -31,7 +31,7 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.step import StepLosses, TrainStep, prior_prompts
+from dreambooth_moslora.training.step import TrainStep, prior_prompts
 from tests.generation.test_pipeline import differs
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
@@ -351,7 +351,7 @@ def test_the_base_is_its_own_prior_so_the_first_prior_loss_is_zero_for_class_and
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, monkeypatch, tmp_path):
-    step, bad = TrainStep.accumulate_gradients, StepLosses(float("nan"), float("nan"), None)
+    step, bad = TrainStep.accumulate_gradients, torch.full((3,), float("nan"))
     monkeypatch.setattr(
         TrainStep, "accumulate_gradients", lambda self: step(self) if self.step < 2 else bad
     )

@@ -123,8 +123,8 @@ def test_a_step_is_measured_beside_the_floor_in_a_process_of_its_own(tmp_path):
 def test_random_materials_have_all_that_a_step_reads():
     config = TrainConfig.from_dict({"resolution": 64, "rank": 2, "mixed_precision": "bf16"})
     step = TrainStep(config, random_materials("small", 64), bf16_accelerator(), max_train_steps=1)
-    assert 0 < step.accumulate_gradients().total < 10
-    assert step.update_adapter() > 0
+    found = step.update_adapter(step.accumulate_gradients())
+    assert 0 < found.total < 10 and found.grad_norm > 0
 
 
 @pytest.mark.slow
@@ -247,8 +247,8 @@ def test_a_training_mixes_no_devices_has_the_cpu_s_losses_and_waits_once_a_step(
         expected, rel=1e-2 if "mixed_precision" in settings else 1e-5
     )
     if training in COUNTED:
-        assert sum(found["waits"].values()) == 1, found["waits"]
-        assert sum(found["update_waits"].values()) <= 1, found["update_waits"]
+        assert sum(found["waits"].values()) == 0, found["waits"]
+        assert sum(found["update_waits"].values()) == 1, found["update_waits"]
         assert sum(found["copies"].values()) == settings.get("gradient_accumulation_steps", 1), (
             found["copies"]
         )
@@ -282,7 +282,8 @@ def test_two_processes_each_on_a_device_train_what_one_trains_with_two_micro_bat
 
 @pytest.mark.slow
 def test_fp16_that_overflows_on_the_device_makes_the_step_again(run_on_device):
-    """The scaler asks the device once whether a gradient is infinite, and the norm is read."""
+    """The scaler asks the device once whether a gradient is infinite, and the losses are read with
+    the norm."""
     found, usual = run_on_device(fp16_scale=2.0**23), run_on_device(mixed_precision="bf16")
     assert found["skipped"] > 2 and len(found["losses"]) == 2
     assert found["losses"] == pytest.approx(usual["losses"], rel=2e-2)

@@ -193,8 +193,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
     train_step = TrainStep(config, materials, accelerator, max_train_steps=10)
 
     def step() -> None:
-        train_step.accumulate_gradients()
-        train_step.update_adapter()
+        train_step.update_adapter(train_step.accumulate_gradients())
 
     step_sec = second_of(step, accelerator.device)
     if accelerator.device.type == "cuda":
