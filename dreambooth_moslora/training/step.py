@@ -5,10 +5,6 @@ steps, accumulation and processes, so one process with accumulation 2 draws what
 One all-reduce per step averages the adapters' gradients over processes. No module is wrapped, so
 any part of the base can be trained. Adapters are fp32; the frozen base computes in its own dtype,
 with copies of the adapter made once per step.
-
-`--compile` compiles each of the UNet's transformer blocks in place, so that no checkpoint key
-changes its name. Blocks of one width share a graph, which stays valid with recomputation and
-without the adapter.
 """
 
 import logging
@@ -33,6 +29,7 @@ from dreambooth_moslora.seeds import generator, rng, seed_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
+from dreambooth_moslora.training.compilation import compile_blocks
 from dreambooth_moslora.training.micro_batch import MicroBatch, Rows, alike, predicted_together
 from dreambooth_moslora.training.optimizer import (
     average_of,
@@ -44,13 +41,9 @@ from dreambooth_moslora.training.optimizer import (
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "inductor"
-"""PyTorch's own compiler, which `--compile` uses."""
 GOES_ON = "the run goes on without"
 PX_A_TOKEN = 16 * 16
 """Of a picture, in the transformers whose scheduler shifts levels by the number of tokens."""
-GRAPHS = 32
-"""Of one kind of block. With buckets, the second size makes one graph for all sizes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class TrainStep:
         inputs.start = None
         self.compiled: list[torch.nn.Module] = []
         if speed.compiled:
-            self.compile_blocks()
+            self.compiled = compile_blocks(inputs.denoiser)
             if accelerator.is_main_process:
                 logger.warning("%s", speed.sentence())
 
@@ -137,16 +130,6 @@ class TrainStep:
         if checkpoint is not None and self.average is not None:
             restore_weights(checkpoint, self.parameters)
         self.optimizer = accelerator.prepare(optimizer)
-
-    def compile_blocks(self) -> None:
-        """Compile the denoiser's transformer blocks in place, each at its first call."""
-        kinds = pipelines.block_classes(self.inputs.denoiser)
-        for block in self.inputs.denoiser.modules():
-            if type(block).__name__ in kinds:
-                self.compiled.append(block)
-                block.compile(backend=BACKEND)
-        settings = torch._dynamo.config
-        settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
 
     def accumulate_gradients(self) -> torch.Tensor:
         """Draw, predict, compare and differentiate this process's micro-batches; again without

@@ -19,8 +19,7 @@ from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.plan.speed import speed_of
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import loop
-from dreambooth_moslora.training import step as train_step
+from dreambooth_moslora.training import compilation, loop
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_families import tiny_pipeline
@@ -206,7 +205,7 @@ def test_compiled_losses_are_those_without_and_so_is_what_is_saved(
 ):
     """Traced, differentiated ahead of time, and run operation by operation: inductor would take
     minutes here."""
-    monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     settings = PRIOR | {"gradient_checkpointing": True, "enable_bucket": True}
     settings["target_modules"] = ("to_q", "to_k", "to_v", "conv1")
     plain, compiled = (
@@ -220,7 +219,7 @@ def test_compiled_losses_are_those_without_and_so_is_what_is_saved(
 
 @pytest.mark.slow
 def test_no_step_after_the_first_compiles_again(tiny_base, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters, graphs = torch._dynamo.utils.counters, []
     counters.clear()
