@@ -523,9 +523,9 @@ def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
     return getattr(pipe, facts_of(type(pipe).__name__).denoiser)
 
 
-def block_classes(denoiser: torch.nn.Module) -> tuple[str, ...]:
-    """Class names of the blocks that are repeated, as diffusers lists them: they hold nearly all
-    weights."""
-    repeated = getattr(denoiser, "_repeated_blocks", None)
-    whole = getattr(denoiser, "_no_split_modules", None)
+def block_classes(model: torch.nn.Module) -> tuple[str, ...]:
+    """Class names of the blocks that are repeated, as diffusers or transformers lists them: they
+    hold nearly all weights."""
+    repeated = getattr(model, "_repeated_blocks", None)
+    whole = getattr(model, "_no_split_modules", None)
     return tuple(repeated or whole or ())

@@ -11,6 +11,9 @@ passes. A block comes before its forward, and again when the first gradient of i
 It has the same addresses each time, so that it does not matter when a view of its weights was
 taken: bitsandbytes keeps one from the forward pass, and reads it before anything is recomputed.
 
+It is also for pictures that are drawn on a small device, where text encoders are streamed too:
+`move` frees the places between two pictures.
+
 diffusers' group offloading lets a block go when its forward ends, before the backward pass has
 read it, and puts back each weight as it was, the trained ones too.
 """
@@ -65,51 +68,62 @@ def copy_pieces(place: Tensor, pieces: Sequence[Tensor]) -> None:
 
 
 class StreamedBlocks:
-    """Moves the matrices of a denoiser's blocks to the host, and brings them when they compute.
+    """Moves the matrices of a model's blocks to the host, and brings them when they compute.
 
-    denoiser: changed in place; it may be on the host or on the device, in 4 bit too, and all but
-        these matrices is the caller's to move
+    model: a denoiser or a text encoder, changed in place; it may be on the host or on the device,
+        in 4 bit too, and all but these matrices is the caller's to move
     device: where it computes
     copies: how blocks come there
 
     `held` are the numbers of the blocks on the device.
     """
 
-    def __init__(self, denoiser: nn.Module, device: torch.device, copies: Copies | None = None):
-        is_cuda = device.type == "cuda"
-        self.copies = copies or Copies(device)
-        blocks = streamed_blocks(denoiser)
+    def __init__(self, model: nn.Module, device: torch.device, copies: Copies | None = None):
+        self.blocks = streamed_blocks(model)
+        self.largest = max(sum(map(room_of, layers)) for _, layers in self.blocks)
+        self.make_places(device, copies or Copies(device))
 
-        # The places, as large as the largest block.
-        largest = max(sum(map(room_of, weights)) for _, weights in blocks)
+        # Each block moves to the host, and comes again whenever its forward is called. A compiler
+        # must not look into that.
+        is_cuda = device.type == "cuda"
+        self.pieces: list[list[Tensor]] = []
+        enter = torch.compiler.disable(self.enter)
+        leave = torch.compiler.disable(self.leave)
+        for number, (block, layers) in enumerate(self.blocks):
+            packed = bytes_of(layers).split(PIECE)
+            self.pieces.append([pinned(piece) if is_cuda else piece for piece in packed])
+            self.lay(number)
+            block.register_forward_pre_hook(partial(enter, number))
+            block.register_forward_hook(partial(leave, number))
+
+    def make_places(self, device: torch.device, copies: Copies) -> None:
+        """Empty places on the device, as large as the largest block."""
+        self.copies = copies
         self.places = []
         for _ in range(PLACES):
-            self.places.append(torch.empty(largest, dtype=torch.uint8, device=device))
+            self.places.append(torch.empty(self.largest, dtype=torch.uint8, device=device))
         self.held: list[int | None] = [None] * PLACES
         self.begun: list[Any] = [None] * PLACES
         self.last = -1
 
-        # Each block moves to the host, and comes again whenever its forward is called. A compiler
-        # must not look into that.
-        self.pieces: list[list[Tensor]] = []
-        enter = torch.compiler.disable(self.enter)
-        leave = torch.compiler.disable(self.leave)
-        for number, (block, weights) in enumerate(blocks):
-            packed = self.laid_into(self.places[number % PLACES], weights).split(PIECE)
-            self.pieces.append([piece.pin_memory() if is_cuda else piece for piece in packed])
-            block.register_forward_pre_hook(partial(enter, number))
-            block.register_forward_hook(partial(leave, number))
+    def move(self, device: torch.device) -> None:
+        """Compute on another device from here on, between two passes. The memory of the places on
+        the present one is freed; blocks lie on the host as before."""
+        # A copy that nobody waited for may still write there.
+        for copy in self.begun:
+            self.copies.wait(copy)
+        self.make_places(device, Copies(device))
+        for number in range(len(self.blocks)):
+            self.lay(number)
 
-    def laid_into(self, place: Tensor, weights: Sequence[nn.Parameter]) -> Tensor:
-        """Make the weights views of `place` (bytes,). Returns their bytes, on the host."""
-        host = torch.empty(sum(map(room_of, weights)), dtype=torch.uint8)
+    def lay(self, number: int) -> None:
+        """Make a block's matrices views of its place."""
         start = 0
-        for weight in weights:
-            end = start + weight.nbytes
-            host[start:end].copy_(weight.data.contiguous().view(-1).view(torch.uint8))
-            weight.data = place[start:end].view(weight.dtype).view(weight.shape)
-            start += room_of(weight)
-        return host
+        for layer in self.blocks[number][1]:
+            weight = layer.weight
+            part = self.places[number % PLACES][start : start + weight.nbytes]
+            weight.data = part.view(weight.dtype).view(weight.shape)
+            start += room_of(layer)
 
     def enter(self, number: int, *_: Any) -> None:
         """Called before block `number` computes, forwards or backwards: it waits for that block,
@@ -135,26 +149,47 @@ class StreamedBlocks:
             self.begun[place] = self.copies.start(self.places[place], self.pieces[number])
 
 
-def streamed_blocks(denoiser: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """The blocks that are streamed, each with its frozen matrices, in the order of the model. The
-    few blocks that refine an input are not: Lumina 2 does not recompute them."""
-    kinds = block_classes(denoiser)
+def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
+    """The blocks that are streamed, each with the layers whose matrices are, in the order of the
+    model. The few blocks that refine an input are not: Lumina 2 does not recompute them."""
+    kinds = block_classes(model)
     found = []
-    for name, block in denoiser.named_modules():
+    for name, block in model.named_modules():
         if type(block).__name__ not in kinds or "refiner" in name:
             continue
 
-        # An adapter's own matrices stay, where it is there already.
-        weights = []
+        # An adapter's own matrices stay, where it is there already. PEFT's layer, which has the
+        # name of the layer that it holds, is no layer of PyTorch's.
+        layers = []
         for path, layer in block.named_modules():
             is_matrix = type(layer).__name__ in ("Linear", "Linear4bit")
-            if is_matrix and ".lora_" not in path:
-                weights.append(layer.weight)
-        if weights:
-            found.append((block, weights))
+            if is_matrix and isinstance(layer, nn.Linear) and ".lora_" not in path:
+                layers.append(layer)
+        if layers:
+            found.append((block, layers))
     return found
 
 
-def room_of(weight: Tensor) -> int:
-    """Bytes that a weight takes of a block."""
-    return -(-weight.nbytes // ALIGNED) * ALIGNED
+def bytes_of(layers: Sequence[nn.Linear]) -> Tensor:
+    """The bytes of the layers' matrices on the host, as they lie in a place."""
+    host = torch.empty(sum(map(room_of, layers)), dtype=torch.uint8)
+    start = 0
+    for layer in layers:
+        flat = layer.weight.data.contiguous().view(-1).view(torch.uint8)
+        host[start : start + len(flat)].copy_(flat)
+        start += room_of(layer)
+    return host
+
+
+def pinned(piece: Tensor) -> Tensor:
+    """The piece in pinned memory; as it is where the host has none left, as Windows lets a driver
+    pin half of the memory. It is copied more slowly then."""
+    try:
+        return piece.pin_memory()
+    except RuntimeError:
+        return piece
+
+
+def room_of(layer: nn.Linear) -> int:
+    """Bytes that a layer's matrix takes of a block."""
+    return -(-layer.weight.nbytes // ALIGNED) * ALIGNED

@@ -1,7 +1,5 @@
 """Blocks that are streamed from the host compute the same numbers, and few are on the device."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -11,31 +9,9 @@ from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.training import adapters
+from tests.helpers.late_copies import LateCopies
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import tiny_config
-
-
-class LateCopies:
-    """A device whose copies end when they are waited for: what computes with a block before that
-    gets NaN, and so does what reads a block after another has come in its place."""
-
-    def __init__(self):
-        self.waiting, self.started, self.ended = {}, 0, 0
-
-    def start(self, place, pieces) -> Callable[[], None]:
-        place.fill_(255)  # NaN in every floating-point type
-
-        def end() -> None:
-            if self.waiting.pop(place.data_ptr(), None) is end:
-                streaming.copy_pieces(place, pieces)
-                self.ended += 1
-
-        self.waiting[place.data_ptr()] = end
-        self.started += 1
-        return end
-
-    def wait(self, copy) -> None:
-        copy()
 
 
 def gradients(
@@ -106,6 +82,15 @@ def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_pat
 
     # No more than two are on the device: all blocks' weights lie in two places.
     places = {place.untyped_storage().data_ptr() for place in streamed.places}
-    weights = [one for _, own in streaming.streamed_blocks(denoiser) for one in own]
+    weights = [one.weight for _, own in streaming.streamed_blocks(denoiser) for one in own]
     assert len(places) == 2
     assert {weight.untyped_storage().data_ptr() for weight in weights} <= places
+
+
+def test_a_block_that_the_host_cannot_pin_comes_as_it_is(monkeypatch):
+    def refused(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refused)
+    piece = torch.arange(4, dtype=torch.uint8)
+    assert streaming.pinned(piece) is piece

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from dreambooth_moslora import training
-from dreambooth_moslora.base import load
+from dreambooth_moslora.base import load, machine, streaming
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.pipelines import family_of
 from dreambooth_moslora.cli.command_train import train_main
@@ -32,6 +32,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
+from dreambooth_moslora.generation import home as gpu_room
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
@@ -51,6 +52,7 @@ from dreambooth_moslora.training.objective import (
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.few_pictures import few_pictures
+from tests.helpers.late_copies import LateCopies
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
@@ -169,6 +171,63 @@ def test_the_adapter_is_loaded_and_drawn_and_at_scale_zero_is_the_base(trained):
     without = drawn(plain)
     assert np.array_equal(drawn(subject, (adapter, 0.0)), without)
     assert not np.array_equal(drawn(subject, (adapter, 1.0)), without)
+
+
+def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, monkeypatch):
+    """Again after it rested, and with an adapter that is there already or comes meanwhile. The
+    device is the CPU; late copies show that no block computes before it has come."""
+    facts, config, _ = trained
+    params = GenerationParams("a photo of sks dog", steps=2, height_px=64, width_px=64)
+
+    def base():
+        """Each weight begins where a kernel likes it, as on a GPU and unlike in a mapped file."""
+        subject = SubjectPipeline.from_base(config.pretrained_model_name_or_path, device="cpu")
+        for model in gpu_room.models_of(subject.pipeline):
+            for weight in model.parameters():
+                weight.data = weight.data.clone()
+        return subject
+
+    def drawn(subject):
+        plain = subject.draw(params)
+        with_it = replace(params, adapters=((subject.load_adapter(config.output_dir), 1.0),))
+        found = [plain, subject.draw(with_it), subject.draw(with_it), subject.draw(params)]
+        return [np.asarray(image.pixels).tolist() for (image,) in found]
+
+    wanted = drawn(base())
+    assert wanted[0] != wanted[1]
+    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)
+    monkeypatch.setattr(streaming, "Copies", LateCopies)
+    for is_there in (False, True):
+        subject = base()
+        subject.home.is_resting = True
+        if is_there:
+            subject.load_adapter(config.output_dir)
+        assert drawn(subject) == wanted
+
+    # Two blocks of each model are on the device, as all weights lie in two places, and none later.
+    subject.home.enter()
+    streamed, gone = subject.home.streamed, []
+    assert len(streamed) == 1 + len(facts.encoders)
+    for blocks in streamed:
+        weights = [layer.weight for _, layers in blocks.blocks for layer in layers]
+        places = {place.untyped_storage().data_ptr() for place in blocks.places}
+        assert {one.untyped_storage().data_ptr() for one in weights} == places and len(places) == 2
+        gone += map(weakref.ref, blocks.places)
+    subject.home.leave()
+    assert [place() for place in gone] == [None] * 2 * len(streamed)
+
+
+@pytest.mark.slow
+def test_samples_of_a_run_with_streamed_blocks_are_the_same(trained, tmp_path):
+    """And so is its adapter. In bf16 no weight lies as in the file, where few are aligned."""
+    _, config, _ = trained
+    changes = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
+    whole = replace(config, output_dir=str(tmp_path / "whole"), **changes)
+    train(whole)
+    streamed = replace(whole, output_dir=str(tmp_path / "streamed"), stream_blocks=True)
+    train(streamed)
+    assert same_files(streamed, whole, ["image_0.png"])
+    assert adapter_sha256(tmp_path / "streamed") == adapter_sha256(tmp_path / "whole")
 
 
 @pytest.mark.slow
