@@ -37,6 +37,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", process_count()))
+
+
 def is_main_process() -> bool:
     """Whether this is the run's first process, the only one that prints and writes."""
     return os.environ.get("RANK", "0") == "0"

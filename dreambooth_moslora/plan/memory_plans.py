@@ -24,7 +24,6 @@ import psutil
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -166,8 +165,8 @@ def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
 
 
 def host_gib() -> float:
-    """The memory of this machine, GiB."""
-    return psutil.virtual_memory().total / machine.GIB
+    """The memory of this machine that a process of the run has, GiB: each keeps its own blocks."""
+    return psutil.virtual_memory().total / machine.GIB / machine.processes_here()
 
 
 def streams_dense(plan: Plan) -> bool:
@@ -184,9 +183,6 @@ def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> 
     if machine.is_on_apple() and ("gradient_checkpointing" not in plan or is_streamed):
         return False
     if is_quantized and (machine.is_on_apple() or not find_spec("bitsandbytes")):
-        return False
-    # Streaming was tried in one process alone.
-    if is_streamed and process_count() > 1:
         return False
     if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
         return False

@@ -140,7 +140,8 @@ def prepare(
     denoiser = pipelines.denoiser_of(pipeline)
     held = held_as(config, denoiser, dtype)
     if config.stream_blocks:
-        StreamedBlocks(denoiser, device)
+        # By the name that its weights have: `to` copies those on "cpu" to "cpu:0", each by itself.
+        device = StreamedBlocks(denoiser, device).places[0].device
     denoiser.to(device)
     return TrainInputs(
         pipeline=pipeline,

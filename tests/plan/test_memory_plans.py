@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +302,17 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monke
     assert memory_plans.plan_name(run, size, 6.2) == "nf4_stream"
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
         memory_plans.check_memory(run, size)
+
+
+@pytest.mark.parametrize(("here", "streams"), [("1", True), ("2", False)])
+def test_each_of_several_processes_keeps_blocks_of_its_own_on_the_host(here, streams, monkeypatch):
+    """FLUX.1's blocks weigh 22 GiB; half of 64 GiB holds those of one process."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64 * 2**30))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
+    run = TrainConfig.from_dict(SETTINGS | {"mixed_precision": "bf16"})
+    assert ("stream" in memory_plans.costs(run, flux)) == streams
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
