@@ -389,8 +389,7 @@ def trained(
     rows, losses, seconds, began = [], [], 0.0, time.perf_counter()
     every, size = params["eval_steps"], params["batch_size"]
     for number in range(1, params["max_steps"] + 1):
-        losses.append(step.accumulate_gradients().total)
-        step.update_adapter()
+        losses.append(step.update_adapter(step.accumulate_gradients()).total)
         if number % every and number != params["max_steps"]:
             continue
 

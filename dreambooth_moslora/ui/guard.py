@@ -7,6 +7,7 @@ holds.
 
 import json
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -320,10 +321,10 @@ def bound_headers() -> None:
 def take_connections() -> None:
     """Let the process hold more connections than one small client can open: by the usual limit, a
     thousand that say nothing kept everybody else out."""
-    try:
-        import resource
-    except ImportError:  # Windows, which has no such limit
+    if sys.platform == "win32":  # which has no such limit
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, MAX_CONNECTIONS)
     with suppress(ValueError, OSError):  # the system has a lower limit of its own
