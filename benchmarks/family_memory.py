@@ -5,8 +5,9 @@ meta device.
     python -m benchmarks.family_memory --models Z-Image --resolutions 512 1024 --ranks 16 64
 
 It needs no GPU and no weights: the configurations are those of the published models. `gpu_memory`
-says what is counted. NF4 and int8 are the recomputed step with the bytes of quantised layers;
-workspaces of bitsandbytes are in no count. The encoders are gone by then. Beside a step's kernels
+says what is counted. NF4 and int8 are the recomputed step with the bytes of quantised layers. Where
+blocks are streamed, as many count as have places there, each as large as the largest one.
+Workspaces of bitsandbytes are in no count. The encoders are gone by then. Beside a step's kernels
 are those of the same step by PEFT's own layers. The estimate is that of `--dry_run`; it is read
 from the shapes of the weights.
 """
@@ -25,9 +26,10 @@ from torch import nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from dreambooth_moslora.base.machine import CONTEXT_GIB
+from dreambooth_moslora.base.machine import CONTEXT_GIB, PLACES
 from dreambooth_moslora.base.pipelines import METHODS
 from dreambooth_moslora.base.quantization import OUTPUTS_A_BLOCK, layers_of_blocks
+from dreambooth_moslora.base.streaming import streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_shapes
@@ -43,6 +45,12 @@ COUNTED = {
     "recompute": {"gradient_checkpointing": True},
     "int8": {"gradient_checkpointing": True, "base_quantization": "int8"},
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
+    "stream": {"gradient_checkpointing": True, "stream_blocks": True},
+    "nf4_stream": {
+        "gradient_checkpointing": True,
+        "base_quantization": "nf4",
+        "stream_blocks": True,
+    },
 }
 SD3_MEDIUM = {
     "num_layers": 24,
@@ -249,6 +257,19 @@ def saved_gib(denoiser: nn.Module, plan: str) -> float:
     return numbers * (2 - QUANTIZED_BYTES[kind]) / GIB if kind else 0.0
 
 
+def on_host_gib(denoiser: nn.Module, plan: str) -> float:
+    """What streaming takes off the weights: all blocks, but for those whose places are there."""
+    if not COUNTED[plan].get("stream_blocks"):
+        return 0.0
+    # The scales of weights in 4 bit stay on the device.
+    of_a_number = 0.5 if "base_quantization" in COUNTED[plan] else 2
+    blocks = []
+    for _, layers in streamed_blocks(denoiser):
+        numbers = sum(layer.weight.numel() for layer in layers)
+        blocks.append(numbers * of_a_number / GIB)
+    return sum(blocks) - PLACES * max(blocks)
+
+
 def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     """What was counted as `families` has it, but for `text_tokens`, `encoders` and `vae`.
 
@@ -279,6 +300,7 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         size = size_of_shapes(facts, shapes, facts.targets)
         told = estimate(config, size, total_steps=100).training_gib
         weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
+        weights -= on_host_gib(denoiser, plan)
         with torch.device("meta"):
             add_adapters(config, {facts.denoiser: denoiser})
         adapter = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
