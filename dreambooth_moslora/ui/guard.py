@@ -295,6 +295,7 @@ def keep_the_queue(page: gr.Blocks) -> None:
     queue.pending_messages_per_session = Places(queue.pending_messages_per_session.max_size)
     push, send = queue.push, queue.send_message
 
+    # An event that comes in: its session has a name, and what forgotten ones left is dropped.
     async def push_named(body: Any, request: Any, username: str | None) -> tuple:
         named = body.session_hash is None or 0 < len(body.session_hash) <= MAX_SESSION_NAME
         if not named:
@@ -304,6 +305,7 @@ def keep_the_queue(page: gr.Blocks) -> None:
             del known[forgotten]
         return await push(body=body, request=request, username=username)
 
+    # A message that goes out: to sessions that are still known alone.
     def send_where_heard(event: Any, message: Any) -> None:
         if event.session_hash in queue.pending_messages_per_session:
             send(event, message)
