@@ -277,6 +277,7 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
             "score": 0.4,
         }
         and found.copy_alarm
+        and found.leaked == "a red rocket"
     )
     for moment, score in ((1.0, 0.5), (3.0, 0.6)):
         run.metrics_path.write_text(
