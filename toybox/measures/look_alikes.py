@@ -1,0 +1,123 @@
+"""Does a subject's rank among look-alikes tell more of its likeness than DINO's cosine does?
+
+    python -m toybox.measures.look_alikes
+
+Fine-grained personalization asks for the rank (arXiv 2512.19026): of a picture's cosines to the
+subject's photos and to those of ten others of its kind, the share of pairs in which the photo is
+nearer. Here the truth is known: each picture shows a toy that has none, some or all of its looks
+from another toy of its kind, in any place and light. Spearman's correlation of the likeness with
+the share of the looks that are right is printed for each sample subject, and the mean of all with
+its interval.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.evaluation.metrics import (
+    Encoders,
+    bootstrap_mean,
+    load_encoders,
+    subject_fidelity,
+)
+from toybox.make_subjects import FOLDER, SUBJECTS, load
+from toybox.render import render
+from toybox.world import Scene, Toy, sample_scene, sample_toy
+
+__all__ = ["Correlation", "main", "of_subject", "rank", "spearman"]
+
+# What makes an individual of its kind
+LOOKS = ("colour", "colour2", "pattern", "genes", "accessories")
+LOOK_ALIKES = 10
+VIEWS = 3  # of each
+PICTURES = 64  # of each subject
+SIZE_PX = 128
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of each measure with the truth, for one subject."""
+
+    dino: float
+    rank: float
+
+
+def rank(generated: torch.Tensor, photos: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N, D), photos (P, D), look-alikes (L, D) -> (N,): the share of the pairs of a photo and a
+    look-alike in which the photo is nearer; 1 if all photos come first, 1/2 by chance."""
+    nearer = (generated @ photos.T)[:, :, None] > (generated @ others.T)[:, None, :]
+    return nearer.float().mean((1, 2))
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """The correlation of the ranks of two lists (N,); equal values share their mean rank."""
+    return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """From 1; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[places]
+
+
+def of_subject(toy: Toy, photos: list[Image.Image], encoders: Encoders, count: int) -> Correlation:
+    """Both measures of `count` pictures against the truth."""
+    rng = random.Random(f"look-alikes of {toy}")
+
+    # The look-alikes, each from a few sides
+    others = []
+    for _ in range(LOOK_ALIKES):
+        other = sample_toy(rng, toy.kind)
+        others += [sample_scene(rng, other, held_out=None) for _ in range(VIEWS)]
+
+    # Pictures that are more or less true
+    scenes = []
+    truth = []
+    for _ in range(count):
+        other = sample_toy(rng, toy.kind)
+        wrong = rng.sample(LOOKS, rng.randrange(len(LOOKS) + 1))
+        mixed = replace(toy, **{look: getattr(other, look) for look in wrong})
+        scenes.append(sample_scene(rng, mixed, held_out=None))
+        right = [getattr(mixed, look) == getattr(toy, look) for look in LOOKS]
+        truth.append(np.mean(right))
+
+    of_photos = encoders.dino_images(photos)
+    of_others = encoders.dino_images(pictures(others))
+    drawn = encoders.dino_images(pictures(scenes))
+    truth = np.array(truth)
+    return Correlation(
+        dino=spearman(subject_fidelity(drawn, of_photos).numpy(), truth),
+        rank=spearman(rank(drawn, of_photos, of_others).numpy(), truth),
+    )
+
+
+def pictures(scenes: list[Scene]) -> list[Image.Image]:
+    """The scenes, rendered."""
+    return [Image.fromarray(image.numpy()) for image in render(scenes, SIZE_PX)]
+
+
+def photos_of(folder: Path) -> list[Image.Image]:
+    """The photos of a sample subject."""
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
+
+
+def main() -> None:
+    encoders = load_encoders(assets_folder() / "toy-sdxl")
+    found = []
+    for name in SUBJECTS:
+        one = of_subject(load(name).toy, photos_of(FOLDER / name), encoders, PICTURES)
+        print(f"{name}: DINO {one.dino:.3f}, rank {one.rank:.3f}", flush=True)
+        found.append(one)
+    print(f"DINO {bootstrap_mean([one.dino for one in found])}")
+    print(f"rank {bootstrap_mean([one.rank for one in found])}")
+    print(f"rank less DINO {bootstrap_mean([one.rank - one.dino for one in found]):+}")
+
+
+if __name__ == "__main__":
+    main()
