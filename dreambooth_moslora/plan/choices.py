@@ -218,6 +218,10 @@ def choose_style(choices: Choices, name: str) -> None:
     prompt = f"a picture in {name} style"
     choices.add(f"words: “{prompt}”", "instance_prompt", instance_prompt=prompt, token=name)
     choices.add("", with_prior_preservation=False)
+    if not choices.all["with_prior_preservation"]:
+        # What the recipe says of it would be remarked on as without effect.
+        for name in [name for name in choices.settings if name.startswith("prior")]:
+            del choices.settings[name]
     facts = choices.base.facts
     if facts and facts.name == "sdxl" and not choices.base.is_toy:
         line = "layers: the blocks that hold style"

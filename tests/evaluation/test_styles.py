@@ -97,6 +97,12 @@ def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
     assert chosen.settings["instance_prompt"] == "a picture in ink style"
     assert chosen.settings["with_prior_preservation"] is False
     assert "class_prompt" not in chosen.settings
+
+    # Nothing of the recipe is left without effect.
+    choices.choose_recipe(chosen, None)
+    assert "prior_loss_weight" in chosen.settings
+    choices.choose_words(chosen, "ink")
+    assert not [name for name in chosen.settings if name.startswith("prior")]
     assert "Say nothing about how it is drawn" in captions.question_of(INK, "picture")
     said = ["a photo of a red duck on grass in ink style", "a picture in ink style"]
     assert things_in(said) == ("red duck",)
