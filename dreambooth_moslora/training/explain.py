@@ -35,7 +35,7 @@ CLASS_MOVED = 1 / 3
 """Of the way from the base's class to the subject: below 0 in good runs, about 1 without prior
 preservation."""
 DRIFTED = 1.5
-"""Of the base's own spread: 0.4 to 1.3 in good runs, 1.6 to 2.2 without prior preservation."""
+"""Of the base's own spread: 0.3 to 1.3 in good runs, 1.4 to 4.0 without prior preservation."""
 PROMPT_KEPT = 0.75
 """CLIP-T over the base's: 0.79 to 1.06 in runs that show the place, below 0.3 in others."""
 BARE_SHOWN = 1 / 2
