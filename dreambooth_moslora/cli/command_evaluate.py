@@ -19,7 +19,7 @@ from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan.checks import output_folder
+from dreambooth_moslora.plan.checks import check_references, output_folder
 from dreambooth_moslora.settings import measures, sources, subject_kinds, table
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.training import explain
@@ -107,7 +107,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     config = resolve(args)
     base = args.base or Base.of_run(config)
     if args.reference:
-        check_references(Base.find(base), config)
+        check_references(Base.find(base), config, "--reference")
     say_loading()
     from dreambooth_moslora.base import load
     from dreambooth_moslora.evaluation import report
@@ -229,15 +229,6 @@ def check_paths(args: argparse.Namespace) -> None:
         require_folder_of_photos(Path(find_asset(args.photos)))
     if args.base:
         Base.find(args.base)
-
-
-def check_references(base: Base, config: table.TrainConfig) -> None:
-    """Raises UserError for a base that takes no reference pictures, and for a style."""
-    if base.facts is None or not base.facts.takes_references:
-        title = base.facts.title if base.facts else base.public_name
-        raise UserError(f"--reference: {title} takes no reference pictures; leave it out.")
-    if any(subject_kinds.kind_of(subject).is_style for subject in config.each_subject):
-        raise UserError("--reference is for a subject, not for a style; leave it out.")
 
 
 def picture_count(plan: "EvaluationPlan") -> int:

@@ -56,6 +56,7 @@ class EvaluationPlan:
     bare_prompt: str = ""
     is_style: bool = False
     things: tuple[str, ...] = ()  # that a style's pictures show, as their captions say
+    ending: str = ""  # of the subject's prompts alone, not of the base's
 
     def __post_init__(self) -> None:
         has_gaps = bool(self.templates) and all("{}" in template for template in self.templates)
@@ -77,7 +78,8 @@ class EvaluationPlan:
     @property
     def subject_requests(self) -> list[SampleRequest]:
         words = self.subject.words
-        return self._each([template.replace("{}", words) for template in self.templates])
+        texts = [template.replace("{}", words) + self.ending for template in self.templates]
+        return self._each(texts)
 
     @property
     def base_requests(self) -> list[SampleRequest]:

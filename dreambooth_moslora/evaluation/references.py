@@ -11,8 +11,11 @@ The verdict comes from differences that are paired by prompt and seed. It says n
 known" while an interval holds 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
 
 from dreambooth_moslora.evaluation import metrics
 from dreambooth_moslora.evaluation.protocol import spread
@@ -61,34 +64,44 @@ def compare(
     judge: `evaluate_adapter` of the pipeline and the adapter
     scale: of the adapter
     """
-    references = spread(evaluator.photos.pictures, MOST_REFERENCES)
-    by_references = judge(without_token(evaluator), scale=0.0, references=references)
+    references = references_of(evaluator)
+    by_references = draw_by_references(evaluator, judge)
     by_both = judge(evaluator.of_subject(), scale=scale, references=references)
     return Comparison(
         arms={"adapter": by_adapter, "references": by_references, "both": by_both},
-        verdict=verdict(by_adapter, by_references),
+        verdict=verdict(by_adapter.tables, by_references.tables),
     )
 
 
+def draw_by_references(evaluator: Evaluator, judge: Callable[..., Evaluation]) -> Evaluation:
+    """The subject's pictures by the base that is shown photos, without an adapter."""
+    return judge(without_token(evaluator), scale=0.0, references=references_of(evaluator))
+
+
+def references_of(evaluator: Evaluator) -> Sequence[Image.Image]:
+    """The photos that are shown."""
+    return spread(evaluator.photos.pictures, MOST_REFERENCES)
+
+
 def without_token(evaluator: Evaluator) -> Evaluator:
-    """The evaluator with prompts that ask for the subject of the reference pictures. CLIP-T still
-    compares with the prompts as they were."""
+    """The evaluator with prompts that ask for the subject of the reference pictures. CLIP-T and the
+    base's pictures have the prompts as they were."""
     found = evaluator.of_subject()
-    found.texts = evaluator.texts
     word = evaluator.plan.class_word
     found.plan = replace(
         found.plan,
         subject=Subject(token="", class_word=word),
-        templates=tuple(template + SAME.format(word) for template in found.plan.templates),
+        ending=SAME.format(word),
     )
     return found
 
 
-def verdict(adapter: Evaluation, references: Evaluation) -> Verdict:
-    """Whether the adapter is worth its training."""
+def verdict(adapter: Mapping[str, np.ndarray], references: Mapping[str, np.ndarray]) -> Verdict:
+    """Whether the adapter is worth its training, by tables of DINO and CLIP-T of equal prompts and
+    seeds."""
 
     def difference(name: str) -> metrics.Interval:
-        return metrics.bootstrap_mean(adapter.tables[name] - references.tables[name])
+        return metrics.bootstrap_mean(adapter[name] - references[name])
 
     likeness = difference("dino")
     prompt = difference("clip_t")

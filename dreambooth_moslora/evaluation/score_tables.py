@@ -146,7 +146,7 @@ class Evaluator:
         self.photos = self._views(list(photos))
         self.rivals: list[torch.Tensor] = []
         self.leaked = ""
-        self._base: dict[str, Views] | None = None
+        self._base: dict[str, Views] = {}  # shared with copies
 
         # The photos' faces, (P, D)
         self.faces = faces
@@ -167,16 +167,14 @@ class Evaluator:
         plan = self.plan
 
         # The base's pictures, once for any number of adapters
-        if self._base is None:
-            by_base = {
-                "subject": plan.base_requests,
-                "class": plan.class_requests,
-                "unrelated": plan.unrelated_requests,
-            }
-            self._base = {}
-            for name, requests in by_base.items():
-                if requests:
-                    self._base[name] = self._views(draw(requests, False))
+        by_base = {
+            "subject": plan.base_requests,
+            "class": plan.class_requests,
+            "unrelated": plan.unrelated_requests,
+        }
+        for name, requests in by_base.items():
+            if requests and name not in self._base:
+                self._base[name] = self._views(draw(requests, False))
 
         # The adapter's
         by_adapter = {
@@ -399,8 +397,9 @@ def truth_of(
 def sampler_draw(
     sampler: Sampler, batch_size: int = BATCH, on_picture: Callable[[], object] = bool
 ) -> Draw:
-    """Draw through a Sampler; for the base alone the adapters are switched off. `on_picture` hears
-    of each picture."""
+    """Draw through a Sampler; for the base alone the adapters are switched off, and it is shown no
+    references. `on_picture` hears of each picture."""
+    alone = replace(sampler, references=())
 
     def draw(requests: list[SampleRequest], with_adapter: bool) -> list[Image.Image]:
         with ExitStack() as stack:
@@ -412,7 +411,7 @@ def sampler_draw(
                         stack.enter_context(disabled(model))
 
             pictures = []
-            for picture in sampler(requests, batch_size):
+            for picture in (sampler if with_adapter else alone)(requests, batch_size):
                 pictures.append(picture)
                 on_picture()
             return pictures
@@ -422,7 +421,7 @@ def sampler_draw(
 
 def evaluate_adapter(
     pipeline: SubjectPipeline,
-    adapter: str,
+    adapter: str | None,
     evaluator: Evaluator,
     batch_size: int = BATCH,
     scale: float = 1.0,
@@ -431,22 +430,23 @@ def evaluate_adapter(
     text_options: Mapping[str, Any] | None = None,
     references: Sequence[Image.Image] = (),
 ) -> Evaluation:
-    """Score a loaded adapter. It draws on the pipeline's home, where models take turns if memory
-    is short.
+    """Score a loaded adapter, or none. It draws on the pipeline's home, where models take turns if
+    memory is short.
 
     pipeline: the base with the adapter
-    adapter: its name there
+    adapter: its name there; None for the base by itself
     evaluator: of the subject
     batch_size: pictures drawn at once
     scale: of the adapter
     guidance_scale: None is the base's own
     on_picture: called after each picture
     text_options: of encoding; None are those of the adapter's run
-    references: pictures that the base is shown beside each prompt, if its family takes any
+    references: pictures that are shown beside each prompt, if the base's family takes any
     """
     # Text is encoded anew for each side, as an adapter may change the text encoders.
-    family = pipeline.family_for(((adapter, 1.0),), text_options)
-    pipeline.activate(((adapter, scale),))
+    names = [adapter] if adapter else []
+    family = pipeline.family_for([(name, 1.0) for name in names], text_options)
+    pipeline.activate(tuple((name, scale) for name in names))
     sampler = Sampler(
         pipeline=pipeline.pipeline,
         embed=partial(family.texts, pipeline.pipeline),

@@ -21,7 +21,7 @@ from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.memory import precision_of
 from dreambooth_moslora.plan.memory_plans import check_memory
-from dreambooth_moslora.settings import families, rows, rules, table
+from dreambooth_moslora.settings import families, rows, rules, subject_kinds, table
 from dreambooth_moslora.settings.families import SDXL, Facts
 
 # diffusers reads no such layers from a kohya file: they cannot be verified
@@ -402,3 +402,13 @@ def check_push(config: table.TrainConfig) -> None:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             raise UserError(f"--push_to_hub: {one_line(error)}") from error
+
+
+def check_references(base: Base, config: table.TrainConfig, said: str) -> None:
+    """Raises UserError for a base that takes no reference pictures, and for a style. `said` is what
+    asks for them."""
+    if base.facts is None or not base.facts.takes_references:
+        title = base.facts.title if base.facts else base.public_name
+        raise UserError(f"{said}: {title} takes no reference pictures; leave it out.")
+    if any(subject_kinds.kind_of(subject).is_style for subject in config.each_subject):
+        raise UserError(f"{said} is for a subject, not for a style; leave it out.")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.command_evaluate import check_references, run_explain
+from dreambooth_moslora.cli.command_evaluate import run_explain
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import references, report
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.evaluation.score_tables import Evaluator, evaluate_adapter
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.plan.checks import check_references
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig
 from tests.evaluation.test_score_tables import TOY, toy_pictures
@@ -33,10 +34,10 @@ PLAN = EvaluationPlan(
 )
 
 
-def planted(dino: float, clip_t: float, spread: float) -> SimpleNamespace:
+def planted(dino: float, clip_t: float, spread: float) -> dict[str, np.ndarray]:
     """Scores of six prompts and four seeds around these means."""
     noise = np.random.default_rng(int(1000 * dino)).normal(size=(2, 6, 4)) * spread
-    return SimpleNamespace(tables={"dino": dino + noise[0], "clip_t": clip_t + noise[1]})
+    return {"dino": dino + noise[0], "clip_t": clip_t + noise[1]}
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,7 @@ def test_the_verdict_follows_the_intervals_of_the_paired_differences(
 
 def test_one_picture_alone_decides_nothing():
     one, other = planted(0.9, 0.3, 0.0), planted(0.1, 0.3, 0.0)
-    for found in (one, other):
-        found.tables = {name: table[:1, :1] for name, table in found.tables.items()}
+    one, other = ({name: table[:1, :1] for name, table in found.items()} for found in (one, other))
     assert references.verdict(one, other).words == references.UNKNOWN
 
 
@@ -72,7 +72,11 @@ def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path,
     evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
     judge = partial(evaluate_adapter, subject, adapter)
 
+    # What is shown to one arm is not shown to the base, which it may be the first to ask for.
+    alone = Evaluator(PLAN, evaluator.encoders, photos)
+    first = references.draw_by_references(alone, judge)
     found = judge(evaluator)
+    assert np.array_equal(first.tables["dino_base"], found.tables["dino_base"])
     found.beside = references.compare(evaluator, found, judge, scale=1.0)
     drawn = [one.pictures["subject"][0].tobytes() for one in found.beside.arms.values()]
     drawn.append(found.pictures["subject_base"][0].tobytes())
@@ -117,5 +121,5 @@ def test_explain_says_what_the_report_says(tmp_path, capsys):
 
 def test_a_base_without_references_is_told_in_one_line():
     with pytest.raises(UserError, match="takes no reference pictures") as error:
-        check_references(Base.find("toy"), TrainConfig())
+        check_references(Base.find("toy"), TrainConfig(), "--reference")
     assert "\n" not in str(error.value)

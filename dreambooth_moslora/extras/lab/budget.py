@@ -15,6 +15,8 @@ def budget_ranks(study: Study) -> dict[tuple[str, int], int]:
     if study.budget == "rank":
         return found
     for arm, rank in found:
+        if not study.trains(arm):
+            continue
         cell = Cell(
             stage="test",
             arm=arm,

@@ -9,11 +9,12 @@ CLIP-T instead of people.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from dreambooth_moslora.evaluation import metrics
+from dreambooth_moslora.evaluation import metrics, references
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.settings import measures
 
@@ -147,6 +148,13 @@ def score_tables_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, int]
     return {name: tables(results, lambda r, name=name: r.scores.get(name)) for name in studied()}
 
 
+def picture_tables_of(
+    results: Sequence[Result],
+) -> dict[str, dict[tuple[str, int], np.ndarray]]:
+    """Measure -> (arm, rank) -> values of pictures (subjects, seeds, pictures)."""
+    return {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
+
+
 def summaries(results: Sequence[Result]) -> list[ArmSummary]:
     """Every arm and rank whose cells are complete."""
     by_measure = score_tables_of(results)
@@ -173,7 +181,7 @@ def summaries(results: Sequence[Result]) -> list[ArmSummary]:
 def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     """Each arm against the reference, at each rank where both are complete."""
     by_measure = score_tables_of(results)
-    pictures = {name: tables(results, lambda r, name=name: r.pictures[name]) for name in judged()}
+    pictures = picture_tables_of(results)
     found = []
     for arm, rank in by_measure["score"]:
         ours = (arm, rank)
@@ -196,3 +204,25 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
             wins[measure] = tuple(float((signs == sign).mean()) for sign in (1, 0, -1))
         found.append(Outcome(arm=arm, rank=rank, differences=differences, wins=wins))
     return found
+
+
+def verdicts(study: Study, results: Sequence[Result]) -> dict[str, references.Verdict]:
+    """Name -> whether an arm was worth its training, beside each arm that draws by references.
+    Differences are resampled over subjects, seeds, prompts and the seeds of pictures."""
+    pictures = picture_tables_of(results)
+
+    def values(arm: str, rank: int) -> dict[str, np.ndarray]:
+        found = {}
+        for name, of_arms in pictures.items():
+            table = of_arms[arm, rank]
+            found[name] = table.reshape(*table.shape[:2], -1, study.protocol.images_per_prompt)
+        return found
+
+    # at each rank where both are complete
+    made = {}
+    complete = pictures["dino"].keys()
+    for (arm, rank), shown in product(complete, study.arms):
+        if study.trains(arm) and not study.trains(shown) and (shown, rank) in complete:
+            verdict = references.verdict(values(arm, rank), values(shown, rank))
+            made[f"{arm} r{rank} against {shown}"] = verdict
+    return made

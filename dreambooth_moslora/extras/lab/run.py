@@ -31,7 +31,7 @@ from PIL import Image
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
-from dreambooth_moslora.evaluation import metrics, score_tables
+from dreambooth_moslora.evaluation import metrics, references, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
 from dreambooth_moslora.extras.lab.budget import budget_ranks, count_parameters
@@ -96,18 +96,20 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
 
 
 def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
-    """Draw with the adapter in `run_dir`, and score the pictures."""
+    """Draw with the adapter in `run_dir`, or by references, and score the pictures."""
     pipeline = pipeline_from(study.base)
+    evaluator = evaluator_of(study, cell.subject)
+    judge = partial(
+        score_tables.evaluate_adapter,
+        pipeline,
+        batch_size=8,
+        text_options=text_options_of(study.config_of(cell, cell.rank, run_dir)),
+    )
+    if not study.trains(cell.arm):
+        return references.draw_by_references(evaluator, partial(judge, None))
     pipeline.load_adapter(run_dir, "cell")
-    config = study.config_of(cell, cell.rank, run_dir)
     try:
-        return score_tables.evaluate_adapter(
-            pipeline,
-            "cell",
-            evaluator_of(study, cell.subject),
-            batch_size=8,
-            text_options=text_options_of(config),
-        )
+        return judge("cell", evaluator)
     finally:
         pipeline.unload_adapter("cell")
 
@@ -347,7 +349,7 @@ def run_cell(
     work = out / "running" / f"{cell.name}-{os.getpid()}"
     config = study.config_of(cell, rank, work)
     try:
-        cost = train_cell(config, out)
+        cost = train_cell(config, out) if study.trains(cell.arm) else NOT_TRAINED
         found = evaluate_cell(study, cell, work)
     except Exception as error:  # one failed cell must not end the study
         return cell, time.monotonic() - started, f"{type(error).__name__}: {error}"
@@ -358,13 +360,17 @@ def run_cell(
     path = result_path(study, cell, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     strip(found.pictures["subject"]).save(path.with_suffix(".jpg"), quality=85)
-    cost |= {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
+    cost = cost | {"rank": rank, "evaluation_seconds": found.seconds, "jobs": jobs}
     pictures = {}
     for name in judged():
         pictures[name] = [round(float(value), 5) for value in found.tables[name].ravel()]
     result = Result(cell=cell, scores=found.means(), pictures=pictures, cost=cost)
     atomic_write(path, json.dumps(asdict(result)) + "\n")
     return cell, time.monotonic() - started, ""
+
+
+NOT_TRAINED = {"seconds": 0.0, "step_sec": 0.0, "memory_gib": 0.0, "parameters": 0}
+"""What a cell costs that draws by references."""
 
 
 def train_cell(config: TrainConfig, out: Path) -> dict[str, float]:

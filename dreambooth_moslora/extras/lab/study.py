@@ -7,7 +7,8 @@ It is read from one TOML file:
                   dino
     [train]       any setting of train_dreambooth.py, the same for every arm
     [arms.NAME]   the settings in which this arm differs;
-                  config = "recipe.toml" reads them from a file
+                  config = "recipe.toml" reads them from a file;
+                  by_references = true trains nothing: the base is shown photos beside each prompt
 
 Each (arm, rank) first tries every learning rate on the tuning subjects; the best one is used on the
 others. An arm with its own learning rate keeps it. A subject is its photos and prompts:
@@ -30,6 +31,7 @@ from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.fleet_subjects import prompts_of
 from dreambooth_moslora.plan import choices
+from dreambooth_moslora.plan.checks import check_references
 from dreambooth_moslora.settings import sources
 from dreambooth_moslora.settings.table import TrainConfig, check_each
 
@@ -107,6 +109,8 @@ class StudySubject:
 
 SECTIONS = ("study", "evaluation", "train", "arms")
 """The tables of the file."""
+BY_REFERENCES = "by_references"
+"""Says of an arm that it trains nothing, and draws by photos beside each prompt."""
 BUDGETS = ("parameters", "rank")
 """In what arms can be equal."""
 LISTS = {"seeds": ((int,), 0), "ranks": ((int,), 1), "learning_rates": ((int, float), 0)}
@@ -235,9 +239,13 @@ class Study:
         """The subject of that name, for comparing or tuning."""
         return next(s for s in self.subjects + self.tuning_subjects if s.name == name)
 
+    def trains(self, arm: str) -> bool:
+        """Whether the arm does, or draws by references."""
+        return not self.arms[arm].get(BY_REFERENCES)
+
     def rates_of(self, arm: str) -> tuple[float, ...]:
         """The learning rates to choose from; an arm with its own keeps it."""
-        own = self.arms[arm].get("learning_rate")
+        own = self.arms[arm].get("learning_rate") if self.trains(arm) else 0.0
         return self.learning_rates if own is None else (float(own),)
 
     def first_rates(self) -> dict[tuple[str, int], float]:
@@ -284,6 +292,7 @@ class Study:
         """The settings of the cell's training at its real `rank`; arms share the seed. Raises
         UserError."""
         shared = {**self.train, **self.arms[cell.arm]}
+        shared.pop(BY_REFERENCES, None)
         subject = self.subject(cell.subject)
 
         # the cell's own, and nothing that costs time beside the training
@@ -327,8 +336,9 @@ def load_study(path: Path) -> Study:
 
     # [train] and [arms]: settings of a training
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
-    for settings in (shared, *arms.values()):
-        check_each(settings)
+    check_each(shared)
+    for settings in arms.values():
+        check_each({name: settings[name] for name in settings if name != BY_REFERENCES})
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
@@ -339,7 +349,9 @@ def load_study(path: Path) -> Study:
     refuse_other_bases(made)
     for cell in made.test_cells(made.first_rates()):
         # find mistakes in any arm before the first training
-        made.config_of(cell, cell.rank, Path("run"))
+        config = made.config_of(cell, cell.rank, Path("run"))
+        if not made.trains(cell.arm):
+            check_references(made.base, config, f"{BY_REFERENCES} of the arm {cell.arm}")
     return made
 
 

@@ -78,8 +78,10 @@ def write_comparison(study: Study, results: Sequence[comparison.Result], out: Pa
     results = comparison.of_whole_seeds(results)
     arms = comparison.summaries(results)
     against = comparison.outcomes(study, results)
+    verdicts = comparison.verdicts(study, results)
     out.mkdir(parents=True, exist_ok=True)
     facts = results_json(study, results, arms, against)
+    facts["by_references"] = {name: asdict(verdict) for name, verdict in verdicts.items()}
     atomic_write(out / "results.json", json.dumps(facts, indent=1) + "\n")
 
     # the tables
@@ -98,10 +100,15 @@ def write_comparison(study: Study, results: Sequence[comparison.Result], out: Pa
     for name, plot in plots.items():
         plot.savefig(out / f"{name}.png", dpi=110)
 
+    # the findings, and whether training was worth it
+    found = [finding(study, against)]
+    found += [f"{name}: {verdict}" for name, verdict in verdicts.items()]
+    findings = "\n".join(found)
+
     # the report with all of it, and the pictures
-    page = report_html(study, results, out, tables=tables, plots=plots, against=against)
+    page = report_html(study, results, out, tables=tables, plots=plots, findings=findings)
     atomic_write(out / "report.html", page)
-    return finding(study, against)
+    return findings
 
 
 HIDDEN = {name for name, row in SETTINGS.items() if row.metadata["path"]}
@@ -237,9 +244,7 @@ def finding(study: Study, against: Sequence[comparison.Outcome]) -> str:
     return "\n".join(lines)
 
 
-def report_html(
-    study: Study, results, out: Path, tables, plots: dict, against: Sequence[comparison.Outcome]
-) -> str:
+def report_html(study: Study, results, out: Path, tables, plots: dict, findings: str) -> str:
     """The report as a page.
 
     study: what was compared
@@ -247,7 +252,7 @@ def report_html(
     out: the folder of the results, with their pictures
     tables: header and rows of arms, of shares, and of differences
     plots: by name
-    against: each arm against the reference
+    findings: a line each
     """
     arms, shares, differences = tables
     protocol = study.protocol
@@ -268,7 +273,7 @@ def report_html(
         "study.html",
         title="Comparison of adapters",
         protocol=about,
-        findings=finding(study, against).splitlines(),
+        findings=findings.splitlines(),
         arms=arms,
         shares=shares,
         differences=differences,

@@ -118,6 +118,46 @@ def test_a_study_of_another_family_counts_its_layers(study, tmp_path, monkeypatc
     assert result.cost["rank"] == rank and result.cost["parameters"] > 0
 
 
+def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
+    study, tmp_path, monkeypatch
+):
+    """Drawn first or after a training, it is the same, and the base's pictures are of nothing
+    shown."""
+    tiny_pipeline("flux2", tmp_path / "files").save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    changes = {"pretrained_model_name_or_path": str(tmp_path / "base")}
+    own = {"arms": {"lora": {"mixer": "none"}, "shown": {"by_references": True}}}
+    own |= {"tuning_subjects": (), "learning_rates": (1e-2,), "ranks": (4,)}
+    study = replace(study, train=study.train | changes, **own)
+    backwards = replace(study, arms=dict(reversed(study.arms.items())))
+    seen, found = [], []
+    for number, one in enumerate((study, backwards)):
+        run.EVALUATORS.clear()
+        results = run_study(one, tmp_path / str(number), 1, seen.append)
+        found.append({result.cell.arm: result for result in results})
+    assert not any(p.error for p in seen) and [p.cell.arm for p in seen[2:]] == ["shown", "lora"]
+    for arm in study.arms:
+        assert found[0][arm].scores == found[1][arm].scores
+    lora, shown = found[0]["lora"], found[0]["shown"]
+    assert shown.cost["parameters"] == 0 and shown.cost["rank"] == 4
+    assert shown.scores["dino_base"] == lora.scores["dino_base"]
+    strips = [run.result_path(study, one.cell, tmp_path / "0") for one in (lora, shown)]
+    assert len({path.with_suffix(".jpg").read_bytes() for path in strips}) == 2
+
+    # the report: the difference, the verdict, a strip of each
+    out = tmp_path / "0"
+    said = write_comparison(study, run_study(study, out, 0, seen.append), out)
+    verdict = said.splitlines()[-1]
+    assert "shown r4 against lora: score" in said
+    assert verdict.startswith("lora r4 against shown: ") and "adapter less references: DINO" in said
+    html = (out / "report.html").read_text()
+    assert verdict in html and html.count("data:image/jpeg") == 2
+    facts = json.loads((out / "results.json").read_text())
+    assert facts["by_references"]["lora r4 against shown"]["likeness"]["mean"] == pytest.approx(
+        lora.scores["dino"] - shown.scores["dino"], abs=1e-3
+    )
+
+
 def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
     study, tiny_base, tmp_path
 ):

@@ -10,6 +10,8 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.evaluation.references import TRAIN
+from dreambooth_moslora.extras.lab import comparison
 from dreambooth_moslora.extras.lab.command_compare import compare_arguments
 from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words
 from dreambooth_moslora.extras.lab.comparison import Result, best_rates, outcomes, summaries
@@ -121,6 +123,8 @@ def test_the_digest_follows_every_setting_that_matters():
             "arm lora has another base",
         ),
         (study_text(arms="[arms.lora]\nrevision = 'fp16'"), "arm lora has another base"),
+        (study_text(arms="[arms.lora]\nby_references = true"), "takes no reference pictures"),
+        (study_text().replace("[train]", "[train]\nby_references = true"), "unknown setting"),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
         ("", "no subjects"),
@@ -256,6 +260,25 @@ def test_there_is_a_column_for_each_measure_taken_and_a_panel_where_every_arm_wa
 
 def titles(study: Study, results: list[Result]) -> list[str]:
     return [axis.get_title() for axis in difference_plot(outcomes(study, results), "lora").axes]
+
+
+def test_an_arm_that_draws_by_references_has_nothing_to_choose_and_gets_the_verdict():
+    """The same words and interval as of `evaluate --reference`, for each arm that trains, whichever
+    arm the others are compared with."""
+    study, results = made_up(np.random.default_rng(0), {"shown": -0.2, "close": 0.0})
+    study = replace(
+        study,
+        arms=study.arms | {"shown": {"by_references": True}},
+        tuning_subjects=(StudySubject("t", "a photo of a sks duck"),),
+        learning_rates=(1e-4, 1e-3),
+    )
+    assert {cell.arm for cell in study.tuning_cells()} == {"lora", "close"}
+    assert study.first_rates()["shown", 4] == 0.0
+    for reference in ("lora", "shown"):
+        found = comparison.verdicts(replace(study, reference=reference), results)
+        assert list(found) == ["lora r4 against shown", "close r4 against shown"]
+        assert {verdict.words for verdict in found.values()} == {TRAIN}
+    assert not comparison.verdicts(replace(study, arms=study.arms | {"shown": {}}), results)
 
 
 def test_wins_ties_and_losses_are_shares_of_pictures_and_an_arm_with_a_missing_cell_is_left_out():
