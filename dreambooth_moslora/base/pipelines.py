@@ -344,9 +344,10 @@ class QwenImage21(QwenImage):
     opacity as its fourth channel."""
 
     def beside_references(self, words, prompts, references, side_px):
-        """Its encoder sees them too, so that the pipeline encodes the prompts."""
+        """Its encoder sees them too, so that the pipeline encodes all prompts."""
         return {
             "prompt": list(prompts),
+            "negative_prompt": [""] * len(prompts),
             "image": list(references),
             "output_resolution": side_px,
         }

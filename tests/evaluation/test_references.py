@@ -1,11 +1,13 @@
 """Whether to train at all: the same pictures by an adapter, by reference pictures, and by both."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_evaluate import run_explain
@@ -14,6 +16,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import references, report
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.evaluation.score_tables import Evaluator, evaluate_adapter
+from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.checks import check_references
 from dreambooth_moslora.settings.prompts import Subject
@@ -96,6 +99,19 @@ def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path,
         "both",
     }
     assert str(found.beside.verdict) in report.report_html(found, about, photos)
+
+
+@pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
+def test_guidance_acts_beside_references_as_it_does_without_them(name, tmp_path):
+    """Else the ways would be compared at different guidance."""
+    pipeline = tiny_pipeline(name, tmp_path / "base")
+    embed = partial(SubjectPipeline(pipeline, "tiny").family.texts, pipeline)
+    plain = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
+    requests = PLAN.subject_requests[:1]
+    for shown in ((), toy_pictures(TOY, ["on grass"])):
+        sampler = replace(plain, references=shown)
+        pictures = [next(replace(sampler, guidance_scale=scale)(requests)) for scale in (1.0, 4.0)]
+        assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
 def test_explain_says_what_the_report_says(tmp_path, capsys):
