@@ -342,8 +342,13 @@ def subject_fidelity(generated: torch.Tensor, photos: torch.Tensor) -> torch.Ten
 def photo_fidelity(photos: torch.Tensor) -> float:
     """Mean cosine between different photos (P, D): the paper's row "Real Images". NaN for a single
     photo."""
+    return float(likeness_to_others(photos).mean())
+
+
+def likeness_to_others(photos: torch.Tensor) -> torch.Tensor:
+    """The mean cosine of each photo to the others, (P, D) -> (P,). NaN for a single photo."""
     similarities = photos @ photos.T
-    return float(similarities[~torch.eye(len(photos), dtype=torch.bool)].mean())
+    return (similarities.sum(1) - similarities.diagonal()) / (len(photos) - 1)
 
 
 def prompt_fidelity(generated: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,9 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         # What was measured in it.
         "scores": {name: found.interval(name).to_dict() for name in found.tables},
         "dino_of_photos": None if math.isnan(of_photos) else round(of_photos, 4),
+        "dino_of_each_photo": {
+            name: round(value, 4) for name, value in found.photo_likeness.items()
+        },
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "leaked": found.leaked,
@@ -157,6 +160,7 @@ def evaluators_of(
             masks=[open_mask(photo) for photo in own],
             truth=truth,
             faces=encoders.faces if subject_kinds.kind_of(subject).has_face else None,
+            names=[photo.path.name for photo in own],
         )
         found.append(evaluator)
 

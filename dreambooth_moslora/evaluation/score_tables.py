@@ -52,6 +52,7 @@ class Evaluation:
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     photo_fidelity: float = float("nan")  # of the photos among themselves
+    photo_likeness: Mapping[str, float] = field(default_factory=dict)  # of each to the others, DINO
     leaked: str = ""  # the thing of a style's pictures that appears most often unasked
     # a `references.Comparison`, if the prompts were drawn by reference pictures too
     beside: Any = field(repr=False, default=None)
@@ -127,6 +128,7 @@ class Evaluator:
     masks: of each photo, white on the subject; None without one
     truth: of a subject whose true appearance is known
     faces: what compares faces, of a person. Without a face in a photo there is no identity
+    names: of the photos' files
 
     `rivals`, DINO vectors of the photos of each other subject, may be set later.
     """
@@ -139,10 +141,12 @@ class Evaluator:
         masks: Sequence[Image.Image | None] = (),
         truth: Truth | None = None,
         faces: FaceReader | None = None,
+        names: Sequence[str] = (),
     ):
         self.plan = plan
         self.encoders = encoders
         self.truth = truth
+        self.names = names
         self.photos = self._views(list(photos))
         self.rivals: list[torch.Tensor] = []
         self.leaked = ""
@@ -200,6 +204,7 @@ class Evaluator:
         )
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
+        likeness = metrics.likeness_to_others(self.photos.dino).tolist()
         return Evaluation(
             plan=plan,
             tables=tables,
@@ -208,6 +213,7 @@ class Evaluator:
             seconds=time.perf_counter() - started,
             pictures=pictures,
             photo_fidelity=metrics.photo_fidelity(self.photos.dino),
+            photo_likeness=dict(zip(self.names, likeness)) if len(likeness) > 1 else {},
             leaked=self.leaked,
         )
 

@@ -13,11 +13,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES
 from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings.prompts import class_word_of
+from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.training.best import best_of
 from dreambooth_moslora.training.figures import Figures
 
@@ -47,6 +49,9 @@ LEAK = 0.25
 but for one subject, the tall cactus, with 0.31 to 0.46."""
 CONTENT_LEAK = 0.1
 """Share of pictures with a thing that came with a style, above the base's."""
+ODD_PHOTO = 1 / 2
+"""Of the likeness that photos have to each other: 0.31 at most for a photo of another toy, 0.83 at
+least in the eight sample sets."""
 CONFUSED = 0.25
 """Of the way from one subject to the other: 0.03 to 0.07 in a good run, 1/2 for the base."""
 BROKEN = re.compile(
@@ -73,6 +78,22 @@ def about_the_steps(run: Figures) -> Iterator[str]:
         yield (
             f"{NOT_SCORED}: the command `evaluate` does it now, "
             f"--evaluate_steps {every} during the next run"
+        )
+
+
+def about_the_photos(run: Figures) -> Iterator[str]:
+    """Photos that show something else, which those of a style should."""
+    found = run.photo_likeness
+    if not found or kind_of(run.config).is_style:
+        return
+    usual = median(found.values())
+    odd = [name for name in found if found[name] < ODD_PHOTO * usual]
+    if odd:
+        likeness = max(found[name] for name in odd)
+        flags = shlex.join(["--leave_out", *run.config.leave_out, *odd])
+        yield (
+            f"{' and '.join(odd)} may show something else (DINO {likeness:.2f} to the others; "
+            f"{usual:.2f} is usual here): look at it, and try {flags}"
         )
 
 
@@ -222,6 +243,7 @@ def more_exposures(run: Figures) -> int:
 
 RULES = (
     about_the_steps,
+    about_the_photos,
     about_the_style,
     about_the_prompt,
     about_the_bare_prompt,

@@ -40,6 +40,7 @@ class Figures:
     is_training: whether another process trains it now
     folder: the run's
     leaked: the thing that came with a style
+    photo_likeness: of each photo, by name, to the others
     verdict: whether reference pictures would do as well
     """
 
@@ -61,6 +62,7 @@ class Figures:
     is_training: bool = False
     folder: Path = Path()
     leaked: str = ""
+    photo_likeness: Mapping[str, float] = field(default_factory=dict)
     verdict: str = ""
 
     @property
@@ -197,5 +199,6 @@ def with_report(found: Figures, run_dir: RunDir) -> Figures:
         scores=numbers(values),
         copy_alarm=alarm["raised"],
         leaked=report["leaked"],
+        photo_likeness=report.get("dino_of_each_photo", {}),
         verdict=(report["references"] or {}).get("verdict", ""),
     )

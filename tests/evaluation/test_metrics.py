@@ -61,6 +61,8 @@ def test_measures_of_known_vectors(name):
 def test_photos_among_themselves_leave_out_each_with_itself_and_joint_vectors_average_cosines():
     assert metrics.photo_fidelity(torch.stack([E[0], E[0], E[1]])) == pytest.approx(1 / 3)
     assert math.isnan(metrics.photo_fidelity(E[:1]))
+    found = metrics.likeness_to_others(torch.stack([E[0], E[0], E[1]]))
+    assert found.tolist() == pytest.approx([1 / 2, 1 / 2, 0])
     clip, dino = random_units(3, 0), random_units(3, 1, dim=16)
     joint = metrics.joint_vectors(clip, dino)
     assert torch.allclose(joint @ joint.T, (clip @ clip.T + dino @ dino.T) / 2, atol=1e-6)

@@ -31,9 +31,13 @@ from dreambooth_moslora.evaluation.score_tables import (
 from dreambooth_moslora.generation import home as gpu_room
 from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import model_card, results
+from dreambooth_moslora.training.explain import advice_after
+from dreambooth_moslora.training.figures import Figures
 from tests.helpers.tiny_adapters import save_diffusers_lora
 from tests.helpers.tiny_encoders import tiny_encoders
 from toybox.readers.judge import QUESTIONS, Reading
@@ -519,3 +523,22 @@ def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_pa
     assert confused["low"] <= confused["mean"] < 0.05 < of_base["mean"]
     assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
     assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
+
+
+def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
+    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+        picture.save(tmp_path / f"{number}.png")
+    config = TrainConfig(
+        pretrained_model_name_or_path="toy",
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a photo of a sks duck",
+        resolution=64,
+    )
+    photos = photo_report(config).photos
+    (evaluator,) = report.evaluators_of([config], photos, [PLAN], load_encoders("toy"), 128)
+    found = evaluator(lambda requests, with_adapter: stub_pictures(requests))
+    told = report.scores_json(found, BOTH)["dino_of_each_photo"]
+    assert list(told) == ["0.png", "1.png", "2.png", "3.png"]
+    assert np.mean(list(told.values())) == pytest.approx(found.photo_fidelity, abs=1e-3)
+    *_, sentence = advice_after(Figures(config, photo_likeness=told))
+    assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")

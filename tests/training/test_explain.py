@@ -71,6 +71,12 @@ FAULTS = {
     ),
     "seen_too_rarely": (replace(GOOD, step=10), "shown 8 times; --exposures_per_photo 200"),
     "nothing_scored": (replace(GOOD, scores={}), "`evaluate`; --evaluate_steps 48"),
+    "odd_photo": (
+        replace(
+            GOOD, photo_likeness={"0.jpg": 0.6, "1.jpg": 0.65, "my dog.jpg": 0.2, "3.jpg": 0.6}
+        ),
+        "my dog.jpg may show something else; DINO 0.20; 0.60; --leave_out 'my dog.jpg'",
+    ),
     "leaked": (
         replace(with_scores(leak=0.5, leak_base=0.1), leaked="red rocket"),
         "“red rocket” comes with the style; 50%; --max_train_steps 160",
@@ -96,6 +102,7 @@ FAULTS = {
 
 def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
     assert advice_after(GOOD) == [] and explain.closing_advice(GOOD) == [explain.NOTHING]
+    assert advice_after(replace(GOOD, photo_likeness=dict.fromkeys("abc", 0.6))) == []
     assert with_scores(dino=0.15, dino_base=0.1, dino_bare=0.1).moved("dino_bare") is None
     bad = replace(
         with_scores(pres=0.5, copied=0.3, clip_t_of_base=0.6), copy_alarm=True, score=PAST.score
@@ -262,6 +269,7 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         "relative": {"drift_of_spread": 1.7},
         "copy_alarm": {"raised": True, "share": 0.3},
         "leaked": "a red rocket",
+        "dino_of_each_photo": {"0.jpg": 0.6},
         "protocol": {"adapter_scale": 1.0},
         "references": None,
         "score": 0.4,
@@ -278,6 +286,7 @@ def test_a_later_report_of_evaluate_is_taken(tmp_path):
         }
         and found.copy_alarm
         and found.leaked == "a red rocket"
+        and found.photo_likeness == {"0.jpg": 0.6}
     )
     for moment, score in ((1.0, 0.5), (3.0, 0.6)):
         run.metrics_path.write_text(
