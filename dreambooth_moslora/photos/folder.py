@@ -12,7 +12,7 @@ from pathlib import Path
 from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.photos import faults, photo_file
+from dreambooth_moslora.photos import faults, photo_file, synthetic
 from dreambooth_moslora.photos.beside import (
     MASK_SUFFIX,
     METADATA,
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 MAX_ENLARGED = 1.5
 # Files that systems and programs leave in folders, by lower-case name
 JUNK = {".ds_store", "thumbs.db", "desktop.ini", "manifest.json", METADATA}
+# What this program puts among photos, beside captions and masks
+OWN_FILES = {SUBJECT_FILE, synthetic.RECORD, synthetic.REJECTED}
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,23 @@ def find_photos(
     captions = Captions(folder, sidecars_of(paths))
     report = PhotoReport()
 
+    # Which of them a model made
+    made: dict[str, synthetic.Made] = {}
+    try:
+        made = synthetic.read_record(folder)
+    except UserError as error:
+        report.skipped.append(Skipped(folder / synthetic.RECORD, f"not read: {error}"))
+
     # The photos. Files of this program that lie among them need no mention.
     for path in paths:
-        if is_sidecar_name(path) or path.name == SUBJECT_FILE:
+        if is_sidecar_name(path) or path.name in OWN_FILES:
             continue
         item = read_photo(
             path, captions, prompt=instance_prompt, resolution_px=resolution_px, alpha=alpha
         )
         if isinstance(item, photo_file.Photo):
-            report.photos.append(item)
+            made_by = synthetic.maker(made[path.name]) if path.name in made else ""
+            report.photos.append(replace(item, made_by=made_by))
         else:
             report.skipped.append(item)
 

@@ -173,6 +173,7 @@ class Photo:
     subject: int = 0  # its number in the run, from 0
     # of a person's face in the upright photo, left, top, right, bottom px (`faces`)
     face: tuple[float, float, float, float] | None = None
+    made_by: str = ""  # the model that made it, with its licence (`synthetic`); "" of a real photo
 
     @property
     def kept_name(self) -> str:

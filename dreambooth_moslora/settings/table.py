@@ -315,6 +315,13 @@ class TrainConfig:
         high=1,
         publish="always",
     )
+    synthetic_weight: float = of_photos(
+        default=0.5,
+        help="loss weight of photos that `enlarge` has made, beside 1 of the others",
+        low=0,
+        high=1,
+        publish="if_changed",
+    )
     masks: str = of_photos(
         default="given",
         help="given: those beside the photos; auto: made before training for photos without one",

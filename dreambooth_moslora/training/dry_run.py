@@ -10,7 +10,7 @@ from pathlib import Path
 from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.lora.metadata import dora_note
-from dreambooth_moslora.photos import folder, photo_file, shown_captions
+from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
 from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
@@ -117,7 +117,7 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
     if share := shown_captions.bare_prompt_line(config, report.photos):
         lines.append(share)
-    return lines
+    return [*lines, *synthetic.sentences(report.photos, config.synthetic_weight)]
 
 
 def step_lines(plan: Plan) -> list[str]:

@@ -23,7 +23,7 @@ from dreambooth_moslora.disk.atomic import remove_directory
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.lora.proof import Proof
-from dreambooth_moslora.photos import folder, photo_file, shown_captions
+from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
 from dreambooth_moslora.photos.examine import examine, log_faults
 from dreambooth_moslora.plan import checks, distributed, memory_plans
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
@@ -469,6 +469,8 @@ def completed(
     made_before.make_masks(config, context, photos)
     found = folder.with_made(config, photos)
     if line := shown_captions.bare_prompt_line(config, found):
+        logger.info("%s", line)
+    for line in synthetic.sentences(found, config.synthetic_weight):
         logger.info("%s", line)
     return found
 

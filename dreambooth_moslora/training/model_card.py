@@ -1,9 +1,9 @@
 """The model card, and the push of a finished adapter to the hub.
 
 The card says what the adapter shows, how to load it, how it was made, and how exactly its files
-reload; it contains no path, no photo and nothing about a photo. The push sends the adapter's files,
-the card and its pictures. Photos, the contact sheet (which shows them), checkpoints, class images
-and the configuration (paths) stay on this machine.
+reload; it contains no path, no photo and nothing about a photo but that a model made it. The push
+sends the adapter's files, the card and its pictures. Photos, the contact sheet (which shows them),
+checkpoints, class images and the configuration (paths) stay on this machine.
 """
 
 import logging
@@ -38,6 +38,7 @@ class CardFacts:
     images: (file name, prompt) of the pictures beside the card
     scores: the latest
     best: the best step, if its adapter was kept
+    made: sentences about photos that a model made
     """
 
     name: str
@@ -48,6 +49,7 @@ class CardFacts:
     images: tuple[tuple[str, str], ...] = ()
     scores: dict[str, float] | None = None
     best: BestStep | None = None
+    made: tuple[str, ...] = ()
 
 
 def model_card(config: table.TrainConfig, facts: CardFacts) -> str:

@@ -61,6 +61,7 @@ class PhotoEncoder:
     rule: how photos are cropped
     unmasked_weight: the loss weight around the subject, in [0, 1]
     family: how its kind of latents is scaled
+    synthetic_weight: the loss weight of photos that a model made, in [0, 1]
     """
 
     vae: torch.nn.Module
@@ -68,6 +69,7 @@ class PhotoEncoder:
     rule: cropping.CropRule
     unmasked_weight: float = 0.0
     family: pipelines.Family = load.SDXL_FAMILY
+    synthetic_weight: float = 1.0
 
     def __post_init__(self) -> None:
         # The scale of the latents is no weight, so the configuration is part of the identity.
@@ -82,7 +84,7 @@ class PhotoEncoder:
 
     def encode(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> EncodedView:
         """Loss weights are 1 on the subject, `unmasked_weight` around it, 0 where a photo is
-        transparent."""
+        transparent; all times `synthetic_weight` of a photo that a model made."""
         if self.cache is None:
             tensors = self._compute(photo, plan)
         else:
@@ -95,6 +97,9 @@ class PhotoEncoder:
             weights = around + (1 - around) * tensors["subject"]
         if "opaque" in tensors:
             weights = weights * tensors["opaque"]
+        if photo.made_by:
+            whole = torch.ones_like(tensors["latents"][:1])
+            weights = self.synthetic_weight * (whole if weights is None else weights)
         return EncodedView(
             latents=tensors["latents"],
             time_ids=torch.tensor(plan.time_ids, dtype=torch.float32),

@@ -178,6 +178,7 @@ def streams_of(
         rule=crop_rule(config),
         unmasked_weight=config.unmasked_weight,
         family=family,
+        synthetic_weight=config.synthetic_weight,
     )
     instance = photo_stream.instance_streams(config, photos, encoder)
     if not class_photos:

@@ -34,6 +34,7 @@ from dreambooth_moslora.photos.photo_file import (
     open_rgb,
     to_rgb,
 )
+from dreambooth_moslora.photos.synthetic import sentences
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
 from dreambooth_moslora.plan.distributed import on_main, share_out
 from dreambooth_moslora.seeds import seed_of
@@ -287,6 +288,7 @@ class Publisher:
             proof=proof,
             scores=self.scores,
             best=self.best if run_dir.best_dir.is_dir() else None,
+            made=tuple(sentences(self.inputs.photos, config.synthetic_weight)),
         )
         drawn = list(zip(self.samples.requests, self.samples.latest))
         write_card(config, run_dir, facts, drawn, contexts)

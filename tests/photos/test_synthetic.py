@@ -1,0 +1,115 @@
+"""Photos that a model made: the record beside them, their weight in the loss, and what is said of
+them."""
+
+import logging
+from random import Random
+
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth_moslora.base import load
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.cropping import CropRule
+from dreambooth_moslora.photos.folder import find_photos, photo_report
+from dreambooth_moslora.photos.synthetic import (
+    RECORD,
+    REJECTED,
+    Made,
+    read_record,
+    sentences,
+    write_record,
+)
+from dreambooth_moslora.training.dry_run import photo_lines
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.objective import image_errors
+from dreambooth_moslora.training.photo_stream import PhotoEncoder
+from tests.helpers.tiny_training import logged, paint_photos, tiny_config
+
+MADE = Made(
+    base="owner/editor",
+    licence="Apache-2.0",
+    prompt="a photo of a dog",
+    seed=0,
+    made_from="",
+    likeness=0.8,
+    rejected="",
+)
+SAID = (
+    "2 of 3 photos were made by owner/editor, licence Apache-2.0; "
+    "their loss has the weight 0.5 (--synthetic_weight)"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three photos, two of them made, and one that was sorted out."""
+    folder = paint_photos(tmp_path / "photos")
+    paint_photos(folder / REJECTED, count=1)
+    write_record(folder, {"1.png": MADE, "2.png": MADE, "gone.png": MADE})
+    return folder
+
+
+def test_a_folder_tells_which_of_its_photos_were_made_and_its_record_is_no_stray(folder):
+    report = find_photos(folder, "a photo of sks dog", 64)
+    made = [photo.made_by for photo in report.photos]
+    assert made == ["", "owner/editor, licence Apache-2.0", "owner/editor, licence Apache-2.0"]
+    assert not report.skipped and read_record(folder)["1.png"] == MADE
+
+    # A damaged record stops nothing, and is told.
+    (folder / RECORD).write_text('{"1.png": {}}')
+    report = find_photos(folder, "a photo of sks dog", 64)
+    assert len(report.photos) == 3 and [item.path.name for item in report.skipped] == [RECORD]
+
+
+def test_the_loss_of_a_made_photo_is_exactly_its_weight_times_what_it_was(folder, tiny_base):
+    """With a mask and without one."""
+    vae = load.load_pipeline(tiny_base).vae
+    half = torch.zeros(64, 64)
+    half[:, :32] = 255
+    Image.fromarray(half.byte().numpy()).resize((72, 72)).save(folder / "2.mask.png")
+    photos = find_photos(folder, "a photo of sks dog", 64).photos
+    rule = CropRule(64, center_crop=True)
+    for photo, factor in zip(photos, (1.0, 0.25, 0.25)):
+        plan = rule.plan(photo.size_px, Random(0))
+        errors = []
+        for weight in (1.0, 0.25):
+            encoder = PhotoEncoder(vae, None, rule, unmasked_weight=0.2, synthetic_weight=weight)
+            view = encoder.encode(photo, plan)
+            answer = torch.randn(view.latents.shape, generator=torch.Generator().manual_seed(1))
+            mask = None if view.mask is None else view.mask[None]
+            errors.append(image_errors(answer[None], view.latents[None], mask))
+        torch.testing.assert_close(errors[1], factor * errors[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
+def test_a_run_weighs_made_photos_and_its_card_says_how_many_and_by_which_model(
+    folder, tiny_base, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    losses = {}
+    for weight in (1.0, 0.5):
+        run = tmp_path / f"run_{weight}"
+        config = tiny_config(
+            tiny_base,
+            folder,
+            run,
+            max_train_steps=3,
+            synthetic_weight=weight,
+            learning_rate=1e-9,
+            crops_per_photo=1,
+        )
+        train(config)
+        losses[weight] = [event["loss"] for event in logged(run)]
+    assert SAID in caplog.text and f"{SAID}." in RunDir(run).read_card()
+    assert SAID in photo_lines(config, photo_report(config))
+
+    # Each epoch of three steps shows each photo once: one is real, two are made.
+    ratios = [half / whole for half, whole in zip(losses[0.5], losses[1.0])]
+    assert sorted(ratios) == pytest.approx([0.5, 0.5, 1.0], rel=1e-3)
+
+
+def test_nothing_is_said_of_real_photos(tmp_path, tiny_base):
+    photos = find_photos(paint_photos(tmp_path / "photos"), "a photo of sks dog", 64).photos
+    assert sentences(photos, 0.5) == []
