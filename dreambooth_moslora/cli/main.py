@@ -25,6 +25,10 @@ COMMANDS = {
         "cli.command_check",
         "write captions for photos that have none: the subject's words and the surroundings",
     ),
+    "enlarge": (
+        "cli.command_enlarge",
+        "make a folder of photos from one, by a model that takes reference pictures",
+    ),
     "explain": (
         "cli.command_evaluate",
         "say what a run's figures mean, and which flag to try next",

@@ -64,20 +64,13 @@ class Clip:
     processor: Any
 
 
-@dataclass
-class Encoders:
-    """The models that look at pictures, and their preprocessing."""
+@dataclass(kw_only=True)
+class DinoEncoder:
+    """DINO, which looks at pictures, and its preprocessing."""
 
-    clip: Clip
     dino: torch.nn.Module
     dino_processor: Any
-    names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
-    faces: FaceReader | None = None  # for pictures of people
     batch_size: int = BATCH
-
-    def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """N pictures of any size -> unit vectors (N, P), on the CPU."""
-        return self._images(images, self.clip.processor, self.clip.embed_images)
 
     def dino_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """N pictures of any size -> unit vectors (N, D) of the class token after the last layer
@@ -99,17 +92,6 @@ class Encoders:
             return torch.cat([patches.mean(1), patches.std(1)], dim=1)
 
         return self._images(images, self.dino_processor, embed)
-
-    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
-        read = partial(
-            self.clip.tokenizer,
-            padding=True,
-            truncation=True,
-            max_length=TOKENS,
-            return_tensors="pt",
-        )
-        return self._vectors(texts, read, self.clip.embed_texts)
 
     def _images(
         self, images: Sequence[Image.Image], processor: Any, embed: Callable
@@ -135,6 +117,30 @@ class Encoders:
             values = read(list(items[start : start + self.batch_size])).to(self.dino.device)
             found.append(normalize(embed(values).float(), dim=-1).cpu())
         return torch.cat(found)
+
+
+@dataclass(kw_only=True)
+class Encoders(DinoEncoder):
+    """The models that look at pictures, and their preprocessing."""
+
+    clip: Clip
+    names: tuple[str, str] = ("clip", "dino")  # public ones, never paths
+    faces: FaceReader | None = None  # for pictures of people
+
+    def clip_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """N pictures of any size -> unit vectors (N, P), on the CPU."""
+        return self._images(images, self.clip.processor, self.clip.embed_images)
+
+    def clip_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """N texts -> unit vectors (N, P), on the CPU. Texts are cut at the model's 77 tokens."""
+        read = partial(
+            self.clip.tokenizer,
+            padding=True,
+            truncation=True,
+            max_length=TOKENS,
+            return_tensors="pt",
+        )
+        return self._vectors(texts, read, self.clip.embed_texts)
 
 
 def load_encoders(
@@ -170,11 +176,18 @@ def load_encoders(
     # DINO
     dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
     return Encoders(
+        **vars(load_dino(dino, device)),
         clip=towers,
-        dino=frozen(transformers.AutoModel, dino, FLAG, device, dtype=torch.float32),
-        dino_processor=loaded(transformers.AutoImageProcessor, dino, FLAG),
         names=(clip_name, public_name(dino)),
         faces=reader,
+    )
+
+
+def load_dino(name: str | Path = DINO, device: str | torch.device = "cpu") -> DinoEncoder:
+    """DINO alone. Raises UserError."""
+    return DinoEncoder(
+        dino=frozen(transformers.AutoModel, name, FLAG, device, dtype=torch.float32),
+        dino_processor=loaded(transformers.AutoImageProcessor, name, FLAG),
     )
 
 

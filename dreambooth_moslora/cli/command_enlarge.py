@@ -1,0 +1,200 @@
+"""`enlarge PHOTO WORD`: from one photo a folder of photos, made by a model that takes reference
+pictures."""
+
+import argparse
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
+from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.paths import find_asset
+from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.plan.checks import output_folder
+from dreambooth_moslora.settings import families, measures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dreambooth_moslora.evaluation.enlarge import Enlargement, Shot
+
+EPILOG = """examples:
+  enlarge rex.jpg dog        makes the folder rex
+  train rex dog"""
+# Draws in a few steps; Apache-2.0, which allows training on what it draws
+EDITOR = "black-forest-labs/FLUX.2-klein-4B"
+# Steps and guidance of a base, and of one that is distilled to few steps
+USUAL = (25, None)
+DISTILLED = (4, 1.0)
+
+
+def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `enlarge`."""
+
+    def add(*names: str, help: str, **options: Any) -> None:
+        flags = [f"--{name}" for name in names]
+        parser.add_argument(*flags, dest=names[0], help=help, **options)
+
+    # What is made of what
+    parser.epilog = EPILOG
+    parser.add_argument("photo", metavar="PHOTO", help="a sharp photo of the subject")
+    parser.add_argument("word", metavar="WORD", help="what it shows")
+    add(
+        "base",
+        "pretrained_model_name_or_path",
+        default=EDITOR,
+        help=f"the model that draws, which takes reference pictures (default: {EDITOR})",
+    )
+    add("output_dir", help="where the photos go (default: beside the photo, by its name)")
+
+    # How it is drawn
+    add("num_images", type=int, default=20, help="how many are drawn, then sorted (default 20)")
+    add("seed", type=int, default=0, help="of the first one's noise (default 0); another adds more")
+    add(
+        "steps",
+        "num_inference_steps",
+        type=int,
+        help=f"denoising steps (default {USUAL[0]}; {DISTILLED[0]} of a distilled model)",
+    )
+    add(
+        "guidance_scale",
+        type=float,
+        help="how closely to follow prompts (default: the base's own)",
+    )
+    add("resolution", type=int, help="side of the pictures, px (default: the base's own)")
+
+    # How it is sorted
+    least = measures.MIN_LIKENESS
+    add(
+        "min_likeness",
+        type=float,
+        default=least,
+        help=f"DINO cosine to the photo below which it is another subject (default {least})",
+    )
+    add("dino", default=measures.DINO, help=f"a DINOv2: hub id or folder (default {measures.DINO})")
+
+
+def run_enlarge(args: argparse.Namespace) -> int:
+    """Draw, sort and say what was kept. Raises UserError."""
+    # All that can be wrong with the arguments, before torch is imported
+    path = Path(find_asset(args.photo))
+    photo = opened(path)
+    base = editor(args.base)
+    folder = output_folder(args.output_dir or str(path.with_suffix("")))
+    say_loading()
+    from dreambooth_moslora.evaluation import enlarge, metrics
+
+    hush()
+
+    # What is to be drawn: the same again where all that decides it is the same
+    steps, guidance = DISTILLED if base.distilled else USUAL
+    args.steps = args.steps or steps
+    args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
+    shots = enlarge.shots_of(
+        args.word,
+        max(1, args.num_images),
+        args.seed,
+        photo=file_digest(path),
+        base=base.public_name,
+        steps=args.steps,
+        guidance=args.guidance_scale,
+        resolution=args.resolution,
+    )
+
+    # The folder, with the photo in it
+    sorter = enlarge.Sorter(metrics.load_dino(args.dino), photo, args.min_likeness)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / path.name).exists():
+        shutil.copyfile(path, folder / path.name)
+    into = enlarge.Enlargement(
+        folder=folder, sorter=sorter, base=base.public_name, licence=base.facts.licence
+    )
+
+    # Pictures and their sorting, each as soon as it is drawn
+    with tqdm(
+        total=len(shots),
+        desc="drawing photos",
+        unit="photo",
+        mininterval=0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC,
+        maxinterval=60.0,
+    ) as bar:
+        for _ in into.fill(shots, partial(drawn, args, base, photo)):
+            bar.update()
+    print(spelled_out(summary(into, shots, args.word)))
+    return 0
+
+
+def opened(path: Path) -> "Image.Image":
+    """The photo as RGB. Raises UserError."""
+    from dreambooth_moslora.photos.photo_file import UnreadableImageError, open_image, to_rgb
+
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such photo.")
+    try:
+        return to_rgb(open_image(path))
+    except UnreadableImageError as error:
+        raise UserError(f"{path}: {error}.") from error
+
+
+def editor(name: str) -> Base:
+    """The base of that name. Raises UserError for one that is not here, and for one that takes no
+    reference pictures."""
+    base = Base.find(name)
+    if base.unreachable:
+        raise UserError(base.unreachable)
+    if base.facts is None or not base.facts.takes_references:
+        title = base.facts.title if base.facts else base.public_name
+        able = [facts.title for facts in families.FAMILIES if facts.takes_references]
+        raise UserError(
+            f"{title} takes no reference pictures: give --base a model that does, "
+            f"of {' or '.join(able)}, such as {EDITOR}."
+        )
+    return base
+
+
+def drawn(
+    args: argparse.Namespace, base: Base, photo: "Image.Image", shots: "Sequence[Shot]"
+) -> "Iterator[Image.Image]":
+    """The pictures of the shots, each drawn when it is asked for. Raises UserError."""
+    from dreambooth_moslora.generation.fixed_seeds import Sampler
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
+
+    side = args.resolution or base.resolution_px
+    check_sides((side, side), base.facts)
+    pipeline = SubjectPipeline.from_base(base)
+    sampler = Sampler(
+        pipeline=pipeline.pipeline,
+        embed=partial(pipeline.family.texts, pipeline.pipeline),
+        resolution_px=side,
+        device=pipeline.home.device,
+        inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        references=[photo],
+    )
+    try:
+        pipeline.home.enter()
+        yield from sampler([shot.request for shot in shots])
+    finally:
+        if pipeline.home.is_resting:  # the models took turns
+            pipeline.home.leave()
+
+
+def summary(into: "Enlargement", shots: "Sequence[Shot]", word: str) -> str:
+    """What was kept and what was not, where to look, and what comes next."""
+    found = Counter({kind: len(some) for kind, some in into.rows(shots).items()})
+    kept = found.pop("kept")
+    lines = [f"{kept} of {len(shots)} kept in {into.folder}"]
+    if found:
+        reasons = ", ".join(f"{kind} {count}" for kind, count in found.items())
+        lines.append(f"rejected: {reasons}")
+    lines.append(f"look at {into.draw_sheet(shots)}, and move what is sorted wrongly")
+    lines.append(f"then: train {shlex.quote(str(into.folder))} {shlex.quote(word)}")
+    return "\n".join(lines)

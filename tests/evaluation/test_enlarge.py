@@ -1,0 +1,217 @@
+"""From one photo to many: what is drawn, what is kept and why not, and the command whole."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.terminal import DONE, MISTAKE
+from dreambooth_moslora.evaluation import enlarge
+from dreambooth_moslora.evaluation.metrics import load_dino
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.photos.synthetic import RECORD, REJECTED, read_record
+from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.measures import MIN_LIKENESS
+from tests.helpers.planted import planted
+from tests.helpers.tiers import slow_but
+from tests.helpers.tiny_families import tiny_pipeline
+from toybox.make_subjects import SUBJECTS, Subject
+
+PHOTOS = Path(toys.ASSETS) / "subjects"
+
+
+@pytest.fixture(scope="module")
+def dino():
+    return load_dino(toys.DINO_FOLDER)
+
+
+def toy(name: str, number: int) -> Image.Image:
+    """A photo of a toy at the side at which the renders are sharp."""
+    picture = Image.open(PHOTOS / name / f"{number:02d}.jpg")
+    return picture.resize((128, 128), Image.Resampling.LANCZOS)
+
+
+def test_each_shot_has_a_name_a_prompt_and_a_key_of_its_own():
+    shots = enlarge.shots_of("dog", 45, 7, base="a")
+    assert len({shot.name for shot in shots}) == len({shot.request.seed for shot in shots}) == 45
+    first = shots[0]
+    assert first.name == "from_the_side_7.png" and first.request.seed == 7
+    assert first.request.prompt.startswith("a photo of a dog seen from the side, on grass")
+    assert first.request.prompt.endswith("the same dog as in the reference pictures")
+    assert enlarge.shots_of("dog", 45, 7, base="a") == shots
+    assert enlarge.shots_of("dog", 1, 7, base="b")[0].key != first.key
+
+
+def test_pictures_that_are_broken_copies_or_of_another_subject_are_told_apart(dino):
+    sorter = enlarge.Sorter(dino, toy("duck", 0))
+    sorter.keep("1.jpg", toy("duck", 1))
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    judged = {
+        "grass": toy("duck", 2),
+        "robot": toy("robot", 0),
+        "turned": ImageOps.mirror(toy("duck", 0)),
+        "again": toy("duck", 1).crop((2, 2, 126, 126)),
+        "black": Image.new("RGB", (128, 128)),
+        "noise": Image.fromarray(noise),
+        "blurred": toy("duck", 2).filter(ImageFilter.GaussianBlur(3)),
+    }
+    found = {name: sorter.judge(picture) for name, picture in judged.items()}
+    assert {name: verdict.kind for name, verdict in found.items()} == {
+        "grass": "",
+        "robot": "not the subject",
+        "turned": "near copy",
+        "again": "near copy",
+        "black": "broken",
+        "noise": "broken",
+        "blurred": "broken",
+    }
+    assert found["turned"].reason == "near copy: of the photo"
+    assert found["again"].reason == "near copy: of 1.jpg"
+    details = [found[name].reason for name in ("black", "noise", "blurred")]
+    assert [word.split()[1].rstrip(",") for word in details] == ["one", "noise", "blurred"]
+    assert found["grass"].likeness > MIN_LIKENESS > found["robot"].likeness
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_of_twenty_planted_ones_eighteen_are_rejected_and_of_twenty_good_ones_two_at_most(
+    name, dino
+):
+    """The threshold was chosen on sixteen other toys (`individuals(16, seed=2)`)."""
+    subject = planted(Subject(name, SUBJECTS[name], SUBJECTS[name].kind))
+    sorter = enlarge.Sorter(dino, subject.photo)
+    rejected = {True: 0, False: 0}
+    for number, (picture, is_good) in enumerate(subject.candidates):
+        if sorter.judge(picture).reason:
+            rejected[is_good] += 1
+        else:
+            sorter.keep(str(number), picture)
+    assert len(subject.candidates) == 40
+    assert rejected[False] >= 18 and rejected[True] <= 2, rejected
+
+
+class Drawn:
+    """Stands for the model: gives these pictures of the shots, and notes what was asked."""
+
+    def __init__(self, shots: Sequence[enlarge.Shot], pictures: Sequence[Image.Image]):
+        self.pictures = dict(zip([shot.name for shot in shots], pictures, strict=True))
+        self.asked: list[str] = []
+        self.ends_at = ""
+
+    def __call__(self, shots: Sequence[enlarge.Shot]) -> Iterator[Image.Image]:
+        for shot in shots:
+            if shot.name == self.ends_at:
+                raise KeyboardInterrupt
+            self.asked.append(shot.name)
+            yield self.pictures[shot.name]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "duck").mkdir()
+    toy("duck", 0).save(tmp_path / "duck" / "photo.png")
+    return tmp_path / "duck"
+
+
+def into(folder, dino, **changes) -> enlarge.Enlargement:
+    sorter = enlarge.Sorter(dino, toy("duck", 0), **changes)
+    return enlarge.Enlargement(folder, sorter, base="owner/editor", licence="Apache-2.0")
+
+
+def test_what_is_made_is_kept_after_a_stop_and_what_a_person_moves_stays(folder, dino):
+    shots = enlarge.shots_of("duck", 4, 0)
+    pictures = [toy("duck", 1), toy("robot", 1), toy("duck", 2), toy("duck", 1)]
+    model = Drawn(shots, pictures)
+    names = [shot.name for shot in shots]
+
+    # A stop at the third: two are there, each in its place.
+    model.ends_at = names[2]
+    with pytest.raises(KeyboardInterrupt):
+        list(into(folder, dino).fill(shots, model))
+    assert (folder / names[0]).is_file() and (folder / REJECTED / names[1]).is_file()
+
+    # Going on draws the others alone.
+    model.ends_at, model.asked = "", []
+    again = into(folder, dino)
+    assert list(again.fill(shots, model)) == shots and model.asked == names[2:]
+    rows = {kind: [shot.name for shot in some] for kind, some in again.rows(shots).items()}
+    assert rows == {
+        "kept": [names[0], names[2]],
+        "not the subject": [names[1]],
+        "near copy": [names[3]],
+    }
+    assert again.draw_sheet(shots).is_file()
+
+    # The folder is one of photos, which knows what was made.
+    report = find_photos(folder, "a photo of sks duck", 128)
+    made = {photo.path.name: photo.made_by for photo in report.photos}
+    by = "owner/editor, licence Apache-2.0"
+    assert made == {"photo.png": "", names[0]: by, names[2]: by} and not report.skipped
+
+    # What a person moved stays; the rest is sorted anew without being drawn.
+    (folder / REJECTED / names[3]).rename(folder / names[3])
+    (folder / names[0]).rename(folder / REJECTED / names[0])
+    model.asked = []
+    list(into(folder, dino, min_likeness=-1.0).fill(shots, model))
+    assert model.asked == [] and (folder / REJECTED / names[0]).is_file()
+    assert all((folder / name).is_file() for name in names[1:])
+    assert read_record(folder)[names[1]]["rejected"] == ""
+
+    # Another prompt is drawn anew, and the old picture is gone.
+    others = enlarge.shots_of("toy", 2, 0)
+    model = Drawn(others, [toy("robot", 2), toy("duck", 3)])
+    list(into(folder, dino).fill(others, model))
+    assert model.asked == names[:2] and not (folder / names[0]).exists()
+    assert (folder / REJECTED / names[0]).is_file() and (folder / names[1]).is_file()
+
+
+@pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
+def test_the_command_draws_sorts_and_says_what_comes_next(name, tmp_path, capsys):
+    base, photo = tmp_path / "base", tmp_path / "my duck.png"
+    tiny_pipeline(name, tmp_path / "files").save_pretrained(base)
+    toy("duck", 0).save(photo)
+    line = ["enlarge", str(photo), "duck", "--base", str(base), "--dino", str(toys.DINO_FOLDER)]
+    line += ["--num_images", "3", "--steps", "1", "--resolution", "64", "--min_likeness", "-1"]
+    assert main(line) == DONE
+    folder = tmp_path / "my duck"
+    record = read_record(folder)
+    assert (folder / photo.name).read_bytes() == photo.read_bytes()
+    assert [made["seed"] for made in record.values()] == [0, 1, 2]
+    for file, made in record.items():
+        place = folder / REJECTED / file if made["rejected"] else folder / file
+        assert Image.open(place).size == (64, 64) and made["base"] == "base"
+        assert made["licence"] in ("Apache-2.0 (4B), FLUX Non-Commercial (9B)", "Qwen Research")
+    said = capsys.readouterr().out
+    assert " of 3 kept in " in said and f"then: train '{folder}' duck" in said
+
+    # All is there: nothing is drawn again.
+    before = (folder / RECORD).read_text()
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*_?.png")}
+    assert main(line) == DONE and (folder / RECORD).read_text() == before
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*_?.png")}
+
+
+@pytest.mark.parametrize(
+    "base, said",
+    [
+        ("toy", "SDXL takes no reference pictures: give --base a model that does"),
+        ("Tongyi-MAI/Z-Image", "is not on this machine, and the hub is not asked"),
+        (enlarge.__name__, "does not exist"),
+    ],
+)
+def test_a_base_that_cannot_do_it_is_refused_in_one_line(base, said, tmp_path, capsys):
+    toy("duck", 0).save(tmp_path / "photo.png")
+    assert main(["enlarge", str(tmp_path / "photo.png"), "duck", "--base", base]) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not (tmp_path / "photo").exists()
+
+
+def test_a_photo_that_is_none_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no photo")
+    for name in ("notes.txt", "missing.jpg"):
+        assert main(["enlarge", str(tmp_path / name), "duck"]) == MISTAKE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert name in line
