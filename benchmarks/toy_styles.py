@@ -39,7 +39,7 @@ __all__ = ["main"]
 PHOTOS = 8
 PHOTO_PX = 256
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1)
 # What stands in every picture of a style that leaks
 PLANTED = Toy("rocket", "white", "red", "striped", "glossy")
 CONTENTS = ("many", "rocket")
