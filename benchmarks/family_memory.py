@@ -33,25 +33,15 @@ from dreambooth_moslora.base.streaming import streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_shapes
-from dreambooth_moslora.plan.memory import GRADIENT_BYTES, QUANTIZED_BYTES, estimate
-from dreambooth_moslora.settings.families import FAMILIES, Facts
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.plan.memory import GRADIENT_BYTES, QUANTIZED_BYTES, STREAMED_BYTES, estimate
+from dreambooth_moslora.settings.families import FAMILIES, OF_UNETS, Facts
+from dreambooth_moslora.settings.table import PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
 __all__ = ["MODELS", "COUNTED", "deviations", "main"]
 
-COUNTED = {
-    "full": {},
-    "recompute": {"gradient_checkpointing": True},
-    "int8": {"gradient_checkpointing": True, "base_quantization": "int8"},
-    "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
-    "stream": {"gradient_checkpointing": True, "stream_blocks": True},
-    "nf4_stream": {
-        "gradient_checkpointing": True,
-        "base_quantization": "nf4",
-        "stream_blocks": True,
-    },
-}
+COUNTED = {name: plan for name, plan in PLANS.items() if not plan.keys() & set(OF_UNETS)}
+"""Those of transformers."""
 SD3_MEDIUM = {
     "num_layers": 24,
     "num_attention_heads": 24,
@@ -261,8 +251,7 @@ def on_host_gib(denoiser: nn.Module, plan: str) -> float:
     """What streaming takes off the weights: all blocks, but for those whose places are there."""
     if not COUNTED[plan].get("stream_blocks"):
         return 0.0
-    # The scales of weights in 4 bit stay on the device.
-    of_a_number = 0.5 if "base_quantization" in COUNTED[plan] else 2
+    of_a_number = STREAMED_BYTES.get(COUNTED[plan].get("base_quantization"), 2)
     blocks = []
     for _, layers in streamed_blocks(denoiser):
         numbers = sum(layer.weight.numel() for layer in layers)

@@ -72,7 +72,7 @@ SECTIONS = (
         "Does a streamed step compute what a step with all blocks on the card does, and what does "
         "it cost?",
         (
-            'flow_step --model "Z-Image" --plan recompute stream nf4 nf4_stream',
+            'flow_step --model "Z-Image" --plan recompute int8 stream nf4 nf4_stream',
             'flow_step --model "FLUX.1 dev" --plan nf4 nf4_stream',
         ),
     ),

@@ -4,7 +4,7 @@
     device    place 0 | place 1                   block n comes to place n mod 2
 
 While a block computes, the next one is copied beside it. Nothing is written back, as the base is
-frozen. Adapters, norms and biases, and the scales of weights in 4 bit, stay on the device.
+frozen. Adapters, norms and biases, and the scales of packed weights, stay on the device.
 
 It is for blocks that are recomputed (gradient checkpointing), which read nothing between the two
 passes. A block comes before its forward, and again when the first gradient of its outputs is there.
@@ -71,7 +71,7 @@ class StreamedBlocks:
     """Moves the matrices of a model's blocks to the host, and brings them when they compute.
 
     model: a denoiser or a text encoder, changed in place; it may be on the host or on the device,
-        in 4 bit too, and all but these matrices is the caller's to move
+        in 4 or 8 bit too, and all but these matrices is the caller's to move
     device: where it computes
     copies: how blocks come there
 
@@ -162,7 +162,7 @@ def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]
         # name of the layer that it holds, is no layer of PyTorch's.
         layers = []
         for path, layer in block.named_modules():
-            is_matrix = type(layer).__name__ in ("Linear", "Linear4bit")
+            is_matrix = type(layer).__name__ in ("Linear", "Linear4bit", "Int8Linear")
             if is_matrix and isinstance(layer, nn.Linear) and ".lora_" not in path:
                 layers.append(layer)
         if layers:

@@ -9,8 +9,8 @@ in place, and autograd keeps x once and A·x (n,r). Adapters stay fp32 masters; 
 the base weight's dtype. The scale is folded into U: `addmm` with a factor other than 1 is outside
 the fast CPU kernels.
 
-It is for a frozen `nn.Linear`, dense or in 4 bit, with an adapter without dropout, DoRA or bias
-(`slow_reason`). Calls that need more, and those outside of a step, go to PEFT's own forward.
+It is for a frozen `nn.Linear`, dense or in 4 or 8 bit, with an adapter without dropout, DoRA or
+bias (`slow_reason`). Calls that need more, and those outside of a step, go to PEFT's own forward.
 
 `WorkingCopies` makes A and U of a whole model in the base's dtype once per optimizer step, as
 leaves of autograd:
@@ -34,16 +34,17 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dreambooth_moslora.base.int8 import Int8Linear, unpacked
 from dreambooth_moslora.method import mixer, moslora
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (…,in), W0 (out,in), b (out) or None, `packed` of 4 bit, A (r,in), Uᵀ (r,out), of one dtype
+    """x (…,in), W0 (out,in), b (out) or None, `packing` of W0, A (r,in), Uᵀ (r,out), of one dtype
     -> y (…,out)."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed, down: Tensor, up: Tensor
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packing, down: Tensor, up: Tensor
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
 
@@ -51,11 +52,11 @@ class _AdaptedLinear(torch.autograd.Function):
         inner = rows.mm(down.t())
 
         # The base's output W0·x + b.
-        result = frozen_product(rows, weight, bias, packed)
+        result = frozen_product(rows, weight, bias, packing)
 
         # The branch U·(A·x) is added in place: there is no second tensor of full width.
         result.addmm_(inner, up)
-        ctx.packed = packed
+        ctx.packing = packing
         ctx.save_for_backward(x, inner, weight, down, up)
         return result.view(*x.shape[:-1], -1)
 
@@ -70,35 +71,39 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_inner = grad.mm(up.t())
         grad_up = inner.t().mm(grad) if needs_up else None
 
-        # dx = W0ᵀ·g + Aᵀ·(Uᵀ·g). A weight in 4 bit is unpacked here, and not kept.
+        # dx = W0ᵀ·g + Aᵀ·(Uᵀ·g). A packed weight is unpacked here, and not kept.
         grad_x = None
         if needs_x:
-            if ctx.packed is not None:
-                weight = dense_weight(weight, ctx.packed).to(grad.dtype)
+            if ctx.packing is not None:
+                weight = dense_weight(weight, ctx.packing).to(grad.dtype)
             grad_x = grad.mm(weight).addmm_(grad_inner, down).view(x.shape)
 
         grad_down = grad_inner.t().mm(x.reshape(-1, x.shape[-1])) if needs_down else None
         return grad_x, None, None, None, grad_down, grad_up
 
 
-def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
-    """W0·x + b of x (n,in) -> (n,out). `packed` holds the shape and scales of a weight in 4 bit."""
-    if packed is None:
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
+    """W0·x + b of x (n,in) -> (n,out)."""
+    if packing is None:
         return F.linear(x, weight, bias)
-    return linear_4bit(x, weight, bias, packed)
+    if isinstance(packing, Tensor):
+        return F.linear(x, unpacked(weight, packing), bias)
+    return linear_4bit(x, weight, bias, packing)
 
 
-def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packed) -> Tensor:
+def linear_4bit(x: Tensor, weight: Tensor, bias: Tensor | None, packing) -> Tensor:
     from bitsandbytes import matmul_4bit
 
-    return matmul_4bit(x, weight, bias=bias, quant_state=packed)
+    return matmul_4bit(x, weight, bias=bias, quant_state=packing)
 
 
-def dense_weight(weight: Tensor, packed) -> Tensor:
-    """The weight in 4 bit as a matrix (out,in)."""
+def dense_weight(weight: Tensor, packing) -> Tensor:
+    """The packed weight as a matrix (out,in)."""
+    if isinstance(packing, Tensor):
+        return unpacked(weight, packing)
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight, packed)
+    return dequantize_4bit(weight, packing)
 
 
 class ShortWay:
@@ -119,9 +124,8 @@ class ShortWay:
         down, up = self.working[name]
 
         # The usual case: one node for W0·x and the branch.
-        packed = getattr(base.weight, "quant_state", None)
         x = x.to(compute_dtype(base))
-        return _AdaptedLinear.apply(x, base.weight, base.bias, packed, down, up)
+        return _AdaptedLinear.apply(x, base.weight, base.bias, packing_of(base), down, up)
 
     def _only_adapter(self) -> str | None:
         """The only active adapter, or None when PEFT's forward must decide."""
@@ -148,9 +152,15 @@ def fast_class(kind: type) -> type | None:
     return type("FastLinear4bit", (ShortWay, kind), {}) if is_4bit else None
 
 
+def packing_of(base: nn.Module):
+    """What belongs to a packed weight: its scales in 8 bit, its shape and scales in 4 bit; None for
+    a dense one."""
+    return base.scales if type(base) is Int8Linear else getattr(base.weight, "quant_state", None)
+
+
 def compute_dtype(base: nn.Module) -> torch.dtype:
-    """The dtype of products with the frozen weight: bitsandbytes' layers set one, others use the
-    weight's own."""
+    """The dtype of products with the frozen weight: packed layers have one, others use the weight's
+    own."""
     return getattr(base, "compute_dtype", base.weight.dtype)
 
 
@@ -169,9 +179,9 @@ def slow_reason(layer: nn.Module, adapter_name: str = "default") -> str | None:
 
     # The base layer: the node reads its weight by itself, so it must be a kind that is known.
     base = layer.base_layer
-    is_known = type(base) is nn.Linear or is_trainable_4bit(base)
+    is_known = type(base) in (nn.Linear, Int8Linear) or is_trainable_4bit(base)
     if not is_known:
-        return f"the base layer is no nn.Linear, dense or in 4 bit ({type(base).__name__})"
+        return f"the base layer is no nn.Linear, dense or in 4 or 8 bit ({type(base).__name__})"
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return "the base layer carries hooks (offloading, for one)"
 

@@ -22,9 +22,11 @@ from dreambooth_moslora.settings import optimizer_kinds, table
 
 # Bytes of a parameter or an activation, by precision.
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
-QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.001}
+QUANTIZED_BYTES = {"nf4": 0.516, "int8": 1.016}
 """Bytes of a quantised parameter, with its share of the scales. Those outside the blocks keep their
 precision."""
+STREAMED_BYTES = {"nf4": 0.5, "int8": 1.0}
+"""The same without the scales, which stay on the device."""
 AVERAGE_BYTES = 4  # Further bytes per parameter of a checkpoint with an average.
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 STEP_GIB = 5.24
@@ -42,7 +44,7 @@ TRAINED_TEXT_GIB = 0.125
 counted like a step."""
 PEFT_STEP = 1.4
 PEFT_RECOMPUTED = 1.1
-"""Factors where PEFT's own layers compute the adapter: a base in 8 bit, DoRA, or dropout."""
+"""Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
 TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
 # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
 DRAWING_GIB = 0.15
@@ -128,9 +130,8 @@ def on_host_gib(config: table.TrainConfig, size: BaseSize) -> float:
 
 
 def streamed_gib(config: table.TrainConfig, size: BaseSize, blocks: int | None = None) -> float:
-    """The weights of so many blocks that are streamed, or of all. Scales of weights in 4 bit stay
-    on the device."""
-    number = 0.5 if config.base_quantization == "nf4" else BYTES[precision_of(config)]
+    """The weights of so many blocks that are streamed, or of all."""
+    number = STREAMED_BYTES.get(config.base_quantization, BYTES[precision_of(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
     return min(count, size.streamed) * number / machine.GIB
 
@@ -156,10 +157,7 @@ def preparing_gib(
     # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
     if is_flow and not config.train_text_encoder:
         return vae + encoder
-
-    # int8 quantises on the GPU, so that the denoiser is there.
-    denoiser = unet if config.base_quantization == "int8" else 0.0
-    return max(vae + encoder, texts + TEXTS_GIB) + denoiser
+    return max(vae + encoder, texts + TEXTS_GIB)
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
@@ -205,7 +203,7 @@ def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
 def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
     images = config.images_a_pass
-    is_pefts = config.base_quantization == "int8" or config.use_dora or config.lora_dropout > 0
+    is_pefts = config.use_dora or config.lora_dropout > 0
     scale = scale_of(config, size) * images
     memory = size.family.memory
     kept_scores = SCORES_GIB if machine.is_on_apple() and not memory else (0.0, 0.0)

@@ -143,7 +143,7 @@ def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
 
 
 def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
-    """What the plan adds to the given settings; int8 stays."""
+    """What the plan adds to the given settings; a given quantisation stays."""
     plan = dict(table.PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
@@ -157,8 +157,9 @@ def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
         if not is_possible(name, config, size.family):
             continue
         tried = replace(config, **plan_settings(config, name))
-        # Blocks in half precision may need more than the host has; those in 4 bit take a quarter.
-        if streams_dense(plan) and streamed_gib(tried, size) > HOST_SHARE * host_gib():
+        # Blocks may need more than the host has. Those in 4 bit take a quarter: nothing takes less.
+        is_large = "stream_blocks" in plan and plan.get("base_quantization") != "nf4"
+        if is_large and streamed_gib(tried, size) > HOST_SHARE * host_gib():
             continue
         found[name] = estimate(tried, size, 1).peak_gib
     return found
@@ -169,20 +170,15 @@ def host_gib() -> float:
     return psutil.virtual_memory().total / machine.GIB / machine.processes_here()
 
 
-def streams_dense(plan: Plan) -> bool:
-    """Whether blocks come from the host as they are, in half precision."""
-    return "stream_blocks" in plan and "base_quantization" not in plan
-
-
 def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
     """Whether a run can take this plan, with its settings, its family and the packages here."""
     plan = table.PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
-    is_quantized, is_streamed = "base_quantization" in plan, "stream_blocks" in plan
+    is_in_4_bit, is_streamed = plan.get("base_quantization") == "nf4", "stream_blocks" in plan
     if machine.is_on_apple() and ("gradient_checkpointing" not in plan or is_streamed):
         return False
-    if is_quantized and (machine.is_on_apple() or not find_spec("bitsandbytes")):
+    if is_in_4_bit and (machine.is_on_apple() or not find_spec("bitsandbytes")):
         return False
     if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
         return False
@@ -219,13 +215,18 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
 
 def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
     """Whether a base that is loaded for these settings can change to the plan."""
-    # Layers in 8 bit cannot be quantised further: a run out of memory passes them by.
-    if plan.get("base_quantization") == "int8":
+    # Layers in 8 bit cannot be quantised further: a run out of memory that has none passes them by.
+    kind, loaded = plan.get("base_quantization", "none"), config.base_quantization
+    is_quantized_anew = kind not in ("none", loaded)
+    if is_quantized_anew and "int8" in (kind, loaded):
         return False
     # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
-    if "base_quantization" in plan and (config.use_dora or config.stream_blocks):
+    if is_quantized_anew and (config.use_dora or config.stream_blocks):
         return False
-    return plan.keys() <= OF_A_LOADED_BASE and not streams_dense(plan)
+
+    # Blocks in half precision may need more than the host has.
+    is_streamed_dense = "stream_blocks" in plan and kind == "none"
+    return plan.keys() <= OF_A_LOADED_BASE and not is_streamed_dense
 
 
 def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:

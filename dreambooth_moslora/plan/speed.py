@@ -39,11 +39,10 @@ class Speed:
 
 
 def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
-    """The choice for `steps` optimizer steps on such a device. `auto` never compiles a base in 8
-    bit."""
+    """The choice for `steps` optimizer steps on such a device."""
     images = images_of(config, steps)
     pays = device_type == "cuda" and images >= WORTH_IMAGES
-    by_itself = config.compile == "auto" and pays and config.base_quantization != "int8"
+    by_itself = config.compile == "auto" and pays
 
     # A search is lost when sizes change, and may choose another algorithm the next time.
     is_fixed = not config.enable_bucket and not config.deterministic

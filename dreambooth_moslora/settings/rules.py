@@ -127,11 +127,9 @@ def check_together(config: Config) -> None:
         for other, why in excluded_by(name, config):
             raise UserError(f"{flag} and {other}: {why}; give one of them.")
 
-    # A block is brought again when it is recomputed; bitsandbytes holds its own copies in 8 bit.
+    # A block is brought again when it is recomputed.
     if config.stream_blocks and not config.gradient_checkpointing:
         raise UserError("--stream_blocks needs --gradient_checkpointing.")
-    if config.stream_blocks and config.base_quantization == "int8":
-        raise UserError("--stream_blocks cannot stream --base_quantization int8: give nf4.")
 
     # What the optimizer cannot do.
     kind = optimizer_kinds.optimizer_of(config)

@@ -37,8 +37,14 @@ PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "recompute_ff": {"recompute_feed_forward": True},
     "recompute": {"gradient_checkpointing": True},
+    "int8": {"gradient_checkpointing": True, "base_quantization": "int8"},
     "nf4": {"gradient_checkpointing": True, "base_quantization": "nf4"},
     "stream": {"gradient_checkpointing": True, "stream_blocks": True},
+    "int8_stream": {
+        "gradient_checkpointing": True,
+        "base_quantization": "int8",
+        "stream_blocks": True,
+    },
     "nf4_stream": {
         "gradient_checkpointing": True,
         "base_quantization": "nf4",
@@ -846,7 +852,7 @@ class TrainConfig:
         help="keep the frozen UNet or transformer in 4 or 8 bit",
         choices=("none", "nf4", "int8"),
         publish="always",
-        packages={"nf4": "bitsandbytes", "int8": "bitsandbytes"},
+        packages={"nf4": "bitsandbytes"},
         yields_to=("memory",),
     )
     gradient_checkpointing: bool = of_memory(

@@ -1,4 +1,4 @@
-"""Compiles a denoiser's transformer blocks (`--compile`), dense or in 4 bit, each in place, so that
+"""Compiles a denoiser's transformer blocks (`--compile`), dense or packed, each in place, so that
 no checkpoint key changes its name.
 
 Blocks of one width share a graph, which stays valid with recomputation and without the adapter.

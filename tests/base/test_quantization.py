@@ -1,18 +1,25 @@
-"""Which layers of a frozen base are quantised, and where."""
+"""Which layers of a frozen base are quantised, and where; how near those in 8 bit come."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb_functional
 from bitsandbytes import nn as bnb
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from peft.tuners import lora
 from peft.tuners.lora import bnb as peft_bnb
 from torch import nn
 
-from dreambooth_moslora.base.quantization import quantize
+from dreambooth_moslora.base.int8 import Int8Linear, packed, unpacked
+from dreambooth_moslora.base.quantization import layers_of_blocks, quantize
+from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.method.moslora import inject
 
 KINDS = {
     "nf4": (bnb.Linear4bit, peft_bnb.Linear4bit),
-    "int8": (bnb.Linear8bitLt, peft_bnb.Linear8bitLt),
+    "int8": (Int8Linear, lora.Linear),
 }
 
 
@@ -33,10 +40,10 @@ class Unet(nn.Module):
 def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
     kind, caplog, monkeypatch
 ):
-    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer as a
+    """bitsandbytes' kernels for CPUs want blocks of 32 outputs. PEFT adapts the layer in 4 bit as a
     quantised one: its layer for dense weights would add the adapter's fp32 to the bf16 output, and
-    round twice. A 4-bit layer waits where the dense one was: the device is for the text encoders
-    and the VAE until training begins."""
+    round twice. A layer waits where the dense one was: the device is for the text encoders and the
+    VAE until training begins."""
     unet, before = (
         Unet().to(torch.bfloat16).requires_grad_(False).eval(),
         torch.random.get_rng_state(),
@@ -58,3 +65,64 @@ def test_only_projections_in_blocks_that_the_kernels_can_take_are_quantised(
     )
     quantize(Unet(), "nf4", torch.float32, "cpu:0")
     assert seen == ["cpu:0", "cpu"]
+
+
+def of_4_bit(weight: torch.Tensor) -> torch.Tensor:
+    return bnb_functional.dequantize_4bit(*bnb_functional.quantize_4bit(weight, quant_type="nf4"))
+
+
+def of_float8(weight: torch.Tensor) -> torch.Tensor:
+    scales = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (weight / scales).to(torch.float8_e4m3fn).to(weight.dtype) * scales
+
+
+def error_of(rounded: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]) -> float:
+    """The relative Frobenius norm of what is lost."""
+    lost = sum((rounded(weight).float() - weight).square().sum() for weight in weights)
+    return float((lost / sum(weight.square().sum() for weight in weights)).sqrt())
+
+
+def of_8_bit(weight: torch.Tensor) -> torch.Tensor:
+    return unpacked(*packed(weight, torch.bfloat16))
+
+
+def test_8_bit_loses_less_of_a_trained_base_than_float8_does_in_as_much_memory():
+    unet = UNet2DConditionModel.from_pretrained(assets_folder() / "toy-sdxl" / "unet")
+    layers = [layer for _, layer in layers_of_blocks(unet) if isinstance(layer, nn.Linear)]
+    weights = [layer.weight.detach() for layer in layers]
+    assert error_of(of_8_bit, weights) == pytest.approx(0.0066, abs=2e-4)
+    assert error_of(of_float8, weights) == pytest.approx(0.0260, abs=5e-4)
+    assert error_of(of_4_bit, weights) == pytest.approx(0.0924, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_outlier_coarsens_its_group_alone_and_zeros_stay(dtype):
+    """As do numbers beyond what fp16 squares, where bitsandbytes casts activations to fp16."""
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    weight[0, 3], weight[1] = 1000.0, 0.0
+    found = unpacked(*packed(weight, dtype)).float()
+    assert (found[2:] - weight[2:]).norm() < 0.01 * weight[2:].norm()
+    assert (found[0, 128:] - weight[0, 128:]).norm() < 0.01 * weight[0, 128:].norm()
+    assert found[0, 3] == pytest.approx(1000, rel=0.01) and not found[1].any()
+    assert found.isfinite().all()
+
+
+def test_a_layer_in_8_bit_computes_as_its_unpacked_weights_and_keeps_none_of_them():
+    """Forwards and backwards, bit for bit, with activations that fp16 does not hold."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 96).to(torch.bfloat16).requires_grad_(False)
+    layer = Int8Linear(dense, torch.bfloat16)
+    dense.weight.data = layer.dequantize()
+    assert layer.weight.nbytes + layer.scales.nbytes < 0.52 * dense.weight.nbytes
+    x = (1e5 * torch.randn(3, 5, 64)).to(torch.bfloat16)
+    results, kept = [], []
+    for one in (dense, layer):
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: kept.append(saved.dtype) or saved, lambda saved: saved
+        ):
+            found = one(given)
+        found.float().square().sum().backward()
+        results.append((found, given.grad))
+    assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
+    assert kept == [torch.bfloat16, torch.int8, torch.bfloat16]

@@ -61,7 +61,7 @@ def latent_shape(name: str, denoiser: nn.Module) -> tuple[int, int, int]:
 
 
 FAST = ("sdxl", "flux", "z_image")
-CASES = [(name, "none") for name in FAST] + [("flux", "nf4"), ("sdxl", "nf4")]
+CASES = [(name, "none") for name in FAST] + [("flux", "nf4"), ("sdxl", "nf4"), ("flux", "int8")]
 for facts in FAMILIES:
     if facts.name not in FAST:
         CASES.append(pytest.param(facts.name, "none", marks=pytest.mark.slow))
@@ -69,7 +69,7 @@ for facts in FAMILIES:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_streamed_blocks_give_the_same_gradients_bit_for_bit(name, kind, tmp_path):
-    """With recomputation and in 4 bit, though copies end late and each place is overwritten."""
+    """With recomputation and packed, though copies end late and each place is overwritten."""
     copies = LateCopies()
     whole, expected, _ = gradients(name, tmp_path / "whole", kind, copies=None)
     found, learnt, (denoiser, streamed) = gradients(name, tmp_path / "streamed", kind, copies)

@@ -175,7 +175,6 @@ SLOW = {
     "trained": lambda: block(lambda base: base.requires_grad_(True)),
     "hooks": lambda: block(lambda base: base.register_forward_hook(lambda *_: None)),
     "Conv2d": lambda: adapted(nn.ModuleDict(CONVOLUTIONS)),
-    "Linear8bitLt": lambda: quantised("int8", torch.float32),
 }
 
 
@@ -219,14 +218,28 @@ def quantised_loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_a_base_in_4_bit_gives_the_same_gradients(dtype, tolerance):
-    general = quantised("nf4", dtype)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_base_gives_the_same_gradients(kind, dtype, tolerance):
+    general = quantised(kind, dtype)
     fast = fast_copy(general)
     assert not slow_projections(fast)
     found = step_on_copies(fast, [quantised_loss])
     assert_same(found, plain_step(general, [quantised_loss]), tolerance)
     disable_fast_path(fast)
     assert torch.equal(quantised_loss(fast), quantised_loss(general))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_base_in_8_bit_gives_the_gradients_of_its_unpacked_weights_bit_for_bit(use_dora):
+    model = quantised_base("int8", torch.bfloat16)
+    dense = quantised_base("none", torch.bfloat16)
+    for name in ("to_q", "to_k"):
+        weight = model["transformer_blocks"].get_submodule(name).dequantize()
+        dense["transformer_blocks"].get_submodule(name).weight.data = weight
+    found, wanted = (adapted(one, use_dora=use_dora) for one in (model, dense))
+    for one in (found, wanted):
+        assert enable_fast_path(one) == (0 if use_dora else 2)
+    assert_same(*(step_on_copies(one, [quantised_loss]) for one in (found, wanted)), 0)
 
 
 def test_it_can_be_switched_off_and_leaves_the_state_dict_alone():

@@ -71,7 +71,7 @@ def short(config: TrainConfig) -> str:
     return f"{' '.join(words) or 'full'}, {config.images_a_pass}"
 
 
-CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "nf4, 4"), "8 GB": (6.9, "recompute, 2")}
+CARDS = {"4 GB": (3.3, "nf4, 1"), "6 GB": (5.05, "int8, 2"), "8 GB": (6.9, "recompute, 2")}
 CARDS |= {
     "3060 on Windows": (10.2, "ff, 1"),
     "3060": (11.5, "ff, 1"),
@@ -215,7 +215,7 @@ def test_a_transformer_on_a_card_without_bf16_is_trained_in_fp32_as_it_overflows
     assert (name, recipe["mixed_precision"]) == ("z_image.toml", "no")
     choose_recipe(choices := Choices({"pretrained_model_name_or_path": base}), 14.6)
     assert "precision: fp32, as this GPU has no bf16" in choices.lines[-1]
-    assert chosen(planned(run)) == ("no", True, "nf4")
+    assert chosen(planned(run)) == ("no", True, "int8")
     for precision, says in (
         ("bf16", "give --mixed_precision no"),
         ("fp16", "Z-Image overflows in fp16; give no"),
@@ -294,12 +294,14 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monke
         SDXL, target_modules=facts.targets, mixed_precision="bf16", num_validation_images=0
     )
     card(8.0)
-    plans = {48.0: "full", 18.0: "recompute", 8.0: "nf4", 6.2: "stream", 5.0: "nf4_stream"}
+    plans = {48.0: "full", 18.0: "recompute", 12.0: "int8", 8.0: "nf4", 6.2: "stream"}
+    plans |= {5.0: "int8_stream", 4.2: "nf4_stream"}
     assert {free: memory_plans.plan_name(run, size, free) for free in plans} == plans
 
-    # What half of the host's memory cannot hold is streamed in 4 bit.
-    monkeypatch.setattr(memory_plans, "host_gib", lambda: 16.0)
-    assert memory_plans.plan_name(run, size, 6.2) == "nf4_stream"
+    # What half of the host's memory cannot hold is streamed in 8 bit, or else in 4.
+    for host_gib, plan in ((16.0, "int8_stream"), (8.0, "nf4_stream")):
+        monkeypatch.setattr(memory_plans, "host_gib", lambda host_gib=host_gib: host_gib)
+        assert memory_plans.plan_name(run, size, 6.2) == plan
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
         memory_plans.check_memory(run, size)
 
@@ -323,8 +325,8 @@ LEANER = [
     ("flux", {"train_batch_size": 2}, ["at_once 1", "recompute", *NF4]),
     ("sdxl", {"train_text_encoder": True, "train_batch_size": 2}, ["ff", "recompute", *NF4]),
     ("sdxl", {"use_dora": True}, ["ff", "recompute"]),
-    ("sdxl", {"base_quantization": "int8"}, ["ff", "recompute"]),
-    ("sdxl", {"base_quantization": "int8"} | CHECKPOINTED, []),
+    ("sdxl", {"base_quantization": "int8"}, ["ff", "recompute", "int8_stream"]),
+    ("sdxl", {"base_quantization": "nf4"}, ["ff", "recompute", "nf4_stream"]),
     ("z_image", CHECKPOINTED, [*NF4]),
     ("z_image", CHECKPOINTED | {"stream_blocks": True}, []),
 ]
@@ -372,7 +374,7 @@ def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
 
 def test_a_transformer_on_apples_gpu_gets_no_plan_of_unets(apple):
     flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
-    assert [*memory_plans.costs(TrainConfig.from_dict(SETTINGS), flux)] == ["recompute"]
+    assert [*memory_plans.costs(TrainConfig.from_dict(SETTINGS), flux)] == ["recompute", "int8"]
 
 
 @pytest.mark.parametrize("facts", FAMILIES, ids=lambda facts: facts.name)

@@ -48,7 +48,7 @@ def test_a_turn_in_real_numbers_is_the_complex_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("name", TURNING)
 def test_compiled_blocks_turn_in_real_numbers_and_give_the_same_gradients(
     name, quantization, tmp_path, monkeypatch

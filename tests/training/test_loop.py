@@ -244,7 +244,11 @@ def is_told(left, plain):
 TOLD = {"rank": 2, "mixer": "identity", "lora_alpha": 8, "use_rslora": True, "use_dora": True}
 TOLD |= {"lr_scheduler": "cosine", "lr_warmup_steps": 1}
 TEXT = {"text_encoder", "text_encoder_2"}
-ROUNDED = (("bf16", {"mixed_precision": "bf16"}), ("nf4", {"base_quantization": "nf4"}))
+ROUNDED = (
+    ("bf16", {"mixed_precision": "bf16"}),
+    ("nf4", {"base_quantization": "nf4"}),
+    ("int8", {"base_quantization": "int8"}),
+)
 OPTIONS = {
     "seed": ({"seed": 4}, is_other),
     "rank, mixer, alpha, rslora, dora, cosine": (TOLD, is_told),

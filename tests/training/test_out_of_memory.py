@@ -46,6 +46,7 @@ FEED_FORWARD, RECOMPUTED = {"recompute_feed_forward": True}, {"gradient_checkpoi
 IN_4_BIT = RECOMPUTED | {"base_quantization": "nf4"}
 TO_FEWER, TO_FEED_FORWARD = "--images_at_once 1", "--memory recompute_ff"
 TO_RECOMPUTED, TO_4_BIT = "--memory recompute", "--memory nf4"
+IN_8_BIT = RECOMPUTED | {"base_quantization": "int8"}
 STREAMED, TO_STREAMED = IN_4_BIT | {"stream_blocks": True}, "--memory nf4_stream"
 slow = pytest.mark.slow
 
@@ -75,6 +76,13 @@ WAYS = [
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
     pytest.param(LAYERS | IN_4_BIT, is_streamed, STREAMED, [TO_STREAMED], marks=slow),
+    pytest.param(
+        LAYERS | IN_8_BIT,
+        is_streamed,
+        IN_8_BIT | {"stream_blocks": True},
+        ["--memory int8_stream"],
+        marks=slow,
+    ),
     pytest.param(
         PAIR | LAYERS,
         has_layers("Linear4bit"),

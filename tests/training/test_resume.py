@@ -71,6 +71,7 @@ BITS_8 = {
     "rank": 128,
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
+    "base_quantization": "int8",
 }
 ACCUMULATED = {"gradient_accumulation_steps": 3, "train_batch_size": 2}
 PRODIGY, ADAFACTOR = (
@@ -93,7 +94,7 @@ KINDS = {
     "prodigy_uncached": TWO_CROPS | PRODIGY | {"caching": "off"},
     "schedule_free": WARM
     | {"optimizer": "AdamWScheduleFree", "lr_scheduler": "constant_with_warmup"},
-    "accumulation_convolutions_and_adam_8bit_in_bf16": ACCUMULATED | CONVOLUTIONS | BITS_8,
+    "accumulation_convolutions_and_all_in_8_bit": ACCUMULATED | CONVOLUTIONS | BITS_8,
     "several_subjects": CLASS_IMAGES | {"subjects": [DOG, CAT]},
 }
 NEEDS = {"schedule_free": [pytest.mark.extra("schedulefree")]}

@@ -153,7 +153,7 @@ CHOSEN += [({"gradient_accumulation_steps": 2}, "cuda", 500, True, True)]
 CHOSEN += [({"with_prior_preservation": True, "class_prompt": "a dog"}, "cuda", 500, True, True)]
 CHOSEN += [
     ({"base_quantization": "nf4"}, "cuda", 1000, True, True),
-    ({"base_quantization": "int8"}, "cuda", 1000, False, True),
+    ({"base_quantization": "int8"}, "cuda", 1000, True, True),
     ({"compile": "off"}, "cuda", 1000, False, True),
 ]
 CHOSEN += [({"compile": "on"}, "cpu", 1, True, False)]

@@ -190,7 +190,7 @@ class TrainForm:
     memory: str = asked(
         "auto",
         label="Memory",
-        info="what to save memory with; “nf4” needs least",
+        info="what to save memory with; the last needs least",
         line=24,
         setting="memory",
         always=True,

