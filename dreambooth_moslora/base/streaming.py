@@ -12,7 +12,7 @@ It has the same addresses each time, so that it does not matter when a view of i
 taken: bitsandbytes keeps one from the forward pass, and reads it before anything is recomputed.
 
 It is also for pictures that are drawn on a small device, where text encoders are streamed too:
-`move` frees the places between two pictures.
+`move` frees the places between two pictures, and `end` makes the model what it was.
 
 diffusers' group offloading lets a block go when its forward ends, before the backward pass has
 read it, and puts back each weight as it was, the trained ones too.
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dreambooth_moslora.base.machine import PLACES
 from dreambooth_moslora.base.pipelines import block_classes
@@ -87,14 +88,15 @@ class StreamedBlocks:
         # must not look into that.
         is_cuda = device.type == "cuda"
         self.pieces: list[list[Tensor]] = []
+        self.hooks: list[RemovableHandle] = []
         enter = torch.compiler.disable(self.enter)
         leave = torch.compiler.disable(self.leave)
         for number, (block, layers) in enumerate(self.blocks):
             packed = bytes_of(layers).split(PIECE)
             self.pieces.append([pinned(piece) if is_cuda else piece for piece in packed])
             self.lay(number)
-            block.register_forward_pre_hook(partial(enter, number))
-            block.register_forward_hook(partial(leave, number))
+            self.hooks.append(block.register_forward_pre_hook(partial(enter, number)))
+            self.hooks.append(block.register_forward_hook(partial(leave, number)))
 
     def make_places(self, device: torch.device, copies: Copies) -> None:
         """Empty places on the device, as large as the largest block."""
@@ -116,14 +118,17 @@ class StreamedBlocks:
         for number in range(len(self.blocks)):
             self.lay(number)
 
+    def end(self) -> None:
+        """Leave the model as it was, with these matrices on the host."""
+        for hook in self.hooks:
+            hook.remove()
+        for (_, layers), pieces in zip(self.blocks, self.pieces, strict=True):
+            lay(layers, torch.cat(pieces))
+            pieces.clear()
+
     def lay(self, number: int) -> None:
         """Make a block's matrices views of its place."""
-        start = 0
-        for layer in self.blocks[number][1]:
-            weight = layer.weight
-            part = self.places[number % PLACES][start : start + weight.nbytes]
-            weight.data = part.view(weight.dtype).view(weight.shape)
-            start += room_of(layer)
+        lay(self.blocks[number][1], self.places[number % PLACES])
 
     def enter(self, number: int, *_: Any) -> None:
         """Called before block `number` computes, forwards or backwards: it waits for that block,
@@ -168,6 +173,16 @@ def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]
         if layers:
             found.append((block, layers))
     return found
+
+
+def lay(layers: Sequence[nn.Linear], room: Tensor) -> None:
+    """Make the layers' matrices views of `room` (bytes,)."""
+    start = 0
+    for layer in layers:
+        weight = layer.weight
+        part = room[start : start + weight.nbytes]
+        weight.data = part.view(weight.dtype).view(weight.shape)
+        start += room_of(layer)
 
 
 def bytes_of(layers: Sequence[nn.Linear]) -> Tensor:

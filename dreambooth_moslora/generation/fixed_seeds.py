@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +21,8 @@ from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings.families import facts_of
 
 logger = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
 
 # Denoising steps of a picture
 DEFAULT_INFERENCE_STEPS = 25
@@ -67,33 +69,13 @@ class Sampler:
             part.eval()
         pipeline.vae.to(self.device)
         try:
-            yield from self._in_batches(list(requests), batch_size)
+            yield from in_batches(requests, batch_size, self._draw, self.device)
 
         # Back to training, also after an error or a stop
         finally:
             for part, mode in zip(parts, modes):
                 part.train(mode)
             pipeline.vae.to(home)
-
-    def _in_batches(
-        self, waiting: list[SampleRequest], batch_size: int
-    ) -> Generator[Image.Image, None, None]:
-        """The pictures. Batches become smaller when memory runs out."""
-        while waiting:
-            try:
-                pictures = self._draw(waiting[:batch_size])
-            except Exception as error:
-                if batch_size == 1 or not is_out_of_memory(error):
-                    raise
-                pictures = []
-
-            # Out of the block, where the error holds no tensors any more
-            if not pictures:
-                machine.free_unused_blocks(self.device)
-                batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
-                logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
-            yield from pictures
-            del waiting[: len(pictures)]
 
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
@@ -125,10 +107,36 @@ class Sampler:
         return pipelines.family_of(self.pipeline).arguments(texts)
 
 
+def in_batches(
+    requests: Sequence[Request],
+    batch_size: int,
+    draw: Callable[[Sequence[Request]], list[Image.Image]],
+    device: torch.device,
+) -> Generator[Image.Image, None, None]:
+    """The pictures that `draw` makes of the requests, in order. Batches become smaller when the
+    device runs out of memory."""
+    waiting = list(requests)
+    while waiting:
+        try:
+            pictures = draw(waiting[:batch_size])
+        except Exception as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+            pictures = []
+
+        # Out of the block, where the error holds no tensors any more
+        if not pictures:
+            machine.free_unused_blocks(device)
+            batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
+            logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
+        yield from pictures
+        del waiting[: len(pictures)]
+
+
 def drawn(
     pipeline: DiffusionPipeline,
     words: dict[str, Any],
-    seeds: list[int],
+    seeds: Sequence[int],
     size_px: tuple[int, int],
     guidance: float | None = None,
     **options: Any,
@@ -186,7 +194,7 @@ def stopper(
 def generate_images(
     pipeline: DiffusionPipeline,
     prompt: str,
-    seeds: list[int],
+    seeds: Sequence[int],
     size_px: tuple[int, int],
     should_stop: Callable[[], bool] = bool,
     text_options: dict[str, Any] | None = None,

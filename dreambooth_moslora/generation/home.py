@@ -68,6 +68,13 @@ class Home:
         self.pipeline.to(CPU, silence_dtype_warnings=True)
         machine.free_unused_blocks(self.device)
 
+    def end(self) -> None:
+        """Leave for good, with the models as they came."""
+        self.leave()
+        for blocks in self.streamed:
+            blocks.end()
+        self.streamed = []
+
 
 def models_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]

@@ -46,6 +46,8 @@ PEFT_STEP = 1.4
 PEFT_RECOMPUTED = 1.1
 """Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
 TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
+TEXTS_STAYING = 0.3
+"""Of the text encoders' weights, what is on a device that streams their blocks: at most Gemma's."""
 # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
 DRAWING_GIB = 0.15
 PNG_BYTES_A_PIXEL = 1.6  # Of a picture of a run on the disk.
@@ -124,8 +126,11 @@ def denoiser_gib(config: table.TrainConfig, size: BaseSize) -> float:
 
 def on_host_gib(config: table.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps while a step computes."""
-    if not config.stream_blocks:
-        return 0.0
+    return away_gib(config, size) if config.stream_blocks else 0.0
+
+
+def away_gib(config: table.TrainConfig, size: BaseSize) -> float:
+    """What of them the host keeps where blocks are streamed."""
     return streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
 
 
@@ -149,15 +154,18 @@ def preparing_gib(
     side = config.resolution if is_flow else min(config.resolution, machine.TILES_PX[-1])
     encoder = side**2 * machine.ENCODER_BYTES_A_PIXEL / machine.GIB
 
-    # Class images are drawn first, by the whole pipeline.
+    # Class images are drawn first: one at a time if need be, and where the base does not fit, its
+    # blocks are streamed.
+    class_images = 0.0
     if config.draws_class_images:
-        drawing = drawing_gib(config, size, images=2 * config.sample_batch_size)
-        return unet + texts + vae + max(encoder, drawing)
+        drawing = drawing_gib(config, size, images=2)
+        weights = unet - away_gib(config, size) + TEXTS_STAYING * texts + vae
+        class_images = weights + max(encoder, drawing)
 
     # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
     if is_flow and not config.train_text_encoder:
-        return vae + encoder
-    return max(vae + encoder, texts + TEXTS_GIB)
+        return max(class_images, vae + encoder)
+    return max(class_images, vae + encoder, texts + TEXTS_GIB)
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:

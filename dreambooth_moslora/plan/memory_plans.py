@@ -270,14 +270,12 @@ def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
     if is_kept:
         start = replace(without_plan(config), images_at_once=None)
 
-    # What `--memory auto` would choose, at last with class images drawn one by one.
-    for changes in ({}, {"sample_batch_size": 1}):
-        tried = replace(start, memory="auto", **changes)
-        tried = replace(tried, **half_settings(tried, size.family, free_gib))
-        word = plan_name(tried, size, free_gib) if is_kept else "auto"
-        tried = replace(tried, **fitting_settings(tried, size, free_gib))
-        cost = estimate(tried, size, 1).peak_gib
-        if cost <= USABLE * free_gib:
-            flags = "".join(f" --{name} {value}" for name, value in changes.items())
-            return f"give --memory {word}{flags} (then {cost:.1f} GiB)."
+    # What `--memory auto` would choose.
+    tried = replace(start, memory="auto")
+    tried = replace(tried, **half_settings(tried, size.family, free_gib))
+    word = plan_name(tried, size, free_gib) if is_kept else "auto"
+    tried = replace(tried, **fitting_settings(tried, size, free_gib))
+    cost = estimate(tried, size, 1).peak_gib
+    if cost <= USABLE * free_gib:
+        return f"give --memory {word} (then {cost:.1f} GiB)."
     return f"give a smaller --resolution than {config.resolution}, or free the GPU."

@@ -13,7 +13,7 @@ drawn again.
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from dreambooth_moslora.base.pipelines import encoding_options
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.generation.fixed_seeds import generate_images
+from dreambooth_moslora.generation.fixed_seeds import generate_images, in_batches
+from dreambooth_moslora.generation.home import Home
 from dreambooth_moslora.photos import cropping, masks, photo_file
 from dreambooth_moslora.photos.captions import (
     Captioner,
@@ -241,7 +242,7 @@ class ClassBatch:
     images: ClassImages
     indices: tuple[int, ...]
 
-    def files(self, generate: Callable[[str, list[int]], list[Image.Image]]) -> list[bytes]:
+    def files(self, generate: Callable[[str, list[int]], Iterable[Image.Image]]) -> list[bytes]:
         """Generate the images; returns them as PNG files."""
         seeds = []
         for index in self.indices:
@@ -309,19 +310,26 @@ def top_up(
     accelerator = context.accelerator
     sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
     if lacking:
-        pipeline.to(accelerator.device)
+        # Where the base is too large for the device, it is streamed as where a person draws.
+        home = Home(pipeline, accelerator.device)
+        home.enter()
 
         def draw(batch: ClassBatch) -> list[bytes]:
-            generate = partial(
-                generate_images,
-                pipeline,
-                should_stop=context.should_stop,
-                size_px=batch.images.size_px,
-                text_options=batch.images.text_options,
-            )
+            def generate(prompt: str, seeds: list[int]) -> Iterator[Image.Image]:
+                together = partial(
+                    generate_images,
+                    pipeline,
+                    prompt,
+                    should_stop=context.should_stop,
+                    size_px=batch.images.size_px,
+                    text_options=batch.images.text_options,
+                )
+                return in_batches(seeds, len(seeds), together, accelerator.device)
+
             return batch.files(generate)
 
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep)
+        home.end()
 
     # Every process looks into the folder, and all have to find the same.
     usable = partial(usable_class_photos, folder, config, sets)

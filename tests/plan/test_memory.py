@@ -77,11 +77,9 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
     )
     assert dense - nf4 == pytest.approx(4.78 - 1.76, abs=0.02)
     assert dense - int8 == pytest.approx(4.78 - 2.78, abs=0.02)
-    class_images = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
     staying = cost(caching="off").training_gib - cost().training_gib
     assert staying == pytest.approx(0.31, abs=0.01), "the VAE encodes the photos of each step"
-    alone, with_unet = cost().encoding_gib, cost(**class_images).encoding_gib
-    assert alone < 5.0 and with_unet > alone + 3.0
+    assert cost().encoding_gib < 5.0
 
 
 def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_base, tmp_path):

@@ -21,7 +21,7 @@ from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.checks import family_settings, preflight
 from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
 from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.plan.memory_plans import USABLE, memory_settings
+from dreambooth_moslora.plan.memory_plans import USABLE, check_memory, memory_settings
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
 from dreambooth_moslora.settings.sources import load_settings
@@ -303,7 +303,17 @@ def test_a_family_is_refused_by_its_name_and_gets_the_plan_that_fits(card, monke
         monkeypatch.setattr(memory_plans, "host_gib", lambda host_gib=host_gib: host_gib)
         assert memory_plans.plan_name(run, size, 6.2) == plan
     with pytest.raises(UserError, match=r"this run of Z-Image needs about .* give --memory auto"):
-        memory_plans.check_memory(run, size)
+        check_memory(run, size)
+
+
+def test_class_images_are_drawn_on_a_card_on_which_only_streamed_blocks_are_trained(card):
+    """The whole base had to be there for them: 32 GiB of FLUX.1."""
+    card(7.5)
+    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    flux = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "memory": "auto"}
+    run = planned(TrainConfig.from_dict(SETTINGS | flux | prior))
+    assert run.stream_blocks and run.draws_class_images
+    check_memory(run, size_of_base(Base.of(run), ()))
 
 
 @pytest.mark.parametrize(("here", "streams"), [("1", True), ("2", False)])

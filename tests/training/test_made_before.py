@@ -12,9 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dreambooth_moslora.base import load
 from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import home
+from dreambooth_moslora.generation.fixed_seeds import generate_images
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
@@ -31,6 +34,7 @@ from dreambooth_moslora.training.made_before import (
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_encoders import save_tiny_clipseg
+from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
 
 MISSING = {
@@ -304,6 +308,52 @@ def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
     before = pictures_in(tmp_path)
     late.keep([b"another picture"] * 2)
     assert pictures_in(tmp_path) == before
+
+
+STREAMED = {
+    "sdxl": {},
+    "sdxl in 8 bit, streamed in training too": {
+        "gradient_checkpointing": True,
+        "base_quantization": "int8",
+        "stream_blocks": True,
+    },
+    "flux in 4 bit": {"base_quantization": "nf4"},
+}
+
+
+def test_a_base_that_was_streamed_drew_the_same_and_is_whole_again(tiny_base, monkeypatch):
+    pipeline = load.load_pipeline(tiny_base)
+    weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
+    draw = partial(generate_images, pipeline, "a dog", [1, 2], (64, 64))
+    wanted = [picture.tobytes() for picture in draw()]
+    for name in ("is_short", "is_too_small"):
+        monkeypatch.setattr(home.Home, name, True)
+    place = home.Home(pipeline, torch.device("cpu"))
+    place.enter()
+    assert [picture.tobytes() for picture in draw()] == wanted and place.streamed
+    place.end()
+    found = pipeline.unet.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert not any(part._forward_pre_hooks for part in pipeline.unet.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STREAMED)
+def test_class_images_of_a_base_that_is_streamed_are_the_same_and_so_is_what_is_learnt(
+    name, photos, tmp_path, monkeypatch
+):
+    """As on a card that is smaller than the base. Then the base is whole again, and is trained."""
+    tiny_pipeline(name.split()[0], tmp_path / "files").save_pretrained(tmp_path / "base")
+    made, streamed, stream = [], [], home.Home.stream
+    monkeypatch.setattr(home.Home, "stream", lambda self: streamed.append(1) or stream(self))
+    for is_small in (False, True):
+        folder = tmp_path / f"small {is_small}"
+        monkeypatch.setattr(home.Home, "is_short", is_small)
+        monkeypatch.setattr(home.Home, "is_too_small", is_small)
+        changes = {"with_prior_preservation": True, "class_data_dir": str(folder / "class")}
+        train(tiny_config(tmp_path / "base", photos, folder / "run", **changes, **STREAMED[name]))
+        made.append((pictures_in(folder / "class"), adapter_sha256(folder / "run")))
+    assert made[0] == made[1] and len(made[0][0]) == 3 and streamed == [1]
 
 
 def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):

@@ -142,3 +142,17 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     card(lambda unet, z: False)
     with pytest.raises(torch.OutOfMemoryError):
         next(sampler(requests, batch_size=4))
+
+
+@pytest.mark.slow
+def test_class_images_are_drawn_half_as_many_at_once(card, tiny_base, photos, tmp_path, few_steps):
+    """Each once, and the same."""
+    card(lambda unet, z: len(z) <= 2)
+    drawn = []
+    for size in (1, 4):
+        folder = tmp_path / str(size)
+        changes = {"with_prior_preservation": True, "sample_batch_size": size}
+        train(tiny_config(tiny_base, photos, folder, **changes, max_train_steps=1))
+        pictures = sorted(RunDir(folder).class_images_dir.glob("*.png"))
+        drawn.append([path.read_bytes() for path in pictures])
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3
