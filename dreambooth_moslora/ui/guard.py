@@ -34,10 +34,11 @@ FRAMES = (b"content-security-policy", b"frame-ancestors 'self'")
 """No other site may show the page in a frame, where users could be tricked into clicks."""
 ELSEWHERE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 """A path by which gradio would fetch an address for anybody who asks."""
-UNUSED = re.compile(r"/stream/|/custom_component/|/cancel/?$")
+UNUSED = re.compile(r"/stream/|/custom_component/|/dev/reload|/cancel/?$|\n")
 """Paths of gradio's that no page here asks for. By the first, a request changes what an event that
-is drawing was asked, and it never ends. By the last, one that is cancelled twice keeps its form for
-good, and the place of the only drawing."""
+is drawing was asked, and it never ends. By the third, each connection is looked after twenty times
+a second. By the fourth, one that is cancelled twice keeps its form for good, and the place of the
+only drawing. With a line's end a path is found as without it, and not known here."""
 UNHEARD = (b"x-gradio-server", b"range")
 """Headers that gradio does not get: by the first it writes an address into what all users get."""
 UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"

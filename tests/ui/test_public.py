@@ -159,6 +159,19 @@ def test_nobody_cancels_what_is_drawn_by_gradios_own_way(served):
         assert answer.status_code == 404 and answer.text == "not of this page"
 
 
+@pytest.mark.parametrize("path", ["upload", "process_recording", "component_server"])
+def test_no_path_is_found_with_a_lines_end_behind_it(served, path):
+    """Starlette takes it for the path without, so that a file was kept of whoever sent one."""
+    answer = httpx.post(f"{served.url}gradio_api/{path}%0A", files={"files": ("a.png", b"x")})
+    assert answer.status_code == 404 and answer.text == "not of this page"
+
+
+def test_nobody_waits_for_changes_of_the_program(served):
+    """A thousand who did kept the page from answering anybody else."""
+    with httpx.stream("GET", f"{served.url}gradio_api/dev/reload", timeout=10) as answer:
+        assert answer.status_code == 404
+
+
 def test_what_a_picture_was_asked_is_not_changed_while_it_is_drawn(served):
     event = joined(served, "swapper").json()["event_id"]
     given = {"data": [], "session_hash": "swapper"}
