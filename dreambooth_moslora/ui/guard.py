@@ -198,6 +198,8 @@ MAX_FORM_BYTES = 256 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
 MAX_CONNECTIONS = 2**16
 """As many as one address has ports."""
+MOST_UNREAD = 4096
+"""Messages that wait for all sessions of a public page together; one with a preview has 30 KB."""
 MAX_FILES = 16
 """The most files that a form of a public page names: twice as many as one request draws."""
 API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
@@ -300,7 +302,8 @@ def keep_the_queue(page: gr.Blocks) -> None:
     """Let no session stop the queue of pictures, nor fill the memory by its name.
 
     Gradio stops its queue for good when a waiting event's session has no place for messages: one
-    that was forgotten, or one without a name. The events of a forgotten one it remembers.
+    that was forgotten, or one without a name. The events of a forgotten one it remembers, and every
+    message of one that asks for pictures and never listens.
     """
     queue = page._queue
     queue.pending_messages_per_session = Places(queue.pending_messages_per_session.max_size)
@@ -316,10 +319,15 @@ def keep_the_queue(page: gr.Blocks) -> None:
             del known[forgotten]
         return await push(body=body, request=request, username=username)
 
-    # A message that goes out: to sessions that are still known alone.
+    # A message that goes out: to sessions that are still known alone. Whoever reads least is
+    # forgotten when too many wait, with their previews.
     def send_where_heard(event: Any, message: Any) -> None:
-        if event.session_hash in queue.pending_messages_per_session:
+        places = queue.pending_messages_per_session
+        if event.session_hash in places:
             send(event, message)
+            unread = {name: messages.qsize() for name, messages in places.items()}
+            if sum(unread.values()) > MOST_UNREAD:
+                del places[max(unread, key=unread.__getitem__)]
 
     queue.push = push_named
     queue.send_message = send_where_heard

@@ -148,6 +148,16 @@ def test_a_forgotten_session_leaves_nothing_behind(served, client):
     assert list(places) == ["b", "c"]
 
 
+def test_what_nobody_reads_is_not_kept_for_good(served, client, monkeypatch):
+    """Every preview of a session that asked for pictures and never listened stayed in memory."""
+    monkeypatch.setattr("dreambooth_moslora.ui.guard.MOST_UNREAD", 12)
+    assert all(joined(served, "deaf").is_success for _ in range(4))
+    gallery, *_ = client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
+    assert len(gallery) == 1
+    places = served.page._queue.pending_messages_per_session
+    assert "deaf" not in places and sum(one.qsize() for one in places.values()) <= 12
+
+
 def test_nobody_cancels_what_is_drawn_by_gradios_own_way(served):
     """Cancelled twice, it stayed in memory with its form, and another base drew nothing more."""
     event = joined(served, "quitter").json()["event_id"]
