@@ -92,13 +92,16 @@ class TrustedHosts:
         asked = [
             (name, plain_cookies(value) if name == b"cookie" else value)
             for name, value in scope["headers"]
-            if self.may_pass(name, value)
+            if self.may_pass(scope["path"], name, value)
         ]
         await self.app(scope | {"headers": asked}, receive, send_unframed)
 
-    def may_pass(self, name: bytes, value: bytes) -> bool:
+    def may_pass(self, path: str, name: bytes, value: bytes) -> bool:
         """Whether gradio gets to see this header."""
         if name in UNHEARD:
+            return False
+        # By the path's ending alone it compresses, also a stream, and keeps 250 KB for each.
+        if name == b"accept-encoding" and "/gradio_api/" in path:
             return False
         if name != b"x-forwarded-host":
             return True

@@ -148,6 +148,7 @@ def test_a_forgotten_session_leaves_nothing_behind(served, client):
     assert list(places) == ["b", "c"]
 
 
+@pytest.mark.slow
 def test_what_nobody_reads_is_not_kept_for_good(served, client, monkeypatch):
     """Every preview of a session that asked for pictures and never listened stayed in memory."""
     monkeypatch.setattr("dreambooth_moslora.ui.guard.MOST_UNREAD", 12)
@@ -212,6 +213,15 @@ def test_a_header_without_an_end_is_not_read_to_its_end(served):
                 connection.sendall(b"a" * 2**16)
         with suppress(ConnectionError):
             assert b" 200 " not in connection.recv(2**16)
+
+
+def test_a_stream_is_not_compressed_by_its_name(served):
+    """Gradio took it for a script, and kept 250 KB for each connection."""
+    asked = f"{served.url}gradio_api/heartbeat/x.js"
+    with httpx.stream("GET", asked, headers={"Accept-Encoding": "br"}) as answer:
+        assert answer.is_success and "content-encoding" not in answer.headers
+    page = httpx.get(f"{served.url}theme.css", headers={"Accept-Encoding": "br"})
+    assert page.headers["content-encoding"] == "br"
 
 
 def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
