@@ -19,6 +19,7 @@ from gradio.utils import LRUCache
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dreambooth_moslora.errors import UserError
 
@@ -201,6 +202,8 @@ MAX_FORM_BYTES = 256 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
 MAX_CONNECTIONS = 2**16
 """As many as one address has ports."""
+STALL_SEC = 60
+"""How long a connection waits for its client to take what is sent."""
 MOST_UNREAD = 4096
 """Messages that wait for all sessions of a public page together; one with a preview has 30 KB."""
 MAX_FILES = 16
@@ -336,10 +339,25 @@ def keep_the_queue(page: gr.Blocks) -> None:
     queue.send_message = send_where_heard
 
 
-def bound_headers() -> None:
-    """Let uvicorn read headers by h11, which ends a connection at 64 KiB of them; httptools, which
-    it prefers where that is installed, reads on without a limit."""
-    HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
+class Moving(H11Protocol):
+    """uvicorn's connection by h11, which ends when what it sends is not taken for a minute: it
+    waits for a reader without a limit, and keeps 200 KB of a file meanwhile."""
+
+    def pause_writing(self) -> None:
+        """More than 64 KiB wait to be sent."""
+        super().pause_writing()
+        self.stalled = self.loop.call_later(STALL_SEC, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Most of them have been."""
+        self.stalled.cancel()
+        super().resume_writing()
+
+
+def bound_connections() -> None:
+    """Let uvicorn hold connections by `Moving`. Its h11 ends one at 64 KiB of headers; httptools,
+    which it prefers where that is installed, reads on without a limit."""
+    HTTP_PROTOCOLS["auto"] = Moving
 
 
 def take_connections() -> None:

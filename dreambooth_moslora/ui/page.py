@@ -67,7 +67,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
             widgets = generate.of_base | trained
             connect_bases(ctx, page, chooser, about, widgets)
     # The queue of pictures, and the thread that trains the queued runs.
-    guard.bound_headers()
+    guard.bound_connections()
     guard.take_connections()
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from gradio.route_utils import BUILD_PATH_LIB
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, Places, too_long
@@ -213,6 +215,28 @@ def test_a_header_without_an_end_is_not_read_to_its_end(served):
                 connection.sendall(b"a" * 2**16)
         with suppress(ConnectionError):
             assert b" 200 " not in connection.recv(2**16)
+
+
+@pytest.mark.slow
+def test_a_connection_ends_that_takes_nothing_of_what_it_asked_for(served, monkeypatch):
+    """Each kept 200 KB of a file in memory, for as long as it liked."""
+    monkeypatch.setattr("dreambooth_moslora.ui.guard.STALL_SEC", 1)
+    largest = max(Path(BUILD_PATH_LIB).glob("*.js"), key=lambda file: file.stat().st_size)
+    parts = urlsplit(served.url)
+    asked = f"GET /assets/{largest.name} HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n"
+    expected = 4 * largest.stat().st_size
+    for pause, is_whole in ((0, True), (3, False)):
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(60)
+            connection.connect((parts.hostname, parts.port))
+            connection.sendall(4 * asked.encode())
+            time.sleep(pause)
+            received = 0
+            with suppress(ConnectionError):
+                while received < expected and (some := connection.recv(2**16)):
+                    received += len(some)
+        assert (received >= expected) == is_whole
 
 
 def test_a_stream_is_not_compressed_by_its_name(served):
