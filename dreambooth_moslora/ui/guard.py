@@ -8,9 +8,8 @@ holds.
 import json
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -208,6 +207,8 @@ MOST_UNREAD = 4096
 """Messages that wait for all sessions of a public page together; one with a preview has 30 KB."""
 MAX_FILES = 16
 """The most files that a form of a public page names: twice as many as one request draws."""
+ADDRESS = re.compile(r'"path": "https?://', re.IGNORECASE)
+"""In a form: a file by its address."""
 API_INFO = re.compile(rb"(window\.gradio_api_info = ).*?(;</script>)", re.DOTALL)
 """Where gradio writes the endpoints into the page, with the names of adapters and runs."""
 
@@ -373,33 +374,21 @@ def take_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
-def fetch_nothing(page: gr.Blocks) -> None:
-    """Refuse addresses that a form names in place of files.
+def name_own_files(page: gr.Blocks) -> None:
+    """Refuse a form that names an address in place of a file, or more files than a gallery holds.
 
-    Gradio would fetch such a file, and keep it for a day.
-    """
-    for block in page.blocks.values():
-        keep = block.async_move_resource_to_block_cache
-        block.async_move_resource_to_block_cache = partial(_of_this_machine, keep)
-
-
-def name_few_files(page: gr.Blocks) -> None:
-    """Refuse a form that names more files than a gallery of the page holds.
-
-    Gradio looks for each in all its folders, and answers nobody meanwhile.
+    Gradio would fetch the one, however long it is, and keep it. For the others it looks in all its
+    folders, and answers nobody meanwhile. It makes a session components of its own: none is asked.
     """
     preprocess = page.preprocess_data
 
-    async def preprocess_few(fn: Any, inputs: list, *args: Any, **options: Any) -> list:
-        # Quotes inside of a text are escaped, so this is the name of a field.
-        if json.dumps(inputs, default=str).count('"path":') > MAX_FILES:
+    async def preprocess_own(fn: Any, inputs: list, *args: Any, **options: Any) -> list:
+        # Quotes inside of a text are escaped, so these are names of a field.
+        form = json.dumps(inputs, default=str)
+        if ADDRESS.search(form):
+            raise gr.Error("The page fetches no address.", print_exception=False)
+        if form.count('"path":') > MAX_FILES:
             raise gr.Error("The form names too many files.", print_exception=False)
         return await preprocess(fn, inputs, *args, **options)
 
-    page.preprocess_data = preprocess_few
-
-
-async def _of_this_machine(keep: Callable, path: str | None) -> str | None:
-    if path and path.lower().startswith(("http://", "https://")):
-        raise gr.Error("The page fetches no address.", print_exception=False)
-    return await keep(path)
+    page.preprocess_data = preprocess_own

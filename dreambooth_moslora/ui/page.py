@@ -72,8 +72,7 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
     if ctx.public:
         page.queue(api_open=False, max_size=MOST_WAITING)
         guard.keep_the_queue(page)
-        guard.fetch_nothing(page)
-        guard.name_few_files(page)
+        guard.name_own_files(page)
     else:
         page.queue(api_open=False)
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()

@@ -115,13 +115,27 @@ def test_sessions_that_never_draw_are_forgotten(served):
     assert len(names) == MOST_STOPS and max(map(len, names)) <= 32
 
 
-def joined(served, session: str) -> httpx.Response:
-    """The answer to one picture that a session asks for."""
+def event_numbers(served) -> dict[str, int]:
+    """Name of an event -> its number."""
     config = httpx.get(f"{served.url}config").json()
-    named = {one["api_name"]: one["id"] for one in config["dependencies"]}
+    return {one["api_name"]: one["id"] for one in config["dependencies"]}
+
+
+def last_of(served, session: str) -> str:
+    """The last message of an event, as the session's stream tells it."""
+    stream = f"{served.url}gradio_api/queue/data?session_hash={session}"
+    with httpx.stream("GET", stream, timeout=60) as answer:
+        return next(line for line in answer.iter_lines() if "process_completed" in line)
+
+
+def joined(served, session: str, **given) -> httpx.Response:
+    """The answer to one picture that a session asks for."""
     info = httpx.get(f"{served.url}gradio_api/info").json()["named_endpoints"]["/generate"]
-    data = [one.get("parameter_default") for one in info["parameters"]]
-    asked = {"fn_index": named["generate"], "data": data, "session_hash": session}
+    names = [one["parameter_name"] for one in info["parameters"]]
+    defaults = [one.get("parameter_default") for one in info["parameters"]]
+    data = list((dict(zip(names, defaults, strict=True)) | given).values())
+    number = event_numbers(served)["generate"]
+    asked = {"fn_index": number, "data": data, "session_hash": session}
     return httpx.post(f"{served.url}gradio_api/queue/join", json=asked)
 
 
@@ -154,7 +168,7 @@ def test_a_forgotten_session_leaves_nothing_behind(served, client):
 def test_what_nobody_reads_is_not_kept_for_good(served, client, monkeypatch):
     """Every preview of a session that asked for pictures and never listened stayed in memory."""
     monkeypatch.setattr("dreambooth_moslora.ui.guard.MOST_UNREAD", 12)
-    assert all(joined(served, "deaf").is_success for _ in range(4))
+    assert all(joined(served, "deaf", prompt="a dog", steps=1).is_success for _ in range(4))
     gallery, *_ = client.predict("a sks dog", adapter="dog", seed=3, **DRAW)
     assert len(gallery) == 1
     places = served.page._queue.pending_messages_per_session
@@ -263,6 +277,25 @@ def test_an_address_in_place_of_a_text_is_not_fetched(served, monkeypatch):
     ]
     answer = httpx.get(f"{served.url}gradio_api/call/generate/{event}", timeout=60).text
     assert "event: error" in answer and "fetches no address" in answer and not fetched
+
+
+def test_no_address_is_fetched_after_a_picture_either(served, monkeypatch):
+    """By a frame that leaves the gallery as it is, gradio gives the session one of its own."""
+    fetched = []
+
+    async def fetch(url, *_, **options):
+        fetched.append(url)
+        raise OSError
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    monkeypatch.setattr(served.ctx, "loaded", lambda: None)  # a frame without pictures, as previews
+    assert joined(served, "painter", prompt="a dog", steps=1).is_success
+    assert '"success":true' in last_of(served, "painter").replace(" ", "")
+    evil = {"path": "https://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [[{"image": evil, "caption": None}], 0], "session_hash": "painter"}
+    asked["fn_index"] = event_numbers(served)["reuse"]
+    assert httpx.post(f"{served.url}gradio_api/queue/join", json=asked).is_success
+    assert "fetches no address" in last_of(served, "painter") and not fetched
 
 
 def test_a_form_names_a_few_files_alone(served):
