@@ -111,6 +111,7 @@ def serve(args: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         print("starting the page …", file=sys.stderr)
     from dreambooth_moslora.ui import guard, page
+    from dreambooth_moslora.ui.workspace import GRADIO
 
     # Who may reach the page: others need a login, or a page that only draws.
     allowed = set().union(*map(guard.origins_of, args.allowed_host))
@@ -120,7 +121,7 @@ def serve(args: argparse.Namespace) -> int:
         raise UserError(NEEDS_LOGIN)
     # The base begins to load here. What gradio keeps is deleted with the workspace.
     context = context_of(args)
-    os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / "gradio")
+    os.environ["GRADIO_TEMP_DIR"] = str(context.workspace.root / GRADIO)
 
     options = page.launch_options(allowed, any_host=is_exposed, public=args.public) | {
         "server_name": args.server_name,

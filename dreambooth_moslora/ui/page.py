@@ -4,6 +4,7 @@ The Inspect tab, for PNGs and adapters, is here.
 """
 
 import threading
+import time
 from collections.abc import Collection, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -34,21 +35,19 @@ MOST_WAITING = 64
 """Pictures of a public page that may wait: whoever comes then is told that the queue is full."""
 PROBES = 10
 """How often gradio asks whether its page answers, each time for up to three seconds."""
-CACHE_CHECK_SEC = 3600
-"""How often gradio looks for old files to delete."""
-CACHE_AGE_SEC = 24 * 3600
-"""The age at which it deletes them."""
+FILE_CHECK_SEC = 600
+"""How often old files are looked for."""
+FILE_AGE_SEC = 24 * 3600
+"""The age at which they are deleted."""
+PUBLIC_FILE_AGE_SEC = 3600
+"""The same on a public page, whose visitors may draw without end."""
 HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
 """What Inspect shows before anything is dropped."""
 
 
 def build_app(ctx: state.AppContext) -> gr.Blocks:
     """The page with its queue. A public one only draws; any other trains the queued runs, too."""
-    with gr.Blocks(
-        title="dreambooth_moslora",
-        analytics_enabled=False,
-        delete_cache=(CACHE_CHECK_SEC, CACHE_AGE_SEC),
-    ) as page:
+    with gr.Blocks(title="dreambooth_moslora", analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             gr.HTML("<h1>dreambooth_moslora</h1>")
             chooser = base_chooser(ctx)
@@ -66,7 +65,8 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
         if chooser is not None:
             widgets = generate.of_base | trained
             connect_bases(ctx, page, chooser, about, widgets)
-    # The queue of pictures, and the thread that trains the queued runs.
+    # The files that were shown, the queue of pictures, and the thread that trains the queued runs.
+    threading.Thread(target=delete_old_files, args=(ctx,), name="old-files", daemon=True).start()
     guard.bound_connections()
     guard.take_connections()
     if ctx.public:
@@ -77,6 +77,13 @@ def build_app(ctx: state.AppContext) -> gr.Blocks:
         page.queue(api_open=False)
         threading.Thread(target=ctx.queue.keep_on, name="queue", daemon=True).start()
     return page
+
+
+def delete_old_files(ctx: state.AppContext) -> None:
+    """Keep on deleting what was shown long ago."""
+    while True:
+        time.sleep(FILE_CHECK_SEC)
+        ctx.workspace.delete_old(PUBLIC_FILE_AGE_SEC if ctx.public else FILE_AGE_SEC)
 
 
 def base_chooser(ctx: state.AppContext) -> gr.Dropdown | None:

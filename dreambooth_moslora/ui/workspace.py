@@ -9,7 +9,9 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,8 @@ PREFIX = "moslora-app-"
 """How the folders of all servers begin."""
 FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
 """A server's folder. Any user of the machine may have made other names among temporary files."""
+GRADIO = "gradio"
+"""The folder in it that gradio fills."""
 HISTORY_LENGTH = 48
 """Pictures that are kept; those before them are deleted."""
 
@@ -70,6 +74,14 @@ class Workspace:
         if len(self.history) == self.history.maxlen:
             self.history[-1].path.unlink(missing_ok=True)
         self.history.appendleft(picture)
+
+    def delete_old(self, age_sec: float) -> None:
+        """Delete what gradio has shown for longer. It would delete nothing itself that a session's
+        own components show, and a component is that after its first update."""
+        for file in (self.root / GRADIO).rglob("*"):
+            with suppress(OSError):  # it is gone already
+                if file.is_file() and time.time() - file.stat().st_ctime > age_sec:
+                    file.unlink()
 
     def close(self) -> None:
         """Delete all that the page kept."""

@@ -16,7 +16,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_mask
 from dreambooth_moslora.ui.photo_copies import MAX_SIDE_PX, kept_photos, take_photos
-from dreambooth_moslora.ui.workspace import HISTORY_LENGTH, Picture, new_workspace
+from dreambooth_moslora.ui.workspace import GRADIO, HISTORY_LENGTH, Picture, new_workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,16 @@ def test_the_history_forgets_the_oldest_with_its_file(tmp_path, workspace):
         workspace.remember(Picture(path, str(number)))
     assert workspace.history[0].caption == str(HISTORY_LENGTH + 4)
     assert len(list(tmp_path.glob("*.png"))) == HISTORY_LENGTH
+
+
+def test_what_was_shown_long_ago_is_deleted(workspace):
+    """Gradio deletes nothing of a session's own components, which are all after a first update."""
+    (shown := workspace.root / GRADIO / "digest" / "a.png").parent.mkdir(parents=True)
+    shown.write_bytes(b"x")
+    workspace.delete_old(3600)
+    assert shown.exists()
+    workspace.delete_old(-1)
+    assert not shown.exists()
 
 
 @pytest.mark.parametrize("rest", ["²", f"{'9' * 40}-left", "notes"])
