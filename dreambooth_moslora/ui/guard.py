@@ -197,7 +197,7 @@ def origins_of(text: str) -> set[Origin]:
 NO_FILES = ("upload", "upload_progress", "component_server", "deep_link", "process_recording")
 """Last parts of the paths by which gradio takes something other than a form, or writes it down."""
 MAX_SESSION_NAME = 64
-MAX_FORM_BYTES = 256 * 1024
+MAX_FORM_BYTES = 64 * 1024
 """The longest form of a public page, and of whoever has not logged in."""
 MAX_CONNECTIONS = 2**16
 """As many as one address has ports."""

@@ -16,6 +16,7 @@ import pytest
 from gradio.route_utils import BUILD_PATH_LIB
 
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation.params import MAX_PROMPT_CHARACTERS
 from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, Places, too_long
 from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
 from dreambooth_moslora.ui.state import MOST_STOPS
@@ -90,6 +91,13 @@ def test_no_file_is_taken_and_no_body_longer_than_a_form(served):
     both = [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")]
     assert too_long({"method": "POST", "headers": both}).status_code == 413
     assert httpx.post(stop, json={"data": []}).status_code == 200
+
+
+def test_a_form_holds_the_longest_texts_and_little_more():
+    """What waits for the rest of a form stays in memory, for each of 65,536 connections."""
+    texts = ["\N{DOG FACE}" * MAX_PROMPT_CHARACTERS] * 2
+    assert len(json.dumps({"data": texts}, ensure_ascii=False).encode()) < MAX_FORM_BYTES
+    assert 2**16 * MAX_FORM_BYTES <= 4 * 2**30
 
 
 def test_a_picture_that_is_none_of_the_pages_is_not_opened(served, tmp_path):
