@@ -31,9 +31,7 @@ AVERAGE_BYTES = 4  # Further bytes per parameter of a checkpoint with an average
 GRADIENT_BYTES = 4  # Of those of the optimizer, what no checkpoint holds.
 STEP_GIB = 5.24
 STEP_GIB_A_RANK = 0.00102
-RECOMPUTED_GIB = 0.51
-"""GiB of a step's image of 1024 px: without recomputation, in addition for each rank, and with
-recomputation."""
+"""GiB of a step's image of 1024 px without recomputation, and in addition for each rank."""
 SCORES_GIB = (12.2, 1.75)
 """What Apple's attention adds, which keeps all scores for the backward pass (pytorch #179294):
 without and with recomputation, counted with attention in single operations."""
@@ -42,6 +40,7 @@ TEXT_GIB = 0.025  # The same of its text, which does not grow with the image.
 TRAINED_TEXT_GIB = 0.125
 """GiB of a prompt's pass through SDXL's text encoders where they are trained;
 counted like a step."""
+TEXT_RECOMPUTED = 0.1  # What is left of them with recomputation, as of SDXL's UNet.
 PEFT_STEP = 1.4
 PEFT_RECOMPUTED = 1.1
 """Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
@@ -218,7 +217,7 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
 
     # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
-        recomputed = memory.recomputed_gib if memory else RECOMPUTED_GIB + kept_scores[1]
+        recomputed = (memory or size.family).recomputed_gib + kept_scores[1]
         return recomputed * scale * (PEFT_RECOMPUTED if is_pefts else 1)
 
     # A transformer was counted as a whole.
@@ -237,13 +236,12 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
 
 
 def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
-    """What a step's prompts keep in text encoders for the backward pass; recomputed as much less as
-    the UNet."""
+    """What a step's prompts keep in text encoders for the backward pass."""
     if not config.train_text_encoder:
         return 0.0
     prompts = config.images_a_pass * size.text_widths / BaseSize.text_widths
     kept = TRAINED_TEXT_GIB * prompts * BYTES[precision_of(config)] / 2
-    return kept * (RECOMPUTED_GIB / STEP_GIB if config.gradient_checkpointing else 1)
+    return kept * (TEXT_RECOMPUTED if config.gradient_checkpointing else 1)
 
 
 def disk_gib(

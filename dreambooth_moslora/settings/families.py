@@ -68,6 +68,8 @@ class Facts:
     pipeline: str  # Class of the pipeline.
     model: str  # Class of the model that denoises.
     memory: Memory | None  # None for UNets alone, which are counted by SDXL's.
+    recomputed_gib: float = 0.51
+    """Of a UNet as large as SDXL's: GiB of a recomputed step of one image of 1024 px."""
     denoiser: str = "transformer"
     """The pipeline's attribute of that model; it begins the keys of adapter files."""
     encoders: tuple[str, ...] = ("text_encoder",)
@@ -183,6 +185,7 @@ FAMILIES = (
         adapted_encoders=("text_encoder",),
         guidance=7.5,
         resolution_px=512,
+        recomputed_gib=1.45,
         modelspec="stable-diffusion-v1",
         kohya_version="sd_v1",
         hub_tag="stable-diffusion",
