@@ -19,13 +19,13 @@ LARGEST = 127
 
 
 class Int8Linear(nn.Linear):
-    """`dense` in 8 bit, on its device. `weight` (out,in) is int8; `scales` (out,groups,1) are in
-    the dtype of the products."""
+    """`dense` in 8 bit, packed on `device`; `dense` stays where it is. `weight` (out,in) is int8;
+    `scales` (out,groups,1) are in the dtype of the products."""
 
-    def __init__(self, dense: nn.Linear, dtype: torch.dtype):
+    def __init__(self, dense: nn.Linear, dtype: torch.dtype, device: torch.device | str):
         has_bias = dense.bias is not None
         super().__init__(dense.in_features, dense.out_features, has_bias, device="meta")
-        weight, scales = packed(dense.weight.data, dtype)
+        weight, scales = packed(dense.weight.data.to(device), dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scales", scales)
         self.bias = dense.bias

@@ -33,11 +33,13 @@ def quantize(
     if kind == "none":
         return 0
 
-    # One layer after the other, so that the dense weights need not fit onto the device together.
+    # One layer after the other, each forgotten before the next: the dense weights need not fit onto
+    # the device together, nor beside the packed ones into the host's memory.
     count = 0
-    for name, dense in layers_of_blocks(denoiser):
+    for name in [name for name, _ in layers_of_blocks(denoiser)]:
         if ".lora_" in name:  # the adapter's own, of a base that has one already
             continue
+        dense = denoiser.get_submodule(name)
         if type(dense) is nn.Linear and dense.out_features % OUTPUTS_A_BLOCK == 0:
             layer = quantized(
                 dense,
@@ -72,7 +74,7 @@ def quantized(
     """One layer (out, in), quantised on `device`, where it was."""
     home = dense.weight.device
     if kind == "int8":
-        return Int8Linear(dense.to(device), compute_dtype).to(home)
+        return Int8Linear(dense, compute_dtype, device).to(home)
     from bitsandbytes import nn as bnb
 
     # The layer is made on meta, as its own random weights are not needed.

@@ -1,5 +1,6 @@
 """Which layers of a frozen base are quantised, and where; how near those in 8 bit come."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from peft.tuners import lora
 from peft.tuners.lora import bnb as peft_bnb
 from torch import nn
 
+from dreambooth_moslora.base import quantization
 from dreambooth_moslora.base.int8 import Int8Linear, packed, unpacked
 from dreambooth_moslora.base.quantization import layers_of_blocks, quantize
 from dreambooth_moslora.disk.paths import assets_folder
@@ -86,6 +88,31 @@ def of_8_bit(weight: torch.Tensor) -> torch.Tensor:
     return unpacked(*packed(weight, torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_layer_is_forgotten_before_the_next_is_quantised(kind, monkeypatch):
+    """So that the dense blocks are never together where layers are quantised."""
+    unet = Unet()
+    blocks = [nn.ModuleDict({"to_q": nn.Linear(64, 64)}) for _ in range(4)]
+    unet.transformer_blocks = nn.ModuleList(blocks)
+    dense = [weakref.ref(block["to_q"]) for block in blocks]
+    del blocks
+    left = []
+    packing = quantization.quantized
+
+    def counted(*given, **options):
+        left.append(sum(one() is not None for one in dense))
+        return packing(*given, **options)
+
+    monkeypatch.setattr(quantization, "quantized", counted)
+    quantize(unet, kind, torch.float32)
+    assert left == [4, 3, 2, 1] or left == [4, 4, 3, 2]  # the one before may wait in a name
+
+    # And it is not moved: its weights are, and go again.
+    layer = nn.Linear(64, 64)
+    Int8Linear(layer, torch.float32, "meta")
+    assert layer.weight.device.type == "cpu"
+
+
 def test_8_bit_loses_less_of_a_trained_base_than_float8_does_in_as_much_memory():
     unet = UNet2DConditionModel.from_pretrained(assets_folder() / "toy-sdxl" / "unet")
     layers = [layer for _, layer in layers_of_blocks(unet) if isinstance(layer, nn.Linear)]
@@ -111,7 +138,7 @@ def test_a_layer_in_8_bit_computes_as_its_unpacked_weights_and_keeps_none_of_the
     """Forwards and backwards, bit for bit, with activations that fp16 does not hold."""
     torch.manual_seed(0)
     dense = nn.Linear(64, 96).to(torch.bfloat16).requires_grad_(False)
-    layer = Int8Linear(dense, torch.bfloat16)
+    layer = Int8Linear(dense, torch.bfloat16, "cpu")
     dense.weight.data = layer.dequantize()
     assert layer.weight.nbytes + layer.scales.nbytes < 0.52 * dense.weight.nbytes
     x = (1e5 * torch.randn(3, 5, 64)).to(torch.bfloat16)
