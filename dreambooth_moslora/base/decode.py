@@ -90,11 +90,13 @@ def scale_of(vae: AutoencoderKL) -> int:
 
 
 TILING = (
+    "use_slicing",
     "use_tiling",
     "tile_sample_min_size",
     "tile_latent_min_size",
 )
-"""How a VAE is told to work in tiles, and the sides of those of SDXL's kind."""
+"""How a VAE is told to work on one picture after the other, and in tiles, and the sides of those of
+SDXL's kind."""
 
 
 @contextmanager
@@ -104,7 +106,8 @@ def tiled_where_short(
     device: torch.device,
     bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL,
 ) -> Iterator[None]:
-    """In this block the VAE works in tiles, if it can, where memory is short for a whole picture.
+    """In this block the VAE works on one picture at a time, if it can, and in tiles where memory is
+    short for a whole one.
 
     vae: whose settings are restored afterwards
     size_px: height and width
@@ -115,18 +118,20 @@ def tiled_where_short(
     free = machine.free_gib(device)
     pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
     before = {name: getattr(vae, name) for name in TILING if hasattr(vae, name)}
-    if math.prod(size_px) <= pixels or not before:
+    if not before:
         yield
         return
 
     # The largest tile that fits, and the smallest where none does. VAEs of other kinds, such as
     # Qwen-Image's, have tiles of their own, of 256 px.
-    fitting = [side for side in machine.TILES_PX if side**2 <= pixels]
-    tile = fitting[0] if fitting else machine.TILES_PX[-1]
-    vae.use_tiling = True
-    if "tile_latent_min_size" in before:
-        vae.tile_sample_min_size = tile
-        vae.tile_latent_min_size = tile // scale_of(vae)
+    vae.use_slicing = True
+    if math.prod(size_px) > pixels:
+        fitting = [side for side in machine.TILES_PX if side**2 <= pixels]
+        tile = fitting[0] if fitting else machine.TILES_PX[-1]
+        vae.use_tiling = True
+        if "tile_latent_min_size" in before:
+            vae.tile_sample_min_size = tile
+            vae.tile_latent_min_size = tile // scale_of(vae)
     try:
         yield
     finally:

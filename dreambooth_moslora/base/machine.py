@@ -114,6 +114,14 @@ def free_unused_blocks(device: Any) -> None:
         getattr(torch, device.type).empty_cache()
 
 
+def free_unused_host_blocks() -> None:
+    """The same of pinned memory, to the system; not by an older PyTorch."""
+    import torch
+
+    if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+
+
 def has_gpu() -> bool:
     """Whether PyTorch finds an Nvidia or AMD GPU, or Apple's."""
     return best_device().type != "cpu"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dreambooth_moslora.base import machine
 from dreambooth_moslora.base.machine import PLACES
 from dreambooth_moslora.base.pipelines import block_classes
 
@@ -124,7 +125,10 @@ class StreamedBlocks:
             hook.remove()
         for (_, layers), pieces in zip(self.blocks, self.pieces, strict=True):
             lay(layers, torch.cat(pieces))
+
+            # Or PyTorch keeps what was pinned, and the host holds the base twice.
             pieces.clear()
+            machine.free_unused_host_blocks()
 
     def lay(self, number: int) -> None:
         """Make a block's matrices views of its place."""

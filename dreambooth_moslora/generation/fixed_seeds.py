@@ -112,9 +112,10 @@ def in_batches(
     batch_size: int,
     draw: Callable[[Sequence[Request]], list[Image.Image]],
     device: torch.device,
+    on_smaller: Callable[[int], object] = bool,
 ) -> Generator[Image.Image, None, None]:
     """The pictures that `draw` makes of the requests, in order. Batches become smaller when the
-    device runs out of memory."""
+    device runs out of memory, of which `on_smaller` hears."""
     waiting = list(requests)
     while waiting:
         try:
@@ -128,6 +129,7 @@ def in_batches(
         if not pictures:
             machine.free_unused_blocks(device)
             batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
+            on_smaller(batch_size)
             logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
         yield from pictures
         del waiting[: len(pictures)]

@@ -314,6 +314,13 @@ def top_up(
         home = Home(pipeline, accelerator.device)
         home.enter()
 
+        # As many at once as found room before.
+        at_once = config.sample_batch_size
+
+        def remember(size: int) -> None:
+            nonlocal at_once
+            at_once = size
+
         def draw(batch: ClassBatch) -> list[bytes]:
             def generate(prompt: str, seeds: list[int]) -> Iterator[Image.Image]:
                 together = partial(
@@ -324,7 +331,7 @@ def top_up(
                     size_px=batch.images.size_px,
                     text_options=batch.images.text_options,
                 )
-                return in_batches(seeds, len(seeds), together, accelerator.device)
+                return in_batches(seeds, at_once, together, accelerator.device, remember)
 
             return batch.files(generate)
 

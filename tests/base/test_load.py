@@ -174,6 +174,13 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     pixels = decode.decode_pixels(vae, latents)
     assert vae.shapes == [(1, 8, 8)] * 4
     assert torch.equal(pixels, torch.cat([decode.decode_pixels(vae, one[None]) for one in latents]))
+
+    # By a pipeline that decodes by itself, too.
+    vae.shapes.clear()
+    with decode.tiled_where_short(vae, (64, 64), vae.device):
+        vae.decode(latents)
+    assert vae.shapes == [(1, 8, 8)] * 4 and not vae.use_slicing
+
     vae.enable_tiling()
     for free, bytes_a_pixel, side in (
         (1.2, 4300, 64),

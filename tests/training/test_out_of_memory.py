@@ -145,14 +145,18 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
 
 
 @pytest.mark.slow
-def test_class_images_are_drawn_half_as_many_at_once(card, tiny_base, photos, tmp_path, few_steps):
-    """Each once, and the same."""
+@pytest.mark.usefixtures("few_steps")
+def test_class_images_are_drawn_half_as_many_at_once(card, tiny_base, photos, tmp_path, caplog):
+    """Each once, and the same; the number that found room is kept for the batches after it."""
     card(lambda unet, z: len(z) <= 2)
     drawn = []
     for size in (1, 4):
         folder = tmp_path / str(size)
-        changes = {"with_prior_preservation": True, "sample_batch_size": size}
-        train(tiny_config(tiny_base, photos, folder, **changes, max_train_steps=1))
+        changes = {"with_prior_preservation": True, "num_class_images": 6}
+        changes |= {"sample_batch_size": size, "max_train_steps": 1}
+        train(tiny_config(tiny_base, photos, folder, **changes))
         pictures = sorted(RunDir(folder).class_images_dir.glob("*.png"))
         drawn.append([path.read_bytes() for path in pictures])
-    assert drawn[0] == drawn[1] and len(drawn[0]) == 3
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 6
+    said = "pictures ran out of memory: %d are drawn at once."
+    assert [line for line in caplog.messages if "ran out" in line] == [said % 2, said % 1]
