@@ -46,7 +46,8 @@ PEFT_RECOMPUTED = 1.1
 """Factors where PEFT's own layers compute the adapter: DoRA, or dropout."""
 TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
 TEXTS_STAYING = 0.3
-"""Of the text encoders' weights, what is on a device that streams their blocks: at most Gemma's."""
+"""Of the text encoders' weights, what is on a device that streams their blocks: of Gemma 2. Of
+small ones it is more, which is little."""
 # GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
 DRAWING_GIB = 0.15
 PNG_BYTES_A_PIXEL = 1.6  # Of a picture of a run on the disk.
