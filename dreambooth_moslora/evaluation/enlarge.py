@@ -79,7 +79,8 @@ def shots_of(word: str, count: int, seed: int, **made_from: object) -> list[Shot
         prompt = f"a photo of a {word} {words}{SAME.format(word)}"
         request = SampleRequest(prompt, seed + number)
         key = content_key(prompt=prompt, seed=request.seed, **made_from)
-        found.append(Shot(f"{kind}_{request.seed}.png", request, key))
+        # What is made from something else, as another photo, lies beside it.
+        found.append(Shot(f"{kind}_{request.seed}_{key[:6]}.png", request, key))
     return found
 
 

@@ -38,11 +38,12 @@ def test_each_shot_has_a_name_a_prompt_and_a_key_of_its_own():
     shots = enlarge.shots_of("dog", 45, 7, base="a")
     assert len({shot.name for shot in shots}) == len({shot.request.seed for shot in shots}) == 45
     first = shots[0]
-    assert first.name == "from_the_side_7.png" and first.request.seed == 7
+    assert first.name == f"from_the_side_7_{first.key[:6]}.png" and first.request.seed == 7
     assert first.request.prompt.startswith("a photo of a dog seen from the side, on grass")
     assert first.request.prompt.endswith("the same dog as in the reference pictures")
     assert enlarge.shots_of("dog", 45, 7, base="a") == shots
-    assert enlarge.shots_of("dog", 1, 7, base="b")[0].key != first.key
+    other = enlarge.shots_of("dog", 1, 7, base="b")[0]
+    assert other.key != first.key and other.name != first.name
 
 
 def test_pictures_that_are_broken_copies_or_of_another_subject_are_told_apart(dino):
@@ -160,12 +161,15 @@ def test_what_is_made_is_kept_after_a_stop_and_what_a_person_moves_stays(folder,
     assert all((folder / name).is_file() for name in names[1:])
     assert read_record(folder)[names[1]]["rejected"] == ""
 
-    # Another prompt is drawn anew, and the old picture is gone.
+    # Another word or photo at the same seeds is drawn beside them, and changes none.
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    record = read_record(folder)
     others = enlarge.shots_of("toy", 2, 0)
     model = Drawn(others, [toy("robot", 2), toy("duck", 3)])
     list(into(folder, dino).fill(others, model))
-    assert model.asked == names[:2] and not (folder / names[0]).exists()
-    assert (folder / REJECTED / names[0]).is_file() and (folder / names[1]).is_file()
+    assert model.asked == [shot.name for shot in others]
+    assert {path: path.read_bytes() for path in before} == before
+    assert {name: read_record(folder)[name] for name in record} == record
 
 
 @pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
@@ -189,9 +193,9 @@ def test_the_command_draws_sorts_and_says_what_comes_next(name, tmp_path, capsys
 
     # All is there: nothing is drawn again.
     before = (folder / RECORD).read_text()
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*_?.png")}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*_?_*.png")}
     assert main(line) == DONE and (folder / RECORD).read_text() == before
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*_?.png")}
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*_?_*.png")}
 
 
 @pytest.mark.parametrize(
