@@ -3,7 +3,6 @@ pictures."""
 
 import argparse
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
+from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
@@ -89,6 +89,7 @@ def run_enlarge(args: argparse.Namespace) -> int:
     photo = opened(path)
     base = editor(args.base)
     folder = output_folder(args.output_dir or str(path.with_suffix("")))
+    check_its_place(path, folder / path.name)
     say_loading()
     from dreambooth_moslora.evaluation import enlarge, metrics
 
@@ -113,7 +114,7 @@ def run_enlarge(args: argparse.Namespace) -> int:
     sorter = enlarge.Sorter(metrics.load_dino(args.dino), photo, args.min_likeness)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / path.name).exists():
-        shutil.copyfile(path, folder / path.name)
+        atomic_write(folder / path.name, path.read_bytes())
     into = enlarge.Enlargement(
         folder=folder, sorter=sorter, base=base.public_name, licence=base.facts.licence
     )
@@ -142,6 +143,12 @@ def opened(path: Path) -> "Image.Image":
         return to_rgb(open_image(path))
     except UnreadableImageError as error:
         raise UserError(f"{path}: {error}.") from error
+
+
+def check_its_place(path: Path, target: Path) -> None:
+    """Raises UserError where another photo has the place of the photo's copy."""
+    if target.exists() and file_digest(target) != file_digest(path):
+        raise UserError(f"{target} is another photo: name another --output_dir.")
 
 
 def editor(name: str) -> Base:

@@ -213,6 +213,27 @@ def test_a_base_that_cannot_do_it_is_refused_in_one_line(base, said, tmp_path, c
     assert said in line and not (tmp_path / "photo").exists()
 
 
+@pytest.fixture
+def klein(tmp_path) -> list[str]:
+    """A command line of a photo and a base, which ends before anything is drawn."""
+    folder = tmp_path / "klein"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    toy("duck", 0).save(tmp_path / "photo.png")
+    return ["enlarge", str(tmp_path / "photo.png"), "duck", "--base", str(folder)]
+
+
+def test_a_folder_with_another_photo_of_that_name_is_refused(klein, tmp_path, capsys):
+    """Its pictures went among those of the other photo."""
+    (tmp_path / "out").mkdir()
+    toy("robot", 0).save(tmp_path / "out" / "photo.png")
+    before = (tmp_path / "out" / "photo.png").read_bytes()
+    assert main([*klein, "--output_dir", str(tmp_path / "out")]) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("photo.png is another photo: name another --output_dir.")
+    assert (tmp_path / "out" / "photo.png").read_bytes() == before
+
+
 def test_a_photo_that_is_none_is_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no photo")
     for name in ("notes.txt", "missing.jpg"):
