@@ -24,6 +24,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.evaluation import metrics, protocol, references, score_tables
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
+from dreambooth_moslora.photos.synthetic import real_ones
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.measures import MEASURES
@@ -145,7 +146,8 @@ def evaluators_of(
     """
     found = []
     of_each = photos_by_subject(photos, len(subjects))
-    for subject, own, plan in zip(subjects, of_each, plans, strict=True):
+    for subject, photos_of_it, plan in zip(subjects, of_each, plans, strict=True):
+        own = real_ones(photos_of_it)
         truth = score_tables.truth_of(
             base=subject.pretrained_model_name_or_path,
             photos_dir=subject.instance_data_dir,

@@ -47,6 +47,11 @@ def maker(made: Made) -> str:
     return f"{made['base']}, licence {made['licence']}"
 
 
+def real_ones(photos: Sequence[Photo]) -> list[Photo]:
+    """The photos that no model made, with which pictures are compared; all if there is no other."""
+    return [photo for photo in photos if not photo.made_by] or list(photos)
+
+
 def sentences(photos: Sequence[Photo], weight: float) -> list[str]:
     """How many photos each model made, and what their loss weighs; none without such photos."""
     counts = Counter(photo.made_by for photo in photos if photo.made_by)

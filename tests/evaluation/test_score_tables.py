@@ -542,3 +542,25 @@ def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
     assert np.mean(list(told.values())) == pytest.approx(found.photo_fidelity, abs=1e-3)
     *_, sentence = advice_after(Figures(config, photo_likeness=told))
     assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")
+
+
+def test_pictures_are_compared_with_real_photos_and_with_made_ones_where_there_are_no_others(
+    both, tmp_path
+):
+    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+        picture.save(tmp_path / f"{number}.png")
+    config = TrainConfig(
+        pretrained_model_name_or_path="toy",
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a photo of a sks duck",
+        resolution=64,
+    )
+    photos = photo_report(config).photos
+    encoders = load_encoders("toy")
+    made = [replace(photo, made_by="a model") for photo in photos]
+    for some, names in (
+        ([*photos[:1], *made[1:]], ["0.png"]),
+        (made, ["0.png", "1.png", "2.png", "3.png"]),
+    ):
+        (evaluator,) = report.evaluators_of([config], some, [PLAN], encoders, 128)
+        assert evaluator.names == names and len(evaluator.photos.pictures) == len(names)

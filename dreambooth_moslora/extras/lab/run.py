@@ -40,6 +40,7 @@ from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
+from dreambooth_moslora.photos.synthetic import real_ones
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.subject_kinds import kind_of
@@ -158,6 +159,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     encoders = encoders_of(base, protocol.clip, protocol.dino, faces=has_face)
     resolution_px = pipeline_from(study.base).resolution_px
     truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
+    photos = real_ones(photos)
     made = score_tables.Evaluator(
         plan,
         encoders,

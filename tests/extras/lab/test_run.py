@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from PIL import Image
 
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.extras.lab import budget, comparison, run
@@ -19,6 +20,7 @@ from dreambooth_moslora.extras.lab.study import Cell, Protocol, Study, StudySubj
 from dreambooth_moslora.extras.lab.study_report import write_comparison
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import adapter_parameters
+from dreambooth_moslora.photos.synthetic import Made, write_record
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders
@@ -156,6 +158,24 @@ def test_an_arm_that_draws_by_references_stands_in_the_same_table_and_sheet(
     assert facts["by_references"]["lora r4 against shown"]["likeness"]["mean"] == pytest.approx(
         lora.scores["dino"] - shown.scores["dino"], abs=1e-3
     )
+
+
+def test_pictures_are_compared_with_real_photos(study, tmp_path):
+    folder = paint_photos(tmp_path / "photos")
+    made = Made(
+        base="a model",
+        licence="",
+        prompt="",
+        seed=0,
+        made_from="",
+        likeness=1.0,
+        rejected="",
+    )
+    write_record(folder, {"0.png": made, "2.png": made})
+    others = (StudySubject(str(folder), "a photo of sks dog"),)
+    evaluator = run.evaluator_of(replace(study, subjects=others), "photos")
+    (photo,) = evaluator.photos.pictures
+    assert photo.tobytes() == Image.open(folder / "1.png").convert("RGB").tobytes()
 
 
 def test_another_base_or_photo_is_another_cell_and_a_text_about_it_is_not(
