@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import read_json
+from dreambooth_moslora.errors import one_line, spelled_out
 from dreambooth_moslora.photos.photo_file import Photo
 
 # In a folder of photos: the record, and the folder of the photos that were sorted out
@@ -43,8 +44,8 @@ def write_record(folder: Path, record: dict[str, Made]) -> None:
 
 
 def maker(made: Made) -> str:
-    """The model and its licence, for sentences."""
-    return f"{made['base']}, licence {made['licence']}"
+    """The model and its licence, for sentences: one line, whoever wrote the record."""
+    return spelled_out(one_line(f"{made['base']}, licence {made['licence']}"))
 
 
 def real_ones(photos: Sequence[Photo]) -> list[Photo]:

@@ -56,6 +56,12 @@ def test_a_folder_tells_which_of_its_photos_were_made_and_its_record_is_no_stray
     assert made == ["", "owner/editor, licence Apache-2.0", "owner/editor, licence Apache-2.0"]
     assert not report.skipped and read_record(folder)["1.png"] == MADE
 
+    # One of somebody else is told in one line without control characters.
+    made = {**MADE, "base": "x\n\n# Title\r\x1b[2J" + "y" * 900}
+    write_record(folder, {"1.png": made})
+    by = find_photos(folder, "a photo of sks dog", 64).photos[1].made_by
+    assert by.startswith("x # Title \\x1b[2Jyyy") and len(by) < 250 and by.isprintable()
+
     # A damaged record stops nothing, and is told.
     (folder / RECORD).write_text('{"1.png": {}}')
     report = find_photos(folder, "a photo of sks dog", 64)
