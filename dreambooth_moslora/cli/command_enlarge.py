@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   enlarge rex.jpg dog        makes the folder rex
   train rex dog"""
-# Draws in a few steps; Apache-2.0, which allows training on what it draws
+# Draws in a few steps; its licence allows training on what it draws
 EDITOR = "black-forest-labs/FLUX.2-klein-4B"
+# Of models whose family has several licences
+LICENCES = {EDITOR: "Apache-2.0", "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial"}
 # Steps and guidance of a base, and of one that is distilled to few steps
 USUAL = (25, None)
 DISTILLED = (4, 1.0)
@@ -116,7 +118,7 @@ def run_enlarge(args: argparse.Namespace) -> int:
     if not (folder / path.name).exists():
         atomic_write(folder / path.name, path.read_bytes())
     into = enlarge.Enlargement(
-        folder=folder, sorter=sorter, base=base.public_name, licence=base.facts.licence
+        folder=folder, sorter=sorter, base=base.public_name, licence=licence_of(base)
     )
 
     # Pictures and their sorting, each as soon as it is drawn
@@ -165,6 +167,11 @@ def editor(name: str) -> Base:
             f"of {' or '.join(able)}, such as {EDITOR}."
         )
     return base
+
+
+def licence_of(base: Base) -> str:
+    """The model's licence; its family's where the model is not known."""
+    return LICENCES.get(base.public_name, base.facts.licence)
 
 
 def drawn(

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
+from dreambooth_moslora.cli import command_enlarge
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import DONE, MISTAKE
 from dreambooth_moslora.evaluation import enlarge
@@ -14,6 +16,7 @@ from dreambooth_moslora.evaluation.metrics import load_dino
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.synthetic import RECORD, REJECTED, read_record
 from dreambooth_moslora.settings import toys
+from dreambooth_moslora.settings.families import BY_PIPELINE
 from dreambooth_moslora.settings.measures import MIN_LIKENESS
 from tests.helpers.planted import planted
 from tests.helpers.tiers import slow_but
@@ -196,6 +199,16 @@ def test_the_command_draws_sorts_and_says_what_comes_next(name, tmp_path, capsys
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*_?_*.png")}
     assert main(line) == DONE and (folder / RECORD).read_text() == before
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*_?_*.png")}
+
+
+def test_a_model_is_told_with_its_own_licence():
+    """The card of what the usual one drew named a non-commercial licence beside its own."""
+    facts = BY_PIPELINE["Flux2KleinPipeline"]
+    said = [
+        command_enlarge.licence_of(SimpleNamespace(public_name=name, facts=facts))
+        for name in (command_enlarge.EDITOR, "a folder")
+    ]
+    assert said == ["Apache-2.0", facts.licence]
 
 
 @pytest.mark.parametrize(
