@@ -18,6 +18,7 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
+from dreambooth_moslora.generation import params
 from dreambooth_moslora.plan.checks import output_folder
 from dreambooth_moslora.settings import families, measures
 
@@ -36,6 +37,10 @@ LICENCES = {EDITOR: "Apache-2.0", "black-forest-labs/FLUX.2-klein-9B": "FLUX Non
 # Steps and guidance of a base, and of one that is distilled to few steps
 USUAL = (25, None)
 DISTILLED = (4, 1.0)
+
+# Least side of a reference picture, and how many times as long the other may be: diffusers' limits
+LEAST_PX = 64
+MOST_TIMES = 8
 
 
 def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +96,7 @@ def run_enlarge(args: argparse.Namespace) -> int:
     photo = opened(path)
     base = editor(args.base)
     folder = output_folder(args.output_dir or str(path.with_suffix("")))
+    check_arguments(args, base, photo)
     check_its_place(path, folder / path.name)
     say_loading()
     from dreambooth_moslora.evaluation import enlarge, metrics
@@ -103,7 +109,7 @@ def run_enlarge(args: argparse.Namespace) -> int:
     args.guidance_scale = guidance if args.guidance_scale is None else args.guidance_scale
     shots = enlarge.shots_of(
         args.word,
-        max(1, args.num_images),
+        args.num_images,
         args.seed,
         photo=file_digest(path),
         base=base.public_name,
@@ -147,6 +153,37 @@ def opened(path: Path) -> "Image.Image":
         raise UserError(f"{path}: {error}.") from error
 
 
+def check_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") -> None:
+    """Raises UserError for what could not be drawn."""
+    if not args.word.strip() or "/" in args.word:
+        said = "say in one word what it shows, as in `enlarge rex.jpg dog`"
+        raise UserError(f"{args.photo}: {said}.")
+
+    # The photo, as a reference
+    shorter, longer = sorted(photo.size)
+    if shorter < LEAST_PX or longer > MOST_TIMES * shorter:
+        width, height = photo.size
+        said = f"at least {LEAST_PX} px wide and high, and at most {MOST_TIMES} times as long"
+        raise UserError(f"{args.photo}: {width} x {height} px: it must be {said}.")
+
+    # Numbers, which are those of a picture
+    for name in ("num_images", "resolution"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1.")
+    side = args.resolution
+    if side is not None:
+        params.check_sides((side, side), base.facts)
+    params.GenerationParams(
+        prompt=args.word,
+        seed=args.seed,
+        steps=USUAL[0] if args.steps is None else args.steps,
+        guidance_scale=args.guidance_scale,
+        height_px=side,
+        width_px=side,
+    )
+
+
 def check_its_place(path: Path, target: Path) -> None:
     """Raises UserError where another photo has the place of the photo's copy."""
     if target.exists() and file_digest(target) != file_digest(path):
@@ -179,10 +216,9 @@ def drawn(
 ) -> "Iterator[Image.Image]":
     """The pictures of the shots, each drawn when it is asked for. Raises UserError."""
     from dreambooth_moslora.generation.fixed_seeds import Sampler
-    from dreambooth_moslora.generation.pipeline import SubjectPipeline, check_sides
+    from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
     side = args.resolution or base.resolution_px
-    check_sides((side, side), base.facts)
     pipeline = SubjectPipeline.from_base(base)
     sampler = Sampler(
         pipeline=pipeline.pipeline,

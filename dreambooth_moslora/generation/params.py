@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.disk.contents import from_json
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.families import TEXT_OPTIONS
+from dreambooth_moslora.settings.families import TEXT_OPTIONS, Facts
 from dreambooth_moslora.settings.table import TrainConfig
 
 # The text chunk with the recipe, and the version of its format
@@ -212,6 +212,17 @@ class Recipe:
 
     params: GenerationParams
     provenance: Provenance
+
+
+def check_sides(sides: tuple[int, int], facts: Facts) -> None:
+    """Raises UserError for sides, px, that the family's patches do not divide."""
+    step = facts.multiple_px
+    for side in sides:
+        if side % step:
+            near = max(1, side // step) * step
+            raise UserError(
+                f"a side of {side} px: {facts.title} draws multiples of {step}, such as {near}"
+            )
 
 
 def draw_seed(seed: int) -> int:

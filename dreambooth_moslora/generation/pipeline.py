@@ -32,10 +32,10 @@ from dreambooth_moslora.generation.params import (
     Image,
     Provenance,
     Step,
+    check_sides,
 )
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
 from dreambooth_moslora.lora import lora_file, metadata
-from dreambooth_moslora.settings.families import Facts
 
 Item = TypeVar("Item")
 # A file's place, time (ns) and size (bytes): an unchanged one need not be read again
@@ -84,17 +84,6 @@ class Adapter:
     sha256: str
     header: dict[str, str]  # the file's metadata
     stamp: Stamp
-
-
-def check_sides(sides: tuple[int, int], facts: Facts) -> None:
-    """Raises UserError for sides, px, that the family's patches do not divide."""
-    step = facts.multiple_px
-    for side in sides:
-        if side % step:
-            near = side // step * step
-            raise UserError(
-                f"a side of {side} px: {facts.title} draws multiples of {step}, such as {near}"
-            )
 
 
 def scheduler_name(scheduler: diffusers.SchedulerMixin) -> str | None:

@@ -236,6 +236,40 @@ def klein(tmp_path) -> list[str]:
     return ["enlarge", str(tmp_path / "photo.png"), "duck", "--base", str(folder)]
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--resolution 100", "a side of 100 px: FLUX.2 klein draws multiples of 16, such as 96"),
+        ("--resolution 0", "--resolution 0: must be at least 1"),
+        ("--num_images 0", "--num_images 0: must be at least 1"),
+        ("--steps 0", "steps is 0; it must lie between 1 and 200"),
+        ("--seed 99999999999999999999", "seed is 99999999999999999999; it must lie between 0"),
+    ],
+)
+def test_a_number_that_cannot_be_drawn_is_refused_before_anything_is_loaded(
+    words, said, klein, tmp_path, capsys
+):
+    assert main([*klein, *words.split()]) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and not (tmp_path / "photo").exists()
+
+
+@pytest.mark.parametrize("word", ["", " ", "photos/dog"])
+def test_a_word_that_is_none_is_refused(word, klein, capsys):
+    klein[2] = word
+    assert main(klein) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("photo.png: say in one word what it shows, as in `enlarge rex.jpg dog`.")
+
+
+@pytest.mark.parametrize("size", [(63, 200), (64, 513)])
+def test_a_photo_that_diffusers_takes_for_no_reference_is_refused(size, klein, capsys):
+    toy("duck", 0).resize(size).save(klein[1])
+    assert main(klein) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"photo.png: {size[0]} x {size[1]} px: it must be at least 64 px" in line
+
+
 def test_a_folder_with_another_photo_of_that_name_is_refused(klein, tmp_path, capsys):
     """Its pictures went among those of the other photo."""
     (tmp_path / "out").mkdir()
