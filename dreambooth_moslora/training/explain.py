@@ -91,9 +91,10 @@ def about_the_photos(run: Figures) -> Iterator[str]:
     if odd:
         likeness = max(found[name] for name in odd)
         flags = shlex.join(["--leave_out", *run.config.leave_out, *odd])
+        them = "it" if len(odd) == 1 else "them"
         yield (
             f"{' and '.join(odd)} may show something else (DINO {likeness:.2f} to the others; "
-            f"{usual:.2f} is usual here): look at it, and try {flags}"
+            f"{usual:.2f} is usual here): look at {them}, and try {flags}"
         )
 
 

@@ -113,6 +113,13 @@ def test_good_figures_get_no_advice_and_bad_ones_three_lines_at_most():
     assert len(FAULTS) == sum(inspect.getsource(rule).count("yield ") for rule in explain.RULES)
 
 
+def test_two_odd_photos_are_spoken_of_as_two():
+    likeness = {"0.jpg": 0.6, "1.jpg": 0.2, "2.jpg": 0.6, "3.jpg": 0.1, "4.jpg": 0.6}
+    (sentence,) = advice_after(replace(GOOD, photo_likeness=likeness))
+    assert sentence.startswith("1.jpg and 3.jpg may show something else (DINO 0.20 to the others")
+    assert sentence.endswith("look at them, and try --leave_out 1.jpg 3.jpg")
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_alone_with_figure_and_flag(name):
     run, words = FAULTS[name]
