@@ -337,8 +337,13 @@ def load_study(path: Path) -> Study:
     # [train] and [arms]: settings of a training
     arms = {name: settings_of(table(path, f"arms.{name}", arm)) for name, arm in arms.items()}
     check_each(shared)
-    for settings in arms.values():
-        check_each({name: settings[name] for name in settings if name != BY_REFERENCES})
+    for name, settings in arms.items():
+        shown = settings.get(BY_REFERENCES, False)
+        if not isinstance(shown, bool):
+            raise UserError(
+                f"--config {path}: arms.{name}.{BY_REFERENCES} is true or false, not {shown!r}."
+            )
+        check_each({key: settings[key] for key in settings if key != BY_REFERENCES})
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():

@@ -124,6 +124,10 @@ def test_the_digest_follows_every_setting_that_matters():
         ),
         (study_text(arms="[arms.lora]\nrevision = 'fp16'"), "arm lora has another base"),
         (study_text(arms="[arms.lora]\nby_references = true"), "takes no reference pictures"),
+        (
+            study_text(arms="[arms.lora]\nby_references = 'no'"),
+            "arms.lora.by_references is true or false, not 'no'",
+        ),
         (study_text().replace("[train]", "[train]\nby_references = true"), "unknown setting"),
         ("study = 5", "study is a table"),
         ("[study", "not valid TOML"),
