@@ -834,10 +834,7 @@ class TrainConfig:
     # Memory and speed. Most of these change a result only by rounding.
     memory: str | None = of_memory(
         default=None,
-        help=(
-            "how memory is saved, in one word: a plan, from the fastest to the leanest, or auto, "
-            "the first that fits the GPU"
-        ),
+        help="a plan to save memory, fastest first; auto: what fits",
         choices=("auto", *PLANS),
         replaces=("mixed_precision", *OF_PLANS),
     )
