@@ -218,17 +218,19 @@ def drawn(
     from dreambooth_moslora.generation.fixed_seeds import Sampler
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
-    side = args.resolution or base.resolution_px
+    # The editor, which is shown the photo beside each prompt
     pipeline = SubjectPipeline.from_base(base)
     sampler = Sampler(
         pipeline=pipeline.pipeline,
         embed=partial(pipeline.family.texts, pipeline.pipeline),
-        resolution_px=side,
+        resolution_px=args.resolution or base.resolution_px,
         device=pipeline.home.device,
         inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         references=[photo],
     )
+
+    # Its models are on the device while it draws, or take turns there.
     try:
         pipeline.home.enter()
         yield from sampler([shot.request for shot in shots])
