@@ -110,7 +110,7 @@ MEASURES = {
         title="No face",
         base="no_face_base",
         better="lower",
-        help="share of the pictures in which no face is found; it lowers no likeness of others",
+        help="share of the pictures in which no face is found; the identity leaves these out",
         summary=True,
         logged=True,
         study="values",
@@ -184,8 +184,8 @@ MEASURES = {
         title="Confusion",
         base="confusion_base",
         help=(
-            "with the adapter's other subjects; 0: told apart as the photos are, 1: as if the "
-            "other had been asked for"
+            "how far it looks like another subject of the adapter; 0: no more than the photos "
+            "do, 1: as if that one had been asked for"
         ),
         better="lower",
         summary=True,
