@@ -1,5 +1,5 @@
-"""GPU memory and kernels of a training step of each family's full-size denoiser, counted on the
-meta device.
+"""GPU memory and kernels of a training step of each family's full-size denoiser, and the memory of
+its samples, counted on the meta device.
 
     python -m benchmarks.family_memory        # every model and plan; some minutes
     python -m benchmarks.family_memory --models Z-Image --resolutions 512 1024 --ranks 16 64
@@ -10,6 +10,11 @@ blocks are streamed, as many count as have places there, each as large as the la
 Workspaces of bitsandbytes are in no count. The encoders are gone by then. Beside a step's kernels
 are those of the same step by PEFT's own layers. The estimate is that of `--dry_run`; it is read
 from the shapes of the weights.
+
+A sample between two steps takes what stays of them, gradients too, the VAE, and the larger of two:
+a forward pass by PEFT's own layers, with and without the prompt where the pipeline makes both as
+one; and the decoder in its smallest tiles, as where memory is short. A flow's VAE works in bf16, a
+UNet's in fp32.
 """
 
 import argparse
@@ -18,14 +23,17 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
+from dreambooth_moslora.base import decode, machine
 from dreambooth_moslora.base.machine import CONTEXT_GIB, PLACES
 from dreambooth_moslora.base.pipelines import METHODS
 from dreambooth_moslora.base.quantization import OUTPUTS_A_BLOCK, layers_of_blocks
@@ -38,7 +46,7 @@ from dreambooth_moslora.settings.families import FAMILIES, OF_UNETS, Facts
 from dreambooth_moslora.settings.table import PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
-__all__ = ["MODELS", "COUNTED", "deviations", "main"]
+__all__ = ["MODELS", "COUNTED", "decoding_gib", "deviations", "vae_of", "main"]
 
 COUNTED = {name: plan for name, plan in PLANS.items() if not plan.keys() & set(OF_UNETS)}
 """Those of transformers."""
@@ -163,6 +171,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, int], Callable[[], Words
     "Sana": ("sana", {}, (32, 32), masked(300, 2304, said=300)),
 }
 
+AUTOENCODER_KL = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+OF_16_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+SANAS_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+# family: the configuration of its VAE, where that is not its class's own
+VAES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("sdxl", "sd1"), AUTOENCODER_KL),
+    **dict.fromkeys(("sd3", "flux", "z_image", "lumina2"), AUTOENCODER_KL | OF_16_CHANNELS),
+    "sana": {
+        "encoder_block_types": SANAS_BLOCKS,
+        "decoder_block_types": SANAS_BLOCKS,
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "Conv",
+    },
+}
+BOTH_AS_ONE = ("sdxl", "sd1", "sd3", "z_image", "sana")
+"""Families whose pipelines pass a picture with and without its prompt as a batch."""
+
 
 def config_of(facts: Facts, resolution: int, rank: int, plan: str) -> TrainConfig:
     usual = {
@@ -205,36 +235,89 @@ def with_a_real_mask(forward: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def count(
-    name: str, facts: Facts, denoiser: nn.Module, resolution: int, learns: bool = True
-) -> Count:
-    """One step of one picture by the adapted denoiser, as in `gpu_memory`; its forward pass alone,
-    as where it draws, unless it learns."""
+def prediction(
+    name: str, facts: Facts, denoiser: nn.Module, resolution: int
+) -> Callable[[], Tensor]:
+    """The forward pass of one picture with one prompt."""
     channels, pixels = MODELS[name][2]
-    copies, family = WorkingCopies(denoiser), METHODS[facts.name](facts, told_guidance=3.5)
+    family = METHODS[facts.name](facts, told_guidance=3.5)
     z, time = (
         empty(1, channels, resolution // pixels, resolution // pixels),
         torch.empty(1, device="meta"),
     )
+    return lambda: family.predict(denoiser, z, time, empty(1, 6), **MODELS[name][3]())
+
+
+def count(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> Count:
+    """One step of one picture by the adapted denoiser, as in `gpu_memory`."""
+    copies, predict = WorkingCopies(denoiser), prediction(name, facts, denoiser, resolution)
     with (
         torch.device("meta"),
         Counter() as counter,
         flash_attention(),
-        torch.set_grad_enabled(learns),
         copies.for_one_step() as step,
     ):
-        loss = (
-            family.predict(denoiser, z, time, empty(1, 6), **MODELS[name][3]())
-            .float()
-            .square()
-            .mean()
-        )
+        loss = predict().float().square().mean()
         kept = counter.live
-        if learns:
-            loss.backward()
-            step.collect()
+        loss.backward()
+        step.collect()
     denoiser.zero_grad(set_to_none=True)
     return Count(kept / GIB, counter.peak / GIB, counter.kernels)
+
+
+def drawing_gib(name: str, facts: Facts, denoiser: nn.Module, resolution: int) -> float:
+    """A step of denoising one picture by the adapted denoiser, as between two steps of training."""
+    predict = prediction(name, facts, denoiser, resolution)
+    with torch.device("meta"), Counter() as counter, flash_attention(), torch.no_grad():
+        predict()
+    return counter.peak / GIB * (2 if facts.name in BOTH_AS_ONE else 1)
+
+
+@cache
+def vae_of(family: str) -> nn.Module:
+    """A family's VAE on the meta device."""
+    facts = facts_named(family)
+    kind = getattr(diffusers, facts.pipeline)._get_signature_types()["vae"][0]
+    with torch.device("meta"):
+        vae = kind(**VAES.get(family, {}))
+    return vae.to(torch.bfloat16 if facts.style == "flow" else torch.float32).eval()
+
+
+@cache
+def decoding_gib(family: str, resolution: int, is_short: bool) -> float:
+    """Peak of decoding one picture beside the VAE's weights: whole, or in its smallest tiles where
+    memory `is_short`."""
+    vae = vae_of(family)
+
+    # Qwen's VAEs are of videos, of which a picture is one frame.
+    scale = getattr(vae, "spatial_compression_ratio", None) or decode.scale_of(vae)
+    sides = [resolution // scale] * 2
+    is_of_videos = "z_dim" in vae.config
+    shape = (vae.config.z_dim, 1, *sides) if is_of_videos else (vae.config.latent_channels, *sides)
+    free_gib = 0.0 if is_short else None
+    with (
+        torch.device("meta"),
+        Counter() as counter,
+        flash_attention(),
+        torch.no_grad(),
+        patch.object(machine, "free_gib", lambda device: free_gib),
+        decode.tiled_where_short(vae, [resolution] * 2, vae.device),
+    ):
+        vae.decode(torch.empty(1, *shape, dtype=vae.dtype))
+    return counter.peak / GIB
+
+
+def decoding_line(facts: Facts, resolution: int) -> str:
+    """What decoding a picture takes whole and in tiles, beside what `families` says."""
+    said = facts.decoder_bytes_a_pixel / (2 if facts.style == "flow" else 1)
+    parts = []
+    for is_short, side in ((False, resolution), (True, min(resolution, facts.tile_px))):
+        peak = decoding_gib(facts.name, resolution, is_short)
+        estimated = side**2 * said / GIB
+        words = f"in tiles of {side} px" if is_short else f"    decoder: {side} px"
+        counted = f"{peak:.3f} GiB, {peak * GIB / side**2:,.0f} bytes a pixel"
+        parts.append(f"{words}: {counted}, estimate {estimated:.3f} {estimated / peak - 1:+.1%}")
+    return "; ".join(parts)
 
 
 def saved_gib(denoiser: nn.Module, plan: str) -> float:
@@ -263,7 +346,7 @@ def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     """What was counted as `families` has it, but for `text_tokens`, `encoders` and `vae`.
 
     steps: GiB of a step without gradients, by whether it is recomputed
-    drawing: GiB of a forward pass
+    drawing: `drawing_gib`
     """
     memory = f"full_gib={steps[False]:.3f}, recomputed_gib={steps[True]:.3f}"
     memory += f", drawing_gib={drawing:.3f}, parameters={size.unet / 1e9:.3f}e9"
@@ -272,22 +355,22 @@ def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
     return f"    Memory({memory})\n    Model({model}, adapted_widths={size.adapted_widths:_})"
 
 
-def deviations(name: str, resolution: int, rank: int) -> list[float]:
-    """Print a line for each of `COUNTED`, and the model's row; returns |estimate / count - 1| of
-    each."""
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    return {path: list(weight.shape) for path, weight in model.named_parameters()}
+
+
+def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float]]:
+    """Print a line for each of `COUNTED`, one of the decoder, and the model's row; returns
+    estimate / count - 1 of each, of a step and of samples."""
     found, counts, steps = [], {}, {}
-    drawing = 0.0
+    vae = vae_of(MODELS[name][0])
     for plan in COUNTED:
         gc.collect()
         facts, denoiser = denoiser_of(*MODELS[name][:2])
         config = config_of(facts, resolution, rank, plan)
-        shapes = {
-            facts.denoiser: {
-                path: list(weight.shape) for path, weight in denoiser.named_parameters()
-            }
-        }
+        shapes = {facts.denoiser: shapes_of(denoiser), "vae": shapes_of(vae)}
         size = size_of_shapes(facts, shapes, facts.targets)
-        told = estimate(config, size, total_steps=100).training_gib
+        told = estimate(config, size, total_steps=100)
         weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
         weights -= on_host_gib(denoiser, plan)
         with torch.device("meta"):
@@ -297,20 +380,27 @@ def deviations(name: str, resolution: int, rank: int) -> list[float]:
         if is_recomputed not in counts:
             ours = count(name, facts, denoiser, resolution)
             steps[is_recomputed] = ours.peak_gib - adapter * GRADIENT_BYTES / GIB
-            # A pass alone, without the adapter's copies in bf16.
-            drawing = count(name, facts, denoiser, resolution, learns=False).peak_gib
-            drawing -= adapter * 2 / GIB
+            drawing = drawing_gib(name, facts, denoiser, resolution)
             disable_fast_path(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
-        total = weights + adapter * 12 / GIB + counted.peak_gib + CONTEXT_GIB
+        staying = weights + adapter * 12 / GIB + CONTEXT_GIB
+        drawn = max(drawing, decoding_gib(facts.name, resolution, is_short=True))
+        drawn += bytes_of(vae) / GIB + adapter * GRADIENT_BYTES / GIB
+        totals = [
+            (staying + counted.peak_gib, told.training_gib),
+            (staying + drawn, told.sampling_gib),
+        ]
         line = (
             f"{f'{name}, {resolution} px, rank {rank}, {plan}':48} {counted.kept_gib:6.2f} "
             f"{counted.peak_gib:6.2f}"
         )
         kernels = f"{counted.kernels:8,} {of_peft.kernels:8,} kernels"
-        print(f"{line} {kernels} {total:7.2f} {told:9.2f} {told / total - 1:+10.1%}", flush=True)
-        found.append(abs(told / total - 1))
+        for total, estimated in totals:
+            kernels += f" {total:7.2f} {estimated:9.2f} {estimated / total - 1:+7.1%}"
+        print(f"{line} {kernels}", flush=True)
+        found.append(tuple(estimated / total - 1 for total, estimated in totals))
+    print(decoding_line(facts, resolution))
     print(row_of(size, steps, drawing), flush=True)
     return found
 
@@ -347,13 +437,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = options.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     head = f"{'bf16, one picture':48} {'kept':>6} {'peak':>6} {'ours':>8} {'of PEFT':>16}"
-    print(f"{head} {'total':>7} {'estimate':>9} {'error':>10}")
+    for total in ("total", "samples"):
+        head += f" {total:>7} {'estimate':>9} {'error':>7}"
+    print(head)
     found = {}
     for name, rank in itertools.product(options.models, options.ranks):
         for resolution in options.resolutions or [facts_named(MODELS[name][0]).resolution_px]:
             found[name, resolution, rank] = deviations(name, resolution, rank)
     for plan, of_plan in zip(COUNTED, zip(*found.values(), strict=True), strict=True):
-        print(f"largest deviation of the estimate, {plan}: {max(of_plan):.1%}")
+        of_steps, of_samples = zip(*of_plan, strict=True)
+        words = f"{max(map(abs, of_steps)):.1%}, of samples "
+        words += f"{min(of_samples):+.1%} to {max(of_samples):+.1%}"
+        print(f"largest deviation of the estimate, {plan}: {words}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.precision import LIKE_FP32
+from dreambooth_moslora.settings.families import SDXL
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def tiled_where_short(
     vae: torch.nn.Module,
     size_px: Sequence[int],
     device: torch.device,
-    bytes_a_pixel: int = machine.DECODER_BYTES_A_PIXEL,
+    bytes_a_pixel: int = SDXL.decoder_bytes_a_pixel,
 ) -> Iterator[None]:
     """In this block the VAE works on one picture at a time, if it can, and in tiles where memory is
     short for a whole one.

@@ -20,10 +20,8 @@ from dreambooth_moslora.settings.table import TrainConfig
 GIB = 2**30
 """Bytes in a GiB."""
 CONTEXT_GIB = 0.5  # Memory of the CUDA context of a process, beside its tensors.
-DECODER_BYTES_A_PIXEL = 4300
-"""Peak of SDXL's fp32 VAE decoder beside its weights, per pixel of the picture."""
 ENCODER_BYTES_A_PIXEL = 2600
-"""The same of its encoder."""
+"""Peak of SDXL's fp32 VAE encoder beside its weights, per pixel of the photo."""
 TILES_PX = (512, 256)
 """Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
 

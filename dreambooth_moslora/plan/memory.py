@@ -48,8 +48,8 @@ TEXTS_GIB = 0.1  # Peak of encoding one prompt, beside the encoders.
 TEXTS_STAYING = 0.3
 """Of the text encoders' weights, what is on a device that streams their blocks: of Gemma 2. Of
 small ones it is more, which is little."""
-# GiB of the UNet's pass without gradients, for an image of 1024 px in half precision.
-DRAWING_GIB = 0.15
+# GiB of the UNet's pass with and without a prompt, for an image of 1024 px in half precision.
+DRAWING_GIB = 0.31
 PNG_BYTES_A_PIXEL = 1.6  # Of a picture of a run on the disk.
 
 
@@ -75,7 +75,7 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
     # The frozen weights of each part, and of the denoiser's those that the host keeps.
     unet = denoiser_gib(config, size)
     texts = size.text_encoders * BYTES[precision_of(config)] / machine.GIB
-    vae = size.vae * 4 / machine.GIB
+    vae = size.vae * vae_number(config, size) / machine.GIB
 
     # The adapter with its gradients and the optimizer's states.
     kind = optimizer_kinds.optimizer_of(config)
@@ -96,9 +96,8 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
         step += vae
 
     # A sample between two steps: the UNet and the decoder work one after the other.
-    tile = machine.TILES_PX[0] if size.family.style == "flow" else machine.TILES_PX[-1]
-    decoder = min(config.resolution, tile) ** 2 * machine.DECODER_BYTES_A_PIXEL / machine.GIB
-    denoising = drawing_gib(config, size, images=2)
+    decoder = tile_gib(config, size, size.family.decoder_bytes_a_pixel)
+    denoising = drawing_gib(config, size)
     drawing = vae + max(decoder, denoising)
     if not (config.sample_count or config.is_scored):
         drawing = 0
@@ -141,6 +140,18 @@ def streamed_gib(config: table.TrainConfig, size: BaseSize, blocks: int | None =
     return min(count, size.streamed) * number / machine.GIB
 
 
+def vae_number(config: table.TrainConfig, size: BaseSize) -> float:
+    """Bytes of a number in the VAE: that of a UNet works in fp32."""
+    return BYTES[precision_of(config)] if size.family.style == "flow" else 4.0
+
+
+def tile_gib(config: table.TrainConfig, size: BaseSize, bytes_a_pixel: int) -> float:
+    """What the VAE takes beside its weights in its smallest tiles, as where memory is short; so
+    many `bytes_a_pixel` in fp32."""
+    side = min(config.resolution, size.family.tile_px)
+    return side**2 * bytes_a_pixel * vae_number(config, size) / 4 / machine.GIB
+
+
 def preparing_gib(
     config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
@@ -158,7 +169,7 @@ def preparing_gib(
     # blocks are streamed.
     class_images = 0.0
     if config.draws_class_images:
-        drawing = drawing_gib(config, size, images=2)
+        drawing = drawing_gib(config, size)
         weights = unet - away_gib(config, size) + TEXTS_STAYING * texts + vae
         class_images = weights + max(encoder, drawing)
 
@@ -188,11 +199,10 @@ def precision_of(config: table.TrainConfig) -> str:
     return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
-def drawing_gib(config: table.TrainConfig, size: BaseSize, images: int) -> float:
-    """Memory of the UNet for images denoised together. A picture counts as two images, with and
-    without its prompt."""
+def drawing_gib(config: table.TrainConfig, size: BaseSize) -> float:
+    """Memory of a step of denoising one picture."""
     memory = size.family.memory
-    return (memory.drawing_gib if memory else DRAWING_GIB) * images * scale_of(config, size)
+    return (memory.drawing_gib if memory else DRAWING_GIB) * scale_of(config, size)
 
 
 def scale_of(config: table.TrainConfig, size: BaseSize) -> float:

@@ -19,7 +19,9 @@ from dreambooth_moslora.errors import UserError
 @dataclass(frozen=True)
 class Memory:
     """GiB of one image of 1024 px in bf16, without weights and gradients, counted on a model of so
-    many `parameters` with the targets below at rank 16 (`benchmarks.family_memory`)."""
+    many `parameters` with the targets below at rank 16 (`benchmarks.family_memory`). Drawing goes
+    by PEFT's own layers; it is both passes, with and without the prompt, where the family's
+    pipeline makes them as one."""
 
     full_gib: float
     recomputed_gib: float
@@ -105,8 +107,9 @@ class Facts:
     hub_tag: str = ""
     licence: str = ""
     decoder_bytes_a_pixel: int = 4300
-    """Peak of its fp32 VAE decoder beside the weights, for a pixel of the picture; at most so
-    much."""
+    """Peak of its VAE's decoder in fp32 beside the weights, for a pixel of the picture: at most so
+    much, and half of it in half precision. SDXL's counts 3,072; the rest is room for cuDNN."""
+    tile_px: int = 256  # Side of the smallest tiles in which its VAE works.
     file_mark: str = ""
     """A tensor that this family's single files have, in the layout of its authors."""
     models: tuple[Model, ...] = ()
@@ -220,7 +223,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=7.313,
             recomputed_gib=0.618,
-            drawing_gib=0.170,
+            drawing_gib=0.352,
             parameters=2.243e9,
             text_tokens=333,
         ),
@@ -261,7 +264,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=26.373,
             recomputed_gib=2.163,
-            drawing_gib=0.457,
+            drawing_gib=0.651,
             parameters=11.901e9,
         ),
         models=(
@@ -297,7 +300,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=16.204,
             recomputed_gib=1.690,
-            drawing_gib=0.574,
+            drawing_gib=1.311,
             parameters=3.876e9,
         ),
         models=(
@@ -333,7 +336,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=29.732,
             recomputed_gib=2.088,
-            drawing_gib=0.471,
+            drawing_gib=0.941,
             parameters=6.155e9,
             text_tokens=64,
         ),
@@ -364,7 +367,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=25.915,
             recomputed_gib=2.028,
-            drawing_gib=0.356,
+            drawing_gib=0.405,
             parameters=20.430e9,
             text_tokens=64,
         ),
@@ -395,7 +398,7 @@ FAMILIES = (
         has_level_shift=True,
         file_mark="txt_in.text_norm.weight",
         takes_references=True,
-        decoder_bytes_a_pixel=12_290,
+        decoder_bytes_a_pixel=12_870,
         licence="Qwen Research",
         memory=Memory(
             full_gib=27.68,
@@ -431,7 +434,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=29.449,
             recomputed_gib=2.956,
-            drawing_gib=0.603,
+            drawing_gib=0.676,
             parameters=12.820e9,
             text_tokens=64,
         ),
@@ -459,7 +462,7 @@ FAMILIES = (
         memory=Memory(
             full_gib=18.880,
             recomputed_gib=2.626,
-            drawing_gib=0.307,  # Z-Image's by width
+            drawing_gib=0.472,
             parameters=2.610e9,
             text_tokens=64,
         ),
@@ -488,10 +491,12 @@ FAMILIES = (
         multiple_px=32,
         licence="NSCL",
         not_in_comfyui="it has no Sana",
+        decoder_bytes_a_pixel=3_340,  # In fp32 2,312: attention always is.
+        tile_px=512,
         memory=Memory(
             full_gib=3.245,
             recomputed_gib=0.254,
-            drawing_gib=0.062,
+            drawing_gib=0.125,
             parameters=1.604e9,
             text_tokens=0,
         ),
