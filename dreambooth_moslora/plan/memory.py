@@ -161,22 +161,20 @@ def preparing_gib(
     size: of its base
     unet, texts, vae: weights of the denoiser, the text encoders and the autoencoder, GiB
     """
-    is_flow = size.family.style == "flow"
-    side = config.resolution if is_flow else min(config.resolution, machine.TILES_PX[-1])
-    encoder = side**2 * machine.ENCODER_BYTES_A_PIXEL / machine.GIB
+    encoder = vae + tile_gib(config, size, machine.ENCODER_BYTES_A_PIXEL)
 
     # Class images are drawn first: one at a time if need be, and where the base does not fit, its
     # blocks are streamed.
     class_images = 0.0
     if config.draws_class_images:
-        drawing = drawing_gib(config, size)
+        decoder = tile_gib(config, size, size.family.decoder_bytes_a_pixel)
         weights = unet - away_gib(config, size) + TEXTS_STAYING * texts + vae
-        class_images = weights + max(encoder, drawing)
+        class_images = weights + max(decoder, drawing_gib(config, size))
 
     # A flow's denoiser is loaded later, and its text encoders encode on the CPU if they do not fit.
-    if is_flow and not config.train_text_encoder:
-        return max(class_images, vae + encoder)
-    return max(class_images, vae + encoder, texts + TEXTS_GIB)
+    if size.family.style == "flow" and not config.train_text_encoder:
+        return max(class_images, encoder)
+    return max(class_images, encoder, texts + TEXTS_GIB)
 
 
 def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:

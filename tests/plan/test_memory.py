@@ -23,7 +23,7 @@ from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.table import PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -81,6 +81,14 @@ def test_a_unet_counts_as_it_weighs_and_where_it_is():
     staying = cost(caching="off").training_gib - cost().training_gib
     assert staying == pytest.approx(0.31, abs=0.01), "the VAE encodes the photos of each step"
     assert cost().encoding_gib < 5.0
+
+
+def test_photos_of_a_flow_are_encoded_in_tiles_on_a_card_that_is_small():
+    """Encoded whole by a VAE in fp32, as was counted, they needed more than the training: 3.4."""
+    size = size_of_base(Base.find("stabilityai/stable-diffusion-3.5-medium"), ())
+    plan = PLANS["nf4_stream"] | {"mixed_precision": "bf16"}
+    found = estimate(TrainConfig.from_dict(SETTINGS | plan), size, 100)
+    assert found.encoding_gib == pytest.approx(0.7, abs=0.05) and found.peak_gib < 1.5
 
 
 def test_trained_text_encoders_count_with_their_adapters_and_their_pass(tiny_base, tmp_path):
