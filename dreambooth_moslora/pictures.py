@@ -80,12 +80,13 @@ def drawn_row(row: Row, columns: int, tile_px: int) -> Image.Image:
     strip = Image.new("RGB", (width, first + lines * step + GAP_PX), PAPER)
     draw = ImageDraw.Draw(strip)
     draw.text((0, 0), title, fill=INK, font=font, spacing=SPACING_PX)
-    # The pictures, each cut to a square, with its caption below.
+    # The pictures, each whole in a square, with its caption below.
     for number, image in enumerate(row.images):
         line, column = divmod(number, columns)
         left = column * (tile_px + GAP_PX)
         top = first + line * step
-        strip.paste(ImageOps.fit(image.convert("RGB"), (tile_px, tile_px)), (left, top))
+        tile = ImageOps.pad(image.convert("RGB"), (tile_px, tile_px), color=PAPER)
+        strip.paste(tile, (left, top))
         if row.captions:
             caption = two_lines(row.captions[number], font, tile_px)
             place = (left, top + tile_px + 2)

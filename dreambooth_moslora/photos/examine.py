@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from dreambooth_moslora.errors import spelled_out
 from dreambooth_moslora.photos import cropping, faults, folder, photo_file
@@ -72,10 +72,7 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
         plans = list(islice(plans_of(photo, number, config), MAX_CROPS))
 
         # The crops as training cuts them
-        crops = []
-        for plan in plans:
-            crop = cropping.apply_crop(shown, plan)
-            crops.append(ImageOps.pad(crop, (SHOWN_PX, SHOWN_PX), color="white"))
+        crops = [cropping.apply_crop(shown, plan) for plan in plans]
 
         # The whole photo, with a frame where each of them lies
         scale = SHOWN_PX / max(shown.size)
@@ -85,7 +82,6 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
             left, top, right, bottom = plan.box(framed.width, framed.height)
             frame = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(framed).rectangle(frame, outline=FRAME_COLOUR, width=3)
-        framed = ImageOps.pad(framed, (SHOWN_PX, SHOWN_PX), color="white")
 
         # Of a square photo each crop is the whole: one tells as much.
         remarks = []
