@@ -62,16 +62,18 @@ def run_train(argv: list[str], prog: str = SCRIPT) -> int:
         print(spelled_out("\n".join(lines)))
         return DONE
 
-    # Train it here. What cannot be is said before the log file creates or changes a folder.
+    # Train it here. What cannot be is said before the log file creates or changes a folder, and
+    # before torch is imported.
     with StopRequest() as stop:
         check_beforehand(config)
+        plan = plan_with_room(config, chosen.photo_report)
         start_log(RunDir(config.output_dir))
 
         # The log also says how the run ended; these records are not for the terminal.
         base = public_name(config.pretrained_model_name_or_path)
         logger.info("begins: version %s, base %s", __version__, base)
         try:
-            code = run_trainer(config, stop, chosen.photo_report, chosen.last_words)
+            code = run_trainer(plan, stop, chosen.last_words)
         except Exception as error:
             logger.info("stopped: %s", error, exc_info=not isinstance(error, UserError))
             raise
@@ -209,25 +211,17 @@ def given_by(argv: Sequence[str], prog: str) -> Given:
     return Given(words=words, settings=settings, has_recipe=has_recipe)
 
 
-def run_trainer(
-    config: table.TrainConfig,
-    stop: Callable[[], bool],
-    report: "PhotoReport | None" = None,
-    last_words: Sequence[str] = (),
-) -> int:
-    """Plan and train a run, with its progress on the terminal.
+def run_trainer(plan: "Plan", stop: Callable[[], bool], last_words: Sequence[str] = ()) -> int:
+    """Train a run, with its progress on the terminal.
 
-    config: of the run
+    plan: of the run
     stop: whether someone asked to stop
-    report: on the photos, where they were read before
     last_words: said behind all remarks
 
     Returns the exit code. Raises UserError.
     """
     from dreambooth_moslora.training.dry_run import advice
 
-    # The plan refuses the run, if it must, before torch is imported.
-    plan = plan_with_room(config, report)
     say_loading()
     if is_main_process():
         for line in advice(plan):

@@ -124,6 +124,8 @@ def with_faces(
         return list(photos)
     kinds = [subject_kinds.kind_of(subject) for subject in config.each_subject]
     reader = load_faces()
+    if config.is_scored:
+        reader.load()
     found = []
     for photo in photos:
         if kinds[photo.subject].has_face:

@@ -695,7 +695,7 @@ def test_a_resumed_run_counts_from_its_step_a_new_one_from_nowhere_and_a_line_of
 
 def test_a_run_says_before_it_begins_what_will_go_badly(photos, tiny_base, tmp_path, caplog):
     config = tiny_config(tiny_base, photos, tmp_path / "run", max_train_steps=2)
-    assert run_trainer(config, stop=lambda: True) == INTERRUPTED
+    assert run_trainer(make_plan(config), stop=lambda: True) == INTERRUPTED
     says = "note: each photo is seen about "
     assert len([line for line in caplog.messages if line.startswith(says)]) == 1
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.cli.terminal import MISTAKE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions, faces
 from dreambooth_moslora.photos.cropping import NEAR_SHARE, CropRule, apply_crop
@@ -15,7 +17,7 @@ from dreambooth_moslora.plan import choices
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import prompts
 from dreambooth_moslora.settings.table import TrainConfig
-from tests.helpers.stub_faces import RIGHT, painted, stub_faces  # noqa: F401
+from tests.helpers.stub_faces import READER, RIGHT, painted, stub_faces  # noqa: F401
 
 PERSON = TrainConfig(instance_prompt="a photo of sks woman", subject="person", resolution=64)
 LARGE = {"size_px": (300, 400), "box": (100, 60, 160, 130)}
@@ -85,3 +87,22 @@ def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="opencv"):
         faces.load_faces().find(Image.new("RGB", (64, 64)))
+
+
+def test_a_scored_run_that_lacks_what_compares_faces_is_refused_before_it_begins(
+    photos, tmp_path, monkeypatch, capsys
+):
+    """The dry run passed, and each try left a folder with a log alone, so that the next run was
+    woman_2."""
+    monkeypatch.setattr(faces, "load_faces", lambda: replace(READER, load=refuse))
+    monkeypatch.chdir(tmp_path)
+    folder = str(photos[0].path.parent)
+    for last in ("--dry_run", "--no_dry_run"):
+        words = ["train", folder, "woman", "--subject", "person", "--base", "toy", last]
+        assert main(words) == MISTAKE
+        assert capsys.readouterr().err.endswith("error: no weights\n")
+    assert not (tmp_path / "runs").exists()
+
+
+def refuse():
+    raise UserError("no weights")
