@@ -17,6 +17,9 @@ from dreambooth_moslora.settings import families, table
 
 # Where runs go that have no --output_dir
 RUNS = Path("runs")
+# What a person is told where photographs are trained on the embedded base
+NO_GPU = "No GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone."
+ON_A_GPU = "On a machine with a GPU the same command trains SDXL."
 # The end of messages about PHOTOS WORD
 AS_ONE_WORD = "as in `train photos/dog dog`"
 
@@ -47,8 +50,7 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
         say_loading()
     chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
-        said = f"No GPU here: {choices.PRACTICE} is trained, and it cannot draw a real {word}."
-        chosen.last_words = ["", said, choices.on_a_gpu(words[0], word), ""]
+        chosen.last_words = ["", NO_GPU, ON_A_GPU, ""]
 
     # The recipe that fits the GPU's memory
     free_gib = None if chosen.base.is_toy else agreement.least_free_gib()

@@ -9,7 +9,6 @@ The base's family decides the recipe from `assets/configs`; how memory is saved 
 `--memory auto`.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,8 +44,6 @@ OWN = (
 )
 """What a recipe names that is another run's, or is chosen here."""
 CROPS_OF_A_FACE = 4  # Of each photo of a person: about half of them come near the face.
-PRACTICE = "the practice model (a 128 px toy)"
-"""What a person is told of the embedded base that is trained on photographs."""
 NO_SAMPLES = {"num_validation_images": 0, "validation_steps": None}
 """Chosen on a CPU, where each picture of a large base takes minutes."""
 
@@ -90,12 +87,6 @@ class Choices:
     def base(self) -> Base:
         """Ask for it once the base is chosen: it stays. Raises UserError."""
         return Base.of(self.all)
-
-
-def on_a_gpu(photos: str, word: str) -> str:
-    """What draws a person's own photos, as the embedded base cannot."""
-    command = shlex.join(["python", "-m", "dreambooth_moslora", "train", photos, word])
-    return f"On a machine with a GPU this trains SDXL: {command}"
 
 
 def choose_recipe(choices: Choices, free_gib: float | None) -> int:

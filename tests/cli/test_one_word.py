@@ -269,15 +269,12 @@ def test_without_a_gpu_the_embedded_base_is_taken_and_another_than_stock_sdxl_ha
 def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nobody_named_it(
     photos, monkeypatch, capsys, words, is_said
 ):
-    """It was line 2 of eleven, and nobody saw it. The run is asked to stop before its first
-    step."""
+    """It was line 2 of eleven, and nobody saw it; then it gave a command without the flags that
+    were given, such as --subject. The run is asked to stop before its first step."""
     monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
     last = (
-        "\nNo GPU here: the practice model (a 128 px toy) is trained, "
-        "and it cannot draw a real dog.\n"
-    )
-    last += (
-        "On a machine with a GPU this trains SDXL: python -m dreambooth_moslora train dog dog\n\n"
+        "\nNo GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.\n"
+        "On a machine with a GPU the same command trains SDXL.\n\n"
     )
     assert main(["train", *words.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said
