@@ -4,6 +4,7 @@ YuNet finds them and SFace compares them, both through OpenCV. Their weights com
 the first use.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,6 +55,7 @@ class FaceReader:
 def load_faces() -> FaceReader:
     """YuNet and SFace, each loaded at its first use. Raises UserError without OpenCV, and later for
     weights that are not here."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # OpenCV 5 warns of its own engine
     try:
         import cv2
     except ImportError as error:

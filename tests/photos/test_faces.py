@@ -1,6 +1,8 @@
 """What `--subject person` does with photos: crops near the face and far, remarks, masks, and what
 captions are asked to say."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -87,6 +89,14 @@ def test_without_the_weights_or_opencv_it_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="opencv"):
         faces.load_faces().find(Image.new("RGB", (64, 64)))
+
+
+def test_opencv_keeps_its_warnings_to_itself():
+    """Each run of a person began with one about its own engine."""
+    pytest.importorskip("cv2.utils.logging")
+    line = "from dreambooth_moslora.photos.faces import load_faces; load_faces(); import cv2; "
+    line += "print(cv2.utils.logging.getLogLevel() == cv2.utils.logging.LOG_LEVEL_ERROR)"
+    assert subprocess.check_output([sys.executable, "-c", line], text=True) == "True\n"
 
 
 def test_a_scored_run_that_lacks_what_compares_faces_is_refused_before_it_begins(
