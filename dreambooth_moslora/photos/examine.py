@@ -147,7 +147,8 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     remarks = []
     good = [number for number, photo in enumerate(photos) if not faults.faults_of(photo)]
     if len(photos) < FEWEST:
-        remarks.append(f"too few: take {FEWEST} to 10 of the subject")
+        made = "or let the command “enlarge” make them from one"
+        remarks.append(f"too few: take {FEWEST} or more, {made}")
     elif len(good) < FEWEST:
         remarks.append(
             f"only {len(good)} of {len(photos)} photos {'is' if len(good) == 1 else 'are'} "

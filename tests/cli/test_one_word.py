@@ -162,7 +162,7 @@ def test_a_dry_run_ends_in_what_check_says_of_all_photos(photos, capsys):
         Path(f"dog/{number}.png").unlink()
     assert main(["train", *photos, "--base", "toy", "--dry_run"]) == 0
     remarks = capsys.readouterr().out.partition("\nremarks\n")[2]
-    assert "  too few: take 3 to 10 of the subject" in remarks
+    assert "  too few: take 3 or more, or let the command “enlarge” make them from one" in remarks
 
 
 def test_dora_leaves_the_convolutions_of_the_recipe_out():
