@@ -59,9 +59,7 @@ def load_faces() -> FaceReader:
     try:
         import cv2
     except ImportError as error:
-        raise UserError(
-            "--subject person needs OpenCV: pip install opencv-python-headless"
-        ) from error
+        raise UserError("faces are found by OpenCV: pip install opencv-python-headless") from error
 
     @cache
     def finder() -> Any:
@@ -114,7 +112,7 @@ def weights(repository: str, file: str) -> str:
         return hf_hub_download(repository, file)
     except (OSError, HfHubHTTPError) as error:
         missing = "is not here and cannot be fetched: connect to the hub once"
-        raise UserError(f"--subject person: {repository} {missing}") from error
+        raise UserError(f"faces: {repository} {missing}") from error
 
 
 def with_faces(
@@ -126,8 +124,6 @@ def with_faces(
         return list(photos)
     kinds = [subject_kinds.kind_of(subject) for subject in config.each_subject]
     reader = load_faces()
-    if config.is_scored:
-        reader.load()
     found = []
     for photo in photos:
         if kinds[photo.subject].has_face:

@@ -19,6 +19,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.machine import is_main_process, process_count
 from dreambooth_moslora.photos import faces, folder, photo_file
 from dreambooth_moslora.plan import agreement, checks, memory, memory_plans
+from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
@@ -156,6 +157,8 @@ def make_plan(
         # Masks may have been chosen after the photos were read.
         report = replace(report, photos=folder.with_made(config, report.photos))
     report = replace(report, photos=faces.with_faces(config, report.photos))
+    if config.is_scored and subject_kinds.any_has_face(config.each_subject):
+        faces.load_faces().load()  # the scores ask for what compares them
     steps = plan_steps(config, photo_file.counts_of(report.photos), process_count())
     return Plan(
         config=config,
