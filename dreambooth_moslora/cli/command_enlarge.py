@@ -248,5 +248,6 @@ def summary(into: "Enlargement", shots: "Sequence[Shot]", word: str) -> str:
         reasons = ", ".join(f"{kind} {count}" for kind, count in found.items())
         lines.append(f"rejected: {reasons}")
     lines.append(f"look at {into.draw_sheet(shots)}, and move what is sorted wrongly")
-    lines.append(f"then: train {shlex.quote(str(into.folder))} {shlex.quote(word)}")
+    if kept:
+        lines.append(f"then: train {shlex.quote(str(into.folder))} {shlex.quote(word)}")
     return "\n".join(lines)

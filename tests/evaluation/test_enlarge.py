@@ -201,6 +201,14 @@ def test_the_command_draws_sorts_and_says_what_comes_next(name, tmp_path, capsys
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*_?_*.png")}
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_training_comes_next_only_where_something_was_kept(kept):
+    found = {"kept": [0] * kept, "not the subject": [0]}
+    into = SimpleNamespace(rows=lambda _: found, folder="duck", draw_sheet=lambda _: "sheet.png")
+    said = command_enlarge.summary(into, [0] * (kept + 1), "duck")
+    assert "look at sheet.png" in said and ("then: train duck duck" in said) == bool(kept)
+
+
 def test_a_model_is_told_with_its_own_licence():
     """The card of what the usual one drew named a non-commercial licence beside its own."""
     facts = BY_PIPELINE["Flux2KleinPipeline"]
