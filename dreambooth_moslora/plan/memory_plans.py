@@ -208,20 +208,21 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
     if not later:
         return None
 
+    # Layers in 8 bit cannot become those in 4 bit, which take less: they come last.
+    found = min(later, key=lambda name: table.PLANS[name].get("base_quantization") == "int8")
+
     # A block that is recomputed as a whole would recompute its feed-forward part twice.
-    settings = {"recompute_feed_forward": False} | plan_settings(config, later[0])
-    return f"--memory {later[0]}", settings
+    settings = {"recompute_feed_forward": False} | plan_settings(config, found)
+    return f"--memory {found}", settings
 
 
 def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
     """Whether a base that is loaded for these settings can change to the plan."""
-    # Layers in 8 bit cannot be quantised further: a run out of memory that has none passes them by.
+    # Layers are quantised once. DoRA's magnitudes are those of the dense weights, and streamed ones
+    # cannot be quantised.
     kind, loaded = plan.get("base_quantization", "none"), config.base_quantization
-    is_quantized_anew = kind not in ("none", loaded)
-    if is_quantized_anew and "int8" in (kind, loaded):
-        return False
-    # DoRA's magnitudes are those of the dense weights, and streamed ones cannot be quantised.
-    if is_quantized_anew and (config.use_dora or config.stream_blocks):
+    is_fixed = loaded != "none" or config.use_dora or config.stream_blocks
+    if kind not in ("none", loaded) and is_fixed:
         return False
 
     # Blocks in half precision may need more than the host has.

@@ -382,6 +382,13 @@ def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
     assert flag == "--memory nf4"
 
 
+def test_a_run_out_of_memory_goes_on_in_8_bit_where_there_is_no_4_bit(apple):
+    sdxl, run = family_memory.facts_named("sdxl"), TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
+    flag, settings = memory_plans.leaner(run, sdxl)
+    assert flag == "--memory int8"
+    assert memory_plans.leaner(replace(run, **settings), sdxl) is None
+
+
 def test_a_transformer_on_apples_gpu_gets_no_plan_of_unets(apple):
     flux = size_of_base(Base.find("black-forest-labs/FLUX.1-dev"), ())
     assert [*memory_plans.costs(TrainConfig.from_dict(SETTINGS), flux)] == ["recompute", "int8"]

@@ -11,6 +11,7 @@ from torch import nn
 from dreambooth_moslora.base import load
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.plan import memory_plans
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, tiny_config
 
@@ -75,6 +76,9 @@ WAYS = [
     ),
     pytest.param(LAYERS, is_recomputed, RECOMPUTED, [TO_FEED_FORWARD, TO_RECOMPUTED], marks=slow),
     pytest.param(LAYERS | RECOMPUTED, has_layers("Linear4bit"), IN_4_BIT, [TO_4_BIT], marks=slow),
+    pytest.param(
+        LAYERS | RECOMPUTED, has_layers("Int8Linear"), IN_8_BIT, ["--memory int8"], marks=slow
+    ),
     pytest.param(LAYERS | IN_4_BIT, is_streamed, STREAMED, [TO_STREAMED], marks=slow),
     pytest.param(
         LAYERS | IN_8_BIT,
@@ -95,9 +99,11 @@ WAYS = [
 
 @pytest.mark.parametrize(("usual", "fits", "changes", "flags"), WAYS)
 def test_the_first_step_is_done_again_as_by_a_run_that_began_with_less(
-    usual, fits, changes, flags, card, tiny_base, photos, tmp_path, caplog
+    usual, fits, changes, flags, card, tiny_base, photos, tmp_path, caplog, monkeypatch
 ):
-    """The same bytes, though it ran out in the second of its passes. The run's folder tells."""
+    """The same bytes, though it ran out in the second of its passes. The run's folder tells. In 8
+    bit it goes on where there is no bitsandbytes."""
+    monkeypatch.setattr(memory_plans, "find_spec", lambda name: changes != IN_8_BIT)
     begun = tiny_config(tiny_base, photos, tmp_path / "begun", **usual | changes)
     train(begun)
     card(fits, free_passes=1)
