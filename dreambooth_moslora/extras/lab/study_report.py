@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -34,18 +35,19 @@ def label(item: comparison.ArmSummary | comparison.Outcome) -> str:
 
 
 def difference_plot(outcomes: Sequence[comparison.Outcome], reference: str) -> Figure:
-    """Paired differences to the reference with 95 % intervals, one panel per measure that all
-    outcomes have."""
+    """Paired differences to the reference with 95 % intervals, one panel per measure. An outcome
+    without the measure, as one by references has no drift, is left out of the panel."""
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(outcomes)), layout="constrained")
     drawn = [name for name, row in MEASURES.items() if row.panel]
-    measures = [m for m in drawn if all(m in outcome.differences for outcome in outcomes)]
+    measures = [m for m in drawn if any(m in outcome.differences for outcome in outcomes)]
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     rows = range(len(outcomes))[::-1]  # the first on top
     for axis, measure in zip(axes, measures):
-        found = [outcome.differences[measure] for outcome in outcomes]
-        means = [interval.mean for interval in found]
-        reach = list(zip(*(interval.reach for interval in found)))
-        axis.errorbar(means, list(rows), xerr=reach, fmt="o", color=WIN, capsize=3)
+        for row, outcome in zip(rows, outcomes):
+            if measure in outcome.differences:
+                found = outcome.differences[measure]
+                reach = np.array([found.reach]).T
+                axis.errorbar([found.mean], [row], xerr=reach, fmt="o", color=WIN, capsize=3)
         axis.axvline(0, color="#888", linewidth=1)
         axis.set(title=MEASURES[measure].panel, xlabel=f"difference to {reference}")
         axis.grid(axis="x", alpha=0.3)

@@ -238,7 +238,7 @@ def test_one_pair_is_no_finding_whatever_its_sign():
         ]
 
 
-def test_there_is_a_column_for_each_measure_taken_and_a_panel_where_every_arm_was_scored_at_it():
+def test_there_are_a_column_and_a_panel_for_each_measure_that_was_taken():
     study, results = made_up(np.random.default_rng(0), {"other": 0.05})
     header, (row,) = outcome_rows(outcomes(study, results))
     assert (
@@ -260,6 +260,22 @@ def test_there_is_a_column_for_each_measure_taken_and_a_panel_where_every_arm_wa
         "prompt (CLIP-T)",
         "score",
     ]
+
+
+def test_an_arm_without_a_measure_takes_no_panel_from_the_others():
+    """As one that draws by references, which has no bare prompt."""
+    study, results = made_up(np.random.default_rng(0), {"shown": 0.05, "other": 0.1})
+    for result in results:
+        if result.cell.arm != "shown":
+            result.scores["dino_bare"] = 0.1
+    figure = difference_plot(outcomes(study, results), "lora")
+    panels = {axis.get_title(): len(axis.containers) for axis in figure.axes}
+    assert panels == {
+        "subject (DINO)": 2,
+        "bare prompt (DINO)": 1,
+        "prompt (CLIP-T)": 2,
+        "score": 2,
+    }
 
 
 def titles(study: Study, results: list[Result]) -> list[str]:
