@@ -348,6 +348,8 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         page.wait_for_selector("#describe")
         page.locator("#subject label", has_text="style").click()
         web.says(page, "prompts", "Learns “a picture in dog style”.")
+        for unused in ("token", "prior", "prior_weight", "make_masks"):
+            page.wait_for_selector(f"#{unused}", state="hidden")
         page.locator("#subject label", has_text="object").click()
         page.wait_for_selector("#describe", state="hidden")
         page.locator("#scores input").check()

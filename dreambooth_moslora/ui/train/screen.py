@@ -127,11 +127,12 @@ def build_train_tab(
             fields, parts = train_widgets(ctx.base_name)
         with gr.Column(elem_id="train_watch", min_width=280):
             parts |= watch_widgets()
-    # The form's events. Only of a person something is described.
+    # The form's events. What means nothing for a kind of subject is hidden.
+    by_kind = {name: row.idle_for for name, row in rows().items() if row.idle_for}
     fields["subject"].change(
-        lambda subject: gr.Textbox(visible=subject == "person"),
+        lambda subject: [gr.update(visible=subject not in idle) for idle in by_kind.values()],
         fields["subject"],
-        fields["describe"],
+        [fields[name] for name in by_kind],
         **AT_ONCE,
     )
     photo_events.connect_photos(ctx, page, fields, parts)

@@ -54,6 +54,8 @@ class FormField:
     """Whether the grid of photos, each as the run will crop it, is drawn anew after it."""
     at_first: Callable[[str], Any] | None = None
     """From the base's name to the first value, if the base decides it."""
+    idle_for: tuple[str, ...] = ()
+    """Kinds of subject for which it means nothing, and is hidden."""
     fetched: str = ""
     """What is told where a tick is off at first, as it takes something from the hub."""
     elem_id: str = ""
@@ -110,6 +112,7 @@ class TrainForm:
         info="the rare word that calls your subject",
         line=20,
         setting="token",
+        idle_for=("style",),
     )
     class_word: str = asked(
         "",
@@ -136,6 +139,7 @@ class TrainForm:
         line=8,
         setting="with_prior_preservation",
         elem_id="prior",
+        idle_for=("style",),
     )
     rank: int = asked(
         0,
@@ -186,6 +190,7 @@ class TrainForm:
         words=("given", "auto"),
         at_first=toys.is_toy,
         fetched="CLIPSeg comes",
+        idle_for=("style",),
     )
     memory: str = asked(
         "auto",
@@ -202,6 +207,7 @@ class TrainForm:
         info="how firmly the class is kept; 0: the recipe's",
         line=22,
         setting="prior_loss_weight",
+        idle_for=("style",),
     )
     unmasked_weight: float = asked(
         0.2,
@@ -245,6 +251,7 @@ class TrainForm:
         "the person's other looks, which are learned",
         line=1,
         look={"visible": False},
+        idle_for=("thing", "style"),
     )
 
     def check_words(self) -> None:
