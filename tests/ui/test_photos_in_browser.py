@@ -113,6 +113,15 @@ def test_ten_photos_the_word_and_start_are_in_view(of_toys, browser):
         assert has_all_in_view(visited.page) and not visited.errors
 
 
+def test_an_upright_crop_is_seen_whole(of_toys, browser, tmp_path):
+    """It was cut to a square, without the head."""
+    PIL.Image.new("RGB", (128, 256), "red").save(tmp_path / "a.png")
+    with web.visit(browser, of_toys.url) as visited:
+        open_train_tab(visited.page, [tmp_path / "a.png"])
+        shown = "getComputedStyle(document.querySelector('#crops .photo img')).objectFit"
+        assert visited.page.evaluate(shown) == "contain" and not visited.errors
+
+
 def test_nothing_typed_is_lost_by_a_photo_more_or_less_on_another_page_too(
     served, browser, tmp_path, started
 ):
