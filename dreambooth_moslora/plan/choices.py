@@ -235,8 +235,9 @@ def choose_steps(choices: Choices, exposures: int, photos: list["Photo"]) -> Non
     line = f"photos: {shown}, {masked} with a mask (name.mask.png beside each)"
     choices.said.insert(0, (line, ()))
 
-    # Masks for those without one.
-    bare = len(photos) - masked
+    # Masks for those without one. A style is in the whole picture.
+    kind = KINDS[choices.all.get("subject", TrainConfig.subject)]
+    bare = 0 if kind.is_style else len(photos) - masked
     if bare and choices.base.is_toy:
         choices.add(f"masks: made for the {bare} without one", "masks", masks="auto")
     # SDXL's segmenter is a download, which needs the user's consent

@@ -126,7 +126,9 @@ def step_lines(plan: Plan) -> list[str]:
     lines = [steps.sentence()]
     for one, count in zip(config.each_subject, steps.photo_counts):
         subject = subject_of(one)
-        words = f"token “{subject.token}”, class “{subject.class_word}”"
+        words = f"token “{subject.token}”"
+        if subject.class_word:  # a style has none
+            words += f", class “{subject.class_word}”"
         if config.subjects:
             seen = f"{count} photos seen about {steps.exposures_a_subject / count:.0f} times each"
             words = f"“{one.instance_prompt}”: {words}, {seen}"

@@ -85,6 +85,11 @@ def test_photos_without_masks_get_them_where_nothing_is_fetched_for_it(photos, c
         == "given"
     )
     assert "masks: off, as they need a download (--masks auto)" in capsys.readouterr().err
+    for base in (toy, ["--pretrained_model_name_or_path", STOCK_SDXL]):
+        assert parse_train_config([*photos, *base, "--subject", "style"]).masks == "given"
+        assert "masks: " not in capsys.readouterr().err, "a style is in the whole picture"
+    assert main(["train", *photos, *toy, "--subject", "style", "--dry_run"]) == 0
+    assert "\n  token “dog”\n" in capsys.readouterr().out
 
 
 def test_photos_that_are_not_square_are_cropped_in_their_own_shapes(photos, tmp_path, capsys):
