@@ -27,7 +27,7 @@ from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.photos.synthetic import real_ones
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
-from dreambooth_moslora.settings.measures import MEASURES
+from dreambooth_moslora.settings.measures import MEASURES, likeness_in_words
 from dreambooth_moslora.settings.table import TrainConfig
 
 
@@ -102,6 +102,7 @@ def report_html(
         scores=score_rows(found),
         arms=references.rows(found.beside) if found.beside else (),
         shares=shares,
+        likeness=likeness_in_words(found.tables),
         copied=metrics.COPIED,
         alarm_share=metrics.ALARM_SHARE,
     )

@@ -5,6 +5,7 @@ The formulas are in `evaluation/metrics.py`, and `evaluation/score_tables.py` co
 each measure by its name. Rows stand in the order in which people see them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -257,3 +258,10 @@ MEASURES = {
 def curves() -> dict[str, str]:
     """Measure -> its label, for those that are drawn on the plots of a run."""
     return {name: row.curve for name, row in MEASURES.items() if row.curve}
+
+
+def likeness_in_words(names: Collection[str]) -> str:
+    """What the score takes for likeness (`score_tables.fidelity_of`), by the measures there are."""
+    if "style" in names:
+        return "style × (1 − the content leak above the base's)"
+    return "the mean of DINO and the face's likeness" if "no_face" in names else "DINO"

@@ -20,7 +20,7 @@ from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import one_line
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.settings import families, table, toys
+from dreambooth_moslora.settings import families, measures, table, toys
 from dreambooth_moslora.training.best import BestStep
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def score_table(facts: CardFacts) -> str:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
     best = ""
-    has_face = "no_face" in facts.scores
-    likeness = "the mean of DINO and the face's likeness" if has_face else "DINO"
+    likeness = measures.likeness_in_words(facts.scores)
     if facts.best is not None:
         best = (
             f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} "

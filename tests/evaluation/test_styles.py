@@ -82,7 +82,9 @@ def test_the_style_is_told_from_another_and_from_none_and_a_planted_thing_is_nam
     assert planted.mean("leak") >= 0.5 and planted.mean("leak") > ink.mean("leak") + 0.2
     assert planted.leaked == "white rocket" and planted.score < ink.score
     assert report.scores_json(planted, ABOUT)["leaked"] == "white rocket"
-    assert f">{ink.interval('style')}<" in report.report_html(ink, ABOUT, evaluator.photos.pictures)
+    page = report.report_html(ink, ABOUT, evaluator.photos.pictures)
+    assert f">{ink.interval('style')}<" in page
+    assert "= style × (1 − the content leak above the base&#39;s) × CLIP-T" in page, "it said DINO"
 
 
 def test_the_nearest_thing_counts_only_where_it_is_nearer_than_what_was_asked_for():
