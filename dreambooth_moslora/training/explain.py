@@ -109,7 +109,9 @@ def about_the_prompt(run: Figures) -> Iterator[str]:
         copied = f"{run.scores.get('copied', 0.0):.0%} of the pictures repeat a photo"
         yield f"{copied}: try {more}, or fewer steps ({fewer})"
 
-    # Their surroundings. Only photos with masks have a leak.
+    # Their surroundings, which those of a style share. Only photos with masks have a leak.
+    if kind_of(config).is_style:
+        return
     came = "the photos' surroundings came along"
     kept = run.scores.get("clip_t_of_base", 1.0)
     leak = run.scores.get("background_leak")
@@ -165,6 +167,8 @@ def about_the_class(run: Figures) -> Iterator[str]:
     # More that holds the class, or something that does.
     if config.with_prior_preservation:
         remedy = f"--prior_loss_weight {2 * config.prior_loss_weight or 1:g}"
+    elif kind_of(config).is_style:  # which has no class
+        remedy = f"--max_train_steps {max(1, run.step * 2 // 3)}"
     else:
         prompt = config.class_prompt or f"a photo of a {word}"
         remedy = f'--with_prior_preservation --prior adapter_off --class_prompt "{prompt}"'

@@ -207,6 +207,14 @@ def test_the_command_that_explain_names_ends_a_stopped_run(tiny_base, photos, tm
     assert (figures_of(RunDir(path)).state, figures_of(RunDir(path)).step) == ("done", 3)
 
 
+def test_a_style_is_told_of_no_masks_and_of_no_class():
+    """Its pictures have no subject to be masked, and a style has no class."""
+    style = replace(CONFIG, subject="style")
+    run = replace(with_scores(clip_t_of_base=0.4, drift_of_spread=1.8), config=style)
+    (said,) = advice_after(run)
+    assert "1.8 times" in said and said.endswith("try --max_train_steps 160")
+
+
 def test_a_run_that_has_the_remedy_gets_the_next_one():
     unmasked = {name: value for name, value in SCORES.items() if name != "background_leak"}
     for run, end in (
