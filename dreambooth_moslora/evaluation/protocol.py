@@ -24,9 +24,7 @@ TEMPLATE_SETS = {
     "person": subject_kinds.PERSON_TEMPLATES,
     "toy": toys.TEMPLATES,
     "style": subject_kinds.STYLE_TEMPLATES,
-    "toy_style": tuple(
-        text.format(kind) + subject_kinds.OF_A_STYLE for text, kind in toys.UNRELATED
-    ),
+    "toy_style": prompts.TOY_STYLE_TEMPLATES,
 }
 # Words of a class that is alive, and words that make an object of it all the same
 LIVING = {"dog", "puppy", "cat", "kitten", "animal", "pet", "horse", "bird"}

@@ -69,6 +69,10 @@ STYLE_NAME = re.compile(r"\bin (?:the )?(.+?) style\b")  # How a prompt names a 
 # The words of a run's samples.
 CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background", "in the jungle")
 CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
+# A style is drawn on things that it does not know.
+TOY_STYLE_TEMPLATES = tuple(
+    text.format(kind) + subject_kinds.OF_A_STYLE for text, kind in toys.UNRELATED
+)
 MOST_PAIRS = 6  # Most pairs of subjects that are drawn together.
 
 
@@ -149,9 +153,11 @@ def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     is_toy = toys.is_toy(config.pretrained_model_name_or_path)
     alone = []
     for one in config.each_subject:
-        own = subject_kinds.kind_of(one).contexts or CONTEXT_TEMPLATES
+        kind = subject_kinds.kind_of(one)
+        templates = kind.contexts or CONTEXT_TEMPLATES
+        if is_toy:
+            templates = TOY_STYLE_TEMPLATES[:4] if kind.is_style else toys.CONTEXT_TEMPLATES
         name = subject_of(one).words or one.instance_prompt
-        templates = toys.CONTEXT_TEMPLATES if is_toy else own
         alone += [template.format(name) for template in templates if name]
     return (*alone, *together_prompts(config))
 

@@ -190,3 +190,11 @@ def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_i
 def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():
     assert validation_prompts(TrainConfig(validation_prompt="v", **SKS_DOG)) == ("v",)
     assert all("sks dog" in prompt for prompt in context_prompts(TrainConfig(**SKS_DOG)))
+
+
+def test_a_style_is_drawn_on_other_things_by_the_toy_too():
+    """It drew “a photo of a ink on the beach”."""
+    style = {"instance_prompt": "a picture in ink style", "subject": "style"}
+    for base in ("toy", "some/base"):
+        drawn = context_prompts(TrainConfig(pretrained_model_name_or_path=base, **style))
+        assert len(drawn) == 4 and all(prompt.endswith(" in ink style") for prompt in drawn)
