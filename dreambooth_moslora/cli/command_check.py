@@ -165,7 +165,8 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
     )
     about_model = table.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
-    train_flags.add_flag(parser, table.SETTINGS["describe"])
+    about_looks = "which of its looks captions say, such as hair or clothes (default: none)"
+    parser.add_argument("--describe", metavar="NAME", nargs="+", default=(), help=about_looks)
 
 
 def run_caption(args: argparse.Namespace) -> int:
@@ -181,7 +182,7 @@ def run_caption(args: argparse.Namespace) -> int:
         instance_data_dir=str(folder),
         instance_prompt=f"a photo of a {args.subject.strip()}",
         caption_model=args.caption_model,
-        describe=vars(args).get("describe", ()),
+        describe=tuple(args.describe),
     )
     report = find_photos(folder, config.instance_prompt, config.resolution)
     if not report.photos:

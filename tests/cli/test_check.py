@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.examine import crop_rows
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.settings.families import STOCK_SDXL
@@ -290,6 +291,22 @@ def test_photos_get_captions_that_say_the_place_behind_the_subject(tmp_path, cap
     assert (duck / "01.txt").read_text() == "a photo of a ohwx duck on a wooden floor\n"
     assert main(["check", "duck", "duck", "--no_picture", *TOY]) == 0
     assert "“a photo of a ohwx duck on a wooden floor”" in capsys.readouterr().out
+
+
+def test_captions_say_the_looks_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    """The help of `caption` spoke of a person's other looks, which it is never told of."""
+    asked = []
+    monkeypatch.setattr(
+        "dreambooth_moslora.photos.captions.load_captioner",
+        lambda config, device: asked.append(config.describe) or Captioner("x", "y", lambda _: "z"),
+    )
+    of_duck(tmp_path, "01.jpg")
+    for looks in ([], ["--describe", "hair", "clothes"]):
+        assert main(["caption", "duck", "--subject", "sks duck", *TOY, *looks]) == 0
+    assert asked == [(), ("hair", "clothes")]
+    with pytest.raises(SystemExit):
+        main(["caption", "--help"])
+    assert "of a person" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
