@@ -346,6 +346,8 @@ def test_photos_and_a_word_suffice_and_what_is_folded_away_counts(
         assert not page.locator("#describe").is_visible()
         page.locator("#subject label", has_text="person").click()
         page.wait_for_selector("#describe")
+        above, below = (page.locator(f"#{name}").bounding_box() for name in ("subject", "describe"))
+        assert below["y"] >= above["y"] + above["height"], "too narrow beside each other"
         page.locator("#subject label", has_text="style").click()
         web.says(page, "prompts", "Learns “a picture in dog style”.")
         for unused in ("token", "prior", "prior_weight", "make_masks"):

@@ -247,10 +247,10 @@ class TrainForm:
     describe: str = asked(
         "",
         label="What may change",
-        info="such as hair, clothes: captions that are written at the start say it, and leave out "
-        "the person's other looks, which are learned",
+        info="such as hair, clothes: captions written at the start say it; the person's other "
+        "looks are left out, so that they are learned",
         line=1,
-        look={"visible": False},
+        look={"visible": False, "min_width": 240},
         idle_for=("thing", "style"),
     )
 

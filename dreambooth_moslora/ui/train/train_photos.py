@@ -139,7 +139,7 @@ def review_kept(
 def told_of(count: int, faults: list[str]) -> str:
     """What is said of all photos, as HTML: `count` are usable, and `faults` are a line each."""
     plural = "" if count == 1 else "s"
-    title = f"{count} photo{plural}, shown as the run will crop them"
+    title = f"{count} photo{plural}, each as the run will crop it"
     if not faults:
         return html.faint(f"{title}.")
     return html.remarks_card(faults, f"{title}:")
