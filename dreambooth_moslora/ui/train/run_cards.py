@@ -5,6 +5,7 @@ from typing import Any
 
 from dreambooth_moslora.disk import events
 from dreambooth_moslora.settings.prompts import trigger_words
+from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.training.explain import NOT_SCORED, NOTHING, closing_advice, is_short
 from dreambooth_moslora.training.figures import LEAST_LIKENESS, figures_from, known_config
 from dreambooth_moslora.ui import html
@@ -53,6 +54,10 @@ def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
     figures = figures_from(metrics.events, config, {"count": len(photos)})
     # Did it learn the subject?
     before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))
+    name = "“{}”"
+    if kind_of(config).is_style:  # of which the base has none
+        before, now = 0.0, figures.scores.get("style")
+        name = "“in {} style”"
     if now is None or before is None:
         verdict = LOOK_YOURSELF
     else:
@@ -72,7 +77,7 @@ def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
         lines.append(f"Next: {train_form.in_the_forms_words(line)}.")
     if not advice:
         lines.append("Next: “Draw with it”, in places that the photos do not show.")
-    words = " and ".join(f"“{word}”" for word in trigger_words(config))
+    words = " and ".join(map(name.format, trigger_words(config)))
     if words:
         lines.append(IN_COMFYUI.format(words))
     return html.remarks_card(lines)

@@ -110,6 +110,15 @@ def test_the_verdict_on_a_short_run_names_the_exposures_and_where_its_file_goes(
         assert words.format(0, now) in verdict_card(told, tmp_path, has_best=False)
 
 
+def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tmp_path):
+    """It told how like the things are to those of the photos, and to write “dusk” in the prompt."""
+    config = {"instance_prompt": "a picture in dusk style", "subject": "style"}
+    scores = {"type": "evaluation", "step": 200, "dino": 0.05, "dino_base": 0.0, "style": 0.77}
+    events = [{"type": "start", "config": config}, {"type": "step", "step": 200}, scores]
+    said = verdict_card(written(tmp_path, *events), tmp_path, has_best=False)
+    assert "rose from 0% to 77%" in said and "write “in dusk style” in the prompt" in said
+
+
 @pytest.mark.parametrize(
     "advice, words",
     [
