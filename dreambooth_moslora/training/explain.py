@@ -214,7 +214,10 @@ def about_the_length(run: Figures) -> Iterator[str]:
                 f"use best/, or try --max_train_steps {best.step}"
             )
 
-    # Too short. Not for pictures that repeat photos, nor where `about_the_steps` says it.
+    # Too short. Not of a style, which DINO does not see, nor for pictures that repeat photos, nor
+    # where `about_the_steps` says it.
+    if kind_of(run.config).is_style:
+        return
     start = run.scores.get("dino_base")
     if start is not None and len(run.likeness) > 2 and not run.copy_alarm and not is_short(run):
         last, end = run.likeness[-1]

@@ -213,6 +213,8 @@ def test_a_style_is_told_of_no_masks_and_of_no_class():
     run = replace(with_scores(clip_t_of_base=0.4, drift_of_spread=1.8), config=style)
     (said,) = advice_after(run)
     assert "1.8 times" in said and said.endswith("try --max_train_steps 160")
+    # DINO compares things, which a style leaves free: that its likeness rises says nothing.
+    assert advice_after(RISING) and not advice_after(replace(RISING, config=style))
 
 
 def test_a_run_that_has_the_remedy_gets_the_next_one():

@@ -57,6 +57,7 @@ def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
     name = "“{}”"
     if kind_of(config).is_style:  # of which the base has none
         before, now = 0.0, figures.scores.get("style")
+        now = None if now is None else min(now, 1.0)  # above 1 it is as like as 1
         name = "“in {} style”"
     if now is None or before is None:
         verdict = LOOK_YOURSELF

@@ -256,12 +256,14 @@ class TrainForm:
 
     def check_words(self) -> None:
         """Raises UserError for missing or too long words."""
-        wanted = (
-            (self.token, "the token (a rare word, such as sks)"),
-            (self.class_word, "the word for what the photos show (such as dog)"),
-        )
-        for word, name in wanted:
-            word = str(word or "").strip()
+        wanted = {
+            "token": "the token (a rare word, such as sks)",
+            "class_word": "the word for what the photos show (such as dog)",
+        }
+        for key, name in wanted.items():
+            if self.subject in rows()[key].idle_for:
+                continue
+            word = str(getattr(self, key) or "").strip()
             if not word:
                 raise UserError(f"{name} is missing")
             if len(word) > MAX_WORD_CHARACTERS:
@@ -342,7 +344,8 @@ class TrainForm:
             value = getattr(self, name)
             value = one_space(value) if isinstance(value, str) else value
             is_unsaid = value is None or (row.is_number and not row.always and not value)
-            if not row.setting or is_unsaid or (row.of_files and toys.is_toy(base)):
+            is_idle = self.subject in row.idle_for or (row.of_files and toys.is_toy(base))
+            if not row.setting or is_unsaid or is_idle:
                 continue
             if row.always or value != row.first(base):
                 given[row.setting] = row.words[bool(value)] if row.words else value

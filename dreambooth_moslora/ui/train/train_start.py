@@ -21,6 +21,7 @@ from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.memory_plans import plan_lines
 from dreambooth_moslora.plan.plan import plan_steps
 from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
 from dreambooth_moslora.ui.photo_copies import kept_photos
@@ -135,7 +136,7 @@ def chosen_lines(config: table.TrainConfig) -> list[str]:
         lines.append(f"“{config.class_prompt}” stays as the base draws it.")
     if config.masks == "auto":
         lines.append("The subject is found in photos without a mask.")
-    else:
+    elif not kind_of(config).is_style:
         lines.append("Photos without a mask are learned whole; “Make masks” finds the subject.")
     if config.evaluate_steps:
         lines.append(f"Likeness is measured every {config.evaluate_steps} steps; the best is kept.")

@@ -43,6 +43,11 @@ def test_prompts_follow_from_two_words_and_the_run_from_both(photos):
         "a picture in ink style",
         None,
     )
+    # What was typed before the kind was chosen stands in fields that a style does not show.
+    hidden = {"token": "", "prior_weight": 0.5, "make_masks": True}
+    form = TrainForm(class_word="ink", subject="style", **hidden)
+    config = TrainConfig.from_dict(form.choices("toy", 128, photos, photos.parent / "run").all)
+    assert values_in(config, "token", "masks", "prior_loss_weight") == ["ink", "given", 1.0]
     config = config_of(photos)
     assert (config.instance_prompt, config.class_prompt) == (
         "a photo of a sks dog",
