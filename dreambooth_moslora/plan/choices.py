@@ -21,7 +21,7 @@ from dreambooth_moslora.base.machine import process_count
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families, rules, sources, toys
-from dreambooth_moslora.settings.measures import CLIP, DINO
+from dreambooth_moslora.settings.measures import CLIP, DINO, SFACE
 from dreambooth_moslora.settings.subject_kinds import KINDS
 from dreambooth_moslora.settings.table import TrainConfig, shown_flag
 
@@ -274,12 +274,13 @@ def steps_of(choices: Choices, photos: list["Photo"]) -> int:
 
 
 def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | None = None) -> None:
-    """The embedded base has its own encoders; SDXL's are used where they are, as nobody asked for a
+    """The embedded base has its own encoders; others are used where they are, as nobody asked for a
     download. `is_wanted`: the user has asked for scores, or has refused them; None when neither.
     Given steps of 0 refuse them."""
     given = choices.given.get("evaluate_steps")
     is_open = is_wanted is None and (given or "evaluate_steps" not in choices.given)
-    is_scored = encoders_are_here(choices.base.name) if is_open else is_wanted
+    missing = encoders_to_fetch(choices.base.name, choices.all.get("subject", "thing"))
+    is_scored = not missing if is_open else is_wanted
     if is_scored:
         # Four times in the run, unless the steps were given.
         every = given or max(1, steps_of(choices, photos) // 4)
@@ -287,16 +288,27 @@ def choose_scores(choices: Choices, photos: list["Photo"], is_wanted: bool | Non
         line = f"scores: every {every} steps, the best in best/"
         choices.add(line, "evaluate_steps", **wanted)
     elif is_open and not given:
-        line = "scores: none, as they take CLIP and DINOv2 from the hub"
+        line = f"scores: none, as they take {' and '.join(missing)} from the hub"
         choices.say(line, "evaluate_steps")
 
 
 def encoders_are_here(base: str) -> bool:
-    """Whether a run can be scored without a download: the embedded base has encoders; others must
-    be in the cache."""
+    """Whether a run of a thing can be scored without a download."""
+    return not encoders_to_fetch(base, "thing")
+
+
+def encoders_to_fetch(base: str, kind: str) -> list[str]:
+    """Names of what scores need and is not in the hub's cache. The embedded base has encoders; a
+    kind of KINDS with a face needs what compares faces, too."""
     from huggingface_hub import try_to_load_from_cache
 
-    if toys.is_toy(base):
-        return True
-    found = [try_to_load_from_cache(encoder, "model.safetensors") for encoder in (CLIP, DINO)]
-    return all(isinstance(path, str) for path in found)
+    def is_here(repo: str, file: str) -> bool:
+        return isinstance(try_to_load_from_cache(repo, file), str)
+
+    missing = []
+    own = toys.is_toy(base)
+    if not own and not all(is_here(name, "model.safetensors") for name in (CLIP, DINO)):
+        missing += ["CLIP", "DINOv2"]
+    if KINDS[kind].has_face and not is_here(*SFACE):
+        missing.append("SFace")
+    return missing

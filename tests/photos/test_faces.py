@@ -109,9 +109,13 @@ def test_a_scored_run_that_lacks_what_compares_faces_is_refused_before_it_begins
     folder = str(photos[0].path.parent)
     for last in ("--dry_run", "--no_dry_run"):
         words = ["train", folder, "woman", "--subject", "person", "--base", "toy", last]
-        assert main(words) == MISTAKE
+        assert main([*words, "--evaluate_steps", "5"]) == MISTAKE
         assert capsys.readouterr().err.endswith("error: no weights\n")
     assert not (tmp_path / "runs").exists()
+
+    # Unasked, nothing is scored that needs a download.
+    assert main([*words, "--dry_run"]) == 0
+    assert "scores: none, as they take SFace from the hub" in capsys.readouterr().err
 
 
 def refuse():
