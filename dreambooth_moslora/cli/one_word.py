@@ -19,7 +19,7 @@ from dreambooth_moslora.settings import families, table
 RUNS = Path("runs")
 # What a person is told where photographs are trained on the embedded base
 NO_GPU = "No GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone."
-ON_A_GPU = "On a machine with a GPU the same command trains SDXL."
+ON_A_GPU = "On a machine with a GPU this trains SDXL."
 # The end of messages about PHOTOS WORD
 AS_ONE_WORD = "as in `train photos/dog dog`"
 

@@ -73,6 +73,8 @@ def crop_rows(photos: list[photo_file.Photo], config: table.TrainConfig) -> list
 
         # The crops as training cuts them
         crops = [cropping.apply_crop(shown, plan) for plan in plans]
+        for crop in crops:
+            crop.thumbnail((SHOWN_PX, SHOWN_PX))
 
         # The whole photo, with a frame where each of them lies
         scale = SHOWN_PX / max(shown.size)
@@ -147,8 +149,8 @@ def examine(report: folder.PhotoReport, resolution_px: int = LOOK_PX) -> folder.
     remarks = []
     good = [number for number, photo in enumerate(photos) if not faults.faults_of(photo)]
     if len(photos) < FEWEST:
-        made = "or let the command “enlarge” make them from one"
-        remarks.append(f"too few: take {FEWEST} or more, {made}")
+        made = "of a thing the command “enlarge” makes them from one"
+        remarks.append(f"too few: take {FEWEST} or more; {made}")
     elif len(good) < FEWEST:
         remarks.append(
             f"only {len(good)} of {len(photos)} photos {'is' if len(good) == 1 else 'are'} "

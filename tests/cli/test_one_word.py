@@ -167,7 +167,9 @@ def test_a_dry_run_ends_in_what_check_says_of_all_photos(photos, capsys):
         Path(f"dog/{number}.png").unlink()
     assert main(["train", *photos, "--base", "toy", "--dry_run"]) == 0
     remarks = capsys.readouterr().out.partition("\nremarks\n")[2]
-    assert "  too few: take 3 or more, or let the command “enlarge” make them from one" in remarks
+    assert (
+        "  too few: take 3 or more; of a thing the command “enlarge” makes them from one" in remarks
+    )
 
 
 def test_dora_leaves_the_convolutions_of_the_recipe_out():
@@ -279,7 +281,7 @@ def test_photos_of_ones_own_are_said_last_to_be_beyond_the_practice_model_if_nob
     monkeypatch.setattr(agreement, "least_free_gib", lambda: None)
     last = (
         "\nNo GPU here: the practice model (a 128 px toy) is trained, and it can draw toys alone.\n"
-        "On a machine with a GPU the same command trains SDXL.\n\n"
+        "On a machine with a GPU this trains SDXL.\n\n"
     )
     assert main(["train", *words.split(), "--dry_run"]) == 0
     assert capsys.readouterr().out.endswith(last) == is_said

@@ -141,8 +141,8 @@ def test_a_training_says_once_what_is_wrong_with_its_photos(tiny_base, tmp_path,
     shutil.copy(photos / "a.png", photos / "b.png")
     small = {"max_train_steps": 1, "learning_rate": 1e-3}
     loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **small))
-    line = "the photos: too few: take 3 or more, or let the command “enlarge” make them from one; "
-    line += "b.png (near-duplicate of a.png)"
+    line = "the photos: too few: take 3 or more; of a thing the command “enlarge” makes them "
+    line += "from one; b.png (near-duplicate of a.png)"
     assert [text for text in caplog.messages if text.startswith("the photos: ")] == [line]
     again = small | {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
     loop.train(tiny_config(tiny_base, photos, tmp_path / "run", **again))
