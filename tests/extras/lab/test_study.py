@@ -180,15 +180,9 @@ def test_the_shipped_study_is_the_one_that_was_promised(monkeypatch):
     monkeypatch.chdir(MIXERS.parents[2])
     study = load_study(MIXERS)
     assert set(load_study(MIXERS.with_name("recipe.toml")).arms) == {"recommended", "no_prior"}
-    assert len(study.subjects) >= 6 and len(study.seeds) == 2 and study.ranks == (4, 64)
+    assert len(study.subjects) == len(study.seeds) == 8 and study.ranks == (4,)
     arms = {(a.get("mixer"), a.get("train_mixer", True)) for a in study.arms.values()}
-    assert arms >= {
-        ("none", True),
-        ("orthogonal", True),
-        ("orthogonal", False),
-        ("identity", True),
-        ("kaiming", True),
-    }
+    assert arms == {("none", True), ("orthogonal", True), ("kaiming", True)}
 
 
 def made_up(
