@@ -365,6 +365,7 @@ def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float
     found, counts, steps = [], {}, {}
     vae = vae_of(MODELS[name][0])
     for plan in COUNTED:
+        # What the program says
         gc.collect()
         facts, denoiser = denoiser_of(*MODELS[name][:2])
         config = config_of(facts, resolution, rank, plan)
@@ -373,6 +374,8 @@ def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float
         told = estimate(config, size, total_steps=100)
         weights = bytes_of(denoiser) / GIB - saved_gib(denoiser, plan)
         weights -= on_host_gib(denoiser, plan)
+
+        # What is counted: a step and a sample, once for plans that compute the same
         with torch.device("meta"):
             add_adapters(config, {facts.denoiser: denoiser})
         adapter = sum(weight.numel() for weight in denoiser.parameters() if weight.requires_grad)
@@ -384,6 +387,8 @@ def deviations(name: str, resolution: int, rank: int) -> list[tuple[float, float
             disable_fast_path(denoiser)
             counts[is_recomputed] = ours, count(name, facts, denoiser, resolution)
         counted, of_peft = counts[is_recomputed]
+
+        # Both side by side
         staying = weights + adapter * 12 / GIB + CONTEXT_GIB
         drawn = max(drawing, decoding_gib(facts.name, resolution, is_short=True))
         drawn += bytes_of(vae) / GIB + adapter * GRADIENT_BYTES / GIB

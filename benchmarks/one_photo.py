@@ -310,21 +310,26 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     encoders = load_encoders("toy")
 
+    # A subject's runs follow each other: they share an evaluator, which drew the base's pictures.
     found: dict[str, dict[str, list[dict[str, float]]]] = {arm: {} for arm in args.arms}
     for subject in args.subjects:
         evaluator = None
         for seed in args.seeds:
             for arm in args.arms:
+                # The file of one run, which tells whether it is done
                 file = args.out / "results" / f"{arm}--{subject}--seed{seed}.json"
                 if arm == "l2":
                     file = file.with_stem(f"{file.stem}--{args.penalty:g}")
                 if not file.is_file():
+                    # Train and score
                     evaluator = evaluator or evaluator_of(subject, encoders, args.out / "run")
                     began = time.perf_counter()
                     folder = photos_of(arm, subject, args.out, encoders)
                     shutil.rmtree(args.out / "run", ignore_errors=True)
                     config = config_of(folder, subject, seed, args.out / "run")
                     one = figures(run(arm, config, evaluator, args.penalty))
+
+                    # Keep the figures
                     file.parent.mkdir(parents=True, exist_ok=True)
                     atomic_write(file, json.dumps(one) + "\n")
                     took = time.perf_counter() - began

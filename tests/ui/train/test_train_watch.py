@@ -118,6 +118,11 @@ def test_the_verdict_on_a_style_is_by_its_score_and_names_it_as_a_prompt_does(tm
     said = verdict_card(written(tmp_path, *events), tmp_path, has_best=False)
     assert "rose from 0% to 77%" in said and "write “in dusk style” in the prompt" in said
 
+    # Above 1, a style is as like as it can be.
+    events[-1] = scores | {"style": 2.2}
+    said = verdict_card(written(tmp_path, *events), tmp_path, has_best=False)
+    assert "rose from 0% to 100%" in said
+
 
 @pytest.mark.parametrize(
     "advice, words",
