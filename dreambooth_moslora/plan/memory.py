@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.settings import optimizer_kinds, table
+from dreambooth_moslora.settings import families, optimizer_kinds, table
 
 # Bytes of a parameter or an activation, by precision.
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
@@ -198,9 +198,16 @@ def precision_of(config: table.TrainConfig) -> str:
 
 
 def drawing_gib(config: table.TrainConfig, size: BaseSize) -> float:
-    """Memory of a step of denoising one picture."""
+    """Memory of a step of denoising one picture. A transformer's largest block decides it."""
     memory = size.family.memory
-    return (memory.drawing_gib if memory else DRAWING_GIB) * scale_of(config, size)
+    if memory is None:
+        return DRAWING_GIB * scale_of(config, size)
+
+    # Of the model that the family was counted on
+    models = size.family.models
+    counted = min(models, key=lambda model: abs(model.parameters - memory.parameters))
+    width = math.sqrt(size.largest_block / counted.largest_block)
+    return memory.drawing_gib * tokens_of(config, memory) * width * BYTES[precision_of(config)] / 2
 
 
 def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
@@ -209,11 +216,16 @@ def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
     with all tokens, those of the text too."""
     memory = size.family.memory
     if memory:
-        tokens = (config.resolution / 16) ** 2 + memory.text_tokens
         width = math.sqrt(size.unet / memory.parameters)
-        return tokens / (4096 + memory.text_tokens) * width * BYTES[precision_of(config)] / 2
+        return tokens_of(config, memory) * width * BYTES[precision_of(config)] / 2
     width = math.sqrt(size.unet / BaseSize.unet)
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
+
+
+def tokens_of(config: table.TrainConfig, memory: families.Memory) -> float:
+    """Tokens of a picture and its text, relative to those of 1024 px."""
+    tokens = (config.resolution / 16) ** 2 + memory.text_tokens
+    return tokens / (4096 + memory.text_tokens)
 
 
 def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:

@@ -134,7 +134,7 @@ def test_the_estimate_of_a_family_lies_within_a_tenth_of_the_count_on_its_full_s
     found = [one for case in cases for one in family_memory.deviations(name, *case)]
     said = capsys.readouterr().out
     steps, samples = zip(*found)
-    assert max(map(abs, steps)) < 0.1 and max(samples) < 0.1 and min(samples) > -0.03, said
+    assert max(map(abs, steps)) < 0.1 and min(samples) > -0.03 and max(samples) < 0.04, said
     streamed = [abs(one) for one, plan in zip(steps, family_memory.COUNTED) if "stream" in plan]
     assert len(streamed) == 3 and max(streamed) < 0.03, said
     kernels = re.findall(r" (\d+) +(\d+) kernels", said.replace(",", ""))
