@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import one_word
+from benchmarks import one_word, several_subjects
 
 
 def test_a_row_a_subject_and_the_mean_with_its_interval(tmp_path, capsys):
@@ -24,3 +24,32 @@ def test_a_row_a_subject_and_the_mean_with_its_interval(tmp_path, capsys):
     assert lines[5].startswith("| mean | 0.940 [0.") and lines[5].endswith("| 210 |")
     found = json.loads((tmp_path / "all.json").read_text())
     assert list(found) == list(subjects) and list(found["bear"]) == list(one_word.COLUMNS)
+
+
+def test_companions_are_compared_by_subject():
+    def scored(likeness, drift):
+        relative = {"dino_of_ceiling": likeness, "drift_of_spread": drift, "clip_t_of_ceiling": 1.0}
+        taken = {"confusion": {"mean": 0.25}, "confusion_base": {"mean": 0.5}}
+        return {"relative": relative, "scores": taken}
+
+    alone = {"duck": scored(0.9, 0.5), "bear": scored(0.8, 0.7)}
+    together = {"bear": scored(0.7, 0.9), "duck": scored(0.8, 0.7)}
+    *_, difference = several_subjects.table(alone, together).splitlines()
+    _, _, likeness, clip_t, drift, _ = difference.split("|")
+    assert likeness.strip() == "-0.100 [-0.100, -0.100]"
+    assert clip_t.strip() == "+0.000 [+0.000, +0.000]"
+    assert drift.strip() == "+0.200 [+0.200, +0.200]"
+    assert several_subjects.confusion(together) == (
+        "confusion with the companion: 0.250 [0.250, 0.250], of the base 0.500 [0.500, 0.500]"
+    )
+
+
+def test_two_subjects_train_as_many_steps_of_each_as_one_alone(tmp_path):
+    one = several_subjects.config_of(["duck"], tmp_path / "one")
+    two = several_subjects.config_of(["duck", "rocket"], tmp_path / "two")
+    assert two.max_train_steps == 2 * one.max_train_steps
+    assert [subject.instance_prompt for subject in two.each_subject] == [
+        "a photo of a sks duck",
+        "a photo of a sks rocket",
+    ]
+    assert one.instance_data_dir == two.each_subject[0].instance_data_dir
