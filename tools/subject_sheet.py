@@ -16,14 +16,11 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
+from toybox.measures.grades import drawn_in_places
 
 __all__ = ["main", "rows"]
-
-PLACES = ("in the snow", "on a purple rug", "in the desert", "on a checkered floor")
-STEPS, GUIDANCE = 30, 2.5
 
 
 def rows(runs: list[Path]) -> Iterator[Row]:
@@ -32,19 +29,8 @@ def rows(runs: list[Path]) -> Iterator[Row]:
     for run in runs:
         settings = json.loads(RunDir(run).config_path.read_text(encoding="utf-8"))
         photo = min(Path(settings["instance_data_dir"]).glob("*.jpg"))
-        adapters, prompt = (
-            ((subject.load_adapter(run, run.name), 1.0),),
-            settings["instance_prompt"],
-        )
-        drawn = []
-        for seed, place in enumerate(PLACES):
-            words = f"{prompt} {place}"
-            drawn += subject.draw(
-                GenerationParams(words, "", seed, STEPS, GUIDANCE, adapters=adapters)
-            )
-        yield Row(
-            run.name.replace("_", " "), [Image.open(photo), *(image.pixels for image in drawn)]
-        )
+        drawn = drawn_in_places(subject, run, settings["instance_prompt"])
+        yield Row(run.name.replace("_", " "), [Image.open(photo), *drawn])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,8 @@
-"""Pictures of twenty prompts for eyes that do not know who drew what, and the means of the grades
-that these give.
+"""Pictures for eyes that do not know who drew what, and the means of the grades that these give.
 
     python -m toybox.measures.grades draw OUT --base new=assets/toy-sdxl --base old=OLD/toy-sdxl
+    python -m toybox.measures.grades adapters OUT --runs new=runs/one_word --runs old=OLD/runs \
+        --base old=OLD/toy-sdxl
     python -m toybox.measures.grades mean OUT first.json second.json
 
 `draw` mixes the pictures of each base with true renders of the same scenes. OUT/sheet_1.png and so
@@ -9,35 +10,55 @@ on show twenty pictures each, at twice their size, with a number and what was as
 OUT/key.json tells who drew which. The prompts and seeds are fixed: eight of seen combinations, six
 of held-out ones, six that name a pattern or an ornament.
 
+`adapters` does so with what adapters draw of sample subjects in four places that no photo shows:
+OUT/sheet_SUBJECT.png begins with a photo. Each folder of runs has one by the name of each subject.
+
 A grader sees the sheets only, and writes {"1": 4, …}: 5, nothing to complain of; 4, one small flaw;
 3, a flaw that is seen at once; 2, hard to recognise or a part of the prompt is missing; 1, not what
-was asked for. `mean` prints the mean, the lowest and the highest for each source, over all graders,
-and the graders' mean difference on one picture.
+was asked for. Of a subject, not to look like the photo's is a flaw. `mean` prints the mean, the
+lowest and the highest for each source, over all graders, and the graders' mean difference on one
+picture.
 """
 
 import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from toybox.captions import canonical_caption, full_caption
+from toybox.make_subjects import FOLDER, load
 from toybox.measures.evaluate_base import generate, scenes_for
 from toybox.render import render
+from toybox.truth import view
 
-__all__ = ["draw", "mean", "main"]
+__all__ = ["PLACES", "draw", "draw_adapters", "drawn_in_places", "main", "mean"]
 
 GROUPS = ((8, False, 70_000, False), (6, True, 71_000, False), (6, False, 72_000, True))
 """How many scenes, and what `scenes_for` is told: held out, seed, and whether all is named."""
 SEED, ON_A_SHEET, TILE_PX = 70_000, 20, 256
 RENDERS = "renders"
+PLACES = ("in the snow", "on a purple rug", "in the desert", "on a checkered floor")
+"""For adapters; no photo of a sample subject shows them."""
+INFERENCE_STEPS, GUIDANCE = 30, 2.5
+
+
+class Drawn(NamedTuple):
+    """A picture, who drew it, and what was asked for."""
+
+    by: str
+    prompt: str
+    picture: Image.Image
 
 
 def draw(
@@ -55,22 +76,81 @@ def draw(
         pipeline.set_progress_bar_config(disable=True)
         by_source[name] = generate(pipeline, prompts, seed=SEED)
     drawn = [
-        (name, i, pixels) for name, images in by_source.items() for i, pixels in enumerate(images)
+        Drawn(name, prompt, Image.fromarray(pixels.numpy()))
+        for name, images in by_source.items()
+        for prompt, pixels in zip(prompts, images)
     ]
     random.Random(SEED).shuffle(drawn)
-    out.mkdir(parents=True, exist_ok=True)
-    key = {
-        number: {"by": name, "prompt": prompts[i]}
-        for number, (name, i, _) in enumerate(drawn, start=1)
-    }
-    (out / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
     for start in range(0, len(drawn), ON_A_SHEET):
-        part = drawn[start : start + ON_A_SHEET]
-        captions = tuple(
-            f"{start + n}: {asked(prompts[i])}" for n, (_, i, _) in enumerate(part, start=1)
+        part = dict(enumerate(drawn[start : start + ON_A_SHEET], start=start + 1))
+        write_sheet(part, out / f"sheet_{start // ON_A_SHEET + 1}.png")
+    write_key(dict(enumerate(drawn, start=1)), out)
+
+
+def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]) -> None:
+    """OUT/sheet_SUBJECT.png and OUT/key.json, as `draw` writes them.
+
+    runs: name -> a folder with a run for each subject
+    bases: name -> the base of its runs, if it is not the toy
+    """
+    pipelines = {name: SubjectPipeline.from_base(bases.get(name, "toy")) for name in runs}
+    first = next(iter(runs.values()))
+    subjects = sorted(path.name for path in first.iterdir() if (FOLDER / path.name).is_dir())
+    numbered: dict[int, Drawn] = {}
+    for subject in subjects:
+        # True renders and each source's pictures in the same places, mixed
+        sample, rng = load(subject), random.Random(f"{SEED} {subject}")
+        prompt = f"a photo of a {sample.token} {sample.class_word}"
+        true = render([view(rng, sample.toy, place) for place in PLACES])
+        drawn = [
+            Drawn(RENDERS, f"{prompt} {place}", Image.fromarray(pixels.numpy()))
+            for place, pixels in zip(PLACES, true)
+        ]
+        for name, folder in runs.items():
+            pictures = drawn_in_places(pipelines[name], folder / subject, prompt)
+            drawn += [
+                Drawn(name, f"{prompt} {place}", picture)
+                for place, picture in zip(PLACES, pictures)
+            ]
+        rng.shuffle(drawn)
+
+        # One sheet a subject, begun with a photo
+        part = dict(enumerate(drawn, start=len(numbered) + 1))
+        with Image.open(FOLDER / subject / "00.jpg") as photo:
+            write_sheet(part, out / f"sheet_{subject}.png", photo.convert("RGB"))
+        numbered |= part
+    write_key(numbered, out)
+
+
+def drawn_in_places(pipeline: SubjectPipeline, run: Path, prompt: str) -> list[Image.Image]:
+    """What the run's adapter draws in PLACES, each with a fixed seed of its own."""
+    adapters = ((pipeline.load_adapter(run, run.name), 1.0),)
+    pictures = []
+    for seed, place in enumerate(PLACES):
+        params = GenerationParams(
+            f"{prompt} {place}", "", seed, INFERENCE_STEPS, GUIDANCE, adapters=adapters
         )
-        row = Row("", [Image.fromarray(pixels.numpy()) for _, _, pixels in part], captions)
-        draw_contact_sheet([row], out / f"sheet_{start // ON_A_SHEET + 1}.png", tile_px=TILE_PX)
+        (image,) = pipeline.draw(params)
+        pictures.append(image.pixels)
+    return pictures
+
+
+def write_sheet(
+    numbered: Mapping[int, Drawn], path: Path, photo: Image.Image | None = None
+) -> None:
+    """The pictures with their numbers and what was asked for, after a photo of the subject."""
+    images = [one.picture for one in numbered.values()]
+    captions = [f"{number}: {asked(one.prompt)}" for number, one in numbered.items()]
+    if photo is not None:
+        images, captions = [photo, *images], ["the photo", *captions]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_contact_sheet([Row("", images, tuple(captions))], path, tile_px=TILE_PX)
+
+
+def write_key(numbered: Mapping[int, Drawn], out: Path) -> None:
+    """OUT/key.json."""
+    key = {number: {"by": one.by, "prompt": one.prompt} for number, one in numbered.items()}
+    (out / "key.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
 
 
 def asked(prompt: str) -> str:
@@ -103,24 +183,34 @@ def disagreement(graders: Sequence[Path]) -> float:
     )
 
 
+def folders(given: Sequence[str]) -> dict[str, Path]:
+    """Of NAME=FOLDER each."""
+    pairs = (one.partition("=") for one in given)
+    return {name: Path(folder) for name, _, folder in pairs}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    drawing, reading = commands.add_parser("draw"), commands.add_parser("mean")
-    for command in (drawing, reading):
-        command.add_argument("out", type=Path, metavar="OUT")
-    drawing.add_argument(
-        "--base", action="append", required=True, metavar="NAME=FOLDER", help="again for another"
+    drawing, adapters, reading = (
+        commands.add_parser(name) for name in ("draw", "adapters", "mean")
     )
+    for command in (drawing, adapters, reading):
+        command.add_argument("out", type=Path, metavar="OUT")
+    for command in (drawing, adapters):
+        command.add_argument(
+            "--base", action="append", default=[], metavar="NAME=FOLDER", help="again for another"
+        )
+    adapters.add_argument("--runs", action="append", required=True, metavar="NAME=FOLDER")
     reading.add_argument("grades", type=Path, nargs="+", metavar="GRADES.json")
     args = parser.parse_args(argv)
     if args.command == "draw":
-        draw(
-            args.out,
-            {name: Path(folder) for name, _, folder in (base.partition("=") for base in args.base)},
-        )
+        draw(args.out, folders(args.base))
+        return
+    if args.command == "adapters":
+        draw_adapters(args.out, folders(args.runs), folders(args.base))
         return
     for name, values in mean(args.out, args.grades).items():
         print(name, json.dumps(values))

@@ -1,0 +1,43 @@
+"""Sheets for graders who do not know who drew what, and the means of their grades."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from dreambooth_moslora.disk.paths import assets_folder
+from dreambooth_moslora.disk.run_folder import RunDir
+from toybox.measures import grades
+
+
+def test_the_mean_of_each_source_is_over_all_graders(tmp_path, capsys):
+    drawn = {1: "renders", 2: "new", 3: "new"}
+    numbered = {number: grades.Drawn(by, "a photo of a bear", None) for number, by in drawn.items()}
+    grades.write_key(numbered, tmp_path)
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    files[0].write_text('{"1": 5, "2": 2, "3": 3}')
+    files[1].write_text('{"1": 4, "2": 3, "3": 3}')
+    grades.main(["mean", str(tmp_path), *map(str, files)])
+    assert capsys.readouterr().out.splitlines() == [
+        'renders {"mean": 4.5, "lowest": 4, "highest": 5}',
+        'new {"mean": 2.75, "lowest": 2, "highest": 3}',
+        "two graders differ by 0.67 on a picture",
+    ]
+    files[1].write_text('{"1": 4, "2": 3}')
+    with pytest.raises(ValueError, match="no grade for 3"):
+        grades.mean(tmp_path, files)
+
+
+@pytest.mark.slow
+def test_what_adapters_draw_is_mixed_with_true_renders_of_the_same_places(tmp_path):
+    run = tmp_path / "runs" / "rocket"
+    run.mkdir(parents=True)
+    shutil.copy(assets_folder() / "adapters" / "rocket.safetensors", RunDir(run).adapter_path)
+    grades.main(["adapters", str(tmp_path / "out"), "--runs", f"new={run.parent}"])
+    key = json.loads((tmp_path / "out" / "key.json").read_text())
+    prompts = {f"a photo of a sks rocket {place}" for place in grades.PLACES}
+    for by in ("renders", "new"):
+        assert {one["prompt"] for one in key.values() if one["by"] == by} == prompts
+    assert Counter(one["by"] for one in key.values()) == {"renders": 4, "new": 4}
+    assert (tmp_path / "out" / "sheet_rocket.png").is_file()
