@@ -31,7 +31,12 @@ def test_a_photo_is_cut_around_its_subject_and_one_in_the_middle_stays_there():
 
 
 def test_the_docs_have_no_picture_that_the_tool_does_not_make():
-    assert {path.stem for path in Path("assets/pictures").glob("*.jpg")} == pictures.JPEGS.keys()
+    names = {path.name for path in Path("assets/pictures").iterdir()}
+    drawn = {name for name in names if not name.startswith("page_")}
+    assert drawn == {f"{name}.jpg" for name in pictures.JPEGS}
+    pages = [Path("README.md"), *Path("docs").glob("*.md")]
+    shown = "".join(path.read_text(encoding="utf-8") for path in pages)
+    assert [name for name in sorted(names) if f"assets/pictures/{name}" not in shown] == []
 
 
 @pytest.mark.slow
