@@ -60,16 +60,20 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w) in fp32, as the VAE computes them."""
-    # Undo what the denoiser's latents are scaled by.
-    latents = latents.float() / vae.config.scaling_factor
-    if statistics := latent_statistics(vae, latents.device):
-        mean, deviation = statistics
-        latents = latents * deviation + mean
-
+    latents = unscaled(vae, latents)
     size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
     device = machine.device_of(vae)
     with tiled_where_short(vae, size_px, device):
         return vae.decode(latents.to(device, vae.dtype)).sample.float()
+
+
+def unscaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the denoiser sees them -> as the VAE decodes them, the same shape, in fp32."""
+    latents = latents.float() / vae.config.scaling_factor
+    if statistics := latent_statistics(vae, latents.device):
+        mean, deviation = statistics
+        latents = latents * deviation + mean
+    return latents
 
 
 def latent_statistics(

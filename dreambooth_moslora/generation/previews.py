@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
+from dreambooth_moslora.base import decode
 from dreambooth_moslora.errors import StopRequestedError
 from dreambooth_moslora.generation.params import GenerationParams, Step
 
@@ -36,7 +37,7 @@ class LatentColours:
         dtype = vae.dtype
         try:
             vae.to(torch.float32)
-            pixels = vae.decode((latents / vae.config.scaling_factor).to(device)).sample
+            pixels = vae.decode(decode.unscaled(vae, latents).to(device)).sample
         finally:
             vae.to(dtype)
 

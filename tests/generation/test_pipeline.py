@@ -261,11 +261,14 @@ class LinearVae(torch.nn.Module):
         return SimpleNamespace(sample=torch.nn.functional.interpolate(colours, scale_factor=8.0))
 
 
-def test_preview_colours_are_those_of_the_vae():
+@pytest.mark.parametrize("statistics", [{}, {"latents_mean": [1.0] * 4, "latents_std": [8.0] * 4}])
+def test_preview_colours_are_those_of_the_vae(statistics):
+    """Also of one whose latents have a mean and a deviation, as Playground v2.5's."""
     vae, latents = LinearVae(), previews.smooth_latents(4, seed=7)
-    truth = (
-        vae.decode(latents / vae.config.scaling_factor).sample[0, :, ::8, ::8] / 2 + 0.5
-    ).clamp(0, 1) * 255
+    vae.config = SimpleNamespace(latent_channels=4, scaling_factor=0.25, **statistics)
+    mean, deviation = (1.0, 8.0) if statistics else (0.0, 1.0)
+    decoded = vae.decode(latents / 0.25 * deviation + mean).sample[0, :, ::8, ::8]
+    truth = (decoded / 2 + 0.5).clamp(0, 1) * 255
     preview = np.asarray(previews.LatentColours(vae)(latents, (32, 32))).astype(float)
     assert np.abs(preview - truth.permute(1, 2, 0).numpy()).max() <= 1.01
 
