@@ -223,13 +223,13 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
 
 
 def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
-    """Raises UserError when `base` has other weights than the checkpoint's, where both are held
-    alike."""
+    """Raises UserError when `base` has other weights than the checkpoint's, its companion's among
+    them, where both are held alike."""
     held_there, _, there = position.base.rpartition(" ")
     held, _, here = base.rpartition(" ")
     if checkpoint is not None and held_there == held and there != here:
         raise UserError(
-            f"--base: {checkpoint.name} was trained on a base with "
+            f"--base, --companion: {checkpoint.name} was trained on a base with "
             "other weights: resume with that one, or start a new run."
         )
 

@@ -194,7 +194,7 @@ def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.d
     weights = frozen_base.fingerprint(denoiser) if is_exact else ""
     held = f"{dtype} {config.base_quantization} {config.variant} {weights}"
     if config.companion:
-        held += f" {file_digest(find_weights(config.companion))}"
+        held += f"+{file_digest(find_weights(config.companion))}"
     return held
 
 

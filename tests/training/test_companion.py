@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("two_steps")
 LAYERS = ("layers.0.attention.to_q", "layers.1.feed_forward.w1", "noise_refiner.0.attention.to_k")
 
 
-def save_companion(file: Path, denoiser: torch.nn.Module, **more: torch.Tensor) -> Path:
+def save_companion(
+    file: Path, denoiser: torch.nn.Module, scale: float = 0.2, **more: torch.Tensor
+) -> Path:
     """A LoRA of some layers, one of which the adapter has too."""
     draws = torch.Generator().manual_seed(1)
     tensors = {}
@@ -30,7 +32,7 @@ def save_companion(file: Path, denoiser: torch.nn.Module, **more: torch.Tensor) 
         outputs, inputs = moslora.weight_size(denoiser.get_submodule(path))
         name = f"transformer.{path}"
         tensors[f"{name}.lora_A.weight"] = torch.randn(4, inputs, generator=draws)
-        tensors[f"{name}.lora_B.weight"] = 0.2 * torch.randn(outputs, 4, generator=draws)
+        tensors[f"{name}.lora_B.weight"] = scale * torch.randn(outputs, 4, generator=draws)
     save_file(tensors | more, file)
     return file
 
@@ -88,3 +90,28 @@ def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora
     file = save_companion(tmp_path / "odd.safetensors", pipeline.transformer, **bias)
     with pytest.raises(UserError, match="give a plain LoRA of Z-Image's transformer alone"):
         companion.read(file, pipeline)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ("none", "int8"))
+def test_a_run_goes_on_with_its_companion_alone(quantization, bases, tmp_path):
+    _, file, base = bases
+    photos = paint_photos(tmp_path / "photos")
+    other = save_companion(
+        tmp_path / "other.safetensors", load.load_pipeline(base).transformer, scale=0.3
+    )
+
+    def run(given, **more):
+        usual = {"target_modules": rows.ATTENTION, "base_quantization": quantization}
+        train(
+            tiny_config(
+                base, photos, tmp_path / "run", companion=given and str(given), **usual, **more
+            )
+        )
+
+    run(file, max_train_steps=2, checkpointing_steps=1)
+    resumed = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    for another in (None, other):
+        with pytest.raises(UserError, match="trained on a base with other weights"):
+            run(another, **resumed)
+    run(file, **resumed)
