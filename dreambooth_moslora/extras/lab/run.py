@@ -33,14 +33,13 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.evaluation import metrics, references, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
+from dreambooth_moslora.evaluation.report import evaluators_of
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
 from dreambooth_moslora.extras.lab.budget import budget_ranks, count_parameters
 from dreambooth_moslora.extras.lab.comparison import Result, best_rates, judged, rate_curves
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.photos.photo_file import open_mask, open_rgb
-from dreambooth_moslora.photos.synthetic import real_ones
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import text_options_of
 from dreambooth_moslora.settings.subject_kinds import kind_of
@@ -158,16 +157,7 @@ def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
     has_face = kind_of(config).has_face
     encoders = encoders_of(base, protocol.clip, protocol.dino, faces=has_face)
     resolution_px = pipeline_from(study.base).resolution_px
-    truth = score_tables.truth_of(base, config.instance_data_dir, plan, encoders, resolution_px)
-    photos = real_ones(photos)
-    made = score_tables.Evaluator(
-        plan,
-        encoders,
-        photos=[open_rgb(photo) for photo in photos],
-        masks=[open_mask(photo) for photo in photos],
-        truth=truth,
-        faces=encoders.faces,
-    )
+    (made,) = evaluators_of([config], photos, [plan], encoders, resolution_px)
     EVALUATORS[key] = made
     return made
 
