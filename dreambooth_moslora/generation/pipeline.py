@@ -405,30 +405,11 @@ class SubjectPipeline:
         emit(image)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        """Text conditioning for all images of a call; the negative half only if guidance uses
-        it."""
+        """Text conditioning for all images of a call, as in training."""
         family = self.family_for(params.adapters, dict(params.text_options))
-
-        # Families other than SDXL's: this program's own encoding, as in training
-        if not family.facts.needs_sizes:
-            (said,) = family.texts(self.pipeline, [params.prompt])
-            against = family.negative(self.pipeline, params.negative_prompt)
-            return family.with_negative(family.arguments([said]), family.arguments([against]))
-
-        # SDXL: by its pipeline, in the order in which that returns them
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        )
-        embeds = self.pipeline.encode_prompt(
-            params.prompt,
-            device=self.pipeline._execution_device,
-            negative_prompt=params.negative_prompt or None,
-            do_classifier_free_guidance=params.guidance_scale > 1,
-        )
-        return dict(zip(names, embeds))
+        (said,) = family.texts(self.pipeline, [params.prompt])
+        against = family.negative(self.pipeline, params.negative_prompt)
+        return family.with_negative(family.arguments([said]), family.arguments([against]))
 
     def _scheduler(self, name: str | None) -> diffusers.SchedulerMixin:
         """A scheduler of that name, or the base's own, at the noise levels of the base's own."""
