@@ -74,8 +74,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     # How to judge it
     group = parser.add_argument_group("protocol")
     about = (
-        "auto (default), object, live, person, toy, or a text file with a prompt on each line, "
-        "{} for the subject"
+        "auto (default), object, live, person, toy, style, toy_style, or a text file with a prompt "
+        "on each line, {} for the subject"
     )
     group.add_argument("--prompts", default="auto", help=about)
     group.add_argument(

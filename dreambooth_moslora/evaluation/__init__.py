@@ -1,1 +1,1 @@
-"""Scores adapters: metrics, encoders, reports and studies."""
+"""Scores adapters: metrics, encoders, reports, and photos made from one."""

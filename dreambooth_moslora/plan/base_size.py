@@ -101,7 +101,7 @@ def size_of_shapes(
         if rows.is_adapted(path, target_modules)
     )
 
-    # Those of each block that quantisation replaces, as `base.load` chooses them.
+    # Those of each block that quantisation replaces, as `base.quantization` chooses them.
     pattern = BLOCKS if facts.style == "flow" else UNET_BLOCKS
     blocks: Counter[str] = Counter()
     for path, shape in layers.items():

@@ -31,7 +31,7 @@ from dreambooth_moslora.values import is_number
 
 MIXERS = ["orthogonal", "identity", "kaiming", "butterfly", "none"]
 """How the r x r matrix between A and B starts; `none` is a plain LoRA."""
-# Files whose content decides a result.
+# Files that a training begins with: another content is another run.
 BEGUN_WITH = ("init_adapter", "companion", "pretrained_vae_model_name_or_path")
 PLANS: dict[str, dict[str, object]] = {
     "full": {},

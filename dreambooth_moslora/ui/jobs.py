@@ -245,7 +245,7 @@ class Jobs:
         return next((job for job in self.all() if job.is_alive), None)
 
     def metrics(self, job: Job) -> Metrics:
-        """The run's events as they are now; the file is read on from where it was."""
+        """The run's events as they are now."""
         with self._lock:
             path = run_folder.RunDir(job.run_dir).metrics_path
             return self._metrics.setdefault(path, Metrics(path)).refresh()

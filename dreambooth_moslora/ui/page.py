@@ -41,7 +41,7 @@ FILE_AGE_SEC = 24 * 3600
 """The age at which they are deleted."""
 PUBLIC_FILE_AGE_SEC = 3600
 """The same on a public page, whose visitors may draw without end."""
-HINT = html.notice("Drop a PNG, JPEG or WebP made here or elsewhere, or a .safetensors adapter.")
+HINT = html.notice("Drop a PNG of this page, or a .safetensors adapter.")
 """What Inspect shows before anything is dropped."""
 
 
