@@ -116,7 +116,7 @@ def overtrained_run(work: Path) -> Path:
         ASSETS / "subjects" / "bear" / "subject.json",
     ]:
         shutil.copy(path, bare)
-    flags = ["--max_train_steps", "640", "--evaluate_steps", "80", "--num_validation_images", "4"]
+    flags = ["--evaluate_steps", "80", "--num_validation_images", "4"]
     return trained(work, "overtrained", "--instance_data_dir", bare, *flags)
 
 
