@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dreambooth_moslora.base import files
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import public_name, user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families, toys
@@ -149,7 +150,7 @@ class Base:
         # What is on this machine comes first: the hub is asked only where nothing is.
         home = self._cached if self.source == "hub" else self.configs
         if home is not None:
-            return files.read_json(home / files.INDEX)
+            return read_json(home / files.INDEX)
         return asked_of_hub(self.name, self.revision) if self.source == "hub" else None
 
     @property

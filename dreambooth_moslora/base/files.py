@@ -1,7 +1,6 @@
 """Readers of a base's files: its weight files, their headers and its configurations. `base.base`
 has what they say."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import families
 
@@ -202,17 +202,6 @@ def check_weights(folder: Path, variant: str | None = None) -> None:
     if not weight_files(folder, variant):
         lack = "there is neither a .safetensors nor a .bin file in it"
         raise UserError(f"{folder} has no weights: {lack}.")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no names and values.")
-    return found
 
 
 def configs_beside(checkpoint: Path) -> Path | None:

@@ -259,7 +259,7 @@ DAMAGES = {
     "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer is missing"),
     "a broken index": (
         lambda base: (base / INDEX).write_text("{"),
-        "model_index.json cannot be read",
+        "model_index.json: it is not valid JSON",
     ),
 }
 
