@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 TOKEN = "sks"  # The rare word, if none is given.
 OBLONG = 1.1  # Photos whose sides differ by more than this factor are cropped in their own shapes.
-USUAL_EXPOSURES = 200  # Exposures of each photo if a file that replaces the recipe sets no steps.
+USUAL_EXPOSURES = 200
+"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
 PHOTOS_OF_A_RECIPE = 5
 """A recipe's number of steps is meant for this many photos; both give the exposures of each."""
 OWN = (

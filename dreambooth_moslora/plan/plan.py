@@ -23,6 +23,7 @@ from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
 
 FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
+NEEDED_EXPOSURES = "a subject needs 100 or more"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dreambooth_moslora.photos.examine import examine
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory_plans import plan_lines
-from dreambooth_moslora.plan.plan import FEW_EXPOSURES, Plan, make_plan
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES, NEEDED_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.plan.speed import speed_here
 from dreambooth_moslora.settings import lr_schedules, rules, table
 from dreambooth_moslora.settings.prompts import subject_of
@@ -30,8 +30,10 @@ def advice(plan: Plan) -> list[str]:
     # The number of steps.
     seen = steps.exposures_a_photo
     if seen < FEW_EXPOSURES:
-        many = "a subject needs 100 or more: set --exposures_per_photo or --max_train_steps"
-        lines.append(f"each photo is seen about {seen:.0f} times, and {many}")
+        lines.append(
+            f"each photo is seen about {seen:.0f} times, and {NEEDED_EXPOSURES}: "
+            "set --exposures_per_photo or --max_train_steps"
+        )
     warm_up = config.lr_warmup_steps
     if lr_schedules.takes(config, "lr_warmup_steps") and warm_up >= steps.total_steps:
         lines.append(

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.plan.plan import FEW_EXPOSURES
+from dreambooth_moslora.plan.choices import USUAL_EXPOSURES
+from dreambooth_moslora.plan.plan import FEW_EXPOSURES, NEEDED_EXPOSURES
 from dreambooth_moslora.precision import LIKE_FP32
 from dreambooth_moslora.settings.prompts import class_word_of
 from dreambooth_moslora.settings.subject_kinds import kind_of
@@ -27,8 +28,6 @@ MOST_LINES = 3
 """Of advice at the end of a run."""
 NOTHING = "nothing: no figure stands out"
 NOT_SCORED = "nothing was scored"
-USUAL_EXPOSURES = 200
-"""Exposures of a photo: the recipes show each of five photos 192 to 400 times."""
 RISE_LEFT = 0.1
 """Of the likeness gained, in a run's last third: then more steps would help."""
 SCORE_LOST = 0.03
@@ -71,7 +70,7 @@ def about_the_steps(run: Figures) -> Iterator[str]:
 
     # Too few steps, or none that anybody looked at.
     if is_short(run):
-        seen = f"each photo was shown {run.exposures:.0f} times, and a subject needs 100 or more"
+        seen = f"each photo was shown {run.exposures:.0f} times, and {NEEDED_EXPOSURES}"
         yield f"{seen}: try --exposures_per_photo {USUAL_EXPOSURES}"
     if run.step and not run.scores and run.state != "failed":
         every = max(1, run.step // 5)
