@@ -47,6 +47,7 @@ from dreambooth_moslora.photos.folder import photo_report, usable_photos
 from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.subjects import prompts_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.prepare import prepare
 from dreambooth_moslora.training.reporter import Reporter, RunContext
@@ -207,10 +208,8 @@ def drawn(scenes: list[Scene]):
 def config_of(folder: Path, subject: str, seed: int, out: Path) -> TrainConfig:
     """The toy's recipe, with fewer steps."""
     sample = load(subject)
-    own = {
+    own = prompts_of(sample.token, sample.class_word) | {
         "instance_data_dir": str(folder),
-        "instance_prompt": f"a photo of a {sample.token} {sample.class_word}",
-        "class_prompt": f"a photo of a {sample.class_word}",
         "output_dir": str(out),
         "seed": seed,
         "max_train_steps": STEPS,

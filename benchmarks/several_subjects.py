@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.one_word import PROTOCOL, run_command
 from dreambooth_moslora.evaluation.metrics import bootstrap_mean
 from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.subjects import prompts_of
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from toybox.make_subjects import FOLDER, load
@@ -52,12 +53,8 @@ def config_of(subjects: Sequence[str], run: Path) -> TrainConfig:
     words = []
     for subject in subjects:
         sample = load(subject)
-        own = {
-            "instance_data_dir": str(FOLDER / subject),
-            "instance_prompt": f"a photo of a {sample.token} {sample.class_word}",
-            "class_prompt": f"a photo of a {sample.class_word}",
-        }
-        words.append(own)
+        prompts = prompts_of(sample.token, sample.class_word)
+        words.append({"instance_data_dir": str(FOLDER / subject)} | prompts)
     settings = load_settings(RECIPE)
     del settings["subjects"]
     settings |= {"subjects": words} if len(words) > 1 else words[0]

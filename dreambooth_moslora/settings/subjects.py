@@ -52,17 +52,20 @@ def tables_of_folder(folder: Path) -> tuple[dict[str, str], ...]:
             f"--subjects {folder}: there is no folder in it; each subject has one, such as "
             "`sks dog`."
         )
-    return tuple({"instance_data_dir": str(path)} | prompts_of(path) for path in folders)
+    return tuple({"instance_data_dir": str(path)} | prompts_of_folder(path) for path in folders)
 
 
-def prompts_of(folder: Path) -> dict[str, str]:
+def prompts_of_folder(folder: Path) -> dict[str, str]:
     """Instance and class prompt from the name of a subject's folder, `sks duck`: the first word is
     the token, the others say what it is."""
     words = COUNTED.sub("", folder.name).replace("_", " ").split() or [folder.name]
     token = words[0]
     noun = " ".join(words[1:])
-    if not noun:
-        return {"instance_prompt": f"a photo of {token}"}
+    return prompts_of(token, noun) if noun else {"instance_prompt": f"a photo of {token}"}
+
+
+def prompts_of(token: str, noun: str) -> dict[str, str]:
+    """The settings that name a subject by its rare word and its class."""
     return {
         "instance_prompt": f"a photo of a {token} {noun}",
         "class_prompt": f"a photo of a {noun}",

@@ -31,10 +31,10 @@ from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, fin
 from dreambooth_moslora.disk.run_folder import check_name, find_weights
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster import records
+from dreambooth_moslora.plan.choices import TOKEN
 from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.settings.subjects import prompts_of
 
-TOKEN = "sks"
-"""The rare word of a subject that names none."""
 OWN = ("folder", "token", "class", "class_word", "name")
 """Names of a list that are no settings of a training."""
 GIVEN = "a fleet sets it for each run; leave it out"
@@ -217,14 +217,6 @@ def settings_of(
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
     table.TrainConfig.from_dict(settings)
     return settings
-
-
-def prompts_of(token: str, word: str) -> dict[str, str]:
-    """The settings that name a subject by its rare word and its class."""
-    return {
-        "instance_prompt": f"a photo of a {token} {word}",
-        "class_prompt": f"a photo of a {word}",
-    }
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:

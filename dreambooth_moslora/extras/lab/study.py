@@ -29,10 +29,10 @@ from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.extras.cluster.fleet_subjects import prompts_of
 from dreambooth_moslora.plan import choices
 from dreambooth_moslora.plan.checks import check_references
 from dreambooth_moslora.settings import sources
+from dreambooth_moslora.settings.subjects import prompts_of
 from dreambooth_moslora.settings.table import TrainConfig, check_each
 
 
