@@ -148,8 +148,8 @@ def why_it_ended(code: int | None, log_tail: str, *, was_asked: bool) -> str:
     was_asked: whether it was asked to stop
     """
     words = _last_words(log_tail)
-    if code in STOPPED_EARLY and was_asked:
-        return "It was stopped before training had begun."
+    if code in STOPPED_BY_SIGNAL and was_asked:
+        return STOPPED_EARLY
 
     # The system kills a process for want of memory without a word.
     if was_killed(code, log_tail):
@@ -177,7 +177,8 @@ its path."""
 ANSWER_SEC = 1200.0
 """How long a process that was asked to stop may show no sign: a CPU saves and proves SDXL's adapter
 in minutes."""
-STOPPED_EARLY = (-signal.SIGTERM, signal.SIGTERM)
+STOPPED_EARLY = "It was stopped before training had begun."
+STOPPED_BY_SIGNAL = (-signal.SIGTERM, signal.SIGTERM)
 """Exit statuses; Windows' of `terminate` is SIGTERM's number without a sign."""
 LOG_TAIL_LINES = 40  # What `log_tail` gives,
 TAIL_BYTES = 64 * 1024  # of the last bytes that it reads.

@@ -127,8 +127,6 @@ class Job:
         return told | {"output_dir": str(self.run_dir)}
 
 
-STOPPED_EARLY = "It was stopped before training had begun."
-"""Why a run has ended that was asked to stop while it started."""
 KILL_AFTER_SEC = 30
 """A second request to stop kills the run when the first is older."""
 RUN_NAME = re.compile(r"[^\W_][\w +-]*(\.[\w +-]+)*")
@@ -281,7 +279,7 @@ class Jobs:
         # Why it ended: a process that was killed has not said so.
         message = str(end.get("message") or metrics.problem)
         if was_stopped_early:
-            message = STOPPED_EARLY
+            message = processes.STOPPED_EARLY
         elif not (message or end or alive):
             asked = bool(job.stop_asked)
             message = processes.why_it_ended(None, processes.log_tail(job.run_dir), was_asked=asked)

@@ -199,7 +199,7 @@ def judged(run_dir: Path, code: int) -> Record:
     was_asked = stop_path(run_dir.parent).exists()
     if code == DONE:
         return ended(run_dir, "done")
-    if code == INTERRUPTED or (was_asked and code in processes.STOPPED_EARLY):
+    if code == INTERRUPTED or (was_asked and code in processes.STOPPED_BY_SIGNAL):
         return ended(run_dir, "interrupted")
 
     # a person's mistake is told by the command itself; anything else is guessed from its end
