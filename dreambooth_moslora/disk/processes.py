@@ -19,6 +19,7 @@ from threading import Thread
 from typing import Any
 
 from dreambooth_moslora.disk.paths import import_environment
+from dreambooth_moslora.disk.run_folder import METRICS_NAME
 
 # From <malloc.h>.
 M_TRIM_THRESHOLD = -1
@@ -127,7 +128,7 @@ def end_process(pid: int) -> None:
 def has_gone_silent(asked: float, run_dir: Path) -> bool:
     """Whether a process that was `asked` to stop at that time has written no event and no line of
     its log for ANSWER_SEC."""
-    files = [run_dir / name for name in ("metrics.jsonl", LOG_NAME)]
+    files = [run_dir / name for name in (METRICS_NAME, LOG_NAME)]
     written = [file.stat().st_mtime for file in files if file.exists()]
     return time.time() - max([asked, *written]) > ANSWER_SEC
 

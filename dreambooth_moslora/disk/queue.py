@@ -38,8 +38,8 @@ HOLD_NAME = ".worker.lock"  # of a fleet's worker
 NEW_RECORD_NAME = ".job.json.tmp"  # becomes job.json
 WRITTEN_TO = (
     LOCK_NAME,
-    "metrics.jsonl",
-    "train.log",
+    run_folder.METRICS_NAME,
+    run_folder.LOG_NAME,
     processes.LOG_NAME,
     processes.CONFIG_NAME,
     HOLD_NAME,

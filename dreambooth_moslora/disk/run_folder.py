@@ -33,7 +33,12 @@ RAW_NAME = "moslora_weights.safetensors"
 KOHYA_SUFFIX = ".kohya.safetensors"
 SETTINGS_NAME = "train_config.json"  # The settings of a run.
 BEST_NAME = "best"  # Folder of the best evaluated step in a run.
-CHECKPOINT_FILES = ("position.json", "optimizer.pt", RAW_NAME)  # Without one it is not complete.
+METRICS_NAME = "metrics.jsonl"
+LOG_NAME = "train.log"
+SCORES_NAME = "scores.json"  # in a folder of `evaluate`
+POSITION_NAME = "position.json"  # these two in a checkpoint
+OPTIMIZER_NAME = "optimizer.pt"
+CHECKPOINT_FILES = (POSITION_NAME, OPTIMIZER_NAME, RAW_NAME)  # Without one it is not complete.
 NAME_BYTES = 200  # Of a run's name: files have 255, and their names add to it.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -46,9 +51,10 @@ class RunDir:
         self.adapter_path = path / PUBLISHED_NAME
         self.card_path = path / "README.md"
         self.config_path = path / SETTINGS_NAME
-        self.metrics_path = path / "metrics.jsonl"
-        self.log_path = path / "train.log"
+        self.metrics_path = path / METRICS_NAME
+        self.log_path = path / LOG_NAME
         self.samples_dir = path / "samples"
+        self.photos_dir = path / "photos"  # the page's copies
         self.class_images_dir = path / "class_images"
         self.masks_dir = path / "masks"  # made by --masks auto
         self.captions_path = path / "captions.json"  # made by --captions auto
@@ -140,7 +146,7 @@ def step_of(path: Path) -> int:
     if named is not None:
         return named
     with suppress(UserError):
-        return read_json(path / CHECKPOINT_FILES[0], Position).step
+        return read_json(path / POSITION_NAME, Position).step
     return -1
 
 

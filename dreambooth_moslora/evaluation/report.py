@@ -22,6 +22,7 @@ from PIL import Image
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
+from dreambooth_moslora.disk.run_folder import SCORES_NAME
 from dreambooth_moslora.evaluation import metrics, protocol, references, score_tables
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.photos.synthetic import real_ones
@@ -236,7 +237,7 @@ def write_scores(folder: Path, scores: dict) -> Path:
     """Write scores.json into the folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     scores["time"] = time.time()  # a copy of the folder has dates of its own
-    file = folder / "scores.json"
+    file = folder / SCORES_NAME
     atomic_write(file, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     return file
 

@@ -24,7 +24,7 @@ from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
 from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
 from dreambooth_moslora.disk.paths import free_name
-from dreambooth_moslora.disk.run_folder import Position
+from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Position
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import metadata, raw_file
 from dreambooth_moslora.settings import table
@@ -33,10 +33,8 @@ from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
 
-# The files of a checkpoint, beside the raw adapter.
-OPTIMIZER = "optimizer.pt"
+# The files of a checkpoint that not each one has.
 SCALER = "scaler.pt"
-POSITION = "position.json"
 WEIGHTS = "weights.pt"
 """The weights that training continues from, if the checkpoint's adapter is their average."""
 
@@ -64,7 +62,7 @@ def save_checkpoint(
         raw_file.save_raw(components, folder / run_folder.RAW_NAME, facts)
 
         # What the next step needs of the steps before.
-        save_states(optimizer.state_dict(), folder / OPTIMIZER)
+        save_states(optimizer.state_dict(), folder / OPTIMIZER_NAME)
         if scaler is not None:
             save_states(scaler.state_dict(), folder / SCALER)
         if weights is not None:
@@ -72,12 +70,12 @@ def save_checkpoint(
 
         # Last the position, with a digest of all the others.
         position = replace(position, digest=digest_of(folder, position))
-        atomic_write(folder / POSITION, json.dumps(asdict(position)))
+        atomic_write(folder / POSITION_NAME, json.dumps(asdict(position)))
 
 
 def digest_of(checkpoint: Path, position: Position) -> str:
     """SHA-256 of the position and of the bytes of all parts."""
-    names = (run_folder.RAW_NAME, OPTIMIZER, SCALER, WEIGHTS)
+    names = (run_folder.RAW_NAME, OPTIMIZER_NAME, SCALER, WEIGHTS)
     parts = [checkpoint / name for name in names]
     parts = [path for path in parts if path.is_file()]
     files = {path.name: file_digest(path) for path in parts}
@@ -88,12 +86,14 @@ def check_whole(checkpoint: Path) -> Position:
     """The checkpoint's position. Raises UserError when that cannot be read, and when its files were
     changed or belong to different checkpoints."""
     try:
-        position = read_json(checkpoint / POSITION, Position)
+        position = read_json(checkpoint / POSITION_NAME, Position)
     except UserError as error:
-        raise damaged(checkpoint, POSITION, error) from error
+        raise damaged(checkpoint, POSITION_NAME, error) from error
     if position.digest != digest_of(checkpoint, position):
         raise damaged(
-            checkpoint, POSITION, "the files beside it were changed, or are of another checkpoint"
+            checkpoint,
+            POSITION_NAME,
+            "the files beside it were changed, or are of another checkpoint",
         )
     return position
 
@@ -137,7 +137,7 @@ def restore_optimizer(
 
     Raises UserError for a damaged file.
     """
-    states = load_states(checkpoint, OPTIMIZER)
+    states = load_states(checkpoint, OPTIMIZER_NAME)
     optimizer.load_state_dict(with_own_settings(states, optimizer))
 
     # The rate is computed anew, so that a resumed run may have another.

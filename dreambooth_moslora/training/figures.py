@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.contents import read_json
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import SCORES_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import table
@@ -176,7 +176,7 @@ def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
     """The figures, with the scores of a newer `evaluation/scores.json`. Raises UserError if that is
     no JSON."""
-    path = run_dir.evaluation_dir / "scores.json"
+    path = run_dir.evaluation_dir / SCORES_NAME
     if not path.is_file():
         return found
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import MoSLoraConfig, inject
 from dreambooth_moslora.plan.base_size import BaseSize
@@ -243,7 +244,7 @@ def test_a_schedule_goes_on_at_the_rate_at_which_it_stopped(name, tmp_path):
         schedule.step()
         rates[step] = [group["lr"] for group in optimizer.param_groups]
         if step == 3:
-            torch.save(optimizer.state_dict(), tmp_path / checkpoint.OPTIMIZER)
+            torch.save(optimizer.state_dict(), tmp_path / OPTIMIZER_NAME)
 
     # A run that goes on from there has the same rates.
     optimizer, schedule = begun()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.disk import events
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.prompts import trigger_words
 from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.training.explain import NOT_SCORED, NOTHING, closing_advice, is_short
@@ -50,7 +51,7 @@ def verdict_card(metrics: events.Metrics, run_dir: Path, has_best: bool) -> str:
     for the command line is said in the form's words.
     """
     config = known_config(metrics.last("start").get("config") or {})
-    photos = kept_photos(run_dir / "photos")
+    photos = kept_photos(RunDir(run_dir).photos_dir)
     figures = figures_from(metrics.events, config, {"count": len(photos)})
     # Did it learn the subject?
     before, now = (figures.scores.get(name) for name in ("dino_base", "dino"))

@@ -53,9 +53,10 @@ def run_cards(jobs: Jobs) -> list[dict[str, str]]:
 
 def picture_of(run_dir: Path) -> str:
     """A small picture for the list: the newest sample, or a photo; "" without both."""
-    samples = run_folder.RunDir(run_dir).samples_dir.glob("*.png")
+    known = run_folder.RunDir(run_dir)
+    samples = known.samples_dir.glob("*.png")
     newest = sorted(samples, key=lambda file: file.stat().st_mtime)[-1:]
-    for file in newest + kept_photos(run_dir / "photos")[:1]:
+    for file in newest + kept_photos(known.photos_dir)[:1]:
         with suppress(OSError):
             return small_picture(file, file.stat().st_mtime_ns)
     return ""

@@ -118,10 +118,11 @@ def samples_of(job: Job, metrics: events.Metrics, workspace: Workspace) -> list[
     """(Link in the workspace, caption) of the newest sample pictures."""
     # A resumed run draws some anew: the last count.
     found: dict[Path, str] = {}
+    samples_dir = RunDir(job.run_dir).samples_dir
     for event in reversed(metrics.of("sample")):
         step = event.get("step")
         for name in event.get("files") or ():
-            file = job.run_dir / "samples" / Path(str(name)).name
+            file = samples_dir / Path(str(name)).name
             if file.is_file():
                 found.setdefault(file, f"step {step}" if step else "before")
     newest = list(found.items())[:MAX_SAMPLES_SHOWN]

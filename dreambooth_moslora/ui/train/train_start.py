@@ -15,6 +15,7 @@ from typing import Any
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.paths import free_name
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan.checks import own_bucket_step
@@ -91,13 +92,12 @@ def prepared(
     )
 
     # The run reads its own copies: a queued run may begin when the photos are gone.
-    config = table.TrainConfig.from_dict(
-        choices.all | {"instance_data_dir": str(run_dir / "photos")}
-    )
+    copies = RunDir(run_dir).photos_dir
+    config = table.TrainConfig.from_dict(choices.all | {"instance_data_dir": str(copies)})
     run_dir.mkdir(parents=True)
     try:
         with ctx.workspace.changing:
-            shutil.copytree(photos, run_dir / "photos")
+            shutil.copytree(photos, copies)
         # What training would refuse is refused here, where the form can still be changed.
         base = Base.of(config)
         check_settings(replace(config, **family_settings(config, base)), base)
