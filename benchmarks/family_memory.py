@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from dreambooth_moslora.base import decode, machine
-from dreambooth_moslora.base.machine import CONTEXT_GIB, PLACES
+from dreambooth_moslora.base.machine import CONTEXT_GIB, OUTPUTS_A_BLOCK, PLACES
 from dreambooth_moslora.base.pipelines import METHODS
-from dreambooth_moslora.base.quantization import OUTPUTS_A_BLOCK, layers_of_blocks
+from dreambooth_moslora.base.quantization import layers_of_blocks
 from dreambooth_moslora.base.streaming import streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path

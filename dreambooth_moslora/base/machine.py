@@ -25,6 +25,8 @@ ENCODER_BYTES_A_PIXEL = 2600
 TILES_PX = (512, 256)
 """Sides of the tiles if the whole picture does not fit; the largest that does is taken."""
 
+OUTPUTS_A_BLOCK = 32
+"""Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
 PLACES = 2
 """Blocks on the device where blocks are streamed: the one that computes, and the next on its way.
 """

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from dreambooth_moslora.base.int8 import Int8Linear
+from dreambooth_moslora.base.machine import OUTPUTS_A_BLOCK
 from dreambooth_moslora.base.pipelines import block_classes
-
-OUTPUTS_A_BLOCK = 32
-"""Outputs that the 4-bit kernels for CPUs compute at a time. It divides every width of SDXL."""
 
 
 def quantize(

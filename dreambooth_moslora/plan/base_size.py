@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.machine import OUTPUTS_A_BLOCK
 from dreambooth_moslora.settings import families, rows
 
 STOCK = families.SDXL.models[0]  # Whose counts an unknown base is taken to have.
@@ -106,7 +107,7 @@ def size_of_shapes(
     blocks: Counter[str] = Counter()
     for path, shape in layers.items():
         block = pattern.match(path)
-        if block and len(shape) == 2 and shape[0] % 32 == 0:
+        if block and len(shape) == 2 and shape[0] % OUTPUTS_A_BLOCK == 0:
             blocks[block[0]] += math.prod(shape)
 
     # Of these, the blocks that `base.streaming` streams.
