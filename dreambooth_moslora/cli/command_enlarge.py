@@ -3,17 +3,14 @@ pictures."""
 
 import argparse
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
+from dreambooth_moslora.cli.terminal import bar, hush, say_loading
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import find_asset
@@ -128,15 +125,9 @@ def run_enlarge(args: argparse.Namespace) -> int:
     )
 
     # Pictures and their sorting, each as soon as it is drawn
-    with tqdm(
-        total=len(shots),
-        desc="drawing photos",
-        unit="photo",
-        mininterval=0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC,
-        maxinterval=60.0,
-    ) as bar:
+    with bar(len(shots), "drawing photos", "photo") as shown:
         for _ in into.fill(shots, partial(drawn, args, base, photo)):
-            bar.update()
+            shown.update()
     print(spelled_out(summary(into, shots, args.word)))
     return 0
 

@@ -2,17 +2,14 @@
 what a run's figures mean, and which flag to try next."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.cli.terminal import PLAIN_INTERVAL_SEC, hush, say_loading
+from dreambooth_moslora.cli.terminal import bar, hush, say_loading
 from dreambooth_moslora.disk.contents import read_json, reason_of, small_text
 from dreambooth_moslora.disk.paths import find_asset, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
@@ -198,18 +195,12 @@ def scored(
     count = sum(map(picture_count, plans))
     if args.reference:
         count += 2 * sum(len(plan.subject_requests) for plan in plans)
-    with tqdm(
-        total=count,
-        desc="drawing pictures",
-        unit="picture",
-        mininterval=0.2 if sys.stderr.isatty() else PLAIN_INTERVAL_SEC,
-        maxinterval=60.0,
-    ) as bar:
+    with bar(count, "drawing pictures", "picture") as shown:
         judge = partial(
             score_tables.evaluate_adapter,
             pipeline,
             name,
-            on_picture=bar.update,
+            on_picture=shown.update,
             guidance_scale=guidance,
             text_options=text_options_of(config),
         )

@@ -187,8 +187,20 @@ TRAINING = "training"
 STEPS = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 """Without the bar's own forecast, which would take the seconds of scoring and of samples for those
 of a step."""
-# Seconds between two lines of progress when the output is a file
-PLAIN_INTERVAL_SEC = 5.0
+
+
+def bar(total: int, title: str, unit: str, stream: TextIO | None = None, **options: Any) -> tqdm:
+    """A bar of progress on standard error, or on `stream`; in a file a line every five seconds."""
+    stream = stream or sys.stderr
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=unit,
+        file=stream,
+        mininterval=0.2 if stream.isatty() else 5.0,
+        maxinterval=60.0,
+        **options,
+    )
 
 
 class TerminalProgress:
@@ -230,16 +242,8 @@ class TerminalProgress:
 
     def _open(self, title: str, total: int, start: int, unit: str) -> None:
         self.close()
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            desc=title,
-            unit=unit,
-            file=self.stream,
-            mininterval=0.2 if self.stream.isatty() else PLAIN_INTERVAL_SEC,
-            maxinterval=60.0,
-            bar_format=STEPS if title == TRAINING else None,
-        )
+        form = STEPS if title == TRAINING else None
+        self._bar = bar(total, title, unit, self.stream, initial=start, bar_format=form)
         self._phase = title
 
     def _show_phase(self, event: events.PhaseProgress) -> None:
