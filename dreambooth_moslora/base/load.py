@@ -1,8 +1,7 @@
-"""The base model: loads the pipeline by its name, and encodes photos and prompts for the denoiser.
+"""The base model: loads the pipeline by its name, and encodes photos for the denoiser.
 
     name          --load_pipeline-->  the pipeline of its family (`families`)
     pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects them
-    prompts (N)   --encode_text-->    N texts, each by the names of the pipeline's own arguments
 
 Pixels are (B, 3, H, W) in [-1, 1].
 """
@@ -347,12 +346,6 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
 
 SDXL_FAMILY = pipelines.SDXL(SDXL)
 """Whose latents those of most UNets are."""
-
-
-def encode_text(pipeline: DiffusionPipeline, prompts: list[str]) -> list[pipelines.Text]:
-    """The text of each prompt. Gradients reach the encoders if they are enabled: use
-    `torch.no_grad()` for frozen ones."""
-    return pipelines.family_of(pipeline).texts(pipeline, prompts)
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ class Family:
         self.options = options or {}
 
     def texts(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> list[Text]:
-        """Each prompt by itself, so that no encoding depends on the length of the others."""
+        """Each prompt by itself, so that no encoding depends on the length of the others. Gradients
+        reach the encoders if they are enabled."""
         return [self.text(pipe, prompt) for prompt in prompts]
 
     def text(self, pipe: DiffusionPipeline, prompt: str) -> Text:

@@ -80,7 +80,7 @@ def test_text_equals_what_the_pipeline_itself_encodes(pipeline):
     """The empty prompt is its own unconditional one."""
     for force_zeros in (True, False):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-        texts = load.encode_text(pipeline, ["", "a photo of sks dog"])
+        texts = load.SDXL_FAMILY.texts(pipeline, ["", "a photo of sks dog"])
         found, found_pooled = embeds_of(texts), pooled_of(texts)
         embeds, nothing, pooled, pooled_nothing = pipeline.encode_prompt(
             ["a photo of sks dog"], negative_prompt=None

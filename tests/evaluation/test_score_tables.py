@@ -188,7 +188,7 @@ def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
     pipeline = SubjectPipeline.from_base(tiny_base).pipeline
     for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         cpu_offload_with_hook(model, torch.device("meta"))
-    (text,) = load.encode_text(pipeline, ["a dog"])
+    (text,) = load.SDXL_FAMILY.texts(pipeline, ["a dog"])
     pixels = decode.decoded(pipeline.vae, torch.zeros(1, 4, 4, 4))
     assert {tensor.device.type for tensor in (*text.values(), pixels)} == {"meta"}
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -239,7 +240,7 @@ def test_the_pipeline_keeps_its_own_scheduler_after_another_drew(tiny_base):
 def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde_karras")
-    words = lambda prompts: load.encode_text(pipeline, prompts)  # noqa: E731
+    words = partial(load.SDXL_FAMILY.texts, pipeline)
     sampler = fixed_seeds.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
     requests = [fixed_seeds.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))

@@ -3,6 +3,7 @@ code."""
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image as Picture
 from safetensors import safe_open
 from transformers import CLIPTokenizer, Dinov2Model
 
-from dreambooth_moslora.base.load import encode_text
+from dreambooth_moslora.base.load import SDXL_FAMILY
 from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
@@ -62,7 +63,7 @@ def test_it_is_drawn_at_its_own_guidance_unless_another_is_asked_for(base):
     assert ours.params.guidance_scale == 2.5
     assert np.abs(np.asarray(ours.pixels) / 255 - drawn(base, guidance_scale=2.5)).max() < 0.02
     assert subject.complete(replace(asked, guidance_scale=6.0)).guidance_scale == 6.0
-    words = lambda prompts: encode_text(subject.pipeline, prompts)  # noqa: E731
+    words = partial(SDXL_FAMILY.texts, subject.pipeline)
     for scale, own in ((6.0, {"guidance_scale": 6.0}), (2.5, {})):
         (sample,) = Sampler(subject.pipeline, words, 128, torch.device("cpu"), 4, **own)(
             [SampleRequest(PROMPT, 3)]

@@ -1,6 +1,7 @@
 """What is done before the first step: photos and words encoded, each once, with its own numbers and
 its own caption, whatever the order; `--init_adapter`."""
 
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from weakref import ref
@@ -229,7 +230,7 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     prompt_embeds._last.clear()
     assert equal(before, prompt_embeds(prompt)) and file.read_bytes() == content
     assert not torch.allclose(
-        embeds_of(load.encode_text(pipeline, prompt)), embeds_of(before), atol=1e-3
+        embeds_of(load.SDXL_FAMILY.texts(pipeline, prompt)), embeds_of(before), atol=1e-3
     )
 
 
@@ -237,7 +238,8 @@ def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_lef
     pipeline, read, tmp_path
 ):
     asked = []
-    encode = lambda prompts: asked.extend(prompts) or load.encode_text(pipeline, prompts)  # noqa: E731
+    texts = partial(load.SDXL_FAMILY.texts, pipeline)
+    encode = lambda prompts: asked.extend(prompts) or texts(prompts)  # noqa: E731
     in_memory, on_disk = (
         PromptCache(encode, cache, "tiny") for cache in (TensorCache(), TensorCache(tmp_path / "w"))
     )

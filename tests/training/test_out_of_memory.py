@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_pictures_are_drawn_half_as_many_at_once(card, tiny_base, caplog):
     """Each once, and the same; one that does not fit alone ends it."""
     pipeline = load.load_pipeline(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
-    embed = lambda prompts: load.encode_text(pipeline, prompts)  # noqa: E731
+    embed = partial(load.SDXL_FAMILY.texts, pipeline)
     sampler = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
     requests = [SampleRequest("a dog", seed) for seed in range(5)]
     wanted = list(sampler(requests, batch_size=1))
