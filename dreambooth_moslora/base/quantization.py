@@ -17,7 +17,7 @@ def quantize(
     kind: str,
     compute_dtype: torch.dtype,
     device: torch.device | str | None = None,
-) -> int:
+) -> None:
     """Quantise the linear layers of the repeated blocks, in place.
 
     denoiser: in the CPU's memory, or on a device
@@ -25,15 +25,12 @@ def quantize(
     compute_dtype: of products with the weights
     device: where a layer is quantised; by default where it is. Each then moves back, which frees
         the device for the encoders
-
-    Returns how many layers were replaced.
     """
     if kind == "none":
-        return 0
+        return
 
     # One layer after the other, each forgotten before the next: the dense weights need not fit onto
     # the device together, nor beside the packed ones into the host's memory.
-    count = 0
     for name in [name for name, _ in layers_of_blocks(denoiser)]:
         if ".lora_" in name:  # the adapter's own, of a base that has one already
             continue
@@ -47,12 +44,10 @@ def quantize(
             )
             parent, _, child = name.rpartition(".")
             setattr(denoiser.get_submodule(parent), child, layer)
-            count += 1
 
     # PEFT looks here for the class of its own layers.
     if kind == "nf4":
         denoiser.is_loaded_in_4bit = True
-    return count
 
 
 def layers_of_blocks(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:

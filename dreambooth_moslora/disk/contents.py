@@ -54,10 +54,10 @@ def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
         raise UserError(f"{path}: {error.strerror}.") from error
 
 
-def read_json(path: Path, model: type[M] = dict, most_bytes: int = MOST_TEXT_BYTES) -> M:
+def read_json(path: Path, model: type[M] = dict) -> M:
     """What `from_json` makes of a file. Raises UserError with its name and first wrong value."""
     try:
-        return from_json(small_text(path, most_bytes), model)
+        return from_json(small_text(path), model)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {reason_of(error)}.") from error
 

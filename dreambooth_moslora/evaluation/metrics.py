@@ -276,11 +276,11 @@ class Interval:
     def __str__(self) -> str:
         return format(self)
 
-    def to_dict(self, digits: int = 4) -> dict[str, float | None]:
-        """The three numbers, rounded."""
+    def to_dict(self) -> dict[str, float | None]:
+        """The three numbers, rounded to four places."""
         found = {}
         for name, value in asdict(self).items():
-            found[name] = None if value is None else round(value, digits)
+            found[name] = None if value is None else round(value, 4)
         return found
 
 

@@ -188,9 +188,8 @@ def public_files(run_dir: Path) -> list[str]:
     return sorted(found)
 
 
-def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
-    """Upload `public_files`; returns the address, or None and a warning when the hub cannot be
-    reached or refuses."""
+def push(run_dir: Path, repo_id: str | None, token: str | None) -> None:
+    """Upload `public_files`; a warning when the hub cannot be reached or refuses."""
     api = HfApi(token=token)
 
     # The hub takes patterns: escaped, each matches its own file alone, brackets or not.
@@ -210,5 +209,3 @@ def push(run_dir: Path, repo_id: str | None, token: str | None) -> str | None:
             run_dir,
             one_line(error),
         )
-        return None
-    return str(url)

@@ -431,7 +431,7 @@ def test_both_doors_and_the_fold(name, dora):
 def test_qmoslora_on_a_4_bit_base(dora):
     make, targets = MODELS["llama"]
     model = make()
-    assert quantize(model, "nf4", torch.float32) == 2 * 7
+    quantize(model, "nf4", torch.float32)
     # Training mode, without dropout: in evaluation mode bitsandbytes repacks the weights for
     # inference on the CPU.
     inject(model, MoSLoraConfig(r=4, lora_alpha=4, target_modules=targets, use_dora=dora)).train()

@@ -165,7 +165,7 @@ def test_a_push_that_cannot_be_done_is_one_line_and_name_and_token_are_checked_b
         raise LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr(hub, "HfApi", Unreachable)
-    assert push(tmp_path, "owner/dog", "hf_token") is None
+    push(tmp_path, "owner/dog", "hf_token")
     (line,) = caplog.messages
     assert (
         "could not be pushed to the hub ([Errno -3] Temporary failure in name" in line
