@@ -131,7 +131,7 @@ def study_of(args: argparse.Namespace) -> Study:
     return Study(
         subjects=(subject,),
         arms={mixer: {"mixer": mixer} for mixer in mixers},
-        train=shared | {"exposures_per_photo": exposures},
+        train=shared,
         ranks=(recipe["rank"],),
         learning_rates=(recipe["learning_rate"],),
         reference=mixers[0],
