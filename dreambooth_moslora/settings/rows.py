@@ -116,6 +116,7 @@ class Row:
     # finds the file or folder; no shell expands `~` in files
     path: Callable[[str], str] | None = None
     per_process: bool = False  # may differ between the processes of one run
+    same_on_resume: bool = False  # a resumed run must have the checkpoint's value
     per_subject: bool = False  # each of several subjects may have its own
     # dropped from --config if one is given (`per_subject`: subjects, WORDS)
     yields_to: tuple[str, ...] = ()
@@ -125,7 +126,6 @@ class Row:
     default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
     idle: Idle = ()  # when it has no effect
     packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
-    resume: str | None = None  # "same": a resumed run must have the checkpoint's value
     elsewhere: str = ""  # flags of other trainers that mean the same
     flag: str = ""  # the name of its flag that is shown, if another than its own is
     also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it

@@ -449,7 +449,7 @@ class TrainConfig:
         default=False,
         help="scale by alpha / sqrt(rank)",
         publish="always",
-        resume="same",
+        same_on_resume=True,
     )
     lora_dropout: float = of_adapter(
         default=0.0,
@@ -457,27 +457,27 @@ class TrainConfig:
         low=0,
         high=0.99,
         publish="always",
-        resume="same",
+        same_on_resume=True,
         elsewhere="network_dropout",
     )
     use_dora: bool = of_adapter(
         default=False,
         help="learn the weights' magnitudes too (DoRA)",
         publish="always",
-        resume="same",
+        same_on_resume=True,
     )
     mixer: str = of_adapter(
         default="orthogonal",
         help="start of the r x r mixer; none is plain LoRA",
         choices=MIXERS,
         publish="always",
-        resume="same",
+        same_on_resume=True,
     )
     train_mixer: bool = of_adapter(
         default=True,
         help="learn the mixer",
         publish="always",
-        resume="same",
+        same_on_resume=True,
     )
     mixer_lr_scale: float = of_adapter(
         default=1.0,

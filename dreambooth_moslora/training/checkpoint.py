@@ -267,7 +267,7 @@ def settings_of_both(
         yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
 
     # The settings that the table says have to be the same. Without a mixer none is trained.
-    for name in table.named("resume", "same"):
+    for name in table.named("same_on_resume"):
         if name != "train_mixer" or config.mixer != "none":
             yield name, getattr(facts, name), getattr(config, name)
 

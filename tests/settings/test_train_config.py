@@ -228,7 +228,7 @@ def test_settings_that_have_an_effect_or_switch_something_off_draw_no_remark(set
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_row_says_only_words_that_are_known(name):
     facts = SETTINGS[name].metadata
-    assert facts["publish"] in (None, "always", "if_changed") and facts["resume"] in (None, "same")
+    assert facts["publish"] in (None, "always", "if_changed")
     assert {*facts["yields_to"], *facts["replaces"]} <= {*SETTINGS, WORDS}
     if facts["choices"]:
         assert {*facts["spellings"].values(), *facts["packages"]} <= {*facts["choices"]}
