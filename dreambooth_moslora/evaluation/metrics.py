@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -337,6 +337,7 @@ def student(degrees: float) -> float:
     return float(np.interp(-1 / degrees, -1 / DEGREES, STUDENT))
 
 
+Vectors = TypeVar("Vectors", torch.Tensor, np.ndarray)
 # A copy is more than this fraction of the way from another photo to one photo itself
 COPIED = 0.5
 # The alarm is raised when more than this fraction of the pictures are copies
@@ -358,8 +359,9 @@ def photo_fidelity(photos: torch.Tensor) -> float:
     return float(likeness_to_others(photos).mean())
 
 
-def likeness_to_others(photos: torch.Tensor) -> torch.Tensor:
-    """The mean cosine of each photo to the others, (P, D) -> (P,). NaN for a single photo."""
+def likeness_to_others(photos: Vectors) -> Vectors:
+    """The mean cosine of each photo, or of its face, to the others, (P, D) -> (P,). NaN for a
+    single photo."""
     similarities = photos @ photos.T
     return (similarities.sum(1) - similarities.diagonal()) / (len(photos) - 1)
 
@@ -501,12 +503,6 @@ def identity(
     seen = table[~missing.all(1)]
     means = np.nanmean(seen, axis=1, keepdims=True) if len(seen) else seen[:, :1]
     return means, missing.astype(float)
-
-
-def identity_among(photos: np.ndarray) -> np.ndarray:
-    """The mean cosine of each photo's face (P, D) to the other photos': (P,); P is two or more."""
-    cosines = photos @ photos.T
-    return (cosines.sum(1) - cosines.diagonal()) / (len(photos) - 1)
 
 
 def face_likeness(identity: float, of_photos: float, shown: float, base_shown: float) -> float:

@@ -316,7 +316,7 @@ class Evaluator:
             if likeness.size:
                 tables[f"identity{end}"] = likeness
         if "identity" in tables and len(self.photo_faces) > 1:
-            tables["identity_of_photos"] = metrics.identity_among(self.photo_faces)
+            tables["identity_of_photos"] = metrics.likeness_to_others(self.photo_faces)
         return tables
 
     def _other_tables(self, drawn: dict[str, Views]) -> Tables:
