@@ -202,7 +202,7 @@ class TrainConfig:
         default="given",
         help=(
             "given: those beside the photos; auto: photos without one get one made before "
-            "training, in the run folder (no gain was shown on three sample subjects)"
+            f"training, in the run folder ({NO_GAIN})"
         ),
         choices=("given", "auto"),
         publish="if_changed",

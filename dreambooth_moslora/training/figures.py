@@ -12,7 +12,7 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import SCORES_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import folder, photo_file
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.values import is_finite_number
 
 LEAST_LIKENESS = 0.1
@@ -169,8 +169,7 @@ def is_held(run_dir: RunDir) -> bool:
 def known_config(values: Mapping[str, Any]) -> table.TrainConfig:
     """A run's configuration, without settings that are unknown here. Raises UserError for
     impossible values."""
-    known = {name: value for name, value in values.items() if name in table.FIELD_TYPES}
-    return table.TrainConfig.from_dict(known)
+    return table.TrainConfig.from_dict(sources.still_known(values))
 
 
 def with_report(found: Figures, run_dir: RunDir) -> Figures:
