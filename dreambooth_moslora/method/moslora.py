@@ -157,8 +157,6 @@ def check_variants(config: LoraConfig) -> None:
         raise UserError(f'{given[0]} excludes a mixer; leave it out or use mixer="none"')
 
 
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The paper's targets in SDXL."""
 START = LoraConfig.__dataclass_fields__["init_lora_weights"]
 """PEFT's field, whose help text is kept with another default."""
 

@@ -20,7 +20,7 @@ from typing import Any, NewType
 
 from dreambooth_moslora.errors import UserError
 
-# The projections of attention, as diffusers' scripts name them.
+# The projections of attention, as diffusers' scripts name them: MoSLoRA's targets in SDXL.
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
 BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}

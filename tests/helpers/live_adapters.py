@@ -5,11 +5,11 @@ import torch
 from dreambooth_moslora.lora.metadata import AdapterMetadata
 from dreambooth_moslora.lora.raw_file import adapter_metadata
 from dreambooth_moslora.method.moslora import (
-    ATTENTION_PROJECTIONS,
     MoSLoraConfig,
     adapter_parameters,
     inject,
 )
+from dreambooth_moslora.settings import rows
 from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -38,7 +38,7 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     """Components with a moved adapter. alpha differs from the rank, so that a lost alpha shows."""
     components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
     for name, model in components.items():
-        targets = list(ATTENTION_PROJECTIONS) if name == "unet" else PROJECTIONS
+        targets = list(rows.ATTENTION) if name == "unet" else PROJECTIONS
         inject(
             model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options)
         )

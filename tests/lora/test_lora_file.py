@@ -28,6 +28,7 @@ from dreambooth_moslora.lora import (
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
 from dreambooth_moslora.method import moslora
+from dreambooth_moslora.settings import rows
 from dreambooth_moslora.settings.table import MIXERS
 from tests.generation.test_pipeline import differs, picture
 from tests.helpers.live_adapters import CONVOLUTIONS, PROJECTIONS, facts_of, live, shake
@@ -36,7 +37,7 @@ from tests.helpers.tiny import tiny_sdxl, tiny_unet
 from tests.helpers.tiny_adapters import base_bytes, save_diffusers_lora, save_kohya_lora
 from tests.helpers.tiny_families import tiny_pipeline
 
-PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(moslora.ATTENTION_PROJECTIONS)
+PARTS, ATTENTION = ("unet", "text_encoder", "text_encoder_2"), list(rows.ATTENTION)
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 

@@ -25,7 +25,6 @@ from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import MixerLinear
-from dreambooth_moslora.method.moslora import ATTENTION_PROJECTIONS as ATTENTION
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
     adapter_layers,
@@ -33,7 +32,7 @@ from dreambooth_moslora.method.moslora import (
     fold,
     inject,
 )
-from dreambooth_moslora.settings.rows import is_target
+from dreambooth_moslora.settings.rows import ATTENTION, is_target
 from dreambooth_moslora.settings.table import MIXERS
 from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, shake, text_encoders
