@@ -207,11 +207,16 @@ def half_precision_of(facts: Facts | None) -> str:
     return "no" if half == "fp16" and is_transformer else half
 
 
+def precision_of(config: TrainConfig) -> str:
+    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the
+    environment."""
+    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+
+
 def check_bf16(config: TrainConfig, instead: str = "fp16") -> None:
     """Raises UserError for a run in bf16, by its flags or `accelerate launch`, on a GPU without it.
     `instead` is what the message advises."""
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision != "bf16" or asks_accelerate("ACCELERATE_USE_CPU"):
+    if precision_of(config) != "bf16" or asks_accelerate("ACCELERATE_USE_CPU"):
         return
     import torch  # not before it is needed: a dry run answers at once
 

@@ -19,7 +19,6 @@ from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.photos.folder import require_folder_of_photos
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.memory import precision_of
 from dreambooth_moslora.plan.memory_plans import check_memory
 from dreambooth_moslora.settings import families, rows, rules, subject_kinds, table
 from dreambooth_moslora.settings.families import SDXL, Facts
@@ -369,7 +368,7 @@ def check_family(config: table.TrainConfig, facts: Facts) -> None:
     # Flow models are trained in bf16 or fp32.
     if is_flow:
         machine.check_bf16(config, instead="no")
-    if is_flow and precision_of(config) == "fp16":
+    if is_flow and machine.precision_of(config) == "fp16":
         instead = machine.half_precision_of(facts) if machine.has_gpu() else "bf16"
         raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give {instead}.")
 

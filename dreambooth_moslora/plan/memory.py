@@ -13,10 +13,10 @@ What a setting that saves memory takes away is counted in one place:
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base import machine
+from dreambooth_moslora.base.machine import precision_of
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.settings import families, optimizer_kinds, table
 
@@ -189,12 +189,6 @@ def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
         mean_width = size.text_widths / max(1, size.text_layers)
         layers += [(config.rank, mean_width)] * size.text_layers
     return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
-
-
-def precision_of(config: table.TrainConfig) -> str:
-    """The precision that accelerate uses: that of the flag, or of `accelerate launch` in the
-    environment."""
-    return config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
 def drawing_gib(config: table.TrainConfig, size: BaseSize) -> float:

@@ -29,7 +29,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.agreement import least_free_gib
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.memory import estimate, precision_of, streamed_gib
+from dreambooth_moslora.plan.memory import estimate, streamed_gib
 from dreambooth_moslora.settings import families, rules, table
 
 # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
@@ -93,7 +93,7 @@ def half_settings(
     config: table.TrainConfig, facts: families.Facts, free_gib: float | None
 ) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_given = config.mixed_precision is not None or precision_of(config) != "no"
+    is_given = config.mixed_precision is not None or machine.precision_of(config) != "no"
     if free_gib is None or is_given:
         return {}
     return {"mixed_precision": machine.half_precision_of(facts)}
