@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dreambooth_moslora.cli.terminal import DONE, INTERRUPTED, MISTAKE
 from dreambooth_moslora.disk import events, processes, queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster.records import (
@@ -32,10 +33,6 @@ from dreambooth_moslora.extras.cluster.records import (
     write_record,
 )
 
-DONE = 0
-MISTAKE = 2
-INTERRUPTED = 130
-"""Exit codes of the training command."""
 ERROR = "error: "
 """How the command's line for the user begins."""
 POLL_SEC = 0.2
