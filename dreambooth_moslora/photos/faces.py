@@ -15,6 +15,7 @@ from PIL import Image
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
+from dreambooth_moslora.photos.cropping import Box
 from dreambooth_moslora.settings import subject_kinds, table
 from dreambooth_moslora.settings.measures import SFACE, YUNET
 
@@ -24,8 +25,6 @@ SEEN_PX = 640
 LEAST_CERTAINTY = 0.8
 # A face that fills less of the photo's shorter side is a dozen latents of a 1024 px crop
 SMALL_SHARE = 0.1
-# (left, top, right, bottom) px
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
