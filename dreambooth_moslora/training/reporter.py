@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from dreambooth_moslora.base.machine import free_unused_blocks
+from dreambooth_moslora.base.machine import GIB, free_unused_blocks
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.errors import StopRequestedError, UserError, one_line
@@ -201,9 +201,9 @@ def memory_gib(device: torch.device) -> float | None:
     """Peak memory so far, GiB: reserved by PyTorch on a GPU, else of the process. Apple's GPUs tell
     only what is reserved now."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / GIB
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
+        return torch.mps.driver_allocated_memory() / GIB
     return processes.peak_memory_gib()
 
 

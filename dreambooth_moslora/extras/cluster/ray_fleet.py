@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dreambooth_moslora.base.machine import GIB
 from dreambooth_moslora.disk.paths import import_environment
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.rules import version_of
 
-GIB = 2**30
-"""Bytes."""
 INSTALL = 'pip install "ray[default]>=2.50,<3"'
 """How a person gets Ray."""
 OBJECT_STORE_BYTES = 100 * 2**20

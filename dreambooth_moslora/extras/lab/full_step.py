@@ -26,7 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.base import load, machine, pipelines
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.plan.distributed import DTYPES
 from dreambooth_moslora.settings.table import TrainConfig
@@ -173,10 +173,6 @@ def materials_of(
     )
 
 
-GIB = 2**30
-"""Bytes."""
-
-
 def measure(size: str, config: TrainConfig) -> dict[str, float]:
     """Measure a batch as `config` says, on the device that accelerate chooses.
 
@@ -197,7 +193,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 
     step_sec = second_of(step, accelerator.device)
     if accelerator.device.type == "cuda":
-        peak_gib = torch.cuda.max_memory_allocated() / GIB
+        peak_gib = torch.cuda.max_memory_allocated() / machine.GIB
     else:
         peak_gib = reporter.memory_gib(accelerator.device)
     return {"floor_sec": floor_sec, "step_sec": step_sec, "peak_gib": peak_gib}
