@@ -13,7 +13,7 @@ drawn again.
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from dreambooth_moslora.base.pipelines import encoding_options
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
@@ -242,12 +241,11 @@ class ClassBatch:
     images: ClassImages
     indices: tuple[int, ...]
 
-    def files(self, generate: Callable[[str, list[int]], Iterable[Image.Image]]) -> list[bytes]:
-        """Generate the images; returns them as PNG files."""
-        seeds = []
-        for index in self.indices:
-            seeds.append(seed_of(self.images.seed, "class_image", index) % 2**32)
-        return [png_bytes(picture) for picture in generate(self.images.prompt, seeds)]
+    @property
+    def seeds(self) -> list[int]:
+        """Of the noise, one for each image."""
+        seed = self.images.seed
+        return [seed_of(seed, "class_image", index) % 2**32 for index in self.indices]
 
     def keep(self, files: list[bytes]) -> None:
         """Write those files. A run that shares the folder may have drawn an image meanwhile: the
@@ -322,18 +320,16 @@ def top_up(
             at_once = size
 
         def draw(batch: ClassBatch) -> list[bytes]:
-            def generate(prompt: str, seeds: list[int]) -> Iterator[Image.Image]:
-                together = partial(
-                    generate_images,
-                    pipeline,
-                    prompt,
-                    should_stop=context.should_stop,
-                    size_px=batch.images.size_px,
-                    text_options=batch.images.text_options,
-                )
-                return in_batches(seeds, at_once, together, accelerator.device, remember)
-
-            return batch.files(generate)
+            together = partial(
+                generate_images,
+                pipeline,
+                batch.images.prompt,
+                should_stop=context.should_stop,
+                size_px=batch.images.size_px,
+                text_options=batch.images.text_options,
+            )
+            pictures = in_batches(batch.seeds, at_once, together, accelerator.device, remember)
+            return [png_bytes(picture) for picture in pictures]
 
         make_missing(context, "class_images", lacking, draw, ClassBatch.keep)
         home.end()

@@ -22,6 +22,7 @@ from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter
 from dreambooth_moslora.photos.photo_file import open_mask
+from dreambooth_moslora.pictures import png_bytes
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.training import made_before, reporter
 from dreambooth_moslora.training.loop import train
@@ -254,15 +255,13 @@ def top_up(images, count, batch_size=4):
     each call."""
     calls = []
 
-    def paint(prompt, seeds):
-        assert prompt == images.prompt
-        calls.append(tuple(seeds))
-        size = images.size_px[::-1]
-        return [Image.new("RGB", size, (seed % 256, seed // 256 % 256, 0)) for seed in seeds]
+    def paint(seed):
+        return png_bytes(Image.new("RGB", images.size_px[::-1], (seed % 256, seed // 256 % 256, 0)))
 
     images.folder.mkdir(exist_ok=True)
     for batch in images.lacking(count, batch_size):
-        batch.keep(batch.files(paint))
+        calls.append(tuple(batch.seeds))
+        batch.keep([paint(seed) for seed in batch.seeds])
     return calls
 
 
