@@ -1,6 +1,6 @@
 """Latents to pictures.
 
-Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU
 has less, the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos
@@ -34,7 +34,7 @@ def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w)."""
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w)."""
     found = []
     for one in latents.split(1):
         decode = partial(decoded, vae, one)
@@ -59,7 +59,7 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w) in fp32, as the VAE computes them."""
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w) in fp32, as the VAE computes them."""
     latents = unscaled(vae, latents)
     size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
     device = machine.device_of(vae)
@@ -79,7 +79,7 @@ def unscaled(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 def latent_statistics(
     vae: AutoencoderKL, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Mean and standard deviation of each latent channel, (1, 4, 1, 1); None for most VAEs."""
+    """Mean and standard deviation of each latent channel, (1, C, 1, 1); None for most VAEs."""
     mean = getattr(vae.config, "latents_mean", None)
     deviation = getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:

@@ -27,7 +27,7 @@ FIT_SIDE = 32
 
 class LatentColours:
     """RGB in [0, 1] = W·latent + b, fitted by least squares to the VAE's output for smooth random
-    latents (B, 4, h, w), as the UNet sees them."""
+    latents (B, C, h, w), as the UNet sees them."""
 
     @torch.no_grad()
     def __init__(self, vae: AutoencoderKL, device: torch.device | str = "cpu") -> None:
@@ -47,7 +47,7 @@ class LatentColours:
         self.weight = torch.linalg.lstsq(_with_ones(latents), rows).solution
 
     def __call__(self, latents: torch.Tensor, size_px: tuple[int, int]) -> Image.Image:
-        """The first of `latents` (B, 4, h, w) as a picture of `size_px` (height, width)."""
+        """The first of `latents` (B, C, h, w) as a picture of `size_px` (height, width)."""
         height, width = latents.shape[-2:]
         rows = _with_ones(latents[:1].float().cpu()) @ self.weight
         array = ((rows.reshape(height, width, 3) / 2 + 0.5).clamp(0, 1) * 255).byte().numpy()
@@ -115,7 +115,7 @@ class Preview:
     """A look at an unfinished picture, computed when `pixels` is read."""
 
     index: int
-    latents: torch.Tensor  # (1, 4, h, w), on the device
+    latents: torch.Tensor  # (1, C, h, w), on the device
     size_px: tuple[int, int]  # (height, width)
     colours: LatentColours | None  # None: no previews, as the latents are packed
 

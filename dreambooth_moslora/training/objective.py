@@ -1,10 +1,11 @@
-"""The training objective: add noise to latents, and compare the UNet's prediction with its target.
+"""The training objective: add noise to latents, and compare the denoiser's prediction with its
+target.
 
 Three ways to add noise n to latents x at step i of the base's schedule, a = alpha_i its cumulative
 product:
 
     ddpm   z = sqrt(a)·x + sqrt(1 - a)·n
-           the UNet predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
+           the denoiser predicts n, or v = sqrt(a)·n - sqrt(1 - a)·x
     flow   z = (1 - s)·x + s·n
            the transformer predicts n - x (Liu et al. 2022)
     edm    z = x + sigma·n,  sigma = sqrt(1/a - 1)
@@ -90,8 +91,8 @@ class NoiseSchedule:
 class NoisySample:
     """Noised latents of B pictures.
 
-    unet_input: (B, 4, h, w) as the denoiser gets them
-    latents: (B, 4, h, w) the same, not scaled
+    unet_input: (B, C, h, w) as the denoiser gets them
+    latents: (B, C, h, w) the same, not scaled
     timesteps: (B,) for the denoiser
     index: (B,) into the schedule
     """
@@ -173,7 +174,7 @@ def offset_noise(noise: torch.Tensor, strength: float, generator: torch.Generato
 def add_noise(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> NoisySample:
-    """Mix latents and noise (B, 4, h, w) at noise levels `index` (B,), and scale the mix to unit
+    """Mix latents and noise (B, C, h, w) at noise levels `index` (B,), and scale the mix to unit
     variance."""
     timesteps = schedule.timesteps[index]
     signal, spread = schedule.signal_and_noise(index)
@@ -198,7 +199,7 @@ def add_noise(
 def loss_target(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """What `prediction_of` should return, (B, 4, h, w): the noise, the velocity, or in EDM style
+    """What `prediction_of` should return, (B, C, h, w): the noise, the velocity, or in EDM style
     the latents."""
     if schedule.style == "edm":
         return latents
@@ -213,7 +214,7 @@ def loss_target(
 def prediction_of(
     schedule: NoiseSchedule, output: torch.Tensor, noisy: NoisySample
 ) -> torch.Tensor:
-    """The denoiser's output (B, 4, h, w) unchanged; in EDM style, the clean latents which it
+    """The denoiser's output (B, C, h, w) unchanged; in EDM style, the clean latents which it
     implies."""
     if schedule.style != "edm":
         return output
@@ -322,7 +323,7 @@ def loss(
 ) -> LossParts:
     """Mean squared error of the instance and of the prior images, and their weighted sum, in fp32.
 
-    prediction, target: (B, 4, h, w)
+    prediction, target: (B, C, h, w)
     weights: (B,) of the images
     instance_count: how many are the subject's, which come first; the others are prior images, and
         either may be none
@@ -349,7 +350,7 @@ def mean_of(errors: torch.Tensor) -> torch.Tensor:
 def image_errors(
     prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean squared error (B,) of each image; prediction, target (B, 4, h, w); mask
+    """Mean squared error (B,) of each image; prediction, target (B, C, h, w); mask
     (B, 1, h, w)."""
     errors = torch.square(prediction - target)
     if mask is None:

@@ -42,7 +42,7 @@ View = tuple[int, int, Size]
 class EncodedView:
     """One crop of a photo, encoded.
 
-    latents: (4, h, w)
+    latents: (C, h, w)
     time_ids: (6,) sizes and crop in px
     mask: (1, h, w) the loss weights in [0, 1]; None without a mask
     """
@@ -130,7 +130,7 @@ class PhotoEncoder:
         return key, compute
 
     def _compute(self, photo: photo_file.Photo, plan: cropping.CropPlan) -> Tensors:
-        """Latents (4, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
+        """Latents (C, h, w), and "subject" and "opaque" (1, h, w) in [0, 1], if the photo has
         them."""
         image, weights = self.load_crop(photo, plan)
         latents = load.encode_image(self.vae, pixels_of(image)[None], self.family)[0].cpu()
@@ -385,7 +385,7 @@ def prior_streams(
 class TrainBatch:
     """B samples, on the CPU.
 
-    latents: (B, 4, h, w)
+    latents: (B, C, h, w)
     time_ids: (B, 6) sizes and crops in px
     instance_count: how many are of the subject; they come first, then prior images
     mask: (B, 1, h, w) loss weights in [0, 1]; None without masks

@@ -404,7 +404,7 @@ class TrainStep:
 
     @torch.no_grad()
     def base_prediction(self, rows: Rows) -> torch.Tensor:
-        """The frozen base's prediction (B/2, 4, h, w) for the prior half, which is that half's
+        """The frozen base's prediction (B/2, C, h, w) for the prior half, which is that half's
         target."""
         with moslora.switched_off(self.lora_layers):
             return self.predict(rows)
