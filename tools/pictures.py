@@ -30,12 +30,12 @@ QUALITY = 88
 
 
 STRIP_PROMPTS = {
-    "a photo of a sks rocket in the desert": 0,
-    "a photo of a sks rocket in the snow": 0,
-    "a photo of a sks rocket on a stage with red curtains": 0,
-    "a photo of a sks rocket on autumn leaves": 0,
+    "a photo of a sks rocket in the snow": 3,
+    "a photo of a sks rocket on a purple rug": 0,
+    "a photo of a sks rocket on a checkered floor": 0,
+    "a photo of a sks rocket on the moon": 3,
 }
-"""Prompts of README's first picture, and their seeds: of two each, chosen by eye."""
+"""Prompts of README's first picture, and their seeds: of four each, chosen by eye."""
 TILE_PX, GAP_PX, CAPTION_PX, LABEL_PX = 256, 8, 96, 110
 FONT_PX = 22
 
@@ -58,10 +58,10 @@ def trained(work: Path, name: str, *flags: str | Path) -> Path:
 
 
 def strip(work: Path) -> Path:
-    """One photo of the rocket, and what the base draws in four places before and after training:
-    the same prompts and noise, without and with the sample adapter."""
-    pipeline = SubjectPipeline.from_base("toy")
-    rocket = pipeline.load_adapter(ASSETS / "adapters" / "rocket.safetensors")
+    """One photo of the rocket, and what toy-zimage draws in four places before and after training:
+    the same prompts and noise, without and with the adapter."""
+    pipeline = SubjectPipeline.from_base("toy-zimage")
+    rocket = pipeline.load_adapter(trained(work, "toy_zimage"))
     rows = {"before": (), "after": ((rocket, 1.0),)}
 
     # The left column: the photo, between the two rows
@@ -82,7 +82,7 @@ def strip(work: Path) -> Path:
         caption = textwrap.fill(prompt, width=22)
         draw.text((left, CAPTION_PX - GAP_PX), caption, "black", font, anchor="ld")
         for row, adapters in enumerate(rows.values()):
-            params = GenerationParams(prompt, seed=seed, guidance_scale=2.5, adapters=adapters)
+            params = GenerationParams(prompt, seed=seed, adapters=adapters)
             (image,) = pipeline.draw(params)
             sheet.paste(enlarged(image.pixels), (left, CAPTION_PX + row * step))
     for row, label in enumerate(rows):
