@@ -1,7 +1,7 @@
 """What it costs a subject to be trained with another: six sample subjects in three pairs, each
 alone and with its companion.
 
-    python -m benchmarks.several_subjects [--out runs/several_subjects]    # an hour of one core
+    python -m benchmarks.several_subjects [--out runs/several_subjects]    # 40 minutes of one core
 
 All train by `assets/configs/two_subjects.toml`, and each subject has as many steps in both arms.
 The figures are those of `evaluate`, 8 prompts with 2 seeds: likeness and CLIP-T are relative to
