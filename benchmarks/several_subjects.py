@@ -65,16 +65,18 @@ def config_of(subjects: Sequence[str], run: Path) -> TrainConfig:
 def table(alone: dict[str, dict], together: dict[str, dict]) -> str:
     """Means with intervals over the subjects, and the paired differences; as Markdown."""
     lines = [f"| | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (1 + len(COLUMNS))}"]
-    values = {
-        name: {
-            key: np.array([arm[subject]["relative"][key] for subject in alone]) for key in COLUMNS
-        }
-        for name, arm in {"alone": alone, "together": together}.items()
-    }
-    for name, of_arm in values.items():
-        cells = [str(bootstrap_mean(of_arm[key])) for key in COLUMNS]
+
+    # A row for each arm
+    values = {}
+    for name, arm in {"alone": alone, "together": together}.items():
+        for key in COLUMNS:
+            of_each = [arm[subject]["relative"][key] for subject in alone]
+            values[name, key] = np.array(of_each)
+        cells = [str(bootstrap_mean(values[name, key])) for key in COLUMNS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    changes = [bootstrap_mean(values["together"][key] - values["alone"][key]) for key in COLUMNS]
+
+    # Subject by subject
+    changes = [bootstrap_mean(values["together", key] - values["alone", key]) for key in COLUMNS]
     lines.append(f"| difference | {' | '.join(f'{change:+}' for change in changes)} |")
     return "\n".join(lines)
 

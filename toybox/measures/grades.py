@@ -36,6 +36,7 @@ from PIL import Image
 from dreambooth_moslora.generation.params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
+from dreambooth_moslora.settings.subjects import prompts_of
 from toybox.captions import canonical_caption, full_caption
 from toybox.make_subjects import FOLDER, load
 from toybox.measures.evaluate_base import generate, scenes_for
@@ -65,6 +66,7 @@ def draw(
     out: Path, bases: dict[str, Path], parts: Sequence[tuple[int, bool, int, bool]] = GROUPS
 ) -> None:
     """OUT/sheet_N.png and OUT/key.json, {number: {"by": name, "prompt": words}}."""
+    # Scenes and their prompts, rendered and drawn by each base
     scenes, prompts = [], []
     for part in parts:
         found, caption = scenes_for(*part), full_caption if part[-1] else canonical_caption
@@ -81,6 +83,8 @@ def draw(
         for prompt, pixels in zip(prompts, images)
     ]
     random.Random(SEED).shuffle(drawn)
+
+    # The sheets, and who drew what
     for start in range(0, len(drawn), ON_A_SHEET):
         part = dict(enumerate(drawn[start : start + ON_A_SHEET], start=start + 1))
         write_sheet(part, out / f"sheet_{start // ON_A_SHEET + 1}.png")
@@ -100,7 +104,7 @@ def draw_adapters(out: Path, runs: Mapping[str, Path], bases: Mapping[str, Path]
     for subject in subjects:
         # True renders and each source's pictures in the same places, mixed
         sample, rng = load(subject), random.Random(f"{SEED} {subject}")
-        prompt = f"a photo of a {sample.token} {sample.class_word}"
+        prompt = prompts_of(sample.token, sample.class_word)["instance_prompt"]
         true = render([view(rng, sample.toy, place) for place in PLACES])
         drawn = [
             Drawn(RENDERS, f"{prompt} {place}", Image.fromarray(pixels.numpy()))
@@ -201,7 +205,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("out", type=Path, metavar="OUT")
     for command in (drawing, adapters):
         command.add_argument(
-            "--base", action="append", default=[], metavar="NAME=FOLDER", help="again for another"
+            "--base",
+            action="append",
+            required=command is drawing,
+            default=[],
+            metavar="NAME=FOLDER",
+            help="again for another",
         )
     adapters.add_argument("--runs", action="append", required=True, metavar="NAME=FOLDER")
     reading.add_argument("grades", type=Path, nargs="+", metavar="GRADES.json")
