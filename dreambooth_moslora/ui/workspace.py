@@ -14,7 +14,9 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
+from dreambooth_moslora.disk import queue
 from dreambooth_moslora.disk.process_identity import is_running, own_token
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.ui.photo_copies import kept_photos
@@ -23,6 +25,9 @@ PREFIX = "moslora-app-"
 """How the folders of all servers begin."""
 FOLDER = re.compile(rf"{PREFIX}(?P<pid>[0-9]{{1,9}})-(?P<token>[0-9a-f]{{8}})-[a-z0-9_]+")
 """A server's folder. Any user of the machine may have made other names among temporary files."""
+LOCK_NAME = ".lock"
+"""The file in it that its server locks. Processes of containers that share temporary files do not
+see each other, but their locks."""
 GRADIO = "gradio"
 """The folder in it that gradio fills."""
 HISTORY_LENGTH = 48
@@ -50,6 +55,8 @@ class Workspace:
     uploads: dict[str, Path] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock, compare=False)
     """Held while the photos change: two tabs may send theirs at once."""
+    lock: BinaryIO | None = field(default=None, compare=False)
+    """Of the folder, held while the page lives."""
 
     @property
     def folder(self) -> Path:
@@ -85,6 +92,8 @@ class Workspace:
 
     def close(self) -> None:
         """Delete all that the page kept."""
+        if self.lock:
+            self.lock.close()  # Windows removes no open file
         shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -99,8 +108,11 @@ def new_workspace() -> Workspace:
     for folder in home.glob(f"{PREFIX}*"):
         named = FOLDER.fullmatch(folder.name)
         if named and not is_running(int(named["pid"]), named["token"]):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError, UserError):  # a stranger's, or locked
+                queue.take(folder / LOCK_NAME, "").close()
+                shutil.rmtree(folder, ignore_errors=True)
     # This server's own, which names its process.
     pid = os.getpid()
-    folder = tempfile.mkdtemp(prefix=f"{PREFIX}{pid}-{own_token(pid)}-", dir=home)
-    return Workspace(Path(folder).resolve())
+    prefix = f"{PREFIX}{pid}-{own_token(pid)}-"
+    root = Path(tempfile.mkdtemp(prefix=prefix, dir=home)).resolve()
+    return Workspace(root, lock=queue.take(root / LOCK_NAME, ""))

@@ -49,6 +49,24 @@ def test_a_folder_that_any_user_named_like_a_server_s_is_kept_and_does_not_stop_
     assert [path.name for path in tmp_path.iterdir()] == [f"moslora-app-{rest}"]
 
 
+def test_a_page_in_another_container_keeps_its_photos(tmp_path, monkeypatch):
+    """Its process is not seen: the second page deleted the first one's photos. The name of no
+    process that runs here stands for another namespace's."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    start = "from dreambooth_moslora.ui.workspace import new_workspace as new; page = new(); "
+    hold = f"{start}(page.root / 'photo.png').touch(); print(page.root, flush=True); input()"
+    command = [sys.executable, "-c", hold]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as page:
+        folder = tmp_path / "moslora-app-999999999-0123abcd-left"
+        Path(page.stdout.readline().strip()).rename(folder)
+        new_workspace().close()
+        assert (folder / "photo.png").is_file()
+        page.kill()
+    new_workspace().close()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_that_was_sent_outlives_the_server(tmp_path, free_port, number):
