@@ -17,19 +17,8 @@ FOREIGN = {
         "not supported: no new tokens are learnt"
     ),
     "timestep_bias_strategy": "not supported: all noise levels are equally likely",
-    "dataloader_num_workers max_data_loader_n_workers": (
-        "photos are encoded once, before the first step; leave it out"
-    ),
-    "image_interpolation_mode": "photos are resized by Lanczos; leave it out",
-    "local_rank": "the launcher says it in the environment; leave it out",
-    "output_kohya_format": "a UNet's kohya file is always written; leave it out",
-    "upcast_before_saving": "adapters are kept in fp32 all along; leave it out",
-    "prior_generation_precision": (
-        "class images are drawn in the precision of the run; leave it out"
-    ),
     "system_prompt": "Lumina 2 is told its own sentence before each prompt; leave it out",
     "complex_human_instruction": "Sana is told nothing before a prompt; leave it out",
-    "enable_npu_flash_attention": "not supported: PyTorch's own attention is used",
     # its scripts for other models
     "bnb_quantization_config_path": "use --base_quantization nf4, or int8",
     "blocks_to_swap": "use --stream_blocks",
@@ -38,18 +27,6 @@ FOREIGN = {
     "final_validation_prompt": (
         "use --validation_prompt; the last samples are drawn at the end of the run"
     ),
-    "validation_model_path": (
-        "not supported: samples are drawn by the base; generate --base draws with another model"
-    ),
-    "validation_num_inference_steps": (
-        "not supported: samples take the base's usual number of steps"
-    ),
-    "validation_guidance_scale": "not supported: samples are drawn with the base's usual guidance",
-    "remote_text_encoder": (
-        "not supported: prompts are encoded once on this machine, on the CPU if need be"
-    ),
-    "fsdp_text_encoder": "encoders that the GPU has no room for encode on the CPU; leave it out",
-    "enable_vae_tiling": "the VAE works in tiles wherever memory is short; leave it out",
     "optimizer_type": (
         f"use --optimizer {{{','.join(table.SETTINGS['optimizer'].metadata['choices'])}}}"
     ),
@@ -61,9 +38,6 @@ FOREIGN = {
     "network_args": (
         "use --rank, --lora_alpha, --rank_pattern, --alpha_pattern, --target_modules, --use_dora"
     ),
-    "network_train_unet_only": (
-        "the text encoders are frozen unless --train_text_encoder; leave it out"
-    ),
     "train_data_dir": (
         "use --instance_data_dir, or --subjects where each folder in it is another subject"
     ),
@@ -73,27 +47,12 @@ FOREIGN = {
     "dataset_config": "use --subjects, or [[subjects]] tables in a --config file",
     "reg_data_dir": "use --class_data_dir with --with_prior_preservation",
     "output_name": "the files are named by --output_dir",
-    "save_precision": "the adapter is saved in its own precision; leave it out",
-    "save_model_as": "adapters are always safetensors; leave it out",
     "caption_strategy": (
         "captions are name.txt, metadata.jsonl or the instance prompt; --captions auto makes them"
     ),
     "caption_extension": "captions are the lines of name.txt beside each photo",
-    "min_bucket_reso max_bucket_reso": (
-        "sides lie between half and twice --resolution; leave it out"
-    ),
     "aspect_ratio_buckets": "use --enable_bucket, which crops each photo in its own shape",
     "bucket_no_upscale": "not supported: a small photo is enlarged to the area of --resolution",
-    "masked_loss": (
-        "name.mask.png beside a photo is always used, and --masks auto makes what is missing; "
-        "leave it out"
-    ),
-    "no_half_vae": (
-        "SDXL's own VAE computes in fp32, and any other does where half precision overflows; "
-        "leave it out"
-    ),
-    "cache_text_encoder_outputs": "text embeddings are always computed once; leave it out",
-    "xformers sdpa": "PyTorch's own memory-efficient attention is used; leave it out",
     "torch_compile dynamo_backend": "use --compile on",
     "use_ema ema_decay ema_max_decay": (
         "use --optimizer AdamWScheduleFree, which publishes an average of its steps"

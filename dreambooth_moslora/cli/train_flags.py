@@ -10,7 +10,9 @@ from itertools import groupby
 from typing import Any
 
 from dreambooth_moslora import __version__
+from dreambooth_moslora.cli.ignored_flags import add_ignored_flags, describe_ignored
 from dreambooth_moslora.cli.parser import Parser
+from dreambooth_moslora.cli.terminal import say
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
@@ -75,8 +77,11 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Pars
 
 
 def add_training_flags(parser: Parser, hidden: Collection[str] = ()) -> None:
-    """Add `--config` and a flag for each setting. What is parsed has the given settings alone.
-    `hidden` ones are understood, but not in the help."""
+    """Add `--config`, a flag for each setting, and other trainers' flags that have no effect.
+
+    What is parsed has the given settings alone, and `ignored` if there are any. `hidden` settings
+    are understood, but not in the help.
+    """
     parser.is_of_training = True
     about = "settings from a .toml or .json file; flags override them"
     parser.add_argument("--config", metavar="FILE", help=about)
@@ -84,6 +89,7 @@ def add_training_flags(parser: Parser, hidden: Collection[str] = ()) -> None:
         group = parser.add_argument_group(title)
         for item in rows:
             add_flag(group, item, is_hidden=item.name in hidden)
+    add_ignored_flags(parser)
 
 
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
@@ -118,13 +124,15 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
 def settings_of(
     flags: Mapping[str, Any], *, without_words: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """The settings of flags and --config, and whether there is such a file. Raises UserError.
+    """The settings of flags and --config, and whether there is such a file. Flags that are ignored
+    are named on standard error. Raises UserError.
 
     flags: as parsed
     without_words: leave out what the file says of its subject, which words on the command line name
     """
     flags = dict(flags)
     file = flags.pop("config")
+    say(describe_ignored(flags.pop("ignored", [])))
 
     # A flag may replace another setting of the file, such as the photos by their other source. A
     # switch that is turned off replaces none.

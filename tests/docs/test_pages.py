@@ -11,6 +11,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.command_train import train_main
+from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.cli.train_flags import build_train_parser
@@ -23,7 +24,7 @@ from tests.test_readme import blocks, command_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("from_diffusers", "from_kohya", "from_onetrainer")
-SAME, NONE = "the same", "–"
+SAME, NONE, NO_EFFECT = "the same", "–", "ignored"
 SPAN = re.compile(r"`([^`]+)`")
 HEAD = re.compile(r"^\| [^|]+ \| here \| remark \|\n\|[-|]+\|\n((?:\|.*\n)+)", re.MULTILINE)
 
@@ -42,17 +43,22 @@ ROWS = [(page, *row) for page in PAGES for row in rows(page)]
 OF_FLAGS = [row for row in ROWS if row[0] != "from_onetrainer"]
 
 
+IGNORED_FLAGS = {flag for flags in IGNORED for flag in flags.split()}
+
+
 def flags_in(text: str) -> set[str]:
     return set(re.findall(r"--(\w+)", text)) & SETTINGS.keys()
 
 
 def wrong(names: list[str], ours: str) -> list[str]:
     """What a row says that is not so: the same name that is no setting, another name where the name
-    is one of ours."""
+    is one of ours, a flag that is ignored or not."""
+    if ours == NO_EFFECT:
+        return [name for name in names if name not in IGNORED_FLAGS]
     if ours == SAME:
         return [name for name in names if name not in SETTINGS]
     if ours == NONE:
-        return [name for name in names if name in SETTINGS]
+        return [name for name in names if name in SETTINGS or name in IGNORED_FLAGS]
     return [] if "`--" in ours else names
 
 
@@ -86,7 +92,9 @@ def test_each_flag_of_the_other_models_scripts_is_taken_or_answered_and_has_its_
     }
     assert [flag for flag in flags if flag not in shown] == []
     assert [flag for flag in flags if (f"--{flag}" in taken) == (flag in FOREIGN_FLAGS)] == []
-    is_said = {flag: shown[flag][0] == SAME or "taken" in shown[flag][1] for flag in flags}
+    is_said = {
+        flag: shown[flag][0] in (SAME, NO_EFFECT) or "taken" in shown[flag][1] for flag in flags
+    }
     assert [flag for flag in flags if is_said[flag] != (f"--{flag}" in taken)] == []
 
 
@@ -140,7 +148,11 @@ def test_the_tables_and_the_lines_were_found():
 def test_the_same_name_is_a_setting_and_a_dash_is_none(page):
     assert [(names, ours) for names, ours, _ in rows(page) if wrong(names, ours)] == []
     assert (
-        wrong(["network_dim"], SAME) and wrong(["rank"], NONE) and wrong(["network_dim"], "`rank`")
+        wrong(["network_dim"], SAME)
+        and wrong(["rank"], NONE)
+        and wrong(["network_dim"], "`rank`")
+        and wrong(["sdpa"], NONE)
+        and wrong(["use_ema"], NO_EFFECT)
     )
 
 
@@ -152,7 +164,7 @@ def test_each_flag_that_the_program_answers_has_a_row_which_names_the_answer():
     assert len(said) > 30
     assert {name for name, flags in said.items() if flags_in(FOREIGN_FLAGS[name]) - flags} == set()
     named = {name for _, names, _, _ in OF_FLAGS for name in names}
-    assert set(FOREIGN_FLAGS) - named == set()
+    assert {*FOREIGN_FLAGS, *IGNORED_FLAGS} - named == set()
 
 
 def test_a_preset_of_onetrainer_is_refused_by_its_first_name(tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dreambooth_moslora
+from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings.rows import WORDS
@@ -169,7 +170,9 @@ def test_a_refusal_is_the_one_line_that_the_table_says(words):
 
 
 def test_foreign_flags_are_none_of_ours():
-    assert not FOREIGN_FLAGS.keys() & {item.name for item in fields(TrainConfig)}
+    ignored = {flag for flags in IGNORED for flag in flags.split()}
+    assert not ignored & FOREIGN_FLAGS.keys()
+    assert not (ignored | FOREIGN_FLAGS.keys()) & {item.name for item in fields(TrainConfig)}
 
 
 def test_a_tilde_is_the_persons_home_wherever_a_folder_is_named(tmp_path, monkeypatch):
