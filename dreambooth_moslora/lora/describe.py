@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.errors import UserError, escape, one_line
 from dreambooth_moslora.lora import key_names, lora_settings, raw_file
 from dreambooth_moslora.lora.key_names import PAIRED
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, metadata_in
@@ -143,9 +143,9 @@ def lines(facts: dict[str, object]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: a file's header may contain some that affect the
-    terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Return the text with what is no printable character escaped, as `\\x1b`: a file's header may
+    hold some that affect the terminal, or turn a line's direction."""
+    return "".join(c if c.isprintable() else escape(ord(c)) for c in text)
 
 
 def as_text(key: str, value: object) -> str:

@@ -102,7 +102,9 @@ def as_user_error(error: Exception) -> UserError:
 
 
 def sentence(error: Exception | str) -> str:
-    """The text of an error or a remark, capitalised, in one line."""
+    """Return the text of an error or a remark in one line, capitalised unless it begins with a
+    file's name."""
     # It may quote half a surrogate pair, which the server cannot send.
     text = one_line(error, MAX_SENTENCE).encode("utf-8", "replace").decode()
-    return text[:1].upper() + text[1:]
+    is_file_name = "." in text.partition(" ")[0].rstrip(".:")
+    return text if is_file_name else text[:1].upper() + text[1:]

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import PIL.Image
 
+from dreambooth_moslora.errors import spelled_out
 from dreambooth_moslora.photos.beside import MOST_BYTES
 
 THUMBNAIL_PX = 384
@@ -95,9 +96,10 @@ def folded_card(title: str, lines: list[str]) -> str:
 
 
 def facts_table(facts: list[tuple[str, str]]) -> str:
-    """A table of names and values; those without a value are left out."""
+    """Return a table of names and values, without those that have no value. A file's values may
+    hold characters that turn a line's direction, so these are spelled out."""
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+        f"<tr><th>{escape(name)}</th><td>{escape(spelled_out(value))}</td></tr>"
         for name, value in facts
         if value
     )

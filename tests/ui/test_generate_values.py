@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import gradio as gr
 import PIL.Image
 import pytest
+import torch
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
@@ -27,7 +29,7 @@ from dreambooth_moslora.generation.params import (
 from dreambooth_moslora.lora.describe import ranks_in_words
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.drawing import compare, make_pictures
-from dreambooth_moslora.ui.events import as_gradio_error
+from dreambooth_moslora.ui.events import as_gradio_error, sentence
 from dreambooth_moslora.ui.generate_adapters import fitting_adapter
 from dreambooth_moslora.ui.generate_values import (
     GenerateForm,
@@ -168,6 +170,21 @@ def test_what_the_page_quotes_can_be_sent():
         as_gradio_error(fail)()
     for made in (notice(HALF), facts_table([(HALF, HALF)]), told.value.message):
         assert made.encode()
+
+
+def test_inspect_and_info_spell_out_what_turns_a_line(tmp_path, capsys):
+    pair = {"unet.a.lora_A.weight": torch.ones(1, 4), "unet.a.lora_B.weight": torch.ones(4, 1)}
+    path = tmp_path / "dog.safetensors"
+    save_file(pair, path, metadata={"modelspec.title": "a\u202eb\x1b[31m"})
+    assert main(["info", str(path)]) == 0
+    tables = facts_table(adapter_facts(str(path))), facts_table([("Prompt", "a\u202eb\x1b[31m")])
+    for text in (*tables, capsys.readouterr().out):
+        assert r"a\u202eb\x1b[31m" in text and not {"\u202e", "\x1b"} & set(text)
+
+
+def test_a_message_is_capitalised_but_a_files_name_is_not():
+    assert sentence("dog.safetensors is broken") == "dog.safetensors is broken"
+    assert sentence("drop a picture") == "Drop a picture"
 
 
 @pytest.mark.parametrize("run", [make_pictures, compare])
