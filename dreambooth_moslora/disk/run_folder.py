@@ -8,7 +8,7 @@ gives it.
 import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -159,6 +159,9 @@ class Position:
     optimizer: str = ""  # `optimizer_kind`
     base: str = ""  # the denoiser: how it is held, and its fingerprint
     digest: str = ""  # of the position and the files beside it (`digest_of`)
+    # What the run was trained with, to say what a resumed one changes; {} in earlier versions.
+    settings: dict[str, Any] = field(default_factory=dict)  # by name, as JSON
+    photos: dict[str, str] = field(default_factory=dict)  # `hash_files`
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
@@ -133,6 +134,17 @@ def with_made(config: TrainConfig, photos: Iterable[photo_file.Photo]) -> list[p
     if config.masks != "given":
         photos = photo_file.with_kept_masks(photos, run_dir.masks_dir)
     return photos
+
+
+def hash_files(report: PhotoReport) -> dict[str, str]:
+    """Return the SHA-256 of each photo, and of the captions and masks beside the photos, by file
+    name; those of further subjects are in `1/` and so on. Raises OSError."""
+    files = {photo.kept_name: photo.path for photo in report.photos}
+    subjects = {photo.path.parent: photo.subject for photo in report.photos}
+    for path in report.sidecars:
+        subject = subjects[path.parent]
+        files[f"{subject}/{path.name}" if subject else path.name] = path
+    return {name: file_digest(path) for name, path in files.items()}
 
 
 def summary_of_skipped(report: PhotoReport) -> str:

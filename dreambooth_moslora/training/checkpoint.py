@@ -10,16 +10,20 @@ Files in the run folder that a new run does not continue, or would overwrite, ar
 
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from dreambooth_moslora.base.machine import precision_of
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
 from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
@@ -37,6 +41,9 @@ logger = logging.getLogger(__name__)
 SCALER = "scaler.pt"
 WEIGHTS = "weights.pt"
 """The weights that training continues from, if the checkpoint's adapter is their average."""
+OF_ONE_START = ("output_dir", "resume_from_checkpoint", "dry_run")
+"""Settings of one start of a run, which say nothing of what it trains."""
+MOST_FILES = 10  # Changed photos that are listed; more are counted.
 
 
 def save_checkpoint(
@@ -79,7 +86,12 @@ def digest_of(checkpoint: Path, position: Position) -> str:
     parts = [checkpoint / name for name in names]
     parts = [path for path in parts if path.is_file()]
     files = {path.name: file_digest(path) for path in parts}
-    return content_key(**asdict(replace(position, digest="")), files=files)
+    facts = asdict(replace(position, digest=""))
+    # Earlier versions wrote none of these, and their digests hold.
+    for name in ("settings", "photos"):
+        if not facts[name]:
+            del facts[name]
+    return content_key(**facts, files=files)
 
 
 def check_whole(checkpoint: Path) -> Position:
@@ -272,9 +284,62 @@ def settings_of_both(
             yield name, getattr(facts, name), getattr(config, name)
 
 
+def resolve_settings(config: table.TrainConfig) -> dict[str, Any]:
+    """Return the settings by name, as JSON, with the precision that accelerate uses."""
+    return config.to_dict() | {"mixed_precision": precision_of(config)}
+
+
+def list_changes(
+    position: Position, config: table.TrainConfig, photos: Mapping[str, str]
+) -> list[str]:
+    """List what a resumed run trains with otherwise than its checkpoint, a line each.
+
+    position: of the checkpoint; one of an earlier version tells no settings and no photos
+    config: what the run asks for, resolved
+    photos: its photos and the files beside them, as `hash_files` returns them
+    """
+    # Settings.
+    before, now = position.settings, resolve_settings(replace(config, seed=position.seed))
+    lines = []
+    for name, value in now.items():
+        if name in before and name not in OF_ONE_START and before[name] != value:
+            change = f"{shown(before[name])} -> {shown(value)}"
+            lines.append(f"{table.shown_flag(name)}: {change}")
+
+    # Files, but for the photos that a changed --leave_out tells.
+    if not position.photos:
+        return lines
+    told = {*config.leave_out} ^ {*before["leave_out"]}
+    changes = compare_files(position.photos, photos)
+    changes = {name: change for name, change in changes.items() if Path(name).name not in told}
+    if len(changes) <= MOST_FILES:
+        return [*lines, *(f"{name}: {change}" for name, change in changes.items())]
+    counts = sorted(Counter(changes.values()).items())
+    summary = ", ".join(f"{count} {change}" for change, count in counts)
+    return [*lines, f"photos and the files beside them: {summary}"]
+
+
+def compare_files(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return the names whose digests differ, each with "added", "removed" or "replaced"."""
+    changes = {}
+    for name in sorted(before.keys() | now.keys()):
+        if name not in before:
+            changes[name] = "added"
+        elif name not in now:
+            changes[name] = "removed"
+        elif now[name] != before[name]:
+            changes[name] = "replaced"
+    return changes
+
+
 def shown(value: object) -> str:
-    """A setting as a message writes it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting as a message writes it: a number in the shorter of the forms 0.01 and 1e-4."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "not set"
+    if isinstance(value, float):
+        exponential = np.format_float_scientific(value, trim="-", exp_digits=1)
+        return min(f"{value:g}", exponential, key=len)
+    return "not set" if value is None else str(value)
 
 
 def trained_modules(checkpoint: Path) -> tuple[metadata.AdapterMetadata, set[str]]:

@@ -70,10 +70,16 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     check_folders(config)
     queue.check_free(Path(config.output_dir))
     plan = make_plan(config, report)
+    changes = {}
     if config.resume_from_checkpoint:
-        from dreambooth_moslora.training.checkpoint import resume_point
+        from dreambooth_moslora.training import checkpoint
 
-        resume_point(plan.config, run_folder.RunDir(config.output_dir))
+        resumed = checkpoint.resume_point(plan.config, run_folder.RunDir(config.output_dir))
+        if resumed is not None:
+            path, position = resumed
+            digests = folder.hash_files(plan.photo_report)
+            lines = checkpoint.list_changes(position, plan.config, digests)
+            changes = {f"changed since {path.name}": lines}
 
     # The sections, each with the settings as the plan has completed them.
     report = examine(plan.photo_report, config.resolution)
@@ -81,6 +87,7 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     speed = f"speed: {speed_here(config, plan.steps.total_steps).sentence()}"
     sections = {
         "not enough room": lack_of_disk(plan),
+        **changes,
         "cost (estimated)": [*cost_lines(plan), *plan_lines(config, plan.cost.size), speed],
         "steps": step_lines(plan),
         "photos": photo_lines(config, report),

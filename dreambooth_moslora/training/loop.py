@@ -20,7 +20,12 @@ import torch
 
 from dreambooth_moslora.disk import events, queue, run_folder
 from dreambooth_moslora.disk.atomic import remove_directory
-from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
+from dreambooth_moslora.errors import (
+    StopRequestedError,
+    UserError,
+    is_out_of_memory,
+    spelled_out,
+)
 from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
@@ -381,7 +386,10 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     Raises UserError and StopRequestedError.
     """
     # Where it begins, and how long it is. Under MPI the plan did not know the processes.
-    config, resumed_from, position = beginning(context, plan)
+    photo_digests = distributed.on_main(
+        context.accelerator, lambda: folder.hash_files(plan.photo_report)
+    )
+    config, resumed_from, position = beginning(context, plan, photo_digests)
     folder.log_strays(plan.photo_report)
     photos = folder.usable_photos(plan.photo_report)
     counts = photo_file.counts_of(photos)
@@ -415,7 +423,16 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
         checkpoint=resumed_from,
         step=position.step,
     )
-    run = training_of(config, context, inputs, train_step, samples, evaluator, steps.total_steps)
+    run = training_of(
+        config,
+        context,
+        inputs,
+        train_step,
+        samples,
+        evaluator,
+        max_train_steps=steps.total_steps,
+        photo_digests=photo_digests,
+    )
     run.checkpoint = resumed_from
 
     # Last, when nothing can fail any more: only now an earlier run in the folder is moved away.
@@ -427,10 +444,10 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
 
 
 def beginning(
-    context: reporter.RunContext, plan: Plan
+    context: reporter.RunContext, plan: Plan, photo_digests: dict[str, str]
 ) -> tuple[TrainConfig, Path | None, checkpoint.Position]:
     """Where the run begins: at a checkpoint with its seed, or at step 0 with one that all processes
-    share.
+    share. A line is logged for each setting and photo that the checkpoint has otherwise.
 
     Returns the settings with that seed, the checkpoint, which is None for a fresh run, and its
     position. Raises UserError for a checkpoint that cannot go on.
@@ -442,6 +459,9 @@ def beginning(
         lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
+    if resumed_from is not None and context.accelerator.is_main_process:
+        for line in checkpoint.list_changes(position, plan.config, photo_digests):
+            logger.warning("%s", spelled_out(f"{line} (since {resumed_from.name})"))
     return replace(plan.config, seed=position.seed), resumed_from, position
 
 
@@ -483,6 +503,7 @@ def training_of(
     samples: results.ValidationSamples,
     evaluator: StepScorer | None,
     max_train_steps: int,
+    photo_digests: dict[str, str],
 ) -> Training:
     """The run, with what draws and publishes the adapter that `train_step` trains."""
     # Pictures are drawn by the adapter as it is at that step.
@@ -502,6 +523,7 @@ def training_of(
         samples=samples,
         sampler=sampler,
         max_train_steps=max_train_steps,
+        photo_digests=photo_digests,
     )
     return Training(
         config=config,

@@ -41,9 +41,7 @@ from dreambooth_moslora.seeds import seed_of
 from dreambooth_moslora.settings import measures, prompts, table
 from dreambooth_moslora.training import prepare
 from dreambooth_moslora.training.best import BestStep
-from dreambooth_moslora.training.checkpoint import (
-    Position,
-)
+from dreambooth_moslora.training.checkpoint import Position, resolve_settings
 from dreambooth_moslora.training.model_card import CardFacts, model_card, push
 from dreambooth_moslora.training.optimizer import optimizer_kind
 from dreambooth_moslora.training.step import TrainStep
@@ -222,6 +220,7 @@ class Publisher:
     samples: the pictures at fixed seeds
     sampler: draws new contexts at the end
     max_train_steps: optimizer steps of the whole run
+    photo_digests: of the photos and the files beside them, by name
     scores: the evaluator's latest
     best: the best step so far, if any was scored
     """
@@ -233,6 +232,7 @@ class Publisher:
     samples: ValidationSamples
     sampler: Sampler
     max_train_steps: int
+    photo_digests: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     best: BestStep | None = None
 
@@ -243,6 +243,8 @@ class Publisher:
             seed=self.config.seed,
             optimizer=optimizer_kind(self.config),
             base=self.inputs.base,
+            settings=resolve_settings(self.config),
+            photos=self.photo_digests,
         )
 
         # What the headers of its files say.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dreambooth_moslora.cli.main import main
+from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
@@ -327,6 +328,94 @@ def test_the_same_settings_and_an_unnamed_seed_go_on(finished, checkpoint):
             UserError, match=f"checkpoint-1 was written with AdamW; you ask for {kind}"
         ):
             check_resumed(finished[1](**change), checkpoint, position)
+
+
+CHANGED = {
+    "learning_rate": (1e-4, 2e-4, "learning_rate: 1e-4 -> 2e-4"),
+    "adam_weight_decay": (0.01, 0.1, "adam_weight_decay: 0.01 -> 0.1"),
+    "instance_prompt": ("sks dog", "sks pup", "instance_prompt: sks dog -> sks pup"),
+    "train_batch_size": (1, 2, "train_batch_size: 1 -> 2"),
+    "resolution": (64, 72, "resolution: 64 -> 72"),
+    "snr_gamma": (None, 5.0, "snr_gamma: not set -> 5"),
+    "noise_offset": (0.0, 0.05, "noise_offset: 0 -> 0.05"),
+    "random_flip": (False, True, "random_flip: False -> True"),
+    "gradient_accumulation_steps": (1, 2, "gradient_accumulation_steps: 1 -> 2"),
+    "crops_per_photo": (1, 2, "crops_per_photo: 1 -> 2"),
+    "prior": ("class_images", "adapter_off", "prior: class_images -> adapter_off"),
+    "max_grad_norm": (1.0, 0.5, "max_grad_norm: 1 -> 0.5"),
+    "mixed_precision": (None, "bf16", "mixed_precision: no -> bf16"),
+    "target_modules": (
+        ("to_q",),
+        ("attn1.to_q", "to_q"),
+        "target_modules: to_q -> attn1.to_q, to_q",
+    ),
+    "leave_out": ((), ("2.png",), "leave_out: not set -> 2.png"),
+    "instance_data_dir": ("photos", "others", "instance_data_dir: photos -> others"),
+}
+
+
+def told_of(records) -> list[str]:
+    """What a run said of its checkpoint, without the checkpoint's name."""
+    end = " (since checkpoint-1)"
+    lines = [record.getMessage() for record in records]
+    return [line.removesuffix(end) for line in lines if line.endswith(end)]
+
+
+def test_a_resumed_run_says_each_setting_and_photo_that_changed_and_an_unchanged_one_nothing(
+    tmp_path, monkeypatch, caplog
+):
+    """On the embedded base; a dry run says the same."""
+    monkeypatch.chdir(tmp_path)
+    paint_photos(tmp_path / "photos", 4)
+    (tmp_path / "photos" / "3.txt").write_text("sks dog on grass")
+    begun = {name: before for name, (before, _, _) in CHANGED.items()}
+    run = tmp_path / "run"
+    config = partial(tiny_config, "toy", tmp_path / "photos", run, max_train_steps=1, memory="auto")
+    train(config(**begun, checkpointing_steps=1))
+    again = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+
+    train(config(**begun, **again))
+    dry_run.describe_run(config(**begun, **again))
+    assert told_of(caplog.records) == []
+
+    # A photo goes, one comes, one gets another content, a caption is rewritten.
+    others = Path(shutil.copytree(tmp_path / "photos", tmp_path / "others"))
+    (others / "0.png").rename(others / "4.png")
+    shutil.copy(others / "4.png", others / "1.png")
+    (others / "3.txt").write_text("sks dog at home")
+    of_photos = ["0.png: removed", "1.png: replaced", "3.txt: replaced", "4.png: added"]
+    changed = {name: after for name, (_, after, _) in CHANGED.items()}
+    expected = sorted([line for *_, line in CHANGED.values()] + of_photos)
+    report = dry_run.describe_run(config(**changed, **again))
+    block = next(block for block in report.split("\n\n") if block.startswith("changed since"))
+    assert sorted(block.split("\n  ")[1:]) == expected
+    train(config(**changed, **again))
+    assert sorted(told_of(caplog.records)) == expected
+    assert all(record.levelname == "WARNING" for record in caplog.records if told_of([record]))
+
+
+def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_version_goes_on(
+    finished, checkpoint
+):
+    """Its folder's last run may have had other settings. Many photos are counted."""
+    position = check_whole(checkpoint)
+    config = finished[1](checkpointing_steps=1, seed=None)
+    photos = position.photos
+    assert checkpoints.list_changes(position, config, photos) == []
+    many = {f"{number}.png": "" for number in range(1, 30)}
+    told = checkpoints.list_changes(position, config, many)
+    assert told == ["photos and the files beside them: 27 added, 1 removed, 2 replaced"]
+
+    # The first versions wrote neither settings nor photos.
+    earlier = replace(position, settings={}, photos={}, digest="")
+    files = {path.name: file_digest(path) for path in checkpoint.iterdir()}
+    del files["position.json"]
+    facts = {name: getattr(position, name) for name in ("step", "seed", "optimizer", "base")}
+    facts["digest"] = content_key(**facts, digest="", files=files)
+    (checkpoint / "position.json").write_text(json.dumps(facts))
+    found = check_whole(checkpoint)
+    assert replace(found, digest="") == earlier
+    assert checkpoints.list_changes(found, finished[1](learning_rate=1.0), photos) == []
 
 
 @pytest.fixture
