@@ -40,7 +40,7 @@ from dreambooth_moslora.evaluation.metrics import Encoders, bootstrap_mean, load
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of
 from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator, sampler_draw
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.method.moslora import matrices_of
 from dreambooth_moslora.photos.folder import photo_report, usable_photos

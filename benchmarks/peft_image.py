@@ -44,7 +44,7 @@ from torch import nn
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.metrics import Encoders, bootstrap_mean, load_encoders
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.method.moslora import cast_adapter_dtype, exact_config
 from dreambooth_moslora.photos.folder import usable_photos

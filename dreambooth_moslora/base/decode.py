@@ -1,6 +1,6 @@
 """Latents to pictures.
 
-Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1] -> PIL.
+Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about in [0, 1] -> PIL.
 
 One picture is decoded at a time: at 1024 px SDXL's fp32 decoder needs 3 to 4 GiB for each. If a GPU
 has less, the picture is decoded in tiles of 512 px that overlap by a quarter, or of 256 px. Photos
@@ -34,17 +34,28 @@ def finite_or_black(pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w)."""
-    found = []
+    """Return pixels (B, 3, 8h, 8w), about in [0, 1], of scaled latents (B, C, h, w).
+
+    A VAE in fp16 whose configuration says `force_upcast`, as SDXL's, decodes in fp32, and is in
+    fp16 again afterwards.
+    """
+    is_upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    if is_upcast:
+        vae.float()
+
+    # One picture after the other
+    pixels = []
     for one in latents.split(1):
         decode = partial(decoded, vae, one)
 
         # NaN in the latents is the denoiser's: another precision of the VAE would not help.
         if one.isfinite().all():
-            found.append(finite_or_fp32(vae, decode))
+            pixels.append(finite_or_fp32(vae, decode))
         else:
-            found.append(decode())
-    return torch.cat(found)
+            pixels.append(decode())
+    if is_upcast:
+        vae.half()
+    return torch.cat(pixels) / 2 + 0.5
 
 
 def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -59,7 +70,8 @@ def finite_or_fp32(vae: AutoencoderKL, work: Callable[[], torch.Tensor]) -> torc
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w) in fp32, as the VAE computes them."""
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about in [-1, 1], in fp32, as the VAE
+    computes them."""
     latents = unscaled(vae, latents)
     size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
     device = machine.device_of(vae)
@@ -145,6 +157,6 @@ def tiled_where_short(
 
 
 def pictures_of(pixels: torch.Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W), about in [-1, 1] -> B pictures."""
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().nan_to_num().to(torch.uint8)
+    """Pixels (B, 3, H, W), about in [0, 1] -> B pictures."""
+    levels = (pixels.clamp(0, 1) * 255).round().nan_to_num().to(torch.uint8)
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels.cpu()]

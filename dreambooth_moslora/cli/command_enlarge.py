@@ -206,8 +206,8 @@ def drawn(
     args: argparse.Namespace, base: Base, photo: "Image.Image", shots: "Sequence[Shot]"
 ) -> "Iterator[Image.Image]":
     """The pictures of the shots, each drawn when it is asked for. Raises UserError."""
-    from dreambooth_moslora.generation.fixed_seeds import Sampler
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
+    from dreambooth_moslora.generation.sampling import Sampler
 
     # The editor, which is shown the photo beside each prompt
     pipeline = SubjectPipeline.from_base(base)

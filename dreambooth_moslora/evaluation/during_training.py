@@ -11,7 +11,7 @@ from functools import cached_property
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
-from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig

@@ -18,7 +18,7 @@ from dreambooth_moslora.disk.atomic import rename
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.evaluation.metrics import DinoEncoder
 from dreambooth_moslora.evaluation.references import SAME
-from dreambooth_moslora.generation.fixed_seeds import SampleRequest
+from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos import examine, synthetic
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_again, open_rgb, to_rgb

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.fixed_seeds import SampleRequest
+from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
 from dreambooth_moslora.settings.prompts import Subject

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora.evaluation import metrics, protocol
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.method.moslora import disabled
 from dreambooth_moslora.photos.faces import FaceReader
 from dreambooth_moslora.settings.families import DENOISERS

@@ -25,6 +25,7 @@ from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
+from dreambooth_moslora.generation import sampling
 from dreambooth_moslora.generation.home import CPU, Home
 from dreambooth_moslora.generation.params import (
     SCHEDULERS,
@@ -368,9 +369,6 @@ class SubjectPipeline:
         # A flow's sampler is part of the model; its latents are packed and have no preview.
         if not is_flow:
             self.pipeline.scheduler = self._scheduler(own.scheduler)
-            words = words | {"guidance_rescale": load.guidance_rescale(self.pipeline)}
-        words = pipelines.guided(self.family.facts, words, own.guidance_scale)
-        words = words | {self.family.facts.guidance_name: own.guidance_scale}
         watcher = Watcher(
             index=index,
             params=own,
@@ -379,30 +377,35 @@ class SubjectPipeline:
             emit=emit,
             stop=stop,
         )
-        decoding = decode.tiled_where_short(
-            self.pipeline.vae,
+        pixels = sampling.draw_pixels(
+            self.pipeline,
+            words,
+            seeds=[own.seed],
             size_px=(own.height_px, own.width_px),
-            device=self.home.device,
-            bytes_a_pixel=self.family.facts.decoder_bytes_a_pixel,
+            guidance=own.guidance_scale,
+            num_inference_steps=own.steps,
+            callback_on_step_end=watcher,
         )
-
-        # The noise is drawn on the CPU, so that a seed means the same on every device.
-        with decoding:
-            drawn = self.pipeline(
-                **words,
-                height=own.height_px,
-                width=own.width_px,
-                num_inference_steps=own.steps,
-                generator=torch.Generator("cpu").manual_seed(own.seed),
-                callback_on_step_end=watcher,
-            )
+        (picture,) = decode.pictures_of(self._blacken_unsafe(pixels))
         image = Image(
             index=index,
-            pixels=drawn.images[0].convert("RGB"),
+            pixels=picture,
             params=own,
             provenance=self.provenance(own),
         )
         emit(image)
+
+    def _blacken_unsafe(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the pixels (B, 3, h, w), about in [0, 1], of which those pictures are black that
+        the base's safety checker refuses. Most bases have none."""
+        if getattr(self.pipeline, "safety_checker", None) is None:
+            return pixels
+
+        # It is given what the VAE gives, in [-1, 1].
+        dtype = pipelines.denoiser_of(self.pipeline).dtype
+        _, is_unsafe = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
+        is_safe = torch.tensor(is_unsafe, device=pixels.device).logical_not()
+        return pixels.where(is_safe[:, None, None, None], 0)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         """Text conditioning for all images of a call, as in training."""

@@ -26,7 +26,7 @@ from dreambooth_moslora.errors import (
     is_out_of_memory,
     spelled_out,
 )
-from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
 from dreambooth_moslora.photos.examine import examine, log_faults

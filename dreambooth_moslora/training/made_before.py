@@ -26,8 +26,8 @@ from dreambooth_moslora.base.pipelines import encoding_options
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.generation.fixed_seeds import generate_images, in_batches
 from dreambooth_moslora.generation.home import Home
+from dreambooth_moslora.generation.sampling import generate_images, in_batches
 from dreambooth_moslora.photos import cropping, masks, photo_file
 from dreambooth_moslora.photos.captions import (
     Captioner,

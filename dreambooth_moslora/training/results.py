@@ -24,7 +24,7 @@ from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.lora import metadata, published_file, raw_file
 from dreambooth_moslora.lora.proof import Proof
 from dreambooth_moslora.photos.photo_file import (

@@ -28,7 +28,7 @@ from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import fixed_seeds
+from dreambooth_moslora.generation import sampling
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
@@ -736,5 +736,5 @@ def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_pat
     for free in (None, 1e-4):
         monkeypatch.setattr(machine, "free_gib", lambda device, free=free: free)
         words = family.with_negative(said, empty)
-        fixed_seeds.drawn(pipe, words, [0], (64, 64), num_inference_steps=1)
+        sampling.draw_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
     assert seen == [False, True] and not pipe.vae.use_tiling

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import command_generate
@@ -15,6 +16,7 @@ from dreambooth_moslora.generation.params import (
     read_recipe,
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora
 
 
@@ -94,3 +96,26 @@ def test_the_base_is_loaded_from_where_the_run_had_it_unless_another_is_given(
     for base in (None, tiny_base):
         command(base, tmp_path, "--adapter", str(run), "--prompt", "dog")
     assert loaded == [Base.find(tiny_base, **own) for own in (told, {})]
+
+
+def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path, monkeypatch):
+    """Its configuration does not tell diffusers to upcast it. The pictures were black."""
+    base = tmp_path / "base"
+    overflowing = tiny_sdxl(tmp_path)
+    with torch.no_grad():
+        overflowing.vae.decoder.conv_in.weight.mul_(3e5)
+    overflowing.vae.register_to_config(force_upcast=False)
+    overflowing.save_pretrained(base)
+
+    # On a CPU the command would load it in fp32.
+    from_base = SubjectPipeline.from_base
+    pictures = []
+    for dtype in (torch.float16, torch.float32):
+        monkeypatch.setattr(
+            SubjectPipeline, "from_base", lambda base, dtype=dtype: from_base(base, dtype)
+        )
+        folder = tmp_path / str(dtype)
+        assert command(base, folder, "--prompt", "a dog", "--seed", "5") == 0
+        pictures.append(np.asarray(PIL.Image.open(folder / "image_5.png"), int))
+    half, full = pictures
+    assert full.std() > 1 and np.abs(half - full).max() <= 8

@@ -16,8 +16,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation import references, report
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.evaluation.score_tables import Evaluator, evaluate_adapter
-from dreambooth_moslora.generation.fixed_seeds import Sampler
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.plan.checks import check_references
 from dreambooth_moslora.settings.prompts import Subject
 from dreambooth_moslora.settings.table import TrainConfig

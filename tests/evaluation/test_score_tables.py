@@ -29,8 +29,8 @@ from dreambooth_moslora.evaluation.score_tables import (
     truth_of,
 )
 from dreambooth_moslora.generation import home as gpu_room
-from dreambooth_moslora.generation.fixed_seeds import SampleRequest
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.measures import MEASURES, Measure
 from dreambooth_moslora.settings.prompts import Subject

@@ -16,14 +16,16 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save
 
 from dreambooth_moslora.base import load, machine
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import fixed_seeds, previews
 from dreambooth_moslora.generation import home as gpu_room
+from dreambooth_moslora.generation import previews, sampling
 from dreambooth_moslora.generation.params import (
     SCHEDULERS,
     GenerationParams,
@@ -39,6 +41,7 @@ from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
 from tests.helpers.tiny_adapters import save_diffusers_lora, save_kohya_lora
+from tests.helpers.tiny_families import tiny_pipeline
 
 PARAMS = GenerationParams("a photo of a sks dog", seed=3, steps=3, guidance_scale=4.0)
 OTHER_DEVICE = "cpu:0"
@@ -241,8 +244,8 @@ def test_noise_that_a_scheduler_adds_is_the_same_in_any_batch(tiny_base):
     pipeline = load.load_pipeline(tiny_base)
     pipeline.scheduler = SubjectPipeline(pipeline, "tiny")._scheduler("dpmpp_2m_sde_karras")
     words = partial(load.SDXL_FAMILY.texts, pipeline)
-    sampler = fixed_seeds.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
-    requests = [fixed_seeds.SampleRequest("a dog", seed) for seed in range(3)]
+    sampler = sampling.Sampler(pipeline, words, 64, torch.device("cpu"), 4)
+    requests = [sampling.SampleRequest("a dog", seed) for seed in range(3)]
     together, alone = list(sampler(requests, 3)), list(sampler(requests, 1))
     assert all(
         np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(together, alone)
@@ -434,6 +437,25 @@ def test_a_vae_that_overflows_in_fp16_draws_what_it_draws_in_fp32(tmp_path):
         assert wanted.std() > 1 and np.abs(mine - wanted).max() <= 8
 
 
+@pytest.mark.parametrize("threshold", [1.1, -1.1])
+def test_what_the_bases_safety_checker_refuses_is_black(threshold, tmp_path):
+    """No cosine is above the first threshold, and each is above the second. A run's own pictures
+    are drawn as they are."""
+    base = tiny_pipeline("sd1", tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    config = transformers.CLIPConfig(vision_config=sizes, projection_dim=16)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.fill_(threshold)
+    side = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    reader = transformers.CLIPImageProcessor(**side)
+    expected = picture(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
+    base.register_modules(safety_checker=checker.eval(), feature_extractor=reader)
+    found = picture(SubjectPipeline(base, "tiny"), height_px=64, width_px=64)
+    assert np.array_equal(found, expected if threshold > 0 else 0 * expected)
+    (sample,) = sampling.generate_images(base, "a dog", [1], (64, 64))
+    assert sample.getbbox()
+
+
 def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_same(
     tiny_base, monkeypatch, subject
 ):
@@ -453,6 +475,9 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     small = SubjectPipeline.from_base(tiny_base, device=OTHER_DEVICE)
     assert [picture(small).tolist() for _ in range(2)] == [expected.tolist()] * 2
     assert set(offloads) == {OTHER_DEVICE}
+    small.pipeline.vae.decoder.register_forward_pre_hook(lambda *_: offloads.append("decode"))
+    picture(small)
+    assert offloads[-2:] == ["decode", OTHER_DEVICE]  # the VAE leaves when it has decoded
     hooked = [part for part in small.pipeline.components.values() if hasattr(part, "_hf_hook")]
     assert not hooked and small.pipeline.device == torch.device("cpu")
     tiles: list[torch.Size] = []
@@ -497,7 +522,7 @@ def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescal
         assert int(scheduler.timesteps[0]) == 999, name
     drawn = [
         picture(subject, guidance_scale=9.0),
-        *fixed_seeds.generate_images(pipeline, "a dog", [1], (64, 64)),
+        *sampling.generate_images(pipeline, "a dog", [1], (64, 64)),
     ]
     assert asked == [0.7, 0.7] and all(np.asarray(one).std() > 0 for one in drawn)
     for other in map(load.load_pipeline, (tiny_base, velocity)):

@@ -27,7 +27,7 @@ from dreambooth_moslora.base import machine
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.fixed_seeds import Sampler
+from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.training import checkpoint, loop, made_before
 from dreambooth_moslora.training.frozen_base import TensorCache
 from dreambooth_moslora.training.step import TrainStep

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer, Dinov2Model
 
 from dreambooth_moslora.base.load import SDXL_FAMILY
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
 from dreambooth_moslora.generation.params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from toybox.captions import canonical_caption
 from toybox.learning.train_unet import noise_schedule
 from toybox.learning.train_vit import build_vit

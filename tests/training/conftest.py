@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.generation import fixed_seeds
+from dreambooth_moslora.generation import sampling
 from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_training import paint_photos
 
@@ -33,10 +33,12 @@ def base(tmp_path_factory) -> Path:
 def two_steps():
     """The pictures that a run of any family draws, in two denoising steps: the program asks for 25,
     and for 50."""
-    drawn = fixed_seeds.drawn
+    draw_pixels = sampling.draw_pixels
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            fixed_seeds, "drawn", lambda *given, **options: drawn(*given, **options | FEW)
+            sampling,
+            "draw_pixels",
+            lambda *given, **options: draw_pixels(*given, **options | FEW),
         )
         yield
 

@@ -33,9 +33,9 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.generation import home as gpu_room
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.generation.params import GenerationParams, check_sides
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.plan.choices import recipe_settings
 from dreambooth_moslora.plan.plan import make_plan

@@ -17,7 +17,7 @@ from dreambooth_moslora.cli import command_evaluate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import home
-from dreambooth_moslora.generation.fixed_seeds import generate_images
+from dreambooth_moslora.generation.sampling import generate_images
 from dreambooth_moslora.photos.captions import Captioner
 from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
 from dreambooth_moslora.photos.masks import Segmenter

@@ -11,7 +11,7 @@ from torch import nn
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.fixed_seeds import Sampler, SampleRequest
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.plan import memory_plans
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_training import adapter_sha256, tiny_config

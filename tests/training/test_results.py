@@ -15,7 +15,7 @@ from PIL import Image
 from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, record_of
 from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
 from dreambooth_moslora.errors import StopRequestedError, UserError
-from dreambooth_moslora.generation.fixed_seeds import stopper
+from dreambooth_moslora.generation.sampling import stopper
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
 from dreambooth_moslora.lora.proof import FileProof, Proof
 from dreambooth_moslora.pictures import Row, draw_contact_sheet

@@ -1,8 +1,12 @@
-"""Pictures that a run draws at fixed seeds: training's samples, evaluation's pictures, class
-images.
+"""How a pipeline draws: `draw_pixels`, by which every picture of the program is drawn.
 
-The same prompt and seed give the same noise at every step, so that only the adapter differs.
-Prompts are encoded once; the text encoders may be freed before the first picture is drawn.
+    SubjectPipeline     pictures that a person asks for, by the command, the page or the service
+    Sampler             training's samples, evaluation's pictures
+    generate_images     class images
+
+The same prompt and seed give the same noise at every step of a training, so that only the adapter
+differs. A Sampler's prompts are encoded once; the text encoders may be freed before the first
+picture is drawn.
 """
 
 import logging
@@ -86,7 +90,7 @@ class Sampler:
         words = family.with_negative(self._words(prompts), empty)
         if self.references:
             words = family.beside_references(words, prompts, self.references, self.resolution_px)
-        pixels = drawn(
+        pixels = draw_pixels(
             self.pipeline,
             words,
             seeds=[request.seed for request in requests],
@@ -135,18 +139,18 @@ def in_batches(
         del waiting[: len(pictures)]
 
 
-def drawn(
+def draw_pixels(
     pipeline: DiffusionPipeline,
-    words: dict[str, Any],
+    conditioning: dict[str, Any],
     seeds: Sequence[int],
     size_px: tuple[int, int],
     guidance: float | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Pixels (B, 3, h, w), about in [-1, 1].
+    """Return one batch of pictures as pixels (B, 3, h, w), about in [0, 1], in fp32.
 
     pipeline: of any family
-    words: arguments of its call that stand for the prompts
+    conditioning: arguments of its call that stand for the prompts
     seeds: (B,) of the noise, one for each picture
     size_px: (h, w)
     guidance: None is the base's own
@@ -157,7 +161,7 @@ def drawn(
     if guidance is None:
         guidance = load.default_guidance(pipeline)
     options[facts.guidance_name] = guidance
-    words = pipelines.guided(facts, words, guidance)
+    conditioning = pipelines.guided(facts, conditioning, guidance)
 
     # On the CPU: a seed means the same noise on every device and in any batch.
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -170,11 +174,15 @@ def drawn(
             device=machine.device_of(pipeline.vae),
             bytes_a_pixel=facts.decoder_bytes_a_pixel,
         ):
-            pixels = pipeline(**words, **options, output_type="pt").images[:, :3]
-        return pixels.float() * 2 - 1
+            return pipeline(**conditioning, **options, output_type="pt").images[:, :3].float()
+
+    # Latents of UNets are decoded here, in fp32 where fp16 overflows. Models that take turns on a
+    # GPU then leave it.
     options["guidance_rescale"] = load.guidance_rescale(pipeline)
-    latents = pipeline(**words, **options, output_type="latent").images
-    return decode.decode_pixels(pipeline.vae, latents)
+    latents = pipeline(**conditioning, **options, output_type="latent").images
+    pixels = decode.decode_pixels(pipeline.vae, latents)
+    pipeline.maybe_free_model_hooks()
+    return pixels
 
 
 def stopper(
@@ -225,7 +233,7 @@ def generate_images(
             family.arguments([negative] * len(seeds)),
         )
 
-    pixels = drawn(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
+    pixels = draw_pixels(pipeline, words, seeds, size_px, callback_on_step_end=stopper(should_stop))
     if not pixels.isfinite().all():
         raise UserError(f"the base draws pictures that are not finite (NaN): give {LIKE_FP32}.")
     return decode.pictures_of(pixels)
