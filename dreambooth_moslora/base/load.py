@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dreambooth_moslora.base import decode, files, machine, pipelines, scaled_fp8
+from dreambooth_moslora.base import decode, files, machine, pipelines, quantized_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
@@ -148,6 +148,8 @@ def load_denoiser(pipeline: DiffusionPipeline, base: Base, dtype: torch.dtype) -
             options = base.version | {"variant": base.variant, "dtype": dtype}
             whole = type(pipeline).from_pretrained(base.place, **options, **others)
             model = getattr(whole, name)
+    except UserError:
+        raise
     except UNLOADABLE as error:
         raise UserError(
             f"the base model {base.name} cannot be loaded: {one_line(error, 300)}"
@@ -216,13 +218,15 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
     try:
         # diffusers drops scales, and splits and renames the weights: the scales come first.
         stored = load_single_file_checkpoint(str(path))
-        weights = scaled_fp8.unscaled(stored, dtype, prefix=files.DENOISER_PREFIX)
+        weights = quantized_files.dequantize(stored, path, dtype, prefix=files.DENOISER_PREFIX)
         return kind.from_single_file(
             weights,
             config=str(home or facts.models[0].hub_id),
             subfolder=facts.denoiser,
             dtype=dtype,
         )
+    except UserError:
+        raise
     except UNREADABLE as error:
         # Without configurations beside the file, it may be the hub that did not answer.
         if isinstance(error, OSError) and home is None:
@@ -234,13 +238,17 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
-    UserError for configs that cannot be fetched, for scaled fp8, and for another file."""
-    # diffusers drops the scales, and would train wrong weights.
-    if any(name.rpartition(".")[2] in scaled_fp8.SCALES for name in files.shapes_in(path)):
+    UserError for configs that cannot be fetched, for quantized text encoders, and for another
+    file."""
+    # diffusers drops the scales: a quantized UNet comes later.
+    quantized = quantized_files.find_quantized(path)
+    if others := [name for name in quantized if not name.startswith(files.DENOISER_PREFIX)]:
         raise UserError(
-            f"{path} is a checkpoint in scaled fp8, which is read of transformers alone: "
-            "take the file in fp16."
+            f"{path} is quantized outside the UNet too ({others[0]:.100}), which is not read here: "
+            "take the same model in fp16."
         )
+    if quantized:
+        options = options | {"unet": None}
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
@@ -256,6 +264,9 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
         facts = facts_of(kind.__name__)
         what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
         raise UserError(f"{path} is not {what}: {one_line(error, 300)}") from error
+    if quantized:
+        unet = denoiser_from_file(path, facts_of(kind.__name__), options["dtype"])
+        pipeline.register_modules(unet=unet)
     # A velocity model of SDXL says so by empty tensors of these names, which diffusers ignores.
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save, save_file
 from dreambooth_moslora.base import decode, load, machine, pipelines
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.files import OTHERS, variants_in, weight_files
-from dreambooth_moslora.base.scaled_fp8 import unscaled
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -36,7 +35,14 @@ from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
-from tests.helpers.single_file import clip_layout, save_single_file, unet_layout, vae_layout
+from tests.helpers.single_file import (
+    PREFIX,
+    clip_layout,
+    save_single_file,
+    unet_layout,
+    vae_layout,
+    z_image_layout,
+)
 from tests.helpers.tiny import embeds_of, pooled_of
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -450,14 +456,6 @@ def test_a_file_of_something_else_is_one_line(kind, checkpoint, tmp_path):
         load.load_pipeline(odd_copy(checkpoint, tmp_path, ELSE[kind](load_file(checkpoint))))
 
 
-Z_IMAGE = {
-    "all_final_layer.2-1.": "final_layer.",
-    "all_x_embedder.2-1.": "x_embedder.",
-    "attention.norm_": "attention.",
-    "attention.to_out.0": "attention.out",
-    "attention.q.": "attention.q_norm.",
-    "attention.k.": "attention.k_norm.",
-}
 VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -465,21 +463,6 @@ VAE_ATTENTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
-PREFIX = "model.diffusion_model."
-
-
-def z_image_layout(state):
-    """The three projections of attention are one matrix."""
-    layout = {}
-    for name, value in state.items():
-        for ours, theirs in Z_IMAGE.items():
-            name = name.replace(ours, theirs)
-        if "attention.to_q." in name:
-            three = [state[name.replace("to_q", f"to_{one}")] for one in "qkv"]
-            layout[PREFIX + name.replace("to_q", "qkv")] = torch.cat(three)
-        elif not name.endswith(("to_k.weight", "to_v.weight")):
-            layout[PREFIX + name] = value
-    return layout
 
 
 def attention_name(name):
@@ -550,72 +533,6 @@ def test_a_file_is_the_same_model_as_its_folder_and_trains(family_file, tmp_path
         )
         found.append(load_file(out / "pytorch_lora_weights.safetensors"))
     torch.testing.assert_close(*found, rtol=0, atol=5e-5)
-
-
-def qwen_image_layout(pipe):
-    """diffusers' names are the authors' too."""
-    return pipe.transformer.state_dict()
-
-
-SPELLINGS = (("scale_weight", "scale_input"), ("weight_scale", "input_scale"))
-SCALED = {"z_image": LAYOUTS["z_image"], "qwen_image": qwen_image_layout}
-
-
-def scaled_fp8_file(state, scale, input_scale):
-    """`state` as ComfyUI's scaled fp8 file keeps it, and the weights that it stands for."""
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in state) else ""
-    stored = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    meant = {}
-    for name, value in state.items():
-        stored[name] = meant[name] = value.clone().contiguous()
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and value.ndim == 2:
-            factor = value.abs().max() / torch.finfo(torch.float8_e4m3fn).max
-            stored[name] = (value / factor).to(torch.float8_e4m3fn)
-            stored[f"{layer}.{scale}"] = factor
-            stored[f"{layer}.{input_scale}"] = torch.tensor(1.0)
-            meant[name] = stored[name].float() * factor
-    return stored, meant
-
-
-@pytest.mark.parametrize("name", SCALED)
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_scaled_fp8_file_is_loaded_with_its_scales(name, spelling, tmp_path):
-    pipe = tiny_pipeline(name, tmp_path / "files")
-    facts = next(facts for facts in FAMILIES if facts.name == name)
-    stored, meant = scaled_fp8_file(SCALED[name](pipe), *spelling)
-    for stem, tensors in {"scaled": stored, "meant": meant}.items():
-        save_file(tensors, tmp_path / f"{stem}.safetensors")
-        pipe.save_pretrained(tmp_path / stem)
-
-    truth = pipe.transformer.state_dict()
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = (
-            load.denoiser_from_file(tmp_path / f"{stem}.safetensors", facts, dtype).state_dict()
-            for stem in ("scaled", "meant")
-        )
-        assert ours.keys() == theirs.keys() == truth.keys()
-        for key, value in ours.items():
-            assert value.dtype == dtype and torch.equal(value, theirs[key])
-            # fp8's rounding, then bf16's
-            torch.testing.assert_close(value.float(), truth[key], rtol=2**-4 + 2**-8, atol=1e-5)
-
-
-def test_a_scale_may_be_one_a_row_and_the_encoders_of_a_whole_checkpoint_stay_as_they_are():
-    weight, scale = torch.ones(2, 3).to(torch.float8_e4m3fn), torch.tensor([2.0, 4.0])
-    for shape in ((2,), (2, 1)):
-        tensors = {"a.weight": weight, "a.weight_scale": scale.reshape(shape)}
-        found = unscaled(tensors, torch.float32, prefix=PREFIX)
-        assert found.keys() == {"a.weight"}
-        assert found["a.weight"].tolist() == [[2.0] * 3, [4.0] * 3]
-
-    encoder = "text_encoders.t5xxl.b"
-    own = {f"{PREFIX}a.weight": weight, f"{PREFIX}a.scale_weight": scale[0]}
-    others = {f"{encoder}.weight": weight, f"{encoder}.scale_weight": scale[1]}
-    found = unscaled(own | others | {f"{PREFIX}scaled_fp8": weight}, torch.bfloat16, prefix=PREFIX)
-    assert found.keys() == {f"{PREFIX}a.weight", *others}
-    assert (found[f"{PREFIX}a.weight"] == 2).all()
-    assert all(found[name] is value for name, value in others.items())
 
 
 def test_a_file_without_the_rest_is_known_by_its_tensors_and_refused_by_the_familys_name(
@@ -707,17 +624,6 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
     with pytest.raises(UserError, match="base cannot be loaded: ") as error:
         load.load_pipeline(base)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
-def test_a_unet_in_scaled_fp8_is_refused(spelling, tmp_path):
-    """diffusers reads it without its scales."""
-    layer = "model.diffusion_model.input_blocks.0.0"
-    tensors = {f"{layer}.weight": torch.ones(4, 4), f"{layer}.{spelling}": torch.ones(1)}
-    tensors["model.diffusion_model.label_emb.0.0.weight"] = torch.ones(4, 4)
-    save_file(tensors, tmp_path / "scaled.safetensors")
-    with pytest.raises(UserError, match="scaled fp8, which is read of transformers alone"):
-        load.load_pipeline(tmp_path / "scaled.safetensors")
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])

@@ -9,6 +9,17 @@ from safetensors.torch import save_file
 
 Tensors = dict[str, torch.Tensor]
 
+PREFIX = "model.diffusion_model."
+"""How the names of the denoiser begin in a whole checkpoint."""
+Z_IMAGE = {
+    "all_final_layer.2-1.": "final_layer.",
+    "all_x_embedder.2-1.": "x_embedder.",
+    "attention.norm_": "attention.",
+    "attention.to_out.0": "attention.out",
+    "attention.q.": "attention.q_norm.",
+    "attention.k.": "attention.k_norm.",
+}
+
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -124,4 +135,18 @@ def open_clip_layout(state: Tensors) -> Tensors:
             layout[renamed(found[1], OPEN_CLIP) + f".in_proj_{found[2]}"] = torch.cat(three)
         elif not re.search(r"\.[kv]_proj\.", name):
             layout[renamed(name, OPEN_CLIP)] = value
+    return layout
+
+
+def z_image_layout(state: Tensors) -> Tensors:
+    """The three projections of attention are one matrix."""
+    layout = {}
+    for name, value in state.items():
+        for ours, theirs in Z_IMAGE.items():
+            name = name.replace(ours, theirs)
+        if "attention.to_q." in name:
+            three = [state[name.replace("to_q", f"to_{one}")] for one in "qkv"]
+            layout[PREFIX + name.replace("to_q", "qkv")] = torch.cat(three)
+        elif not name.endswith(("to_k.weight", "to_v.weight")):
+            layout[PREFIX + name] = value
     return layout

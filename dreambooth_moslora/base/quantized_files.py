@@ -1,0 +1,181 @@
+"""Single files whose weights are quantized, in fp8 and int8 with scales: each is read as the weight
+W that it stands for.
+
+    X.weight        W8 (out, in), float8 or int8
+    X.weight_scale  W = scale · W8: one number, one a row, or one for each block of 128 × 128. Older
+                    files call it `scale_weight`, DeepSeek `weight_scale_inv`
+    X.SCB           bitsandbytes' int8: W = SCB / 127 · W8, one number a row
+    X.comfy_quant   ComfyUI's JSON of the layer's format, as bytes; the file's header may have it
+
+With `convrot` in that JSON W8 is of W·H, group by group of the columns. H is ConvRot's regular
+Hadamard matrix (arXiv 2512.03673), which is its own inverse. Scales of inputs are for arithmetic in
+eight bits; here layers compute in the run's precision.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dreambooth_moslora.errors import UserError
+
+SCALES = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
+"""Last part of the name of a weight's scale -> what it is divided by."""
+UNUSED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_format")
+"""Last parts of names beside a weight that are no scale of it."""
+BESIDE = re.compile("|".join((*SCALES, *UNUSED, r"(weight|input|output|pre_quant)?_scale(_\w+)?")))
+"""Last parts of names that only quantized weights have beside them."""
+FORMATS = (
+    *("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e5m2"),
+    *("int8_tensorwise", "int8_blockwise"),
+)
+"""The formats of ComfyUI and convert_to_quant that are read. Some files leave the name out."""
+UNREAD = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
+"""The end of a tensor's name -> a format that says no more of itself."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of scales."""
+DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *FLOATS)
+"""The dtypes of weights beside a scale."""
+BLOCK = 128
+"""Rows and columns of a block, unless the file says it."""
+GROUP = 256
+"""Columns that ConvRot rotates together, unless the file says it."""
+
+
+def find_quantized(path: Path) -> list[str]:
+    """Return the names in a .safetensors file that are of quantized weights; [] for another
+    format."""
+    if path.suffix != ".safetensors":
+        return []
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        dtypes = [file.get_slice(name).get_dtype() for name in names]
+    return [
+        name
+        for name, dtype in zip(names, dtypes, strict=True)
+        if dtype in ("I8", "U8") or BESIDE.fullmatch(name.rpartition(".")[2])
+    ]
+
+
+def read_formats(path: Path) -> dict[str, dict[str, Any]]:
+    """Return ComfyUI's {layer: JSON of its format} from the header of a .safetensors file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    return json.loads(header.get("_quantization_metadata", "{}")).get("layers", {})
+
+
+def dequantize(
+    tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, prefix: str
+) -> dict[str, Tensor]:
+    """Return the same dictionary with each quantized weight as its value, and without the scales.
+
+    tensors: of the file; one weight changes after the other, so that no second copy is held
+    path: of the file, for its header and for messages
+    dtype: of the restored weights
+    prefix: how the denoiser's names begin in a whole checkpoint, whose other parts stay as they are
+
+    Raises UserError, which names the format, for one that is not read.
+    """
+    names = [name for name in tensors if name.startswith(prefix)] or list(tensors)
+    formats = read_formats(path)
+
+    # Quantized weights, and what is beside them, leave the dictionary.
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name in names:
+        layer, _, part = name.rpartition(".")
+        is_packed = tensors[name].ndim > 1 and not tensors[name].is_floating_point()
+        if is_packed or BESIDE.fullmatch(part):
+            layers.setdefault(layer, {})[part] = tensors.pop(name)
+
+    # Their values come back.
+    for layer, parts in layers.items():
+        name = f"{layer}.weight"
+        if name in tensors:
+            parts["weight"] = tensors[name]
+        settings = formats.get(layer) or formats.get(layer.removeprefix(prefix)) or {}
+        try:
+            if "comfy_quant" in parts:
+                settings = json.loads(parts["comfy_quant"].numpy().tobytes()) | settings
+            weight = restore_weight(parts, settings)
+        except ValueError as error:
+            ends = [end for end in UNREAD if any(name.endswith(end) for name in names)]
+            raise UserError(
+                f"{path} holds weights in {UNREAD[ends[0]] if ends else error}, which is not read "
+                "here: take the same model in bf16, scaled fp8 or int8."
+            ) from error
+        if weight is not None:
+            tensors[name] = weight.to(dtype)
+    return tensors
+
+
+def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor | None:
+    """Return a layer's weight in fp32, so that it is rounded once; None for a layer without a scale
+    whose weight needs none.
+
+    parts: last part of a name -> tensor: `weight` (out, in) or (out, in, h, w), and what is beside
+    settings: ComfyUI's JSON of the layer; {} without one
+
+    Raises ValueError, which names the format, for one that is not read.
+    """
+    if settings.get("format", FORMATS[0]) not in FORMATS:
+        raise ValueError(settings["format"])
+
+    # One scale that is known, of a weight that is known, and no more.
+    weight = parts.get("weight")
+    scales = [part for part in parts if part not in ("weight", *UNUSED)]
+    if not scales and (weight is None or weight.is_floating_point()):
+        return None
+    is_known = len(scales) == 1 and scales[0] in SCALES and parts[scales[0]].dtype in FLOATS
+    is_by_rows = not parts.get("weight_format", torch.zeros(1)).any()  # as bitsandbytes saves it
+    if not is_known or not is_by_rows or weight is None or weight.dtype not in DTYPES:
+        kinds = (f"{part}: {str(tensor.dtype)[6:]}" for part, tensor in sorted(parts.items()))
+        raise ValueError(f"an unknown format ({', '.join(kinds)})")
+    options = settings.get("params", {}) | settings
+    scale = parts[scales[0]].float() / SCALES[scales[0]]
+    restored = weight.float() * expand_scale(scale, weight.shape, options.get("group_size", BLOCK))
+
+    # Rotated columns are rotated back.
+    if options.get("convrot"):
+        groups = restored.unflatten(1, (-1, options.get("convrot_groupsize", GROUP)))
+        restored = (groups @ build_hadamard(groups.shape[-1])).flatten(1)
+    return restored
+
+
+def expand_scale(scale: Tensor, shape: Sequence[int], block: int) -> Tensor:
+    """Return a scale as it multiplies a weight.
+
+    scale: one number; (out,) or (out, 1); or (blocks of rows, blocks of columns)
+    shape: of the weight, (out, in) or (out, in, h, w)
+    block: rows and columns of a block; the last ones may be cut short
+
+    Raises ValueError for another shape.
+    """
+    is_by_rows = scale.numel() == shape[0] == scale.shape[0]
+    if scale.numel() == 1 or is_by_rows:
+        return scale.reshape(-1, *(1,) * (len(shape) - 1))
+    counts = zip(scale.shape, shape, strict=False)
+    is_by_blocks = all(block * (count - 1) < size <= block * count for count, size in counts)
+    if scale.ndim != 2 or len(shape) != 2 or not is_by_blocks:
+        sizes = ["×".join(map(str, size)) for size in (scale.shape, shape)]
+        raise ValueError(f"eight bits with {sizes[0]} scales for {sizes[1]} numbers")
+    rows = scale.repeat_interleave(block, dim=0)[: shape[0]]
+    return rows.repeat_interleave(block, dim=1)[:, : shape[1]]
+
+
+def build_hadamard(size: int) -> Tensor:
+    """Return ConvRot's orthogonal matrix (size, size): a Kronecker power of one of 4 × 4, whose
+    rows have equal sums. Raises ValueError for a size that is no power of 4."""
+    quarter = 0.5 - torch.eye(4).flip(0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, quarter)
+    if len(matrix) != size:
+        raise ValueError(f"int8 with convrot in groups of {size}")
+    return matrix

@@ -1,0 +1,265 @@
+"""Single files in fp8 and int8: the base that they make is the dense one, to the precision of the
+format; any other format is one line that names it."""
+
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.base.quantized_files import build_hadamard, dequantize
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import fixed_seeds
+from tests.helpers.single_file import PREFIX, save_single_file, z_image_layout
+from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny_families import tiny_pipeline
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def as_json(settings):
+    """ComfyUI's JSON as a tensor of bytes."""
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def hadamard_entry(row, column):
+    """An entry of ConvRot's matrix of 16 x 16: each digit of four turns the sign where both make
+    three."""
+    signs = [-1 if r + c == 3 else 1 for r, c in zip(divmod(row, 4), divmod(column, 4))]
+    return signs[0] * signs[1] / 4
+
+
+H16 = torch.tensor([[hadamard_entry(row, column) for column in range(16)] for row in range(16)])
+
+
+def fp8(weight, scale_name, dtype=E4M3, **beside):
+    factor = weight.abs().max() / torch.finfo(dtype).max
+    return {"weight": (weight / factor).to(dtype), scale_name: factor, **beside}
+
+
+def fp8_by_rows(weight):
+    factors = weight.abs().amax(1, keepdim=True) / 448
+    return {"weight": (weight / factors).to(E4M3), "weight_scale": factors}
+
+
+def fp8_by_blocks(weight, size=128, **beside):
+    """Of 128 x 128 as DeepSeek's, the last ones cut short."""
+    quantized = torch.empty(weight.shape, dtype=E4M3)
+    counts = [math.ceil(length / size) for length in weight.shape]
+    factors = torch.empty(*counts)
+    for row, column in product(*map(range, counts)):
+        own = slice(size * row, size * row + size), slice(size * column, size * column + size)
+        factors[row, column] = weight[own].abs().max() / 448
+        quantized[own] = (weight[own] / factors[row, column]).to(E4M3)
+    return {"weight": quantized, "weight_scale_inv": factors, **beside}
+
+
+def int8(weight, dim, **settings):
+    factors = (weight.abs().amax(dim, keepdim=True) if dim else weight.abs().max()) / 127
+    parts = {"weight": (weight / factors).round().to(torch.int8), "weight_scale": factors}
+    return parts | ({"comfy_quant": as_json(settings)} if settings else {})
+
+
+def int8_of_bitsandbytes(weight):
+    largest = weight.abs().amax(1)
+    quantized = (127 * weight / largest[:, None]).round().to(torch.int8)
+    return {"weight": quantized, "SCB": largest, "weight_format": torch.tensor(0).byte()}
+
+
+def convrot(weight, **settings):
+    if weight.shape[1] % 16:
+        return int8(weight, 1, format="int8_tensorwise")
+    rotated = (weight.unflatten(1, (-1, 16)) @ H16.T).flatten(1)
+    return int8(rotated, 1, **settings | {"convrot": True, "convrot_groupsize": 16})
+
+
+ONE = torch.tensor(1.0)
+KINDS = {  # a dense weight -> what the file has of it, and the most of it that is lost
+    "fp8, old names": (lambda w: fp8(w, "scale_weight", scale_input=ONE), 0.03),
+    "fp8": (lambda w: fp8(w, "weight_scale", input_scale=ONE), 0.03),
+    "fp8 e5m2": (lambda w: fp8(w, "weight_scale", E5M2), 0.06),
+    "fp8 by rows": (fp8_by_rows, 0.03),
+    "fp8 by blocks": (fp8_by_blocks, 0.03),
+    "int8": (lambda w: int8(w, None, format="int8_tensorwise"), 0.03),
+    "int8 by rows": (lambda w: int8(w, 1, format="int8_tensorwise", per_row=True), 0.01),
+    "int8, unmarked": (lambda w: int8(w, 1), 0.01),
+    "bitsandbytes": (int8_of_bitsandbytes, 0.01),
+    "convrot": (lambda w: convrot(w, format="int8_tensorwise"), 0.01),
+    "convrot without a format": (convrot, 0.01),
+}
+
+
+def quantized(state, kind, prefix=""):
+    """A file's tensors, each matrix of those whose names begin so as `kind` keeps it."""
+    stored = {}
+    for name, value in state.items():
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and value.ndim == 2 and name.startswith(prefix):
+            parts = kind(value.clone())
+            stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+        else:
+            stored[name] = value
+    return {name: tensor.clone().contiguous() for name, tensor in stored.items()}
+
+
+def relative_error(found, truth):
+    return float((found.float() - truth.float()).norm() / truth.float().norm())
+
+
+def draw(pipe):
+    family = pipelines.family_of(pipe)
+    text, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
+    conditioning = family.with_negative(text, empty)
+    return fixed_seeds.drawn(pipe, conditioning, [0], (64, 64), num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A folder, its transformer in the layout of its authors, and a picture that it draws."""
+    folder = tmp_path_factory.mktemp("dense")
+    pipe = tiny_pipeline("z_image", folder / "files")
+    pipe.save_pretrained(folder / "model")
+    state = z_image_layout(pipe.transformer.state_dict())
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "d.safetensors")
+    (folder / "d").symlink_to(folder / "model")
+    return folder, state, draw(load.load_pipeline(folder / "d.safetensors"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_quantized_file_is_the_dense_base_to_its_precision_and_draws_its_picture(
+    name, dense, tmp_path
+):
+    folder, state, picture = dense
+    kind, most = KINDS[name]
+    save_file(quantized(state, kind), tmp_path / "q.safetensors")
+    (tmp_path / "q").symlink_to(folder / "model")
+
+    # Each matrix
+    pipe = load.load_pipeline(tmp_path / "q.safetensors")
+    truth = load.load_pipeline(folder / "d.safetensors").transformer.state_dict()
+    found = pipe.transformer.state_dict()
+    errors = [relative_error(found[key], truth[key]) for key in truth if truth[key].ndim == 2]
+    assert found.keys() == truth.keys() and 1e-5 < max(errors) < most
+    assert all(torch.equal(found[key], truth[key]) for key in truth if truth[key].ndim != 2)
+
+    # The picture
+    difference = relative_error(draw(pipe), picture)
+    print(f"{name}: weights {max(errors):.2%}, picture {difference:.2%}")
+    assert difference < 2 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_weight_is_its_number_times_its_scale_rounded_once(name, dtype, tmp_path):
+    weight = torch.randn(200, 320, generator=torch.Generator().manual_seed(0))
+    parts = KINDS[name][0](weight)
+    scale = parts.get("SCB", torch.zeros(0)).double() / 127
+    for spelling in ("scale_weight", "weight_scale", "weight_scale_inv"):
+        scale = parts.get(spelling, scale).double()
+    if scale.shape == (2, 3):
+        scale = torch.kron(scale, torch.ones(128, 128))[:200, :320]
+    truth = parts["weight"].double() * (scale if scale.ndim != 1 else scale[:, None])
+    if "convrot" in name:
+        truth = (truth.unflatten(1, (-1, 16)) @ H16.double()).flatten(1)
+
+    tensors = {f"a.{part}": tensor for part, tensor in parts.items()} | {"b.scale": ONE}
+    restored = dequantize(tensors, tmp_path / "x.ckpt", dtype, PREFIX)
+    assert restored.keys() == {"a.weight", "b.scale"} and restored["a.weight"].dtype == dtype
+    assert relative_error(restored["a.weight"], truth) < (3e-7 if dtype == torch.float32 else 2e-3)
+
+
+def test_the_header_may_have_the_formats_and_other_parts_stay_as_they_are(tmp_path):
+    """A rotated weight whose rotation only the header tells, of 256 columns as ComfyUI's."""
+    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    parts = int8((weight.unflatten(1, (2, 256)) @ build_hadamard(256)).flatten(1), 1)
+    settings = {"layers": {f"{PREFIX}a": {"format": "int8_tensorwise", "convrot": True}}}
+    tensors = {f"{PREFIX}a.{part}": tensor for part, tensor in parts.items()}
+    others = {f"text_encoders.b.{part}": tensor for part, tensor in parts.items()}
+    path = tmp_path / "x.safetensors"
+    metadata = {"_quantization_metadata": json.dumps(settings)}
+    save_file({name: t.clone() for name, t in (tensors | others).items()}, path, metadata)
+    restored = dequantize(load_file(path), path, torch.float32, PREFIX)
+    assert relative_error(restored.pop(f"{PREFIX}a.weight"), weight) < 0.01
+    assert restored.keys() == others.keys()
+
+
+def test_convrot_s_matrix_is_orthogonal_with_rows_of_equal_sums():
+    matrix = build_hadamard(256)
+    assert torch.equal(matrix @ matrix, torch.eye(256)) and torch.equal(build_hadamard(16), H16)
+    assert (matrix.sum(0) == 1).all() and (matrix.sum(1) == 1).all()
+
+
+SCALE, BYTES = torch.ones(32, 1), torch.zeros(32, 32, dtype=torch.uint8)
+INT8, FP8 = torch.zeros(32, 32, dtype=torch.int8), torch.zeros(32, 32).to(E4M3)
+E8M0 = torch.ones(32, 1).to(torch.float8_e8m0fnu)
+FOREIGN = {  # what the file has of a layer of 32 x 32, and what the message calls it
+    "nvfp4": ({"weight": BYTES, "weight_scale": E8M0, "weight_scale_2": ONE}, "nvfp4"),
+    "marked": ({"weight": BYTES, "comfy_quant": as_json({"format": "nvfp4"})}, "nvfp4"),
+    "mxfp8": (
+        {"weight": FP8, "weight_scale": E8M0, "comfy_quant": as_json({"format": "mxfp8"})},
+        "mxfp8",
+    ),
+    "mxfp8 of width 32, unmarked": (
+        {"weight": FP8, "weight_scale": E8M0},
+        "unknown format .weight: float8_e4m3fn, weight_scale: float8_e8m0fnu",
+    ),
+    "4 bit": (
+        {"weight": INT8, "weight_scale": SCALE, "comfy_quant": as_json({"format": "convrot_w4a4"})},
+        "convrot_w4a4",
+    ),
+    "nf4": (
+        {"weight": BYTES, "weight.absmax": BYTES, "weight.quant_state.bitsandbytes__nf4": BYTES},
+        "nf4",
+    ),
+    "int8 alone": ({"weight": INT8}, "unknown format .weight: int8"),
+    "another scale": ({"weight": FP8, "pre_quant_scale": SCALE, "weight_scale": ONE}, "pre_quant"),
+    "a GPU's order": ({"weight": INT8, "SCB": SCALE, "weight_format": ONE.byte()}, "SCB: float32"),
+    "packed": ({"qweight": INT8, "wscales": SCALE}, "unknown format .qweight: int8"),
+    "quanto": ({"weight._data": INT8, "weight._scale": SCALE}, "_data: int8, _scale: float32"),
+    "odd blocks": ({"weight": FP8, "weight_scale_inv": torch.ones(3, 5)}, "3×5 scales for 32×32"),
+    "odd groups": (
+        {
+            "weight": INT8,
+            "weight_scale": SCALE,
+            "comfy_quant": as_json({"convrot": True, "convrot_groupsize": 32}),
+        },
+        "convrot in groups of 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_format_is_one_line_that_names_it(name, dense, tmp_path):
+    """Some were loaded without what scales them."""
+    folder, state, _ = dense
+    parts, says = FOREIGN[name]
+    layer = f"{PREFIX}layers.0.attention.out"
+    stored = {key: value for key, value in state.items() if key != f"{layer}.weight"}
+    stored |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+    save_file(
+        {key: t.clone().contiguous() for key, t in stored.items()}, tmp_path / "q.safetensors"
+    )
+    (tmp_path / "q").symlink_to(folder / "model")
+    with pytest.raises(UserError, match=rf"holds weights in .*{says}.*take the same") as error:
+        load.load_pipeline(tmp_path / "q.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fp8, old names", "int8 by rows", "convrot"])
+def test_a_whole_checkpoint_s_unet_may_be_quantized_and_its_encoders_may_not(name, tmp_path):
+    pipe = tiny_sdxl(tmp_path / "files")
+    pipe.save_pretrained(tmp_path / "model")
+    state = load_file(save_single_file(pipe, tmp_path / "dense.safetensors"))
+    kind, most = KINDS[name]
+    for stem, prefix in {"unet": PREFIX, "all": ""}.items():
+        save_file(quantized(state, kind, prefix), tmp_path / f"{stem}.safetensors")
+        (tmp_path / stem).symlink_to(tmp_path / "model")
+    found = load.load_pipeline(tmp_path / "unet.safetensors").unet.state_dict()
+    truth = pipe.unet.state_dict()
+    errors = [relative_error(found[key], truth[key]) for key in truth if truth[key].ndim == 2]
+    assert found.keys() == truth.keys() and max(errors) < most
+    with pytest.raises(UserError, match=r"is quantized outside the UNet too \(conditioner"):
+        load.load_pipeline(tmp_path / "all.safetensors")
