@@ -134,10 +134,7 @@ class Base:
     @cached_property
     def _cached(self) -> Path | None:
         """Where the hub's cache has its index, and perhaps no more of it."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(self.name, files.INDEX, **self.version)
-        return Path(found).parent if isinstance(found, str) else None
+        return files.find_snapshot(self.name, files.INDEX, **self.version)
 
     @property
     def configs(self) -> Path | None:

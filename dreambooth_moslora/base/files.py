@@ -80,6 +80,16 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
         ) from None
 
 
+def find_snapshot(
+    hub_id: str, file: str, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path | None:
+    """Return the folder of the hub's cache that has this file of a model; None for no such one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, file, revision=revision, cache_dir=cache_dir)
+    return Path(path).parent if isinstance(path, str) else None
+
+
 def is_hub_id(name: str) -> bool:
     """`owner/model-1.0` is one despite its dot; `owner/model.safetensors`, `./model` and what the
     hub would not take as a name are paths."""

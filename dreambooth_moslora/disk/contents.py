@@ -3,10 +3,14 @@
 import errno
 import hashlib
 import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.errors import UserError, first_problem
 
 if TYPE_CHECKING:
@@ -26,6 +30,45 @@ def file_digest(path: Path) -> str:
         raise UserError(f"{path} is not a file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_stamp(path: Path) -> tuple[int, ...]:
+    """Return a file's number, size and times: others mean that its content may be another. Raises
+    OSError."""
+    facts = path.stat()
+    return (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def hash_files(paths: Iterable[Path], record: Path) -> list[str]:
+    """Return the SHA-256 of each file. A large one is read once, as `record` remembers it.
+
+    paths: of the files; a link is the file behind it
+    record: JSON, path -> stamp and digest. One that cannot be read or written costs time alone
+
+    Raises OSError for a file that cannot be read.
+    """
+    remembered: dict[str, tuple[tuple[int, ...], str]] = {}
+    with suppress(UserError):
+        remembered = read_json(record, dict[str, tuple[tuple[int, ...], str]])
+
+    # The stamp is read first: what changes while it is hashed is hashed again the next time.
+    digests, is_new = [], False
+    for path in (path.resolve() for path in paths):
+        stamp = read_stamp(path)
+        last_stamp, digest = remembered.get(str(path), ((), ""))
+        if last_stamp != stamp:
+            digest = file_digest(path)
+            remembered[str(path)] = (stamp, digest)
+            is_new = True
+        digests.append(digest)
+
+    # A process beside this one may write the same; files that are gone are forgotten.
+    if is_new:
+        remembered = {path: entry for path, entry in remembered.items() if os.path.exists(path)}
+        with suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(record, json.dumps(remembered, indent=1))
+    return digests
 
 
 MOST_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.

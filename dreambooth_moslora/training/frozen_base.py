@@ -1,7 +1,7 @@
 """The frozen base: loading it, and what its encoders gave, in a cache.
 
 Outputs of the frozen encoders are cached in memory or on disk by a digest of everything that they
-depend on (the file's bytes, the crop, the encoder's weights). On disk, a file that does not match
+depend on (the photo's bytes, the crop, the encoder's files). On disk, a file that does not match
 its header's digest is encoded anew.
 """
 

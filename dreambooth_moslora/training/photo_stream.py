@@ -30,7 +30,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import cropping, photo_file, shown_captions
 from dreambooth_moslora.seeds import place_of, rng
 from dreambooth_moslora.settings import subjects, table
-from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, fingerprint
+from dreambooth_moslora.training.frozen_base import TensorCache, Tensors, digest_of
 
 Size = tuple[int, int]
 """(h, w) in px."""
@@ -62,6 +62,7 @@ class PhotoEncoder:
     unmasked_weight: the loss weight around the subject, in [0, 1]
     family: how its kind of latents is scaled
     synthetic_weight: the loss weight of photos that a model made, in [0, 1]
+    vae_digest: of the VAE's files (`base.digests`); "" for that of its weights in memory
     """
 
     vae: torch.nn.Module
@@ -70,13 +71,15 @@ class PhotoEncoder:
     unmasked_weight: float = 0.0
     family: pipelines.Family = load.SDXL_FAMILY
     synthetic_weight: float = 1.0
+    vae_digest: str = ""
 
     def __post_init__(self) -> None:
         # The scale of the latents is no weight, so the configuration is part of the identity.
         config = self.vae.config.items()
         constants = {name: value for name, value in config if not name.startswith("_")}
         self.vae_identity = content_key(
-            weights=fingerprint(self.vae),
+            weights=self.vae_digest or digest_of(self.vae.state_dict()),
+            dtype=self.vae.dtype,
             family=self.family.facts.name,
             constants=constants,
         )

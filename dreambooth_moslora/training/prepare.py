@@ -25,6 +25,7 @@ from diffusers import (
 
 from dreambooth_moslora.base import load, machine, pipelines
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.digests import hash_parts
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.processes import give_freed_memory_back
@@ -121,13 +122,15 @@ def prepare(
     checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
+    parts = (*family.facts.encoders, "vae")
+    digests = hash_parts(base, family.facts, parts, config.cache_folder)
     context.stop_if_asked()
 
     # Latents and texts. What encoded them leaves memory.
-    streams = streams_of(config, context, pipeline, family, photos)
+    streams = streams_of(config, context, pipeline, family, photos, digests)
     encode_photos(context, streams, sample_count)
     release_vae(config, context, pipeline, streams[0].encoder)
-    prompt_embeds = prompt_cache(config, pipeline, family)
+    prompt_embeds = prompt_cache(config, pipeline, family, digests)
     move_encoders(pipeline, family, device)
     encode_prompts(config, context, streams, prompt_embeds, prompts)
     release_encoders(config, context, pipeline, family, prompt_embeds)
@@ -163,6 +166,7 @@ def streams_of(
     pipeline: DiffusionPipeline,
     family: pipelines.Family,
     photos: list[Photo],
+    digests: Mapping[str, str],
 ) -> list[photo_stream.SubjectStreams]:
     """The photos as they are drawn, and then the class images, if there are any. Raises UserError
     and StopRequestedError."""
@@ -179,6 +183,7 @@ def streams_of(
         unmasked_weight=config.unmasked_weight,
         family=family,
         synthetic_weight=config.synthetic_weight,
+        vae_digest=digests.get("vae", ""),
     )
     instance = photo_stream.instance_streams(config, photos, encoder)
     if not class_photos:
@@ -285,14 +290,21 @@ def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
 
 
 def prompt_cache(
-    config: table.TrainConfig, pipeline: DiffusionPipeline, family: pipelines.Family
+    config: table.TrainConfig,
+    pipeline: DiffusionPipeline,
+    family: pipelines.Family,
+    digests: Mapping[str, str],
 ) -> frozen_base.PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
-    anew in training."""
+    anew in training. `digests` are of the base's parts; one that lacks an encoder's is answered by
+    its weights in memory."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
 
     # All that decides an encoding; `force_zeros_for_empty_prompt` decides that of "".
-    identity = "+".join([family.facts.name, *map(frozen_base.fingerprint, encoders)])
+    identity = family.facts.name
+    for name, encoder in zip(family.facts.encoders, encoders):
+        digest = digests.get(name) or frozen_base.digest_of(encoder.state_dict())
+        identity += f"+{digest} {encoder.dtype}"
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         identity += "+zeros"
     if family.layout:

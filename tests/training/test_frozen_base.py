@@ -1,7 +1,9 @@
 """What is done before the first step: photos and words encoded, each once, with its own numbers and
 its own caption, whatever the order; `--init_adapter`."""
 
+import shutil
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from weakref import ref
@@ -21,6 +23,7 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.cropping import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan.checks import preflight
+from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base, reporter
 from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
@@ -29,9 +32,11 @@ from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, 
 from dreambooth_moslora.training.prepare import (
     device_with_room,
     fill,
+    prepare,
     prompt_cache,
     same_everywhere,
 )
+from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.threads import as_processes
 from tests.helpers.tiny import embeds_of, equal, few_steps
 from tests.helpers.tiny_adapters import save_diffusers_lora
@@ -212,14 +217,14 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     other runs. The empty prompt of another pipeline is not found in the cache."""
     pipeline, prompt, found = load.load_pipeline(tiny_base), ["a photo of a dog"], []
     config = TrainConfig(caching="disk", cache_dir=str(tmp_path))
-    prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY)
+    prompt_embeds = prompt_cache(config, pipeline, load.SDXL_FAMILY, {})
     before = prompt_embeds(prompt)
     [file] = tmp_path.rglob("*.safetensors")
     content = file.read_bytes()
     for force_zeros in (False, True):
         pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
         found.append(
-            embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY)([""])).abs().sum().item()
+            embeds_of(prompt_cache(config, pipeline, load.SDXL_FAMILY, {})([""])).abs().sum().item()
         )
     assert found[0] > 0 == found[1]
     for model in (pipeline.text_encoder, pipeline.text_encoder_2):
@@ -232,6 +237,55 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     assert not torch.allclose(
         embeds_of(load.SDXL_FAMILY.texts(pipeline, prompt)), embeds_of(before), atol=1e-3
     )
+
+
+@pytest.fixture
+def prepare_base(photos, tmp_path):
+    """Prepare a run on a base, with the caches of the runs before; returns its inputs."""
+
+    def prepare_base(base, **changes):
+        settings = {"caching": "disk", "cache_dir": str(tmp_path / "caches")} | changes
+        config, run_dir = tiny_config(base, photos, tmp_path / "run", **settings), RunDir(tmp_path)
+        accelerator = make_accelerator(config, run_dir)
+        report = reporter.Reporter(run_dir, accelerator, None)
+        context = reporter.RunContext(run_dir, accelerator, report, lambda: False)
+        found = find_photos(photos, config.instance_prompt, 64).photos
+        return prepare(config, Base.of(config), context, found, sample_count=1, prompts=[])
+
+    return prepare_base
+
+
+ENCODED = {
+    "a token's embedding": (change_token, 3, 0),
+    "two letters of a tokenizer": (swap_ids, 3, 0),
+    "the last number of the VAE": (
+        lambda base: flip_last_bit(base / "vae" / "diffusion_pytorch_model.safetensors"),
+        0,
+        1,
+    ),
+    "nothing": (lambda base: None, 0, 0),
+}
+"""What differs in another base, and how many texts and photos are encoded for it."""
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_encodings_of_another_base_are_not_taken_from_the_disk(
+    name, tiny_base, prepare_base, tmp_path
+):
+    """And those of the same base, which lies elsewhere, are."""
+    change, texts, views = ENCODED[name]
+    first = prepare_base(tiny_base)
+    base = Path(shutil.copytree(tiny_base, tmp_path / tiny_base.name))
+    change(base)
+    second = prepare_base(base)
+    for inputs, computed in ((first, (3, 1)), (second, (texts, views))):
+        caches = inputs.prompt_embeds.cache, inputs.instance.encoder.cache
+        assert tuple(cache.computed for cache in caches) == computed
+
+    # What it trains on is what it encodes itself.
+    prompt = ["a photo of sks dog"]
+    own = load.SDXL_FAMILY.texts(load.load_pipeline(base), prompt)
+    assert equal(second.prompt_embeds(prompt), own)
 
 
 def test_words_are_asked_once_and_what_the_disk_withholds_after_the_encoders_left_ends_the_run(

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from dreambooth_moslora.disk.contents import file_digest
+from dreambooth_moslora.disk.contents import file_digest, read_stamp
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, files_by_name, run_files
 from dreambooth_moslora.errors import UserError
@@ -146,8 +146,7 @@ class Catalogue:
 
     def _digest_of(self, file: Path) -> str:
         """Computed again when the file's stat has changed."""
-        facts = file.stat()
-        stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        stamp = read_stamp(file)
         known = self._digests.get(file)
         if known is None or known[0] != stamp:
             known = (stamp, file_digest(file))

@@ -1,0 +1,52 @@
+"""Digests of large files are remembered, and never those of another content."""
+
+import json
+import os
+
+import pytest
+
+from dreambooth_moslora.disk.contents import file_digest, hash_files
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+def test_a_file_is_hashed_once_until_it_changes(file, tmp_path):
+    """By any name: a model of the hub is links to its files."""
+    record, link = tmp_path / "caches" / "digests.json", tmp_path / "link"
+    link.symlink_to(file)
+    assert hash_files([file, link], record) == [file_digest(file)] * 2
+
+    # What the record says is believed, as the file is not read again.
+    ((path, (stamp, digest)),) = json.loads(record.read_text()).items()
+    assert (path, digest) == (str(file.resolve()), file_digest(file))
+    record.write_text(json.dumps({path: [stamp, "remembered"]}))
+    assert hash_files([link], record) == ["remembered"]
+
+    # Another content of equal size, also where its time was set back.
+    times = file.stat()
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert hash_files([link], record) == [file_digest(file)]
+
+    # A file that is gone is forgotten with the next one.
+    other = tmp_path / "other"
+    file.rename(other)
+    assert hash_files([other], record) == [file_digest(other)]
+    assert list(json.loads(record.read_text())) == [str(other.resolve())]
+
+
+@pytest.mark.parametrize("content", [b"torn", b"[]", b'{"weights": 3}', b"\xff", None])
+def test_a_record_that_cannot_be_read_or_written_costs_time_alone(content, file, tmp_path):
+    record = tmp_path / "caches" / "digests.json"
+    if content is None:  # a file where its folder should be
+        record.parent.write_bytes(b"")
+    else:
+        record.parent.mkdir()
+        record.write_bytes(content)
+    for _ in range(2):
+        assert hash_files([file], record) == [file_digest(file)]
