@@ -3,7 +3,8 @@
     host      block 0 | block 1 | block 2 | …     pinned where there is CUDA
     device    place 0 | place 1                   block n comes to place n mod 2
 
-While a block computes, the next one is copied beside it. Nothing is written back, as the base is
+While a block computes, the next one is copied beside it, and after a pass that has no gradients the
+first ones, for another pass. Nothing is written back, as the base is
 frozen. Adapters, norms and biases, and the scales of packed weights, stay on the device.
 
 It is for blocks that are recomputed (gradient checkpointing), which read nothing between the two
@@ -112,15 +113,20 @@ class StreamedBlocks:
     def move(self, device: torch.device) -> None:
         """Compute on another device from here on, between two passes. The memory of the places on
         the present one is freed; blocks lie on the host as before."""
-        # A copy that nobody waited for may still write there.
-        for copy in self.begun:
-            self.copies.wait(copy)
+        self.wait()
         self.make_places(device, Copies(device))
         for number in range(len(self.blocks)):
             self.lay(number)
 
+    def wait(self) -> None:
+        """Let nothing compute before all copies have ended: one may still write to a place whose
+        memory is given back."""
+        for copy in self.begun:
+            self.copies.wait(copy)
+
     def end(self) -> None:
         """Leave the model as it was, with these matrices on the host."""
+        self.wait()
         for hook in self.hooks:
             hook.remove()
         for (_, layers), pieces in zip(self.blocks, self.pieces, strict=True):
@@ -145,7 +151,11 @@ class StreamedBlocks:
             self.bring(ahead)
 
     def leave(self, number: int, block: nn.Module, inputs: tuple, outputs: Any) -> None:
-        """Called after block `number` has computed: it enters again with the outputs' gradients."""
+        """Called after block `number` has computed: it enters again with the outputs' gradients.
+        After the last one of a pass without gradients the next pass begins, with the first ones."""
+        if number == len(self.blocks) - 1 and not torch.is_grad_enabled():
+            for first in range(min(PLACES, len(self.blocks))):
+                self.bring(first)
         for output in outputs if isinstance(outputs, tuple) else (outputs,):
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(partial(self.enter, number))
@@ -159,11 +169,14 @@ class StreamedBlocks:
 
 
 def streamed_blocks(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
-    """The blocks that are streamed, each with the layers whose matrices are, in the order of the
-    model. The few blocks that refine an input are not: Lumina 2 does not recompute them."""
+    """The blocks that are streamed, each with the layers whose matrices are, in the order of use.
+    The few blocks that refine an input are not: Lumina 2 does not recompute them."""
     kinds = block_classes(model)
     found = []
-    for name, block in model.named_modules():
+
+    # A UNet has its middle after its upper half, and uses it before.
+    modules = sorted(model.named_modules(), key=lambda named: named[0].startswith("up_blocks."))
+    for name, block in modules:
         if type(block).__name__ not in kinds or "refiner" in name:
             continue
 
