@@ -4,6 +4,7 @@ A switch may be written `--flag`, `--flag false` or `--no_flag`.
 """
 
 import argparse
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import Field
 from itertools import groupby
@@ -16,6 +17,8 @@ from dreambooth_moslora.cli.terminal import say
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import sources, table
 from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Teach SDXL or another diffusion model one subject from a few photos, by a MoSLoRA "
@@ -146,6 +149,8 @@ def settings_of(
         item = table.SETTINGS.get(name)
         if item is None or not given.intersection(item.metadata["yields_to"]):
             settings[name] = value
+        elif name == "subjects":
+            logger.warning("note: the subjects in %s are left out, as others are given", file)
     return table.check_each(settings | flags), bool(file)
 
 

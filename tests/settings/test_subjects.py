@@ -63,12 +63,13 @@ def test_a_run_without_tables_is_its_own_one_subject():
 
 
 def test_a_flag_for_one_subject_displaces_the_files_several_and_the_other_way_round(
-    recipe, tmp_path
+    recipe, tmp_path, caplog
 ):
     one = parse_train_config(
         [*BASE, *recipe, "--instance_data_dir", "c", "--instance_prompt", "a photo of x"]
     )
     assert (one.subjects, one.instance_data_dir, one.rank) == ((), "c", 3)
+    assert "are left out, as others are given" in caplog.text
     (tmp_path / "one.toml").write_text(
         'instance_data_dir = "a"\ninstance_prompt = "a photo of x"\nrank = 5'
     )
