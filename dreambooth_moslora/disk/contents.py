@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -75,7 +75,10 @@ MOST_TEXT_BYTES = 32 * 2**20  # Of a text file that is read whole.
 
 
 def check_size(path: Path, most_bytes: int) -> None:
-    """Raises OSError for a larger file: a hole of gigabytes on the disk would fill the memory."""
+    """Raise OSError for a larger file: a hole of gigabytes on the disk would fill the memory. So
+    too for a pipe, which might be waited for without end."""
+    if path.is_fifo() and not path.is_relative_to("/dev"):  # where a shell's <(…) is one
+        raise OSError(errno.EINVAL, "it is a pipe, not a file")
     if path.stat().st_size > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes // 2**20} MiB")
 
@@ -97,23 +100,23 @@ def stored_text(path: Path, most_bytes: int = MOST_TEXT_BYTES) -> str:
         raise UserError(f"{path}: {error.strerror}.") from error
 
 
-def read_json(path: Path, model: type[M] = dict) -> M:
+def read_json(path: Path, model: type[M] = dict, make_dict: Callable = dict) -> M:
     """What `from_json` makes of a file. Raises UserError with its name and first wrong value."""
     try:
-        return from_json(small_text(path), model)
+        return from_json(small_text(path), model, make_dict)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {reason_of(error)}.") from error
 
 
-def from_json(text: str | bytes, model: type[M] = dict) -> M:
+def from_json(text: str | bytes, model: type[M] = dict, make_dict: Callable = dict) -> M:
     """The JSON text as a plain dict, or as a `model` (a dataclass, a list of words …) whose types
-    pydantic checks: 1 is a float, but no "1" and no true. Raises UserError with the first wrong
-    value.
+    pydantic checks: 1 is a float, but no "1" and no true. `make_dict` makes plain dicts of their
+    pairs. Raises UserError with the first wrong value.
     """
     try:
         if model is not dict:
             return type_adapter(model).validate_json(text, strict=True)
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=make_dict)
     except (ValueError, RecursionError) as error:  # pydantic's own error is a ValueError
         is_pydantics = hasattr(error, "errors")
         what = first_problem(error) if is_pydantics else f"it is not valid JSON: {error}"

@@ -7,6 +7,7 @@ choices and names of layers, never paths, prompts or words.
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,23 @@ def read_tables(path: Path | str) -> dict[str, Any]:
     path = Path(find_asset(str(path)))
     try:
         if path.suffix.lower() == ".json":
-            return read_json(path)
+            return read_json(path, make_dict=unique_names)
         return tomllib.loads(small_text(path))
     except UserError as error:
         raise UserError(f"--config {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--config {path}: it is not valid TOML: {error}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {reason_of(error)}.") from error
+    except ValueError as error:  # a number of thousands of digits is no TOMLDecodeError
+        raise UserError(f"--config {path}: it is not valid TOML: {error}.") from error
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the names and values of a JSON object as a table. Raises ValueError for a name that is
+    there twice, as TOML does."""
+    name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+    if count > 1:
+        raise ValueError(f"{name} is given twice")
+    return dict(pairs)
 
 
 def flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ configuration files, the header of a published file, the remarks before a run an
 `docs/settings.md` are made from the rows. A rule between several settings is a sentence in `rules`.
 """
 
+import math
 import operator
 import os
 from collections.abc import Iterable, Mapping
@@ -1207,7 +1208,7 @@ def checked_setting(name: str, value: Any) -> Any:
     # The type first, whatever the source: a flag is text, JSON and TOML have numbers.
     found = as_type(base, value)
     if found is None:
-        raise UserError(f"--{name} {value!r}: expected {EXPECTED[base]}.")
+        raise UserError(f"--{name} {value!r:.60}: expected {EXPECTED[base]}.")
     found = facts["spellings"].get(str(found).lower(), found)
 
     # Then the limits, unless it is the default, which needs no check.
@@ -1263,7 +1264,9 @@ def as_type(base: Any, value: Any) -> Any:
     if base in (int, float):
         try:
             number = None if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
+        except OverflowError:  # a whole number of hundreds of digits, which `repr` may refuse
+            return math.inf
+        except (TypeError, ValueError):
             return None
         if base is float or number is None:
             return number

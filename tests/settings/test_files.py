@@ -2,6 +2,8 @@
 are shipped."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,9 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path, text, flags
             "unknown setting `train_data_dir`",
         ),
         ("a.toml", "rank = 3\n[x]\nrank = 4", "given twice"),
+        ("a.json", '{"rank": 3, "seed": 1, "rank": 4}', "rank is given twice"),
+        ("a.toml", f"rank = {'1' * 20_000}", "not valid TOML: Exceeds the limit"),
+        ("a.toml", f"rank = 0x{'1' * 20_000}", "--rank inf: must be a finite number"),
         ("a.toml", 'rank = "many"', "expected a whole number"),
         ("a.toml", "random_flip = 1", "expected true or false"),
         ("a.toml", f"{'a.' * 20_000}rank = 4", "nested too deep"),
@@ -84,6 +89,26 @@ def test_mistakes_in_files_name_the_place_and_are_named_before_what_is_missing(
         with pytest.raises(UserError) as caught:
             parse_train_config([*needed, "--config", str(tmp_path / name)])
         assert says in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes of a name")
+@pytest.mark.parametrize("name", ["a.toml", "a.json"])
+def test_a_pipe_that_nobody_writes_to_is_told_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    writer = threading.Timer(5, (tmp_path / name).write_text, [""])
+    writer.start()
+    with pytest.raises(UserError, match="it is a pipe, not a file"):
+        parse_train_config(["--config", str(tmp_path / name)])
+    writer.cancel()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no pipe has a path here")
+def test_a_shells_pipe_is_read(tmp_path):
+    end, start = os.pipe()
+    with open(start, "w") as file:
+        file.write("rank = 3")
+    assert parse_train_config([*NEEDED, "--config", f"/dev/fd/{end}"]).rank == 3
+    os.close(end)
 
 
 def test_the_json_of_a_run_is_taken_back_without_what_is_gone_and_holds_no_secret(tmp_path):
