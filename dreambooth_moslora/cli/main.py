@@ -49,7 +49,7 @@ COMMANDS = {
     "export": (
         "cli.command_export",
         "turn a checkpoint's raw weights into LoRA files for diffusers and for ComfyUI, "
-        "A1111, InvokeAI",
+        "Forge, A1111, InvokeAI",
     ),
     "compare": (
         "extras.lab.command_compare",

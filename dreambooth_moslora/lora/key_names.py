@@ -9,7 +9,7 @@ Any prefix may go with any ending. Another tool costs a row here and a row of th
 first prefix that fits is taken, so none may stand behind one that begins it.
 Which layer of a base a path means is in `named_layers`.
 
-A file in kohya's form, for ComfyUI, AUTOMATIC1111, Fooocus and InvokeAI:
+A file in kohya's form, for ComfyUI, Forge, AUTOMATIC1111 and InvokeAI:
 
     lora_unet_<path with _>.lora_down.weight (r, in)   .lora_up.weight (out, r)   .alpha = r
                           [.dora_scale (out, 1)]

@@ -15,10 +15,12 @@ from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.cli.train_flags import build_train_parser
+from dreambooth_moslora.disk.queue import LOCK_NAME
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.lab.study import load_study
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
 
@@ -254,6 +256,18 @@ def test_the_checkpoint_that_is_exported_is_one_that_the_recipe_keeps():
     assert exported and all(
         re.search(r"runs/dog/checkpoint-(\d+) ", line)[1] in map(str, steps) for line in exported
     )
+
+
+def test_the_files_of_a_run_that_the_page_names_are_a_runs():
+    """It named `run.owner`, which no run writes."""
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    listed = re.search(r"^runs/dog/\n((?:  .+\n)+)", page, re.MULTILINE)[1]
+    names = re.findall(r"^  ([^\s,]+(?:, [^\s,]+)*)", listed, re.MULTILINE)
+    names = {name.rstrip("/") for line in names for name in line.split(", ")}
+    run = RunDir("runs/dog")
+    files = {path.name for path in [*vars(run).values(), run.kohya_path, run.checkpoint_path(500)]}
+    files |= {TrainConfig.logging_dir, LOCK_NAME, "image_*.png", "earlier_run_1"}
+    assert names <= files and len(names) > 15
 
 
 def test_the_study_of_the_page_is_one(tmp_path):

@@ -1,7 +1,9 @@
 """What a run tells, draws and leaves: samples, trackers, card, pictures, and what leaves the
 machine."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +32,7 @@ from dreambooth_moslora.training.results import ValidationSamples, draw_loss_plo
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 pytestmark = pytest.mark.usefixtures("few_steps")
+DOCS = Path(__file__).parents[2] / "docs"
 DRAWN = {"num_validation_images": 3, "validation_steps": 2}
 
 
@@ -64,6 +67,15 @@ def test_the_card_says_how_it_reloads_for_which_programs_and_whether_the_run_end
     assert "# dog: an SDXL adapter for “a photo" in card()
     toy = AdapterMetadata(rank=4, alpha=4.0, base_id="toy")
     assert "# dog: a practice adapter of the embedded base `toy` for “a" in card(adapter=toy)
+
+
+def test_the_card_names_the_programs_that_the_guide_says_read_the_kohya_file():
+    """It named Fooocus, which nobody has tried, and not Forge."""
+    guide = (DOCS / "comfyui.md").read_text(encoding="utf-8")
+    readers = set(re.findall(r"^\| ([^|]+) \| yes", guide, re.MULTILINE))
+    libraries = {"diffusers", "kohya's sd-scripts", "OneTrainer"}
+    named = re.search("is the same adapter for (.+) and (.+)\\.", card())
+    assert {*named[1].split(", "), named[2]} == readers - libraries != set()
 
 
 def test_the_card_of_a_transformer_says_the_bases_licence_and_the_options_of_text():
