@@ -39,14 +39,14 @@ def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
                     f"--companion {weights.file_name}: give a plain LoRA of {facts.denoiser_name} "
                     f"alone, without DoRA and biases; it has {component}.{name:.100}."
                 )
-            found[name] = LowRank(layer.down, scales.of(name, layer.rank) * layer.up)
+            found[name] = LowRank(layer.down, scales.of(name, layer.rank) * layer.up.float())
     return found
 
 
 @torch.no_grad()
 def add(companion: Layers, denoiser: nn.Module) -> None:
-    """Add it to the weights of a dense denoiser, in place."""
+    """Add it to the weights of a dense denoiser, in place. The sums are rounded once."""
     layers = moslora.matrix_layers(denoiser)
     for path, matrices in companion.items():
         weight = layers[path].weight
-        weight += matrices.delta.to(weight.device, weight.dtype)
+        weight.copy_(weight.float() + matrices.delta.to(weight.device))

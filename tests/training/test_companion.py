@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -74,6 +74,23 @@ def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishe
     assert "Companion in training, no part of the file | undo.safetensors" in (
         RunDir(with_it).read_card()
     )
+
+
+@torch.no_grad()
+def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path):
+    """Of a file in half precision too, as most are, with a scale of 3/4."""
+    base, file, _ = bases
+    halves = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    halves |= {f"transformer.{path}.alpha": torch.tensor(3.0).bfloat16() for path in LAYERS}
+    save_file(halves, tmp_path / "half.safetensors")
+    pipeline = load.load_pipeline(base, dtype=torch.bfloat16)
+    layers = {path: pipeline.transformer.get_submodule(path) for path in LAYERS}
+    before = {path: layer.weight.double() for path, layer in layers.items()}
+    companion.add(companion.read(tmp_path / "half.safetensors", pipeline), pipeline.transformer)
+    for path, layer in layers.items():
+        down, up = (halves[f"transformer.{path}.lora_{part}.weight"].double() for part in "AB")
+        truth = (before[path] + 3 / 4 * up @ down).bfloat16()
+        assert (layer.weight != truth).float().mean() < 1e-3, path
 
 
 def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora(bases, tmp_path):
