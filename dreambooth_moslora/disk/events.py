@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from dreambooth_moslora.disk.contents import from_json, stored_text
 from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.values import is_finite_number
 
 MOST_BYTES = 64 * 2**20  # of a file of events; 200,000 steps have less
 
@@ -171,7 +172,7 @@ class StepEvaluated(Event):
     kind: ClassVar[str] = "evaluation"
     step: int
     scores: dict[str, float] = field(default_factory=dict)  # each a key of its own on disk
-    best: Best = field(default_factory=dict)
+    best: Best | None = None  # by the highest of `scores["score"]`
     copy_alarm: bool = False
     cost: dict[str, float] = field(default_factory=dict)  # of this evaluation
     # `count`, `largest`, `without_bare_prompt`
@@ -221,11 +222,10 @@ def event_of(record: Mapping[str, Any]) -> Event | None:
     names = {item.name for item in fields(kind)}
     values = {name: value for name, value in record.items() if name in names}
     if kind is StepEvaluated:
-        # What no field has are the scores.
+        # Numbers that no field has are the scores.
         others = {name: value for name, value in record.items() if name not in names}
-        values = {"best": {}} | values
         values["scores"] = {
-            name: value for name, value in others.items() if isinstance(value, float)
+            name: float(value) for name, value in others.items() if is_finite_number(value)
         }
     with suppress(UserError):
         return from_json(json.dumps(values), kind)

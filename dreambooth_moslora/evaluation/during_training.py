@@ -1,21 +1,19 @@
-"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds, and the best
-step.
+"""Scores during training: every `--evaluate_steps` for the same few prompts and seeds.
 
-Scores are the means over several subjects. The best step has the highest
+Scores are the means over several subjects. The run's best step has the highest
 `metrics.checkpoint_score`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.events import StepEvaluated
 from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training.best import best_of
 
 # Other seeds than those of `evaluate`: these choose the best step
 SEEDS = (100, 101)
@@ -76,30 +74,27 @@ class TrainingEvaluator:
             size_px=self.config.resolution,
         )
 
-    def __call__(self, sampler: Sampler, step: int) -> dict:
-        """The fields of the `evaluation` event: scores as plain numbers, `best` so far, `cost` of
-        this evaluation."""
+    def __call__(self, sampler: Sampler, step: int) -> StepEvaluated:
+        """Return the scores of a step, and what they cost."""
         draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = report.pooled(of_each)
-        best = best_of([*self._earlier(step), (step, round(found.score, 4))])
 
         # Subjects are numbered, as trackers must not get the user's words.
         numbered = {}
         if len(of_each) > 1:
             for number, one in enumerate(of_each, start=1):
                 numbered[f"dino_subject_{number}"] = round(one.mean("dino"), 4)
-        return {
-            **found.logged(),
-            **numbered,
-            "copy_alarm": found.alarm.raised,
-            "photos": self._about_photos(),
-            "best": asdict(best),
-            "cost": {
+        return StepEvaluated(
+            step,
+            scores=found.logged() | numbered,
+            copy_alarm=found.alarm.raised,
+            photos=self._about_photos(),
+            cost={
                 "seconds": round(found.seconds, 2),
                 "pictures": sum(map(len, found.pictures.values())),
             },
-        }
+        )
 
     def _about_photos(self) -> dict[str, int]:
         """What `explain` must know of the photos to judge the scores."""
@@ -115,12 +110,6 @@ class TrainingEvaluator:
         """Draws with fewer denoising steps than samples have."""
         steps = self.plans[0].inference_steps
         return score_tables.sampler_draw(replace(sampler, inference_steps=steps))
-
-    def _earlier(self, step: int) -> list[tuple[int, float]]:
-        """(step, score) of the run so far, before `step`. A resumed run may know later ones."""
-        scored = RunDir(self.config.output_dir).read_scores()
-        scores = {event.step: event.scores["score"] for event in scored if "score" in event.scores}
-        return sorted((at, score) for at, score in scores.items() if at < step)
 
 
 def plan_of(subject: TrainConfig, photos: list[photo_file.Photo]) -> protocol.EvaluationPlan:

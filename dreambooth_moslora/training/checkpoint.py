@@ -371,7 +371,7 @@ def archive_checkpoints_after(run_dir: run_folder.RunDir, step: int) -> None:
         if run_folder.step_of(path) > step:
             later.append(path)
     scored = run_dir.read_scores()
-    if scored and scored[-1].best["step"] > step:
+    if scored and scored[-1].best and scored[-1].best["step"] > step:
         later += present(run_dir.best_dir)
     move(later, run_dir, f"held checkpoints after step {step}, from which this run goes on")
 

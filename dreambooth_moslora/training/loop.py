@@ -9,12 +9,12 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -41,7 +41,7 @@ from dreambooth_moslora.training import (
     reporter,
     results,
 )
-from dreambooth_moslora.training.best import BestStep
+from dreambooth_moslora.training.best import BestStep, best_of
 from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from dreambooth_moslora.training.step import TrainStep
 
@@ -52,11 +52,16 @@ MOST_SKIPPED = 20
 
 
 class StepScorer(Protocol):
-    """Scores at fixed seeds (`evaluation.during_training`), including the `best` step so far."""
+    """Scores the adapter along the way, as `evaluation.during_training` does.
+
+    prompts: those that the sampler will be asked for
+    """
 
     prompts: list[str]
 
-    def __call__(self, sampler: Sampler, step: int) -> dict: ...
+    def __call__(self, sampler: Sampler, step: int) -> events.StepEvaluated | Mapping[str, Any]:
+        """Return the scores of a step. Of a mapping each number is one; what else it may have is
+        named as the event's fields. Without a `best` it is found by the highest `score`."""
 
 
 @dataclass(frozen=True)
@@ -227,25 +232,42 @@ class Training:
         self.report.phase("evaluating")
         try:
             with self.train_step.averaged():
-                scores = self.evaluator(self.sampler, self.step)
+                found = self.evaluator(self.sampler, self.step)
         except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
             reporter.free_unused_memory(self.accelerator.device)
 
-        # The scores name the best step so far; if it is this one, its adapter is kept.
-        found = events.event_of({"type": events.StepEvaluated.kind, "step": self.step, **scores})
+        # If the best step so far is this one, its adapter is kept.
+        if isinstance(found, Mapping):
+            record = {"type": events.StepEvaluated.kind, "step": self.step, **found}
+            found = events.event_of(record)
+        if found.best is None:
+            found = replace(found, best=self.find_best(found))
         self.report(found)
         self.note_scores(found)
-        if self.best.step == self.step:
+        if self.best and self.best.step == self.step:
             with self.train_step.averaged():
                 self.publisher.keep_best()
 
+    def find_best(self, last: events.StepEvaluated) -> events.Best | None:
+        """Return the best of the run's evaluations up to `last`; None where none has a `score`. A
+        resumed run may know later ones."""
+        earlier = [event for event in self.run_dir.read_scores() if event.step < last.step]
+        scores = {
+            event.step: event.scores["score"]
+            for event in [*earlier, last]
+            if "score" in event.scores
+        }
+        return asdict(best_of(sorted(scores.items()))) if scores else None
+
     def note_scores(self, found: events.StepEvaluated) -> None:
         """Keep the scores for the card, and say it when they have stopped rising."""
+        self.publisher.scores = found.scores
+        if found.best is None:
+            return
         self.best = BestStep(**found.best)
         self.publisher.best = self.best
-        self.publisher.scores = found.scores
         line = self.best.advice() if self.config.is_scored else None
         if line:
             logger.warning("step %d: %s", found.step, line)
@@ -336,7 +358,7 @@ def train(
     config: the settings, or a plan made of them
     on_event: gets every event that is written to `metrics.jsonl`
     should_stop: whether this process was asked to stop
-    evaluator: scores the adapter at its steps
+    evaluator: scores the adapter at its steps; `StepScorer` says what it returns
 
     Raises UserError for a mistake in the settings or files, and for a loss that is no longer
     finite.

@@ -201,8 +201,9 @@ def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> No
             # Without copies, the score may be the subject's likeness: it lies wide beneath.
             style = {"linewidth": 6, "alpha": 0.4, "zorder": 1} if key == "score" else {}
             axes.plot(at, values, "o-", **{"markersize": 3, "linewidth": 1} | style, label=label)
-    best = max(evaluations, key=lambda event: (event.scores.get("score", 0.0), -event.step))
-    axes.axvline(best.step, color="#888", linestyle=":", label=f"best: step {best.step}")
+    if best := evaluations[-1].best:
+        label = f"best: step {best['step']}"
+        axes.axvline(best["step"], color="#888", linestyle=":", label=label)
     axes.set(xlabel="step", ylabel="score")
     # Below the curves, which would hide it.
     beneath = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}

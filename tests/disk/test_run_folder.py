@@ -316,7 +316,7 @@ CHANGED = [
     {"type": "step", "step": 2} | facts
     for facts in ({"loss": "0.5"}, {"lr": [1]}, {"time": "yesterday"})
 ]
-CHANGED += [{"type": "evaluation", "step": 2} | facts for facts in ({"dino": 0.5}, {"best": 3})]
+CHANGED += [{"type": "evaluation", "step": 2, "best": 3}]
 CHANGED += [{"type": "evaluation", "step": 2, "best": {"stdp": 2, "score": 0.5, "since": 0}}]
 CHANGED += [{"type": "evaluation", "step": 2, "best": BEST | {"score": None}}]
 CHANGED += [{"type": "sample", "step": 2, "files": "a.png", "prompts": [], "seeds": []}]
@@ -330,6 +330,7 @@ def test_a_line_whose_letters_were_changed_is_no_event_and_a_whole_number_is_a_f
         2, loss=1, lr=None, time=ANY
     )
     assert event_of({"type": "evaluation", "step": 2, "best": BEST}).best == BEST
+    assert event_of({"type": "evaluation", "step": 2, "score": 1}).scores == {"score": 1}
     lines = [{"type": "step"}, {"type": "step", "step": 2, "new": 1}]
     assert [event.step for event in events_of(StepDone, lines)] == [2]
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, record_of
+from dreambooth_moslora.disk.events import SamplesDrawn, StepDone, StepEvaluated, record_of
 from dreambooth_moslora.disk.run_folder import SIGNATURE, RunDir, pictures_named
 from dreambooth_moslora.errors import StopRequestedError, UserError
 from dreambooth_moslora.generation.sampling import stopper
@@ -255,6 +255,37 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
     assert result.interrupted and result.step == 0
     assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
     assert not RunDir(tmp_path / "run").checkpoints()
+
+
+@pytest.mark.parametrize("is_typed", [False, True])
+def test_an_evaluator_of_ones_own_gives_scores_alone_and_the_run_keeps_the_best(
+    is_typed, config, tmp_path
+):
+    """Whole numbers were left out of `metrics.jsonl`, and scores without `best` ended the run."""
+    scores = {1: {"score": 0.25, "count": 3}, 2: {"score": 1, "count": 4}, 3: {"likeness": 2}}
+
+    def evaluator(sampler, step):
+        return StepEvaluated(step, scores[step]) if is_typed else scores[step]
+
+    evaluator.prompts = ()
+    train(config(evaluate_steps=1), evaluator=evaluator)
+    found = logged(tmp_path / "run", "evaluation")
+    assert [event.get("score") for event in found] == [0.25, 1, None]
+    assert [event.get("count") for event in found] == [3, 4, None] and found[2]["likeness"] == 2
+    assert [event["best"] for event in found[1:]] == [{"step": 2, "score": 1, "since": 0}] * 2
+    assert RunDir(tmp_path / "run").best_dir.is_dir()
+
+
+def test_a_run_whose_evaluator_gives_no_score_ends_without_a_best_step(config, tmp_path):
+    def evaluator(sampler, step):
+        return {"likeness": 0.5}
+
+    evaluator.prompts = ()
+    train(config(evaluate_steps=1), evaluator=evaluator)
+    run = RunDir(tmp_path / "run")
+    assert [event["best"] for event in logged(run.path, "evaluation")] == [None] * 3
+    assert run.adapter_path.is_file() and not run.best_dir.exists()
+    assert "Best step" not in run.card_path.read_text()
 
 
 @pytest.mark.slow
