@@ -16,14 +16,15 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.digests import RECORD, list_files
 from dreambooth_moslora.disk.contents import (
     content_key,
-    file_digest,
     from_json,
+    hash_files,
     read_json,
     small_text,
 )
@@ -52,8 +53,8 @@ FILES_OF_A_FLEET = (records.FLEET_NAME, records.STOP_NAME, records.INDEX_NAME)
 """Names in the fleet's folder that no subject can have."""
 PLACES = ("instance_data_dir", "output_dir")
 """Settings that say where a run is, not what it is."""
-CAPTIONS = (".txt", ".jsonl")
-"""Files beside the photos that hold words, so that their content counts, not their size."""
+HUB_FOLDER = "models--"
+"""How the folder of a model begins in the hub's cache."""
 
 
 @dataclass(frozen=True)
@@ -220,30 +221,58 @@ def settings_of(
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
-    """A digest of the settings, of the photos' names and sizes, of captions, and of the files that
-    the training begins with, wherever they lie: another means another run."""
-    # photos by their size, as reading all of them is slow; words by their content
-    files: list[tuple[str, Any]] = []
-    for path in sorted(Path(settings["instance_data_dir"]).iterdir()):
-        if path.is_file():
-            is_caption = path.suffix in CAPTIONS
-            files.append((path.name, file_digest(path) if is_caption else path.stat().st_size))
+    """Return a digest of the settings and of the files that the training reads, wherever they lie:
+    another means another run. Raises UserError and OSError for files that cannot be read."""
+    config = table.TrainConfig.from_dict(settings)
+    caches = config.cache_folder
+
+    # digests are remembered: of the photos for each folder, so that no record grows with the fleet
+    photos = Path(config.instance_data_dir)
+    record = caches / "photos" / f"{content_key(folder=str(photos))}.json"
+    files = list_visible(photos)
+    digests = hash_files(files, record)
+    shared = list_shared(config)
+    files += shared
+    digests += hash_files(shared, caches / RECORD)
+
+    values = config.to_dict()
+    placeless = {name: values[name] for name in values if name not in PLACES}
+    named = [(path.name, digest) for path, digest in zip(files, digests, strict=True)]
+    return content_key(settings=placeless, files=named)
+
+
+def list_visible(folder: Path) -> list[Path]:
+    """Return the files in a folder, by name, without hidden ones, which no training reads."""
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
+
+
+def list_shared(config: table.TrainConfig) -> list[Path]:
+    """Return the files that a training reads beside its photos: of a base that is here, of what it
+    begins with, and the user's own class images. Raises UserError and OSError."""
+    # the base; the hub's own files have a revision, and may be fetched only by the training
+    base = Base.of(config)
+    listed: list[Path] = []
+    if base.source != "hub":
+        for part in (base.facts.denoiser, *base.facts.encoders, "vae"):
+            for path in list_files(base, base.facts, part):
+                if not any(folder.startswith(HUB_FOLDER) for folder in path.parts):
+                    listed.append(path)
 
     # what the training begins with, such as another adapter
     for name in table.BEGUN_WITH:
-        path = user_path(settings.get(name) or "")
-        is_adapter = name in ("init_adapter", "companion")
-        if is_adapter and settings.get(name) and path.is_dir():
-            path = find_weights(path)
-        if path.is_file():
-            files.append((name, digest_of(path, path.stat().st_mtime_ns)))
+        value = getattr(config, name)
+        path = user_path(value or "")
+        if value and path.is_dir():
+            is_adapter = name in ("init_adapter", "companion")
+            listed += [find_weights(path)] if is_adapter else list_visible(path)
+        elif path.is_file():
+            listed.append(path)
 
-    values = table.TrainConfig.from_dict(settings).to_dict()
-    placeless = {name: values[name] for name in values if name not in PLACES}
-    return content_key(settings=placeless, files=files)
+    # a training adds class images of its own
+    images = Path(config.class_data_dir or "")
+    if config.with_prior_preservation and config.class_data_dir and images.is_dir():
+        from dreambooth_moslora.training.made_before import GENERATED
 
-
-@lru_cache(maxsize=64)
-def digest_of(path: Path, _changed: int) -> str:
-    """Of a file that many subjects share."""
-    return file_digest(path)
+        listed += [path for path in list_visible(images) if not GENERATED.fullmatch(path.name)]
+    return listed

@@ -1,6 +1,7 @@
 """Lists of subjects as people write them, who of them is missing, and how a fleet stands."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from dreambooth_moslora.extras.cluster.records import (
     write_names,
     write_record,
 )
+from tests.helpers.changed_base import flip_last_bit
 
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, word in (("rex", "dog"), ("tom", "cat")):
         folder = tmp_path / "pets" / name
         folder.mkdir(parents=True)
@@ -171,6 +174,37 @@ def test_another_caption_of_equal_length_and_another_file_to_begin_with_are_anot
         begun.write_bytes(content)
         marks.append(mark_of(read(pets, init_adapter=str(begun))[0].settings))
     assert len(set(marks)) == 3
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.mask.png", "1.TXT"])
+def test_another_file_of_equal_size_among_the_photos_is_another_run(pets, name):
+    """Photos and masks counted by their size, and captions by one spelling of their ending."""
+    marks = []
+    for content in (b"one", b"two", b"one"):
+        (pets / "rex" / name).write_bytes(content)
+        marks.append(mark_of(read(pets)[0].settings))
+    assert marks[0] == marks[2] != marks[1]
+
+
+def test_another_base_of_the_same_name_is_another_run(pets, tiny_base):
+    shutil.copytree(tiny_base, "base")
+    marks = []
+    for part in ("", "unet", "text_encoder", "vae"):
+        for path in Path("base", part).glob("*.safetensors") if part else ():
+            flip_last_bit(path)
+        settings = read(pets, pretrained_model_name_or_path="base")[0].settings
+        marks.append(mark_of(settings))
+    assert len(set(marks)) == 4
+
+
+def test_another_class_image_is_another_run_unless_a_training_has_drawn_it(pets):
+    Path("class").mkdir()
+    marks = []
+    for name, content in (("a", "one"), ("a", "two"), ("class_0123abcd_00000", "drawn")):
+        Path("class", f"{name}.png").write_text(content)
+        preserved = {"with_prior_preservation": True, "class_data_dir": "class"}
+        marks.append(mark_of(read(pets, **preserved)[0].settings))
+    assert marks[0] != marks[1] == marks[2]
 
 
 def test_another_adapter_in_the_run_to_begin_with_is_another_run(pets):
