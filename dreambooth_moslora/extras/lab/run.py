@@ -31,6 +31,7 @@ from PIL import Image
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
+from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.evaluation import metrics, references, score_tables
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of
@@ -68,7 +69,8 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     if study.base.is_toy:
         found.append(toys.DINO_FOLDER)
     found += [settings.get(name) for name in BEGUN_WITH]
-    return [Path(path) for path in found if path and Path(path).exists()]
+    paths = [Path(find_asset(str(path))) for path in found if path]
+    return [path for path in paths if path.exists()]
 
 
 @lru_cache(maxsize=64)

@@ -331,3 +331,18 @@ def test_the_counted_parameters_are_those_that_are_trained(study, tiny_base):
         add_adapters(config, {"unet": unet})
         real = sum(p.numel() for _, p in adapter_parameters(unet))
         assert budget.count_parameters(config, 4) == real
+
+
+def test_another_adapter_of_the_users_folder_to_begin_with_is_another_cell(
+    study, tmp_path, monkeypatch
+):
+    """That of `~/first.safetensors` was not counted."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    begun = replace(study, train={**study.train, "init_adapter": "~/first.safetensors"})
+    paths = set()
+    for content in ("one", "other"):
+        (tmp_path / "first.safetensors").write_text(content)
+        run.content_of.cache_clear()
+        paths.add(run.result_path(begun, Cell("test", "lora", 4, "test", 0, 1e-3), tmp_path))
+    assert len(paths) == 2
