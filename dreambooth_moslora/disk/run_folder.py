@@ -157,7 +157,8 @@ class Position:
     step: int  # optimizer steps done
     seed: int  # names every draw
     optimizer: str = ""  # `optimizer_kind`
-    base: str = ""  # the denoiser: how it is held, and its fingerprint
+    # Digests of the base's parts (`identify_base`); a sentence in earlier versions.
+    base: dict[str, str] | str = field(default_factory=dict)
     digest: str = ""  # of the position and the files beside it (`digest_of`)
     # What the run was trained with, to say what a resumed one changes; {} in earlier versions.
     settings: dict[str, Any] = field(default_factory=dict)  # by name, as JSON

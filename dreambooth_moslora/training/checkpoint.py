@@ -32,7 +32,9 @@ from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Po
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import metadata, raw_file
 from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings.families import DENOISERS
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
+from dreambooth_moslora.training.prepare import COMPANION
 from dreambooth_moslora.training.reporter import RunContext
 
 logger = logging.getLogger(__name__)
@@ -234,16 +236,32 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
             )
 
 
-def check_base(checkpoint: Path | None, position: Position, base: str) -> None:
-    """Raises UserError when `base` has other weights than the checkpoint's, its companion's among
-    them, where both are held alike."""
-    held_there, _, there = position.base.rpartition(" ")
-    held, _, here = base.rpartition(" ")
-    if checkpoint is not None and held_there == held and there != here:
+def compare_bases(
+    config: table.TrainConfig, checkpoint: Path | None, position: Position, base: Mapping[str, str]
+) -> list[str]:
+    """List the encoders and the VAE that a resumed run has otherwise than its checkpoint, a line
+    each.
+
+    config: what the run asks for
+    checkpoint: what it goes on from; None for a fresh run
+    position: of the checkpoint; one of an earlier version tells no digests
+    base: the digests of the run's base, as `identify_base` returns them
+
+    Raises UserError for a denoiser with other weights, and for another companion.
+    """
+    if checkpoint is None or isinstance(position.base, str):
+        return []
+    changes = compare_files(position.base, base)
+
+    # Another variant of the same base has other bytes everywhere.
+    if position.settings.get("variant") != config.variant:
+        changes = {part: change for part, change in changes.items() if part == COMPANION}
+    if not changes.keys().isdisjoint((*DENOISERS, COMPANION)):
         raise UserError(
             f"--base, --companion: {checkpoint.name} was trained on a base with "
             "other weights: resume with that one, or start a new run."
         )
+    return [f"{part}: {change}" for part, change in changes.items()]
 
 
 def settings_of_both(

@@ -155,16 +155,6 @@ def digest_of(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(module: torch.nn.Module) -> str:
-    """Digest of a model: names, shapes, dtype and the first 16 numbers of each weight (any training
-    changes them)."""
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        head = weight.detach().flatten()[:16].to("cpu", torch.float64)
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}{head.tolist()}".encode())
-    return digest.hexdigest()
-
-
 LAST_TEXTS = 32  # That are kept in memory; a long text of FLUX.1 takes 8 MB.
 
 

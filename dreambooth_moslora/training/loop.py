@@ -432,9 +432,11 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
         prompts=[*samples.prompts, *scored],
         is_fresh=resumed_from is None,
     )
-    distributed.on_each(
-        context.accelerator, lambda: checkpoint.check_base(resumed_from, position, inputs.base)
+    replaced = distributed.on_each(
+        context.accelerator,
+        lambda: checkpoint.compare_bases(config, resumed_from, position, inputs.base),
     )
+    log_changes(context, resumed_from, replaced)
 
     # What trains, draws and publishes the adapter.
     train_step = TrainStep(
@@ -481,10 +483,19 @@ def beginning(
         lambda: checkpoint.resume_point(plan.config, context.run_dir) or fresh,
         lambda found: f"step {found[1].step} to go on from",
     )
-    if resumed_from is not None and context.accelerator.is_main_process:
-        for line in checkpoint.list_changes(position, plan.config, photo_digests):
-            logger.warning("%s", spelled_out(f"{line} (since {resumed_from.name})"))
+    if resumed_from is not None:
+        changes = checkpoint.list_changes(position, plan.config, photo_digests)
+        log_changes(context, resumed_from, changes)
     return replace(plan.config, seed=position.seed), resumed_from, position
+
+
+def log_changes(
+    context: reporter.RunContext, resumed_from: Path | None, changes: list[str]
+) -> None:
+    """Log in a line each, on the main process, what a run has otherwise than its checkpoint."""
+    if context.accelerator.is_main_process:
+        for line in changes:
+            logger.warning("%s", spelled_out(f"{line} (since {resumed_from.name})"))
 
 
 def announce(

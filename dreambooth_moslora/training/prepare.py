@@ -12,7 +12,7 @@ machine's disk.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -38,11 +38,13 @@ from dreambooth_moslora.photos.photo_file import Photo
 from dreambooth_moslora.plan import checks, distributed
 from dreambooth_moslora.plan.memory_plans import USABLE
 from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import facts_of, text_options_of
+from dreambooth_moslora.settings.families import Facts, facts_of, text_options_of
 from dreambooth_moslora.training import frozen_base, made_before, objective, photo_stream, reporter
 
 Entries = dict[str, Callable[[], frozen_base.Tensors]]
 """Keys in a cache, each with the function that computes its value."""
+COMPANION = "companion"
+"""Among the digests of a base's parts: that of what lies under the adapter."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class TrainInputs:
     prompt_embeds: texts of frozen text encoders
     dtype: of the frozen base
     start: what a fresh adapter begins with, if a file gives it
-    base: how the denoiser is held, and its fingerprint
+    base: digests of its parts (`identify_base`)
     """
 
     pipeline: DiffusionPipeline
@@ -70,7 +72,7 @@ class TrainInputs:
     prompt_embeds: frozen_base.PromptCache
     dtype: torch.dtype
     start: lora_file.AdapterWeights | None = None
-    base: str = ""
+    base: dict[str, str] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -122,8 +124,10 @@ def prepare(
     checks.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
-    parts = (*family.facts.encoders, "vae")
-    digests = hash_parts(base, family.facts, parts, config.cache_folder)
+    parts = [*family.facts.encoders, "vae"]
+    if not is_late:
+        parts.append(family.facts.denoiser)
+    digests = identify_base(config, base, family.facts, parts)
     context.stop_if_asked()
 
     # Latents and texts. What encoded them leaves memory.
@@ -135,13 +139,13 @@ def prepare(
     encode_prompts(config, context, streams, prompt_embeds, prompts)
     release_encoders(config, context, pipeline, family, prompt_embeds)
 
-    # The denoiser has the memory for itself. Its fingerprint is taken before an adapter is added.
+    # The denoiser has the memory for itself.
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
         frozen_base.finish_denoiser(config, pipeline, dtype, device)
         start = check_denoiser(config, context, pipeline, is_fresh)
+        digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
     denoiser = pipelines.denoiser_of(pipeline)
-    held = held_as(config, denoiser, dtype)
     if config.stream_blocks:
         # By the name that its weights have: `to` copies those on "cpu" to "cpu:0", each by itself.
         device = StreamedBlocks(denoiser, device).places[0].device
@@ -156,7 +160,7 @@ def prepare(
         prompt_embeds=prompt_embeds,
         dtype=dtype,
         start=start,
-        base=held,
+        base=digests,
     )
 
 
@@ -191,16 +195,16 @@ def streams_of(
     return [instance, photo_stream.prior_streams(config, class_photos, encoder, instance)]
 
 
-def held_as(config: table.TrainConfig, denoiser: torch.nn.Module, dtype: torch.dtype) -> str:
-    """How the base is held, the denoiser's fingerprint, and which companion it has: what a
-    checkpoint notes of it."""
-    # Two devices may round quantised weights differently, so those have no fingerprint.
-    is_exact = config.base_quantization == "none"
-    weights = frozen_base.fingerprint(denoiser) if is_exact else ""
-    held = f"{dtype} {config.base_quantization} {config.variant} {weights}"
+def identify_base(
+    config: table.TrainConfig, base: Base, facts: Facts, parts: Sequence[str]
+) -> dict[str, str]:
+    """Return the digests by which these parts of the base, and its companion, are recognised: of
+    their dense files, in whatever precision they are held. Raises OSError for a file that cannot be
+    read."""
+    digests = hash_parts(base, facts, parts, config.cache_folder)
     if config.companion:
-        held += f"+{file_digest(find_weights(config.companion))}"
-    return held
+        digests[COMPANION] = file_digest(find_weights(config.companion))
+    return digests
 
 
 def check_denoiser(

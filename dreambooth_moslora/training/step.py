@@ -249,7 +249,6 @@ class TrainStep:
         # The base, and what the layers keep for the backward pass.
         if config.base_quantization != self.config.base_quantization:
             quantize(inputs.denoiser, config.base_quantization, inputs.dtype, self.device)
-            inputs.base = prepare.held_as(config, inputs.denoiser, inputs.dtype)
         for module in self.components.values():
             adapters.recompute(config, module)
 

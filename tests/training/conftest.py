@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation import sampling
+from dreambooth_moslora.photos.folder import find_photos
+from dreambooth_moslora.plan.distributed import make_accelerator
+from dreambooth_moslora.training import reporter
+from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from tests.helpers.tiny import save_tiny_sdxl
-from tests.helpers.tiny_training import paint_photos
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.helpers.scenes"
@@ -41,6 +47,23 @@ def two_steps():
             lambda *given, **options: draw_pixels(*given, **options | FEW),
         )
         yield
+
+
+@pytest.fixture
+def prepare_base(photos, tmp_path) -> Callable[..., TrainInputs]:
+    """Prepare a run on a base, with the caches of the runs before; returns its inputs."""
+
+    def prepare_base(base, **changes):
+        caches = {"caching": "disk", "cache_dir": str(tmp_path / "caches")}
+        config = tiny_config(base, photos, tmp_path / "run", **caches, **changes)
+        run_dir = RunDir(tmp_path / "run")
+        accelerator = make_accelerator(config, run_dir)
+        report = reporter.Reporter(run_dir, accelerator, None)
+        context = reporter.RunContext(run_dir, accelerator, report, lambda: False)
+        found = find_photos(photos, config.instance_prompt, 64).photos
+        return prepare(config, Base.of(config), context, found, sample_count=1, prompts=[])
+
+    return prepare_base
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A companion lies under the adapter in training and samples, and is not in what is published."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load
-from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.disk.run_folder import Position, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import companion
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.plan.plan import make_plan
 from dreambooth_moslora.settings import rows
+from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.training.checkpoint import compare_bases
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_families import tiny_pipeline
@@ -107,6 +111,25 @@ def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora
     file = save_companion(tmp_path / "odd.safetensors", pipeline.transformer, **bias)
     with pytest.raises(UserError, match="give a plain LoRA of Z-Image's transformer alone"):
         companion.read(file, pipeline)
+
+
+@pytest.mark.parametrize("quantization", ("none", "int8"))
+def test_another_companion_is_another_base_to_go_on_from(
+    quantization, bases, prepare_base, tmp_path
+):
+    """Also where the base is quantized."""
+    base, file, merged = bases
+    denoiser = load.load_pipeline(merged).transformer
+    other = save_companion(tmp_path / "other.safetensors", denoiser, scale=0.3)
+    usual = {"target_modules": rows.ATTENTION, "base_quantization": quantization}
+    held = prepare_base(base, companion=str(file), **usual).base
+    compare = partial(compare_bases, TrainConfig(), Path("checkpoint-1"), Position(1, 0, base=held))
+    again = Path(shutil.copy(file, tmp_path / "again.safetensors"))
+    assert compare(prepare_base(base, companion=str(again), **usual).base) == []
+    for another in (other, None):
+        digests = prepare_base(base, companion=another and str(another), **usual).base
+        with pytest.raises(UserError, match="trained on a base with other weights"):
+            compare(digests)
 
 
 @pytest.mark.slow

@@ -23,16 +23,14 @@ from dreambooth_moslora.method import moslora
 from dreambooth_moslora.photos.cropping import CropPlan, CropRule, resized_size
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.plan.checks import preflight
-from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import frozen_base, reporter
-from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, fingerprint
+from dreambooth_moslora.training.frozen_base import PromptCache, TensorCache, digest_of
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.photo_stream import PhotoEncoder, PhotoStream, collate
 from dreambooth_moslora.training.prepare import (
     device_with_room,
     fill,
-    prepare,
     prompt_cache,
     same_everywhere,
 )
@@ -146,11 +144,12 @@ DAMAGES = {
 def test_a_changed_entry_of_the_disk_cache_and_one_of_another_vae_are_made_anew(
     name, pipeline, read, tmp_path
 ):
-    """Fingerprints tell weights and types apart."""
-    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    assert fingerprint(first) != fingerprint(second)
-    second.load_state_dict(first.state_dict())
-    assert fingerprint(first) == fingerprint(second) != fingerprint(second.half())
+    """Digests tell weights and types apart."""
+    first, second = torch.ones(3, 30), torch.ones(3, 30)
+    assert digest_of({"weight": first}) == digest_of({"weight": second})
+    assert digest_of({"weight": first}) != digest_of({"weight": second.half()})
+    second[-1, -1] += 1
+    assert digest_of({"weight": first}) != digest_of({"weight": second})
     cache = TensorCache(tmp_path / "cache")
     stream = stream_of(read[:1], pipeline.vae, cache)
     expected = stream.at(0)[0].latents
@@ -237,22 +236,6 @@ def test_a_prompt_that_the_disk_loses_while_its_encoders_are_trained_is_encoded_
     assert not torch.allclose(
         embeds_of(load.SDXL_FAMILY.texts(pipeline, prompt)), embeds_of(before), atol=1e-3
     )
-
-
-@pytest.fixture
-def prepare_base(photos, tmp_path):
-    """Prepare a run on a base, with the caches of the runs before; returns its inputs."""
-
-    def prepare_base(base, **changes):
-        settings = {"caching": "disk", "cache_dir": str(tmp_path / "caches")} | changes
-        config, run_dir = tiny_config(base, photos, tmp_path / "run", **settings), RunDir(tmp_path)
-        accelerator = make_accelerator(config, run_dir)
-        report = reporter.Reporter(run_dir, accelerator, None)
-        context = reporter.RunContext(run_dir, accelerator, report, lambda: False)
-        found = find_photos(photos, config.instance_prompt, 64).photos
-        return prepare(config, Base.of(config), context, found, sample_count=1, prompts=[])
-
-    return prepare_base
 
 
 ENCODED = {

@@ -23,6 +23,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
+from dreambooth_moslora.settings.table import TrainConfig
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import (
@@ -32,6 +33,7 @@ from dreambooth_moslora.training.checkpoint import (
     find_checkpoint,
 )
 from dreambooth_moslora.training.loop import train
+from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.folding import load_published
 from tests.helpers.tiny import tiny_unet
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
@@ -418,6 +420,24 @@ def test_a_checkpoint_tells_what_it_was_trained_with_and_one_of_an_earlier_versi
     assert checkpoints.list_changes(found, finished[1](learning_rate=1.0), photos) == []
 
 
+def flip_unet(base: Path) -> None:
+    flip_last_bit(base / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def flip_vae(base: Path) -> None:
+    flip_last_bit(base / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+def add_half(base: Path) -> None:
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(file).items()}
+    save_file(tensors, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+
+
+def copy_only(base: Path) -> None:
+    """Nothing changes."""
+
+
 @pytest.fixture
 def goes_on(finished, checkpoint):
     """Goes on from its first checkpoint, in a folder of its own."""
@@ -430,6 +450,53 @@ def goes_on(finished, checkpoint):
         train(finished[1](**place, **changes))
 
     return go_on
+
+
+OTHERS = {
+    "the last number of the UNet": (flip_unet, {}, None),
+    "that, in another precision": (flip_unet, {"mixed_precision": "bf16"}, None),
+    "that, quantized": (flip_unet, {"base_quantization": "int8"}, None),
+    "another variant of its files": (add_half, {"variant": "fp16"}, []),
+    "a token's embedding": (change_token, {}, ["text_encoder: replaced"]),
+    "two letters of a tokenizer": (swap_ids, {}, ["text_encoder_2: replaced"]),
+    "the last number of the VAE": (flip_vae, {}, ["vae: replaced"]),
+    "the same, in another precision": (copy_only, {"mixed_precision": "bf16"}, []),
+    "the same, quantized": (copy_only, {"base_quantization": "int8"}, []),
+}
+"""How a base differs from the checkpoint's, with which settings, and the lines that say it; None
+where it is refused."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_denoiser_is_refused_in_any_precision_and_other_encoders_are_told(
+    name, tiny_base, checkpoint, prepare_base, tmp_path
+):
+    change, settings, lines = OTHERS[name]
+    base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    change(base)
+    digests = prepare_base(base, **settings).base
+    position = check_whole(checkpoint)
+    compare = partial(checkpoints.compare_bases, TrainConfig(**settings), checkpoint)
+    if lines is not None:
+        assert compare(position, digests) == lines
+        return
+    with pytest.raises(UserError, match="checkpoint-1 was trained on a base with other weights"):
+        compare(position, digests)
+
+    # The first versions told no digests, and their checkpoints go on as they did.
+    held = "torch.float32 none None 0f6ad33c"
+    assert compare(replace(position, base=held), digests) == []
+
+
+def test_a_resumed_run_says_which_parts_of_the_base_were_replaced(
+    tiny_base, goes_on, tmp_path, caplog
+):
+    base = Path(shutil.copytree(tiny_base, tmp_path / tiny_base.name))
+    change_token(base)
+    flip_vae(base)
+    goes_on(pretrained_model_name_or_path=str(base))
+    told = ["text_encoder: replaced", "vae: replaced"]
+    assert [line for line in told_of(caplog.records) if "replaced" in line] == told
 
 
 @pytest.mark.slow
