@@ -232,20 +232,20 @@ class Training:
         self.report.phase("evaluating")
         try:
             with self.train_step.averaged():
-                found = self.evaluator(self.sampler, self.step)
+                evaluation = self.evaluator(self.sampler, self.step)
         except StopRequestedError:  # the loop checks for a stop next
             return
         finally:
             reporter.free_unused_memory(self.accelerator.device)
 
         # If the best step so far is this one, its adapter is kept.
-        if isinstance(found, Mapping):
-            record = {"type": events.StepEvaluated.kind, "step": self.step, **found}
-            found = events.event_of(record)
-        if found.best is None:
-            found = replace(found, best=self.find_best(found))
-        self.report(found)
-        self.note_scores(found)
+        if isinstance(evaluation, Mapping):
+            record = {"type": events.StepEvaluated.kind, "step": self.step, **evaluation}
+            evaluation = events.event_of(record)
+        if evaluation.best is None:
+            evaluation = replace(evaluation, best=self.find_best(evaluation))
+        self.report(evaluation)
+        self.note_scores(evaluation)
         if self.best and self.best.step == self.step:
             with self.train_step.averaged():
                 self.publisher.keep_best()
@@ -358,7 +358,8 @@ def train(
     config: the settings, or a plan made of them
     on_event: gets every event that is written to `metrics.jsonl`
     should_stop: whether this process was asked to stop
-    evaluator: scores the adapter at its steps; `StepScorer` says what it returns
+    evaluator: scores the adapter at its steps: called with a sampler and the step, it returns a
+        StepEvaluated or numbers by name. The highest `score` makes the best step
 
     Raises UserError for a mistake in the settings or files, and for a loss that is no longer
     finite.
