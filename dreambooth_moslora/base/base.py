@@ -261,9 +261,20 @@ class Base:
         return sum(file.stat().st_size for file in weights) / 2**30
 
     def check(self) -> None:
-        """Raises UserError for a family that cannot be trained, and a folder that is no whole base.
-        What the hub has, or has not fetched yet, is not looked at."""
+        """Raises UserError for a family that cannot be trained, a folder that is no whole base, and
+        a file in a quantized format that is not read. What the hub has, or has not fetched yet, is
+        not looked at."""
         facts = self.facts  # raises for a family that cannot be trained
+        if self.file and files.group_quantized(self.file):
+            from dreambooth_moslora.base.quantized_files import QuantizedFile  # with torch
+
+            quantized = QuantizedFile(self.file)
+            if facts.style == "ddpm" and quantized.others:
+                raise UserError(
+                    f"{self.file} is quantized outside the UNet too ({quantized.others[0]:.100}), "
+                    "which is not read here: take the same model in fp16."
+                )
+            quantized.check()
         if self.source != "folder":
             return
 

@@ -26,6 +26,11 @@ SINGLE_FILE_SUFFIXES = {".safetensors", ".ckpt"}
 """Of checkpoints that hold a whole model, or its denoiser."""
 DENOISER_PREFIX = "model.diffusion_model."
 """How the names of the denoiser's tensors begin in a whole checkpoint."""
+QUANTIZED = re.compile(
+    "SCB|weight_format|comfy_quant|scaled_fp8|scale_(weight|input)"
+    r"|(weight|input|output|pre_quant)?_scale(_\w+)?"
+)
+"""Last parts of names that only quantized weights have beside them."""
 INDEX = "model_index.json"
 """diffusers' file that names the parts of a base."""
 
@@ -88,6 +93,23 @@ def find_snapshot(
 
     path = try_to_load_from_cache(hub_id, file, revision=revision, cache_dir=cache_dir)
     return Path(path).parent if isinstance(path, str) else None
+
+
+def group_quantized(path: Path) -> dict[str, dict[str, str]]:
+    """Return {layer: {last part of a tensor's name: its dtype}} of the layers in a safetensors file
+    whose weights are quantized; {} for another format."""
+    if path.suffix != ".safetensors":
+        return {}
+    layers: dict[str, dict[str, str]] = {}
+    with safe_open(path, "np") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for name, dtype in dtypes.items():
+        layer, _, part = name.rpartition(".")
+        if dtype in ("I8", "U8") or QUANTIZED.fullmatch(part):
+            layers.setdefault(layer, {})[part] = dtype
+            if (weight := f"{layer}.weight") in dtypes:
+                layers[layer]["weight"] = dtypes[weight]
+    return layers
 
 
 def is_hub_id(name: str) -> bool:

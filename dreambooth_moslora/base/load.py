@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dreambooth_moslora.base import decode, files, machine, pipelines, quantized_files
+from dreambooth_moslora.base import decode, files, machine, pipelines
 from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.quantized_files import QuantizedFile
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings import toys
 from dreambooth_moslora.settings.families import SDXL, Facts, facts_of
@@ -217,8 +218,9 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
     kind = getattr(diffusers, facts.model)
     try:
         # diffusers drops scales, and splits and renames the weights: the scales come first.
-        stored = load_single_file_checkpoint(str(path))
-        weights = quantized_files.dequantize(stored, path, dtype, prefix=files.DENOISER_PREFIX)
+        weights = load_single_file_checkpoint(str(path))
+        if files.group_quantized(path):
+            QuantizedFile(path).dequantize(weights, dtype)
         return kind.from_single_file(
             weights,
             config=str(home or facts.models[0].hub_id),
@@ -238,16 +240,10 @@ def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Modul
 
 def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -> DiffusionPipeline:
     """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
-    UserError for configs that cannot be fetched, for quantized text encoders, and for another
-    file."""
+    UserError for configs that cannot be fetched, and for another file."""
     # diffusers drops the scales: a quantized UNet comes later.
-    quantized = quantized_files.find_quantized(path)
-    if others := [name for name in quantized if not name.startswith(files.DENOISER_PREFIX)]:
-        raise UserError(
-            f"{path} is quantized outside the UNet too ({others[0]:.100}), which is not read here: "
-            "take the same model in fp16."
-        )
-    if quantized:
+    is_quantized = bool(files.group_quantized(path))
+    if is_quantized:
         options = options | {"unet": None}
     configs = files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
@@ -264,7 +260,7 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
         facts = facts_of(kind.__name__)
         what = f"{facts.article} {facts.title} checkpoint that diffusers can read"
         raise UserError(f"{path} is not {what}: {one_line(error, 300)}") from error
-    if quantized:
+    if is_quantized:
         unet = denoiser_from_file(path, facts_of(kind.__name__), options["dtype"])
         pipeline.register_modules(unet=unet)
     # A velocity model of SDXL says so by empty tensors of these names, which diffusers ignores.

@@ -12,9 +12,8 @@ Hadamard matrix (arXiv 2512.03673), which is its own inverse. Scales of inputs a
 eight bits; here layers compute in the run's precision.
 """
 
-import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.base import files
+from dreambooth_moslora.disk.contents import from_json
+from dreambooth_moslora.errors import UserError, one_line
 
 SCALES = {"scale_weight": 1, "weight_scale": 1, "weight_scale_inv": 1, "SCB": 127}
 """Last part of the name of a weight's scale -> what it is divided by."""
 UNUSED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_format")
 """Last parts of names beside a weight that are no scale of it."""
-BESIDE = re.compile("|".join((*SCALES, *UNUSED, r"(weight|input|output|pre_quant)?_scale(_\w+)?")))
-"""Last parts of names that only quantized weights have beside them."""
 FORMATS = (
     *("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise", "float8_e5m2"),
     *("int8_tensorwise", "int8_blockwise"),
 )
 """The formats of ComfyUI and convert_to_quant that are read. Some files leave the name out."""
 UNREAD = {"weight_scale_2": "nvfp4", "bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
-"""The end of a tensor's name -> a format that says no more of itself."""
+"""Last part of a name -> a format that may say no more of itself."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of scales."""
 DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, *FLOATS)
@@ -47,77 +46,98 @@ GROUP = 256
 """Columns that ConvRot rotates together, unless the file says it."""
 
 
-def find_quantized(path: Path) -> list[str]:
-    """Return the names in a .safetensors file that are of quantized weights; [] for another
-    format."""
-    if path.suffix != ".safetensors":
-        return []
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        dtypes = [file.get_slice(name).get_dtype() for name in names]
-    return [
-        name
-        for name, dtype in zip(names, dtypes, strict=True)
-        if dtype in ("I8", "U8") or BESIDE.fullmatch(name.rpartition(".")[2])
-    ]
+class QuantizedFile:
+    """A safetensors file with quantized weights.
+
+    path: of the file
+
+    `layers` is {layer: {last part of a tensor's name: its dtype}}, of the denoiser alone where the
+    file is a whole checkpoint, `others` the layers of its other parts.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        layers = files.group_quantized(path)
+        is_whole = any(name.startswith(files.DENOISER_PREFIX) for name in files.shapes_in(path))
+        prefix = files.DENOISER_PREFIX if is_whole else ""
+        self.layers = {
+            layer: parts for layer, parts in layers.items() if f"{layer}.".startswith(prefix)
+        }
+        self.others = [layer for layer in layers if layer not in self.layers]
+
+        # The layers of a header may be without the prefix.
+        formats = read_formats(path)
+        self.formats = {
+            layer: formats.get(layer) or formats.get(layer.removeprefix(prefix)) or {}
+            for layer in self.layers
+        }
+
+    def check(self) -> None:
+        """Raise UserError for a format that is not read, by one layer of each kind."""
+        checked = set()
+        with safe_open(self.path, "pt") as file:
+            for layer, dtypes in self.layers.items():
+                mark = join(layer, "comfy_quant")
+                settings = file.get_tensor(mark).tolist() if "comfy_quant" in dtypes else None
+                kind = str((sorted(dtypes.items()), self.formats[layer], settings))
+                if kind not in checked:
+                    parts = {part: file.get_tensor(join(layer, part)) for part in dtypes}
+                    self.restore(layer, parts)
+                checked.add(kind)
+
+    def dequantize(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Put the value of each quantized weight, in `dtype`, into the place of what the file has
+        of it, one after the other: no second copy is held. Raises UserError as `check` does."""
+        for layer, dtypes in self.layers.items():
+            weight = self.restore(layer, {part: tensors.pop(join(layer, part)) for part in dtypes})
+            if weight is not None:
+                tensors[join(layer, "weight")] = weight.to(dtype)
+
+    def restore(self, layer: str, parts: dict[str, Tensor]) -> Tensor | None:
+        """Return a layer's weight in fp32, as `restore_weight` does. Raises UserError, which names
+        the format, for one that is not read."""
+        try:
+            settings = self.formats[layer]
+            if "comfy_quant" in parts:
+                settings = from_json(parts["comfy_quant"].numpy().tobytes()) | settings
+            return restore_weight(parts, settings)
+        except (ValueError, TypeError, RuntimeError) as error:
+            unread = [
+                UNREAD[part]
+                for dtypes in self.layers.values()
+                for part in dtypes.keys() & UNREAD.keys()
+            ]
+            raise UserError(
+                f"{self.path} holds weights in {unread[0] if unread else one_line(error)}, "
+                "which is not read here: take the same model in bf16, scaled fp8 or int8."
+            ) from error
+
+
+@dataclass
+class Header:
+    """What a file's header says in ComfyUI's words: {layer: JSON of its format}."""
+
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_formats(path: Path) -> dict[str, dict[str, Any]]:
-    """Return ComfyUI's {layer: JSON of its format} from the header of a .safetensors file."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-    return json.loads(header.get("_quantization_metadata", "{}")).get("layers", {})
+    """Return the formats of the layers that a file's header has. Raises UserError."""
+    with safe_open(path, "np") as file:
+        text = (file.metadata() or {}).get("_quantization_metadata", "{}")
+    try:
+        return from_json(text, Header).layers
+    except UserError as error:
+        raise UserError(f"{path}: _quantization_metadata in its header: {error}.") from error
 
 
-def dequantize(
-    tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, prefix: str
-) -> dict[str, Tensor]:
-    """Return the same dictionary with each quantized weight as its value, and without the scales.
-
-    tensors: of the file; one weight changes after the other, so that no second copy is held
-    path: of the file, for its header and for messages
-    dtype: of the restored weights
-    prefix: how the denoiser's names begin in a whole checkpoint, whose other parts stay as they are
-
-    Raises UserError, which names the format, for one that is not read.
-    """
-    names = [name for name in tensors if name.startswith(prefix)] or list(tensors)
-    formats = read_formats(path)
-
-    # Quantized weights, and what is beside them, leave the dictionary.
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name in names:
-        layer, _, part = name.rpartition(".")
-        is_packed = tensors[name].ndim > 1 and not tensors[name].is_floating_point()
-        if is_packed or BESIDE.fullmatch(part):
-            layers.setdefault(layer, {})[part] = tensors.pop(name)
-
-    # Their values come back.
-    for layer, parts in layers.items():
-        name = f"{layer}.weight"
-        if name in tensors:
-            parts["weight"] = tensors[name]
-        settings = formats.get(layer) or formats.get(layer.removeprefix(prefix)) or {}
-        try:
-            if "comfy_quant" in parts:
-                settings = json.loads(parts["comfy_quant"].numpy().tobytes()) | settings
-            weight = restore_weight(parts, settings)
-        except ValueError as error:
-            ends = [end for end in UNREAD if any(name.endswith(end) for name in names)]
-            raise UserError(
-                f"{path} holds weights in {UNREAD[ends[0]] if ends else error}, which is not read "
-                "here: take the same model in bf16, scaled fp8 or int8."
-            ) from error
-        if weight is not None:
-            tensors[name] = weight.to(dtype)
-    return tensors
+def join(layer: str, part: str) -> str:
+    """Return the name of a layer's tensor. A mark of the whole file has no layer."""
+    return f"{layer}.{part}".removeprefix(".")
 
 
 def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor | None:
-    """Return a layer's weight in fp32, so that it is rounded once; None for a layer without a scale
-    whose weight needs none.
+    """Return a layer's weight in fp32, so that it is rounded once; one without a scale as it is,
+    and None where there is none.
 
     parts: last part of a name -> tensor: `weight` (out, in) or (out, in, h, w), and what is beside
     settings: ComfyUI's JSON of the layer; {} without one
@@ -131,7 +151,7 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
     weight = parts.get("weight")
     scales = [part for part in parts if part not in ("weight", *UNUSED)]
     if not scales and (weight is None or weight.is_floating_point()):
-        return None
+        return weight
     is_known = len(scales) == 1 and scales[0] in SCALES and parts[scales[0]].dtype in FLOATS
     is_by_rows = not parts.get("weight_format", torch.zeros(1)).any()  # as bitsandbytes saves it
     if not is_known or not is_by_rows or weight is None or weight.dtype not in DTYPES:

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dreambooth_moslora.base import load, pipelines
-from dreambooth_moslora.base.quantized_files import build_hadamard, dequantize
+from dreambooth_moslora.base.quantized_files import QuantizedFile, build_hadamard
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import fixed_seeds
+from dreambooth_moslora.generation import sampling
+from dreambooth_moslora.plan.plan import make_plan
 from tests.helpers.single_file import PREFIX, save_single_file, z_image_layout
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_training import paint_photos, tiny_config
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -113,7 +115,7 @@ def draw(pipe):
     family = pipelines.family_of(pipe)
     text, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
     conditioning = family.with_negative(text, empty)
-    return fixed_seeds.drawn(pipe, conditioning, [0], (64, 64), num_inference_steps=2)
+    return 2 * sampling.draw_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,15 @@ def test_a_quantized_file_is_the_dense_base_to_its_precision_and_draws_its_pictu
     assert difference < 2 * most
 
 
+def read_all(tensors, folder, dtype, header=None):
+    """The tensors of a file with these, as they are handed on."""
+    path = folder / "x.safetensors"
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, header)
+    read = load_file(path)
+    QuantizedFile(path).dequantize(read, dtype)
+    return read
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_weight_is_its_number_times_its_scale_rounded_once(name, dtype, tmp_path):
@@ -166,7 +177,7 @@ def test_a_weight_is_its_number_times_its_scale_rounded_once(name, dtype, tmp_pa
         truth = (truth.unflatten(1, (-1, 16)) @ H16.double()).flatten(1)
 
     tensors = {f"a.{part}": tensor for part, tensor in parts.items()} | {"b.scale": ONE}
-    restored = dequantize(tensors, tmp_path / "x.ckpt", dtype, PREFIX)
+    restored = read_all(tensors | {"scaled_fp8": torch.zeros(2)}, tmp_path, dtype)
     assert restored.keys() == {"a.weight", "b.scale"} and restored["a.weight"].dtype == dtype
     assert relative_error(restored["a.weight"], truth) < (3e-7 if dtype == torch.float32 else 2e-3)
 
@@ -178,10 +189,8 @@ def test_the_header_may_have_the_formats_and_other_parts_stay_as_they_are(tmp_pa
     settings = {"layers": {f"{PREFIX}a": {"format": "int8_tensorwise", "convrot": True}}}
     tensors = {f"{PREFIX}a.{part}": tensor for part, tensor in parts.items()}
     others = {f"text_encoders.b.{part}": tensor for part, tensor in parts.items()}
-    path = tmp_path / "x.safetensors"
-    metadata = {"_quantization_metadata": json.dumps(settings)}
-    save_file({name: t.clone() for name, t in (tensors | others).items()}, path, metadata)
-    restored = dequantize(load_file(path), path, torch.float32, PREFIX)
+    header = {"_quantization_metadata": json.dumps(settings)}
+    restored = read_all(tensors | others, tmp_path, torch.float32, header)
     assert relative_error(restored.pop(f"{PREFIX}a.weight"), weight) < 0.01
     assert restored.keys() == others.keys()
 
@@ -220,6 +229,15 @@ FOREIGN = {  # what the file has of a layer of 32 x 32, and what the message cal
     "packed": ({"qweight": INT8, "wscales": SCALE}, "unknown format .qweight: int8"),
     "quanto": ({"weight._data": INT8, "weight._scale": SCALE}, "_data: int8, _scale: float32"),
     "odd blocks": ({"weight": FP8, "weight_scale_inv": torch.ones(3, 5)}, "3×5 scales for 32×32"),
+    "groups that do not fit": (
+        {
+            "weight": INT8,
+            "weight_scale": SCALE,
+            "comfy_quant": as_json({"convrot": True, "params": {"convrot_groupsize": 64}}),
+        },
+        "unflatten",
+    ),
+    "no JSON": ({"weight": INT8, "weight_scale": SCALE, "comfy_quant": BYTES[0]}, "not valid JSON"),
     "odd groups": (
         {
             "weight": INT8,
@@ -243,9 +261,15 @@ def test_another_format_is_one_line_that_names_it(name, dense, tmp_path):
         {key: t.clone().contiguous() for key, t in stored.items()}, tmp_path / "q.safetensors"
     )
     (tmp_path / "q").symlink_to(folder / "model")
-    with pytest.raises(UserError, match=rf"holds weights in .*{says}.*take the same") as error:
+    message = rf"holds weights in .*{says}.*take the same"
+    with pytest.raises(UserError, match=message) as error:
         load.load_pipeline(tmp_path / "q.safetensors")
     assert "\n" not in str(error.value)
+
+    # A training says it before its photos are encoded, in the dry run.
+    photos = paint_photos(tmp_path / "photos")
+    with pytest.raises(UserError, match=message):
+        make_plan(tiny_config(tmp_path / "q.safetensors", photos, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["fp8, old names", "int8 by rows", "convrot"])
