@@ -101,7 +101,7 @@ class QuantizedFile:
             if "comfy_quant" in parts:
                 settings = from_json(parts["comfy_quant"].numpy().tobytes()) | settings
             return restore_weight(parts, settings)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError) as error:
             unread = [
                 UNREAD[part]
                 for dtypes in self.layers.values()
@@ -163,8 +163,11 @@ def restore_weight(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor
 
     # Rotated columns are rotated back.
     if options.get("convrot"):
-        groups = restored.unflatten(1, (-1, options.get("convrot_groupsize", GROUP)))
-        restored = (groups @ build_hadamard(groups.shape[-1])).flatten(1)
+        size = options.get("convrot_groupsize", GROUP)
+        matrix = build_hadamard(size)
+        if weight.ndim != 2 or weight.shape[1] % size:
+            raise ValueError(f"int8 with convrot in groups of {size} of {weight.shape[1]} columns")
+        restored = (restored.unflatten(1, (-1, size)) @ matrix).flatten(1)
     return restored
 
 

@@ -235,7 +235,7 @@ FOREIGN = {  # what the file has of a layer of 32 x 32, and what the message cal
             "weight_scale": SCALE,
             "comfy_quant": as_json({"convrot": True, "params": {"convrot_groupsize": 64}}),
         },
-        "unflatten",
+        "groups of 64 of 32 columns",
     ),
     "no JSON": ({"weight": INT8, "weight_scale": SCALE, "comfy_quant": BYTES[0]}, "not valid JSON"),
     "odd groups": (
