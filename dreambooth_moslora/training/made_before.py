@@ -6,8 +6,8 @@ Captions and masks (`--captions auto`, `--masks auto`) are made before the base 
 Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows
 of the class. A folder is topped up to the wanted number with generated images of the class prompt,
 and the user's own images come first. A generated image's name says what shaped it: those of another
-prompt, model, size or encoding stay in the folder but are not used. One that cannot be opened is
-drawn again.
+prompt, model, size or encoding stay in the folder but are not used. If one is missing or cannot be
+opened, its batch is drawn again: alone, it would have other bytes.
 """
 
 import logging
@@ -222,12 +222,14 @@ class ClassImages:
         return True
 
     def lacking(self, count: int, batch_size: int) -> list["ClassBatch"]:
-        """The missing ones of the first `count` images, in batches."""
-        missing = [index for index in range(count) if not self.is_there(index)]
-        found = []
-        for start in range(0, len(missing), batch_size):
-            found.append(ClassBatch(self, tuple(missing[start : start + batch_size])))
-        return found
+        """Return the batches of the first `count` images that lack one: drawn in another batch, an
+        image has other bytes."""
+        batches = []
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            if not all(map(self.is_there, indices)):
+                batches.append(ClassBatch(self, tuple(indices)))
+        return batches
 
 
 @dataclass(frozen=True)
@@ -248,8 +250,8 @@ class ClassBatch:
         return [seed_of(seed, "class_image", index) % 2**32 for index in self.indices]
 
     def keep(self, files: list[bytes]) -> None:
-        """Write those files. A run that shares the folder may have drawn an image meanwhile: the
-        first one stays, as that run may have read it."""
+        """Write those files. An image that is there stays, as a run that shares the folder may have
+        read it."""
         for index, content in zip(self.indices, files, strict=True):
             if not self.images.is_there(index):
                 atomic_write(self.images.path(index), content)

@@ -266,14 +266,16 @@ def top_up(images, count, batch_size=4):
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"half a picture"])
-def test_only_what_is_missing_or_cannot_be_read_is_generated(damage, tmp_path):
+def test_the_batch_of_what_is_missing_or_cannot_be_read_is_generated_again(damage, tmp_path):
+    """An image that was drawn alone had other bytes than in its batch."""
     images = dogs(tmp_path)
     (_, drawn) = top_up(images, 8)
     before, path = pictures_in(tmp_path), images.path(5)
     path.unlink() if damage is None else path.write_bytes(damage)
-    assert top_up(images, 8) == [(drawn[1],)]
+    assert top_up(images, 8) == [drawn]
     assert pictures_in(tmp_path) == before
     assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
+    assert [seeds[:2] for seeds in top_up(images, 12)] == top_up(dogs(tmp_path / "new"), 10)[2:]
 
 
 def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tmp_path):
