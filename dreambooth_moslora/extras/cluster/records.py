@@ -48,7 +48,7 @@ class Record:
     unit: GPU or CPU
     starts: number of trainings
     machine: host name of the last one
-    since: the clock before the first training of the mark, in seconds
+    since: when the training before the first one of the mark began; 0.0 without one
     """
 
     state: str

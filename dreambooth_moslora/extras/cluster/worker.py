@@ -121,7 +121,7 @@ def train_once(job: Job, run_dir: Path, hold: BinaryIO) -> int:
     # note that it has begun; what earlier starts have cost is kept
     before = read_record(run_dir)
     is_known = goes_on(before, job)
-    begun = before if is_known else Record("running", job.mark, since=time.time())
+    begun = before if is_known else Record("running", job.mark, since=find_last_start(run_dir))
     begun = replace(
         begun,
         state="running",
@@ -157,9 +157,15 @@ def resumed(run_dir: Path, before: Record) -> dict[str, str]:
     """The setting that resumes a run which was started before. One that ended before it took the
     folder, while its base was loaded, has left an earlier run's checkpoints there: none of them is
     its own."""
+    has_begun = find_last_start(run_dir) not in (0.0, before.since)
+    return {"resume_from_checkpoint": "latest"} if has_begun else {}
+
+
+def find_last_start(run_dir: Path) -> float:
+    """Return the time at which the last training in the folder took it; 0.0 without one. Such times
+    are only compared for equality, as a clock may be set back."""
     starts = run_folder.RunDir(run_dir).read_metrics(events.RunStarted.kind)
-    has_begun = any((event.get("time") or 0) >= before.since for event in starts)
-    return {"resume_from_checkpoint": "latest"} if has_begun or not before.since else {}
+    return (starts[-1].get("time") or 0.0) if starts else 0.0
 
 
 def start_guarded(job: Job, words: Sequence[str], holds: Sequence[int]) -> subprocess.Popen:

@@ -171,10 +171,12 @@ def test_each_ending_has_its_line(code, log, state, message, tmp_path):
     ) == record
 
 
+@pytest.mark.parametrize("clock_sec", [0, -3600])
 def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier_run(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, clock_sec
 ):
-    """It went on from the last checkpoint of the run with other photos, and was done at once."""
+    """It went on from the last checkpoint of the run with other photos, and was done at once; and
+    began anew where the clock was set back."""
     (script := tmp_path / "killed.py").write_text(
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -186,7 +188,8 @@ def test_a_training_that_was_killed_before_it_took_the_folder_resumes_no_earlier
         assert train_subject(job).state == "failed"
         settings = json.loads((run.path / CONFIG_NAME).read_text())
         assert settings == ({"resume_from_checkpoint": "latest"} if is_its_own else {})
-        run.append_metrics(record_of(RunStarted(2)))
+        began = record_of(RunStarted(2))
+        run.append_metrics(began | {"time": began["time"] + clock_sec})
 
 
 def test_a_mistake_is_the_subjects_own_line(tmp_path):
