@@ -11,12 +11,12 @@ CONTROL = re.compile(
 )
 """Control characters, and those that turn the direction of a line."""
 NO_MEMORY = re.compile(
-    r"can't allocate memory|out of "
+    r"can't allocate memory|failed to map segment|out of "
     r"memory|ALLOC_FAILED|AllocFailed|(CUBLAS|HIPBLAS|CUDNN)_STATUS_NOT_INITIALIZED|could not "
     r"create a (primitive|memory object)$"
 )
-"""Messages of the CPU's allocator, of Nvidia's, AMD's and Apple's drivers, of libraries, and of
-oneDNN."""
+"""Messages of the CPU's allocator, of a library that is loaded, of Nvidia's, AMD's and Apple's
+drivers, of libraries, and of oneDNN."""
 
 
 def spelled_out(text: str) -> str:

@@ -331,6 +331,7 @@ OUT_OF_MEMORY = (
         ),
         (type("_ArrayMemoryError", (MemoryError,), {})("numpy's"), 2, "out of memory: try"),
         *((RuntimeError(text), 2, "out of memory: try") for text in OUT_OF_MEMORY),
+        (ImportError("libheif.so: failed to map segment from shared object"), 2, "out of memory"),
         (
             RuntimeError("could not create a primitive descriptor for the sum primitive."),
             1,
