@@ -6,8 +6,8 @@ Captions and masks (`--captions auto`, `--masks auto`) are made before the base 
 Class images for prior preservation (Ruiz et al. 2022, section 3.3) show what the base already knows
 of the class. A folder is topped up to the wanted number with generated images of the class prompt,
 and the user's own images come first. A generated image's name says what shaped it: those of another
-prompt, model, size or encoding stay in the folder but are not used. If one is missing or cannot be
-opened, its batch is drawn again: alone, it would have other bytes.
+prompt, base, seed, size or encoding stay in the folder unused, which is logged. If one is
+missing or cannot be opened, its batch is drawn again: alone, it would have other bytes.
 """
 
 import logging
@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 
 from dreambooth_moslora.base.pipelines import encoding_options
 from dreambooth_moslora.disk.atomic import atomic_write, clean_stale
+from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.generation.home import Home
@@ -184,15 +185,20 @@ def make_masks(config: TrainConfig, context: reporter.RunContext, photos: list[P
 
 GENERATED = re.compile(r"class_[0-9a-f]{8}_\d{5}\.png")
 """The names of generated images."""
+UNUSED = (
+    "{folder}: {unused} generated class images are of another base, class prompt, size or --seed, "
+    "or of an earlier version: they stay unused, and {lacking} of “{prompt}” are drawn."
+)
+"""Said where images are drawn beside generated ones."""
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The generated class images of one prompt, base and size.
+    """The generated class images of one prompt, base, seed and size.
 
     folder: where they lie, beside the user's own
     prompt: the class prompt
-    model: the name of the base, without its path
+    model: the name of the base, without its path, and the digest of its parts
     seed: of the run
     size_px: (h, w)
     text_options: arguments of `encode_prompt` that the run sets
@@ -206,11 +212,11 @@ class ClassImages:
     text_options: dict[str, Any] = field(default_factory=dict)
 
     def path(self, index: int) -> Path:
-        """The file of an image. Its name says what shapes the image, but for the seed: images of
-        another prompt, base, size or encoding have other names."""
+        """Return the file of an image. Its name says what shapes the image: those of another
+        prompt, base, seed, size or encoding have other names."""
         height, width = self.size_px
         size = height if height == width else f"{width}x{height}"
-        tag = seed_of(self.prompt, self.model, size, *map(str, self.text_options.values()))
+        tag = seed_of(self.prompt, self.model, self.seed, size, *self.text_options.values())
         return self.folder / f"class_{tag % 16**8:08x}_{index:05d}.png"
 
     def is_there(self, index: int) -> bool:
@@ -266,6 +272,7 @@ def class_photos_of_each(
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     photos: list[Photo],
+    digests: Mapping[str, str],
 ) -> list[list[Photo]]:
     """Class images of each subject, in the sizes of its photos' crops.
 
@@ -273,6 +280,7 @@ def class_photos_of_each(
     context: the run's folder, processes and reporter
     pipeline: the base, loaded
     photos: of all subjects
+    digests: of the base's parts
 
     Subjects of one class share their class images. Raises UserError and StopRequestedError.
     """
@@ -286,7 +294,7 @@ def class_photos_of_each(
         own = [photo for photo in photos if keys[photo.subject] == key]
         sizes = Counter(rule.target(photo.size_px) for photo in own)
         folder = Path(subject.class_data_dir or context.run_dir.class_images_dir)
-        found[key] = top_up(folder, subject, context, pipeline, sizes)
+        found[key] = top_up(folder, subject, context, pipeline, sizes, digests)
     return [found[key] for key in keys]
 
 
@@ -296,6 +304,7 @@ def top_up(
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     sizes: Mapping[tuple[int, int], int],
+    digests: Mapping[str, str],
 ) -> list[Photo]:
     """The user's own class images, then generated ones up to `num_class_images`.
 
@@ -304,11 +313,12 @@ def top_up(
     context: the run's folder, processes and reporter
     pipeline: the base, loaded
     sizes: (h, w) -> its share of the images, in any unit
+    digests: of the base's parts
 
     Raises UserError and StopRequestedError.
     """
     accelerator = context.accelerator
-    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes))
+    sets, lacking = on_main(accelerator, lambda: planned(folder, config, sizes, digests))
     if lacking:
         # Where the base is too large for the device, it is streamed as where a person draws.
         home = Home(pipeline, accelerator.device)
@@ -342,19 +352,22 @@ def top_up(
 
 
 def planned(
-    folder: Path, config: TrainConfig, sizes: Mapping[tuple[int, int], int]
+    folder: Path,
+    config: TrainConfig,
+    sizes: Mapping[tuple[int, int], int],
+    digests: Mapping[str, str],
 ) -> tuple[Sets, list[ClassBatch]]:
     """The sets of the run beside the user's own images, and the batches to draw for them. The
-    folder is made."""
-    # A set of each size.
-    base_id = public_name(config.pretrained_model_name_or_path)
+    folder is made, and generated images that are there and not used are logged."""
+    # A set of each size. A name alone may have come to another base.
+    model = f"{public_name(config.pretrained_model_name_or_path)} {content_key(**digests)}"
     options = encoding_options(text_options_of(config))
     sets = []
     for size in sizes:
         images = ClassImages(
             folder=folder,
             prompt=config.class_prompt,
-            model=base_id,
+            model=model,
             seed=config.seed,
             size_px=size,
             text_options=options,
@@ -362,11 +375,11 @@ def planned(
         sets.append(images)
 
     # How many are wanted: what the user's own do not make up.
-    own = 0
+    found = []
     if folder.is_dir():
         found = find_photos(folder, config.class_prompt, config.resolution, alpha="white").photos
-        own = sum(not is_generated(photo) for photo in found)
-    wanted = max(0, config.num_class_images - own)
+    generated = {photo.path for photo in found if is_generated(photo)}
+    wanted = max(0, config.num_class_images - (len(found) - len(generated)))
     counts = shares(sizes, wanted)
 
     # What is to be drawn of them.
@@ -376,6 +389,15 @@ def planned(
     lacking = []
     for images, count in counted:
         lacking += images.lacking(count, config.sample_batch_size)
+        generated -= {images.path(index) for index in range(count)}
+    if lacking and generated:
+        line = UNUSED.format(
+            folder=folder,
+            unused=len(generated),
+            prompt=config.class_prompt,
+            lacking=sum(len(batch.indices) for batch in lacking),
+        )
+        logger.info("%s", spelled_out(line))
     return counted, lacking
 
 
@@ -386,7 +408,7 @@ def usable_class_photos(folder: Path, config: TrainConfig, sets: Sets) -> list[P
     found = usable_photos(report)
     usable = [photo for photo in found if not is_generated(photo)]
 
-    # Generated ones of this run's sets; others are of another prompt, base or size.
+    # Generated ones of this run's sets; others are of another prompt, base, seed or size.
     wanted = set()
     for images, count in sets:
         wanted |= {images.path(index) for index in range(count)}

@@ -177,7 +177,7 @@ def streams_of(
     # Class images, drawn by the whole base.
     class_photos = []
     if config.draws_class_images:
-        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos)
+        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos, digests)
 
     # Both are cropped and encoded alike.
     encoder = photo_stream.PhotoEncoder(

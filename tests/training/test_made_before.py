@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,9 @@ from dreambooth_moslora.training.made_before import (
     shares,
     usable_class_photos,
 )
+from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.threads import as_processes
+from tests.helpers.tiers import slow_but
 from tests.helpers.tiny import tiny_sdxl
 from tests.helpers.tiny_encoders import save_tiny_clipseg
 from tests.helpers.tiny_families import tiny_pipeline
@@ -301,9 +304,58 @@ def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
     assert top_up(plain, 3) == top_up(other, 3) == []
 
 
+CHANGED = {
+    "the last number of the UNet": (
+        lambda base: flip_last_bit(base / "unet" / "diffusion_pytorch_model.safetensors"),
+        {},
+    ),
+    "a token's embedding": (change_token, {}),
+    "two letters of a tokenizer": (swap_ids, {}),
+    "the last number of the VAE": (
+        lambda base: flip_last_bit(base / "vae" / "diffusion_pytorch_model.safetensors"),
+        {},
+    ),
+    "another seed": (lambda base: None, {"seed": 4}),
+}
+"""How another run's base of the same name differs, and with which settings."""
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(("the last number of the UNet", "another seed"), tuple(CHANGED))
+)
+def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
+    name, tiny_base, prepare_base, tmp_path, caplog
+):
+    """One line says it. A person's own are taken in any case."""
+    change, settings = CHANGED[name]
+    base = Path(shutil.copytree(tiny_base, tmp_path / tiny_base.name))
+    change(base)
+    caplog.set_level("INFO", made_before.__name__)
+    folder = tmp_path / "class"
+    Image.new("RGB", (64, 64)).save(paint_photos(folder, 0) / "mine.png")
+
+    def take(base: Path, **changes) -> list[str]:
+        prior = {"with_prior_preservation": True, "class_data_dir": str(folder)}
+        inputs = prepare_base(base, num_class_images=2, **prior, **changes)
+        return [photo.path.name for photo in inputs.prior.streams[0].photos]
+
+    first = take(tiny_base)
+    drawn = pictures_in(folder)
+    assert sorted(first) == sorted(drawn) and len(drawn) == 2 and not caplog.messages
+    second = take(base, **settings)
+    assert first[0] == second[0] == "mine.png" and first[1] != second[1]
+    (line,) = caplog.messages
+    assert "1 generated class images are of another base, class prompt, size or --seed" in line
+    assert "they stay unused, and 1 of “a photo of a dog” are drawn" in line
+
+    # Both stay, each for its own run.
+    assert take(tiny_base) == first
+    assert pictures_in(folder).items() >= drawn.items() and len(caplog.messages) == 1
+
+
 def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
     """The other run may have read it already."""
-    first, second = dogs(tmp_path, seed=7), dogs(tmp_path, seed=8)
+    first, second = dogs(tmp_path), dogs(tmp_path)
     (late,) = second.lacking(2, batch_size=2)
     top_up(first, 2)
     before = pictures_in(tmp_path)
@@ -377,7 +429,7 @@ def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tm
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
     assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.path(0).name]
     (stale := tmp_path / ".class_1_00000.png.999999999-5e526a9a.new").touch()
-    planned(tmp_path, wanted(1), {(8, 8): 1})
+    planned(tmp_path, wanted(1), {(8, 8): 1}, {})
     assert not stale.exists()
 
 
