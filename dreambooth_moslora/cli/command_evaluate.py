@@ -345,7 +345,8 @@ def summary(found: "Evaluation") -> str:
     alarm = "no copy alarm"
     if found.alarm.raised:
         alarm = f"copy alarm: {found.alarm.share:.0%} of the pictures are copies"
-    return "\n".join([*lines, f"{'score':18} {found.score:.3f}  ({alarm})"])
+    score = f"{found.score:.3f}" if found.score is not None else f"none: {found.no_score}"
+    return "\n".join([*lines, f"{'score':18} {score}  ({alarm})"])
 
 
 # State of a run -> how `explain` begins

@@ -4,6 +4,7 @@ Scores are the means over several subjects. The run's best step has the highest
 `metrics.checkpoint_score`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +15,8 @@ from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
 from dreambooth_moslora.settings.table import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # Other seeds than those of `evaluate`: these choose the best step
 SEEDS = (100, 101)
@@ -79,6 +82,8 @@ class TrainingEvaluator:
         draw = self._draw(sampler)
         of_each = [evaluator(draw) for evaluator in self.evaluators]
         found = report.pooled(of_each)
+        if found.no_score:
+            logger.warning("step %d has no score: %s.", step, found.no_score)
 
         # Subjects are numbered, as trackers must not get the user's words.
         numbered = {}

@@ -465,13 +465,30 @@ def confusion(generated: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -
     return (within_own - alike - margin) / apart
 
 
-def style_share(generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor) -> torch.Tensor:
-    """How far pictures went from the base's style to the photos': style vectors (N, D), of the
-    base's pictures (M, D) and of the photos (P, D) -> (N,). 0: as the base's; 1: as like the
-    photos as these are to each other."""
-    start = float(subject_fidelity(base, photos).mean())
-    end = photo_fidelity(photos) if len(photos) > 1 else 1.0
-    return (subject_fidelity(generated, photos) - start) / max(end - start, 0.01)
+NO_STYLE_SCORE = (
+    "the base's pictures are about as like the photos' style as the photos are to each other, "
+    "so that noise would decide how far the pictures went"
+)
+"""Why a style has no score."""
+
+
+def style_share(
+    generated: torch.Tensor, base: torch.Tensor, photos: torch.Tensor
+) -> torch.Tensor | None:
+    """Return how far pictures went from the base's style to the photos': 0: as the base's; 1: as
+    like the photos as these are to each other.
+
+    generated, base, photos: style vectors (N, D), (M, D) and (P, D)
+
+    Returns (N,); None where the two ends differ by no more than they vary from picture to picture.
+    """
+    start = subject_fidelity(base, photos)
+    end = likeness_to_others(photos) if len(photos) > 1 else torch.ones(1)
+    distance = end.mean() - start.mean()
+    spread = (start.var(correction=0) + end.var(correction=0)).sqrt()
+    if distance <= spread:
+        return None
+    return (subject_fidelity(generated, photos) - start.mean()) / distance
 
 
 def leaked_things(

@@ -124,10 +124,11 @@ def sign(difference: metrics.Interval) -> int:
 
 def rows(found: Comparison) -> Sequence[tuple]:
     """Way, DINO, CLIP-T, share of copies and score of each, for a report."""
-    return [
-        (name, one.interval("dino"), one.interval("clip_t"), one.alarm.share, one.score)
-        for name, one in found.arms.items()
-    ]
+    rows = []
+    for name, one in found.arms.items():
+        score = "none" if one.score is None else one.score
+        rows.append((name, one.interval("dino"), one.interval("clip_t"), one.alarm.share, score))
+    return rows
 
 
 def as_json(found: Comparison) -> dict:

@@ -77,7 +77,8 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "copy_alarm": asdict(found.alarm),
         "leaked": found.leaked,
         "references": references.as_json(found.beside) if found.beside else None,
-        "score": round(found.score, 4),
+        "score": None if found.score is None else round(found.score, 4),
+        "no_score": found.no_score,
         "seconds": round(found.seconds, 1),
     }
 
@@ -175,8 +176,8 @@ def evaluators_of(
 
 
 def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
-    """One evaluation of all: the tables of all subjects over all their prompts, the mean score, the
-    worst copy."""
+    """One evaluation of all: the tables of all subjects over all their prompts, the mean of the
+    scores there are, the worst copy."""
     if len(found) == 1:
         return found[0]
     # The prompts of all subjects below each other
@@ -198,11 +199,13 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
         share=float(np.mean([alarm.share for alarm in alarms])),
         raised=any(alarm.raised for alarm in alarms),
     )
+    scores = [one.score for one in found if one.score is not None]
     return score_tables.Evaluation(
         plan=found[0].plan,
         tables=tables,
         alarm=alarm,
-        score=float(np.mean([one.score for one in found])),
+        score=float(np.mean(scores)) if scores else None,
+        no_score=next(filter(None, (one.no_score for one in found)), ""),
         seconds=sum(one.seconds for one in found),
         pictures=pictures,
     )

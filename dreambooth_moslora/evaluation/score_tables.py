@@ -48,11 +48,12 @@ class Evaluation:
     plan: protocol.EvaluationPlan
     tables: Tables  # of scores, (prompts, seeds), (prompts, 1) or (pictures,)
     alarm: metrics.CopyAlarm
-    score: float
+    score: float | None  # None for a style of which `no_score` says why
     seconds: float
     pictures: dict[str, list[Image.Image]] = field(repr=False, default_factory=dict)
     photo_fidelity: float = float("nan")  # of the photos among themselves
     photo_likeness: Mapping[str, float] = field(default_factory=dict)  # of each to the others, DINO
+    no_score: str = ""
     leaked: str = ""  # the thing of a style's pictures that appears most often unasked
     # a `references.Comparison`, if the prompts were drawn by reference pictures too
     beside: Any = field(repr=False, default=None)
@@ -68,10 +69,11 @@ class Evaluation:
         return metrics.bootstrap_mean(self.tables[name])
 
     def means(self) -> dict[str, float]:
-        """All means, relative scores, copies and the score, rounded."""
+        """All means, relative scores, copies and the score if there is one, rounded."""
         found = {name: round(float(table.mean()), 4) for name, table in self.tables.items()}
         copies = {"copied": round(self.alarm.share, 4), "copy_alarm": self.alarm.raised}
-        return {**found, **self.relative(), **copies, "score": round(self.score, 4)}
+        score = {} if self.score is None else {"score": round(self.score, 4)}
+        return {**found, **self.relative(), **copies, **score}
 
     def logged(self) -> dict[str, float]:
         """The means that a training run writes into its events."""
@@ -196,12 +198,15 @@ class Evaluator:
         tables = self._subject_tables(drawn["subject"], self._base["subject"])
         tables |= self._other_tables(drawn)
         alarm = metrics.copy_alarm(drawn["subject"].joint, self.photos.joint)
-        score = metrics.checkpoint_score(
-            fidelity=fidelity_of(tables),
-            prompt=float(tables["clip_t"].mean()),
-            base_prompt=float(tables["clip_t_base"].mean()),
-            copied=alarm.share,
-        )
+        score, no_score = None, metrics.NO_STYLE_SCORE
+        if "style" in tables or not plan.is_style:
+            no_score = ""
+            score = metrics.checkpoint_score(
+                fidelity=fidelity_of(tables),
+                prompt=float(tables["clip_t"].mean()),
+                base_prompt=float(tables["clip_t_base"].mean()),
+                copied=alarm.share,
+            )
         pictures = {name: views.pictures for name, views in drawn.items()}
         pictures |= {f"{name}_base": views.pictures for name, views in self._base.items()}
         likeness = metrics.likeness_to_others(self.photos.dino).tolist()
@@ -214,6 +219,7 @@ class Evaluator:
             pictures=pictures,
             photo_fidelity=metrics.photo_fidelity(self.photos.dino),
             photo_likeness=dict(zip(self.names, likeness)) if len(likeness) > 1 else {},
+            no_score=no_score,
             leaked=self.leaked,
         )
 
@@ -285,13 +291,13 @@ class Evaluator:
         return tables
 
     def _style_tables(self, subject: Views, base: Views) -> Tables:
-        """How much of the style the pictures have, and in which a thing of the style's pictures
-        appears unasked, (prompts, seeds)."""
+        """How much of the style the pictures have, if that can be scored, and in which a thing of
+        the style's pictures appears unasked, (prompts, seeds)."""
         shape = (len(self.plan.templates), len(self.plan.seeds))
         look = self.encoders.style_images
         of_base, of_photos = look(base.pictures), look(self.photos.pictures)
         style = metrics.style_share(look(subject.pictures), of_base, of_photos)
-        tables = {"style": style.numpy().reshape(shape)}
+        tables = {} if style is None else {"style": style.numpy().reshape(shape)}
 
         # What was asked for, and the things, in the same words around them
         things = self.plan.things

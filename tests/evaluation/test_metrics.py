@@ -93,6 +93,24 @@ def test_copy_alarm_rings_for_copies_only_and_names_the_photo():
         assert metrics.copy_index(E[:1], photos).tolist() == pytest.approx([1.0], abs=1e-5)
 
 
+def test_a_style_is_scored_from_the_base_to_the_photos_unless_these_differ_less_than_they_vary():
+    """The base's cosines to the photos are 0.2 and 0.4, then 0.2 alone. Those of the photos to
+    each other are 1, then 1/2, 1/2 and 0."""
+    photos = E[[0, 0]]
+    base = torch.stack([leaning(0.2), leaning(0.4)])
+    shares = metrics.style_share(torch.stack([*base, leaning(0.65), E[0]]), base, photos)
+    assert shares.tolist() == pytest.approx([-1 / 7, 1 / 7, 0.5, 1.0])
+    lone = metrics.style_share(E[:1], leaning(0.5)[None], E[:1])
+    assert lone.tolist() == [1.0]
+    assert metrics.style_share(E[:1], leaning(0.3)[None], E[[0, 0, 1]]) is None
+    assert metrics.style_share(E[:1], E[:1], E[[0, 0]]) is None
+
+
+def leaning(cosine: float) -> torch.Tensor:
+    """A unit vector with this cosine to the first axis, and 0 to the second."""
+    return cosine * E[0] + math.sqrt(1 - cosine**2) * E[2]
+
+
 def test_checkpoint_score_is_the_product_and_never_rewards_more_prompt_than_the_base():
     for scores, expected in (
         ((0.8, 0.3, 0.3, 0.0), 0.8),

@@ -1,11 +1,13 @@
 """A style's score and leak, against truth: the toy world is rendered in two styles."""
 
 import random
+from copy import copy
 
 import pytest
 import torch
 from PIL import Image
 
+from dreambooth_moslora.cli.command_evaluate import summary
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.protocol import plan_of_subject, things_in
 from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
@@ -56,7 +58,7 @@ def evaluator() -> Evaluator:
     return Evaluator(plan, metrics.load_encoders("toy"), photos)
 
 
-def scored(evaluator: Evaluator, style: str, planted: int = 0) -> Evaluation:
+def scored(evaluator: Evaluator, style: str, planted: int = 0, base_style: str = "") -> Evaluation:
     """The toys that were asked for in a style; `planted` of them are white rockets instead."""
 
     def draw(requests, on):
@@ -66,9 +68,32 @@ def scored(evaluator: Evaluator, style: str, planted: int = 0) -> Evaluation:
         toys = [sample_toy(rng, kind, colour=colour) for colour, kind, _ in asked]
         if on:
             toys[:planted] = [ROCKET] * planted
-        return shown(toys, [place for *_, place in asked], style if on else "", seed=2)
+        places = [place for *_, place in asked]
+        return shown(toys, places, style if on else base_style, seed=2)
 
     return evaluator(draw)
+
+
+def test_a_style_that_the_base_has_already_gets_no_score_and_the_report_says_why(evaluator):
+    """The rest of the distance to the photos' style was noise, and so was the score."""
+    inked = copy(evaluator)
+    inked._base = {}
+    found = scored(inked, "ink", base_style="ink")
+    reason = "about as like the photos' style as the photos are to each other"
+    assert found.score is None and "style" not in found.tables and "leak" in found.tables
+    assert f"score              none: {metrics.NO_STYLE_SCORE}" in summary(found)
+    scores = report.scores_json(found, ABOUT)
+    assert scores["score"] is None and reason in scores["no_score"]
+    page = report.report_html(found, ABOUT, inked.photos.pictures)
+    assert reason.replace("'", "&#39;") in page and "<b>Score" not in page
+    assert "score" not in found.logged() and found.logged()["leak"] >= 0
+    whole = scored(evaluator, "ink")
+    assert report.scores_json(whole, ABOUT)["no_score"] == "" and "none" not in summary(whole)
+
+    # Of several subjects the mean is of those that have a score.
+    both = report.pooled([found, whole])
+    assert both.score == whole.score and both.no_score == found.no_score
+    assert report.pooled([found, found]).score is None
 
 
 @pytest.mark.slow
