@@ -25,6 +25,8 @@ SEEN_PX = 640
 LEAST_CERTAINTY = 0.8
 # A face that fills less of the photo's shorter side is a dozen latents of a 1024 px crop
 SMALL_SHARE = 0.1
+# A face with this share of the largest one's side, or more, is of a second person, no passer-by
+SECOND_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ def bgr(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 
+def longer_side(face: Face) -> float:
+    """Return the longer side of a face's box, px."""
+    left, top, right, bottom = face.box
+    return max(right - left, bottom - top)
+
+
 def area(face: Face) -> float:
     left, top, right, bottom = face.box
     return (right - left) * (bottom - top)
@@ -132,12 +140,20 @@ def with_faces(
 
 
 def with_face(photo: photo_file.Photo, faces: Sequence[Face]) -> photo_file.Photo:
-    """The photo with its largest face, and a remark where that shows little."""
+    """The photo with its largest face, and a remark where that shows little, or is not alone."""
     if not faces:
         return replace(photo, reasons=(*photo.reasons, "no face was found"))
-    left, top, right, bottom = faces[0].box
-    share = max(right - left, bottom - top) / min(photo.size_px)
     reasons = photo.reasons
+
+    # How large it is.
+    sides = [longer_side(face) for face in faces]
+    share = sides[0] / min(photo.size_px)
     if share < SMALL_SHARE:
         reasons = (*reasons, f"small face: {share:.0%} of the frame")
+
+    # Who else is there.
+    people = sum(side >= SECOND_SHARE * sides[0] for side in sides)
+    if people > 1:
+        advice = "the largest is taken for the person's; crop the others away"
+        reasons = (*reasons, f"{people} faces: {advice}")
     return replace(photo, face=faces[0].box, reasons=reasons)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import MISTAKE
@@ -19,7 +19,7 @@ from dreambooth_moslora.plan import choices
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import prompts
 from dreambooth_moslora.settings.table import TrainConfig
-from tests.helpers.stub_faces import READER, RIGHT, painted, stub_faces  # noqa: F401
+from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
 
 PERSON = TrainConfig(instance_prompt="a photo of sks woman", subject="person", resolution=64)
 LARGE = {"size_px": (300, 400), "box": (100, 60, 160, 130)}
@@ -39,6 +39,25 @@ def test_a_small_face_and_a_missing_one_are_remarked_and_a_thing_has_none(photos
     assert found[1].reasons == ("small face: 5% of the frame",)
     assert found[2].face is None and found[2].reasons == ("no face was found",)
     assert faces.with_faces(replace(PERSON, subject="thing"), photos) == photos
+
+
+def test_a_second_face_of_comparable_size_is_remarked_and_a_passer_bys_is_not(
+    tmp_path, photos, capsys
+):
+    """By `check` and by the dry run: two people in a photo went unsaid."""
+    for name, left, right in (("d.png", 240, 280), ("e.png", 240, 260)):
+        image = painted(RIGHT, **LARGE)
+        ImageDraw.Draw(image).ellipse((left, 60, right, 60 + right - left), fill=WRONG)
+        image.save(tmp_path / name)
+    remark = "2 faces: the largest is taken for the person's; crop the others away"
+    flags = ["--base", "toy", "--subject", "person", "--resolution", "64"]
+    assert main(["check", str(tmp_path), "woman", *flags, "--no_picture"]) == 0
+    assert main(["train", str(tmp_path), "woman", *flags, "--dry_run"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if remark in line]
+    assert len(told) == 2 and all("d.png" in line for line in told)
+    found = faces.with_faces(PERSON, find_photos(tmp_path, "sks woman", 64).photos)
+    assert [remark in photo.reasons for photo in found] == [False, False, False, True, False]
+    assert found[3].face == found[0].face
 
 
 @pytest.mark.parametrize("flips", [False, True])
