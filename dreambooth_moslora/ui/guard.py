@@ -43,6 +43,9 @@ UNHEARD = (b"x-gradio-server", b"range")
 """Headers that gradio does not get: by the first it writes an address into what all users get."""
 UNKNOWN_HOST = "unknown host; start the app with --allowed_host for this name"
 """The answer to a host name that is not the page's."""
+TOLD_ALREADY = "response already started."
+"""How starlette's error ends where a stream has told the error that is raised, as of a session that
+is not known. Its traceback has thirty times the bytes of the request."""
 REFUSED = (
     "another site may not ask here; behind a proxy, start the app with --allowed_host "
     "and the page's address"
@@ -94,7 +97,11 @@ class TrustedHosts:
             for name, value in scope["headers"]
             if self.may_pass(scope["path"], name, value)
         ]
-        await self.app(scope | {"headers": asked}, receive, send_unframed)
+        try:
+            await self.app(scope | {"headers": asked}, receive, send_unframed)
+        except RuntimeError as error:
+            if not str(error).endswith(TOLD_ALREADY):
+                raise
 
     def may_pass(self, path: str, name: bytes, value: bytes) -> bool:
         """Whether gradio gets to see this header."""

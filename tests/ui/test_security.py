@@ -2,11 +2,13 @@
 must be refused."""
 
 import io
+import logging
 import os
 import pickle
 import secrets
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -93,6 +95,18 @@ def test_html_in_prompts_names_and_recipes_is_escaped(client, tmp_path):
     )
     name = clean_name(EVIL + "../../x")
     assert name == clean_name(name) and "<" not in name
+
+
+def test_a_session_that_is_not_known_fills_no_log(served):
+    logger, written = logging.getLogger("uvicorn.error"), io.StringIO()
+    logger.addHandler(handler := logging.StreamHandler(written))
+    stream = f"{served.url}gradio_api/queue/data?session_hash=unknown"
+    with httpx.stream("GET", stream) as told, suppress(httpx.RemoteProtocolError):
+        lines = told.iter_lines()
+        assert "session_not_found" in next(lines)
+        list(lines)  # to its end
+    logger.removeHandler(handler)
+    assert len(written.getvalue()) < 200
 
 
 class Touch:
