@@ -25,6 +25,7 @@ from dreambooth_moslora.evaluation.score_tables import (
     Evaluation,
     Evaluator,
     evaluate_adapter,
+    fidelity_of,
     paint_over,
     truth_of,
 )
@@ -379,6 +380,34 @@ def test_every_measure_is_computed_by_its_name(encoders, photos):
     """One whose name no table has would be shown nowhere, and nothing would tell."""
     found = Evaluator(PLAN, encoders, photos)(stub_pictures).means()
     assert MEASURES.keys() - found.keys() == OF_SOME
+
+
+STYLE = {"dino": 0.9, "style": 0.6, "leak": 0.5, "leak_base": 0.2}
+PERSON = {
+    "dino": 0.5,
+    "identity": 0.4,
+    "identity_of_photos": 0.8,
+    "no_face": 0.5,
+    "no_face_base": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        (STYLE, 0.6 * (1 - (0.5 - 0.2))),
+        (STYLE | {"leak": 0.1}, 0.6),  # less than the base's is no gain
+        (STYLE | {"style": 1.7}, 1 - (0.5 - 0.2)),
+        (PERSON, (0.5 + 0.4 / 0.8 * (1 - 0.5) / (1 - 0.2)) / 2),
+        (PERSON | {"identity": 0.9, "no_face": 0.0}, (0.5 + 1) / 2),
+        ({"dino": 0.5}, 0.5),
+    ],
+)
+def test_the_scores_likeness_is_the_style_without_the_leak_and_the_face_beside_the_photos_own(
+    means, expected
+):
+    tables = {name: np.array([mean - 0.05, mean + 0.05]) for name, mean in means.items()}
+    assert fidelity_of(tables) == pytest.approx(expected)
 
 
 def test_the_truth_overwrites_no_other_table(encoders, photos):
