@@ -14,6 +14,7 @@ run already in `--out` is not trained again.
 
 import argparse
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Result:
     leak_base: str
     leaked: str
     truth: float  # of the pictures at scale 1
-    correlation: float
+    correlation: float  # NaN where the style has no score
 
 
 def write_photos(folder: Path, style: str, content: str) -> None:
@@ -130,19 +131,18 @@ def measured(
     look = encoders.style_images
     base, *_ = by_scale
     pictures = [picture for row in by_scale for picture in row]
-    scores = style_share(look(pictures), look(base), look(photos)).numpy()
+    scores = style_share(look(pictures), look(base), look(photos))
     truth = 1 - alterations(pictures, style) / alterations(base, style).mean()
 
     said = json.loads(scores_of(run).read_text(encoding="utf-8"))
-    intervals = {
-        name: "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**said["scores"][name])
-        for name in ("style", "leak", "leak_base")
-    }
+    intervals = {"style": "none"}
+    for name in {"style", "leak", "leak_base"} & said["scores"].keys():
+        intervals[name] = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**said["scores"][name])
     return Result(
         **intervals,
         leaked=said["leaked"] or "none",
         truth=float(truth[-len(base) :].mean()),
-        correlation=spearman(scores, truth),
+        correlation=math.nan if scores is None else spearman(scores.numpy(), truth),
     )
 
 
