@@ -7,8 +7,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from dreambooth_moslora.disk.process_identity import is_running, own_host, own_token
 
@@ -67,7 +69,8 @@ def scratch_directory(folder: Path, name: str = "scratch") -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        yield scratch
+        with hold(scratch):
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -113,6 +116,19 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+@contextmanager
+def hold(path: Path) -> Iterator[bool]:
+    """Lock a folder for the block, and yield whether no other process has locked it: one of another
+    container is not seen, but its lock is. True where folders cannot be locked, as on Windows."""
+    with ExitStack() as stack:
+        is_mine = True
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            is_mine = lock_descriptor(handle, blocking=False)
+        yield is_mine
+
+
 def temporary_name(path: Path, kind: str) -> Path:
     maker = f"{os.getpid()}-{own_token(os.getpid())}-{own_host()}"
     return path.with_name(f".{path.name}.{maker}.{kind}")
@@ -150,7 +166,8 @@ def is_in_use(path: Path, named: re.Match[str]) -> bool:
     """Whether the process that made it still runs, or may do so on another host. Each removes its
     own temporaries itself."""
     if named["host"] in (None, own_host()):
-        return is_running(int(named["pid"]), named["token"])
+        with hold(path) as is_mine:
+            return is_running(int(named["pid"]), named["token"]) or not is_mine
     # A rename changes this time, and no other of a folder.
     with suppress(OSError):
         return time.time() - path.stat().st_ctime < FOREIGN_SEC

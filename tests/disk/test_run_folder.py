@@ -127,6 +127,19 @@ def test_what_a_running_process_writes_and_a_hidden_file_of_the_users_own_are_le
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks no folders, and has no containers")
+def test_what_a_container_of_the_same_host_name_writes_is_left_alone(tmp_path):
+    """Its process is not seen here, and what it wrote was deleted. The name of no process that runs
+    stands for it."""
+    hidden = tmp_path / f".checkpoint-7.999999999-0123abcd-{own_host()}.new"
+    with scratch_directory(tmp_path, "checkpoint-7") as scratch:
+        scratch.rename(hidden)
+        clean_stale(tmp_path)
+        assert hidden.is_dir()
+    clean_stale(tmp_path)
+    assert not hidden.exists()
+
+
 def test_what_another_host_writes_is_left_alone_for_a_day(tmp_path, monkeypatch):
     """Its processes are not in the table of this one, which deleted what they wrote."""
     for kind in ("old", "new"):

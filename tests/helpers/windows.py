@@ -2,9 +2,9 @@
 there.
 
 A signal ends a process, so none may be sent; `terminate` kills; a file that is open here, or
-mapped, is neither removed nor replaced, nor is a folder around it; no folder replaces another;
-there is no fcntl, no resource, and no file is handed on. What is asked of the machine itself stays:
-these are no tests on Windows.
+mapped, is neither removed nor replaced, nor is a folder around it; no folder replaces another, or
+is opened; there is no fcntl, no resource, and no file is handed on. What is asked of the machine
+itself stays: these are no tests on Windows.
 """
 
 import os
@@ -64,6 +64,13 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
     from dreambooth_moslora.disk import processes
 
     kill, replace, unlink, begin = os.kill, os.replace, os.unlink, Popen.__init__
+    open_handle = os.open
+
+    def opened(path, flags: int, *mode, **folders) -> int:
+        is_ours = sys._getframe(1).f_globals["__name__"].startswith(PRODUCT)
+        if is_ours and os.path.isdir(path):
+            raise denied(path, ACCESS_DENIED)
+        return open_handle(path, flags, *mode, **folders)
 
     def no_signal(pid: int, number: int) -> None:
         assert not sys._getframe(1).f_globals["__name__"].startswith(PRODUCT), (
@@ -87,6 +94,7 @@ def answer_as_windows(patch: pytest.MonkeyPatch) -> None:
         begin(process, *words, **options)
 
     patch.setattr(os, "kill", no_signal)
+    patch.setattr(os, "open", opened)
     for name in ("replace", "rename"):
         patch.setattr(os, name, replaced)
     for name in ("unlink", "remove"):
