@@ -9,6 +9,7 @@ from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
 from dreambooth_moslora.settings.families import FAMILIES
 from dreambooth_moslora.training import adapters
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.late_copies import LateCopies
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 from tests.helpers.tiny_training import tiny_config
@@ -126,6 +127,44 @@ def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path
     assert copies.ended == copies.started
     again = family.predict(denoiser, z, torch.tensor([500.0]), crops, **conditioning)
     assert torch.equal(again, predictions[0])
+
+
+CUDA = torch.device("cuda")
+
+
+def test_a_copy_begins_when_its_place_was_read_and_only_what_needs_it_waits(monkeypatch):
+    """On a stream of its own: the GPU computes with another block meanwhile."""
+    cuda, began = FakeCuda(monkeypatch), []
+    monkeypatch.setattr(
+        streaming, "copy_pieces", lambda *_: began.append(cuda.current.run("copy of block 2"))
+    )
+    copies, computing = streaming.Copies(CUDA), cuda.current
+    computing.run("block 0")
+    copy = copies.start(torch.empty(4), [torch.empty(4)])
+    assert began == [{"block 0"}]
+    assert computing.run("block 1") == {"block 0"}
+    copies.wait(copy)
+    assert computing.run("block 2") >= {"copy of block 2"}
+
+
+@pytest.mark.parametrize(("device", "is_pinned"), [(CUDA, True), (torch.device("cpu"), False)])
+def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_waiting(
+    device, is_pinned, tmp_path, monkeypatch
+):
+    """An asynchronous copy from other memory may read what lies there later."""
+    make_places = streaming.StreamedBlocks.make_places
+    monkeypatch.setattr(
+        streaming.StreamedBlocks,
+        "make_places",
+        lambda blocks, _, copies: make_places(blocks, torch.device("cpu"), copies),
+    )
+    denoiser = pipelines.denoiser_of(tiny_pipeline("flux", tmp_path))
+    cuda = FakeCuda(monkeypatch)
+    blocks = streaming.StreamedBlocks(denoiser, device)
+    cuda.copies.clear()
+    for number in range(len(blocks.pieces)):
+        blocks.bring(number)
+    assert cuda.copies == [(is_pinned, is_pinned)] * sum(map(len, blocks.pieces))
 
 
 def test_a_block_that_the_host_cannot_pin_comes_as_it_is(monkeypatch):

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.photos.captions import MadeCaption, keep
@@ -18,8 +19,14 @@ from dreambooth_moslora.photos.shown_captions import ORDERS, bare_prompt_line, s
 from dreambooth_moslora.seeds import place_of
 from dreambooth_moslora.settings import table
 from dreambooth_moslora.training.loop import train
-from dreambooth_moslora.training.photo_stream import PhotoStream, SubjectStreams, instance_streams
+from dreambooth_moslora.training.photo_stream import (
+    PhotoStream,
+    SubjectStreams,
+    instance_streams,
+    move_together,
+)
 from dreambooth_moslora.training.step import TrainStep
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.folding import load_published
 from tests.helpers.tiny_training import paint_photos, tiny_config
 
@@ -58,6 +65,18 @@ def ahead_of(stream, count):
 
 def views(stream, count):
     return [stream.at(position)[0] for position in range(count)]
+
+
+@pytest.mark.parametrize(("kind", "is_pinned"), [("cuda", True), ("mps", False)])
+def test_a_batch_moves_in_one_copy_which_is_asynchronous_only_from_pinned_memory(
+    kind, is_pinned, monkeypatch
+):
+    cuda = FakeCuda(monkeypatch)
+    batch = {"latents": torch.rand(2, 3), "mask": None, "steps": torch.tensor([7, 9])}
+    moved = move_together(batch, torch.device(kind))
+    assert cuda.copies == [(is_pinned, is_pinned)]
+    assert moved["mask"] is None and torch.equal(moved["latents"], batch["latents"])
+    assert moved["steps"].tolist() == [7, 9] and moved["steps"].dtype == torch.int64
 
 
 def test_the_bucket_is_the_nearest_shape_of_sdxls_own_and_crops_cover_it_within_the_photo():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.tracking import TensorBoardTracker
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -255,6 +256,36 @@ def test_a_stop_in_the_first_pictures_is_heard_within_one_before_they_are_all_dr
     assert result.interrupted and result.step == 0
     assert [path.name for path in samples.iterdir()] == ["step_000000_0.png"]
     assert not RunDir(tmp_path / "run").checkpoints()
+
+
+def test_a_gpus_unused_memory_is_freed_between_the_stages_of_a_run(config, monkeypatch):
+    """After photos, after prompts, and after pictures and scores: the next stage has it."""
+    seen = []
+    monkeypatch.setattr(reporter, "free_unused_blocks", lambda device: seen.append("free"))
+
+    def note(event):
+        name = getattr(event, "phase", event.kind)
+        if seen[-1:] != [name]:
+            seen.append(name)
+
+    def evaluator(sampler, step):
+        return {"score": 1}
+
+    evaluator.prompts = ()
+    drawn = {"num_validation_images": 1, "validation_steps": 2}
+    train(config(max_train_steps=2, evaluate_steps=2, **drawn), note, evaluator=evaluator)
+    prepared = "start loading caching free free"
+    first, last = "sampling sample free step", "evaluating free evaluation sampling sample free"
+    assert " ".join(seen).startswith(f"{prepared} {first} {last} ")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_unused_memory_goes_back_to_the_driver_of_each_gpu(kind, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda: emptied.append(kind))
+    for device in (kind, "cpu"):
+        reporter.free_unused_memory(torch.device(device))
+    assert emptied == [kind]
 
 
 @pytest.mark.parametrize("is_typed", [False, True])
