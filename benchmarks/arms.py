@@ -58,7 +58,7 @@ def ours(size: str, resolution_px: int, rank: int, *, checkpointing: bool = Fals
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.disk.processes import keep_freed_memory
     from dreambooth_moslora.extras.lab.full_step import random_materials
-    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.settings.train_config import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 
     keep_freed_memory()

@@ -33,17 +33,17 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_memory import empty
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
-from dreambooth_moslora.base import decode, machine
-from dreambooth_moslora.base.machine import CONTEXT_GIB, OUTPUTS_A_BLOCK, PLACES
-from dreambooth_moslora.base.pipelines import METHODS
+from dreambooth_moslora.base import decode, devices
+from dreambooth_moslora.base.devices import CONTEXT_GIB, OUTPUTS_A_BLOCK, PLACES
+from dreambooth_moslora.base.families import METHODS
 from dreambooth_moslora.base.quantization import layers_of_blocks
 from dreambooth_moslora.base.streaming import streamed_blocks
 from dreambooth_moslora.extras.lab.full_step import SDXL
 from dreambooth_moslora.method.fast_linear import WorkingCopies, disable_fast_path
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_shapes
 from dreambooth_moslora.plan.memory import GRADIENT_BYTES, QUANTIZED_BYTES, STREAMED_BYTES, estimate
-from dreambooth_moslora.settings.families import FAMILIES, OF_UNETS, Facts
-from dreambooth_moslora.settings.table import PLANS, TrainConfig
+from dreambooth_moslora.settings.family_facts import FAMILIES, OF_UNETS, Facts
+from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 
 __all__ = ["MODELS", "COUNTED", "decoding_gib", "deviations", "vae_of", "main"]
@@ -300,7 +300,7 @@ def decoding_gib(family: str, resolution: int, is_short: bool) -> float:
         Counter() as counter,
         flash_attention(),
         torch.no_grad(),
-        patch.object(machine, "free_gib", lambda device: free_gib),
+        patch.object(devices, "free_gib", lambda device: free_gib),
         decode.tiled_where_short(vae, [resolution] * 2, vae.device),
     ):
         vae.decode(torch.empty(1, *shape, dtype=vae.dtype))
@@ -308,7 +308,7 @@ def decoding_gib(family: str, resolution: int, is_short: bool) -> float:
 
 
 def decoding_line(facts: Facts, resolution: int) -> str:
-    """What decoding a picture takes whole and in tiles, beside what `families` says."""
+    """What decoding a picture takes whole and in tiles, beside what `family_facts` says."""
     said = facts.decoder_bytes_a_pixel / (2 if facts.style == "flow" else 1)
     parts = []
     for is_short, side in ((False, resolution), (True, min(resolution, facts.tile_px))):
@@ -343,7 +343,7 @@ def on_host_gib(denoiser: nn.Module, plan: str) -> float:
 
 
 def row_of(size: BaseSize, steps: dict[bool, float], drawing: float) -> str:
-    """What was counted as `families` has it, but for `text_tokens`, `encoders` and `vae`.
+    """What was counted as `family_facts` has it, but for `text_tokens`, `encoders` and `vae`.
 
     steps: GiB of a step without gradients, by whether it is recomputed
     drawing: `drawing_gib`

@@ -37,7 +37,7 @@ def steps_of(size: str, resolution_px: int, rank: int) -> tuple[Step, Step, Step
     """(floor, gradients of a step, update of the adapter)."""
     from benchmarks.precision import bf16_accelerator
     from dreambooth_moslora.extras.lab.full_step import floor_step, random_materials
-    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.settings.train_config import TrainConfig
     from dreambooth_moslora.training.step import TrainStep
 
     config = TrainConfig(

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.family_memory import MODELS, config_of, facts_named
 from benchmarks.gpu_step import WARM_UP, Step, measure_or_say, measured
 from benchmarks.precision import half_accelerator
-from dreambooth_moslora.base.pipelines import METHODS, filled
+from dreambooth_moslora.base.families import METHODS, filled
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.extras.lab.full_step import fill, materials_of, noise_of
@@ -30,8 +30,8 @@ from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.plan.base_size import size_of_shapes
 from dreambooth_moslora.plan.distributed import DTYPES
 from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.settings.families import Facts
-from dreambooth_moslora.settings.table import PLANS
+from dreambooth_moslora.settings.family_facts import Facts
+from dreambooth_moslora.settings.train_config import PLANS
 from dreambooth_moslora.training.prepare import TrainInputs
 from dreambooth_moslora.training.step import TrainStep
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.meta_count import GIB, Count, Counter, bytes_of, flash_attention
 from benchmarks.sdxl_structure import sdxl_unet
-from dreambooth_moslora.settings.table import PLANS, TrainConfig
+from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
 
 __all__ = [
     "adapted_unet",
@@ -99,7 +99,7 @@ def empty(*shape: int) -> Tensor:
 def counted_total_gib(unet: nn.Module, counted: Count) -> float:
     """Weights, Adam's two moments of the adapters, the step with its gradients, CUDA's context;
     GiB."""
-    from dreambooth_moslora.base.machine import CONTEXT_GIB
+    from dreambooth_moslora.base.devices import CONTEXT_GIB
 
     trained = sum(weight.numel() * 4 for weight in unet.parameters() if weight.requires_grad)
     return (bytes_of(unet) + 2 * trained) / GIB + counted.peak_gib + CONTEXT_GIB

@@ -208,7 +208,7 @@ def lay_convolutions(unet: torch.nn.Module, layout: torch.memory_format) -> None
 
 
 def run_config(options: argparse.Namespace, compiled: str):
-    from dreambooth_moslora.settings.table import TrainConfig
+    from dreambooth_moslora.settings.train_config import TrainConfig
 
     prior = {
         "with_prior_preservation": True,

@@ -39,16 +39,16 @@ from dreambooth_moslora.evaluation.enlarge import Enlargement, Shot, Sorter
 from dreambooth_moslora.evaluation.metrics import Encoders, bootstrap_mean, load_encoders
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of
-from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator, sampler_draw
+from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator, sampler_draw
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from dreambooth_moslora.method.fast_linear import disable_fast_path
 from dreambooth_moslora.method.moslora import matrices_of
 from dreambooth_moslora.photos.folder import photo_report, usable_photos
 from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.subjects import prompts_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.prepare import prepare
 from dreambooth_moslora.training.reporter import Reporter, RunContext
 from dreambooth_moslora.training.step import TrainStep

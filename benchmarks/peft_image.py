@@ -51,8 +51,8 @@ from dreambooth_moslora.photos.folder import usable_photos
 from dreambooth_moslora.photos.photo_file import open_image
 from dreambooth_moslora.plan.distributed import make_accelerator
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.settings.toy_bases import is_toy
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.adapters import target_paths
 from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from dreambooth_moslora.training.reporter import Reporter, RunContext

@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dreambooth_moslora.base.machine import has_gpu
+from dreambooth_moslora.base.devices import has_gpu
 from dreambooth_moslora.precision import half_precision
 
 __all__ = ["bf16_accelerator", "half_accelerator"]

@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.gpu_memory import estimated_total_gib
 from benchmarks.random_sdxl import random_sdxl
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.table import PLANS, TrainConfig
+from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
 
 __all__ = ["main"]
 

@@ -17,7 +17,7 @@ from dreambooth_moslora.method.moslora import (
     inject,
     mixer_parameters,
 )
-from dreambooth_moslora.settings import rows
+from dreambooth_moslora.settings import field_facts
 
 RANKS = (4, 16, 64)
 
@@ -32,7 +32,7 @@ def count(rank: int) -> dict[str, float]:
     """Projections, and millions of parameters in A and B, and in the mixers."""
     unet = inject(
         sdxl_unet(),
-        MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(rows.ATTENTION)),
+        MoSLoraConfig(r=rank, lora_alpha=rank, target_modules=list(field_facts.ATTENTION)),
     )
     mixers = sum(p.numel() for _, p in mixer_parameters(unet))
     every = sum(p.numel() for _, p in adapter_parameters(unet))
@@ -49,7 +49,7 @@ def main() -> None:
     sizes = Counter(
         (m.in_features, m.out_features)
         for n, m in unet.named_modules()
-        if n.endswith(rows.ATTENTION)
+        if n.endswith(field_facts.ATTENTION)
     )
     for (inputs, outputs), number in sizes.most_common():
         print(f"{number:>5} projections {inputs:>5} → {outputs}")

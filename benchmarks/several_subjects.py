@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.one_word import PROTOCOL, run_command
 from dreambooth_moslora.evaluation.metrics import bootstrap_mean
-from dreambooth_moslora.settings.sources import load_settings
+from dreambooth_moslora.settings.config_files import load_settings
 from dreambooth_moslora.settings.subjects import prompts_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from toybox.make_subjects import FOLDER, load
 

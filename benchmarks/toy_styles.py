@@ -26,10 +26,10 @@ from PIL import Image
 from benchmarks.one_word import run_command
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation.metrics import Encoders, load_encoders, style_share
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.settings.subject_kinds import OF_A_STYLE
-from dreambooth_moslora.settings.toys import UNRELATED
+from dreambooth_moslora.settings.toy_bases import UNRELATED
 from toybox.measures.look_alikes import spearman
 from toybox.render import render
 from toybox.styles import STYLES

@@ -13,15 +13,15 @@ __version__ = "0.1.0"
 _HOME = {
     "UserError": "errors",
     "Base": "base.base",
-    "TrainConfig": "settings.table",
-    "GenerationParams": "generation.params",
+    "TrainConfig": "settings.train_config",
+    "GenerationParams": "generation.image_params",
     "MoSLoraConfig": "method.moslora",
     "inject": "method.moslora",
     "fold": "method.moslora",
     "SubjectPipeline": "generation.pipeline",
     "train": "training.loop",
     "train_subject": "cli.command_train",
-    "evaluate_adapter": "evaluation.score_tables",
+    "evaluate_adapter": "evaluation.scoring",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -28,7 +28,7 @@ LONGEST = (
     "training/test_processes.py",
     "docs/test_notebook.py",
     "extras/cluster/test_ray_fleet.py",
-    "training/test_explain.py",
+    "training/test_run_advice.py",
     "extras/cluster/test_fleet.py",
     "ui/train/test_train_form.py",
     "extras/serving/test_ray_serve.py",
@@ -180,8 +180,8 @@ def encoders(tmp_path_factory):
 def dog(tmp_path_factory):
     """One live adapter on all three components, its raw file and both published files."""
     from dreambooth_moslora.disk.run_folder import RAW_NAME
-    from dreambooth_moslora.lora.published_file import publish
     from dreambooth_moslora.lora.raw_file import save_raw
+    from dreambooth_moslora.lora.writer import publish
     from tests.helpers.live_adapters import facts_of, live
 
     folder, components = tmp_path_factory.mktemp("dog"), live(with_text=True)

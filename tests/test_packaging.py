@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 from tests.conftest import LONGEST, TESTS, pytest_runtest_setup
 
 ROOT = Path(__file__).parents[1]

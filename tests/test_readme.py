@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_moslora.base.machine import CUDA, ROCM, WHEELS
+from dreambooth_moslora.base.devices import CUDA, ROCM, WHEELS
 from dreambooth_moslora.cli.main import COMMANDS, command
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.cli.train_flags import build_train_parser

@@ -118,7 +118,7 @@ from PIL import Image
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.photos.captions import load_captioner
 from dreambooth_moslora.photos.masks import load_segmenter
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 folder = assets_folder() / "subjects" / "rocket"
 config = TrainConfig(instance_data_dir=str(folder), instance_prompt="a photo of a sks rocket")
 photo = Image.open(sorted(folder.glob("*.jpg"))[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dreambooth_moslora.lora import key_names
 from dreambooth_moslora.lora.key_names import DIFFUSERS, KOHYA, PREFIXES
-from dreambooth_moslora.settings.families import FAMILIES, Facts
+from dreambooth_moslora.settings.family_facts import FAMILIES, Facts
 
 __all__ = ["KINDS", "TOOLS", "is_read", "is_written", "main", "page"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 __all__ = ["main"]

@@ -12,11 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
-from dreambooth_moslora.settings.families import OF_UNETS
-from dreambooth_moslora.settings.measures import MEASURES
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
-from dreambooth_moslora.settings.rows import Prompt, Subject
-from dreambooth_moslora.settings.table import FIELD_TYPES, GROUPS, PLANS, TrainConfig, flags_of
+from dreambooth_moslora.settings.family_facts import OF_UNETS
+from dreambooth_moslora.settings.field_facts import Prompt, Subject
+from dreambooth_moslora.settings.metric_kinds import MEASURES
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
+from dreambooth_moslora.settings.train_config import (
+    FIELD_TYPES,
+    GROUPS,
+    PLANS,
+    TrainConfig,
+    flags_of,
+)
 
 __all__ = ["main", "pages", "settings_page"]
 
@@ -24,7 +30,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 HEAD = """# All settings
 
-`python -m tools.tables` writes this page from `dreambooth_moslora/settings/table.py`. Each
+`python -m tools.tables` writes this page from `dreambooth_moslora/settings/train_config.py`. Each
 setting is a flag (`--rank 8`), a name in a `--config` file (`rank = 8`), a field of `TrainConfig`,
 and a line of `--help`. The last column says whether a published adapter tells its value: always, or
 only if it differs from the default.

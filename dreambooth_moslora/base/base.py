@@ -17,12 +17,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import public_name, user_path
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import families, toys
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import family_facts, toy_bases
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 SETTINGS = {
     "name": "pretrained_model_name_or_path",
@@ -101,7 +101,7 @@ class Base:
     @property
     def is_toy(self) -> bool:
         """Whether it is an embedded base."""
-        return toys.is_toy(self.name)
+        return toy_bases.is_toy(self.name)
 
     @property
     def place(self) -> str | Path:
@@ -128,18 +128,18 @@ class Base:
         # The cache may hold an index alone. A denoiser's configuration says that there is more.
         if self._cached is None:
             return None
-        configs = [self._cached / part / "config.json" for part in families.DENOISERS]
+        configs = [self._cached / part / "config.json" for part in family_facts.DENOISERS]
         return self._cached if any(config.is_file() for config in configs) else None
 
     @cached_property
     def _cached(self) -> Path | None:
         """Where the hub's cache has its index, and perhaps no more of it."""
-        return files.find_snapshot(self.name, files.INDEX, **self.version)
+        return model_files.find_snapshot(self.name, model_files.INDEX, **self.version)
 
     @property
     def configs(self) -> Path | None:
         """The folder that has its configuration: its own, or the one beside a single file."""
-        return files.configs_beside(self.file) if self.file else self.folder
+        return model_files.configs_beside(self.file) if self.file else self.folder
 
     @cached_property
     def _told(self) -> dict | str | None:
@@ -147,7 +147,7 @@ class Base:
         # What is on this machine comes first: the hub is asked only where nothing is.
         home = self._cached if self.source == "hub" else self.configs
         if home is not None:
-            return read_json(home / files.INDEX)
+            return read_json(home / model_files.INDEX)
         return asked_of_hub(self.name, self.revision) if self.source == "hub" else None
 
     @property
@@ -168,22 +168,22 @@ class Base:
         )
 
     @cached_property
-    def known(self) -> tuple[families.Facts, families.Model] | None:
+    def known(self) -> tuple[family_facts.Facts, family_facts.Model] | None:
         """The family and the published model, of an id that is known without its files."""
-        return families.BY_HUB_ID.get(self.name.lower()) if self.source == "hub" else None
+        return family_facts.BY_HUB_ID.get(self.name.lower()) if self.source == "hub" else None
 
     @cached_property
-    def facts(self) -> families.Facts | None:
+    def facts(self) -> family_facts.Facts | None:
         """Its family; None for a hub id that is not known and cannot be asked for. Raises UserError
         for a family that cannot be trained."""
         # A published model needs no question to the hub.
         if self.known and not self._cached:
             return self.known[0]
         if self.index is not None:
-            return files.facts_in(self.index)
+            return model_files.facts_in(self.index)
 
         # A single file without configurations beside it tells its family by its tensors' names.
-        return files.facts_by_names(self.file, self.tensors) if self.file else None
+        return model_files.facts_by_names(self.file, self.tensors) if self.file else None
 
     @property
     def is_flow(self) -> bool:
@@ -194,18 +194,18 @@ class Base:
     def distilled(self) -> str:
         """Why it is a distilled base, which is not one to train; "" for another."""
         # Offline the name alone tells what a hub id is.
-        facts = self.facts or files.by_id(self.name)
+        facts = self.facts or model_files.by_id(self.name)
         if facts is None or facts.style == "ddpm":
             return ""
         # A model that is known is no distilled one, so its index need not be asked for.
         index = None if self.known else self.index
-        return families.distilled(index or {}, self.name, facts)
+        return family_facts.distilled(index or {}, self.name, facts)
 
     @cached_property
     def tensors(self) -> Shapes:
         """Tensor's name -> shape in a single file; {} for a format that does not tell them. Raises
         UserError for a damaged file."""
-        return files.shapes_in(self.file) if self.file else {}
+        return model_files.shapes_in(self.file) if self.file else {}
 
     @cached_property
     def shapes(self) -> dict[str, Shapes]:
@@ -215,7 +215,7 @@ class Base:
         if self.folder is None or self.facts is None:
             return {}
         parts = (self.facts.denoiser, *self.facts.encoders, "vae")
-        return {part: files.tensor_shapes(self.folder / part, self.variant) for part in parts}
+        return {part: model_files.tensor_shapes(self.folder / part, self.variant) for part in parts}
 
     @property
     def denoiser_shapes(self) -> Shapes:
@@ -227,10 +227,10 @@ class Base:
         """The side in px of the pictures that it was trained on, by its files. The usual one for a
         base that is not known yet, and for one that cannot be used, which is refused later."""
         if self.is_toy:
-            return toys.RESOLUTION_PX
+            return toy_bases.RESOLUTION_PX
         with suppress(UserError):
             # The UNet's own configuration knows it better than the family.
-            side = files.unet_side(self.configs) if self.configs else None
+            side = model_files.unet_side(self.configs) if self.configs else None
             if not side and self.facts:
                 side = self.facts.resolution_px
             if side:
@@ -244,8 +244,8 @@ class Base:
         if self.folder is None:
             return None
         home = self.folder / self.facts.denoiser
-        is_plain = any("." not in file.stem for file in files.weight_files(home))
-        variants = [] if is_plain else files.variants_in(home)
+        is_plain = any("." not in file.stem for file in model_files.weight_files(home))
+        variants = [] if is_plain else model_files.variants_in(home)
         return "fp16" if "fp16" in variants else next(iter(variants), None)
 
     @property
@@ -255,7 +255,7 @@ class Base:
         if self.folder:
             for part in self.folder.iterdir():
                 if part.is_dir():
-                    weights += files.weight_files(part)
+                    weights += model_files.weight_files(part)
         if self.file:
             weights.append(self.file)
         return sum(file.stat().st_size for file in weights) / 2**30
@@ -265,7 +265,7 @@ class Base:
         a file in a quantized format that is not read. What the hub has, or has not fetched yet, is
         not looked at."""
         facts = self.facts  # raises for a family that cannot be trained
-        if self.file and files.group_quantized(self.file):
+        if self.file and model_files.group_quantized(self.file):
             from dreambooth_moslora.base.quantized_files import QuantizedFile  # with torch
 
             quantized = QuantizedFile(self.file)
@@ -290,34 +290,34 @@ class Base:
 
         # The weights are there, whole, and not quantised already.
         for part in models:
-            files.check_is_dense(self.folder / part)
-            files.check_weights(self.folder / part, self.variant)
+            model_files.check_is_dense(self.folder / part)
+            model_files.check_weights(self.folder / part, self.variant)
         _ = self.shapes  # raises for a damaged file
 
 
 def path_of(name: str | Path) -> Path | None:
     """The folder or file of that name; None for an id of the hub. Raises UserError for neither."""
     # An embedded base, by its short name.
-    if toy := toys.TOYS.get(str(name)):
-        if not (toy / files.INDEX).is_file():
-            lack = f"{toy} has no {files.INDEX}"
+    if toy := toy_bases.TOYS.get(str(name)):
+        if not (toy / model_files.INDEX).is_file():
+            lack = f"{toy} has no {model_files.INDEX}"
             raise UserError(f"the embedded base is missing: {lack}; clone or install it again.")
         return toy
 
     # A folder or a file that is here, each of which must be a model's.
     path = user_path(name)
     if path.is_dir():
-        if not (path / files.INDEX).is_file():
-            raise UserError(f"{path} is not a diffusers model: it has no {files.INDEX}.")
+        if not (path / model_files.INDEX).is_file():
+            raise UserError(f"{path} is not a diffusers model: it has no {model_files.INDEX}.")
         return path
     if path.is_file():
-        if path.suffix not in files.SINGLE_FILE_SUFFIXES:
+        if path.suffix not in model_files.SINGLE_FILE_SUFFIXES:
             raise UserError(f"{path} is neither a diffusers folder nor a .safetensors checkpoint.")
-        files.shapes_in(path)  # which refuses a damaged one
+        model_files.shapes_in(path)  # which refuses a damaged one
         return path
 
     # Anything else is on the hub, if it could be a name there.
-    if not files.is_hub_id(str(name)):
+    if not model_files.is_hub_id(str(name)):
         instead = "give a diffusers folder, a .safetensors file or a hub id"
         raise UserError(f"the base {name} does not exist: {instead}.")
     return None
@@ -330,7 +330,7 @@ def asked_of_hub(hub_id: str, revision: str | None) -> dict | str:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session
 
-    url = hf_hub_url(hub_id, files.INDEX, revision=revision)
+    url = hf_hub_url(hub_id, model_files.INDEX, revision=revision)
     try:
         answer = get_session().get(url, headers=build_hf_headers(), timeout=HUB_SEC)
         if answer.status_code != 200:

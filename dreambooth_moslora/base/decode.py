@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.precision import LIKE_FP32
-from dreambooth_moslora.settings.families import SDXL
+from dreambooth_moslora.settings.family_facts import SDXL
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     computes them."""
     latents = unscaled(vae, latents)
     size_px = [side * scale_of(vae) for side in latents.shape[-2:]]
-    device = machine.device_of(vae)
+    device = devices.device_of(vae)
     with tiled_where_short(vae, size_px, device):
         return vae.decode(latents.to(device, vae.dtype)).sample.float()
 
@@ -132,8 +132,8 @@ def tiled_where_short(
     bytes_a_pixel: peak of the work beside the weights
     """
     # How many pixels fit into the free memory. On a CPU all of them do.
-    free = machine.free_gib(device)
-    pixels = math.inf if free is None else free * machine.GIB / bytes_a_pixel
+    free = devices.free_gib(device)
+    pixels = math.inf if free is None else free * devices.GIB / bytes_a_pixel
     before = {name: getattr(vae, name) for name in TILING if hasattr(vae, name)}
     if not before:
         yield
@@ -143,8 +143,8 @@ def tiled_where_short(
     # Qwen-Image's, have tiles of their own, of 256 px.
     vae.use_slicing = True
     if math.prod(size_px) > pixels:
-        fitting = [side for side in machine.TILES_PX if side**2 <= pixels]
-        tile = fitting[0] if fitting else machine.TILES_PX[-1]
+        fitting = [side for side in devices.TILES_PX if side**2 <= pixels]
+        tile = fitting[0] if fitting else devices.TILES_PX[-1]
         vae.use_tiling = True
         if "tile_latent_min_size" in before:
             vae.tile_sample_min_size = tile

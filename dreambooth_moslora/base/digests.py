@@ -4,11 +4,11 @@ it lies."""
 from collections.abc import Iterable
 from pathlib import Path
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.contents import content_key, hash_files
 from dreambooth_moslora.disk.paths import user_path
-from dreambooth_moslora.settings.families import Facts
+from dreambooth_moslora.settings.family_facts import Facts
 
 RECORD = "digests.json"
 """In the folder of the caches: what each file's digest was."""
@@ -42,7 +42,9 @@ def list_files(base: Base, facts: Facts, part: str) -> list[Path]:
     if base.file and not is_other_vae and (is_denoiser or facts.style == "ddpm"):
         weights = [base.file]
     else:
-        weights = files.weight_files(home, None if is_other_vae else base.variant) if home else []
+        weights = (
+            model_files.weight_files(home, None if is_other_vae else base.variant) if home else []
+        )
     if is_denoiser or not weights or home is None:
         return weights
 
@@ -61,12 +63,12 @@ def find_home(base: Base, facts: Facts, part: str) -> Path | None:
         path = user_path(base.vae)
         if path.is_dir():
             return path
-        return files.find_snapshot(base.vae, "config.json", cache_dir=base.cache_dir)
+        return model_files.find_snapshot(base.vae, "config.json", cache_dir=base.cache_dir)
 
     # Beside a single file there may be a folder of its other parts, which else are the hub's. The
     # hub's snapshot is looked for anew: loading may have fetched another one.
     root = None if base.source == "hub" else base.configs
     if root is None:
         hub_id = facts.models[0].hub_id if base.file else base.name
-        root = files.find_snapshot(hub_id, files.INDEX, **base.version)
+        root = model_files.find_snapshot(hub_id, model_files.INDEX, **base.version)
     return root / part if root else None

@@ -1,6 +1,6 @@
 """The base model: loads the pipeline by its name, and encodes photos for the denoiser.
 
-    name          --load_pipeline-->  the pipeline of its family (`families`)
+    name          --load_pipeline-->  the pipeline of its family (`family_facts`)
     pixels        --encode_image-->   latents (B, C, h, w), normalised as the denoiser expects them
 
 Pixels are (B, 3, H, W) in [-1, 1].
@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dreambooth_moslora.base import decode, files, machine, pipelines
+from dreambooth_moslora.base import decode, devices, families, model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.quantized_files import QuantizedFile
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import SDXL, Facts, facts_of
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import SDXL, Facts, facts_of
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SingleFileComponentError)
 """Errors of diffusers' converter for a damaged file, and for one of another model."""
@@ -195,7 +195,7 @@ def around_file(path: Path, facts: Facts, dtype: torch.dtype, options: dict) -> 
     parts = {}
     if facts.denoiser not in options:
         parts[facts.denoiser] = denoiser_from_file(path, facts, dtype)
-    home = files.configs_beside(path) or facts.models[0].hub_id
+    home = model_files.configs_beside(path) or facts.models[0].hub_id
     try:
         return getattr(diffusers, facts.pipeline).from_pretrained(home, **options, **parts)
     except OSError as error:
@@ -214,12 +214,12 @@ def alone(path: Path, facts: Facts) -> str:
 
 def denoiser_from_file(path: Path, facts: Facts, dtype: torch.dtype) -> nn.Module:
     """The model that denoises, of a file, in `dtype`. Raises UserError."""
-    home = files.configs_beside(path)
+    home = model_files.configs_beside(path)
     kind = getattr(diffusers, facts.model)
     try:
         # diffusers drops scales, and splits and renames the weights: the scales come first.
         weights = load_single_file_checkpoint(str(path))
-        if files.group_quantized(path):
+        if model_files.group_quantized(path):
             QuantizedFile(path).dequantize(weights, dtype)
         return kind.from_single_file(
             weights,
@@ -242,10 +242,10 @@ def load_single_file(path: Path, kind: type[DiffusionPipeline], options: dict) -
     """Load one checkpoint file, with the configs of the folder beside it, else the hub's. Raises
     UserError for configs that cannot be fetched, and for another file."""
     # diffusers drops the scales: a quantized UNet comes later.
-    is_quantized = bool(files.group_quantized(path))
+    is_quantized = bool(model_files.group_quantized(path))
     if is_quantized:
         options = options | {"unet": None}
-    configs = files.configs_beside(path)
+    configs = model_files.configs_beside(path)
     local = {} if configs is None else {"config": str(configs)}
     try:
         pipeline = kind.from_single_file(str(path), **options, **local)
@@ -327,8 +327,8 @@ def check_is_whole(
 
 def default_resolution(pipeline: DiffusionPipeline) -> int:
     """Side in pixels of the base's training images: 1024 for SDXL, 128 for the embedded base."""
-    if toys.is_toy(name_of(pipeline)):
-        return toys.RESOLUTION_PX
+    if toy_bases.is_toy(name_of(pipeline)):
+        return toy_bases.RESOLUTION_PX
     facts = facts_of(type(pipeline).__name__)
     if facts.style == "flow":
         return facts.resolution_px
@@ -337,7 +337,7 @@ def default_resolution(pipeline: DiffusionPipeline) -> int:
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """The family's usual guidance; the embedded base has its own."""
-    return toys.guidance_of(name_of(pipeline), facts_of(type(pipeline).__name__))
+    return toy_bases.guidance_of(name_of(pipeline), facts_of(type(pipeline).__name__))
 
 
 def name_of(pipeline: DiffusionPipeline) -> str:
@@ -351,12 +351,12 @@ def guidance_rescale(pipeline: DiffusionPipeline) -> float:
     return ZERO_SNR_RESCALE if has_zero_terminal_snr(pipeline) else 0.0
 
 
-SDXL_FAMILY = pipelines.SDXL(SDXL)
+SDXL_FAMILY = families.SDXL(SDXL)
 """Whose latents those of most UNets are."""
 
 
 @torch.no_grad()
-def encode_image(vae: nn.Module, pixels: Tensor, family: pipelines.Family = SDXL_FAMILY) -> Tensor:
+def encode_image(vae: nn.Module, pixels: Tensor, family: families.Family = SDXL_FAMILY) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) for the denoiser, fp32: the mean of
     the VAE's posterior. A VAE that gives NaN is converted to fp32 for good. Raises UserError when
     even fp32 gives NaN."""
@@ -364,7 +364,7 @@ def encode_image(vae: nn.Module, pixels: Tensor, family: pipelines.Family = SDXL
         vae,
         size_px=pixels.shape[-2:],
         device=vae.device,
-        bytes_a_pixel=machine.ENCODER_BYTES_A_PIXEL,
+        bytes_a_pixel=devices.ENCODER_BYTES_A_PIXEL,
     ):
         latents = decode.finite_or_fp32(vae, lambda: family.latents(vae, pixels))
     if not latents.isfinite().all():

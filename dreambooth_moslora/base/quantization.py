@@ -7,9 +7,9 @@ et al. 2023) by bitsandbytes or to 8 bit (`int8`): they hold nine tenths of SDXL
 import torch
 from torch import nn
 
+from dreambooth_moslora.base.devices import OUTPUTS_A_BLOCK
+from dreambooth_moslora.base.families import block_classes
 from dreambooth_moslora.base.int8 import Int8Linear
-from dreambooth_moslora.base.machine import OUTPUTS_A_BLOCK
-from dreambooth_moslora.base.pipelines import block_classes
 
 
 def quantize(

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.disk.contents import from_json
 from dreambooth_moslora.errors import UserError, one_line
 
@@ -57,9 +57,11 @@ class QuantizedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        layers = files.group_quantized(path)
-        is_whole = any(name.startswith(files.DENOISER_PREFIX) for name in files.shapes_in(path))
-        prefix = files.DENOISER_PREFIX if is_whole else ""
+        layers = model_files.group_quantized(path)
+        is_whole = any(
+            name.startswith(model_files.DENOISER_PREFIX) for name in model_files.shapes_in(path)
+        )
+        prefix = model_files.DENOISER_PREFIX if is_whole else ""
         self.layers = {
             layer: parts for layer, parts in layers.items() if f"{layer}.".startswith(prefix)
         }

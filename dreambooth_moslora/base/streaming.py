@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.machine import PLACES
-from dreambooth_moslora.base.pipelines import block_classes
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.devices import PLACES
+from dreambooth_moslora.base.families import block_classes
 
 ALIGNED = 256
 """Bytes between which a weight begins: kernels read several numbers at once."""
@@ -134,7 +134,7 @@ class StreamedBlocks:
 
             # Or PyTorch keeps what was pinned, and the host holds the base twice.
             pieces.clear()
-            machine.free_unused_host_blocks()
+            devices.free_unused_host_blocks()
 
     def lay(self, number: int) -> None:
         """Make a block's matrices views of its place."""

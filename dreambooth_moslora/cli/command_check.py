@@ -13,9 +13,9 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import one_word, terminal, train_flags
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.plan.checks import own_bucket_step
-from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import STOCK_SDXL
+from dreambooth_moslora.plan.validation import own_bucket_step
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings.family_facts import STOCK_SDXL
 
 if TYPE_CHECKING:
     from dreambooth_moslora.photos.folder import PhotoReport
@@ -36,22 +36,22 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_picture", action="store_true", help=about_picture)
     about_masks = "write name.mask.png beside photos without a mask"
     parser.add_argument("--make_masks", action="store_true", help=about_masks)
-    train_flags.add_training_flags(parser, hidden=table.SETTINGS)
+    train_flags.add_training_flags(parser, hidden=train_config.SETTINGS)
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Print how training would use the photos, and draw the crops. Raises UserError without a
     usable photo."""
-    from dreambooth_moslora.photos.examine import examine
     from dreambooth_moslora.photos.faces import with_faces
     from dreambooth_moslora.photos.folder import photo_report
+    from dreambooth_moslora.photos.quality import examine
 
     # What `train DIR WORD` chooses
     flags = {name: value for name, value in vars(args).items() if name not in OWN_FLAGS}
     given, has_recipe = train_flags.settings_of(flags, without_words=True)
     chosen = one_word.choose([args.folder, args.word], given, has_recipe=has_recipe)
     terminal.say(chosen.lines)
-    config = table.TrainConfig.from_dict(chosen.all)
+    config = train_config.TrainConfig.from_dict(chosen.all)
     config = replace(config, **own_bucket_step(config, Base.of(config)))
 
     # The photos, once more when masks were made beside them
@@ -70,9 +70,9 @@ def run_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
+def make_masks(photos: Sequence["Photo"], config: train_config.TrainConfig) -> None:
     """Write masks beside the photos, with a line about each on stderr. Raises UserError."""
-    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.base.devices import best_device
     from dreambooth_moslora.photos.masks import load_segmenter, make_beside
 
     terminal.say_loading()
@@ -83,10 +83,10 @@ def make_masks(photos: Sequence["Photo"], config: table.TrainConfig) -> None:
         print(spelled_out(f"  mask  {made.photo.path.name}  {line}"), file=sys.stderr)
 
 
-def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> str:
+def draw(photos: Sequence["Photo"], config: train_config.TrainConfig, folder: Path) -> str:
     """Draw the picture of the crops, NAME_crops.png in the current folder; returns a line about it.
     It never lies among the photos, where it would be taken for one of them."""
-    from dreambooth_moslora.photos.examine import crop_rows
+    from dreambooth_moslora.photos.quality import crop_rows
     from dreambooth_moslora.pictures import draw_contact_sheet
 
     folder = folder.resolve()
@@ -97,7 +97,7 @@ def draw(photos: Sequence["Photo"], config: table.TrainConfig, folder: Path) -> 
     return f"the crops: {path}"
 
 
-def judged_for(config: table.TrainConfig) -> str:
+def judged_for(config: train_config.TrainConfig) -> str:
     """The model and the size for which photos are judged. The toy's 128 px ask for less."""
     base = Base.of(config)
     said = f"for {base.name} at {config.resolution} px"
@@ -133,8 +133,8 @@ def as_text(report: "PhotoReport", judged: str, crops: str | None = None) -> str
 
 def verdict(report: "PhotoReport") -> str:
     """Which photos to leave out, and whether the others are enough."""
-    from dreambooth_moslora.photos.examine import FEWEST
     from dreambooth_moslora.photos.faults import faults_of
+    from dreambooth_moslora.photos.quality import FEWEST
 
     faulty = [photo.path.name for photo in filter(faults_of, report.photos)]
     good = len(report.photos) - len(faulty)
@@ -157,13 +157,13 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
         "for others a language model writes"
     )
     parser.add_argument(
-        *table.flags_of("pretrained_model_name_or_path"),
+        *train_config.flags_of("pretrained_model_name_or_path"),
         dest="base",
         metavar="TEXT",
         default=STOCK_SDXL,
         help=about_base,
     )
-    about_model = table.SETTINGS["caption_model"].metadata["help"]
+    about_model = train_config.SETTINGS["caption_model"].metadata["help"]
     parser.add_argument("--caption_model", metavar="TEXT", help=about_model)
     about_looks = "which of its looks captions say, such as hair or clothes (default: none)"
     parser.add_argument("--describe", metavar="NAME", nargs="+", default=(), help=about_looks)
@@ -171,13 +171,13 @@ def caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_caption(args: argparse.Namespace) -> int:
     """Write the missing captions, with a line about each photo. Raises UserError."""
-    from dreambooth_moslora.base.machine import best_device
+    from dreambooth_moslora.base.devices import best_device
     from dreambooth_moslora.photos.captions import load_captioner, make_beside
     from dreambooth_moslora.photos.folder import find_photos, summary_of_skipped
 
     # Captions are made as a training on this base makes them.
     folder = Path(find_asset(args.folder))
-    config = table.TrainConfig(
+    config = train_config.TrainConfig(
         pretrained_model_name_or_path=args.base,
         instance_data_dir=str(folder),
         instance_prompt=f"a photo of a {args.subject.strip()}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.precision import half_precision
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
 from dreambooth_moslora.settings.rules import version_of
 
 LIBRARIES = (
@@ -80,7 +80,7 @@ def examine_machine(found: Findings) -> None:
     except Exception as error:  # a broken installation may raise any error
         found.warnings.append(f"torch cannot be imported: {' '.join(str(error).split())[:200]}")
         return
-    from dreambooth_moslora.base.machine import apple_gib, unused_gpu
+    from dreambooth_moslora.base.devices import apple_gib, unused_gpu
 
     # The device that trains
     if torch.cuda.is_available():

@@ -15,9 +15,9 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.generation import params
-from dreambooth_moslora.plan.checks import output_folder
-from dreambooth_moslora.settings import families, measures
+from dreambooth_moslora.generation import image_params
+from dreambooth_moslora.plan.validation import output_folder
+from dreambooth_moslora.settings import family_facts, metric_kinds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,14 +76,18 @@ def enlarge_arguments(parser: argparse.ArgumentParser) -> None:
     add("resolution", type=int, help="side of the pictures, px (default: the base's own)")
 
     # How it is sorted
-    least = measures.MIN_LIKENESS
+    least = metric_kinds.MIN_LIKENESS
     add(
         "min_likeness",
         type=float,
         default=least,
         help=f"DINO cosine to the photo below which it is another subject (default {least})",
     )
-    add("dino", default=measures.DINO, help=f"a DINOv2: hub id or folder (default {measures.DINO})")
+    add(
+        "dino",
+        default=metric_kinds.DINO,
+        help=f"a DINOv2: hub id or folder (default {metric_kinds.DINO})",
+    )
 
 
 def run_enlarge(args: argparse.Namespace) -> int:
@@ -164,8 +168,8 @@ def check_arguments(args: argparse.Namespace, base: Base, photo: "Image.Image") 
             raise UserError(f"--{name} {value}: must be at least 1.")
     side = args.resolution
     if side is not None:
-        params.check_sides((side, side), base.facts)
-    params.GenerationParams(
+        image_params.check_sides((side, side), base.facts)
+    image_params.GenerationParams(
         prompt=args.word,
         seed=args.seed,
         steps=USUAL[0] if args.steps is None else args.steps,
@@ -189,7 +193,7 @@ def editor(name: str) -> Base:
         raise UserError(base.unreachable)
     if base.facts is None or not base.facts.takes_references:
         title = base.facts.title if base.facts else base.public_name
-        able = [facts.title for facts in families.FAMILIES if facts.takes_references]
+        able = [facts.title for facts in family_facts.FAMILIES if facts.takes_references]
         raise UserError(
             f"{title} takes no reference pictures: give --base a model that does, "
             f"of {' or '.join(able)}, such as {EDITOR}."

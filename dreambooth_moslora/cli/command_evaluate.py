@@ -16,16 +16,16 @@ from dreambooth_moslora.disk.run_folder import RunDir, find_weights, header_of
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos.folder import log_strays, photo_report, require_folder_of_photos
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan.checks import check_references, output_folder
-from dreambooth_moslora.settings import measures, sources, subject_kinds, table
-from dreambooth_moslora.settings.families import text_options_of
-from dreambooth_moslora.training import explain
-from dreambooth_moslora.training.figures import figures_of
+from dreambooth_moslora.plan.validation import check_references, output_folder
+from dreambooth_moslora.settings import config_files, metric_kinds, subject_kinds, train_config
+from dreambooth_moslora.settings.family_facts import text_options_of
+from dreambooth_moslora.training import run_advice
+from dreambooth_moslora.training.run_metrics import figures_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.evaluation.metrics import Encoders
     from dreambooth_moslora.evaluation.protocol import EvaluationPlan
-    from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
+    from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
     from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 
@@ -47,7 +47,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="the real photos (default: those that the run was trained on)",
     )
     parser.add_argument(
-        *table.flags_of("pretrained_model_name_or_path"),
+        *train_config.flags_of("pretrained_model_name_or_path"),
         dest="base",
         metavar="BASE",
         help='base model (default: what the run or the file says; "toy" is the embedded one)',
@@ -156,24 +156,24 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def encoders_beside(
-    args: argparse.Namespace, config: table.TrainConfig, pipeline: "SubjectPipeline"
+    args: argparse.Namespace, config: train_config.TrainConfig, pipeline: "SubjectPipeline"
 ) -> "Encoders":
     """What looks at the pictures, on the device where the pipeline draws them."""
-    from dreambooth_moslora.base import pipelines
+    from dreambooth_moslora.base import families
     from dreambooth_moslora.evaluation import metrics
 
     return metrics.load_encoders(
         config.pretrained_model_name_or_path,
         args.clip,
         args.dino,
-        pipelines.denoiser_of(pipeline.pipeline).device,
+        families.denoiser_of(pipeline.pipeline).device,
         subject_kinds.any_has_face(config.each_subject),
     )
 
 
 def scored(
     args: argparse.Namespace,
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     evaluators: "list[Evaluator]",
     pipeline: "SubjectPipeline",
     name: str,
@@ -188,7 +188,7 @@ def scored(
     name: of the adapter in it
     guidance: of all pictures
     """
-    from dreambooth_moslora.evaluation import references, score_tables
+    from dreambooth_moslora.evaluation import reference_arms, scoring
 
     # References are drawn without the adapter and with it.
     plans = [evaluator.plan for evaluator in evaluators]
@@ -197,7 +197,7 @@ def scored(
         count += 2 * sum(len(plan.subject_requests) for plan in plans)
     with bar(count, "drawing pictures", "picture") as shown:
         judge = partial(
-            score_tables.evaluate_adapter,
+            scoring.evaluate_adapter,
             pipeline,
             name,
             on_picture=shown.update,
@@ -207,7 +207,7 @@ def scored(
         found = [judge(evaluator, scale=args.scale) for evaluator in evaluators]
         if args.reference:
             for evaluator, one in zip(evaluators, found):
-                one.beside = references.compare(evaluator, one, judge, args.scale)
+                one.beside = reference_arms.compare(evaluator, one, judge, args.scale)
     return found
 
 
@@ -228,7 +228,7 @@ def picture_count(plan: "EvaluationPlan") -> int:
     return 2 * by_both + len(plan.bare_requests)
 
 
-def resolve(args: argparse.Namespace) -> table.TrainConfig:
+def resolve(args: argparse.Namespace) -> train_config.TrainConfig:
     """What to evaluate, from the arguments, the run folder's configuration and the file's header.
     Raises UserError."""
     known = known_of(Path(find_asset(args.adapter)))
@@ -242,7 +242,7 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
             )
         if args.base:
             known = known | {"pretrained_model_name_or_path": args.base}
-        return table.TrainConfig.from_dict(known)
+        return train_config.TrainConfig.from_dict(known)
 
     # A single one: what the arguments say, else what the run or the file says
     base = args.base or known.get("pretrained_model_name_or_path")
@@ -268,7 +268,7 @@ def resolve(args: argparse.Namespace) -> table.TrainConfig:
             "captions": "given",
             "leave_out": left_out,
         }
-    return table.TrainConfig.from_dict(known | chosen)
+    return train_config.TrainConfig.from_dict(known | chosen)
 
 
 def known_of(path: Path) -> dict:
@@ -280,7 +280,7 @@ def known_of(path: Path) -> dict:
     for folder in (path, path.parent):
         config = RunDir(folder).config_path
         if config.is_file():
-            return sources.still_known(read_json(config)) | {"output_dir": str(folder)}
+            return config_files.still_known(read_json(config)) | {"output_dir": str(folder)}
 
     # A file alone
     facts = metadata_in(header_of(find_weights(path)))
@@ -298,7 +298,7 @@ def known_of(path: Path) -> dict:
 
 
 def plan_of(
-    args: argparse.Namespace, subject: table.TrainConfig, photos: Sequence[Photo]
+    args: argparse.Namespace, subject: train_config.TrainConfig, photos: Sequence[Photo]
 ) -> "EvaluationPlan":
     """The flags' plan for a subject, without places in its photos' captions. Raises UserError."""
     from dreambooth_moslora.evaluation.protocol import plan_of_subject, spread
@@ -339,7 +339,7 @@ def usual_folder(args: argparse.Namespace) -> Path:
 def summary(found: "Evaluation") -> str:
     """The chosen measures and the score, one a line."""
     lines = []
-    for name, row in measures.MEASURES.items():
+    for name, row in metric_kinds.MEASURES.items():
         if row.summary and name in found.tables:
             lines.append(f"{name:18} {found.interval(name)}")
     alarm = "no copy alarm"
@@ -375,12 +375,12 @@ def run_explain(args: argparse.Namespace) -> int:
         print(spelled_out(f"beside reference pictures: {found.verdict}"))
 
     # How it goes on, and the advice
-    leads = explain.leads(found)
-    advice = explain.advice_after(found)
+    leads = run_advice.leads(found)
+    advice = run_advice.advice_after(found)
     for line in leads:
         print(spelled_out(line))
     if not (leads or advice):
-        advice = [explain.NOTHING]
+        advice = [run_advice.NOTHING]
     if advice:
         print(spelled_out("\n  ".join(["what to try next", *advice])))
     return 0

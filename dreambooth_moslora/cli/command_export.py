@@ -73,7 +73,7 @@ def run_export(args: argparse.Namespace) -> int:
     name = args.name or out.resolve().name or "adapter"
     check_name(name)
     say_loading()
-    from dreambooth_moslora.lora import published_file, raw_file
+    from dreambooth_moslora.lora import raw_file, writer
 
     _, facts = raw_file.read_raw(source)
 
@@ -83,12 +83,12 @@ def run_export(args: argparse.Namespace) -> int:
         components[part] = raw_file.empty_model(structure)
     raw_file.load_raw(source, components)
 
-    proof = published_file.publish(
+    proof = writer.publish(
         components,
         out,
         name,
         facts,
-        published_file.DTYPES[args.dtype],
+        writer.DTYPES[args.dtype],
     )
 
     # What was written, and what the comparison with the raw weights says

@@ -14,15 +14,15 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import find_asset, free_name, user_path
 from dreambooth_moslora.disk.run_folder import RunDir, find_weights
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import params
-from dreambooth_moslora.plan.checks import output_folder
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.generation import image_params
+from dreambooth_moslora.plan.validation import output_folder
+from dreambooth_moslora.settings import train_config
 
 EPILOG = """examples:
   generate --adapter runs/dog --prompt "a photo of a sks dog"
   generate --adapter runs/dog:0.8 --prompt "a sks dog in the snow" --num_images 4"""
 # Parameter -> its value when nothing is said
-DEFAULTS = {field.name: field.default for field in fields(params.GenerationParams)}
+DEFAULTS = {field.name: field.default for field in fields(image_params.GenerationParams)}
 
 
 def generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("num_images", "num_images_per_prompt", type=int, metavar="N", help=about_number)
     add(
         "scheduler",
-        choices=list(params.SCHEDULERS),
+        choices=list(image_params.SCHEDULERS),
         help="how steps remove noise (default: the base's own)",
     )
     add("output_dir", default="outputs", help="where the PNG files go (default outputs)")
@@ -75,7 +75,7 @@ def generate_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Draw the pictures and print their paths. Raises UserError."""
     # All that can be wrong with the arguments, before torch is imported
-    wanted = params.GenerationParams.from_dict(_values(args))
+    wanted = image_params.GenerationParams.from_dict(_values(args))
     base = base_of_runs(args.adapter, args.base)
     check_paths(args)
     say_loading()
@@ -111,7 +111,7 @@ def base_of_runs(adapters: list[str], given: str | None = None) -> Base:
                 # Its base, by the settings that find it
                 known = read_json(file)
                 told = {name: known[name] for name in SETTINGS.values() if name in known}
-                base = Base.of_run(table.TrainConfig.from_dict(told))
+                base = Base.of_run(train_config.TrainConfig.from_dict(told))
                 say([f"base: {base.name}, which the run in {folder} was trained on (--base)"])
                 return base
     return Base.find("toy")
@@ -149,7 +149,7 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
         "width_px": args.width,
         "num_images": args.num_images,
         "scheduler": args.scheduler,
-        "seed": None if args.seed is None else params.draw_seed(args.seed),
+        "seed": None if args.seed is None else image_params.draw_seed(args.seed),
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -160,18 +160,18 @@ def _save_all(events: Iterator, folder: Path) -> int:
     black = []
     with tqdm(desc="drawing", unit="step", disable=not sys.stderr.isatty()) as bar:
         for event in events:
-            if isinstance(event, params.Step):
+            if isinstance(event, image_params.Step):
                 bar.total = event.steps * event.num_images
                 bar.update()
-            elif isinstance(event, params.Image):
+            elif isinstance(event, image_params.Image):
                 stem = f"image_{event.params.seed}"
                 name = free_name(stem, lambda taken: (folder / f"{taken}.png").exists())
                 tqdm.write(str(event.save(folder / f"{name}.png")))
-                if params.about_black([event]):
+                if image_params.about_black([event]):
                     black.append(event)
 
     # What went wrong in a picture is no error, but must not go unnoticed.
-    said = params.about_black(black)
+    said = image_params.about_black(black)
     if said:
         say([f"note: of the pictures, {said}."])
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.machine import is_main_process
+from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.parser import underscored, unknown_flag_message
 from dreambooth_moslora.cli.run_log import start_log
@@ -31,8 +31,8 @@ from dreambooth_moslora.cli.train_flags import SCRIPT, build_train_parser, requi
 from dreambooth_moslora.disk.paths import find_asset, public_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
-from dreambooth_moslora.plan import agreement, choices
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.plan import agreement, defaults
+from dreambooth_moslora.settings import train_config
 
 if TYPE_CHECKING:
     from dreambooth_moslora.disk.events import Event
@@ -52,7 +52,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 def run_train(argv: list[str], prog: str = SCRIPT) -> int:
     """Describe or train the run of a command line; returns the exit code. Raises UserError."""
     chosen = parse_training(argv, prog)
-    config = table.TrainConfig.from_dict(chosen.all)
+    config = train_config.TrainConfig.from_dict(chosen.all)
 
     # Only say what would be trained
     if config.dry_run:
@@ -105,11 +105,11 @@ def train_subject(
     if base is not None:
         settings["pretrained_model_name_or_path"] = str(base)
     # The given settings are checked before the rest is chosen.
-    given = table.check_each(settings)
+    given = train_config.check_each(settings)
     chosen = one_word.choose([str(photos), word], given, has_recipe=False)
     for line in filter(None, chosen.last_words):
         logger.warning("%s", line)
-    config = table.TrainConfig.from_dict(chosen.all)
+    config = train_config.TrainConfig.from_dict(chosen.all)
     check_beforehand(config)
 
     progress = on_event or TerminalProgress()
@@ -120,9 +120,9 @@ def train_subject(
             progress.close()
 
 
-def check_beforehand(config: table.TrainConfig) -> None:
+def check_beforehand(config: train_config.TrainConfig) -> None:
     """Raises UserError for folders and a base that cannot be used, before anything is written."""
-    from dreambooth_moslora.plan.checks import check_folders
+    from dreambooth_moslora.plan.validation import check_folders
 
     check_folders(config)
     refusal = Base.of(config).unreachable
@@ -130,7 +130,7 @@ def check_beforehand(config: table.TrainConfig) -> None:
         raise UserError(refusal)
 
 
-def plan_with_room(config: table.TrainConfig, report: "PhotoReport | None") -> "Plan":
+def plan_with_room(config: train_config.TrainConfig, report: "PhotoReport | None") -> "Plan":
     """The plan of a run. Raises UserError, also for a disk that it would fill."""
     from dreambooth_moslora.plan.plan import make_plan
     from dreambooth_moslora.training.dry_run import lack_of_disk
@@ -160,7 +160,7 @@ def train_plan(
     return train(plan, on_event, should_stop, evaluator)
 
 
-def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> choices.Choices:
+def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> defaults.Choices:
     """The settings of a command line, and what was chosen for them. Raises UserError; SystemExit
     for --help and --version."""
     # All processes of a launcher must have been given the same.
@@ -170,12 +170,12 @@ def parse_training(argv: Sequence[str], prog: str = SCRIPT) -> choices.Choices:
     )
 
     # PHOTOS WORD leaves the rest to the program.
-    chosen = choices.Choices(given.settings)
+    chosen = defaults.Choices(given.settings)
     if given.words:
         chosen = one_word.choose(given.words, given.settings, has_recipe=given.has_recipe)
         say(chosen.lines)
     require(chosen.all)
-    choices.choose_resolution(chosen)
+    defaults.choose_resolution(chosen)
     return chosen
 
 
@@ -240,8 +240,8 @@ def run_trainer(plan: "Plan", stop: Callable[[], bool], last_words: Sequence[str
 def ending_of(plan: "Plan", result: "TrainResult") -> list[str]:
     """Where the adapter is, and of a run that was not stopped the most important advice of
     `explain`."""
-    from dreambooth_moslora.training.explain import closing_advice, to_go_on
-    from dreambooth_moslora.training.figures import figures_of
+    from dreambooth_moslora.training.run_advice import closing_advice, to_go_on
+    from dreambooth_moslora.training.run_metrics import figures_of
 
     folder = result.run_dir
     step = result.step

@@ -14,7 +14,7 @@ from dreambooth_moslora import __version__
 from dreambooth_moslora.cli import command_train, terminal
 from dreambooth_moslora.cli.parser import Parser, underscored
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.rows import nearest
+from dreambooth_moslora.settings.field_facts import nearest
 
 COMMANDS = {
     "check": (

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.parser import unknown_flag_message
 from dreambooth_moslora.cli.terminal import say_loading
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset, free_name
 from dreambooth_moslora.disk.run_folder import RunDir, is_checkpoint
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan import agreement, choices
-from dreambooth_moslora.settings import families, table
+from dreambooth_moslora.plan import agreement, defaults
+from dreambooth_moslora.settings import family_facts, train_config
 
 # Where runs go that have no --output_dir
 RUNS = Path("runs")
@@ -24,7 +24,7 @@ ON_A_GPU = "On a machine with a GPU this trains SDXL."
 AS_ONE_WORD = "as in `train photos/dog dog`"
 
 
-def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> choices.Choices:
+def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> defaults.Choices:
     """All settings of a run.
 
     words: the folder of photos and the class
@@ -34,11 +34,11 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
     Raises UserError.
     """
     from dreambooth_moslora.photos.folder import photo_report
-    from dreambooth_moslora.plan.checks import check_distilled
+    from dreambooth_moslora.plan.validation import check_distilled
 
     # The words, and a wrong base before PyTorch is imported to ask for the GPU's memory
     folder, word = folder_and_word(words)
-    settings = {name: table.checked_setting(name, value) for name, value in given.items()}
+    settings = {name: train_config.checked_setting(name, value) for name, value in given.items()}
     if settings.get("instance_data_dir"):
         raise UserError(f"{words[0]} and --instance_data_dir: give the folder of photos once.")
     base = settings.get("pretrained_model_name_or_path")
@@ -48,38 +48,38 @@ def choose(words: Sequence[str], given: dict[str, Any], *, has_recipe: bool) -> 
     # The base. For photos of one's own the GPU is asked, which needs PyTorch.
     if not (folder / SUBJECT_FILE).is_file():
         say_loading()
-    chosen = choices.Choices(settings, {"instance_data_dir": str(folder)})
+    chosen = defaults.Choices(settings, {"instance_data_dir": str(folder)})
     if choose_base(chosen, folder):
         chosen.last_words = ["", NO_GPU, ON_A_GPU, ""]
 
     # The recipe that fits the GPU's memory
     free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
-    exposures = choices.USUAL_EXPOSURES
+    exposures = defaults.USUAL_EXPOSURES
     if not has_recipe:
-        exposures = choices.choose_recipe(chosen, free_gib)
+        exposures = defaults.choose_recipe(chosen, free_gib)
 
     # Prompts and the run's folder
-    choices.choose_words(chosen, word)
+    defaults.choose_words(chosen, word)
     resumed_from = settings.get("resume_from_checkpoint")
     output = run_folder(word, resumed_from)
     goes_on = ", which goes on" if resumed_from and output.exists() else ""
     chosen.add(f"output: {output}{goes_on}", "output_dir", output_dir=str(output))
 
     # The photos are judged by the resolution; a recipe has it, a file may lack it.
-    choices.choose_resolution(chosen)
-    chosen.photo_report = photo_report(table.TrainConfig.from_dict(chosen.all))
+    defaults.choose_resolution(chosen)
+    chosen.photo_report = photo_report(train_config.TrainConfig.from_dict(chosen.all))
 
     # Steps and scores depend on how many photos there are.
-    choices.choose_steps(chosen, exposures, chosen.photo_report.photos)
-    choices.choose_scores(chosen, chosen.photo_report.photos)
+    defaults.choose_steps(chosen, exposures, chosen.photo_report.photos)
+    defaults.choose_scores(chosen, chosen.photo_report.photos)
     return chosen
 
 
-def choose_base(chosen: choices.Choices, folder: Path) -> bool:
+def choose_base(chosen: defaults.Choices, folder: Path) -> bool:
     """Choose the base unless it is given. Returns whether for lack of a GPU it is the embedded
     one."""
     is_given = "pretrained_model_name_or_path" in chosen.given
-    base = said = families.STOCK_SDXL
+    base = said = family_facts.STOCK_SDXL
     is_for_lack = False
 
     # Photos of toys
@@ -89,7 +89,7 @@ def choose_base(chosen: choices.Choices, folder: Path) -> bool:
 
     # No GPU. If PyTorch only cannot use the one that is there, that is put right first.
     elif agreement.least_free_gib() is None:
-        line = "" if is_given else machine.unused_gpu()
+        line = "" if is_given else devices.unused_gpu()
         if line:
             without = "without it only the embedded base is trained, which knows toys alone"
             raise UserError(f"{line.rstrip('.')}; {without}: --base toy")

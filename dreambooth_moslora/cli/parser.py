@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import rows, table
+from dreambooth_moslora.settings import field_facts, train_config
 
 FOREIGN = {
     # earlier versions of diffusers' script, and its siblings
@@ -28,7 +28,7 @@ FOREIGN = {
         "use --validation_prompt; the last samples are drawn at the end of the run"
     ),
     "optimizer_type": (
-        f"use --optimizer {{{','.join(table.SETTINGS['optimizer'].metadata['choices'])}}}"
+        f"use --optimizer {{{','.join(train_config.SETTINGS['optimizer'].metadata['choices'])}}}"
     ),
     "optimizer_args": "use --adam_beta1, --adam_weight_decay and their like, one flag each",
     "optimizer_schedulefree_wrapper": "use --optimizer AdamWScheduleFree",
@@ -75,7 +75,9 @@ DEVICE = "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES in the envir
 
 # Each flag of other trainers -> what to give instead: those of FOREIGN, and the names that settings
 # of ours have elsewhere.
-FOREIGN_FLAGS = {flag: f"use --{name}" for flag, name in table.by_names_in("elsewhere").items()}
+FOREIGN_FLAGS = {
+    flag: f"use --{name}" for flag, name in train_config.by_names_in("elsewhere").items()
+}
 for flags, instead in FOREIGN.items():
     FOREIGN_FLAGS |= dict.fromkeys(flags.split(), instead)
 
@@ -98,12 +100,12 @@ def unknown_flag_message(word: str, known: Collection[str] = ()) -> str:
         return f"{flag}: {FOREIGN_FLAGS[name]}."
     if name in ("device", "gpu", "gpus"):
         return f"unknown flag {flag}: {DEVICE}."
-    known = known or {*table.SETTINGS, *table.ALIASES}
+    known = known or {*train_config.SETTINGS, *train_config.ALIASES}
     close = GUESSES.get(name)
     if close not in known:
-        close = rows.nearest(name.removeprefix("no_"), known)
+        close = field_facts.nearest(name.removeprefix("no_"), known)
     if close:
-        return f"unknown flag {flag}: did you mean --{table.shown_flag(close)}?"
+        return f"unknown flag {flag}: did you mean --{train_config.shown_flag(close)}?"
     return f"unknown flag {flag}; see --help."
 
 

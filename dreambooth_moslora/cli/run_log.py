@@ -3,7 +3,7 @@
 import logging
 import warnings
 
-from dreambooth_moslora.base.machine import is_main_process
+from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import spelled_out
 

@@ -22,10 +22,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dreambooth_moslora.base.machine import is_main_process
+from dreambooth_moslora.base.devices import is_main_process
 from dreambooth_moslora.disk import events, processes
 from dreambooth_moslora.errors import UserError, is_out_of_memory, spelled_out
-from dreambooth_moslora.settings.measures import curves
+from dreambooth_moslora.settings.metric_kinds import curves
 
 # The file descriptor: a signal handler must not use Python's stream, which may be in the middle of
 # a write

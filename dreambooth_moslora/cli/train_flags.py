@@ -15,8 +15,8 @@ from dreambooth_moslora.cli.ignored_flags import add_ignored_flags, describe_ign
 from dreambooth_moslora.cli.parser import Parser
 from dreambooth_moslora.cli.terminal import say
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import sources, table
-from dreambooth_moslora.settings.rows import WORDS, Prompt, Subject
+from dreambooth_moslora.settings import config_files, train_config
+from dreambooth_moslora.settings.field_facts import WORDS, Prompt, Subject
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ def build_train_parser(prog: str = SCRIPT, hidden: Collection[str] = ()) -> Pars
     # The short help is that of a parser which hides most settings. argparse's action `version`
     # prints any text and exits.
     if not hidden:
-        short = build_train_parser(prog, hidden=table.SETTINGS.keys() - {*DAILY}).format_help()
+        short = build_train_parser(
+            prog, hidden=train_config.SETTINGS.keys() - {*DAILY}
+        ).format_help()
         about = "the flags in daily use"
         parser.add_argument("-h", "--help", action="version", version=short, help=about)
     parser.add_argument("--help_all", action="help", help="all flags")
@@ -88,7 +90,7 @@ def add_training_flags(parser: Parser, hidden: Collection[str] = ()) -> None:
     parser.is_of_training = True
     about = "settings from a .toml or .json file; flags override them"
     parser.add_argument("--config", metavar="FILE", help=about)
-    for title, rows in groupby(table.SETTINGS.values(), lambda item: item.metadata["group"]):
+    for title, rows in groupby(train_config.SETTINGS.values(), lambda item: item.metadata["group"]):
         group = parser.add_argument_group(title)
         for item in rows:
             add_flag(group, item, is_hidden=item.name in hidden)
@@ -97,7 +99,7 @@ def add_training_flags(parser: Parser, hidden: Collection[str] = ()) -> None:
 
 def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     """Add the flag of a setting to a parser's group; a hidden one is left out of the help."""
-    kind = table.FIELD_TYPES[item.name][0]
+    kind = train_config.FIELD_TYPES[item.name][0]
     facts = item.metadata
     default = item.default
 
@@ -108,7 +110,7 @@ def add_flag(group: Any, item: Field, *, is_hidden: bool = False) -> None:
     about = argparse.SUPPRESS if is_hidden else about.replace("%", "%%")
 
     # A flag that is not given leaves nothing behind: a file's setting is then seen.
-    names = table.flags_of(item.name)
+    names = train_config.flags_of(item.name)
     options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": about}
     if kind is bool:
         group.add_argument(*names, nargs="?", const=True, metavar="true|false", **options)
@@ -140,18 +142,20 @@ def settings_of(
     # A flag may replace another setting of the file, such as the photos by their other source. A
     # switch that is turned off replaces none.
     given = {
-        name for name, value in flags.items() if table.checked_setting(name, value) is not False
+        name
+        for name, value in flags.items()
+        if train_config.checked_setting(name, value) is not False
     }
     if without_words:
         given.add(WORDS)
     settings = {}
-    for name, value in (sources.load_settings(file) if file else {}).items():
-        item = table.SETTINGS.get(name)
+    for name, value in (config_files.load_settings(file) if file else {}).items():
+        item = train_config.SETTINGS.get(name)
         if item is None or not given.intersection(item.metadata["yields_to"]):
             settings[name] = value
         elif name == "subjects":
             logger.warning("note: the subjects in %s are left out, as others are given", file)
-    return table.check_each(settings | flags), bool(file)
+    return train_config.check_each(settings | flags), bool(file)
 
 
 def require(settings: Mapping[str, Any]) -> None:
@@ -160,7 +164,7 @@ def require(settings: Mapping[str, Any]) -> None:
     needed = ["pretrained_model_name_or_path"]
     if not settings.get("subjects"):
         needed += ["instance_prompt", "instance_data_dir"]
-    missing = [f"--{table.shown_flag(name)}" for name in needed if name not in settings]
+    missing = [f"--{train_config.shown_flag(name)}" for name in needed if name not in settings]
     if missing:
         flags = ", ".join(missing)
         raise UserError(

@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import cached_property
 
 from dreambooth_moslora.disk.events import StepEvaluated
-from dreambooth_moslora.evaluation import metrics, protocol, report, score_tables
+from dreambooth_moslora.evaluation import metrics, protocol, report, scoring
 from dreambooth_moslora.generation.sampling import Sampler
 from dreambooth_moslora.photos import folder, photo_file
 from dreambooth_moslora.settings import subject_kinds
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class TrainingEvaluator:
         return folder.with_made(self.config, self.photos)
 
     @cached_property
-    def evaluators(self) -> list[score_tables.Evaluator]:
+    def evaluators(self) -> list[scoring.Evaluator]:
         """One for each subject. Encoders stay on the CPU: a dozen pictures take seconds there, and
         no GPU memory."""
         return report.evaluators_of(
@@ -111,10 +111,10 @@ class TrainingEvaluator:
         facts["without_bare_prompt"] = len(bare) - bare.count(None)
         return facts
 
-    def _draw(self, sampler: Sampler) -> score_tables.Draw:
+    def _draw(self, sampler: Sampler) -> scoring.Draw:
         """Draws with fewer denoising steps than samples have."""
         steps = self.plans[0].inference_steps
-        return score_tables.sampler_draw(replace(sampler, inference_steps=steps))
+        return scoring.sampler_draw(replace(sampler, inference_steps=steps))
 
 
 def plan_of(subject: TrainConfig, photos: list[photo_file.Photo]) -> protocol.EvaluationPlan:

@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 from dreambooth_moslora.disk.atomic import rename
 from dreambooth_moslora.disk.contents import content_key
 from dreambooth_moslora.evaluation.metrics import DinoEncoder
-from dreambooth_moslora.evaluation.references import SAME
+from dreambooth_moslora.evaluation.reference_arms import SAME
 from dreambooth_moslora.generation.sampling import SampleRequest
-from dreambooth_moslora.photos import examine, synthetic
+from dreambooth_moslora.photos import quality, synthetic
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_again, open_rgb, to_rgb
 from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
-from dreambooth_moslora.settings.measures import MIN_LIKENESS
+from dreambooth_moslora.settings.metric_kinds import MIN_LIKENESS
 
 # Name of a shot -> how its prompt goes on after the subject. Each has a side, a distance, a place
 # and a light of its own, so that none of them is learnt with the subject.
@@ -50,7 +50,7 @@ SHOTS = {
     "in_fog": "in a meadow in fog",
 }
 
-# Noise is sharper than this by `examine.sharpness`, 3.8 to 4.6; real photos have up to 3.2
+# Noise is sharper than this by `quality.sharpness`, 3.8 to 4.6; real photos have up to 3.2
 MAX_SHARPNESS = 3.5
 # Deviation of the brightness, of 0 to 255, below which a picture shows nothing
 MIN_CONTRAST = 3.0
@@ -86,12 +86,12 @@ def shots_of(word: str, count: int, seed: int, **made_from: object) -> list[Shot
 
 def broken(picture: Image.Image) -> str:
     """What is wrong with the pixels of an RGB picture; "" if nothing is."""
-    sharp = examine.sharpness(picture)
+    sharp = quality.sharpness(picture)
     if sharp > MAX_SHARPNESS:
         return f"noise, sharpness {sharp:.2f}"
-    if np.std(examine.shrunk(picture.convert("L"), examine.THUMBNAIL_PX)) < MIN_CONTRAST:
+    if np.std(quality.shrunk(picture.convert("L"), quality.THUMBNAIL_PX)) < MIN_CONTRAST:
         return "one colour"
-    if sharp < examine.MIN_SHARPNESS:
+    if sharp < quality.MIN_SHARPNESS:
         return f"blurred, sharpness {sharp:.2f}"
     return ""
 
@@ -128,7 +128,7 @@ class Sorter:
 
     def keep(self, name: str, picture: Image.Image) -> None:
         """No later picture may be a copy of this one."""
-        self.kept[name] = examine.thumbnail(picture)
+        self.kept[name] = quality.thumbnail(picture)
 
     def judge(self, picture: Image.Image) -> Verdict:
         """Whether to keep an RGB picture."""
@@ -145,9 +145,9 @@ class Sorter:
 
     def copied(self, picture: Image.Image) -> str:
         """Which of the kept pictures this one is nearly equal to, also mirrored; "" if none."""
-        own = [examine.thumbnail(picture), examine.thumbnail(ImageOps.mirror(picture))]
+        own = [quality.thumbnail(picture), quality.thumbnail(ImageOps.mirror(picture))]
         for name, other in self.kept.items():
-            if max(float(one @ other) for one in own) > examine.MAX_LIKENESS:
+            if max(float(one @ other) for one in own) > quality.MAX_LIKENESS:
                 return name
         return ""
 
@@ -187,7 +187,7 @@ class Enlargement:
         `draw` gives the pictures of shots, in their order."""
         # Photos that are no shots are no candidates, but may be copied.
         names = {shot.name for shot in shots}
-        for photo in find_photos(self.folder, "", examine.MIN_LOOK_PX).photos:
+        for photo in find_photos(self.folder, "", quality.MIN_LOOK_PX).photos:
             if photo.path.name not in names:
                 self.sorter.keep(photo.path.name, open_rgb(photo))
 

@@ -41,8 +41,8 @@ from torch.nn.functional import normalize
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.photos.faces import FaceReader, load_faces
 from dreambooth_moslora.photos.pretrained import frozen, loaded
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.measures import CLIP, DINO
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.metric_kinds import CLIP, DINO
 
 # Pictures or texts that are encoded at once
 BATCH = 16
@@ -159,22 +159,22 @@ def load_encoders(
 
     Raises UserError for one that cannot be loaded.
     """
-    is_toy = toys.is_toy(base)
+    is_toy = toy_bases.is_toy(base)
     reader = load_faces() if faces else None
     if reader:
         reader.load()
 
     # CLIP: the toy world's own is part of its base.
     if is_toy and not clip:
-        towers = clip_in_pipeline(toys.CLIP_FOLDER, device)
-        clip_name = f"{toys.CLIP_FOLDER.name} CLIP"
+        towers = clip_in_pipeline(toy_bases.CLIP_FOLDER, device)
+        clip_name = f"{toy_bases.CLIP_FOLDER.name} CLIP"
     else:
         clip = clip or CLIP
         towers = load_clip(clip, device)
         clip_name = public_name(clip)
 
     # DINO
-    dino = dino or (toys.DINO_FOLDER if is_toy else DINO)
+    dino = dino or (toy_bases.DINO_FOLDER if is_toy else DINO)
     return Encoders(
         **vars(load_dino(dino, device)),
         clip=towers,

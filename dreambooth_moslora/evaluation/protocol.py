@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.sampling import SampleRequest
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
+from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train_config
 from dreambooth_moslora.settings.prompts import Subject
 
 # Names of `--prompts` -> prompts with `{}` for the subject's words
@@ -22,7 +22,7 @@ TEMPLATE_SETS = {
     "object": prompts.DREAMBOOTH_OBJECT_TEMPLATES,
     "live": prompts.DREAMBOOTH_LIVE_TEMPLATES,
     "person": subject_kinds.PERSON_TEMPLATES,
-    "toy": toys.TEMPLATES,
+    "toy": toy_bases.TEMPLATES,
     "style": subject_kinds.STYLE_TEMPLATES,
     "toy_style": prompts.TOY_STYLE_TEMPLATES,
 }
@@ -175,8 +175,10 @@ def plan_for(
 
     # Other things; the toy world has other toys
     unrelated = UNRELATED
-    if toys.is_toy(base):
-        others = [text.format(kind) for text, kind in toys.UNRELATED if kind != subject.class_word]
+    if toy_bases.is_toy(base):
+        others = [
+            text.format(kind) for text, kind in toy_bases.UNRELATED if kind != subject.class_word
+        ]
         unrelated = tuple(others)
     return EvaluationPlan(
         subject=subject,
@@ -188,14 +190,14 @@ def plan_for(
 
 def templates_for(base: str, subject: Subject) -> str:
     """The name of the templates that suit the subject."""
-    if toys.is_toy(base):
+    if toy_bases.is_toy(base):
         return "toy"
     words = set(subject.class_word.lower().split())
     return "live" if words & LIVING and not words & LIFELESS else "object"
 
 
 def plan_of_subject(
-    subject: table.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
+    subject: train_config.TrainConfig, photos: Iterable[Photo], templates: str = "auto", **changes
 ) -> EvaluationPlan:
     """`plan_for` a subject's settings and photos, with its instance prompt as the bare one. Raises
     UserError."""
@@ -210,10 +212,10 @@ def plan_of_subject(
         changes["things"] = things_in(captions)
         captions = []
         if templates == "auto":
-            templates = "toy_style" if toys.is_toy(base) else "style"
+            templates = "toy_style" if toy_bases.is_toy(base) else "style"
 
     # A kind of subject may have templates of its own; the toy world knows no others than its.
-    if templates == "auto" and subject.subject in TEMPLATE_SETS and not toys.is_toy(base):
+    if templates == "auto" and subject.subject in TEMPLATE_SETS and not toy_bases.is_toy(base):
         templates = subject.subject
     return plan_for(
         base,

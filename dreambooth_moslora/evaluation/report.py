@@ -23,13 +23,13 @@ from PIL import Image
 from dreambooth_moslora import __version__
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import SCORES_NAME
-from dreambooth_moslora.evaluation import metrics, protocol, references, score_tables
+from dreambooth_moslora.evaluation import metrics, protocol, reference_arms, scoring
 from dreambooth_moslora.photos.photo_file import Photo, open_mask, open_rgb
 from dreambooth_moslora.photos.synthetic import real_ones
 from dreambooth_moslora.pictures import render
 from dreambooth_moslora.settings import subject_kinds
-from dreambooth_moslora.settings.measures import MEASURES, likeness_in_words
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.metric_kinds import MEASURES, likeness_in_words
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ReportContext:
     adapter_scale: float = 1.0  # of the pictures
 
 
-def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
+def scores_json(found: scoring.Evaluation, about: ReportContext) -> dict:
     """All measurements, JSON-ready: means with 95 % intervals."""
     plan = found.plan
     clip, dino = about.encoders
@@ -76,16 +76,14 @@ def scores_json(found: score_tables.Evaluation, about: ReportContext) -> dict:
         "relative": found.relative(),
         "copy_alarm": asdict(found.alarm),
         "leaked": found.leaked,
-        "references": references.as_json(found.beside) if found.beside else None,
+        "references": reference_arms.as_json(found.beside) if found.beside else None,
         "score": None if found.score is None else round(found.score, 4),
         "no_score": found.no_score,
         "seconds": round(found.seconds, 1),
     }
 
 
-def report_html(
-    found: score_tables.Evaluation, about: ReportContext, photos: list[Image.Image]
-) -> str:
+def report_html(found: scoring.Evaluation, about: ReportContext, photos: list[Image.Image]) -> str:
     """The page: verdict, scores, photos, every prompt by adapter and base, the picture nearest to a
     copy."""
     # Shares, such as of the base's diversity
@@ -102,7 +100,7 @@ def report_html(
         about=about,
         photos=photos,
         scores=score_rows(found),
-        arms=references.rows(found.beside) if found.beside else (),
+        arms=reference_arms.rows(found.beside) if found.beside else (),
         shares=shares,
         likeness=likeness_in_words(found.tables),
         copied=metrics.COPIED,
@@ -110,7 +108,7 @@ def report_html(
     )
 
 
-def score_rows(found: score_tables.Evaluation) -> list[tuple]:
+def score_rows(found: scoring.Evaluation) -> list[tuple]:
     """Title, the adapter's mean, the base's, the photos' own, the meaning of each measure, and
     what is better; "" where there is none."""
     rows = []
@@ -138,7 +136,7 @@ def evaluators_of(
     plans: Sequence[protocol.EvaluationPlan],
     encoders: metrics.Encoders,
     size_px: int,
-) -> list[score_tables.Evaluator]:
+) -> list[scoring.Evaluator]:
     """An evaluator for each subject, which knows the photos of the others.
 
     subjects: their settings
@@ -151,14 +149,14 @@ def evaluators_of(
     of_each = photos_by_subject(photos, len(subjects))
     for subject, photos_of_it, plan in zip(subjects, of_each, plans, strict=True):
         own = real_ones(photos_of_it)
-        truth = score_tables.truth_of(
+        truth = scoring.truth_of(
             base=subject.pretrained_model_name_or_path,
             photos_dir=subject.instance_data_dir,
             plan=plan,
             encoders=encoders,
             size_px=size_px,
         )
-        evaluator = score_tables.Evaluator(
+        evaluator = scoring.Evaluator(
             plan=plan,
             encoders=encoders,
             photos=[open_rgb(photo) for photo in own],
@@ -175,7 +173,7 @@ def evaluators_of(
     return found
 
 
-def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
+def pooled(found: Sequence[scoring.Evaluation]) -> scoring.Evaluation:
     """One evaluation of all: the tables of all subjects over all their prompts, the mean of the
     scores there are, the worst copy."""
     if len(found) == 1:
@@ -200,7 +198,7 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
         raised=any(alarm.raised for alarm in alarms),
     )
     scores = [one.score for one in found if one.score is not None]
-    return score_tables.Evaluation(
+    return scoring.Evaluation(
         plan=found[0].plan,
         tables=tables,
         alarm=alarm,
@@ -213,8 +211,8 @@ def pooled(found: Sequence[score_tables.Evaluation]) -> score_tables.Evaluation:
 
 def write_reports(
     folder: Path,
-    evaluators: Sequence[score_tables.Evaluator],
-    found: Sequence[score_tables.Evaluation],
+    evaluators: Sequence[scoring.Evaluator],
+    found: Sequence[scoring.Evaluation],
     about: ReportContext,
 ) -> list[Path]:
     """Write scores.json and report.html; of several subjects those of each in subject_1 …, and
@@ -245,7 +243,7 @@ def write_scores(folder: Path, scores: dict) -> Path:
     return file
 
 
-def subjects_json(found: Sequence[score_tables.Evaluation], about: ReportContext) -> dict:
+def subjects_json(found: Sequence[scoring.Evaluation], about: ReportContext) -> dict:
     """`scores_json` over all subjects, with that of each in `subjects`."""
     # Of all subjects there is no one subject.
     whole = scores_json(pooled(found), about)

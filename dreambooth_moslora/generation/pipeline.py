@@ -21,13 +21,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dreambooth_moslora import __version__
-from dreambooth_moslora.base import decode, load, machine, pipelines
+from dreambooth_moslora.base import decode, devices, families, load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.generation import sampling
-from dreambooth_moslora.generation.home import CPU, Home
-from dreambooth_moslora.generation.params import (
+from dreambooth_moslora.generation.image_params import (
     SCHEDULERS,
     GenerationParams,
     Image,
@@ -35,8 +34,9 @@ from dreambooth_moslora.generation.params import (
     Step,
     check_sides,
 )
+from dreambooth_moslora.generation.offload import CPU, Home
 from dreambooth_moslora.generation.previews import Clock, LatentColours, Preview, Watcher
-from dreambooth_moslora.lora import lora_file, metadata
+from dreambooth_moslora.lora import metadata, reader
 
 Item = TypeVar("Item")
 # A file's place, time (ns) and size (bytes): an unchanged one need not be read again
@@ -117,7 +117,7 @@ class SubjectPipeline:
         self.base_name = base_name
         self.home = Home(pipeline, torch.device(home or pipeline.device))
         self.adapters: dict[str, Adapter] = {}
-        self.family = pipelines.family_of(pipeline)
+        self.family = families.family_of(pipeline)
         self._active: dict[str, float] | None = None
         self._own_scheduler = pipeline.scheduler
         self._lock = threading.RLock()
@@ -143,7 +143,7 @@ class SubjectPipeline:
         """
         base = Base.find(base)
         base = replace(base, variant=base.variant or base.variant_here)
-        device = torch.device(device or machine.best_device())
+        device = torch.device(device or devices.best_device())
 
         # Flows were trained in bf16, and their activations overflow in fp16.
         half = torch.bfloat16 if base.is_flow else torch.float16
@@ -176,7 +176,7 @@ class SubjectPipeline:
         An unchanged file that is already loaded costs nothing. Raises UserError when it is no
         adapter for this base.
         """
-        name = name or lora_file.adapter_name(path)
+        name = name or reader.adapter_name(path)
         file = find_weights(path)
         facts = file.stat()
         stamp = (file.resolve(), facts.st_mtime_ns, facts.st_size)
@@ -195,13 +195,13 @@ class SubjectPipeline:
 
     def _install(self, name: str, file: Path, stamp: Stamp) -> Adapter:
         """Read the file and put its weights into the model. Raises UserError."""
-        weights = lora_file.read_adapter(file, self.pipeline)
-        lora_file.check_fits(weights, self.pipeline)
+        weights = reader.read_adapter(file, self.pipeline)
+        reader.check_fits(weights, self.pipeline)
 
         # Files of equal content share their weights.
         if weights.key not in self._keys():
             self._active = None
-            lora_file.install(weights, self.pipeline)
+            reader.install(weights, self.pipeline)
         return Adapter(
             key=weights.key,
             sha256=weights.sha256,
@@ -281,7 +281,7 @@ class SubjectPipeline:
 
     def family_for(
         self, adapters: Iterable[tuple[str, float]], given: Mapping[str, Any] | None = None
-    ) -> pipelines.Family:
+    ) -> families.Family:
         """The family with the `given` text options, and else with those of the first adapter whose
         run set them. Raises UserError for one that is not the family's."""
         facts = self.family.facts
@@ -296,7 +296,7 @@ class SubjectPipeline:
             for option, value in told.items():
                 if option in facts.text_options:
                     options.setdefault(option, value)
-        return pipelines.family_of(self.pipeline, options=pipelines.encoding_options(options))
+        return families.family_of(self.pipeline, options=families.encoding_options(options))
 
     def provenance(self, params: GenerationParams) -> Provenance:
         """The files and programs that draw pictures of these parameters."""
@@ -333,7 +333,7 @@ class SubjectPipeline:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            machine.free_unused_blocks(self.home.device)
+            devices.free_unused_blocks(self.home.device)
             size = f"{params.height_px} x {params.width_px} px"
             raise UserError(
                 f"there is too little memory for {size}; choose a smaller size"
@@ -402,7 +402,7 @@ class SubjectPipeline:
             return pixels
 
         # It is given what the VAE gives, in [-1, 1].
-        dtype = pipelines.denoiser_of(self.pipeline).dtype
+        dtype = families.denoiser_of(self.pipeline).dtype
         _, is_unsafe = self.pipeline.run_safety_checker(pixels * 2 - 1, pixels.device, dtype)
         is_safe = torch.tensor(is_unsafe, device=pixels.device).logical_not()
         return pixels.where(is_safe[:, None, None, None], 0)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import decode
 from dreambooth_moslora.errors import StopRequestedError
-from dreambooth_moslora.generation.params import GenerationParams, Step
+from dreambooth_moslora.generation.image_params import GenerationParams, Step
 
 # The longer side of a preview on the page
 PREVIEW_PX = 384

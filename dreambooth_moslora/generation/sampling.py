@@ -19,10 +19,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.base import decode, load, machine, pipelines
+from dreambooth_moslora.base import decode, devices, families, load
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory
 from dreambooth_moslora.precision import LIKE_FP32
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.family_facts import facts_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Sampler:
     """Draws pictures by a pipeline with its adapters, as they are at the moment."""
 
     pipeline: DiffusionPipeline
-    embed: Callable[[list[str]], list[pipelines.Text]]  # the texts of prompts, cached or computed
+    embed: Callable[[list[str]], list[families.Text]]  # the texts of prompts, cached or computed
     resolution_px: int
     device: torch.device
     inference_steps: int = DEFAULT_INFERENCE_STEPS
@@ -84,7 +84,7 @@ class Sampler:
     @torch.no_grad()
     def _draw(self, requests: Sequence[SampleRequest]) -> list[Image.Image]:
         """One batch of pictures. Raises StopRequestedError."""
-        family = pipelines.family_of(self.pipeline)
+        family = families.family_of(self.pipeline)
         prompts = [request.prompt for request in requests]
         empty = self._words([""] * len(requests))
         words = family.with_negative(self._words(prompts), empty)
@@ -103,12 +103,11 @@ class Sampler:
 
     def _words(self, prompts: list[str]) -> dict[str, Any]:
         """The prompts' texts as arguments of the pipeline, where and as the denoiser computes."""
-        dtype = pipelines.denoiser_of(self.pipeline).dtype
+        dtype = families.denoiser_of(self.pipeline).dtype
         texts = [
-            pipelines.in_dtype(text, device=self.device, dtype=dtype)
-            for text in self.embed(prompts)
+            families.in_dtype(text, device=self.device, dtype=dtype) for text in self.embed(prompts)
         ]
-        return pipelines.family_of(self.pipeline).arguments(texts)
+        return families.family_of(self.pipeline).arguments(texts)
 
 
 def in_batches(
@@ -131,7 +130,7 @@ def in_batches(
 
         # Out of the block, where the error holds no tensors any more
         if not pictures:
-            machine.free_unused_blocks(device)
+            devices.free_unused_blocks(device)
             batch_size = math.ceil(min(batch_size, len(waiting)) / 2)
             on_smaller(batch_size)
             logger.warning("pictures ran out of memory: %d are drawn at once.", batch_size)
@@ -161,7 +160,7 @@ def draw_pixels(
     if guidance is None:
         guidance = load.default_guidance(pipeline)
     options[facts.guidance_name] = guidance
-    conditioning = pipelines.guided(facts, conditioning, guidance)
+    conditioning = families.guided(facts, conditioning, guidance)
 
     # On the CPU: a seed means the same noise on every device and in any batch.
     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -171,7 +170,7 @@ def draw_pixels(
         with decode.tiled_where_short(
             pipeline.vae,
             size_px=size_px,
-            device=machine.device_of(pipeline.vae),
+            device=devices.device_of(pipeline.vae),
             bytes_a_pixel=facts.decoder_bytes_a_pixel,
         ):
             return pipeline(**conditioning, **options, output_type="pt").images[:, :3].float()
@@ -225,7 +224,7 @@ def generate_images(
     # A flow's pipeline given a prompt alone may draw without guidance, and no pipeline knows all
     # options.
     if facts_of(type(pipeline).__name__).style == "flow" or text_options:
-        family = pipelines.family_of(pipeline, options=text_options)
+        family = families.family_of(pipeline, options=text_options)
         (text,) = family.texts(pipeline, [prompt])
         negative = family.negative(pipeline, "")
         words = family.with_negative(

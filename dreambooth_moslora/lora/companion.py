@@ -14,10 +14,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import lora_file
+from dreambooth_moslora.lora import reader
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.method.mixer import LowRank
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.family_facts import facts_of
 
 Layers = dict[str, LowRank]
 """Module path of the denoiser -> the companion's matrices there, with its scale in `up`."""
@@ -26,7 +26,7 @@ Layers = dict[str, LowRank]
 def read(path: str | Path, pipeline: DiffusionPipeline) -> Layers:
     """The companion in a LoRA file. Raises UserError for another base's, and for more than a plain
     LoRA of the denoiser."""
-    weights = lora_file.read_for("--companion", path, pipeline)
+    weights = reader.read_for("--companion", path, pipeline)
 
     # Of the denoiser alone, as nothing is trained or drawn with other parts changed.
     facts = facts_of(type(pipeline).__name__)

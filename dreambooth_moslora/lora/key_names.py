@@ -7,7 +7,7 @@
 
 Any prefix may go with any ending. Another tool costs a row here and a row of the test's table. The
 first prefix that fits is taken, so none may stand behind one that begins it.
-Which layer of a base a path means is in `named_layers`.
+Which layer of a base a path means is in `layer_mapping`.
 
 A file in kohya's form, for ComfyUI, Forge, AUTOMATIC1111 and InvokeAI:
 
@@ -31,7 +31,7 @@ import torch
 from dreambooth_moslora.lora.metadata import AdapterMetadata, most_common
 from dreambooth_moslora.lora.raw_file import COMPONENTS
 from dreambooth_moslora.method.mixer import Folded, Tensors
-from dreambooth_moslora.settings.families import DENOISERS, facts_of_model
+from dreambooth_moslora.settings.family_facts import DENOISERS, facts_of_model
 
 
 class Prefix(NamedTuple):

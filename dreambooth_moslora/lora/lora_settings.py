@@ -12,7 +12,7 @@ from dreambooth_moslora.disk.run_folder import PEFT_CONFIG
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import key_names
 from dreambooth_moslora.method.mixer import nominal_scale
-from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.settings.family_facts import DENOISERS
 from dreambooth_moslora.values import is_number
 
 PEFT_SETTINGS = "lora_adapter_metadata"

@@ -21,8 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from dreambooth_moslora import __version__
 from dreambooth_moslora.errors import UserError, first_problem
-from dreambooth_moslora.settings import rules, sources, table
-from dreambooth_moslora.settings.families import TEXT_OPTIONS
+from dreambooth_moslora.settings import config_files, rules, train_config
+from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS
 
 DORA_READERS = {
     "this program, LyCORIS": "what was trained",
@@ -96,7 +96,7 @@ class AdapterMetadata:
     class_word: str = ""
     resolution_px: Rank | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    # `settings.sources.recipe_of`.
+    # `settings.config_files.recipe_of`.
     recipe: dict[str, Any] = field(default_factory=dict)
     # Of several subjects.
     subject_prompts: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def text_options_in(header: Mapping[str, str]) -> dict[str, Any]:
         # A value that is none is left out: anyone may have written the header.
         if name in facts.recipe:
             with suppress(UserError):
-                told[name] = table.checked_setting(name, facts.recipe[name])
+                told[name] = train_config.checked_setting(name, facts.recipe[name])
     return told
 
 
@@ -171,9 +171,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def with_recipe(config: table.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
+def with_recipe(config: train_config.TrainConfig, facts: AdapterMetadata) -> AdapterMetadata:
     """The `facts` with what a file tells of the run's settings."""
     # A single table of subjects trains the very file that flags train.
     if len(config.subjects) == 1:
         (config,) = config.each_subject
-    return replace(facts, recipe=sources.recipe_of(config))
+    return replace(facts, recipe=config_files.recipe_of(config))

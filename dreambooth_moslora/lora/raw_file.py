@@ -33,7 +33,7 @@ from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora.metadata import HEADER, AdapterMetadata, most_common, versions
 from dreambooth_moslora.method import mixer
 from dreambooth_moslora.method.mixer import Components, MixedLowRank, Tensors, nominal_scale
-from dreambooth_moslora.settings import families
+from dreambooth_moslora.settings import family_facts
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -97,7 +97,7 @@ def model_config(model: nn.Module) -> dict[str, object]:
     return {"class": type(model).__name__, "config": json.loads(json.dumps(public, default=str))}
 
 
-CLASSES = {facts.model: "diffusers" for facts in families.FAMILIES}
+CLASSES = {facts.model: "diffusers" for facts in family_facts.FAMILIES}
 CLASSES |= dict.fromkeys(("CLIPTextModel", "CLIPTextModelWithProjection"), "transformers")
 """Class of an adapted model -> its library. A file names the class, so no other class is ever
 built."""
@@ -150,7 +150,7 @@ def build(name: str, config: dict) -> nn.Module:
     return model
 
 
-COMPONENTS = (*families.DENOISERS, "text_encoder", "text_encoder_2")
+COMPONENTS = (*family_facts.DENOISERS, "text_encoder", "text_encoder_2")
 """The models of a pipeline that an adapter may be on."""
 SHARED_SETTINGS = (
     "use_rslora",

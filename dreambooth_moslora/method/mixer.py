@@ -90,7 +90,7 @@ STARTS: dict[str, Callable[[torch.Tensor, torch.Generator], None]] = {
     "identity": identity,
     "butterfly": butterfly,
 }
-"""Kind -> how M (r, r) starts, in place, from the generator alone. `settings.table.MIXERS` offers
+"""Kind -> how M (r, r) starts, in place, from the generator alone. `train_config.MIXERS` offers
 them."""
 
 

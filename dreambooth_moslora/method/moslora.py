@@ -22,7 +22,7 @@ from torch import nn
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method import mixer
-from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.settings.train_config import MIXERS
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:

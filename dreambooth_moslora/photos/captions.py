@@ -26,10 +26,10 @@ from PIL import Image
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, public_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import beside, photo_file
+from dreambooth_moslora.photos import photo_file, sidecars
 from dreambooth_moslora.photos.pretrained import frozen, loaded
 from dreambooth_moslora.precision import half_precision
-from dreambooth_moslora.settings import prompts, subject_kinds, table, toys
+from dreambooth_moslora.settings import prompts, subject_kinds, toy_bases, train_config
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,12 @@ class Captioner:
     surroundings: Callable[[Image.Image], str]  # of an RGB picture: "on the beach at sunset", or ""
 
 
-def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
+def load_captioner(config: train_config.TrainConfig, device: Any = "cpu") -> Captioner:
     """The captioner of `--caption_model`, by default the embedded base's own CLIP or Qwen3-VL,
     loaded onto the torch device at the first caption. Raises UserError without a class word, and
     later for a missing model."""
-    own = toys.CLIP_FOLDER.name
-    default = own if toys.is_toy(config.pretrained_model_name_or_path) else QWEN
+    own = toy_bases.CLIP_FOLDER.name
+    default = own if toy_bases.is_toy(config.pretrained_model_name_or_path) else QWEN
     name = os.path.expanduser(config.caption_model or default)
 
     # The word is what the model must not describe.
@@ -102,7 +102,7 @@ def load_captioner(config: table.TrainConfig, device: Any = "cpu") -> Captioner:
     return Captioner(public_name(name), asked, lambda image: reader()(image))
 
 
-def question_of(config: table.TrainConfig, word: str) -> str:
+def question_of(config: train_config.TrainConfig, word: str) -> str:
     """What the model is asked: the surroundings, and of the looks what `--describe` names."""
     if subject_kinds.kind_of(config).is_style:
         return STYLE_QUESTION
@@ -120,7 +120,7 @@ def toy_reader(word: str, device: Any) -> Callable[[Image.Image], str]:
     """A captioner by the CLIP of the embedded base."""
     from dreambooth_moslora.photos.toy_readers import SurroundingsReader, phrase
 
-    clip = SurroundingsReader(toys.CLIP_FOLDER, device)
+    clip = SurroundingsReader(toy_bases.CLIP_FOLDER, device)
 
     def read(image: Image.Image) -> str:
         place, light = clip.read(image, word)
@@ -218,7 +218,7 @@ def make_beside(
     """Write `name.txt` beside each photo without a caption. Raises OSError."""
     photos = list(photos)
     for photo in photos:
-        target = photo.path.with_suffix(beside.CAPTION_SUFFIX)
+        target = photo.path.with_suffix(sidecars.CAPTION_SUFFIX)
 
         # What the user wrote is never written over.
         reason = photo_file.why_not_beside(photo, target, photos)
@@ -235,7 +235,7 @@ def make_for_run(
 ) -> MadeCaption:
     """A caption for `keep` to write into the file `path`. If that file has one of the same photo,
     model and words, it is taken."""
-    old = beside.kept_captions(path).get(photo.kept_name)
+    old = sidecars.kept_captions(path).get(photo.kept_name)
     key = photo.key(model=captioner.name, word=captioner.word, prompt=prompt)
     if old and old["made_from"] == key:
         return MadeCaption(photo, old["caption"])
@@ -247,7 +247,7 @@ def keep(path: Path, made: MadeCaption, prompt: str) -> None:
     so that it is not asked again."""
     if made.key:
         entry = {"caption": made.caption or prompt, "made_from": made.key}
-        known = beside.kept_captions(path) | {made.photo.kept_name: entry}
+        known = sidecars.kept_captions(path) | {made.photo.kept_name: entry}
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False))
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
-from dreambooth_moslora.photos.cropping import Box
-from dreambooth_moslora.settings import subject_kinds, table
-from dreambooth_moslora.settings.measures import SFACE, YUNET
+from dreambooth_moslora.photos.augment import Box
+from dreambooth_moslora.settings import subject_kinds, train_config
+from dreambooth_moslora.settings.metric_kinds import SFACE, YUNET
 
 # The picture's longer side as YuNet sees it: it finds faces of 10 to 300 px
 SEEN_PX = 640
@@ -123,7 +123,7 @@ def weights(repository: str, file: str) -> str:
 
 
 def with_faces(
-    config: table.TrainConfig, photos: Sequence[photo_file.Photo]
+    config: train_config.TrainConfig, photos: Sequence[photo_file.Photo]
 ) -> list[photo_file.Photo]:
     """The photos; those of a person with the box of the face, and a remark on one that is small or
     not found. Raises UserError."""

@@ -1,7 +1,7 @@
 """A folder of photos as a report: the photos, the files beside them, and why a file is left out.
 
 No file in the folder can stop the program: unusable files are listed with a reason. A photo's
-captions and mask are found by `beside`, and by `shown_captions` what training shows of them.
+captions and mask are found by `beside`, and by `caption_variants` what training shows of them.
 """
 
 import logging
@@ -14,7 +14,8 @@ from dreambooth_moslora.disk.paths import SUBJECT_FILE
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.photos import faults, photo_file, synthetic
-from dreambooth_moslora.photos.beside import (
+from dreambooth_moslora.photos.caption_variants import with_own_captions
+from dreambooth_moslora.photos.sidecars import (
     MASK_SUFFIX,
     METADATA,
     Captions,
@@ -23,8 +24,7 @@ from dreambooth_moslora.photos.beside import (
     sidecar_of,
     sidecars_of,
 )
-from dreambooth_moslora.photos.shown_captions import with_own_captions
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

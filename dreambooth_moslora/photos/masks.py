@@ -29,13 +29,13 @@ from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file
 from dreambooth_moslora.photos.pretrained import frozen, loaded
-from dreambooth_moslora.settings import prompts, table, toys
+from dreambooth_moslora.settings import prompts, toy_bases, train_config
 
 # The text chunk of a kept mask that says from which photo, model and word it was made
 KEY = "made-from"
 # The models by default: of photographs, and of the embedded base
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
-OWN = toys.SEGMENTER_FOLDER.name
+OWN = toy_bases.SEGMENTER_FOLDER.name
 # If no pixel's probability is above this, the subject was not found
 LEAST_PEAK = 0.2
 # Shares of the photo; a mask outside is probably wrong
@@ -43,15 +43,15 @@ SMALLEST_SHARE = 0.005
 LARGEST_SHARE = 0.9
 
 
-def segmenter_name(config: table.TrainConfig) -> str:
+def segmenter_name(config: train_config.TrainConfig) -> str:
     """The model of `--mask_model`; by default the embedded base's own net, or CLIPSeg for other
     bases."""
     if config.mask_model:
         return os.path.expanduser(config.mask_model)
-    return OWN if toys.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
+    return OWN if toy_bases.is_toy(config.pretrained_model_name_or_path) else CLIPSEG
 
 
-def sought_word(config: table.TrainConfig) -> str:
+def sought_word(config: train_config.TrainConfig) -> str:
     """What CLIPSeg looks for: `--mask_prompt`, else the class word; "" for the toy world's net.
     Raises UserError."""
     if segmenter_name(config) == OWN:
@@ -78,7 +78,7 @@ class Segmenter:
         return Image.fromarray(white.astype(np.uint8) * 255)
 
 
-def load_segmenter(config: table.TrainConfig, device: Any = "cpu") -> Segmenter:
+def load_segmenter(config: train_config.TrainConfig, device: Any = "cpu") -> Segmenter:
     """The segmenter of `--mask_model`, loaded at the first mask. Raises UserError when no word says
     what to look for."""
     name = segmenter_name(config)
@@ -98,7 +98,7 @@ def toy_finder(device: Any) -> Callable[[Image.Image], Any]:
 
     from dreambooth_moslora.photos.toy_readers import load_net
 
-    net = load_net(toys.SEGMENTER_FOLDER).to(device)
+    net = load_net(toy_bases.SEGMENTER_FOLDER).to(device)
 
     def find(image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1

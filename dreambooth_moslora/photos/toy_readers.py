@@ -26,7 +26,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from dreambooth_moslora.settings.toys import PLACES
+from dreambooth_moslora.settings.toy_bases import PLACES
 
 # The segmenter's weights in its folder
 FILE = "model.safetensors"

@@ -8,9 +8,9 @@ One process asks nobody, and then nothing here loads torch.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.machine import process_count
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.devices import process_count
+from dreambooth_moslora.settings import train_config
 
 Result = TypeVar("Result")
 
@@ -30,18 +30,18 @@ def by_all(find: Callable[[], Result], words: Callable[[Result], str] = lambda f
     return agreed(joined(), find, words, "give all processes the same flags and files.")
 
 
-def check_same(config: table.TrainConfig) -> None:
+def check_same(config: train_config.TrainConfig) -> None:
     """Raises UserError on all processes where one has other settings."""
     by_all(lambda: config, lambda own: in_lines(own.to_dict()))
 
 
 def in_lines(settings: Mapping[str, Any]) -> str:
     """A line for each setting that the processes must share, given or not."""
-    apart = {*table.named("secret"), *table.named("per_process")}
+    apart = {*train_config.named("secret"), *train_config.named("per_process")}
     lines = []
-    for name, item in table.SETTINGS.items():
+    for name, item in train_config.SETTINGS.items():
         if name not in apart:
-            value = table.checked_setting(name, settings.get(name, item.default))
+            value = train_config.checked_setting(name, settings.get(name, item.default))
             lines.append(f"--{name} {value!r}")
     return "\n".join(lines)
 
@@ -49,7 +49,7 @@ def in_lines(settings: Mapping[str, Any]) -> str:
 def least_free_gib() -> float | None:
     """GiB that are free on the GPU of the process that has the least, so that all choose the same;
     None without a GPU. All must call it."""
-    own = machine.free_gib_of_gpu()
+    own = devices.free_gib_of_gpu()
     if is_alone():
         return own
     from dreambooth_moslora.plan.distributed import exchange, joined

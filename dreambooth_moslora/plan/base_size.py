@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.machine import OUTPUTS_A_BLOCK
-from dreambooth_moslora.settings import families, rows
+from dreambooth_moslora.base.devices import OUTPUTS_A_BLOCK
+from dreambooth_moslora.settings import family_facts, field_facts
 
-STOCK = families.SDXL.models[0]  # Whose counts an unknown base is taken to have.
+STOCK = family_facts.SDXL.models[0]  # Whose counts an unknown base is taken to have.
 BLOCKS = re.compile(r"(\w*transformer_blocks|layers|\w*refiner)\.\d+\.")
 UNET_BLOCKS = re.compile(r".*transformer_blocks\.\d+\.")
 """Paths of a denoiser's repeated blocks, whose linear layers are quantised."""
@@ -35,12 +35,12 @@ class BaseSize:
     is_measured: bool = False
     widths: tuple[tuple[str, int], ...] = ()
     """Path and in + out of each layer that gets an adapter, where known."""
-    family: families.Facts = families.SDXL
+    family: family_facts.Facts = family_facts.SDXL
     hub_id: str = ""  # Of the known model, where its files are not here.
     # Whether the base is another model than that one, whose size is not known.
     is_assumed: bool = False
-    text_layers: int = sum(count for count, _ in families.CLIP_LAYERS.values())
-    text_widths: int = sum(width for _, width in families.CLIP_LAYERS.values())
+    text_layers: int = sum(count for count, _ in family_facts.CLIP_LAYERS.values())
+    text_widths: int = sum(width for _, width in family_facts.CLIP_LAYERS.values())
     """The same of the text encoders' layers that get an adapter if those are trained."""
 
 
@@ -58,13 +58,13 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
     if base.file:
         count = sum(map(math.prod, base.tensors.values()))
         nearest = min(facts.models, key=lambda model: abs(model.parameters - count))
-        model = None if facts == families.SDXL else nearest
-    if facts in (None, families.SDXL):
+        model = None if facts == family_facts.SDXL else nearest
+    if facts in (None, family_facts.SDXL):
         return BaseSize(hub_id=model.hub_id if model else "", is_assumed=facts is None)
     is_assumed = model is None
     model = model or max(facts.models, key=lambda one: one.parameters)
 
-    clip = [families.CLIP_LAYERS[name] for name in facts.adapted_encoders]
+    clip = [family_facts.CLIP_LAYERS[name] for name in facts.adapted_encoders]
     return BaseSize(
         unet=model.parameters,
         projections=model.in_blocks,
@@ -83,7 +83,7 @@ def size_of_base(base: Base, target_modules: tuple[str, ...]) -> BaseSize:
 
 
 def size_of_shapes(
-    facts: families.Facts,
+    facts: family_facts.Facts,
     shapes: Mapping[str, dict[str, list[int]]],
     target_modules: tuple[str, ...],
 ) -> BaseSize:
@@ -99,7 +99,7 @@ def size_of_shapes(
     widths = tuple(
         (path, shape[0] + math.prod(shape[1:]))
         for path, shape in layers.items()
-        if rows.is_adapted(path, target_modules)
+        if field_facts.is_adapted(path, target_modules)
     )
 
     # Those of each block that quantisation replaces, as `base.quantization` chooses them.
@@ -117,7 +117,7 @@ def size_of_shapes(
     clip_widths = []
     for part in facts.adapted_encoders:
         for name, shape in shapes.get(part, {}).items():
-            if rows.is_adapted(name.removesuffix(".weight"), rows.TEXT_PROJECTIONS):
+            if field_facts.is_adapted(name.removesuffix(".weight"), field_facts.TEXT_PROJECTIONS):
                 clip_widths.append(sum(shape))
 
     return BaseSize(

@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dreambooth_moslora.base.machine import asks_accelerate, check_bf16
+from dreambooth_moslora.base.devices import asks_accelerate, check_bf16
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.atomic import clean_stale
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 PATIENCE = timedelta(days=7)  # For other processes: class images and pictures can take hours
 # What accelerate may be set to, and adapters do not need.

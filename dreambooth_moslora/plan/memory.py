@@ -15,10 +15,10 @@ What a setting that saves memory takes away is counted in one place:
 import math
 from dataclasses import dataclass, replace
 
-from dreambooth_moslora.base import machine
-from dreambooth_moslora.base.machine import precision_of
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.devices import precision_of
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.settings import families, optimizer_kinds, table
+from dreambooth_moslora.settings import family_facts, optimizers, train_config
 
 # Bytes of a parameter or an activation, by precision.
 BYTES = {"no": 4.0, "fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
@@ -70,19 +70,19 @@ class Estimate:
         return max(self.encoding_gib, self.training_gib, self.sampling_gib)
 
 
-def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
+def estimate(config: train_config.TrainConfig, size: BaseSize, total_steps: int) -> Estimate:
     """The device memory of each phase, and the disk space, GiB."""
     # The frozen weights of each part, and of the denoiser's those that the host keeps.
     unet = denoiser_gib(config, size)
-    texts = size.text_encoders * BYTES[precision_of(config)] / machine.GIB
-    vae = size.vae * vae_number(config, size) / machine.GIB
+    texts = size.text_encoders * BYTES[precision_of(config)] / devices.GIB
+    vae = size.vae * vae_number(config, size) / devices.GIB
 
     # The adapter with its gradients and the optimizer's states.
-    kind = optimizer_kinds.optimizer_of(config)
+    kind = optimizers.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
-    bytes_each = optimizer_kinds.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
+    bytes_each = optimizers.BYTES_IN_8_BIT if is_8_bit else kind.bytes_each
     adapter = adapter_parameters(config, size)
-    optimized = adapter * bytes_each / machine.GIB
+    optimized = adapter * bytes_each / devices.GIB
     weights = unet - on_host_gib(config, size) + optimized
     if config.train_text_encoder:
         weights += texts
@@ -104,56 +104,58 @@ def estimate(config: table.TrainConfig, size: BaseSize, total_steps: int) -> Est
 
     # A checkpoint has the states, and no gradients.
     in_checkpoint = bytes_each - GRADIENT_BYTES + AVERAGE_BYTES * kind.averages
-    checkpoint = adapter * in_checkpoint / machine.GIB
+    checkpoint = adapter * in_checkpoint / devices.GIB
     return Estimate(
         adapter_parameters=adapter,
-        encoding_gib=machine.CONTEXT_GIB + preparing,
-        training_gib=machine.CONTEXT_GIB + weights + step,
-        sampling_gib=machine.CONTEXT_GIB + weights + drawing,
+        encoding_gib=devices.CONTEXT_GIB + preparing,
+        training_gib=devices.CONTEXT_GIB + weights + step,
+        sampling_gib=devices.CONTEXT_GIB + weights + drawing,
         checkpoint_gib=checkpoint,
         disk_gib=disk_gib(config, adapter, checkpoint, total_steps),
         size=size,
     )
 
 
-def denoiser_gib(config: table.TrainConfig, size: BaseSize) -> float:
+def denoiser_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """The denoiser's frozen weights, wherever they lie."""
     number = BYTES[precision_of(config)]
     in_blocks = size.projections * QUANTIZED_BYTES.get(config.base_quantization, number)
-    return ((size.unet - size.projections) * number + in_blocks) / machine.GIB
+    return ((size.unet - size.projections) * number + in_blocks) / devices.GIB
 
 
-def on_host_gib(config: table.TrainConfig, size: BaseSize) -> float:
+def on_host_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps while a step computes."""
     return away_gib(config, size) if config.stream_blocks else 0.0
 
 
-def away_gib(config: table.TrainConfig, size: BaseSize) -> float:
+def away_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What of them the host keeps where blocks are streamed."""
-    return streamed_gib(config, size) - streamed_gib(config, size, machine.PLACES)
+    return streamed_gib(config, size) - streamed_gib(config, size, devices.PLACES)
 
 
-def streamed_gib(config: table.TrainConfig, size: BaseSize, blocks: int | None = None) -> float:
+def streamed_gib(
+    config: train_config.TrainConfig, size: BaseSize, blocks: int | None = None
+) -> float:
     """The weights of so many blocks that are streamed, or of all."""
     number = STREAMED_BYTES.get(config.base_quantization, BYTES[precision_of(config)])
     count = size.streamed if blocks is None else blocks * size.largest_block
-    return min(count, size.streamed) * number / machine.GIB
+    return min(count, size.streamed) * number / devices.GIB
 
 
-def vae_number(config: table.TrainConfig, size: BaseSize) -> float:
+def vae_number(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Bytes of a number in the VAE: that of a UNet works in fp32."""
     return BYTES[precision_of(config)] if size.family.style == "flow" else 4.0
 
 
-def tile_gib(config: table.TrainConfig, size: BaseSize, bytes_a_pixel: int) -> float:
+def tile_gib(config: train_config.TrainConfig, size: BaseSize, bytes_a_pixel: int) -> float:
     """What the VAE takes beside its weights in its smallest tiles, as where memory is short; so
     many `bytes_a_pixel` in fp32."""
     side = min(config.resolution, size.family.tile_px)
-    return side**2 * bytes_a_pixel * vae_number(config, size) / 4 / machine.GIB
+    return side**2 * bytes_a_pixel * vae_number(config, size) / 4 / devices.GIB
 
 
 def preparing_gib(
-    config: table.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
+    config: train_config.TrainConfig, size: BaseSize, unet: float, texts: float, vae: float
 ) -> float:
     """The most before the first step: photos are encoded, then texts. GiB.
 
@@ -161,7 +163,7 @@ def preparing_gib(
     size: of its base
     unet, texts, vae: weights of the denoiser, the text encoders and the autoencoder, GiB
     """
-    encoder = vae + tile_gib(config, size, machine.ENCODER_BYTES_A_PIXEL)
+    encoder = vae + tile_gib(config, size, devices.ENCODER_BYTES_A_PIXEL)
 
     # Class images are drawn first: one at a time if need be, and where the base does not fit, its
     # blocks are streamed.
@@ -177,9 +179,11 @@ def preparing_gib(
     return max(class_images, encoder, texts + TEXTS_GIB)
 
 
-def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
+def adapter_parameters(config: train_config.TrainConfig, size: BaseSize) -> int:
     """Of A, B and the mixers. Patterns count only where the layers' paths are known."""
-    layers = [(table.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths]
+    layers = [
+        (train_config.rank_and_alpha(config, "unet", path)[0], width) for path, width in size.widths
+    ]
 
     # Of layers that are only counted, each has the mean width.
     if not layers:
@@ -188,10 +192,10 @@ def adapter_parameters(config: table.TrainConfig, size: BaseSize) -> int:
     if config.train_text_encoder:
         mean_width = size.text_widths / max(1, size.text_layers)
         layers += [(config.rank, mean_width)] * size.text_layers
-    return round(sum(table.layer_parameters(config, rank, width) for rank, width in layers))
+    return round(sum(train_config.layer_parameters(config, rank, width) for rank, width in layers))
 
 
-def drawing_gib(config: table.TrainConfig, size: BaseSize) -> float:
+def drawing_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Memory of a step of denoising one picture. A transformer's largest block decides it."""
     memory = size.family.memory
     if memory is None:
@@ -204,7 +208,7 @@ def drawing_gib(config: table.TrainConfig, size: BaseSize) -> float:
     return memory.drawing_gib * tokens_of(config, memory) * width * BYTES[precision_of(config)] / 2
 
 
-def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
+def scale_of(config: train_config.TrainConfig, size: BaseSize) -> float:
     """Cost relative to an image of 1024 px in half precision of SDXL, or of the model that the
     family was counted on; a narrower model needs less, about as its width. A transformer's grows
     with all tokens, those of the text too."""
@@ -216,19 +220,19 @@ def scale_of(config: table.TrainConfig, size: BaseSize) -> float:
     return (config.resolution / 1024) ** 2 * width * BYTES[precision_of(config)] / 2
 
 
-def tokens_of(config: table.TrainConfig, memory: families.Memory) -> float:
+def tokens_of(config: train_config.TrainConfig, memory: family_facts.Memory) -> float:
     """Tokens of a picture and its text, relative to those of 1024 px."""
     tokens = (config.resolution / 16) ** 2 + memory.text_tokens
     return tokens / (4096 + memory.text_tokens)
 
 
-def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
+def step_gib(config: train_config.TrainConfig, size: BaseSize, adapter: int) -> float:
     """Memory of one forward and backward pass, without weights and gradients."""
     images = config.images_a_pass
     is_pefts = config.use_dora or config.lora_dropout > 0
     scale = scale_of(config, size) * images
     memory = size.family.memory
-    kept_scores = SCORES_GIB if machine.is_on_apple() and not memory else (0.0, 0.0)
+    kept_scores = SCORES_GIB if devices.is_on_apple() and not memory else (0.0, 0.0)
 
     # Whole blocks are recomputed: little more than their inputs is kept.
     if config.gradient_checkpointing:
@@ -246,11 +250,11 @@ def step_gib(config: table.TrainConfig, size: BaseSize, adapter: int) -> float:
     image *= PEFT_STEP if is_pefts else 1
     image += kept_scores[0] - (FEED_FORWARD_GIB if config.recompute_feed_forward else 0)
     text = TEXT_GIB * images * math.sqrt(size.unet / BaseSize.unet)
-    casts = adapter * 2 / machine.GIB
+    casts = adapter * 2 / devices.GIB
     return image * scale + text + casts
 
 
-def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
+def trained_texts_gib(config: train_config.TrainConfig, size: BaseSize) -> float:
     """What a step's prompts keep in text encoders for the backward pass."""
     if not config.train_text_encoder:
         return 0.0
@@ -260,7 +264,7 @@ def trained_texts_gib(config: table.TrainConfig, size: BaseSize) -> float:
 
 
 def disk_gib(
-    config: table.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
+    config: train_config.TrainConfig, adapter: int, checkpoint_gib: float, total_steps: int
 ) -> float:
     """The disk space of a run, GiB.
 
@@ -284,5 +288,5 @@ def disk_gib(
 
     # Published files, that of the best step beside the last.
     published = 2 if config.evaluate_steps else 1
-    files = (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / machine.GIB
+    files = (published * adapter * 8 + pixels * PNG_BYTES_A_PIXEL) / devices.GIB
     return checkpoints * checkpoint_gib + files

@@ -1,5 +1,5 @@
 """`--memory`: one word for precision, recomputation, caching and quantisation, one of the plans in
-`settings.table.PLANS`.
+`settings.train_config.PLANS`.
 
 It only adds to the given flags; on a GPU it also chooses half precision, unless a precision was
 given. `auto` is the first plan that is possible and fits the GPU's free memory; without a GPU it is
@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.run_folder import RunDir
@@ -30,7 +30,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.agreement import least_free_gib
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.memory import estimate, streamed_gib
-from dreambooth_moslora.settings import families, rules, table
+from dreambooth_moslora.settings import family_facts, rules, train_config
 
 # Runs that need less fit every GPU: then neither the driver is asked nor PyTorch loaded.
 SMALL_GIB = 2.0
@@ -50,7 +50,7 @@ Plan = Mapping[str, Any]
 
 
 def memory_settings(
-    config: table.TrainConfig, base: Base, free_gib: float | None = None
+    config: train_config.TrainConfig, base: Base, free_gib: float | None = None
 ) -> dict[str, Any]:
     """The settings that its `--memory` chooses; none without that option. `free_gib` is the GPU's,
     if another process will train; else all processes of the run must call it. Raises UserError for
@@ -66,7 +66,7 @@ def memory_settings(
     return precision | fitting_settings(replace(config, **precision), size, free)
 
 
-def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
+def kept_plan(config: train_config.TrainConfig) -> dict[str, Any] | None:
     """What `--memory` chose for a run that goes on from a checkpoint with the same word: another
     plan would change the result's bytes. None for a fresh run, and for one that began with another
     word."""
@@ -77,30 +77,30 @@ def kept_plan(config: table.TrainConfig) -> dict[str, Any] | None:
         saved = read_json(run_dir.config_path)
         if saved.get("memory") == config.memory:
             # What a word of `--memory` decides, but for what was given.
-            decided = table.SETTINGS["memory"].metadata["replaces"]
+            decided = train_config.SETTINGS["memory"].metadata["replaces"]
             names = [name for name in decided if not rules.given_flag(config, name)]
             return {name: saved[name] for name in names if name in saved}
     return None
 
 
-def without_plan(config: table.TrainConfig) -> table.TrainConfig:
+def without_plan(config: train_config.TrainConfig) -> train_config.TrainConfig:
     """The same settings, with the defaults in place of what a plan sets."""
-    names = [name for name in table.OF_PLANS if name != "images_at_once"]
-    return replace(config, **{name: table.SETTINGS[name].default for name in names})
+    names = [name for name in train_config.OF_PLANS if name != "images_at_once"]
+    return replace(config, **{name: train_config.SETTINGS[name].default for name in names})
 
 
 def half_settings(
-    config: table.TrainConfig, facts: families.Facts, free_gib: float | None
+    config: train_config.TrainConfig, facts: family_facts.Facts, free_gib: float | None
 ) -> dict[str, str]:
     """Half precision on a GPU, if the family has one there, unless a precision was given."""
-    is_given = config.mixed_precision is not None or machine.precision_of(config) != "no"
+    is_given = config.mixed_precision is not None or devices.precision_of(config) != "no"
     if free_gib is None or is_given:
         return {}
-    return {"mixed_precision": machine.half_precision_of(facts)}
+    return {"mixed_precision": devices.half_precision_of(facts)}
 
 
 def fitting_settings(
-    config: table.TrainConfig, size: BaseSize, free_gib: float | None
+    config: train_config.TrainConfig, size: BaseSize, free_gib: float | None
 ) -> dict[str, Any]:
     """The plan that `--memory` names, or with `auto` the first whose smallest pass fits, with its
     largest that fits."""
@@ -115,19 +115,19 @@ def fitting_settings(
     return plan | passes[-1]
 
 
-def plan_name(config: table.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
+def plan_name(config: train_config.TrainConfig, size: BaseSize, free_gib: float | None) -> str:
     """The plan of `--memory`; for `auto`, the first whose smallest pass fits, or else the leanest
     possible one, which a later check refuses."""
     if config.memory != "auto":
         return config.memory
     if free_gib is None:
-        return next(iter(table.PLANS))
+        return next(iter(train_config.PLANS))
     needs = costs(replace(config, **passes_of(config)[-1]), size)
     fitting = [name for name, gib in needs.items() if gib <= USABLE * free_gib]
     return fitting[0] if fitting else list(needs)[-1]
 
 
-def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
+def passes_of(config: train_config.TrainConfig) -> list[dict[str, int]]:
     """The passes to choose from, as settings: all images of a step together, half of them, and so
     on down to one; the given one, and a micro-batch where texts are trained, alone. A pass of one
     micro-batch sets nothing."""
@@ -142,18 +142,18 @@ def passes_of(config: table.TrainConfig) -> list[dict[str, int]]:
     return [{} if images == usual else {"images_at_once": images} for images in found]
 
 
-def plan_settings(config: table.TrainConfig, name: str) -> dict[str, Any]:
+def plan_settings(config: train_config.TrainConfig, name: str) -> dict[str, Any]:
     """What the plan adds to the given settings; a given quantisation stays."""
-    plan = dict(table.PLANS[name])
+    plan = dict(train_config.PLANS[name])
     if config.base_quantization != "none":
         plan.pop("base_quantization", None)
     return plan
 
 
-def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
+def costs(config: train_config.TrainConfig, size: BaseSize) -> dict[str, float]:
     """Plan -> peak memory in GiB, for those that these settings and packages allow."""
     found = {}
-    for name, plan in table.PLANS.items():
+    for name, plan in train_config.PLANS.items():
         if not is_possible(name, config, size.family):
             continue
         tried = replace(config, **plan_settings(config, name))
@@ -167,20 +167,20 @@ def costs(config: table.TrainConfig, size: BaseSize) -> dict[str, float]:
 
 def host_gib() -> float:
     """The memory of this machine that a process of the run has, GiB: each keeps its own blocks."""
-    return psutil.virtual_memory().total / machine.GIB / machine.processes_here()
+    return psutil.virtual_memory().total / devices.GIB / devices.processes_here()
 
 
-def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> bool:
+def is_possible(name: str, config: train_config.TrainConfig, facts: family_facts.Facts) -> bool:
     """Whether a run can take this plan, with its settings, its family and the packages here."""
-    plan = table.PLANS[name]
+    plan = train_config.PLANS[name]
     # Apple's attention keeps all scores unless blocks are recomputed; it has no bitsandbytes, and
     # its GPU computes in the host's memory.
     is_in_4_bit, is_streamed = plan.get("base_quantization") == "nf4", "stream_blocks" in plan
-    if machine.is_on_apple() and ("gradient_checkpointing" not in plan or is_streamed):
+    if devices.is_on_apple() and ("gradient_checkpointing" not in plan or is_streamed):
         return False
-    if is_in_4_bit and (machine.is_on_apple() or not find_spec("bitsandbytes")):
+    if is_in_4_bit and (devices.is_on_apple() or not find_spec("bitsandbytes")):
         return False
-    if facts.style == "flow" and any(setting in families.OF_UNETS for setting in plan):
+    if facts.style == "flow" and any(setting in family_facts.OF_UNETS for setting in plan):
         return False
 
     # The rules between settings.
@@ -189,7 +189,9 @@ def is_possible(name: str, config: table.TrainConfig, facts: families.Facts) -> 
     return False
 
 
-def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[str, Any]] | None:
+def leaner(
+    config: train_config.TrainConfig, facts: family_facts.Facts
+) -> tuple[str, dict[str, Any]] | None:
     """What takes less memory than these settings, of what a loaded base can change to: as a flag,
     and as settings. First half as many images at once, which computes nothing twice, then the next
     plan. None if nothing is left."""
@@ -199,7 +201,7 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
 
     # Go on after the leanest plan whose settings the run has.
     later = []
-    for name, plan in table.PLANS.items():
+    for name, plan in train_config.PLANS.items():
         settings = plan_settings(config, name)
         if all(getattr(config, key) == value for key, value in settings.items()):
             later = []
@@ -209,14 +211,14 @@ def leaner(config: table.TrainConfig, facts: families.Facts) -> tuple[str, dict[
         return None
 
     # Layers in 8 bit cannot become those in 4 bit, which take less: they come last.
-    found = min(later, key=lambda name: table.PLANS[name].get("base_quantization") == "int8")
+    found = min(later, key=lambda name: train_config.PLANS[name].get("base_quantization") == "int8")
 
     # A block that is recomputed as a whole would recompute its feed-forward part twice.
     settings = {"recompute_feed_forward": False} | plan_settings(config, found)
     return f"--memory {found}", settings
 
 
-def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
+def is_for_loaded(plan: Plan, config: train_config.TrainConfig) -> bool:
     """Whether a base that is loaded for these settings can change to the plan."""
     # Layers are quantised once. DoRA's magnitudes are those of the dense weights, and streamed ones
     # cannot be quantised.
@@ -230,11 +232,11 @@ def is_for_loaded(plan: Plan, config: table.TrainConfig) -> bool:
     return plan.keys() <= OF_A_LOADED_BASE and not is_streamed_dense
 
 
-def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
+def plan_lines(config: train_config.TrainConfig, size: BaseSize) -> list[str]:
     """For `--dry_run`: what each plan would need, and what the GPU has free."""
     if config.memory is None:
         return []
-    free = machine.free_gib_of_gpu()
+    free = devices.free_gib_of_gpu()
     plans = costs(without_plan(config), size)
     needs = ", ".join(f"{name} {cost:.1f} GiB" for name, cost in plans.items())
     has = "there is no GPU here" if free is None else f"{free:.1f} GiB are free"
@@ -247,14 +249,14 @@ def plan_lines(config: table.TrainConfig, size: BaseSize) -> list[str]:
     ]
 
 
-def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
+def check_memory(config: train_config.TrainConfig, size: BaseSize) -> None:
     """Raises UserError, with settings that fit, for a base of known size that needs more memory
     than can be used, by the same bound as `--memory auto`."""
     need = estimate(config, size, 1).peak_gib
     is_known = size.is_measured or (bool(size.hub_id) and not size.is_assumed)
     if need < SMALL_GIB or not is_known:
         return
-    free = machine.free_gib_of_gpu()
+    free = devices.free_gib_of_gpu()
     if free is not None and need > USABLE * free:
         of = f" of {size.family.title}" if size.family.memory else ""
         raise UserError(
@@ -263,7 +265,7 @@ def check_memory(config: table.TrainConfig, size: BaseSize) -> None:
         )
 
 
-def way_out(config: table.TrainConfig, size: BaseSize, free_gib: float) -> str:
+def way_out(config: train_config.TrainConfig, size: BaseSize, free_gib: float) -> str:
     """The fewest changes to these settings that fit."""
     # A resumed run's plan is kept by the same word, so that another word must be named.
     start = config

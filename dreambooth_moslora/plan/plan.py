@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.machine import is_main_process, process_count
+from dreambooth_moslora.base.devices import is_main_process, process_count
 from dreambooth_moslora.photos import faces, folder, photo_file
-from dreambooth_moslora.plan import agreement, checks, memory, memory_plans
+from dreambooth_moslora.plan import agreement, memory, memory_plans, validation
 from dreambooth_moslora.settings import subject_kinds
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 FEW_EXPOSURES = 20  # Exposures of a photo below which hardly anything of a subject is learnt
 NEEDED_EXPOSURES = "a subject needs 100 or more"
@@ -142,12 +142,12 @@ def make_plan(
 
     # What the base's family says, then what `--memory` chooses by the GPU with the least memory.
     base = agreement.by_all(lambda: Base.of(config))
-    config = replace(config, **checks.family_settings(config, base))
+    config = replace(config, **validation.family_settings(config, base))
     config = replace(config, **memory_plans.memory_settings(config, base, free_gib))
     agreement.check_same(config)
 
     # The checks, before photos are read: they answer at once.
-    size = agreement.by_all(lambda: checks.preflight(config, base, is_later=is_later))
+    size = agreement.by_all(lambda: validation.preflight(config, base, is_later=is_later))
 
     # The photos, and with them the steps.
     if report is None:

@@ -8,8 +8,8 @@ cuDNN's search     tries algorithms at each convolution's first call; sizes must
 
 from dataclasses import dataclass
 
-from dreambooth_moslora.base import machine
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.settings import train_config
 
 WORTH_IMAGES = 1000
 """Forward and backward passes of an image of 1024 px from which compilation pays. Not measured
@@ -38,7 +38,7 @@ class Speed:
         return said
 
 
-def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
+def speed_of(config: train_config.TrainConfig, device_type: str, steps: int) -> Speed:
     """The choice for `steps` optimizer steps on such a device."""
     images = images_of(config, steps)
     pays = device_type == "cuda" and images >= WORTH_IMAGES
@@ -46,21 +46,21 @@ def speed_of(config: table.TrainConfig, device_type: str, steps: int) -> Speed:
 
     # A search is lost when sizes change, and may choose another algorithm the next time.
     is_fixed = not config.enable_bucket and not config.deterministic
-    searches = pays and machine.searches_fast() and is_fixed
+    searches = pays and devices.searches_fast() and is_fixed
     return Speed(
         compiled=config.compile == "on" or by_itself,
         searches=searches,
     )
 
 
-def speed_here(config: table.TrainConfig, steps: int) -> Speed:
+def speed_here(config: train_config.TrainConfig, steps: int) -> Speed:
     """The choice on this machine, for a dry run. It looks for a GPU only where that matters."""
     is_long = images_of(config, steps) >= WORTH_IMAGES
-    is_on_gpu = is_long and not machine.asks_accelerate("ACCELERATE_USE_CPU")
-    return speed_of(config, machine.best_device().type if is_on_gpu else "cpu", steps)
+    is_on_gpu = is_long and not devices.asks_accelerate("ACCELERATE_USE_CPU")
+    return speed_of(config, devices.best_device().type if is_on_gpu else "cpu", steps)
 
 
-def images_of(config: table.TrainConfig, steps: int) -> float:
+def images_of(config: train_config.TrainConfig, steps: int) -> float:
     """Images of 1024 px that so many steps pass through the denoiser."""
     images = steps * config.gradient_accumulation_steps * config.images_a_micro_batch
     return images * (config.resolution / 1024) ** 2

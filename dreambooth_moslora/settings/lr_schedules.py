@@ -4,7 +4,7 @@ settings that each takes.
 
 from typing import Any
 
-Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
+Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 
 LR_SCHEDULES = {
     "linear": ("lr_warmup_steps",),

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from itertools import combinations, islice
 
-from dreambooth_moslora.settings import subject_kinds, toys
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import subject_kinds, toy_bases
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 # What the templates are made of: places for both, more places for objects, outfits for animals.
 PLACES = (
@@ -71,7 +71,7 @@ CONTEXT_PLACES = ("on the beach", "in the snow", "with a city in the background"
 CONTEXT_TEMPLATES = tuple(f"a {{}} {place}" for place in CONTEXT_PLACES)
 # A style is drawn on things that it does not know.
 TOY_STYLE_TEMPLATES = tuple(
-    text.format(kind) + subject_kinds.OF_A_STYLE for text, kind in toys.UNRELATED
+    text.format(kind) + subject_kinds.OF_A_STYLE for text, kind in toy_bases.UNRELATED
 )
 MOST_PAIRS = 6  # Most pairs of subjects that are drawn together.
 
@@ -150,13 +150,13 @@ def validation_prompts(config: TrainConfig) -> tuple[str, ...]:
 def context_prompts(config: TrainConfig) -> tuple[str, ...]:
     """New contexts for each subject, which show what the adapter can do beyond the photos; then
     pairs of subjects."""
-    is_toy = toys.is_toy(config.pretrained_model_name_or_path)
+    is_toy = toy_bases.is_toy(config.pretrained_model_name_or_path)
     alone = []
     for one in config.each_subject:
         kind = subject_kinds.kind_of(one)
         templates = kind.contexts or CONTEXT_TEMPLATES
         if is_toy:
-            templates = TOY_STYLE_TEMPLATES[:4] if kind.is_style else toys.CONTEXT_TEMPLATES
+            templates = TOY_STYLE_TEMPLATES[:4] if kind.is_style else toy_bases.CONTEXT_TEMPLATES
         name = subject_of(one).words or one.instance_prompt
         alone += [template.format(name) for template in templates if name]
     return (*alone, *together_prompts(config))

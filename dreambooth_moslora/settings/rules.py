@@ -12,22 +12,22 @@ from typing import Any
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.settings import (
+    field_facts,
     lr_schedules,
-    optimizer_kinds,
-    rows,
+    optimizers,
     subjects,
 )
 
-Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
+Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 
 
 def schedules_twice(run: Config) -> bool:
-    averages = optimizer_kinds.optimizer_of(run).averages
+    averages = optimizers.optimizer_of(run).averages
     return averages and run.lr_scheduler not in lr_schedules.CONSTANT
 
 
 def slows_what_finds_its_rate(run: Config) -> bool:
-    return optimizer_kinds.optimizer_of(run).finds_rate and run.learning_rate <= 0.1
+    return optimizers.optimizer_of(run).finds_rate and run.learning_rate <= 0.1
 
 
 REMARKS: dict[str, Callable[[Config], object]] = {
@@ -132,7 +132,7 @@ def check_together(config: Config) -> None:
         raise UserError("--stream_blocks needs --gradient_checkpointing.")
 
     # What the optimizer cannot do.
-    kind = optimizer_kinds.optimizer_of(config)
+    kind = optimizers.optimizer_of(config)
     learns_mixer = config.mixer != "none" and config.train_mixer
     if kind.one_rate and learns_mixer and config.mixer_lr_scale != 1.0:
         raise UserError(
@@ -147,7 +147,7 @@ def check_together(config: Config) -> None:
     # Names of layers.
     for name in ("rank_pattern", "alpha_pattern"):
         for text in getattr(config, name):
-            rows.parse_pattern(name, text)
+            field_facts.parse_pattern(name, text)
     if not config.target_modules:
         raise UserError("--target_modules is empty: name at least one projection, such as to_q.")
 

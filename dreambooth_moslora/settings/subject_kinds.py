@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-Config = Any  # Stands for `settings.table.TrainConfig`, which imports this file.
+Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 
 # What a person may wear or change from day to day. A caption that says it keeps it out of the word.
 TRAITS = ("hair", "beard", "glasses", "make-up", "clothes")

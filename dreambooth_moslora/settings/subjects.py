@@ -25,7 +25,9 @@ from typing import Any, TypeVar
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.errors import UserError
 
-Config = TypeVar("Config")  # Stands for `settings.table.TrainConfig`, which imports this file.
+Config = TypeVar(
+    "Config"
+)  # Stands for `settings.train_config.TrainConfig`, which imports this file.
 # kohya's `10_sks duck`: the number is ignored; subjects are shown equally often
 COUNTED = re.compile(r"^\d+_")
 

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import lora_file, raw_file
+from dreambooth_moslora.lora import raw_file, reader
 from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.seeds import seed_of
-from dreambooth_moslora.settings.families import DENOISERS, Facts
-from dreambooth_moslora.settings.rows import TEXT_PROJECTIONS, is_adapted
-from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings.family_facts import DENOISERS, Facts
+from dreambooth_moslora.settings.field_facts import TEXT_PROJECTIONS, is_adapted
+from dreambooth_moslora.settings.train_config import TrainConfig, rank_and_alpha
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def add_adapters(
     components: dict[str, torch.nn.Module],
     checkpoint: Path | None = None,
     *,
-    start: lora_file.AdapterWeights | None = None,
+    start: reader.AdapterWeights | None = None,
 ) -> None:
     """Add an adapter to each of the modules, in place.
 
@@ -108,7 +108,7 @@ def recompute(config: TrainConfig, module: torch.nn.Module) -> None:
 def fresh_adapters(
     config: TrainConfig,
     components: dict[str, torch.nn.Module],
-    start: lora_file.AdapterWeights | None,
+    start: reader.AdapterWeights | None,
 ) -> None:
     """Add an adapter to exactly the layers of `target_paths`, each with its own rank and alpha."""
     usual_alpha = config.rank if config.lora_alpha is None else config.lora_alpha
@@ -139,7 +139,7 @@ def fresh_adapters(
 
     # What the file gives takes the place of what was drawn.
     if start is not None:
-        logger.warning("%s", lora_file.begin_with(start, components))
+        logger.warning("%s", reader.begin_with(start, components))
 
 
 def target_paths(config: TrainConfig, component: str, module: torch.nn.Module) -> list[str]:

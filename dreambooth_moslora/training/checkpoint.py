@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dreambooth_moslora.base.machine import precision_of
+from dreambooth_moslora.base.devices import precision_of
 from dreambooth_moslora.disk import events, run_folder
 from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write, rename
 from dreambooth_moslora.disk.contents import content_key, file_digest, read_json
@@ -31,8 +31,8 @@ from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import OPTIMIZER_NAME, POSITION_NAME, Position
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.lora import metadata, raw_file
-from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import DENOISERS
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings.family_facts import DENOISERS
 from dreambooth_moslora.training.optimizer import optimizer_kind, put, with_own_settings
 from dreambooth_moslora.training.prepare import COMPANION
 from dreambooth_moslora.training.reporter import RunContext
@@ -206,7 +206,7 @@ def find_checkpoint(run_dir: run_folder.RunDir, wanted: str | None) -> Path | No
 
 
 def resume_point(
-    config: table.TrainConfig, run_dir: run_folder.RunDir
+    config: train_config.TrainConfig, run_dir: run_folder.RunDir
 ) -> tuple[Path, Position] | None:
     """The checkpoint to resume from and its position; None for a fresh run. Raises UserError."""
     checkpoint = find_checkpoint(run_dir, config.resume_from_checkpoint)
@@ -217,7 +217,7 @@ def resume_point(
     return checkpoint, position
 
 
-def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Position) -> None:
+def check_resumed(config: train_config.TrainConfig, checkpoint: Path, position: Position) -> None:
     """Raises UserError for the first setting that differs from the checkpoint's, and for a damaged
     adapter file."""
     facts, modules = trained_modules(checkpoint)
@@ -237,7 +237,10 @@ def check_resumed(config: table.TrainConfig, checkpoint: Path, position: Positio
 
 
 def compare_bases(
-    config: table.TrainConfig, checkpoint: Path | None, position: Position, base: Mapping[str, str]
+    config: train_config.TrainConfig,
+    checkpoint: Path | None,
+    position: Position,
+    base: Mapping[str, str],
 ) -> list[str]:
     """List the encoders and the VAE that a resumed run has otherwise than its checkpoint, a line
     each.
@@ -265,7 +268,7 @@ def compare_bases(
 
 
 def settings_of_both(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     checkpoint: Path,
     seed: int,
     facts: metadata.AdapterMetadata,
@@ -292,23 +295,23 @@ def settings_of_both(
     rank_name = "rank_pattern" if config.rank_pattern else "rank"
     alpha_name = "alpha_pattern" if config.alpha_pattern else "lora_alpha"
     for module in sorted(modules):
-        rank, alpha = table.rank_and_alpha(config, *module.split(".", 1))
+        rank, alpha = train_config.rank_and_alpha(config, *module.split(".", 1))
         yield rank_name, facts.ranks.get(module, facts.rank), rank
         yield alpha_name, facts.alphas.get(module, facts.alpha), alpha
 
     # The settings that the table says have to be the same. Without a mixer none is trained.
-    for name in table.named("same_on_resume"):
+    for name in train_config.named("same_on_resume"):
         if name != "train_mixer" or config.mixer != "none":
             yield name, getattr(facts, name), getattr(config, name)
 
 
-def resolve_settings(config: table.TrainConfig) -> dict[str, Any]:
+def resolve_settings(config: train_config.TrainConfig) -> dict[str, Any]:
     """Return the settings by name, as JSON, with the precision that accelerate uses."""
     return config.to_dict() | {"mixed_precision": precision_of(config)}
 
 
 def list_changes(
-    position: Position, config: table.TrainConfig, photos: Mapping[str, str]
+    position: Position, config: train_config.TrainConfig, photos: Mapping[str, str]
 ) -> list[str]:
     """List what a resumed run trains with otherwise than its checkpoint, a line each.
 
@@ -322,7 +325,7 @@ def list_changes(
     for name, value in now.items():
         if name in before and name not in OF_ONE_START and before[name] != value:
             change = f"{shown(before[name])} -> {shown(value)}"
-            lines.append(f"{table.shown_flag(name)}: {change}")
+            lines.append(f"{train_config.shown_flag(name)}: {change}")
 
     # Files, but for the photos that a changed --leave_out tells.
     if not position.photos:
@@ -417,7 +420,7 @@ def move(paths: list[Path], run_dir: run_folder.RunDir, what: str) -> None:
 
 
 def report_start(
-    config: table.TrainConfig, context: RunContext, step: int, max_train_steps: int
+    config: train_config.TrainConfig, context: RunContext, step: int, max_train_steps: int
 ) -> None:
     """Report the start. A folder without an earlier run is claimed at once, so that the run can be
     watched."""
@@ -429,7 +432,7 @@ def report_start(
 
 
 def claim_run_folder(
-    config: table.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None
+    config: train_config.TrainConfig, context: RunContext, step: int, checkpoint: Path | None = None
 ) -> None:
     """Claim the folder when all is prepared: only then an earlier run that is not resumed is moved
     away.
@@ -476,6 +479,6 @@ def files_of_run(run_dir: run_folder.RunDir) -> list[Path]:
     return [*weights, *adapter, *facts, *pictures, *evaluations]
 
 
-def write_settings(config: table.TrainConfig, run_dir: run_folder.RunDir) -> None:
+def write_settings(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
     """Write `train_config.json`, whole or not at all."""
     atomic_write(run_dir.config_path, json.dumps(config.to_dict(), indent=2, default=str))

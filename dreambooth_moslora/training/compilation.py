@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.subgraph_rewriter import replace_pattern
 
-from dreambooth_moslora.base.pipelines import block_classes
+from dreambooth_moslora.base.families import block_classes
 
 BACKEND = "inductor"
 """PyTorch's own compiler."""

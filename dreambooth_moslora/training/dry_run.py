@@ -1,25 +1,25 @@
 """A plan in words: the report of `--dry_run`, and the advice that a run and the page show too.
 
-`plan.checks` holds what forbids a run.
+`plan.validation` holds what forbids a run.
 """
 
 import json
 import shutil
 from pathlib import Path
 
-from dreambooth_moslora.base.machine import GIB
+from dreambooth_moslora.base.devices import GIB
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.lora.metadata import dora_note
-from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
-from dreambooth_moslora.photos.examine import examine
+from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
+from dreambooth_moslora.photos.quality import examine
 from dreambooth_moslora.plan.base_size import BaseSize
-from dreambooth_moslora.plan.checks import check_folders, nearest_existing
 from dreambooth_moslora.plan.memory_plans import plan_lines
 from dreambooth_moslora.plan.plan import FEW_EXPOSURES, NEEDED_EXPOSURES, Plan, make_plan
 from dreambooth_moslora.plan.speed import speed_here
-from dreambooth_moslora.settings import lr_schedules, rules, table
+from dreambooth_moslora.plan.validation import check_folders, nearest_existing
+from dreambooth_moslora.settings import lr_schedules, rules, train_config
+from dreambooth_moslora.settings.config_files import DEFAULTS
 from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.sources import DEFAULTS
 
 
 def advice(plan: Plan) -> list[str]:
@@ -59,12 +59,12 @@ def lack_of_disk(plan: Plan) -> list[str]:
     ]
 
 
-def free_disk_gib(config: table.TrainConfig) -> float:
+def free_disk_gib(config: train_config.TrainConfig) -> float:
     """GiB free on the disk of the run folder, which need not exist yet."""
     return shutil.disk_usage(nearest_existing(Path(config.output_dir))).free / GIB
 
 
-def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = None) -> str:
+def describe_run(config: train_config.TrainConfig, report: folder.PhotoReport | None = None) -> str:
     """The report of `--dry_run`. Raises UserError for what training would refuse."""
     # Whatever a run would refuse before it loads the base.
     check_folders(config)
@@ -101,14 +101,14 @@ def describe_run(config: table.TrainConfig, report: folder.PhotoReport | None = 
     return "\n\n".join(blocks)
 
 
-def changed_lines(config: table.TrainConfig) -> list[str]:
+def changed_lines(config: train_config.TrainConfig) -> list[str]:
     """The settings of the run that this one tells of, without its defaults."""
     values = config.to_dict() | {"dry_run": False}
 
     # What `train` requires has no default, unless several subjects have their own.
-    required = {*table.named("required")}
+    required = {*train_config.named("required")}
     if config.subjects:
-        required -= {*table.named("per_subject")}
+        required -= {*train_config.named("per_subject")}
     lines = []
     for name, value in values.items():
         if value != DEFAULTS[name] or name in required:
@@ -116,7 +116,7 @@ def changed_lines(config: table.TrainConfig) -> list[str]:
     return lines
 
 
-def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[str]:
+def photo_lines(config: train_config.TrainConfig, report: folder.PhotoReport) -> list[str]:
     """A line for each photo and each file that is left out, and the instance prompt's share."""
     lines = []
     for photo in report.photos:
@@ -124,7 +124,7 @@ def photo_lines(config: table.TrainConfig, report: folder.PhotoReport) -> list[s
         about = f"{photo.path.name}  {width} x {height}  {photo_file.quoted(photo)}"
         lines.append("; ".join([about, *photo.reasons]))
     lines += [f"left out: {item.path.name}  {item.reason}" for item in report.skipped]
-    if share := shown_captions.bare_prompt_line(config, report.photos):
+    if share := caption_variants.bare_prompt_line(config, report.photos):
         lines.append(share)
     return [*lines, *synthetic.sentences(report.photos, config.synthetic_weight)]
 

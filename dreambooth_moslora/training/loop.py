@@ -27,21 +27,21 @@ from dreambooth_moslora.errors import (
     spelled_out,
 )
 from dreambooth_moslora.generation.sampling import Sampler
-from dreambooth_moslora.lora.proof import Proof
-from dreambooth_moslora.photos import folder, photo_file, shown_captions, synthetic
-from dreambooth_moslora.photos.examine import examine, log_faults
-from dreambooth_moslora.plan import checks, distributed, memory_plans
+from dreambooth_moslora.lora.verify import Proof
+from dreambooth_moslora.photos import caption_variants, folder, photo_file, synthetic
+from dreambooth_moslora.photos.quality import examine, log_faults
+from dreambooth_moslora.plan import distributed, memory_plans, validation
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
 from dreambooth_moslora.precision import LIKE_FP32
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import (
     checkpoint,
-    made_before,
+    class_images,
     optimizer,
+    publish,
     reporter,
-    results,
 )
-from dreambooth_moslora.training.best import BestStep, best_of
+from dreambooth_moslora.training.best_step import BestStep, best_of
 from dreambooth_moslora.training.prepare import TrainInputs, prepare
 from dreambooth_moslora.training.step import TrainStep
 
@@ -98,9 +98,9 @@ class Training:
     context: reporter.RunContext
     max_train_steps: int
     train_step: TrainStep
-    samples: results.ValidationSamples
+    samples: publish.ValidationSamples
     sampler: Sampler
-    publisher: results.Publisher
+    publisher: publish.Publisher
     evaluator: StepScorer | None
     checkpoint: Path | None = None
     best: BestStep | None = None
@@ -366,7 +366,7 @@ def train(
     """
     # The plan. Folders are checked here because a plan can be made without them.
     if isinstance(config, TrainConfig):
-        checks.check_folders(config)
+        validation.check_folders(config)
     plan = config if isinstance(config, Plan) else make_plan(config)
 
     # What every part of the run shares.
@@ -422,7 +422,7 @@ def set_up(context: reporter.RunContext, plan: Plan, evaluator: StepScorer | Non
     # The photos with what they lack, then the base with all that its encoders give. Samples and
     # scores are asked for their prompts before the encoders leave memory.
     photos = completed(config, context, photos)
-    samples = results.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
+    samples = publish.ValidationSamples.of(config, context.run_dir, steps.steps_an_epoch)
     scored = evaluator.prompts if evaluator and config.is_scored else []
     inputs = prepare(
         config,
@@ -519,10 +519,10 @@ def completed(
 ) -> list[photo_file.Photo]:
     """The photos with the captions and masks that they lacked. The models that make them leave
     memory before the base is loaded. Raises UserError and StopRequestedError."""
-    made_before.make_captions(config, context, photos)
-    made_before.make_masks(config, context, photos)
+    class_images.make_captions(config, context, photos)
+    class_images.make_masks(config, context, photos)
     found = folder.with_made(config, photos)
-    if line := shown_captions.bare_prompt_line(config, found):
+    if line := caption_variants.bare_prompt_line(config, found):
         logger.info("%s", line)
     for line in synthetic.sentences(found, config.synthetic_weight):
         logger.info("%s", line)
@@ -534,7 +534,7 @@ def training_of(
     context: reporter.RunContext,
     inputs: TrainInputs,
     train_step: TrainStep,
-    samples: results.ValidationSamples,
+    samples: publish.ValidationSamples,
     evaluator: StepScorer | None,
     max_train_steps: int,
     photo_digests: dict[str, str],
@@ -549,7 +549,7 @@ def training_of(
         should_stop=context.should_stop,
     )
     # What is published is drawn once more, by the same sampler.
-    publisher = results.Publisher(
+    publisher = publish.Publisher(
         config=config,
         run_dir=context.run_dir,
         inputs=inputs,

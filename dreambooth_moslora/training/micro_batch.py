@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dreambooth_moslora.base import pipelines
+from dreambooth_moslora.base import families
 from dreambooth_moslora.training import objective
 
 
@@ -25,7 +25,7 @@ class Rows:
     """
 
     noisy: objective.NoisySample
-    texts: tuple[pipelines.Text, ...]
+    texts: tuple[families.Text, ...]
     time_ids: torch.Tensor
     prompts: tuple[str, ...]
 

@@ -20,11 +20,11 @@ from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.disk.paths import public_name
 from dreambooth_moslora.errors import one_line
 from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_table
-from dreambooth_moslora.settings import families, measures, table, toys
-from dreambooth_moslora.training.best import BestStep
+from dreambooth_moslora.settings import family_facts, metric_kinds, toy_bases, train_config
+from dreambooth_moslora.training.best_step import BestStep
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.lora.proof import Proof
+    from dreambooth_moslora.lora.verify import Proof
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CardFacts:
     made: tuple[str, ...] = ()
 
 
-def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
+def model_card(config: train_config.TrainConfig, facts: CardFacts) -> str:
     """The text of README.md, by the template `card.md`; empty sections are left out."""
     from dreambooth_moslora.pictures import render  # not before it is needed: it loads matplotlib
 
@@ -83,7 +83,7 @@ def model_card(config: table.TrainConfig, facts: CardFacts) -> str:
     return re.sub(r"\n{3,}", "\n\n", text) + "\n"
 
 
-def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
+def front_matter(config: train_config.TrainConfig, facts: CardFacts) -> str:
     """The YAML at the head of the card, which the hub reads."""
     # The hub links the base, whose id has an owner, and shows the pictures.
     known = {}
@@ -112,23 +112,23 @@ def front_matter(config: table.TrainConfig, facts: CardFacts) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def prompts_of(config: table.TrainConfig) -> list[str]:
+def prompts_of(config: train_config.TrainConfig) -> list[str]:
     """The instance prompt of each subject."""
     return [subject.instance_prompt for subject in config.each_subject]
 
 
-def family_in(facts: CardFacts) -> families.Facts:
+def family_in(facts: CardFacts) -> family_facts.Facts:
     """The base's family, by the denoiser that the adapter names; SDXL where it names none."""
-    for name in families.DENOISERS:
+    for name in family_facts.DENOISERS:
         model = facts.adapter.structures.get(name)
         if model:
-            return families.facts_of_model(model["class"], model["config"])
-    return families.FAMILIES[0]
+            return family_facts.facts_of_model(model["class"], model["config"])
+    return family_facts.FAMILIES[0]
 
 
 def kind_of(facts: CardFacts) -> str:
     """What it is an adapter of, for the title."""
-    if toys.is_toy(facts.adapter.base_id):
+    if toy_bases.is_toy(facts.adapter.base_id):
         return f"a practice adapter of the embedded base `{facts.adapter.base_id}`"
     family = family_in(facts)
     return f"{family.article} {family.title} adapter"
@@ -137,17 +137,17 @@ def kind_of(facts: CardFacts) -> str:
 def call_of(facts: CardFacts) -> str:
     """How the pipeline's call goes on after the prompt: with the family's arguments and the run's
     text options."""
-    from dreambooth_moslora.base.pipelines import encoding_options  # it loads diffusers
+    from dreambooth_moslora.base.families import encoding_options  # it loads diffusers
 
     # The text options that the run set.
     recipe = facts.adapter.recipe
-    told = {name: recipe[name] for name in families.TEXT_OPTIONS if recipe.get(name)}
+    told = {name: recipe[name] for name in family_facts.TEXT_OPTIONS if recipe.get(name)}
     given = "".join(f", {name}={value!r}" for name, value in encoding_options(told).items())
 
     # A transformer does not tell its side, and the embedded one's is not the usual one.
     family = family_in(facts)
-    if toys.is_toy(facts.adapter.base_id) and family.style == "flow":
-        given += f", height={toys.RESOLUTION_PX}, width={toys.RESOLUTION_PX}"
+    if toy_bases.is_toy(facts.adapter.base_id) and family.style == "flow":
+        given += f", height={toy_bases.RESOLUTION_PX}, width={toy_bases.RESOLUTION_PX}"
     return f"{family.call}{given}).images[0]"
 
 
@@ -157,7 +157,7 @@ def score_table(facts: CardFacts) -> str:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in facts.scores.items())
     best = ""
-    likeness = measures.likeness_in_words(facts.scores)
+    likeness = metric_kinds.likeness_in_words(facts.scores)
     if facts.best is not None:
         best = (
             f"\n\nBest step: {facts.best.step}, score {facts.best.score:.3f} "

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dreambooth_moslora.settings import weightings
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import loss_weightings
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,8 @@ def prediction_of(
     return noisy.latents / (1 + sigma**2) - sigma * (1 + sigma**2).rsqrt() * output
 
 
-# Formulas of `settings.weightings`: schedule, index (B,) and the parameters of the row -> weights
-# (B,) of the images' squared errors.
+# Formulas of `settings.loss_weightings`: schedule, index (B,) and the parameters of the row ->
+# weights (B,) of the images' squared errors.
 
 
 def error_of_noise(schedule: NoiseSchedule, index: torch.Tensor) -> torch.Tensor:
@@ -294,7 +294,7 @@ def weights_of(
     instance_count: int,
 ) -> torch.Tensor:
     """Weights (B,) of the images' squared errors: the product of the rows of
-    `weightings.WEIGHTINGS` that the settings ask for.
+    `loss_weightings.WEIGHTINGS` that the settings ask for.
 
     config: asks for weightings, and has their parameters
     schedule: the base's noise levels
@@ -302,7 +302,7 @@ def weights_of(
     instance_count: how many images are the subject's, which come first
     """
     weights = torch.ones_like(schedule.snr(index))
-    for name, row in weightings.WEIGHTINGS.items():
+    for name, row in loss_weightings.WEIGHTINGS.items():
         if not row.is_asked_for(config, schedule.style):
             continue
         parameters = [getattr(config, setting) for setting in row.parameters]

@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.method.moslora import adapter_parameters, mixer_parameters
-from dreambooth_moslora.settings import families, optimizer_kinds, table
+from dreambooth_moslora.settings import family_facts, optimizers, train_config
 
 
 def parameter_groups(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     components: dict[str, torch.nn.Module],
     world_size: int = 1,
 ) -> list[dict]:
@@ -40,7 +40,7 @@ def parameter_groups(
     if config.scale_lr:
         unet_lr *= config.gradient_accumulation_steps * config.train_batch_size * world_size
     text_lr = config.text_encoder_lr or unet_lr
-    if optimizer_kinds.optimizer_of(config).one_rate:
+    if optimizers.optimizer_of(config).one_rate:
         text_lr = unet_lr
 
     groups: list[dict] = []
@@ -50,7 +50,7 @@ def parameter_groups(
             groups.append({"name": name, "params": params, "lr": lr, "weight_decay": decay})
 
     for name, module in components.items():
-        is_text = name not in families.DENOISERS
+        is_text = name not in family_facts.DENOISERS
         lr = text_lr if is_text else unet_lr
         decay = config.adam_weight_decay_text_encoder if is_text else config.adam_weight_decay
         mixers = [p for _, p in mixer_parameters(module)]
@@ -63,16 +63,16 @@ def parameter_groups(
     return groups
 
 
-def optimizer_kind(config: table.TrainConfig) -> str:
+def optimizer_kind(config: train_config.TrainConfig) -> str:
     """The optimizer's name. Optimizers of the same name read each other's states."""
-    is_8_bit = config.use_8bit_adam and optimizer_kinds.optimizer_of(config).in_8_bit
+    is_8_bit = config.use_8bit_adam and optimizers.optimizer_of(config).in_8_bit
     return f"{config.optimizer}8bit" if is_8_bit else config.optimizer
 
 
-def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
+def make_optimizer(config: train_config.TrainConfig, groups: list[dict]) -> Optimizer:
     """The optimizer of `config.optimizer`, by its row of the table. Raises UserError when its
     package is missing."""
-    kind = optimizer_kinds.optimizer_of(config)
+    kind = optimizers.optimizer_of(config)
     is_8_bit = config.use_8bit_adam and kind.in_8_bit
 
     # Its package is imported only for a run that uses it.
@@ -93,7 +93,7 @@ def make_optimizer(config: table.TrainConfig, groups: list[dict]) -> Optimizer:
 
 
 def make_lr_schedule(
-    config: table.TrainConfig, optimizer: Optimizer, max_train_steps: int
+    config: train_config.TrainConfig, optimizer: Optimizer, max_train_steps: int
 ) -> LambdaLR:
     """The learning-rate schedule of `config.lr_scheduler`, in optimizer steps of any number of
     processes.
@@ -123,7 +123,7 @@ def with_own_settings(states: dict[str, Any], optimizer: Optimizer) -> dict[str,
     What the steps have learnt, such as Prodigy's estimate of the rate, is the checkpoint's. Raises
     ValueError for another number of groups.
     """
-    learns = {name for kind in optimizer_kinds.OPTIMIZERS.values() for name in kind.learns}
+    learns = {name for kind in optimizers.OPTIMIZERS.values() for name in kind.learns}
     groups = optimizer.state_dict()["param_groups"]
     for group, kept in zip(groups, states["param_groups"], strict=True):
         group.update({name: kept[name] for name in learns & kept.keys()})
@@ -148,10 +148,10 @@ class ScheduleFreeAverage:
 
 
 def average_of(
-    config: table.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
+    config: train_config.TrainConfig, parameters: list[torch.nn.Parameter], optimizer: Optimizer
 ) -> ScheduleFreeAverage | None:
     """The average that the optimizer keeps, if it does."""
-    if not optimizer_kinds.optimizer_of(config).averages:
+    if not optimizers.optimizer_of(config).averages:
         return None
     return ScheduleFreeAverage(parameters, optimizer)
 

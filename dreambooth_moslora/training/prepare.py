@@ -23,7 +23,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from dreambooth_moslora.base import load, machine, pipelines
+from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.digests import hash_parts
 from dreambooth_moslora.base.streaming import StreamedBlocks
@@ -31,17 +31,17 @@ from dreambooth_moslora.disk.contents import content_key, file_digest
 from dreambooth_moslora.disk.processes import give_freed_memory_back
 from dreambooth_moslora.disk.run_folder import find_weights
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.lora import lora_file
+from dreambooth_moslora.lora import reader
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.photos.cropping import crop_rule
+from dreambooth_moslora.photos.augment import crop_rule
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan import checks, distributed
+from dreambooth_moslora.plan import distributed, validation
 from dreambooth_moslora.plan.memory_plans import USABLE
-from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import Facts, facts_of, text_options_of
-from dreambooth_moslora.training import frozen_base, made_before, objective, photo_stream, reporter
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings.family_facts import Facts, facts_of, text_options_of
+from dreambooth_moslora.training import class_images, dataset, encoding_cache, objective, reporter
 
-Entries = dict[str, Callable[[], frozen_base.Tensors]]
+Entries = dict[str, Callable[[], encoding_cache.Tensors]]
 """Keys in a cache, each with the function that computes its value."""
 COMPANION = "companion"
 """Among the digests of a base's parts: that of what lies under the adapter."""
@@ -64,31 +64,31 @@ class TrainInputs:
     """
 
     pipeline: DiffusionPipeline
-    family: pipelines.Family
+    family: families.Family
     schedule: objective.NoiseSchedule
     photos: list[Photo]
-    instance: photo_stream.SubjectStreams
-    prior: photo_stream.SubjectStreams | None
-    prompt_embeds: frozen_base.PromptCache
+    instance: dataset.SubjectStreams
+    prior: dataset.SubjectStreams | None
+    prompt_embeds: encoding_cache.PromptCache
     dtype: torch.dtype
-    start: lora_file.AdapterWeights | None = None
+    start: reader.AdapterWeights | None = None
     base: dict[str, str] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        return pipelines.denoiser_of(self.pipeline)
+        return families.denoiser_of(self.pipeline)
 
-    def batch_at(self, positions: Iterable[int]) -> photo_stream.TrainBatch:
+    def batch_at(self, positions: Iterable[int]) -> dataset.TrainBatch:
         """The instance images at these positions, and as many class images if there are any."""
         instance = [self.instance.at(position) for position in positions]
         prior = []
         if self.prior is not None:
             prior = [self.prior.at(position) for position in positions]
-        return photo_stream.collate([*instance, *prior], instance_count=len(instance))
+        return dataset.collate([*instance, *prior], instance_count=len(instance))
 
 
 def prepare(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     base: Base,
     context: reporter.RunContext,
     photos: list[Photo],
@@ -115,13 +115,13 @@ def prepare(
     context.report.phase("loading")
     needs_both = config.train_text_encoder or config.draws_class_images
     is_late = base.is_flow and not needs_both
-    pipeline = frozen_base.load_base(config, base, dtype, device, has_denoiser=not is_late)
+    pipeline = encoding_cache.load_base(config, base, dtype, device, has_denoiser=not is_late)
 
     # Whether it can be trained so: before the long work, with all that its files have told.
     schedule = noise_schedule(pipeline.scheduler, config.do_edm_style_training)
-    options = pipelines.encoding_options(text_options_of(config))
-    family = pipelines.family_of(pipeline, told_guidance=config.guidance_scale, options=options)
-    checks.check_family(config, family.facts)
+    options = families.encoding_options(text_options_of(config))
+    family = families.family_of(pipeline, told_guidance=config.guidance_scale, options=options)
+    validation.check_family(config, family.facts)
     if not is_late:
         start = check_denoiser(config, context, pipeline, is_fresh)
     parts = [*family.facts.encoders, "vae"]
@@ -142,10 +142,10 @@ def prepare(
     # The denoiser has the memory for itself.
     if is_late:
         load.load_denoiser(pipeline, base, dtype)
-        frozen_base.finish_denoiser(config, pipeline, dtype, device)
+        encoding_cache.finish_denoiser(config, pipeline, dtype, device)
         start = check_denoiser(config, context, pipeline, is_fresh)
         digests |= identify_base(config, base, family.facts, [family.facts.denoiser])
-    denoiser = pipelines.denoiser_of(pipeline)
+    denoiser = families.denoiser_of(pipeline)
     if config.stream_blocks:
         # By the name that its weights have: `to` copies those on "cpu" to "cpu:0", each by itself.
         device = StreamedBlocks(denoiser, device).places[0].device
@@ -165,22 +165,22 @@ def prepare(
 
 
 def streams_of(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
-    family: pipelines.Family,
+    family: families.Family,
     photos: list[Photo],
     digests: Mapping[str, str],
-) -> list[photo_stream.SubjectStreams]:
+) -> list[dataset.SubjectStreams]:
     """The photos as they are drawn, and then the class images, if there are any. Raises UserError
     and StopRequestedError."""
     # Class images, drawn by the whole base.
     class_photos = []
     if config.draws_class_images:
-        class_photos = made_before.class_photos_of_each(config, context, pipeline, photos, digests)
+        class_photos = class_images.class_photos_of_each(config, context, pipeline, photos, digests)
 
     # Both are cropped and encoded alike.
-    encoder = photo_stream.PhotoEncoder(
+    encoder = dataset.PhotoEncoder(
         vae=pipeline.vae.to(context.accelerator.device),
         cache=cache_of(config),
         rule=crop_rule(config),
@@ -189,14 +189,14 @@ def streams_of(
         synthetic_weight=config.synthetic_weight,
         vae_digest=digests.get("vae", ""),
     )
-    instance = photo_stream.instance_streams(config, photos, encoder)
+    instance = dataset.instance_streams(config, photos, encoder)
     if not class_photos:
         return [instance]
-    return [instance, photo_stream.prior_streams(config, class_photos, encoder, instance)]
+    return [instance, dataset.prior_streams(config, class_photos, encoder, instance)]
 
 
 def identify_base(
-    config: table.TrainConfig, base: Base, facts: Facts, parts: Sequence[str]
+    config: train_config.TrainConfig, base: Base, facts: Facts, parts: Sequence[str]
 ) -> dict[str, str]:
     """Return the digests by which these parts of the base, and its companion, are recognised: of
     their dense files, in whatever precision they are held. Raises OSError for a file that cannot be
@@ -208,24 +208,24 @@ def identify_base(
 
 
 def check_denoiser(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
     is_fresh: bool,
-) -> lora_file.AdapterWeights | None:
+) -> reader.AdapterWeights | None:
     """What a fresh adapter starts with. Raises UserError for layers that the denoiser lacks."""
     if context.accelerator.is_main_process:
-        frozen_base.warn_of_slow_precision(pipeline, context.accelerator.device)
-    found = moslora.matrix_layers(pipelines.denoiser_of(pipeline))
+        encoding_cache.warn_of_slow_precision(pipeline, context.accelerator.device)
+    found = moslora.matrix_layers(families.denoiser_of(pipeline))
     layers = {path: layer.weight.ndim for path, layer in found.items()}
     facts = facts_of(type(pipeline).__name__)
-    checks.check_layers(config.target_modules, layers, config.use_dora, facts)
-    checks.check_patterns(config, layers)
+    validation.check_layers(config.target_modules, layers, config.use_dora, facts)
+    validation.check_patterns(config, layers)
 
     # A resumed run has its start in the checkpoint.
     if not is_fresh or config.init_adapter is None:
         return None
-    return lora_file.read_start(config.init_adapter, pipeline, config.use_dora)
+    return reader.read_start(config.init_adapter, pipeline, config.use_dora)
 
 
 def noise_schedule(scheduler: SchedulerMixin, edm_style: bool = False) -> objective.NoiseSchedule:
@@ -284,21 +284,21 @@ def shift_line(config: Mapping[str, float]) -> tuple[float, float]:
     return slope, low - slope * least
 
 
-def cache_of(config: table.TrainConfig) -> frozen_base.TensorCache | None:
+def cache_of(config: train_config.TrainConfig) -> encoding_cache.TensorCache | None:
     """Where encodings are kept, by `--caching`: nowhere, in memory or on disk."""
     if config.caching == "off":
         return None
     if config.caching == "memory":
-        return frozen_base.TensorCache()
-    return frozen_base.TensorCache(config.cache_folder / "encoded")
+        return encoding_cache.TensorCache()
+    return encoding_cache.TensorCache(config.cache_folder / "encoded")
 
 
 def prompt_cache(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     pipeline: DiffusionPipeline,
-    family: pipelines.Family,
+    family: families.Family,
     digests: Mapping[str, str],
-) -> frozen_base.PromptCache:
+) -> encoding_cache.PromptCache:
     """Prompts encoded without the text encoders' adapters: a file that cannot be read is encoded
     anew in training. `digests` are of the base's parts; one that lacks an encoder's is answered by
     its weights in memory."""
@@ -307,26 +307,28 @@ def prompt_cache(
     # All that decides an encoding; `force_zeros_for_empty_prompt` decides that of "".
     identity = family.facts.name
     for name, encoder in zip(family.facts.encoders, encoders):
-        digest = digests.get(name) or frozen_base.digest_of(encoder.state_dict())
+        digest = digests.get(name) or encoding_cache.digest_of(encoder.state_dict())
         identity += f"+{digest} {encoder.dtype}"
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         identity += "+zeros"
     if family.layout:
         identity += f"+{family.layout}"
-    if options := pipelines.encoding_options(text_options_of(config)):
+    if options := families.encoding_options(text_options_of(config)):
         identity += f"+{sorted(options.items())}"
 
-    def encode(prompts: list[str]) -> list[pipelines.Text]:
+    def encode(prompts: list[str]) -> list[families.Text]:
         with ExitStack() as stack:
             for encoder in encoders:
                 stack.enter_context(moslora.disabled(encoder))
             return family.texts(pipeline, prompts)
 
-    return frozen_base.PromptCache(encode, cache_of(config) or frozen_base.TensorCache(), identity)
+    return encoding_cache.PromptCache(
+        encode, cache_of(config) or encoding_cache.TensorCache(), identity
+    )
 
 
 def move_encoders(
-    pipeline: DiffusionPipeline, family: pipelines.Family, device: torch.device
+    pipeline: DiffusionPipeline, family: families.Family, device: torch.device
 ) -> None:
     """Move the text encoders to `device` if they fit there."""
     encoders = [getattr(pipeline, name) for name in family.facts.encoders]
@@ -337,16 +339,16 @@ def move_encoders(
 
 def device_with_room(models: Sequence[torch.nn.Module], device: torch.device) -> torch.device:
     """`device`, or the CPU where a GPU lacks the memory for these models."""
-    free_gib = machine.free_gib(device)
+    free_gib = devices.free_gib(device)
     needed = 0
     for model in models:
         needed += sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    fits = free_gib is None or needed <= USABLE * free_gib * machine.GIB
+    fits = free_gib is None or needed <= USABLE * free_gib * devices.GIB
     return device if fits else torch.device("cpu")
 
 
 def encode_photos(
-    context: reporter.RunContext, streams: list[photo_stream.SubjectStreams], sample_count: int
+    context: reporter.RunContext, streams: list[dataset.SubjectStreams], sample_count: int
 ) -> None:
     """Fill the cache, if there is one, with every crop of the first `sample_count` samples. Raises
     UserError and StopRequestedError."""
@@ -366,10 +368,10 @@ def encode_photos(
 
 
 def encode_prompts(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     context: reporter.RunContext,
-    streams: list[photo_stream.SubjectStreams],
-    prompt_embeds: frozen_base.PromptCache,
+    streams: list[dataset.SubjectStreams],
+    prompt_embeds: encoding_cache.PromptCache,
     prompts: Iterable[str],
 ) -> None:
     """Fill the cache with every caption and prompt that the run will use. Raises UserError and
@@ -400,7 +402,7 @@ def same_everywhere(
 
 
 def fill(
-    cache: frozen_base.TensorCache, context: reporter.RunContext, entries: Entries
+    cache: encoding_cache.TensorCache, context: reporter.RunContext, entries: Entries
 ) -> Iterator[int]:
     """Compute what the cache lacks of `entries`, which all processes have alike; yields how many
     are done."""
@@ -409,7 +411,7 @@ def fill(
     # Each process has its own memory, and each machine its own disk.
     keeps = cache.folder is None or accelerator.is_local_main_process
 
-    def values(keys: Sequence[str]) -> Generator[frozen_base.Tensors, None, None]:
+    def values(keys: Sequence[str]) -> Generator[encoding_cache.Tensors, None, None]:
         for key in keys:
             context.raise_if_asked()
             yield cache.get(key, entries[key])
@@ -422,10 +424,10 @@ def fill(
 
 
 def release_vae(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
-    encoder: photo_stream.PhotoEncoder,
+    encoder: dataset.PhotoEncoder,
 ) -> None:
     """Free the VAE unless a step, sample or score needs it; the last two find it on the CPU."""
     if config.caching != "off" and (config.sample_count or config.is_scored):
@@ -437,11 +439,11 @@ def release_vae(
 
 
 def release_encoders(
-    config: table.TrainConfig,
+    config: train_config.TrainConfig,
     context: reporter.RunContext,
     pipeline: DiffusionPipeline,
-    family: pipelines.Family,
-    prompt_embeds: frozen_base.PromptCache,
+    family: families.Family,
+    prompt_embeds: encoding_cache.PromptCache,
 ) -> None:
     """Free the text encoders, unless the steps need them."""
     if not config.train_text_encoder:

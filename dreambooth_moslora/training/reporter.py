@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from dreambooth_moslora.base.machine import GIB, free_unused_blocks
+from dreambooth_moslora.base.devices import GIB, free_unused_blocks
 from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.errors import StopRequestedError, UserError, one_line
 from dreambooth_moslora.plan.distributed import any_process, on_each
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 
 logger = logging.getLogger(__name__)
 

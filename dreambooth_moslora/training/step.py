@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dreambooth_moslora.base import pipelines
+from dreambooth_moslora.base import families
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.base.streaming import StreamedBlocks
 from dreambooth_moslora.errors import StopRequestedError, UserError, is_out_of_memory, one_line
@@ -26,8 +26,8 @@ from dreambooth_moslora.method import fast_linear, moslora
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.speed import speed_of
 from dreambooth_moslora.seeds import generator, rng, seed_of
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import adapters, objective, photo_stream, prepare
+from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.training import adapters, dataset, objective, prepare
 from dreambooth_moslora.training.checkpoint import restore_optimizer, restore_weights
 from dreambooth_moslora.training.compilation import compile_blocks
 from dreambooth_moslora.training.micro_batch import MicroBatch, Rows, alike, predicted_together
@@ -323,13 +323,13 @@ class TrainStep:
 
         # Texts of frozen encoders move with the rest; others are computed on the device.
         if config.train_text_encoder:
-            moved = photo_stream.move_together(drawn, self.device)
+            moved = dataset.move_together(drawn, self.device)
             texts = self.texts(batch.prompts)
         else:
             cached = self.inputs.prompt_embeds(batch.prompts)
             for place, text in enumerate(cached):
                 drawn |= {(place, name): tensor for name, tensor in text.items()}
-            moved = photo_stream.move_together(drawn, self.device)
+            moved = dataset.move_together(drawn, self.device)
             texts = []
             for place, text in enumerate(cached):
                 texts.append({name: moved[place, name] for name in text})
@@ -348,7 +348,7 @@ class TrainStep:
             instance_count=batch.instance_count,
         )
 
-    def noise_levels(self, batch: photo_stream.TrainBatch, draws: torch.Generator) -> torch.Tensor:
+    def noise_levels(self, batch: dataset.TrainBatch, draws: torch.Generator) -> torch.Tensor:
         """Indices (B,) into the schedule, as the settings draw them."""
         config, schedule = self.config, self.inputs.schedule
         count = len(batch.latents)
@@ -370,7 +370,7 @@ class TrainStep:
             tokens=tokens,
         )
 
-    def batch_at(self, micro_batch: int) -> photo_stream.TrainBatch:
+    def batch_at(self, micro_batch: int) -> dataset.TrainBatch:
         """Micro-batch number `micro_batch` of the run, with its prior half if the run has one."""
         size = self.config.train_batch_size
         positions = range(micro_batch * size, (micro_batch + 1) * size)
@@ -388,7 +388,7 @@ class TrainStep:
         1368."""
         inputs, noisy = self.inputs, rows.noisy
         to = {"device": self.device, "dtype": inputs.dtype}
-        words = inputs.family.arguments([pipelines.in_dtype(text, **to) for text in rows.texts])
+        words = inputs.family.arguments([families.in_dtype(text, **to) for text in rows.texts])
         output = inputs.family.predict(
             inputs.denoiser, noisy.unet_input.to(**to), noisy.timesteps, rows.time_ids, **words
         )
@@ -408,7 +408,7 @@ class TrainStep:
         with moslora.switched_off(self.lora_layers):
             return self.predict(rows)
 
-    def texts(self, prompts: list[str]) -> list[pipelines.Text]:
+    def texts(self, prompts: list[str]) -> list[families.Text]:
         """Cached texts, or live ones with gradients when the text encoders are trained."""
         if self.config.train_text_encoder:
             return self.inputs.family.texts(self.inputs.pipeline, prompts)

@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import GIVE_ANOTHER, Base, asked_of_hub
 from dreambooth_moslora.disk.paths import assets_folder, free_name, user_path
 from dreambooth_moslora.disk.processes import avoid_fragmentation
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import STOCK_SDXL
-from dreambooth_moslora.settings.table import flags_of
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import STOCK_SDXL
+from dreambooth_moslora.settings.train_config import flags_of
 
 if TYPE_CHECKING:
     from dreambooth_moslora.ui.state import AppContext, PageBase
@@ -194,7 +194,7 @@ def page_base(title: str, base: Base) -> "PageBase":
             raise UserError(refusal_of(now))
         return SubjectPipeline.from_base(as_fetched(now), resting=True)
 
-    is_named = base.path is None or base.name in toys.TOYS
+    is_named = base.path is None or base.name in toy_bases.TOYS
     return state.PageBase(
         title=title,
         name=base.name if is_named else str(base.path.resolve()),
@@ -221,7 +221,7 @@ def offered(first: Base) -> dict[str, Base]:
     sdxl = Base.find(STOCK_SDXL)
     # The same files are offered once, under the first of their names.
     places: dict[str, Base] = {}
-    for base in (first, *map(Base.find, toys.TOYS), sdxl):
+    for base in (first, *map(Base.find, toy_bases.TOYS), sdxl):
         places.setdefault(os.path.realpath(base.place), base)
     # Two bases of the same name are told apart by a number.
     from dreambooth_moslora.ui.state import SDXL_TITLE
@@ -257,10 +257,10 @@ def note(base: Base) -> str:
 def about(base: Base) -> str:
     """What the base is and needs; its files are not loaded."""
     if base.is_toy:
-        return toys.ABOUT.format(base.facts.title)
+        return toy_bases.ABOUT.format(base.facts.title)
     if not (base.folder or base.file):
         return f"{note(base)} when it is first used; it wants a GPU"
-    is_small = base.resolution_px <= files.SMALL_BASE_PX
+    is_small = base.resolution_px <= model_files.SMALL_BASE_PX
     needs = "it needs no GPU" if is_small else "it wants a GPU; without one a picture takes minutes"
     try:
         has = f"{base.facts.title}, {base.resolution_px} px, {base.weights_gib:.1f} GiB of weights"

@@ -9,7 +9,7 @@ import gradio as gr
 
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import (
+from dreambooth_moslora.generation.image_params import (
     GenerationParams,
     about_black,
     check_size,
@@ -21,7 +21,7 @@ from dreambooth_moslora.ui.html import format_seconds
 from dreambooth_moslora.ui.workspace import Picture, Workspace
 
 if TYPE_CHECKING:
-    from dreambooth_moslora.generation.params import Image, Step
+    from dreambooth_moslora.generation.image_params import Image, Step
 
 FRAME_SEC = 0.12
 """Least seconds between two updates of the page; finished pictures are always shown."""
@@ -127,7 +127,7 @@ def _frames(
     - `size_px` (width, height) makes the previews large.
     """
     from dreambooth_moslora.generation import previews
-    from dreambooth_moslora.generation.params import Image, Step
+    from dreambooth_moslora.generation.image_params import Image, Step
 
     started = shown_at = time.perf_counter()
     step = None

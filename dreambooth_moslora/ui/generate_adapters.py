@@ -6,7 +6,7 @@ from dataclasses import asdict
 import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import state
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, on

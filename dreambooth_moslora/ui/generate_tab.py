@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.utils import is_in_or_equal
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import Recipe, read_recipe
+from dreambooth_moslora.generation.image_params import Recipe, read_recipe
 from dreambooth_moslora.ui import drawing, generate_values, state
 from dreambooth_moslora.ui.drawing import Frame
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, on, sentence

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import MAX_STEPS, GenerationParams, Recipe, draw_seed
+from dreambooth_moslora.generation.image_params import (
+    MAX_STEPS,
+    GenerationParams,
+    Recipe,
+    draw_seed,
+)
 
 MAX_IMAGES = 8
 """Most pictures of one request."""

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE
-from dreambooth_moslora.generation.params import SCHEDULERS
+from dreambooth_moslora.generation.image_params import SCHEDULERS
 from dreambooth_moslora.ui import generate_values, state
 from dreambooth_moslora.ui.adapter_summary import AdapterSummary, summary_of
 from dreambooth_moslora.ui.generate_adapters import fitting_adapter

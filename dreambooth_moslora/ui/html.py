@@ -13,7 +13,7 @@ import gradio as gr
 import PIL.Image
 
 from dreambooth_moslora.errors import spelled_out
-from dreambooth_moslora.photos.beside import MOST_BYTES
+from dreambooth_moslora.photos.sidecars import MOST_BYTES
 
 THUMBNAIL_PX = 384
 """Longer side of a small preview."""

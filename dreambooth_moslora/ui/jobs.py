@@ -26,7 +26,7 @@ from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.events import Metrics
 from dreambooth_moslora.disk.process_identity import birth_of
 from dreambooth_moslora.errors import UserError, one_line
-from dreambooth_moslora.training.figures import is_held
+from dreambooth_moslora.training.run_metrics import is_held
 
 logger = logging.getLogger(__name__)
 

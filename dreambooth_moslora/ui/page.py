@@ -15,8 +15,8 @@ from gradio import networking
 from starlette.middleware import Middleware
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import SCHEDULERS, Recipe, read_recipe
-from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.generation.image_params import SCHEDULERS, Recipe, read_recipe
+from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import generate_values, guard, html, state
 from dreambooth_moslora.ui.events import AT_ONCE, GPU, TELLING, as_user_error, on, sentence
 from dreambooth_moslora.ui.generate_adapters import fitting_adapter

@@ -14,8 +14,8 @@ import PIL.Image
 from dreambooth_moslora.disk.atomic import rename
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import photo_file as images
-from dreambooth_moslora.photos.beside import MASK_SUFFIX, sidecar_of, sidecars_of
 from dreambooth_moslora.photos.photo_file import grey_mask
+from dreambooth_moslora.photos.sidecars import MASK_SUFFIX, sidecar_of, sidecars_of
 
 # What the page's field for photos takes.
 PHOTO_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff"]

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import SMALL_BASE_PX
+from dreambooth_moslora.base.model_files import SMALL_BASE_PX
 from dreambooth_moslora.disk import processes, run_folder
 from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams
-from dreambooth_moslora.settings.families import SDXL
-from dreambooth_moslora.settings.toys import guidance_of
+from dreambooth_moslora.generation.image_params import GenerationParams
+from dreambooth_moslora.settings.family_facts import SDXL
+from dreambooth_moslora.settings.toy_bases import guidance_of
 from dreambooth_moslora.ui import jobs
 from dreambooth_moslora.ui.workspace import Workspace
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.families import facts_of
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.settings.toys import TOYS
+from dreambooth_moslora.settings.family_facts import facts_of
+from dreambooth_moslora.settings.toy_bases import TOYS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.tiny import RESOLUTION_PX
 
 SDXL, SD1, FLUX = (
@@ -36,7 +36,9 @@ def world(tiny_base, tmp_path_factory):
         shutil.copytree(tiny_base, world / name)
     (world / "damaged" / UNET).write_bytes(b"")
     shutil.rmtree(world / "partial" / "tokenizer")
-    (world / "foreign" / files.INDEX).write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    (world / "foreign" / model_files.INDEX).write_text(
+        json.dumps({"_class_name": "PixArtAlphaPipeline"})
+    )
     save_file({SD1.file_mark: torch.zeros(2, 3)}, world / "one.safetensors")
     (world / "noise.safetensors").write_bytes(b"noise")
     model = world / "models--owner--here"
@@ -108,13 +110,16 @@ def test_what_is_no_base_is_refused_when_it_is_looked_for(name, world):
 
 
 def test_the_shapes_are_those_of_its_files_which_are_opened_once(tiny_base, tmp_path, monkeypatch):
-    opened, shapes_in = [], files.shapes_in
-    monkeypatch.setattr(files, "shapes_in", lambda path: opened.append(path) or shapes_in(path))
+    opened, shapes_in = [], model_files.shapes_in
+    monkeypatch.setattr(
+        model_files, "shapes_in", lambda path: opened.append(path) or shapes_in(path)
+    )
     base = Base.find(tiny_base)
     base.check()
     base.check()
     assert base.shapes == {
-        part: files.tensor_shapes(tiny_base / part) for part in ("unet", *SDXL.encoders, "vae")
+        part: model_files.tensor_shapes(tiny_base / part)
+        for part in ("unet", *SDXL.encoders, "vae")
     }
     assert len(opened) == 2 * len(set(opened))  # the second time by the test itself
     assert 0 < base.weights_gib < 0.1

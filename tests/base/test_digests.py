@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dreambooth_moslora.base import load
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.digests import hash_parts
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings.family_facts import facts_of
 from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_families import tiny_pipeline

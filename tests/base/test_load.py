@@ -21,9 +21,9 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors.torch import load_file, save, save_file
 
-from dreambooth_moslora.base import decode, load, machine, pipelines
+from dreambooth_moslora.base import decode, devices, families, load
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.files import OTHERS, variants_in, weight_files
+from dreambooth_moslora.base.model_files import OTHERS, variants_in, weight_files
 from dreambooth_moslora.cli.command_generate import base_of_runs
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
@@ -31,8 +31,8 @@ from dreambooth_moslora.generation import sampling
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings.families import FAMILIES
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.family_facts import FAMILIES
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.prepare import noise_schedule
 from tests.helpers.single_file import (
@@ -195,7 +195,7 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
         (0.1, 4300, 32),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(machine, "free_gib", lambda device, free=free: free)
+            patch.setattr(devices, "free_gib", lambda device, free=free: free)
             with decode.tiled_where_short(vae, (1024, 1024), vae.device, bytes_a_pixel):
                 assert vae.tile_latent_min_size == side
     assert vae.use_tiling and vae.tile_latent_min_size == 8
@@ -203,15 +203,15 @@ def test_one_latent_is_decoded_at_a_time_and_tiling_and_free_memory_are_as_they_
     for name, found in seen.items():
         found = tuple(gib * n for n in found) if isinstance(found, tuple) else gib * found
         monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert machine.free_gib(torch.device("cuda")) == 5.0
-    assert machine.free_gib(torch.device("cpu")) is None
+    assert devices.free_gib(torch.device("cuda")) == 5.0
+    assert devices.free_gib(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
     ("gib", "side", "is_tiled"), [(None, 128, 0), (20.0, 128, 0), (3.0, 128, 1), (2.0, 64, 0)]
 )
 def test_tiles_of_512_px_where_a_whole_picture_does_not_fit(vae, monkeypatch, gib, side, is_tiled):
-    monkeypatch.setattr(machine, "free_gib", lambda device: gib)
+    monkeypatch.setattr(devices, "free_gib", lambda device: gib)
     pixels = decode.decode_pixels(vae, torch.randn(1, 4, side, side))
     assert pixels.shape == (1, 3, 8 * side, 8 * side)
     assert max(side for _, *sides in vae.shapes for side in sides) == (64 if is_tiled else side)
@@ -630,7 +630,7 @@ def test_a_base_chooses_no_kernel_and_runs_no_pickle(tiny_base, tmp_path):
 def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_path, monkeypatch):
     """By the pipeline itself: Qwen-Image's decoder takes 6.8 GiB for a whole picture of 1024 px."""
     pipe = tiny_pipeline(name, tmp_path)
-    family = pipelines.family_of(pipe)
+    family = families.family_of(pipe)
     said, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
     seen, whole = [], pipe.vae.decode
 
@@ -640,7 +640,7 @@ def test_a_flows_picture_is_decoded_in_tiles_where_memory_is_short(name, tmp_pat
 
     monkeypatch.setattr(pipe.vae, "decode", noted)
     for free in (None, 1e-4):
-        monkeypatch.setattr(machine, "free_gib", lambda device, free=free: free)
+        monkeypatch.setattr(devices, "free_gib", lambda device, free=free: free)
         words = family.with_negative(said, empty)
         sampling.draw_pixels(pipe, words, [0], (64, 64), num_inference_steps=1)
     assert seen == [False, True] and not pipe.vae.use_tiling

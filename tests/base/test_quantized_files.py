@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_moslora.base import load, pipelines
+from dreambooth_moslora.base import families, load
 from dreambooth_moslora.base.quantized_files import QuantizedFile, build_hadamard
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation import sampling
@@ -112,7 +112,7 @@ def relative_error(found, truth):
 
 
 def draw(pipe):
-    family = pipelines.family_of(pipe)
+    family = families.family_of(pipe)
     text, empty = (family.arguments(family.texts(pipe, [words])) for words in ("a dog", " "))
     conditioning = family.with_negative(text, empty)
     return 2 * sampling.draw_pixels(pipe, conditioning, [0], (64, 64), num_inference_steps=2) - 1

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dreambooth_moslora.base import pipelines, streaming
+from dreambooth_moslora.base import families, streaming
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method import fast_linear
-from dreambooth_moslora.settings.families import FAMILIES
+from dreambooth_moslora.settings.family_facts import FAMILIES
 from dreambooth_moslora.training import adapters
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.late_copies import LateCopies
@@ -22,7 +22,7 @@ def gradients(
     an adapter on half of its layers; with `copies` its blocks are streamed by them."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline(name, folder)
-    denoiser = pipelines.denoiser_of(pipeline).requires_grad_(False).train()
+    denoiser = families.denoiser_of(pipeline).requires_grad_(False).train()
     quantize(denoiser, kind, torch.float32, "cpu")
     streamed = None
     if copies:
@@ -32,7 +32,7 @@ def gradients(
     config = tiny_config(
         folder, folder, folder / "run", gradient_checkpointing=True, target_modules=TARGETS
     )
-    family = pipelines.family_of(pipeline)
+    family = families.family_of(pipeline)
     adapters.add_adapters(config, {family.facts.denoiser: denoiser})
     copied = fast_linear.WorkingCopies(denoiser)
 
@@ -57,7 +57,7 @@ TARGETS = ("to_q", "to_qkv_mlp_proj")
 def latent_shape(name: str, denoiser: nn.Module) -> tuple[int, int, int]:
     config = denoiser.config
     channels = config.get("in_channels")
-    is_packed = TINY_FAMILIES[name].as_tokens is pipelines.packed
+    is_packed = TINY_FAMILIES[name].as_tokens is families.packed
     return (channels // 4 if is_packed else channels, 16, 16)
 
 
@@ -104,10 +104,10 @@ class WatchedBlocks(streaming.StreamedBlocks):
 @torch.no_grad()
 def test_passes_of_a_drawing_wait_for_no_block_but_the_very_first(name, tmp_path):
     pipeline = tiny_pipeline(name, tmp_path)
-    denoiser = pipelines.denoiser_of(pipeline)
+    denoiser = families.denoiser_of(pipeline)
     copies = LateCopies()
     watched = WatchedBlocks(denoiser, torch.device("cpu"), copies)
-    family = pipelines.family_of(pipeline)
+    family = families.family_of(pipeline)
     conditioning = family.arguments(family.texts(pipeline, ["a dog"]))
     z, crops = (
         torch.randn(1, *latent_shape(name, denoiser)),
@@ -158,7 +158,7 @@ def test_blocks_are_pinned_for_cuda_and_only_pinned_ones_are_copied_without_wait
         "make_places",
         lambda blocks, _, copies: make_places(blocks, torch.device("cpu"), copies),
     )
-    denoiser = pipelines.denoiser_of(tiny_pipeline("flux", tmp_path))
+    denoiser = families.denoiser_of(tiny_pipeline("flux", tmp_path))
     cuda = FakeCuda(monkeypatch)
     blocks = streaming.StreamedBlocks(denoiser, device)
     cuda.copies.clear()

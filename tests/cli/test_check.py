@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.photos.captions import Captioner
-from dreambooth_moslora.photos.examine import SHOWN_PX, crop_rows
 from dreambooth_moslora.photos.folder import find_photos
-from dreambooth_moslora.settings.families import STOCK_SDXL
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.photos.quality import SHOWN_PX, crop_rows
+from dreambooth_moslora.settings.family_facts import STOCK_SDXL
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import CASES, make_folder, picture
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.base import files
+from dreambooth_moslora.base import model_files
 from dreambooth_moslora.base.base import Base, asked_of_hub
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.queue import locked
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.table import SETTINGS, flags_of
+from dreambooth_moslora.settings.train_config import SETTINGS, flags_of
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny import RESOLUTION_PX
 from tests.helpers.tiny_training import paint_photos
@@ -91,7 +91,7 @@ def test_the_own_side_is_read_in_a_folder_without_a_vae_and_beside_a_single_file
     "name", ["my models/sdxl", "a/b--c", "a/b..c", "a/b.git", "-a/b", "a/b.", "a/b/c", "./a", "~/a"]
 )
 def test_what_the_hub_would_not_take_as_a_name_is_a_path(name):
-    assert not files.is_hub_id(name) and files.is_hub_id("stabilityai/sd-turbo_1.0")
+    assert not model_files.is_hub_id(name) and model_files.is_hub_id("stabilityai/sd-turbo_1.0")
     with pytest.raises(UserError, match="does not exist"):
         Base.find(name)
 

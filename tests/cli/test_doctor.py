@@ -10,9 +10,9 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_doctor import Findings, examine_machine
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan import checks
+from dreambooth_moslora.plan import validation
 from dreambooth_moslora.settings import rules
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 def test_doctor_reads_versions_and_the_machine(capsys, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_is_loaded(
     settings, says, monkeypatch
 ):
     base = Base.find("toy")
-    checks.preflight(TrainConfig(report_to="none"), base)
+    validation.preflight(TrainConfig(report_to="none"), base)
     monkeypatch.setattr(rules, "version_of", lambda name: None)
     with pytest.raises(UserError, match=says):
-        checks.preflight(TrainConfig(**{"report_to": "none"} | settings), base)
+        validation.preflight(TrainConfig(**{"report_to": "none"} | settings), base)

@@ -10,8 +10,8 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME, RunDir
 from dreambooth_moslora.lora.describe import describe
 from dreambooth_moslora.lora.metadata import DORA_NOTE
-from dreambooth_moslora.lora.published_file import publish
 from dreambooth_moslora.lora.raw_file import adapter_metadata, save_raw
+from dreambooth_moslora.lora.writer import publish
 from tests.helpers.live_adapters import live
 
 

@@ -12,7 +12,7 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli import command_generate
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import (
+from dreambooth_moslora.generation.image_params import (
     read_recipe,
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dreambooth_moslora import UserError, train_subject
-from dreambooth_moslora.base import machine as precision
+from dreambooth_moslora.base import devices as precision
 from dreambooth_moslora.cli import one_word
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
@@ -22,10 +22,10 @@ from dreambooth_moslora.disk.processes import STOP_FILE
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES, RunDir
 from dreambooth_moslora.plan import agreement
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings.families import STOCK_SDXL
-from dreambooth_moslora.settings.measures import CLIP, DINO
+from dreambooth_moslora.settings.config_files import load_settings
+from dreambooth_moslora.settings.family_facts import STOCK_SDXL
+from dreambooth_moslora.settings.metric_kinds import CLIP, DINO
 from dreambooth_moslora.settings.prompts import subject_of
-from dreambooth_moslora.settings.sources import load_settings
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_training import paint_photos
 

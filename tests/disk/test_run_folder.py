@@ -39,9 +39,9 @@ from dreambooth_moslora.disk.run_folder import (
     step_of,
 )
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.beside import kept_captions
-from dreambooth_moslora.plan.checks import check_folders
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.photos.sidecars import kept_captions
+from dreambooth_moslora.plan.validation import check_folders
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.checkpoint import check_whole
 from dreambooth_moslora.ui.jobs import Job
 

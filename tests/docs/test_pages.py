@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.main import main
@@ -18,9 +18,9 @@ from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.disk.queue import LOCK_NAME
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.lab.study import load_study
-from dreambooth_moslora.settings.families import FAMILIES
-from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.config_files import load_settings
+from dreambooth_moslora.settings.family_facts import FAMILIES
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.tiny_training import paint_photos
 from tests.test_readme import blocks, command_lines
 
@@ -223,7 +223,7 @@ def photos(tmp_path, monkeypatch) -> Path:
     """`photos/dog` in an empty folder, where the command runs; on whatever processor the tests run,
     it has bf16."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda: True)
     for path in paint_photos(tmp_path / "photos" / "dog", 5).iterdir():
         Image.open(path).resize((256, 256)).save(path)
     return tmp_path / "photos" / "dog"

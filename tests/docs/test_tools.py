@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.settings.measures import MEASURES, Measure
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
+from dreambooth_moslora.settings.train_config import SETTINGS
 from tools import bare_photos, formats_table, pictures, systems, tables
 
 

@@ -20,8 +20,8 @@ from dreambooth_moslora.evaluation.protocol import EvaluationPlan
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings import prompts, table
-from dreambooth_moslora.training.best import BestStep, best_of
+from dreambooth_moslora.settings import prompts, train_config
+from dreambooth_moslora.training.best_step import BestStep, best_of
 from dreambooth_moslora.training.loop import train
 from tests.helpers.folding import load_published
 from tests.helpers.tiny import tiny_unet
@@ -30,7 +30,7 @@ from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_training import adapter_sha256, logged, paint_photos, tiny_config
 
 
-def quick(config: table.TrainConfig, encoders) -> TrainingEvaluator:
+def quick(config: train_config.TrainConfig, encoders) -> TrainingEvaluator:
     evaluator = TrainingEvaluator(config, photo_report(config).photos, encoders)
     evaluator.plans = [plan.smaller(2, 1, 1, 1, inference_steps=2) for plan in evaluator.plans]
     return evaluator
@@ -49,7 +49,7 @@ def run(tiny_base, encoders, tmp_path_factory):
 def scored(tiny_base, tmp_path):
     """A configuration that is evaluated after each step."""
 
-    def config(name: str = "dog", **options) -> table.TrainConfig:
+    def config(name: str = "dog", **options) -> train_config.TrainConfig:
         photos = tmp_path / "photos"
         paint_photos(photos) if not photos.exists() else None
         return tiny_config(tiny_base, photos, tmp_path / name, **{"evaluate_steps": 1} | options)

@@ -15,20 +15,20 @@ from dreambooth_moslora.evaluation import enlarge
 from dreambooth_moslora.evaluation.metrics import load_dino
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.synthetic import RECORD, REJECTED, read_record
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import BY_PIPELINE
-from dreambooth_moslora.settings.measures import MIN_LIKENESS
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import BY_PIPELINE
+from dreambooth_moslora.settings.metric_kinds import MIN_LIKENESS
 from tests.helpers.planted import planted
 from tests.helpers.tiers import slow_but
 from tests.helpers.tiny_families import tiny_pipeline
 from toybox.make_subjects import SUBJECTS, Subject
 
-PHOTOS = Path(toys.ASSETS) / "subjects"
+PHOTOS = Path(toy_bases.ASSETS) / "subjects"
 
 
 @pytest.fixture(scope="module")
 def dino():
-    return load_dino(toys.DINO_FOLDER)
+    return load_dino(toy_bases.DINO_FOLDER)
 
 
 def toy(name: str, number: int) -> Image.Image:
@@ -180,7 +180,15 @@ def test_the_command_draws_sorts_and_says_what_comes_next(name, tmp_path, capsys
     base, photo = tmp_path / "base", tmp_path / "my duck.png"
     tiny_pipeline(name, tmp_path / "files").save_pretrained(base)
     toy("duck", 0).save(photo)
-    line = ["enlarge", str(photo), "duck", "--base", str(base), "--dino", str(toys.DINO_FOLDER)]
+    line = [
+        "enlarge",
+        str(photo),
+        "duck",
+        "--base",
+        str(base),
+        "--dino",
+        str(toy_bases.DINO_FOLDER),
+    ]
     line += ["--num_images", "3", "--steps", "1", "--resolution", "64", "--min_likeness", "-1"]
     assert main(line) == DONE
     folder = tmp_path / "my duck"

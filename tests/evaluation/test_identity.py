@@ -12,10 +12,10 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
 from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_of_subject
-from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
+from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.settings.prompts import Subject
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.loop import train
 from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
 from tests.helpers.tiny_training import logged, tiny_config

@@ -10,12 +10,12 @@ from PIL import Image
 from dreambooth_moslora.cli.command_evaluate import summary
 from dreambooth_moslora.evaluation import metrics, report
 from dreambooth_moslora.evaluation.protocol import plan_of_subject, things_in
-from dreambooth_moslora.evaluation.score_tables import Evaluation, Evaluator
+from dreambooth_moslora.evaluation.scoring import Evaluation, Evaluator
 from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan import choices
-from dreambooth_moslora.settings.table import TrainConfig
-from tests.evaluation.test_score_tables import ABOUT
+from dreambooth_moslora.plan import defaults
+from dreambooth_moslora.settings.train_config import TrainConfig
+from tests.evaluation.test_scoring import ABOUT
 from toybox.render import render
 from toybox.styles import STYLES
 from toybox.world import Toy, sample_scene, sample_toy
@@ -119,16 +119,16 @@ def test_the_nearest_thing_counts_only_where_it_is_nearer_than_what_was_asked_fo
 
 
 def test_a_style_has_a_name_and_no_class_and_its_captions_say_the_content():
-    chosen = choices.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
-    choices.choose_words(chosen, "ink")
+    chosen = defaults.Choices({"subject": "style", "pretrained_model_name_or_path": "toy"})
+    defaults.choose_words(chosen, "ink")
     assert chosen.settings["instance_prompt"] == "a picture in ink style"
     assert chosen.settings["with_prior_preservation"] is False
     assert "class_prompt" not in chosen.settings
 
     # Nothing of the recipe is left without effect.
-    choices.choose_recipe(chosen, None)
+    defaults.choose_recipe(chosen, None)
     assert "prior_loss_weight" in chosen.settings
-    choices.choose_words(chosen, "ink")
+    defaults.choose_words(chosen, "ink")
     assert not [name for name in chosen.settings if name.startswith("prior")]
     assert "Say nothing about how it is drawn" in captions.question_of(INK, "picture")
     said = ["a photo of a red duck on grass in ink style", "a picture in ink style"]

@@ -14,7 +14,7 @@ from dreambooth_moslora.extras.serving.catalogue import open_catalogue, parse_or
 from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings import rows
+from dreambooth_moslora.settings import field_facts
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiny_families import tiny_pipeline
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def config(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny_pipeline(request.param, folder / "files").save_pretrained(folder / "base")
-    options = {"target_modules": rows.ATTENTION, "max_train_steps": 1}
+    options = {"target_modules": field_facts.ATTENTION, "max_train_steps": 1}
     return tiny_config(
         folder / "base", paint_photos(folder / "photos"), folder / "runs" / "dog", **options
     )

@@ -21,12 +21,12 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save
 
-from dreambooth_moslora.base import load, machine
+from dreambooth_moslora.base import devices, load
 from dreambooth_moslora.disk.run_folder import RAW_NAME
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation import home as gpu_room
+from dreambooth_moslora.generation import offload as gpu_room
 from dreambooth_moslora.generation import previews, sampling
-from dreambooth_moslora.generation.params import (
+from dreambooth_moslora.generation.image_params import (
     SCHEDULERS,
     GenerationParams,
     Image,
@@ -36,7 +36,7 @@ from dreambooth_moslora.generation.params import (
     read_recipe,
 )
 from dreambooth_moslora.generation.pipeline import SubjectPipeline, scheduler_name
-from dreambooth_moslora.lora import published_file, raw_file
+from dreambooth_moslora.lora import raw_file, writer
 from dreambooth_moslora.training import reporter
 from tests.helpers.live_adapters import facts_of, live
 from tests.helpers.tiny import save_tiny_sdxl, tiny_sdxl
@@ -302,7 +302,7 @@ def test_what_cannot_be_drawn_is_said(pipeline, monkeypatch):
         pipeline.generate(replace(PARAMS, adapters=(("rex", 1.0),)))
     monkeypatch.setattr(pipeline.pipeline.unet, "forward", lambda *_, **__: torch.empty(2**50))
     freed = []
-    monkeypatch.setattr(machine, "free_unused_blocks", freed.append)
+    monkeypatch.setattr(devices, "free_unused_blocks", freed.append)
     with pytest.raises(UserError, match="too little memory for 64 x 64 px"):
         picture(pipeline)
     assert freed == [pipeline.home.device]
@@ -315,7 +315,7 @@ def test_pictures_are_drawn_on_apples_gpu_in_half_precision_and_its_unused_memor
     assert (subject.home.device.type, subject.pipeline.unet.dtype) == ("mps", torch.float16)
     emptied = []
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append(1))
-    machine.free_unused_blocks(subject.home.device)
+    devices.free_unused_blocks(subject.home.device)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**30)
     assert emptied and reporter.memory_gib(subject.home.device) == 3
 
@@ -381,7 +381,7 @@ def test_a_checkpoint_of_ours_computes_what_its_published_file_computes(pipeline
     """The raw A, M, B of a checkpoint, and the folded file: the same pictures, under names that
     tell them apart."""
     facts = facts_of(components := live(lora_alpha=8, mixer="kaiming"))
-    published_file.publish(components, tmp_path / "rex", "rex", facts)
+    writer.publish(components, tmp_path / "rex", "rex", facts)
     raw_file.save_raw(components, tmp_path / "rex" / "checkpoint-20" / RAW_NAME, facts)
     names = [
         pipeline.load_adapter(path)
@@ -484,15 +484,15 @@ def test_a_small_gpu_holds_one_model_at_a_time_decodes_in_tiles_and_draws_the_sa
     subject.pipeline.vae.decoder.register_forward_pre_hook(
         lambda _, inputs: tiles.append(inputs[0].shape[-2:])
     )
-    monkeypatch.setattr(machine, "TILES_PX", (32,))
+    monkeypatch.setattr(devices, "TILES_PX", (32,))
     # the tiny base has 0.6 MiB of weights
-    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)
+    monkeypatch.setattr(devices, "free_gib", lambda device: 2**-20)
     picture(subject)
     assert max(tiles[1:]) == (4, 4)  # the first is no picture: previews learn their colours from it
 
 
 def free(monkeypatch, gib: float) -> None:
-    monkeypatch.setattr(machine, "free_gib", lambda device: gib)
+    monkeypatch.setattr(devices, "free_gib", lambda device: gib)
 
 
 def test_a_base_of_zero_terminal_snr_starts_at_noise_and_has_its_guidance_rescaled(

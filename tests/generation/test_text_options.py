@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_moslora.base.pipelines import denoiser_of, encoding_options, family_of
+from dreambooth_moslora.base.families import denoiser_of, encoding_options, family_of
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.lora.metadata import AdapterMetadata, with_recipe
-from dreambooth_moslora.settings.families import FAMILIES, TEXT_OPTIONS
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.family_facts import FAMILIES, TEXT_OPTIONS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.tiny_families import tiny_pipeline
 
 TOLD = {

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dreambooth_moslora.cli.command_train import parse_training
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 def parse_train_config(argv: Sequence[str]) -> TrainConfig:

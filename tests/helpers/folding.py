@@ -12,15 +12,15 @@ from torch import Tensor
 from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME
 from dreambooth_moslora.lora.key_names import kohya_name
 from dreambooth_moslora.lora.metadata import AdapterMetadata, metadata_in
-from dreambooth_moslora.lora.published_file import publish
 from dreambooth_moslora.lora.raw_file import adapter_metadata, read_tensors
+from dreambooth_moslora.lora.writer import publish
 from dreambooth_moslora.method.moslora import (
     MoSLoraConfig,
     adapter_layers,
     adapter_parameters,
     inject,
 )
-from dreambooth_moslora.settings import rows
+from dreambooth_moslora.settings import field_facts
 
 BOUND = 1e-5
 VARIANTS = {
@@ -76,7 +76,9 @@ def adapt(unet: UNet2DConditionModel, kind: str, variant: str) -> UNet2DConditio
     alone would move the output.
     """
     options = VARIANTS[variant]
-    inject(unet, MoSLoraConfig(r=4, target_modules=list(rows.ATTENTION), mixer=kind, **options))
+    inject(
+        unet, MoSLoraConfig(r=4, target_modules=list(field_facts.ATTENTION), mixer=kind, **options)
+    )
     generator = torch.Generator().manual_seed(7)
     for _, parameter in adapter_parameters(unet):
         parameter.add_(0.08 * torch.randn(parameter.shape, generator=generator))

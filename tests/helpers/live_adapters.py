@@ -9,7 +9,7 @@ from dreambooth_moslora.method.moslora import (
     adapter_parameters,
     inject,
 )
-from dreambooth_moslora.settings import rows
+from dreambooth_moslora.settings import field_facts
 from tests.helpers.tiny import tiny_text_config, tiny_unet
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -38,7 +38,7 @@ def live(with_text: bool = False, **options) -> dict[str, torch.nn.Module]:
     """Components with a moved adapter. alpha differs from the rank, so that a lost alpha shows."""
     components = {"unet": tiny_unet()} | (text_encoders() if with_text else {})
     for name, model in components.items():
-        targets = list(rows.ATTENTION) if name == "unet" else PROJECTIONS
+        targets = list(field_facts.ATTENTION) if name == "unet" else PROJECTIONS
         inject(
             model, MoSLoraConfig(**{"r": 4, "lora_alpha": 11, "target_modules": targets} | options)
         )

@@ -17,12 +17,12 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.extras.lab.selftest import losses as losses_of_run
 from dreambooth_moslora.plan import distributed
-from dreambooth_moslora.training import frozen_base, loop, prepare
+from dreambooth_moslora.training import encoding_cache, loop, prepare
 from dreambooth_moslora.training import step as train_step
 from tests.helpers.python_gpu import DEVICE, Watch
 from tests.helpers.tiny import few_steps
@@ -76,7 +76,7 @@ def accelerator_on_device(config, run_dir):
 def watch_encoding() -> None:
     """Note which parts are on the device when photos and when prompts have been encoded, and the
     VAE's widest input."""
-    load_base = frozen_base.load_base
+    load_base = encoding_cache.load_base
 
     def load(*words, **options):
         pipelines[:] = [load_base(*words, **options)]
@@ -86,7 +86,7 @@ def watch_encoding() -> None:
         )
         return pipelines[0]
 
-    frozen_base.load_base = load
+    encoding_cache.load_base = load
     for name in ("encode_photos", "encode_prompts"):
         setattr(prepare, name, noting(name, getattr(prepare, name)))
 
@@ -113,8 +113,8 @@ def trained(base: str, photos: str, output: str, changes: dict) -> dict:
     updates.clear()
     with contextlib.ExitStack() as stack:
         if free_gib is not None:
-            stack.enter_context(patch.object(machine, "free_gib", lambda device: free_gib))
-            stack.enter_context(patch.object(machine, "TILES_PX", (32, 16)))
+            stack.enter_context(patch.object(devices, "free_gib", lambda device: free_gib))
+            stack.enter_context(patch.object(devices, "TILES_PX", (32, 16)))
         loop.train(tiny_config(Path(base), Path(photos), Path(output), **changes))
     steps = logged(Path(output))
     last = watches[-1]

@@ -23,24 +23,24 @@ from pathlib import Path
 from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.generation.sampling import Sampler
-from dreambooth_moslora.training import checkpoint, loop, made_before
-from dreambooth_moslora.training.frozen_base import TensorCache
+from dreambooth_moslora.training import checkpoint, class_images, loop
+from dreambooth_moslora.training.encoding_cache import TensorCache
 from dreambooth_moslora.training.step import TrainStep
 
 RANK = int(os.environ.get("RANK", "0"))
 whole_call = StableDiffusionXLPipeline.__call__
-generate, sample, keep = made_before.generate_images, Sampler._draw, TensorCache._keep
+generate, sample, keep = class_images.generate_images, Sampler._draw, TensorCache._keep
 save_checkpoint, average, append = (
     checkpoint.save_checkpoint,
     TrainStep._average_gradients,
     RunDir.append_metrics,
 )
-claim, free_gib, half = atomic_write, machine.free_gib_of_gpu, machine.half_precision
+claim, free_gib, half = atomic_write, devices.free_gib_of_gpu, devices.half_precision
 PLACES = ("started", "drawn", "encoded", "sampled", "averaged", "reported", "saved")
 
 
@@ -83,7 +83,7 @@ class Scene:
         self.done: dict[str, list] = {name: [] for name in PLACES}
 
     def play(self) -> dict:
-        made_before.generate_images = self.noting(
+        class_images.generate_images = self.noting(
             "drawn", generate, lambda pipeline, prompt, seeds, *_: seeds
         )
         Sampler._draw = self.noting("sampled", sample, lambda sampler, requests: requests[0].seed)
@@ -97,8 +97,8 @@ class Scene:
         RunDir.append_metrics = lambda run, event: (
             note_step if event["type"] == "step" else append
         )(run, event)
-        machine.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
-        machine.half_precision = (lambda: "bf16") if self.free else half
+        devices.free_gib_of_gpu = (lambda **_: self.free[RANK]) if self.free else free_gib
+        devices.half_precision = (lambda: "bf16") if self.free else half
         Watched.found.clear()
         code = train_main(self.flags)
         step = Watched.found[-1] if Watched.found else None

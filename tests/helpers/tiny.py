@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreambooth_moslora.base.pipelines import Text
+from dreambooth_moslora.base.families import Text
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WIDTH, WIDTH_2 = 16, 32

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
-from dreambooth_moslora.base.pipelines import packed
+from dreambooth_moslora.base.families import packed
 from tests.helpers.tiny import byte_alphabet, tiny_sdxl, tiny_text_config, tiny_tokenizer
 
 CHAT = (

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 OF_A_SUBJECT = ("instance_data_dir", "instance_prompt", "class_prompt")
 SIZES = ((96, 64), (64, 80), (72, 72))

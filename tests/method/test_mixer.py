@@ -21,7 +21,7 @@ from dreambooth_moslora.method.moslora import (
     adapter_layers,
     adapter_parameters,
 )
-from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.settings.train_config import MIXERS
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.ui.train.screen import train_widgets
 from tests.helpers.command_line import parse_train_config

@@ -32,8 +32,8 @@ from dreambooth_moslora.method.moslora import (
     fold,
     inject,
 )
-from dreambooth_moslora.settings.rows import ATTENTION, is_target
-from dreambooth_moslora.settings.table import MIXERS
+from dreambooth_moslora.settings.field_facts import ATTENTION, is_target
+from dreambooth_moslora.settings.train_config import MIXERS
 from tests.helpers.folding import loaded_by_diffusers
 from tests.helpers.live_adapters import PROJECTIONS, shake, text_encoders
 from tests.helpers.tiny import tiny_unet

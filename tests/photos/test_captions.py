@@ -13,7 +13,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.photo_file import open_image
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import picture
 from tests.helpers.tiny_encoders import save_tiny_chat_model
 from tests.photos.test_masks import config_of

@@ -12,13 +12,13 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.cli.terminal import MISTAKE
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos import captions, faces
-from dreambooth_moslora.photos.cropping import NEAR_SHARE, CropRule, apply_crop
+from dreambooth_moslora.photos.augment import NEAR_SHARE, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
-from dreambooth_moslora.plan import choices
+from dreambooth_moslora.plan import defaults
 from dreambooth_moslora.seeds import rng
 from dreambooth_moslora.settings import prompts
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.stub_faces import READER, RIGHT, WRONG, painted, stub_faces  # noqa: F401
 
 PERSON = TrainConfig(instance_prompt="a photo of sks woman", subject="person", resolution=64)
@@ -97,9 +97,9 @@ def test_a_person_is_drawn_in_other_clothes_and_distances_and_people_stay_people
         replace(PERSON, pretrained_model_name_or_path="some/base", token="sks")
     )
     assert "a full-body photo of a sks woman on a city street" in drawn and len(drawn) == 4
-    chosen = choices.Choices({"subject": "person"})
-    choices.choose_words(chosen, "woman")
-    choices.choose_shapes(chosen, [])
+    chosen = defaults.Choices({"subject": "person"})
+    defaults.choose_words(chosen, "woman")
+    defaults.choose_shapes(chosen, [])
     assert chosen.settings["class_prompt"] == "a photo of a person"
     assert chosen.settings["crops_per_photo"] > 1
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos import cropping, photo_file
-from dreambooth_moslora.photos.cropping import CropPlan, CropRule, apply_crop
+from dreambooth_moslora.photos import augment, photo_file
+from dreambooth_moslora.photos.augment import CropPlan, CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos, log_strays, photo_report
 from dreambooth_moslora.photos.photo_file import open_rgb
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import CASES, QUADRANTS, SIZE_PX, make_folder, picture
 from tests.helpers.tiny_training import paint_photos
 
@@ -222,7 +222,7 @@ def drawn(size_px, count: int = 400, seed: int = 0, **options) -> list[CropPlan]
 @pytest.mark.parametrize("size_px", [(64, 64), (100, 333), (333, 100), (65, 64), (5000, 31)])
 def test_plans_lie_inside_the_resized_photo_and_reach_both_ends(size_px):
     """A flip changes nothing else."""
-    resized = cropping.resized_size(size_px, (32, 32))
+    resized = augment.resized_size(size_px, (32, 32))
     assert min(resized) == 32
     plans = drawn(size_px, random_flip=True)
     corners = [plan.crop_top_left for plan in plans]
@@ -252,7 +252,7 @@ def test_a_zoom_comes_closer_but_not_beyond_the_photos_own_pixels():
 def test_a_crop_is_what_resizing_everything_first_gives(by, flip):
     """But for the edge, where a filter sees more of the photo."""
     photo, plan = smooth((300, 200)), CropPlan((300, 200), (75, 50), (11, 4), (50, 40), flip)
-    whole = photo.resize(tuple(reversed(cropping.resized_size((300, 200), (50, 50)))), by)
+    whole = photo.resize(tuple(reversed(augment.resized_size((300, 200), (50, 50)))), by)
     whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
     cuts = [
         np.asarray(image, dtype=int)

@@ -20,7 +20,7 @@ from dreambooth_moslora.photos.photo_file import (
     open_rgb,
     with_kept_masks,
 )
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.odd_photos import picture, transparent
 from tests.helpers.tiny_encoders import save_tiny_clipseg
 from toybox.learning.train_segmenter import iou

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dreambooth_moslora.base import load
 from dreambooth_moslora.disk.run_folder import RunDir
-from dreambooth_moslora.photos.cropping import CropRule
+from dreambooth_moslora.photos.augment import CropRule
 from dreambooth_moslora.photos.folder import find_photos, photo_report
 from dreambooth_moslora.photos.synthetic import (
     RECORD,
@@ -20,10 +20,10 @@ from dreambooth_moslora.photos.synthetic import (
     sentences,
     write_record,
 )
+from dreambooth_moslora.training.dataset import PhotoEncoder
 from dreambooth_moslora.training.dry_run import photo_lines
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import image_errors
-from dreambooth_moslora.training.photo_stream import PhotoEncoder
 from tests.helpers.tiny_training import logged, paint_photos, tiny_config
 
 MADE = Made(

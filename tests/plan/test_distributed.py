@@ -18,7 +18,7 @@ from dreambooth_moslora.plan.distributed import (
     on_main,
     share_out,
 )
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.threads import as_processes
 
 

@@ -8,7 +8,7 @@ from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora.raw_file import read_raw
-from dreambooth_moslora.settings.table import rank_and_alpha
+from dreambooth_moslora.settings.train_config import rank_and_alpha
 from dreambooth_moslora.training.checkpoint import check_resumed, check_whole
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train

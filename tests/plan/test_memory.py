@@ -14,7 +14,7 @@ from benchmarks.gpu_memory import (
     estimated_total_gib,
     run_config,
 )
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.base.load import load_pipeline
 from dreambooth_moslora.base.quantization import quantize
@@ -22,8 +22,8 @@ from dreambooth_moslora.method.moslora import adapter_layers, adapter_parameters
 from dreambooth_moslora.plan import base_size
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
 from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
-from dreambooth_moslora.settings.table import PLANS, TrainConfig
+from dreambooth_moslora.settings.family_facts import FAMILIES, STOCK_SDXL
+from dreambooth_moslora.settings.train_config import PLANS, TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from dreambooth_moslora.training.dry_run import describe_run
 from tests.helpers.tiny_training import paint_photos, tiny_config
@@ -159,7 +159,7 @@ def test_decoding_takes_at_most_what_a_family_says_and_little_less(facts):
     counted = family_memory.decoding_gib(facts.name, 1024, is_short=False) * GIB / 1024**2
     said = facts.decoder_bytes_a_pixel * vae.dtype.itemsize / 4
     assert counted <= said < 1.41 * counted
-    assert facts.tile_px == getattr(vae, "tile_sample_min_height", machine.TILES_PX[-1])
+    assert facts.tile_px == getattr(vae, "tile_sample_min_height", devices.TILES_PX[-1])
     parameters = sum(weight.numel() for weight in vae.parameters())
     assert all(model.vae == pytest.approx(parameters, rel=0.005) for model in facts.models)
 

@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 
 from benchmarks import family_memory
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.disk.run_folder import CHECKPOINT_FILES
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan import memory_plans, speed
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.plan.checks import family_settings, preflight
-from dreambooth_moslora.plan.choices import Choices, choose_recipe, recipe_settings
+from dreambooth_moslora.plan.defaults import Choices, choose_recipe, recipe_settings
 from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.plan.memory_plans import USABLE, check_memory, memory_settings
-from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.families import FAMILIES, STOCK_SDXL
-from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.plan.validation import family_settings, preflight
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings.config_files import load_settings
+from dreambooth_moslora.settings.family_facts import FAMILIES, STOCK_SDXL
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
 from tests.helpers.tiny_families import TINY_FAMILIES, tiny_pipeline
 
@@ -112,8 +112,8 @@ def test_one_word_trains_sdxl_on_apples_gpu_with_recomputation(apple, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (256, 256)).save("dog/0.png")
-    assert machine.best_device().type == "mps"
-    assert machine.free_gib(torch.device("mps")) == machine.free_gib_of_gpu() == pytest.approx(21.3)
+    assert devices.best_device().type == "mps"
+    assert devices.free_gib(torch.device("mps")) == devices.free_gib_of_gpu() == pytest.approx(21.3)
     run = planned(parse_train_config(["dog", "dog"]))
     assert run.pretrained_model_name_or_path == STOCK_SDXL and run.mixed_precision == "bf16"
     assert run.gradient_checkpointing and estimate(run, BaseSize(), 1).training_gib <= USABLE * 21.3
@@ -360,9 +360,9 @@ def test_a_plan_is_judged_by_its_settings_and_not_by_its_name(card, monkeypatch)
     sdxl, plain = family_memory.facts_named("sdxl"), TrainConfig.from_dict(SETTINGS)
     named = memory_plans.costs(plain, BaseSize())
     _, settings = memory_plans.leaner(plain, sdxl)
-    renamed = {name.upper(): plan for name, plan in table.PLANS.items()}
+    renamed = {name.upper(): plan for name, plan in train_config.PLANS.items()}
     renamed["EIGHTHS"] = CHECKPOINTED | {"base_quantization": "int8"}
-    monkeypatch.setattr(table, "PLANS", renamed)
+    monkeypatch.setattr(train_config, "PLANS", renamed)
 
     costs = memory_plans.costs(plain, BaseSize())
     assert costs.pop("EIGHTHS") and list(costs.values()) == list(named.values())
@@ -375,8 +375,8 @@ def test_a_run_out_of_memory_passes_by_a_plan_in_8_bit(card, monkeypatch):
     """Layers in 8 bit cannot become those in 4 bit, in which the next plans train."""
     card(8.0)
     in_8_bit = CHECKPOINTED | {"base_quantization": "int8"}
-    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": table.PLANS["nf4"]}
-    monkeypatch.setattr(table, "PLANS", plans)
+    plans = {"recompute": CHECKPOINTED, "int8": in_8_bit, "nf4": train_config.PLANS["nf4"]}
+    monkeypatch.setattr(train_config, "PLANS", plans)
     run = TrainConfig.from_dict(SETTINGS | CHECKPOINTED)
     flag, _ = memory_plans.leaner(run, family_memory.facts_named("sdxl"))
     assert flag == "--memory nf4"

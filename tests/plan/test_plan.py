@@ -15,7 +15,7 @@ from dreambooth_moslora.plan import memory, plan
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.plan.plan import Plan, make_plan, plan_steps
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.dry_run import advice
 from tests.helpers.few_pictures import few_pictures
 from tests.helpers.odd_photos import picture

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import prompts, toys
+from dreambooth_moslora.settings import prompts, toy_bases
 from dreambooth_moslora.settings.prompts import (
     context_prompts,
     subject_of,
     trigger_words,
     validation_prompts,
 )
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from tests.helpers.command_line import parse_train_config
 from toybox.drawing.places import PLACES
 
@@ -185,7 +185,7 @@ def test_the_templates_are_25_each_and_take_the_subject_once_and_the_toys_name_i
     objects, live = prompts.DREAMBOOTH_OBJECT_TEMPLATES, prompts.DREAMBOOTH_LIVE_TEMPLATES
     assert len(set(objects)) == len(set(live)) == 25
     assert all(template.count("{}") == 1 for template in (*objects, *live))
-    assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == toys.TEMPLATES
+    assert tuple(f"a photo of a {{}} {place}" for place in PLACES) == toy_bases.TEMPLATES
 
 
 def test_samples_are_of_the_validation_prompt_or_the_instance_prompt():

@@ -17,9 +17,9 @@ import dreambooth_moslora
 from dreambooth_moslora.cli.ignored_flags import IGNORED
 from dreambooth_moslora.cli.parser import FOREIGN_FLAGS
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.rows import WORDS
+from dreambooth_moslora.settings.field_facts import WORDS
 from dreambooth_moslora.settings.rules import remarks
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from tests.helpers.command_line import parse_train_config
 
 NEEDED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "x"]
@@ -275,7 +275,7 @@ def test_a_setting_that_goes_badly_with_the_others_is_named_once(words):
 ROOT = Path(__file__).parents[2]
 BEFORE = "    repeats: int = of_photos("
 ROW = """    haze: float = of_photos(0.5, "how much haze", low=0, high=2,
-        publish="if_changed", idle=rows.unless(random_flip=True), elsewhere="fog",
+        publish="if_changed", idle=field_facts.unless(random_flip=True), elsewhere="fog",
         per_subject=True, path=False, packages={1.5: "no_such_package"})
 """
 PROGRAM = """
@@ -285,8 +285,8 @@ from dreambooth_moslora.cli.command_train import parse_training
 from dreambooth_moslora.cli.parser import unknown_flag_message
 from dreambooth_moslora.cli.train_flags import build_train_parser
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import rules, sources
-from dreambooth_moslora.settings.table import SubjectTable, TrainConfig
+from dreambooth_moslora.settings import config_files, rules
+from dreambooth_moslora.settings.train_config import SubjectTable, TrainConfig
 from tools.tables import settings_page
 
 NEEDED = ["--pretrained_model_name_or_path", "toy", "--instance_data_dir", "x"]
@@ -305,7 +305,7 @@ def error_of(call):
         return str(error)
 
 Path("a.toml").write_text("[photos]\\nhaze = 1.25")
-told = sources.recipe_of(TrainConfig(haze=1.0))
+told = config_files.recipe_of(TrainConfig(haze=1.0))
 lines = build_train_parser().format_help().splitlines()
 json.dump({
     "default": taken(),
@@ -314,7 +314,7 @@ json.dump({
     "file": taken("--config", "a.toml"),
     "near": taken("--hase", "1"),
     "help": [line.split() for line in lines if line.startswith("  --haze")],
-    "told": [told["haze"], "haze" in sources.recipe_of(TrainConfig())],
+    "told": [told["haze"], "haze" in config_files.recipe_of(TrainConfig())],
     "elsewhere": unknown_flag_message("--fog=1"),
     "remarks": rules.remarks(TrainConfig(haze=1.0)),
     "package": error_of(lambda: rules.require_packages(TrainConfig(haze=1.5, random_flip=True))),
@@ -328,7 +328,7 @@ def test_with_one_more_row_everything_knows_one_more_setting(tmp_path):
     unneeded = shutil.ignore_patterns("__pycache__")
     for folder in ("dreambooth_moslora", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=os.symlink, ignore=unneeded)
-    table = tmp_path / "dreambooth_moslora" / "settings" / "table.py"
+    table = tmp_path / "dreambooth_moslora" / "settings" / "train_config.py"
     rows = table.read_text(encoding="utf-8")
     assert rows.count(BEFORE) == 1
     table.unlink()

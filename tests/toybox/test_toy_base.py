@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer, Dinov2Model
 
 from dreambooth_moslora.base.load import SDXL_FAMILY
-from dreambooth_moslora.generation.params import GenerationParams, Image
+from dreambooth_moslora.generation.image_params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
 from toybox.captions import canonical_caption

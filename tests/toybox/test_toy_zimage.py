@@ -10,8 +10,8 @@ from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import facts_of
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import facts_of
 from toybox.captions import canonical_caption
 from toybox.measures.evaluate_base import accuracy, generate, scenes_for
 
@@ -22,17 +22,17 @@ def test_it_is_known_by_its_name_and_by_its_folder_and_has_the_autoencoder_of_th
     assert Base.find("toy-zimage").folder == FOLDER
     for name in ("toy-zimage", str(FOLDER)):
         assert (
-            toys.guidance_of(name, facts_of("ZImagePipeline"))
+            toy_bases.guidance_of(name, facts_of("ZImagePipeline"))
             == 1.5 + facts_of("ZImagePipeline").no_guidance
         )
         assert (base := Base.find(name)).is_toy and (base.resolution_px, base.facts.name) == (
-            toys.RESOLUTION_PX,
+            toy_bases.RESOLUTION_PX,
             "z_image",
         )
-    assert not toys.is_toy("somebody/toy")
+    assert not toy_bases.is_toy("somebody/toy")
     weights = [
         folder / "vae" / "diffusion_pytorch_model.safetensors"
-        for folder in (FOLDER, toys.CLIP_FOLDER)
+        for folder in (FOLDER, toy_bases.CLIP_FOLDER)
     ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -64,7 +64,7 @@ def test_photos_become_a_file_that_is_drawn_at_its_own_size_and_scored_by_the_to
     assert ", height=128, width=128).images[0]" in (run / "README.md").read_text(encoding="utf-8")
     pipeline = SubjectPipeline.from_base("toy-zimage")
     pipeline.load_adapter(run)
-    assert pipeline.resolution_px == toys.RESOLUTION_PX
+    assert pipeline.resolution_px == toy_bases.RESOLUTION_PX
     assert (
         main(
             [

@@ -14,8 +14,8 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import companion
 from dreambooth_moslora.method import moslora
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings import rows
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import field_facts
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.checkpoint import compare_bases
 from dreambooth_moslora.training.loop import train
 from tests.helpers.tiers import slow_but
@@ -62,7 +62,7 @@ def test_a_run_with_a_companion_publishes_what_a_run_on_the_merged_base_publishe
     base, file, merged = bases
     photos = paint_photos(tmp_path / "photos")
     usual = {
-        "target_modules": rows.ATTENTION,
+        "target_modules": field_facts.ATTENTION,
         "base_quantization": quantization,
         "num_validation_images": 1,
         "max_train_steps": 2,
@@ -100,7 +100,7 @@ def test_a_companion_of_a_base_in_half_precision_is_rounded_once(bases, tmp_path
 def test_a_distilled_base_is_refused_without_one_and_a_companion_is_a_plain_lora(bases, tmp_path):
     base, _, _ = bases
     photos = paint_photos(tmp_path / "photos")
-    run = {"target_modules": rows.ATTENTION}
+    run = {"target_modules": field_facts.ATTENTION}
     with pytest.raises(UserError, match=r"distilled to a few steps: .*as --companion"):
         make_plan(tiny_config(base, photos, tmp_path / "run", **run))
     with pytest.raises(UserError, match="--companion nowhere: there is no such file"):
@@ -121,7 +121,7 @@ def test_another_companion_is_another_base_to_go_on_from(
     base, file, merged = bases
     denoiser = load.load_pipeline(merged).transformer
     other = save_companion(tmp_path / "other.safetensors", denoiser, scale=0.3)
-    usual = {"target_modules": rows.ATTENTION, "base_quantization": quantization}
+    usual = {"target_modules": field_facts.ATTENTION, "base_quantization": quantization}
     held = prepare_base(base, companion=str(file), **usual).base
     compare = partial(compare_bases, TrainConfig(), Path("checkpoint-1"), Position(1, 0, base=held))
     again = Path(shutil.copy(file, tmp_path / "again.safetensors"))
@@ -142,7 +142,7 @@ def test_a_run_goes_on_with_its_companion_alone(quantization, bases, tmp_path):
     )
 
     def run(given, **more):
-        usual = {"target_modules": rows.ATTENTION, "base_quantization": quantization}
+        usual = {"target_modules": field_facts.ATTENTION, "base_quantization": quantization}
         train(
             tiny_config(
                 base, photos, tmp_path / "run", companion=given and str(given), **usual, **more

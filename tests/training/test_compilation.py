@@ -4,7 +4,7 @@ compiled, and nothing else changes."""
 import pytest
 import torch
 
-from dreambooth_moslora.base.pipelines import Family, encoding_options, family_of
+from dreambooth_moslora.base.families import Family, encoding_options, family_of
 from dreambooth_moslora.base.quantization import quantize
 from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
 from dreambooth_moslora.method.moslora import MoSLoraConfig, adapter_parameters, inject

@@ -24,23 +24,23 @@ from PIL import Image
 from safetensors import safe_open
 
 from dreambooth_moslora import training
-from dreambooth_moslora.base import load, machine, streaming
+from dreambooth_moslora.base import devices, load, streaming
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.pipelines import family_of
+from dreambooth_moslora.base.families import family_of
 from dreambooth_moslora.cli.command_train import train_main
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.evaluation.during_training import TrainingEvaluator
-from dreambooth_moslora.generation import home as gpu_room
-from dreambooth_moslora.generation.params import GenerationParams, check_sides
+from dreambooth_moslora.generation import offload as gpu_room
+from dreambooth_moslora.generation.image_params import GenerationParams, check_sides
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.generation.sampling import Sampler, SampleRequest, generate_images
 from dreambooth_moslora.lora.describe import describe
-from dreambooth_moslora.plan.choices import recipe_settings
+from dreambooth_moslora.plan.defaults import recipe_settings
 from dreambooth_moslora.plan.plan import make_plan
-from dreambooth_moslora.settings import families, rows
-from dreambooth_moslora.settings.table import TrainConfig, rank_and_alpha
+from dreambooth_moslora.settings import family_facts, field_facts
+from dreambooth_moslora.settings.train_config import TrainConfig, rank_and_alpha
 from dreambooth_moslora.training.dry_run import describe_run
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.objective import (
@@ -76,11 +76,15 @@ def base_of(tmp_path_factory):
 
 
 def facts_named(name):
-    return next(facts for facts in families.FAMILIES if facts.name == name)
+    return next(facts for facts in family_facts.FAMILIES if facts.name == name)
 
 
 def settings_of(name, **changes):
-    usual = {"target_modules": rows.ATTENTION, "max_train_steps": 3, **TINY_FAMILIES[name].settings}
+    usual = {
+        "target_modules": field_facts.ATTENTION,
+        "max_train_steps": 3,
+        **TINY_FAMILIES[name].settings,
+    }
     return usual | changes
 
 
@@ -195,7 +199,7 @@ def test_a_device_too_small_for_a_model_draws_the_same_by_its_blocks(trained, mo
 
     wanted = drawn(base())
     assert wanted[0] != wanted[1]
-    monkeypatch.setattr(machine, "free_gib", lambda device: 2**-20)
+    monkeypatch.setattr(devices, "free_gib", lambda device: 2**-20)
     monkeypatch.setattr(streaming, "Copies", LateCopies)
     for is_there in (False, True):
         subject = base()
@@ -310,14 +314,14 @@ def test_a_size_that_the_family_does_not_draw_is_refused_by_its_name():
 def test_nothing_but_two_files_asks_for_a_family_by_its_name():
     package = Path(training.__file__).parents[1]
     # the self-test and its recipes are SDXL's own
-    names = {facts.name for facts in families.FAMILIES} - {"sdxl"}
+    names = {facts.name for facts in family_facts.FAMILIES} - {"sdxl"}
     asked = re.compile(rf"""["']({"|".join(names)})["']""")
     found = [
         path for path in package.rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))
     ]
     assert {str(path.relative_to(package)) for path in found} == {
-        "settings/families.py",
-        "base/pipelines.py",
+        "settings/family_facts.py",
+        "base/families.py",
     }
 
 
@@ -429,13 +433,13 @@ NAMED = {  # a base's name -> the word that says that it is distilled
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_name_of_a_base_says_that_it_is_distilled_unless_that_was_undone(name):
-    said = families.distilled({}, name, facts_named("flux"))
+    said = family_facts.distilled({}, name, facts_named("flux"))
     if word := NAMED[name]:
         assert f"“{word}” says that it is distilled" in said
         assert said.endswith("black-forest-labs/FLUX.1-dev")
     else:
         assert not said
-    assert families.distilled({"is_distilled": True}, name, facts_named("flux"))
+    assert family_facts.distilled({"is_distilled": True}, name, facts_named("flux"))
 
 
 def test_a_base_that_is_distilled_or_of_an_unknown_family_is_refused(base_of, photos, tmp_path):
@@ -483,7 +487,7 @@ class Case:
         Image.new("L", (96, 64), 255).save(photo.with_suffix(".mask.png"))
 
     def config(self, run, **changes):
-        usual = {"target_modules": rows.ATTENTION, "max_train_steps": 2}
+        usual = {"target_modules": field_facts.ATTENTION, "max_train_steps": 2}
         usual |= {
             "class_data_dir": str(self.folder / "class"),
             "cache_dir": str(self.folder / "cache"),

@@ -28,7 +28,7 @@ from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop, objective
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep, prior_prompts

@@ -9,8 +9,8 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from dreambooth_moslora.settings import weightings
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import loss_weightings
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import objective
 from dreambooth_moslora.training.objective import NoiseSchedule
 
@@ -172,6 +172,6 @@ def test_offset_noise_shifts_whole_channels_and_draws_nothing_without_strength()
     ],
 )
 def test_each_setting_about_the_loss_is_a_row_of_the_weightings(style, settings, names):
-    config, rows = TrainConfig(**settings), weightings.WEIGHTINGS.items()
+    config, rows = TrainConfig(**settings), loss_weightings.WEIGHTINGS.items()
     assert tuple(name for name, row in rows if row.is_asked_for(config, style)) == names
-    assert objective.FORMULAS.keys() == weightings.WEIGHTINGS.keys()
+    assert objective.FORMULAS.keys() == loss_weightings.WEIGHTINGS.keys()

@@ -13,12 +13,12 @@ from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.settings import rules
 from dreambooth_moslora.settings.lr_schedules import LR_SCHEDULES
-from dreambooth_moslora.settings.optimizer_kinds import (
+from dreambooth_moslora.settings.optimizers import (
     BYTES_IN_8_BIT,
     OPTIMIZERS,
     OptimizerKind,
 )
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import checkpoint, loop
 from dreambooth_moslora.training import optimizer as optimizers
 from dreambooth_moslora.training.optimizer import (

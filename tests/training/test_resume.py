@@ -22,8 +22,8 @@ from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.lora import raw_file
 from dreambooth_moslora.method import moslora
-from dreambooth_moslora.settings.optimizer_kinds import OPTIMIZERS
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.optimizers import OPTIMIZERS
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import checkpoint as checkpoints
 from dreambooth_moslora.training import dry_run, loop
 from dreambooth_moslora.training.checkpoint import (

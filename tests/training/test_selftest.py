@@ -19,7 +19,7 @@ from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.lab import selftest
 from dreambooth_moslora.extras.lab.full_step import random_materials
 from dreambooth_moslora.extras.lab.selftest import ON_CPU, PROGRAM, Finding, SelfTest
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import loop
 from dreambooth_moslora.training.step import TrainStep
 from tests.helpers.tiny_training import logged, tiny_config

@@ -18,7 +18,7 @@ from dreambooth_moslora.method.fast_linear import WorkingCopies
 from dreambooth_moslora.plan import distributed
 from dreambooth_moslora.plan.distributed import compute_exactly
 from dreambooth_moslora.plan.speed import speed_of
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training import compilation, loop
 from dreambooth_moslora.training.loop import train
 from dreambooth_moslora.training.step import TrainStep

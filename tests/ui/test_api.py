@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from gradio_client import Client, handle_file
 
-from dreambooth_moslora.generation.params import GenerationParams, Image, read_recipe
+from dreambooth_moslora.generation.image_params import GenerationParams, Image, read_recipe
 
 FAST = {"steps": 3, "guidance_scale": 2.0}
 DRAW = FAST | {"api_name": "/generate"}

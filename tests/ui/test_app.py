@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import STOCK_SDXL, facts_of
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import STOCK_SDXL, facts_of
 from dreambooth_moslora.ui import app
 from dreambooth_moslora.ui.drawing import make_pictures
 from dreambooth_moslora.ui.generate_values import GenerateForm
@@ -135,7 +135,7 @@ def test_bases_are_offered_by_name_with_what_each_needs(mine, tiny_base):
     toy = Base.find("toy")
     assert list(app.offered(toy)) == ["toy", "toy-zimage", "SDXL"]
     assert list(app.offered(Base.find(mine))) == ["mine", "toy", "toy-zimage", "SDXL"]
-    assert app.about(toy) == toys.ABOUT.format("SDXL") and "practice" in app.note(toy)
+    assert app.about(toy) == toy_bases.ABOUT.format("SDXL") and "practice" in app.note(toy)
     assert app.note(Base.find(STOCK_SDXL)) == "a download of 6.9 GB"
     assert "64 px, 0.0 GiB of weights: it needs no GPU" in app.about(Base.find(tiny_base))
     assert "wants a GPU" in app.about(Base.find(mine))

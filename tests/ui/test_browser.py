@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
-from dreambooth_moslora.settings.toys import ABOUT
+from dreambooth_moslora.settings.toy_bases import ABOUT
 from dreambooth_moslora.ui.state import PageBase
 from tests.helpers import browser as web
 from tests.helpers.tiny_families import tiny_pipeline

@@ -18,7 +18,7 @@ from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.disk.run_folder import NONE
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import (
+from dreambooth_moslora.generation.image_params import (
     GenerationParams,
     Image,
     Provenance,

@@ -10,7 +10,7 @@ from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.queue import RunQueue
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.photo_file import open_mask
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.train.train_photos import remove_photo
 from tests.helpers import browser as web
 from tests.ui.conftest import noise_photos, toy_photos

@@ -16,7 +16,7 @@ import pytest
 from gradio.route_utils import BUILD_PATH_LIB
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import MAX_PROMPT_CHARACTERS
+from dreambooth_moslora.generation.image_params import MAX_PROMPT_CHARACTERS
 from dreambooth_moslora.ui.guard import MAX_FILES, MAX_FORM_BYTES, Places, too_long
 from dreambooth_moslora.ui.page import MOST_WAITING, launch_options
 from dreambooth_moslora.ui.state import MOST_STOPS

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_moslora.disk.run_folder import clean_name
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.ui.guard import MAX_FORM_BYTES
 from dreambooth_moslora.ui.html import facts_table, notice, progress_card
 from dreambooth_moslora.ui.jobs import Jobs

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, Image
+from dreambooth_moslora.generation.image_params import GenerationParams, Image
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.drawing import make_pictures

@@ -33,7 +33,7 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.pictures import Row, draw_contact_sheet
 from dreambooth_moslora.settings.subjects import prompts_of

@@ -13,7 +13,7 @@ from dreambooth_moslora.cli import terminal, train_flags
 from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.extras.cluster.fleet_subjects import REFUSED, read_subjects
-from dreambooth_moslora.plan import choices
+from dreambooth_moslora.plan import defaults
 
 if TYPE_CHECKING:
     from dreambooth_moslora.extras.cluster.fleet import Ending
@@ -76,8 +76,8 @@ def run_fleet(args: argparse.Namespace) -> int:
     shared, _ = train_flags.settings_of(flags, without_words=True)
     if not shared.get("pretrained_model_name_or_path"):
         raise UserError("missing: --base; give it as a flag or in a --config file.")
-    chosen = choices.Choices(shared)
-    choices.choose_resolution(chosen)
+    chosen = defaults.Choices(shared)
+    defaults.choose_resolution(chosen)
     shared = chosen.all
     from dreambooth_moslora.extras.cluster.fleet import missing
 

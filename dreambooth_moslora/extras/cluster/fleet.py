@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from dreambooth_moslora.base import machine
+from dreambooth_moslora.base import devices
 from dreambooth_moslora.base.base import Base
 from dreambooth_moslora.disk import queue, run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import ray_fleet, records, worker
 from dreambooth_moslora.extras.cluster.fleet_subjects import Subject, mark_of
-from dreambooth_moslora.plan import checks, memory, memory_plans
+from dreambooth_moslora.plan import memory, memory_plans, validation
 from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.settings import train_config
 
 PROCESS_GIB = 0.5
 """Memory of the libraries, beside the estimate's tensors."""
@@ -53,18 +53,18 @@ class Machines:
 
             return torch.cuda.get_device_properties(0).total_memory
 
-        gpu_gib = ray.get(own_gpu_bytes.remote()) / machine.GIB if ray_fleet.has_gpus() else None
+        gpu_gib = ray.get(own_gpu_bytes.remote()) / devices.GIB if ray_fleet.has_gpus() else None
 
         # RAM that Ray may give to tasks
         rooms = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
         return cls(
             gpu_gib=gpu_gib,
-            node_gib=max(rooms, default=0) / machine.GIB,
+            node_gib=max(rooms, default=0) / devices.GIB,
             per_gpu=per_gpu,
             cpus=cpus,
         )
 
-    def resources_for(self, config: table.TrainConfig) -> ray_fleet.Resources:
+    def resources_for(self, config: train_config.TrainConfig) -> ray_fleet.Resources:
         """What one training asks for, at most the largest machine. Raises UserError for a damaged
         base."""
         # the peak by the memory plan that it will have
@@ -79,13 +79,13 @@ class Machines:
         count = self.per_gpu or max(1, int(memory_plans.USABLE * self.gpu_gib / need))
         return ray_fleet.Resources(self.cpus, gpus=int(10_000 / count) / 10_000)
 
-    def plan_name(self, config: table.TrainConfig) -> str | None:
+    def plan_name(self, config: train_config.TrainConfig) -> str | None:
         """The memory plan that `--memory` means on these machines; None when it was not given.
         Raises UserError."""
         return memory_plans.plan_name(config, base_size(config), self.gpu_gib)
 
 
-def base_size(config: table.TrainConfig) -> BaseSize:
+def base_size(config: train_config.TrainConfig) -> BaseSize:
     """The size of the run's base with the layers that it adapts. Raises UserError."""
     return size_of(Base.of(config), config.target_modules, config.lora_blocks)
 
@@ -95,8 +95,8 @@ def size_of(base: Base, target_modules: tuple[str, ...], lora_blocks: tuple[str,
     """The size of a base with its family's layers, or those named. Its files are opened once.
     Raises UserError."""
     base.check()
-    config = table.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
-    targets = checks.family_settings(config, base).get("target_modules", target_modules)
+    config = train_config.TrainConfig(target_modules=target_modules, lora_blocks=lora_blocks)
+    targets = validation.family_settings(config, base).get("target_modules", target_modules)
     return size_of_base(base, targets)
 
 
@@ -189,7 +189,7 @@ def tasks_of(
         try:
             if subject.error:
                 raise UserError(subject.error)
-            config = table.TrainConfig.from_dict(subject.settings)
+            config = train_config.TrainConfig.from_dict(subject.settings)
             needs = machines.resources_for(config)
         except UserError as error:
             on_end(Ending(subject.name, records.ended(out / subject.name, "failed", str(error))))

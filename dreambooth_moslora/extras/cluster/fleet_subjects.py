@@ -32,8 +32,8 @@ from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS, SUBJECT_FILE, fin
 from dreambooth_moslora.disk.run_folder import check_name, find_weights
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.extras.cluster import records
-from dreambooth_moslora.plan.choices import TOKEN
-from dreambooth_moslora.settings import sources, table
+from dreambooth_moslora.plan.defaults import TOKEN
+from dreambooth_moslora.settings import config_files, train_config
 from dreambooth_moslora.settings.subjects import prompts_of
 
 OWN = ("folder", "token", "class", "class_word", "name")
@@ -117,7 +117,7 @@ def rows_of(source: Path) -> list[dict[str, Any]]:
             raise ValueError("it is not a text file")
         return list(rows_in(text, kind))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {sources.reason_of(error)}.") from error
+        raise UserError(f"{source}: {config_files.reason_of(error)}.") from error
     except (ValueError, csv.Error) as error:
         raise UserError(f"{source} is not a list of subjects: {error}.") from error
 
@@ -192,7 +192,7 @@ def settings_of(
     """
     own = {name: value for name, value in row.items() if name not in OWN}
     refuse(own)
-    table.check_each(own)
+    train_config.check_each(own)
     if not photos.is_dir():
         raise UserError(f"{photos}: {'not a folder' if photos.exists() else 'no such folder'}.")
 
@@ -216,14 +216,14 @@ def settings_of(
             "give its class, a subject.json, or --instance_prompt."
         )
     settings |= {"instance_data_dir": str(photos.resolve()), "output_dir": str(run_dir)}
-    table.TrainConfig.from_dict(settings)
+    train_config.TrainConfig.from_dict(settings)
     return settings
 
 
 def mark_of(settings: Mapping[str, Any]) -> str:
     """Return a digest of the settings and of the files that the training reads, wherever they lie:
     another means another run. Raises UserError and OSError for files that cannot be read."""
-    config = table.TrainConfig.from_dict(settings)
+    config = train_config.TrainConfig.from_dict(settings)
     caches = config.cache_folder
 
     # digests are remembered: of the photos for each folder, so that no record grows with the fleet
@@ -247,7 +247,7 @@ def list_visible(folder: Path) -> list[Path]:
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
 
 
-def list_shared(config: table.TrainConfig) -> list[Path]:
+def list_shared(config: train_config.TrainConfig) -> list[Path]:
     """Return the files that a training reads beside its photos: of a base that is here, of what it
     begins with, and the user's own class images. Raises UserError and OSError."""
     # the base; the hub's own files have a revision, and may be fetched only by the training
@@ -260,7 +260,7 @@ def list_shared(config: table.TrainConfig) -> list[Path]:
                     listed.append(path)
 
     # what the training begins with, such as another adapter
-    for name in table.BEGUN_WITH:
+    for name in train_config.BEGUN_WITH:
         value = getattr(config, name)
         path = user_path(value or "")
         if value and path.is_dir():
@@ -272,7 +272,7 @@ def list_shared(config: table.TrainConfig) -> list[Path]:
     # a training adds class images of its own
     images = Path(config.class_data_dir or "")
     if config.with_prior_preservation and config.class_data_dir and images.is_dir():
-        from dreambooth_moslora.training.made_before import GENERATED
+        from dreambooth_moslora.training.class_images import GENERATED
 
         listed += [path for path in list_visible(images) if not GENERATED.fullmatch(path.name)]
     return listed

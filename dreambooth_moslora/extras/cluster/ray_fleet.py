@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth_moslora.base.machine import GIB
+from dreambooth_moslora.base.devices import GIB
 from dreambooth_moslora.disk.paths import import_environment
 from dreambooth_moslora.errors import UserError, one_line
 from dreambooth_moslora.settings.rules import version_of

@@ -25,8 +25,8 @@ from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.errors import UserError, spelled_out
 from dreambooth_moslora.pictures import jpeg_url, render
-from dreambooth_moslora.training.explain import NOT_SCORED, advice_after
-from dreambooth_moslora.training.figures import figures_from, known_config, with_report
+from dreambooth_moslora.training.run_advice import NOT_SCORED, advice_after
+from dreambooth_moslora.training.run_metrics import figures_from, known_config, with_report
 
 FLEET_NAME = "fleet.json"
 """Of a fleet the names of its subjects, of a run its `Record`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from dreambooth_moslora.extras.cluster.fleet import base_size
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.plan.memory import adapter_parameters
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 
 def budget_ranks(study: Study) -> dict[tuple[str, int], int]:

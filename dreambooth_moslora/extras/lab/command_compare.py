@@ -17,8 +17,8 @@ from dreambooth_moslora.disk.paths import user_path
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.extras.cluster import command_fleet
 from dreambooth_moslora.extras.lab.study import Study, StudySubject, load_study
-from dreambooth_moslora.plan import agreement, choices
-from dreambooth_moslora.settings.table import MIXERS, flags_of
+from dreambooth_moslora.plan import agreement, defaults
+from dreambooth_moslora.settings.train_config import MIXERS, flags_of
 
 BASE = "pretrained_model_name_or_path"
 
@@ -113,11 +113,11 @@ def study_of(args: argparse.Namespace) -> Study:
     # what `train` would choose; the GPU is asked, which needs PyTorch
     say_loading()
     base = args.base
-    chosen = choices.Choices({BASE: base} if base else {})
+    chosen = defaults.Choices({BASE: base} if base else {})
     one_word.choose_base(chosen, folder)
     free_gib = None if chosen.base.is_toy else agreement.least_free_gib()
-    exposures = choices.choose_recipe(chosen, free_gib)
-    choices.choose_words(chosen, word)
+    exposures = defaults.choose_recipe(chosen, free_gib)
+    defaults.choose_words(chosen, word)
     chosen.add("", exposures_per_photo=exposures)
 
     # of it, what all arms share; the rest is named by the study

@@ -22,7 +22,7 @@ def run_selftest(args: argparse.Namespace) -> int:
     import psutil
     import torch
 
-    from dreambooth_moslora.base.machine import GIB, best_device, free_gib_of_gpu
+    from dreambooth_moslora.base.devices import GIB, best_device, free_gib_of_gpu
     from dreambooth_moslora.extras.lab.selftest import (
         ON_CPU,
         ON_TWO_GPUS,

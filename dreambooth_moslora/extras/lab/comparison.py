@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_moslora.evaluation import metrics, references
+from dreambooth_moslora.evaluation import metrics, reference_arms
 from dreambooth_moslora.extras.lab.study import Cell, Study
-from dreambooth_moslora.settings import measures
+from dreambooth_moslora.settings import metric_kinds
 
 
 def studied() -> list[str]:
     """The measures that a study compares."""
-    return [name for name, row in measures.MEASURES.items() if row.study]
+    return [name for name, row in metric_kinds.MEASURES.items() if row.study]
 
 
 def judged() -> list[str]:
     """The measures by which a picture can win against another."""
-    return [name for name, row in measures.MEASURES.items() if row.pictures]
+    return [name for name, row in metric_kinds.MEASURES.items() if row.pictures]
 
 
 Score = float | int | bool | None
@@ -206,7 +206,7 @@ def outcomes(study: Study, results: Sequence[Result]) -> list[Outcome]:
     return found
 
 
-def verdicts(study: Study, results: Sequence[Result]) -> dict[str, references.Verdict]:
+def verdicts(study: Study, results: Sequence[Result]) -> dict[str, reference_arms.Verdict]:
     """Name -> whether an arm was worth its training, beside each arm that draws by references.
     Differences are resampled over subjects, seeds, prompts and the seeds of pictures."""
     pictures = picture_tables_of(results)
@@ -223,6 +223,6 @@ def verdicts(study: Study, results: Sequence[Result]) -> dict[str, references.Ve
     complete = pictures["dino"].keys()
     for (arm, rank), shown in product(complete, study.arms):
         if study.trains(arm) and not study.trains(shown) and (shown, rank) in complete:
-            verdict = references.verdict(values(arm, rank), values(shown, rank))
+            verdict = reference_arms.verdict(values(arm, rank), values(shown, rank))
             made[f"{arm} r{rank} against {shown}"] = verdict
     return made

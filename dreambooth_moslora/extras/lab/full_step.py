@@ -26,11 +26,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from dreambooth_moslora.base import load, machine, pipelines
+from dreambooth_moslora.base import devices, families, load
 from dreambooth_moslora.disk import processes
 from dreambooth_moslora.plan.distributed import DTYPES
-from dreambooth_moslora.settings.table import TrainConfig
-from dreambooth_moslora.training import photo_stream, prepare, reporter
+from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.training import dataset, prepare, reporter
 from dreambooth_moslora.training.step import TrainStep
 
 WIDTHS = {"sdxl": (768, 1280), "small": (32, 64)}
@@ -138,8 +138,8 @@ def random_materials(
 
 def materials_of(
     pipeline: DiffusionPipeline,
-    family: pipelines.Family,
-    text: pipelines.Text,
+    family: families.Family,
+    text: families.Text,
     latents: torch.Tensor,
     resolution_px: int,
     dtype: torch.dtype,
@@ -156,7 +156,7 @@ def materials_of(
     # the one photo at each position, without a crop
     sizes = [resolution_px, resolution_px, 0, 0, resolution_px, resolution_px]
     ids = torch.tensor(sizes, dtype=torch.float32)
-    shown = photo_stream.EncodedView(latents, ids, None), "a photo of sks dog"
+    shown = dataset.EncodedView(latents, ids, None), "a photo of sks dog"
     stream = SimpleNamespace(
         at=lambda position: shown,
         subject_at=lambda position: 0,
@@ -193,7 +193,7 @@ def measure(size: str, config: TrainConfig) -> dict[str, float]:
 
     step_sec = second_of(step, accelerator.device)
     if accelerator.device.type == "cuda":
-        peak_gib = torch.cuda.max_memory_allocated() / machine.GIB
+        peak_gib = torch.cuda.max_memory_allocated() / devices.GIB
     else:
         peak_gib = reporter.memory_gib(accelerator.device)
     return {"floor_sec": floor_sec, "step_sec": step_sec, "peak_gib": peak_gib}
@@ -210,7 +210,7 @@ def floor_step(
     # what the UNet is told, on the device
     texts = []
     for text in materials.prompt_embeds(batch.prompts):
-        texts.append(pipelines.in_dtype(text, device, materials.dtype))
+        texts.append(families.in_dtype(text, device, materials.dtype))
     words = materials.family.arguments(texts)
     sizes = batch.time_ids.to(device)
     times = torch.tensor([500], device=device)

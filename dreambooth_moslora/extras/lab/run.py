@@ -32,7 +32,7 @@ from dreambooth_moslora.disk import events, processes, run_folder
 from dreambooth_moslora.disk.atomic import atomic_write
 from dreambooth_moslora.disk.contents import content_key, read_json
 from dreambooth_moslora.disk.paths import find_asset
-from dreambooth_moslora.evaluation import metrics, references, score_tables
+from dreambooth_moslora.evaluation import metrics, reference_arms, scoring
 from dreambooth_moslora.evaluation.protocol import plan_of_subject
 from dreambooth_moslora.evaluation.report import evaluators_of
 from dreambooth_moslora.extras.cluster import fleet, ray_fleet
@@ -41,10 +41,10 @@ from dreambooth_moslora.extras.lab.comparison import Result, best_rates, judged,
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.photos.folder import photo_report
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.families import text_options_of
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.family_facts import text_options_of
 from dreambooth_moslora.settings.subject_kinds import kind_of
-from dreambooth_moslora.settings.table import BEGUN_WITH, TrainConfig
+from dreambooth_moslora.settings.train_config import BEGUN_WITH, TrainConfig
 from dreambooth_moslora.training.loop import train
 
 WHOLE_BYTES = 64 << 20
@@ -67,7 +67,7 @@ def materials(study: Study, cell: Cell) -> list[Path]:
     found = [study.base.path, mine.photos]
     found += [study.protocol.clip, study.protocol.dino]
     if study.base.is_toy:
-        found.append(toys.DINO_FOLDER)
+        found.append(toy_bases.DINO_FOLDER)
     found += [settings.get(name) for name in BEGUN_WITH]
     paths = [Path(find_asset(str(path))) for path in found if path]
     return [path for path in paths if path.exists()]
@@ -97,18 +97,18 @@ def read_results(study: Study, cells: Iterable[Cell], out: Path) -> list[Result]
     return [read_json(path, Result) for path in paths if path.is_file()]
 
 
-def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evaluation:
+def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> scoring.Evaluation:
     """Draw with the adapter in `run_dir`, or by references, and score the pictures."""
     pipeline = pipeline_from(study.base)
     evaluator = evaluator_of(study, cell.subject)
     judge = partial(
-        score_tables.evaluate_adapter,
+        scoring.evaluate_adapter,
         pipeline,
         batch_size=8,
         text_options=text_options_of(study.config_of(cell, cell.rank, run_dir)),
     )
     if not study.trains(cell.arm):
-        return references.draw_by_references(evaluator, partial(judge, None))
+        return reference_arms.draw_by_references(evaluator, partial(judge, None))
     pipeline.load_adapter(run_dir, "cell")
     try:
         return judge("cell", evaluator)
@@ -119,11 +119,11 @@ def evaluate_cell(study: Study, cell: Cell, run_dir: Path) -> score_tables.Evalu
 # loading them takes longer than a small training: a worker keeps them between cells
 pipeline_from = lru_cache(maxsize=1)(SubjectPipeline.from_base)
 encoders_of = lru_cache(maxsize=1)(metrics.load_encoders)
-EVALUATORS: dict[str, score_tables.Evaluator] = {}
+EVALUATORS: dict[str, scoring.Evaluator] = {}
 """This process's evaluators by subject; each holds the base's pictures of its prompts."""
 
 
-def evaluator_of(study: Study, name: str) -> score_tables.Evaluator:
+def evaluator_of(study: Study, name: str) -> scoring.Evaluator:
     """The evaluator of a subject, the same for all arms."""
     subject = study.subject(name)
     protocol = study.protocol

@@ -3,7 +3,7 @@
 It trains on the device and on the CPU, and compares the results.
 
 losses      the device's losses equal the CPU's, in full and half precision
-published   the files of the device's run are verified (`lora.proof`)
+published   the files of the device's run are verified (`lora.verify`)
 repeated    whether two equal runs end with the same bytes: kernels that sum in a changing order
             give others
 resumed     a run that was stopped and resumed on the device ends with the same bytes; both have
@@ -33,8 +33,8 @@ from dreambooth_moslora.disk import run_folder
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory_plans import USABLE, costs
-from dreambooth_moslora.settings import table
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.step import GOES_ON
 
 PROGRAM = (sys.executable, "-m", "dreambooth_moslora")
@@ -52,7 +52,7 @@ FULL_PX = 1024
 CPU_PX = 512
 """Resolution of the step that is measured on a CPU."""
 STEP_PLANS = tuple(
-    name for name, plan in table.PLANS.items() if plan.keys() <= {"gradient_checkpointing"}
+    name for name, plan in train_config.PLANS.items() if plan.keys() <= {"gradient_checkpointing"}
 )
 """Memory plans with which it is tried, the fastest first: those that leave the base as it is."""
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
@@ -224,7 +224,7 @@ class SelfTest:
 
         # in a process of its own, whose peak is the step's
         words = ["--size", size, "--resolution", str(px), "--mixed_precision", half]
-        words += ["--gradient_checkpointing"] if table.PLANS[plan] else []
+        words += ["--gradient_checkpointing"] if train_config.PLANS[plan] else []
         command = [sys.executable, "-m", "dreambooth_moslora.extras.lab.full_step", *words]
         try:
             found = json.loads(self.call("step", command, STEP_SEC).splitlines()[-1])

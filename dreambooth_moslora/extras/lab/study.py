@@ -29,11 +29,11 @@ from dreambooth_moslora.base.base import SETTINGS, Base
 from dreambooth_moslora.disk.contents import read_json
 from dreambooth_moslora.disk.paths import SUBJECT_FILE, find_asset
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.plan import choices
-from dreambooth_moslora.plan.checks import check_references
-from dreambooth_moslora.settings import sources
+from dreambooth_moslora.plan import defaults
+from dreambooth_moslora.plan.validation import check_references
+from dreambooth_moslora.settings import config_files
 from dreambooth_moslora.settings.subjects import prompts_of
-from dreambooth_moslora.settings.table import TrainConfig, check_each
+from dreambooth_moslora.settings.train_config import TrainConfig, check_each
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ class Study:
 def load_study(path: Path) -> Study:
     """Read the file. Raises UserError for anything unknown, missing or contradictory."""
     # the tables, with known names
-    values = sources.read_tables(path)
+    values = config_files.read_tables(path)
     refuse_unknown(path, "", values, SECTIONS)
     study, protocol, shared, arms = (table(path, name, values.get(name, {})) for name in SECTIONS)
     refuse_unknown(path, "study.", study, [f.name for f in fields(Study)])
@@ -347,8 +347,8 @@ def load_study(path: Path) -> Study:
 
     # each arm's resolution; not in `train`, whose digest is a part of the results' names
     for settings in arms.values():
-        sized = choices.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
-        choices.choose_resolution(sized)
+        sized = defaults.Choices({"pretrained_model_name_or_path": "toy"} | shared | settings)
+        defaults.choose_resolution(sized)
         settings |= sized.settings
     made = Study(arms=arms, train=shared, protocol=Protocol(**protocol), **study)
     refuse_other_bases(made)
@@ -399,7 +399,7 @@ def settings_of(arm: Mapping[str, Any]) -> dict[str, Any]:
     UserError."""
     own = dict(arm)
     recipe = own.pop("config", None)
-    return {**sources.load_settings(recipe), **own} if recipe else own
+    return {**config_files.load_settings(recipe), **own} if recipe else own
 
 
 def refuse_unknown(path: Path, where: str, values: Mapping[str, Any], known) -> None:

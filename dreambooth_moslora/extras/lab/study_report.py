@@ -1,6 +1,6 @@
 """A comparison as files.
 
-They are `results.json`, `table.md` for a README, `report.html`, and its plots as PNG.
+They are `publish.json`, `table.md` for a README, `report.html`, and its plots as PNG.
 """
 
 import json
@@ -20,8 +20,8 @@ from dreambooth_moslora.evaluation.metrics import Interval
 from dreambooth_moslora.extras.lab import comparison, run
 from dreambooth_moslora.extras.lab.study import Cell, Study
 from dreambooth_moslora.pictures import render
-from dreambooth_moslora.settings.measures import MEASURES, Measure
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
+from dreambooth_moslora.settings.train_config import SETTINGS
 
 WIN = "#2a6fdb"
 TIE = "#c9c9cf"

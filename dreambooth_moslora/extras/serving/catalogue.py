@@ -18,7 +18,7 @@ from dreambooth_moslora.disk.contents import file_digest, read_stamp
 from dreambooth_moslora.disk.paths import find_asset
 from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, files_by_name, run_files
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import GenerationParams, check_steps, draw_seed
+from dreambooth_moslora.generation.image_params import GenerationParams, check_steps, draw_seed
 
 
 class RefusedError(UserError):

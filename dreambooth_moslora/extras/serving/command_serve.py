@@ -24,7 +24,7 @@ from dreambooth_moslora.extras.serving.front import (
     ServeSettings,
     tokens_of,
 )
-from dreambooth_moslora.settings.table import flags_of
+from dreambooth_moslora.settings.train_config import flags_of
 
 BASE = "pretrained_model_name_or_path"
 EPILOG = """example:

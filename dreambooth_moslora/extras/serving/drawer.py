@@ -19,7 +19,7 @@ from dreambooth_moslora.extras.serving.catalogue import (
     RefusedError,
     too_late,
 )
-from dreambooth_moslora.generation.params import check_size
+from dreambooth_moslora.generation.image_params import check_size
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 
 

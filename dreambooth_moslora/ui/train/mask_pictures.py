@@ -10,7 +10,7 @@ import PIL.ImageFilter
 from dreambooth_moslora.photos.folder import photo_report
 from dreambooth_moslora.photos.masks import MadeMask, load_segmenter, make_kept, quality_warning
 from dreambooth_moslora.photos.photo_file import open_mask
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.workspace import Workspace
 
 OUTLINE = (45, 240, 200)

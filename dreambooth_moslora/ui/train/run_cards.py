@@ -7,8 +7,8 @@ from dreambooth_moslora.disk import events
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.settings.prompts import trigger_words
 from dreambooth_moslora.settings.subject_kinds import kind_of
-from dreambooth_moslora.training.explain import NOT_SCORED, NOTHING, closing_advice, is_short
-from dreambooth_moslora.training.figures import LEAST_LIKENESS, figures_from, known_config
+from dreambooth_moslora.training.run_advice import NOT_SCORED, NOTHING, closing_advice, is_short
+from dreambooth_moslora.training.run_metrics import LEAST_LIKENESS, figures_from, known_config
 from dreambooth_moslora.ui import html
 from dreambooth_moslora.ui.events import sentence
 from dreambooth_moslora.ui.jobs import JobState

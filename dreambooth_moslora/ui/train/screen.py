@@ -10,7 +10,7 @@ import gradio as gr
 
 from dreambooth_moslora.disk.run_folder import NONE, PUBLISHED_NAME, RunDir
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.toys import is_toy
+from dreambooth_moslora.settings.toy_bases import is_toy
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.adapter_summary import summary_of
 from dreambooth_moslora.ui.events import AT_ONCE, TELLING, mistake_card, on

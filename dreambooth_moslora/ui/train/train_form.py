@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_moslora.base.base import Base
-from dreambooth_moslora.base.machine import GIB, apple_gib, best_device
+from dreambooth_moslora.base.devices import GIB, apple_gib, best_device
 from dreambooth_moslora.disk.paths import MAX_WORD_CHARACTERS
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.generation.params import check_characters
-from dreambooth_moslora.photos.beside import one_space
+from dreambooth_moslora.generation.image_params import check_characters
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan import choices as plan
-from dreambooth_moslora.settings import toys
-from dreambooth_moslora.settings.table import SETTINGS
+from dreambooth_moslora.photos.sidecars import one_space
+from dreambooth_moslora.plan import defaults as plan
+from dreambooth_moslora.settings import toy_bases
+from dreambooth_moslora.settings.train_config import SETTINGS
 from dreambooth_moslora.values import is_number
 
 PRESETS = {"quick": 0.5, "standard": 1.0, "thorough": 2.0}
@@ -188,7 +188,7 @@ class TrainForm:
         line=5,
         setting="masks",
         words=("given", "auto"),
-        at_first=toys.is_toy,
+        at_first=toy_bases.is_toy,
         fetched="CLIPSeg comes",
         idle_for=("style",),
     )
@@ -318,7 +318,7 @@ class TrainForm:
     ) -> dict[str, Any]:
         """The form's own values, under the names of TrainConfig.
 
-        The arguments are those of `choices`. Raises UserError.
+        The arguments are those of `defaults`. Raises UserError.
         """
         self.check_words()
         check_characters(str(self.describe or ""), "what may change")
@@ -344,7 +344,7 @@ class TrainForm:
             value = getattr(self, name)
             value = one_space(value) if isinstance(value, str) else value
             is_unsaid = value is None or (row.is_number and not row.always and not value)
-            is_idle = self.subject in row.idle_for or (row.of_files and toys.is_toy(base))
+            is_idle = self.subject in row.idle_for or (row.of_files and toy_bases.is_toy(base))
             if not row.setting or is_unsaid or is_idle:
                 continue
             if row.always or value != row.first(base):
@@ -401,7 +401,7 @@ def free_for(base: str, *, is_later: bool = False) -> float | None:
 
     None without a GPU, and for the embedded base, which needs none.
     """
-    return None if toys.is_toy(base) else free_gib(is_later=is_later)
+    return None if toy_bases.is_toy(base) else free_gib(is_later=is_later)
 
 
 def usable_photos(photos_dir: Path, resolution_px: int) -> list[Photo]:

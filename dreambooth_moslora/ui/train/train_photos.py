@@ -11,13 +11,13 @@ from pathlib import Path
 import PIL.Image
 
 from dreambooth_moslora.disk.contents import file_digest
-from dreambooth_moslora.photos.beside import one_space
-from dreambooth_moslora.photos.cropping import apply_crop
-from dreambooth_moslora.photos.examine import examine, plans_of
+from dreambooth_moslora.photos.augment import apply_crop
 from dreambooth_moslora.photos.faces import with_faces
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_again, open_mask, open_rgb, to_rgb
-from dreambooth_moslora.plan.choices import TOKEN
+from dreambooth_moslora.photos.quality import examine, plans_of
+from dreambooth_moslora.photos.sidecars import one_space
+from dreambooth_moslora.plan.defaults import TOKEN
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.photo_copies import kept_photos, remove_photos, take_photos
 from dreambooth_moslora.ui.train.mask_pictures import outlined

@@ -18,10 +18,10 @@ from dreambooth_moslora.disk.paths import free_name
 from dreambooth_moslora.disk.run_folder import RunDir
 from dreambooth_moslora.errors import UserError
 from dreambooth_moslora.photos.photo_file import Photo
-from dreambooth_moslora.plan.checks import own_bucket_step
 from dreambooth_moslora.plan.memory_plans import plan_lines
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings import table
+from dreambooth_moslora.plan.validation import own_bucket_step
+from dreambooth_moslora.settings import train_config
 from dreambooth_moslora.settings.subject_kinds import kind_of
 from dreambooth_moslora.ui import html, state
 from dreambooth_moslora.ui.jobs import MAX_RUN_NAME, Job, Jobs
@@ -77,7 +77,7 @@ def prepared(
     It is deleted when the block fails, which frees its name. With `is_queued` the run begins when
     all others have ended. Raises UserError.
     """
-    from dreambooth_moslora.plan.checks import check_settings, family_settings
+    from dreambooth_moslora.plan.validation import check_settings, family_settings
 
     # The settings, as the page's photos give them.
     photos = ctx.workspace.given_photos
@@ -93,7 +93,7 @@ def prepared(
 
     # The run reads its own copies: a queued run may begin when the photos are gone.
     copies = RunDir(run_dir).photos_dir
-    config = table.TrainConfig.from_dict(choices.all | {"instance_data_dir": str(copies)})
+    config = train_config.TrainConfig.from_dict(choices.all | {"instance_data_dir": str(copies)})
     run_dir.mkdir(parents=True)
     try:
         with ctx.workspace.changing:
@@ -109,7 +109,7 @@ def prepared(
 
 def settings_of(
     ctx: state.AppContext, form: TrainForm, photos: Sequence[Photo] = ()
-) -> table.TrainConfig:
+) -> train_config.TrainConfig:
     """The settings of a run of this form, whose folder is not made.
 
     `photos` are the page's usable ones, if they were read already. Raises UserError.
@@ -121,11 +121,11 @@ def settings_of(
         run_dir=ctx.workspace.root / "run",
         photos=photos,
     )
-    config = table.TrainConfig.from_dict(choices.all)
+    config = train_config.TrainConfig.from_dict(choices.all)
     return replace(config, **own_bucket_step(config, Base.of(config)))
 
 
-def chosen_lines(config: table.TrainConfig) -> list[str]:
+def chosen_lines(config: train_config.TrainConfig) -> list[str]:
     """What a run of the page does, in a sentence each."""
     count = len(kept_photos(Path(config.instance_data_dir)))
     total = plan_steps(config, [max(1, count)]).total_steps

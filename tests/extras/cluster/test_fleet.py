@@ -24,7 +24,7 @@ from dreambooth_moslora.extras.cluster.records import (
 from dreambooth_moslora.extras.cluster.worker import Job, judged, train_subject
 from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 
 CONFIG = TrainConfig(
     pretrained_model_name_or_path="someone/sdxl", resolution=1024, mixed_precision="bf16"

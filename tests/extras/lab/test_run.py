@@ -21,7 +21,7 @@ from dreambooth_moslora.extras.lab.study_report import write_comparison
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from dreambooth_moslora.method.moslora import adapter_parameters
 from dreambooth_moslora.photos.synthetic import Made, write_record
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.training.adapters import add_adapters
 from tests.helpers.tiny_encoders import save_tiny_encoders
 from tests.helpers.tiny_families import tiny_pipeline

@@ -10,7 +10,7 @@ import pytest
 
 from dreambooth_moslora.cli.main import main
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.evaluation.references import TRAIN
+from dreambooth_moslora.evaluation.reference_arms import TRAIN
 from dreambooth_moslora.extras.lab import comparison
 from dreambooth_moslora.extras.lab.command_compare import compare_arguments
 from dreambooth_moslora.extras.lab.command_compare import study_of as study_of_words

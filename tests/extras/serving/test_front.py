@@ -17,7 +17,7 @@ from dreambooth_moslora.extras.serving import catalogue as catalogue_module
 from dreambooth_moslora.extras.serving import front as front_module
 from dreambooth_moslora.extras.serving.drawer import Drawer
 from dreambooth_moslora.extras.serving.front import Access, Front, ServeSettings, build_front
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.extras.serving.conftest import NAMES, TOKEN, shop_of
 

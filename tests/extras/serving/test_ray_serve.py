@@ -13,7 +13,7 @@ import torch
 
 from dreambooth_moslora.extras.serving.command_serve import NEEDED
 from dreambooth_moslora.extras.serving.front import PATIENCE, ServeSettings
-from dreambooth_moslora.generation.params import GenerationParams
+from dreambooth_moslora.generation.image_params import GenerationParams
 from dreambooth_moslora.generation.pipeline import SubjectPipeline
 from tests.extras.serving.conftest import NAMES, TOKEN
 

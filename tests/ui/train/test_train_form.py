@@ -6,7 +6,7 @@ import PIL.ImageFilter
 import pytest
 
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.settings.table import SETTINGS, TrainConfig
+from dreambooth_moslora.settings.train_config import SETTINGS, TrainConfig
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,
     rows,

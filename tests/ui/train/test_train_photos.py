@@ -13,11 +13,11 @@ import pytest
 from dreambooth_moslora.disk.contents import file_digest
 from dreambooth_moslora.disk.paths import assets_folder
 from dreambooth_moslora.errors import UserError
-from dreambooth_moslora.photos.cropping import CropRule, apply_crop
-from dreambooth_moslora.photos.examine import plans_of
+from dreambooth_moslora.photos.augment import CropRule, apply_crop
 from dreambooth_moslora.photos.folder import find_photos
 from dreambooth_moslora.photos.photo_file import open_rgb
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.photos.quality import plans_of
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui.page import build_app
 from dreambooth_moslora.ui.photo_copies import kept_photos, take_photos
 from dreambooth_moslora.ui.train import train_form

@@ -14,8 +14,8 @@ from dreambooth_moslora.plan.base_size import BaseSize
 from dreambooth_moslora.plan.memory import estimate
 from dreambooth_moslora.plan.memory_plans import memory_settings
 from dreambooth_moslora.plan.plan import plan_steps
-from dreambooth_moslora.settings.sources import load_settings
-from dreambooth_moslora.settings.table import TrainConfig
+from dreambooth_moslora.settings.config_files import load_settings
+from dreambooth_moslora.settings.train_config import TrainConfig
 from dreambooth_moslora.ui import jobs as page_jobs
 from dreambooth_moslora.ui.train.train_form import (
     TrainForm,

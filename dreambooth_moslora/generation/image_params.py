@@ -1,0 +1,452 @@
+"""The parameters of a picture: schedulers, limits, and how a PNG carries its recipe. It needs no
+torch.
+
+Every PNG has two text chunks: `parameters`, the text that A1111 and its relatives read, and
+`dreambooth_moslora`, exact JSON: `GenerationParams.from_png(path)` gives the same picture
+again. Pixels are not decoded.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from dreambooth_moslora.disk.contents import from_json
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.settings.family_facts import TEXT_OPTIONS, Facts
+from dreambooth_moslora.settings.train_config import TrainConfig
+
+# The text chunk with the recipe, and the version of its format
+PNG_KEY = "dreambooth_moslora"
+FORMAT_VERSION = 1
+MAX_SEED = 2**32 - 1
+# Sides are multiples of this: the VAE halves them three times
+SIZE_STEP_PX = 8
+# Least and largest value of each number
+LIMITS = {
+    "seed": (0, MAX_SEED),
+    "steps": (1, 200),
+    "guidance_scale": (0.0, 50.0),
+    "num_images": (1, 64),
+    "height_px": (SIZE_STEP_PX, 4096),
+    "width_px": (SIZE_STEP_PX, 4096),
+}
+MAX_PROMPT_CHARACTERS = 5000
+MAX_ADAPTERS = 8
+# `<lora:name:0.8>`, as A1111 writes it
+LORA_TAG = re.compile(r"<lora:([^<>]{1,200})>")
+# Most steps on a machine that draws for many users: more would block the queue
+MAX_STEPS = 100
+# Largest area relative to the base's own: larger pictures take much longer and repeat themselves
+MAX_AREA = 4
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A way to remove noise, as this program offers it."""
+
+    title: str  # in other programs ("Sampler" in A1111)
+    class_name: str  # of diffusers
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Options of DPM++ on Karras' noise levels; diffusers allows one kind of levels at a time
+KARRAS = {
+    "algorithm_type": "dpmsolver++",
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+SCHEDULERS = {
+    "euler": Scheduler(title="Euler", class_name="EulerDiscreteScheduler"),
+    "dpmpp_2m_karras": Scheduler(
+        title="DPM++ 2M Karras",
+        class_name="DPMSolverMultistepScheduler",
+        options=KARRAS,
+    ),
+    "dpmpp_2m_sde_karras": Scheduler(
+        title="DPM++ 2M SDE Karras",
+        class_name="DPMSolverMultistepScheduler",
+        options=KARRAS | {"algorithm_type": "sde-dpmsolver++"},
+    ),
+    "unipc": Scheduler(title="UniPC", class_name="UniPCMultistepScheduler"),
+}
+"""Schedulers by this program's names. One seed decides all noise of a picture, also that which
+DPM++ 2M SDE adds after each step, so that later steps correct what earlier ones did."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The files and programs that made a picture, without paths and facts about photos or the
+    machine."""
+
+    base: str = ""
+    adapter_sha256: tuple[tuple[str, str], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Everything that decides the pixels, given base and adapters.
+
+    seed: of the first image; image i has `seed + i`, whatever `num_images` is
+    guidance_scale, scheduler: None means the base's own
+    height_px, width_px: px; None means the base's own
+    adapters: a name, or several, or pairs of a name and a scale; kept as pairs
+    text_options: settings of training, such as max_sequence_length. Without them those of the
+        adapters' runs are taken; an empty one is the base's own
+
+    Raises UserError on a value that cannot be generated.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance_scale: float | None = None
+    height_px: int | None = None
+    width_px: int | None = None
+    num_images: int = 1
+    adapters: tuple[tuple[str, float], ...] = field(default=())
+    scheduler: str | None = None
+    text_options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        # Every field is checked, also its type: anyone may have written the PNG.
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty; write what the picture should show")
+
+        for name, (low, high) in LIMITS.items():
+            _check_number(name, getattr(self, name), low, high, whole=name != "guidance_scale")
+        for name in ("height_px", "width_px"):
+            size = getattr(self, name)
+            if size is not None and size % SIZE_STEP_PX:
+                raise UserError(f"{name} is {size}; it must be a multiple of {SIZE_STEP_PX}")
+
+        scheduler = self.scheduler
+        is_known = scheduler is None or (isinstance(scheduler, str) and scheduler in SCHEDULERS)
+        if not is_known:
+            known = ", ".join(SCHEDULERS)
+            raise UserError(f"scheduler {scheduler!r:.60} is unknown; choose one of {known}")
+
+        # Lists and dictionaries of JSON become tuples: the class is frozen.
+        object.__setattr__(self, "adapters", _checked_adapters(self.adapters))
+        object.__setattr__(self, "text_options", _checked_text_options(self.text_options))
+
+    def for_image(self, index: int) -> "GenerationParams":
+        """The parameters of image `index` alone, for its PNG."""
+        return replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_images=1)
+
+    def apply_tags(self) -> "GenerationParams":
+        """Turn `<lora:name:0.8>` in the prompt into an adapter; a tag overrides the scale chosen
+        elsewhere."""
+        prompt, tags = split_lora_tags(self.prompt)
+        if not tags:
+            return self
+        adapters = tuple((dict(self.adapters) | dict(tags)).items())
+        return replace(self, prompt=prompt, adapters=adapters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it. It leaves out `text_options` when there are none, so that other
+        pictures keep their bytes."""
+        shown = asdict(self) | {"adapters": [list(pair) for pair in self.adapters]}
+        options = dict(shown.pop("text_options"))
+        if options:
+            shown["text_options"] = options
+        return shown
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "GenerationParams":
+        """Raises UserError for an unknown name or a value of the wrong type: anyone may have
+        written the PNG."""
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise UserError(f"unknown generation parameter {unknown[0]!r}")
+        if "prompt" not in values:
+            raise UserError("the recipe has no prompt")
+        return cls(**values)
+
+    def to_png_text(self, provenance: Provenance | None = None) -> dict[str, str]:
+        """Text chunks for the PNG of this one image: key -> text."""
+        provenance = provenance or Provenance()
+        recipe = {
+            "format": FORMAT_VERSION,
+            "params": self.to_dict(),
+            "base": provenance.base,
+            "adapter_sha256": dict(provenance.adapter_sha256),
+            "versions": dict(provenance.versions),
+        }
+        return {
+            "parameters": _a1111_text(self, provenance),
+            PNG_KEY: json.dumps(recipe, ensure_ascii=False),
+        }
+
+    @classmethod
+    def from_png(cls, path: str | Path) -> "GenerationParams":
+        """The parameters in a PNG of this program. Raises UserError when it has none."""
+        return read_recipe(path).params
+
+
+@dataclass(frozen=True)
+class StoredRecipe:
+    """The JSON in a PNG, with values that nobody has checked."""
+
+    params: dict[str, Any]
+    base: str = ""
+    adapter_sha256: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a PNG says about itself."""
+
+    params: GenerationParams
+    provenance: Provenance
+
+
+def check_sides(sides: tuple[int, int], facts: Facts) -> None:
+    """Raises UserError for sides, px, that the family's patches do not divide."""
+    step = facts.multiple_px
+    for side in sides:
+        if side % step:
+            near = max(1, side // step) * step
+            raise UserError(
+                f"a side of {side} px: {facts.title} draws multiples of {step}, such as {near}"
+            )
+
+
+def draw_seed(seed: int) -> int:
+    """`seed` itself, or a random one if it is negative."""
+    return secrets.randbelow(2**31) if seed < 0 else int(seed)
+
+
+def split_lora_tags(prompt: str) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """ "a dog <lora:rex:0.8>" -> ("a dog", (("rex", 0.8),)). A tag without a number means 1. Raises
+    UserError for a tag that is not read."""
+    tags = dict(map(tag_of, LORA_TAG.findall(prompt)))
+    if not tags:
+        return prompt, ()
+
+    # A tag between two words leaves two spaces behind.
+    words = LORA_TAG.sub("", prompt)
+    return re.sub(r"\s{2,}", " ", words).strip(), tuple(tags.items())
+
+
+def tag_of(text: str) -> tuple[str, float]:
+    """ "rex:0.8" -> ("rex", 0.8). Raises UserError."""
+    name, colon, scale = text.partition(":")
+    try:
+        return name.strip(), float(scale) if colon else 1.0
+    except ValueError:
+        raise UserError(
+            f"<lora:{text:.100}> is not read here: write <lora:NAME:SCALE> with one number"
+        ) from None
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a PNG; pixels are not decoded. Raises UserError for a file without one."""
+    return recipe_in(texts_in(Path(path)), Path(path).name)
+
+
+def texts_in(path: Path) -> dict[str, str]:
+    """Name -> text of a PNG's chunks. Raises UserError for any other file, and for a damaged
+    one."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            return {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except FileNotFoundError:
+        raise UserError(f"{path.name}: there is no such file") from None
+    except (PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path.name} is not a readable PNG file") from error
+
+
+def recipe_in(text: Mapping[str, str], name: str) -> Recipe:
+    """The recipe in the texts of the picture `name`. Raises UserError when they hold none, or a
+    damaged one."""
+    if PNG_KEY not in text:
+        raise UserError(
+            f"{name} carries no recipe of this program; was it saved again by another one?"
+        )
+    try:
+        found = from_json(text[PNG_KEY], StoredRecipe)
+    except UserError as error:
+        raise UserError(f"the recipe inside the PNG is damaged: {error}") from error
+    provenance = Provenance(
+        base=found.base,
+        adapter_sha256=tuple(found.adapter_sha256.items()),
+        versions=tuple(found.versions.items()),
+    )
+    return Recipe(GenerationParams.from_dict(found.params), provenance)
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name} must be text, not {type(text).__name__}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        most = f"at most {MAX_PROMPT_CHARACTERS} are allowed"
+        raise UserError(f"{name} has {len(text)} characters; {most}")
+    check_characters(text, name)
+
+
+def check_characters(text: str, name: str) -> None:
+    """Raises UserError for half a surrogate pair: JSON can hold it, but files, pages and tokenizers
+    cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds {text[error.start]!r}, which is not a character; remove it"
+        ) from error
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool) -> None:
+    # None is the base's own. A bool is an int to Python.
+    if value is None and name in ("guidance_scale", "height_px", "width_px"):
+        return
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, not {value!r:.40}")
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value}; it must lie between {low} and {high}")
+
+
+def _checked_adapters(adapters: Any) -> tuple[tuple[str, float], ...]:
+    # A name alone stands for the adapter at its full strength.
+    given = [adapters] if isinstance(adapters, str) else adapters
+    try:
+        if isinstance(given, Mapping):
+            raise TypeError
+        named = [(one, 1.0) if isinstance(one, str) else one for one in given]
+        pairs = tuple((name, float(scale)) for name, scale in named)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"adapters must be names, or pairs of name and scale, not {adapters!r:.60}"
+        ) from error
+    if len(pairs) > MAX_ADAPTERS:
+        raise UserError(
+            f"{len(pairs)} adapters are too many; at most {MAX_ADAPTERS} can be combined"
+        )
+    for name, scale in pairs:
+        # `not … <=` is also true for NaN.
+        if not isinstance(name, str) or not name or not abs(scale) <= 10:
+            said = f"adapter {name!r:.60} with scale {scale} is not usable"
+            raise UserError(f"{said}; scales lie between -10 and 10")
+    if len(dict(pairs)) != len(pairs):
+        raise UserError("an adapter is named twice; give each one scale")
+    return pairs
+
+
+def _checked_text_options(options: Any) -> tuple[tuple[str, Any], ...]:
+    """Names and values, as `TrainConfig` has them."""
+    try:
+        options = dict(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"text_options must be names with values, not {options!r:.60}") from error
+    for name in options:
+        if name not in TEXT_OPTIONS:
+            raise UserError(
+                f"the text option {name!r:.60} is unknown; there are {', '.join(TEXT_OPTIONS)}"
+            )
+
+    # The settings' own types, such as a tuple of layers
+    config = TrainConfig.from_dict(options)
+    return tuple((name, getattr(config, name)) for name in options)
+
+
+def _a1111_text(params: GenerationParams, provenance: Provenance) -> str:
+    """The text for other programs: prompt with tags, negative prompt, one line of settings."""
+    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale in params.adapters)
+    hashes = ", ".join(f"{name}: {sha[:12]}" for name, sha in provenance.adapter_sha256)
+    has_size = params.width_px and params.height_px
+    version = dict(provenance.versions).get(PNG_KEY, "")
+
+    # A1111's names, in its order; what is not known is left out.
+    settings = {
+        "Steps": params.steps,
+        "Sampler": SCHEDULERS[params.scheduler].title if params.scheduler else "",
+        "CFG scale": "" if params.guidance_scale is None else f"{params.guidance_scale:g}",
+        "Seed": params.seed,
+        "Size": f"{params.width_px}x{params.height_px}" if has_size else "",
+        "Model": provenance.base,
+        "Lora hashes": f'"{hashes}"' if hashes else "",
+        "Version": f"{PNG_KEY} {version}".strip(),
+    }
+    line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value != "")
+    negative = f"\nNegative prompt: {params.negative_prompt}" if params.negative_prompt else ""
+    return f"{params.prompt}{tags}{negative}\n{line}"
+
+
+def check_size(params: GenerationParams, resolution_px: int) -> None:
+    """Raises UserError for a picture that is too large. `resolution_px` is the base's own side."""
+    height = params.height_px or resolution_px
+    width = params.width_px or resolution_px
+    if height * width > MAX_AREA * resolution_px**2:
+        side = int(MAX_AREA**0.5 * resolution_px)
+        most = f"at most {side} x {side} px are drawn"
+        raise UserError(f"{width} x {height} px is too large for this base; {most}")
+
+
+def check_steps(params: GenerationParams) -> None:
+    """Raises UserError for a picture with too many steps."""
+    if params.steps > MAX_STEPS:
+        raise UserError(f"{params.steps} steps are too many; at most {MAX_STEPS} are drawn")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step is done."""
+
+    index: int  # of the image, from 0
+    num_images: int
+    step: int  # of `steps`, from 1
+    steps: int
+    eta_sec: float  # for all remaining images
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished picture."""
+
+    index: int  # from 0
+    pixels: PIL.Image.Image
+    params: GenerationParams  # of this one image
+    provenance: Provenance
+
+    def save(self, path: str | Path) -> Path:
+        Path(path).write_bytes(self.png())
+        return Path(path)
+
+    def png(self) -> bytes:
+        """The PNG's bytes, with the recipe."""
+        text = PngInfo()
+        for key, value in self.params.to_png_text(self.provenance).items():
+            text.add_itxt(key, value)
+        file = BytesIO()
+        self.pixels.save(file, format="PNG", pnginfo=text)
+        return file.getvalue()
+
+
+# Why a picture is black
+WHY_BLACK = (
+    "an adapter's values or its scale are too large for this base, or the base's safety checker "
+    "took it for unsafe"
+)
+
+
+def about_black(pictures: Iterable[Image]) -> str:
+    """How many are black and why, "" for none: too large values give black pictures, not errors."""
+    count = sum(picture.pixels.getbbox() is None for picture in pictures)
+    if not count:
+        return ""
+    these = "1 of them is" if count == 1 else f"{count} of them are"
+    return f"{these} black: {WHY_BLACK}"

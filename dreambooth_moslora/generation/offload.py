@@ -1,0 +1,90 @@
+"""Where a pipeline draws: its device, and what is done when that is short of memory."""
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.streaming import StreamedBlocks, streamed_blocks
+
+CPU = torch.device("cpu")
+# Free memory over weights below which models take turns: 9.7 GiB for SDXL in fp16
+ROOM_BESIDE_WEIGHTS = 1.5
+# GiB beside the largest model below which blocks are streamed: what two pictures of 1024 px take
+ROOM_BESIDE_A_MODEL = 1.0
+
+
+class Home:
+    """The device that a pipeline draws on, from the CPU's memory. If it is short of memory, models
+    take turns on it; if it is too small for one of them, their blocks do."""
+
+    def __init__(self, pipeline: DiffusionPipeline, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self.device = device
+        self.is_resting = pipeline.device != device
+        self.streamed: list[StreamedBlocks] = []
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the device has too little free memory for a resting pipeline's models."""
+        if not self.is_resting:
+            return False
+        free = devices.free_gib(self.device)
+        return free is not None and free < ROOM_BESIDE_WEIGHTS * weights_gib(self.pipeline)
+
+    @property
+    def is_too_small(self) -> bool:
+        """Whether the device has too little free memory for one of the models alone."""
+        free = devices.free_gib(self.device)
+        largest = max(map(gib_of, models_of(self.pipeline)))
+        return free is not None and free < largest + ROOM_BESIDE_A_MODEL
+
+    def enter(self) -> None:
+        """Move all models to the device, or let them, or their blocks, take turns until `leave`."""
+        if self.streamed or (self.is_short and self.is_too_small):
+            self.stream()
+        elif self.is_short:
+            self.pipeline.enable_model_cpu_offload(device=self.device)
+        elif self.is_resting:
+            self.pipeline.to(self.device)
+            self.is_resting = False
+
+    def stream(self) -> None:
+        """Keep the blocks of the denoiser and of the text encoders on the host, from the first time
+        on, and move all else to the device."""
+        for blocks in self.streamed:
+            blocks.move(self.device)
+        if not self.streamed:
+            for model in models_of(self.pipeline):
+                if model is not self.pipeline.vae and streamed_blocks(model):
+                    self.streamed.append(StreamedBlocks(model, self.device))
+        self.pipeline.to(self.device)
+
+    def leave(self) -> None:
+        """Move all models back to the CPU's memory, and free the device's."""
+        self.is_resting = True
+        self.pipeline.remove_all_hooks()
+        for blocks in self.streamed:
+            blocks.move(CPU)
+        self.pipeline.to(CPU, silence_dtype_warnings=True)
+        devices.free_unused_blocks(self.device)
+
+    def end(self) -> None:
+        """Leave for good, with the models as they came."""
+        self.leave()
+        for blocks in self.streamed:
+            blocks.end()
+        self.streamed = []
+
+
+def models_of(pipeline: DiffusionPipeline) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def weights_gib(pipeline: DiffusionPipeline) -> float:
+    """GiB of all weights, in their current dtype."""
+    return sum(map(gib_of, models_of(pipeline)))
+
+
+def gib_of(model: torch.nn.Module) -> float:
+    """GiB of a model's weights, in their current dtype."""
+    return sum(weight.nbytes for weight in model.parameters()) / devices.GIB

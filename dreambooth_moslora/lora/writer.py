@@ -1,0 +1,239 @@
+"""Publishes an adapter.
+
+A published adapter is always folded: ΔW = up·down with the scale included and alpha = rank. Such a
+file is correct without metadata, in any version of diffusers and in kohya's form.
+
+    live adapter --fold--> LowRank --publish-->
+
+        pytorch_lora_weights.safetensors    for diffusers
+        <name>.kohya.safetensors            for others
+
+    live adapter --save_raw--> moslora_weights.safetensors --load_raw--> the same, bit for bit
+
+A file is published only after a stock loader has read it back and computed the same (`proof`).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dreambooth_moslora.disk.atomic import scratch_directory
+from dreambooth_moslora.disk.run_folder import KOHYA_SUFFIX, PUBLISHED_NAME, check_name
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import key_names, raw_file
+from dreambooth_moslora.lora.key_names import PEFT_KEYS, spell
+from dreambooth_moslora.lora.lora_settings import PEFT_SETTINGS
+from dreambooth_moslora.lora.metadata import AdapterMetadata, dora_note, most_common
+from dreambooth_moslora.lora.verify import BOUNDS, FileProof, Proof, prove_file
+from dreambooth_moslora.method import moslora
+from dreambooth_moslora.method.mixer import Components, Folded, LowRank, Tensors
+from dreambooth_moslora.settings.family_facts import DENOISERS
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The name of a setting -> the dtype of a published file."""
+
+
+def publish(
+    components: Components,
+    out_dir: str | Path,
+    name: str,
+    metadata: AdapterMetadata,
+    dtype: torch.dtype = torch.float32,
+    *,
+    adapter_name: str = "default",
+) -> Proof:
+    """Write both published files, or neither: each is verified first.
+
+    components: the models that the live adapter is on
+    out_dir: where the files go
+    name: how the names of the files begin
+    metadata: for their headers
+    dtype: of the files
+    adapter_name: which one, if the models have several
+
+    Raises UserError for a difference beyond the dtype's bound, and NaN.
+    """
+    check_name(name)
+
+    # Fold into a plain LoRA, under the names that other programs know.
+    folded: Folded = {}
+    for component, model in components.items():
+        folded[component] = {}
+        for path, layer in moslora.fold(model, adapter_name).items():
+            folded[component][key_names.published_path(component, path)] = layer
+
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with scratch_directory(out_dir) as scratch:
+        # Write aside, and let a stock loader read each file.
+        written = write_published(
+            folded,
+            folder=scratch,
+            name=name,
+            metadata=metadata,
+            dtype=dtype,
+        )
+        proofs = [prove_file(path, components, adapter_name) for path in written]
+
+        # NaN is no difference that is small enough, hence `not … <=`.
+        for proof in proofs:
+            if not proof.largest <= BOUNDS[dtype]:
+                raise UserError(
+                    f"{proof.file} was not published: reloaded by {proof.loader} it differs "
+                    f"from the live adapter by {proof.largest:.2e} (relative, worst in "
+                    f"{proof.worst}), and {dtype} explains at most {BOUNDS[dtype]:.0e}"
+                )
+
+        # All are right: now they get their places.
+        for path in written:
+            path.replace(out_dir / path.name)
+    return report(tuple(proofs), dtype, folded)
+
+
+def write_published(
+    folded: Folded,
+    folder: Path,
+    name: str,
+    metadata: AdapterMetadata,
+    dtype: torch.dtype,
+) -> list[Path]:
+    """Write diffusers' file, and a UNet's in kohya's names, which ComfyUI needs.
+
+    folded: the plain LoRA
+    folder: where the files go
+    name: of the adapter, for kohya's file
+    metadata: of the adapter; ranks and alphas become those of the folded one
+    dtype: of the files
+
+    Returns the paths of the files. Raises UserError for NaN and infinity.
+    """
+    # The scale is in `up`, so alpha is the rank.
+    ranks = {}
+    for component, layers in folded.items():
+        for path, layer in layers.items():
+            ranks[f"{component}.{path}"] = layer.rank
+    rank = most_common(ranks.values())
+    others = {path: own for path, own in ranks.items() if own != rank}
+    metadata = replace(
+        metadata, rank=rank, alpha=rank, ranks=others, alphas=others, use_rslora=False
+    )
+
+    if dtype == torch.float16:
+        folded = each_layer(folded, balanced)
+
+    # diffusers' file. A transformer's loader needs PEFT's settings in the header too.
+    header = {"format": "pt"} | replace(metadata, structures={}).header
+    filled = padded(folded)
+    head = dict(header)
+    if "unet" not in folded:
+        head[PEFT_SETTINGS] = json.dumps(peft_settings(filled), indent=2, sort_keys=True)
+    files = [(folder / PUBLISHED_NAME, published_tensors(filled, dtype), head)]
+
+    # kohya's file, of a UNet alone.
+    if "unet" in folded:
+        path = folder / f"{name}{KOHYA_SUFFIX}"
+        head = header | key_names.kohya_header(name, metadata, folded)
+        files.append((path, key_names.kohya_tensors(folded, dtype), head))
+
+    for path, tensors, head in files:
+        raw_file.check_finite(tensors, f"the adapter in {dtype}")
+        raw_file.write_file(path, tensors, head)
+    return [path for path, _, _ in files]
+
+
+def each_layer(folded: Folded, change: Callable[[LowRank], LowRank]) -> Folded:
+    """The adapter with each layer changed."""
+    result: Folded = {}
+    for component, layers in folded.items():
+        result[component] = {path: change(layer) for path, layer in layers.items()}
+    return result
+
+
+def peft_settings(folded: Folded) -> dict[str, object]:
+    """`component.name` -> a setting of PEFT's LoraConfig, of layers of one rank. Alpha is the rank,
+    as the scale is in `up`. Paths are without `text_model.`, as new versions of transformers have
+    them."""
+    settings: dict[str, object] = {}
+    for component, layers in folded.items():
+        rank = next(iter(layers.values())).rank
+        of_component = {
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "target_modules": sorted(path.removeprefix("text_model.") for path in layers),
+            "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+            "use_rslora": False,
+            "lora_bias": False,
+        }
+        settings |= {f"{component}.{name}": value for name, value in of_component.items()}
+    return settings
+
+
+def published_tensors(folded: Folded, dtype: torch.dtype = torch.float32) -> Tensors:
+    """The tensors under PEFT's keys, which diffusers reads since 0.22. DoRA's magnitudes stay in
+    fp32."""
+    tensors = {}
+    for component, layers in folded.items():
+        for path, layer in layers.items():
+            name = f"{component}.{path}"
+            tensors[spell(PEFT_KEYS, name, "down")] = layer.down.to(dtype)
+            tensors[spell(PEFT_KEYS, name, "up")] = layer.up.to(dtype)
+            if layer.magnitude is not None:
+                # For a UNet every diffusers adds `.weight`, and old ones need that; transformers'
+                # loader does not.
+                suffix = "" if component in DENOISERS else ".weight"
+                tensors[spell(PEFT_KEYS, name, "magnitude") + suffix] = layer.magnitude
+    return tensors
+
+
+def padded(folded: Folded) -> Folded:
+    """All projections at the file's largest rank, with zeros: old diffusers uses one alpha for all
+    ranks."""
+    rank = max(layer.rank for layers in folded.values() for layer in layers.values())
+
+    def pad(layer: LowRank) -> LowRank:
+        missing = rank - layer.rank
+        rows = layer.down.new_zeros(missing, *layer.down.shape[1:])
+        columns = layer.up.new_zeros(len(layer.up), missing, *layer.up.shape[2:])
+        return LowRank(
+            down=torch.cat([layer.down, rows]),
+            up=torch.cat([layer.up, columns], dim=1),
+            magnitude=layer.magnitude,
+        )
+
+    return each_layer(folded, pad)
+
+
+def balanced(layer: LowRank) -> LowRank:
+    """Move a power of two between up and down, which is exact: fp16 would round the small `up` of
+    early steps to 0."""
+    up, down = layer.up.abs().max(), layer.down.abs().max()
+    if min(up, down) == 0:
+        return layer
+    factor = torch.exp2(((down / up).log2() / 2).round())
+    return LowRank(down=layer.down / factor, up=layer.up * factor, magnitude=layer.magnitude)
+
+
+def report(proofs: tuple[FileProof, ...], dtype: torch.dtype, folded: Folded) -> Proof:
+    """The proof of all files of that dtype, which hold the `folded` adapter, with notes for other
+    programs."""
+    layers = []
+    for of_component in folded.values():
+        layers += of_component.values()
+
+    notes = []
+    if any(layer.magnitude is not None for layer in layers):
+        notes.append(dora_note(has_kohya_file="unet" in folded))
+
+    names = {one: name for name, one in DTYPES.items()}
+    return Proof(
+        dtype=names[dtype],
+        bound=BOUNDS[dtype],
+        projections=len(layers),
+        file_proofs=proofs,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,419 @@
+"""Checks before a run, for `--dry_run` and training alike. They load no model and need no torch.
+
+`check_folders`: a run must not write over photos, nor over files that no run has made. `preflight`:
+the settings fit the base and each other, the packages that they need are installed, and the GPU has
+the memory.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from dreambooth_moslora.base import devices
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.base.model_files import SMALL_BASE_PX
+from dreambooth_moslora.disk import queue, run_folder
+from dreambooth_moslora.disk.paths import user_path
+from dreambooth_moslora.errors import UserError, one_line
+from dreambooth_moslora.photos.folder import require_folder_of_photos
+from dreambooth_moslora.plan.base_size import BaseSize, size_of_base
+from dreambooth_moslora.plan.memory_plans import check_memory
+from dreambooth_moslora.settings import (
+    family_facts,
+    field_facts,
+    rules,
+    subject_kinds,
+    train_config,
+)
+from dreambooth_moslora.settings.family_facts import SDXL, Facts
+
+# diffusers reads no such layers from a kohya file: they cannot be verified
+UNREADABLE = "add_embedding."
+
+
+def check_layers(
+    targets: Iterable[str],
+    layers: Mapping[str, int],
+    use_dora: bool,
+    facts: Facts = SDXL,
+) -> None:
+    """Raises UserError for names of layers that get no adapter.
+
+    targets: the names in `--target_modules`
+    layers: the path of each layer of the denoiser -> dimensions of its weight
+    use_dora: which is for linear layers alone
+    facts: of the family
+    """
+    for name in targets:
+        # The layers of that name.
+        meant = [layer for layer in layers if field_facts.is_target(layer, name)]
+        if not meant:
+            usual = "to_q, to_k, to_v and to_out.0 are those of attention."
+            if facts.denoiser != "unet":
+                usual = f"diffusers' script takes {', '.join(facts.targets)}."
+            hint = hint_for(name, layers) or usual
+            raise UserError(
+                f"--target_modules {name}: {facts.denoiser_name} has no such layer; {hint}"
+            )
+
+        # Each of them can have the adapter.
+        for layer in meant:
+            # The published file could not name it.
+            if layer.startswith(UNREADABLE):
+                raise UserError(
+                    f"--target_modules {name}: {layer} has no name in kohya's files; name others, "
+                    "or blocks: down_blocks.* mid_block.* up_blocks.*"
+                )
+            if use_dora and layers[layer] > 2:
+                raise UserError(
+                    f"--use_dora: {layer} is a convolution; leave {name} out of --target_modules."
+                )
+
+
+def hint_for(name: str, layers: Iterable[str]) -> str:
+    """Names what was probably meant: a layer's path, or its last name; else ""."""
+    known = set(layers) if "." in name else {last_name(layer) for layer in layers}
+    close = field_facts.nearest(field_facts.full_name(name), sorted(known))
+    return f"did you mean {close}?" if close else ""
+
+
+def check_patterns(config: train_config.TrainConfig, layers: Iterable[str]) -> None:
+    """`layers` are all of the denoiser's. Raises UserError for a pattern that matches no layer with
+    an adapter."""
+    adapted = [layer for layer in layers if field_facts.is_adapted(layer, config.target_modules)]
+    for flag in ("rank_pattern", "alpha_pattern"):
+        for text in getattr(config, flag):
+            name = field_facts.parse_pattern(flag, text)[0]
+            if not any(field_facts.is_meant(layer, name) for layer in adapted):
+                hint = hint_for(name, adapted) or "--target_modules says which have one."
+                raise UserError(f"--{flag} {text}: no layer with an adapter has that name; {hint}")
+
+
+def last_name(path: str) -> str:
+    """`….attn1.to_q` -> `to_q`, `….attn1.to_out.0` -> `to_out.0`."""
+    *_, parent, name = f".{path}".split(".")
+    return f"{parent}.{name}" if name.isdigit() else name
+
+
+def check_folders(config: train_config.TrainConfig) -> None:
+    """Raises UserError when the run folder is unsuitable or gives the adapter no name. Creates
+    nothing."""
+    if not config.output_dir.strip():
+        raise UserError("--output_dir is empty: name a folder for the run.")
+
+    # A run would fill the root or the home folder with files.
+    place = Path(config.output_dir).resolve()
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()):
+        raise UserError(
+            f"--output_dir {config.output_dir} is {place} itself: name a folder of the run's own."
+        )
+
+    # What lies there already, and what else the run reads and writes.
+    run_dir = run_folder.RunDir(config.output_dir)
+    run_folder.check_name(run_dir.name)
+    for subject in config.each_subject:
+        check_photo_folders(subject, run_dir)
+        check_places(subject, run_dir)
+    check_strangers(run_dir)
+    queue.refuse_links(run_dir.path, "--output_dir")
+
+
+def check_photo_folders(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
+    """Raises UserError for photos at the top of the run folder, or where a run replaces and moves
+    its own files."""
+    photos = config.instance_data_dir
+    images = config.class_data_dir
+    if photos and images and Path(photos).resolve() == Path(images).resolve():
+        raise UserError(
+            "--class_data_dir is the folder of --instance_data_dir: the class is not the subject."
+        )
+
+    # Photos inside the run's folder: at its top they would be mixed with what it writes.
+    home = run_dir.path.resolve()
+    for name in ("instance_data_dir", "class_data_dir"):
+        value = getattr(config, name)
+        folder = Path(value).resolve() if value else None
+        if folder is None or not folder.is_relative_to(home):
+            continue
+        if folder == home:
+            raise UserError(
+                f"--output_dir {config.output_dir} is the folder of --{name}: a run needs one "
+                "of its own."
+            )
+
+        # Folders in it may be its class images, or folders that no run touches.
+        first = folder.relative_to(home).parts[0]
+        own = [
+            run_dir.samples_dir,
+            run_dir.best_dir,
+            run_dir.last_dir,
+            run_dir.masks_dir,
+            run_dir.evaluation_dir,
+        ]
+        if name != "class_data_dir":
+            own.append(run_dir.class_images_dir)
+        is_checkpoint = run_folder.checkpoint_step(Path(first)) is not None
+        if is_checkpoint or first in {path.name for path in own}:
+            raise UserError(
+                f"--{name} {value}: the run writes to {first} in its folder; keep the photos "
+                "elsewhere."
+            )
+
+
+def check_places(config: train_config.TrainConfig, run_dir: run_folder.RunDir) -> None:
+    """Raises UserError when a place that the run writes to cannot be written."""
+    for name, folder in config.written_folders.items():
+        require_writable(name, str(folder))
+
+    # Class images that are there may lie where nobody can write.
+    images = config.class_data_dir
+    if images and not Path(images).is_dir():
+        require_writable("class_data_dir", images)
+
+
+def require_writable(name: str, value: str) -> None:
+    """Raises UserError unless a file can be made there: permissions alone do not tell."""
+    try:
+        TemporaryFile(dir=nearest_existing(Path(value))).close()
+    except OSError as error:
+        raise UserError(f"--{name} {value}: cannot be written: {error.strerror}.") from error
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder of --output_dir, checked before anything is drawn. Raises UserError when it cannot
+    be written."""
+    folder = user_path(path)
+    require_writable("output_dir", str(folder))
+    return folder
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or its nearest existing parent."""
+    path = Path(os.path.abspath(path))
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def check_strangers(run_dir: run_folder.RunDir) -> None:
+    """Raises UserError for a model card or pictures that have a run's file names but come from no
+    run."""
+    if not run_dir.path.is_dir():
+        return
+    # The card first: it says which pictures are the run's.
+    card = run_dir.read_card()
+    if card is not None and not run_folder.is_card(card):
+        raise UserError(
+            f"{run_dir.card_path} is not a run's and would be overwritten: name another "
+            "--output_dir."
+        )
+    known = run_folder.pictures_named(card or "")
+    for path in sorted(run_dir.path.glob("image_*.png")):
+        if path.name not in known:
+            raise UserError(
+                f"{path} is not a run's and would be taken for its picture: name another "
+                "--output_dir."
+            )
+
+
+def preflight(config: train_config.TrainConfig, base: Base, *, is_later: bool = False) -> BaseSize:
+    """Check settings and memory (not `is_later`). Returns the base's size. Raises UserError."""
+    check_settings(config, base)
+    size = size_of_base(base, config.target_modules)
+    if not is_later:
+        check_memory(config, size)
+    return size
+
+
+def check_settings(config: train_config.TrainConfig, base: Base) -> None:
+    """The checks of `preflight` that concern no memory. Raises UserError."""
+    # What the settings alone tell, before the base is looked at.
+    if config.instance_data_dir:
+        require_folder_of_photos(Path(config.instance_data_dir))
+    devices.check_bf16(config)
+
+    # Ranks that the mixer can have.
+    ranks = [config.rank]
+    for text in config.rank_pattern:
+        ranks.append(int(field_facts.parse_pattern("rank_pattern", text)[1]))
+    for rank in ranks:
+        train_config.check_rank(config.mixer, rank)
+
+    # What else is named: the place on the hub, and files to begin with.
+    if config.push_to_hub:
+        check_push(config)
+    if config.init_adapter and not config.resume_from_checkpoint:
+        check_start(config.init_adapter)
+    if config.companion and not Path(config.companion).exists():
+        raise UserError(f"--companion {config.companion}: there is no such file.")
+
+    # The base, and the layers that get an adapter.
+    base.check()
+    check_adapted_layers(config, base)
+    check_text_layers(config.text_encoder_out_layers, base)
+    rules.require_packages(config)
+
+
+def check_adapted_layers(config: train_config.TrainConfig, base: Base) -> None:
+    """Raises UserError for layers that the base lacks or that cannot have this adapter. They are
+    not known before the base's files are here."""
+    shapes = base.denoiser_shapes
+    weights = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    layers = {name.removesuffix(".weight"): len(shape) for name, shape in weights.items()}
+    if layers:
+        check_layers(config.target_modules, layers, config.use_dora, base.facts)
+        check_patterns(config, layers)
+
+
+def check_text_layers(numbers: Sequence[str], base: Base) -> None:
+    """Raises UserError where the text encoder's layers of these numbers, side by side, are not as
+    wide as what the transformer reads. Widths are not known before the base's files are here."""
+    read = base.denoiser_shapes.get("context_embedder.weight")
+    encoder = base.shapes.get("text_encoder", {}).get("model.embed_tokens.weight")
+    if not (numbers and read and encoder):
+        return
+    wanted = read[1] // encoder[1]
+    if len(numbers) != wanted:
+        raise UserError(
+            f"--text_encoder_out_layers: {len(numbers)} given; this base's transformer reads "
+            f"{wanted}."
+        )
+
+
+def check_distilled(base: Base, companion: str | None) -> None:
+    """Raises UserError for a distilled base without the LoRA that undoes it."""
+    if base.distilled and not companion:
+        raise UserError(
+            f"--base {base.name}: {base.distilled}, or give the LoRA that undoes it as --companion."
+        )
+
+
+def family_settings(config: train_config.TrainConfig, base: Base) -> dict[str, Any]:
+    """What the base's family says where nothing was chosen. Raises UserError for what it cannot
+    obey."""
+    facts = base.facts
+    if facts is not None:
+        check_family(config, facts)
+    check_distilled(base, config.companion)
+    if facts is None or facts.style == "ddpm":
+        return {}
+    check_sides(config, facts)
+
+    # The family's own choices.
+    found: dict[str, Any] = {
+        "target_modules": targets_of(config, base),
+        "lora_blocks": (),  # the layers above name them
+        "weighting_scheme": config.weighting_scheme or facts.weighting_scheme,
+    }
+    found |= own_bucket_step(config, base)
+    if config.precondition_outputs is None and facts.precondition_outputs:
+        found["precondition_outputs"] = True
+    return found
+
+
+def own_bucket_step(config: train_config.TrainConfig, base: Base) -> dict[str, int]:
+    """The setting of a small base's family for crops in the photos' shapes, unless given. Raises
+    UserError."""
+    is_open = config.enable_bucket and not config.bucket_reso_steps
+    is_small = config.resolution <= SMALL_BASE_PX
+    if not (is_open and is_small and base.facts):
+        return {}
+    return {"bucket_reso_steps": base.facts.multiple_px}
+
+
+def check_sides(config: train_config.TrainConfig, facts: Facts) -> None:
+    """Raises UserError for crops whose sides the family's patches do not divide."""
+    for name in ("resolution", "bucket_reso_steps"):
+        px = getattr(config, name) or 0
+        if px % facts.multiple_px:
+            near = max(1, px // facts.multiple_px) * facts.multiple_px
+            raise UserError(
+                f"--{name} {px}: {facts.title} needs multiples of {facts.multiple_px} px, "
+                f"such as {near}."
+            )
+
+
+def targets_of(config: train_config.TrainConfig, base: Base) -> tuple[str, ...]:
+    """The family's layers unless others were named, in the blocks of `--lora_blocks`. The last
+    block may lack some of the family's, which are left out where the base's files tell."""
+    is_usual = config.target_modules == field_facts.ATTENTION
+    names = base.facts.targets if is_usual else config.target_modules
+    if not config.lora_blocks:
+        return names
+
+    # Each name in each block.
+    named = []
+    for block in config.lora_blocks:
+        named += [f"transformer_blocks.{block}.{name}" for name in names]
+    if not is_usual:
+        return tuple(named)
+
+    # Of the family's own names, those that the base has; without its files, all.
+    paths = [path.removesuffix(".weight") for path in base.denoiser_shapes]
+    there = [name for name in named if any(field_facts.is_target(path, name) for path in paths)]
+    return tuple(there or named)
+
+
+def check_family(config: train_config.TrainConfig, facts: Facts) -> None:
+    """Raises UserError for a setting of other models, named with the family."""
+    # Which settings these are.
+    is_flow = facts.style == "flow"
+    others = family_facts.OF_UNETS if is_flow else family_facts.OF_FLOWS
+    others += tuple(name for name in family_facts.TEXT_OPTIONS if name not in facts.text_options)
+    if not facts.has_level_shift:
+        others += ("shift_timesteps",)
+    if config.train_text_encoder and not facts.adapted_encoders:
+        others += ("train_text_encoder",)
+
+    # The first that was given.
+    for name in others:
+        flag = rules.given_flag(config, name)
+        if flag:
+            raise UserError(f"{flag} is not for {facts.title}; leave it out.")
+
+    # Flow models are trained in bf16 or fp32.
+    if is_flow:
+        devices.check_bf16(config, instead="no")
+    if is_flow and devices.precision_of(config) == "fp16":
+        instead = devices.half_precision_of(facts) if devices.has_gpu() else "bf16"
+        raise UserError(f"--mixed_precision fp16: {facts.title} overflows in fp16; give {instead}.")
+
+
+def check_start(adapter: str) -> None:
+    """Raises UserError for a missing or damaged adapter."""
+    try:
+        if not Path(adapter).exists():
+            raise UserError("there is no such file or folder")
+        run_folder.header_of(run_folder.find_weights(adapter))
+    except UserError as error:
+        raise UserError(f"--init_adapter {adapter}: {error}.") from error
+
+
+def check_push(config: train_config.TrainConfig) -> None:
+    """Raises UserError for a name or token that the hub rejects; an unreachable hub is no error."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(config.hub_model_id or run_folder.RunDir(config.output_dir).name)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id: {one_line(error)}") from error
+    try:
+        if not is_offline_mode():
+            HfApi(token=config.hub_token).whoami()
+    except Exception as error:  # the client passes on the HTTP library's errors
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            raise UserError(f"--push_to_hub: {one_line(error)}") from error
+
+
+def check_references(base: Base, config: train_config.TrainConfig, said: str) -> None:
+    """Raises UserError for a base that takes no reference pictures, and for a style. `said` is what
+    asks for them."""
+    if base.facts is None or not base.facts.takes_references:
+        title = base.facts.title if base.facts else base.public_name
+        raise UserError(f"{said}: {title} takes no reference pictures; leave it out.")
+    if any(subject_kinds.kind_of(subject).is_style for subject in config.each_subject):
+        raise UserError(f"{said} is for a subject, not for a style; leave it out.")

@@ -1,0 +1,176 @@
+"""What a row of the settings' table may say, and the names of layers in patterns.
+
+Layers in `--target_modules`, `--rank_pattern` and `--alpha_pattern` are named so:
+
+to_q, attn1.to_q          layers whose path ends so: PEFT's own rule
+up_blocks.0.attentions.1  a block: its attention projections, as in B-LoRA and diffusers' scripts
+down_blocks.2.*, *conv1   `*` matches anything: every layer whose path, or the end of it, matches
+blora_style               another name of a block
+
+In a pattern a block stands for all its layers that have an adapter. A leading `unet.` is ignored.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NewType
+
+from dreambooth_moslora.errors import UserError
+
+# The projections of attention, as diffusers' scripts name them: MoSLoRA's targets in SDXL.
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+TEXT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")  # Attention's in a CLIP text encoder
+BLOCKS = {"blora_content": "up_blocks.0.attentions.0", "blora_style": "up_blocks.0.attentions.1"}
+"""B-LoRA (Frenkel et al. 2024, arXiv 2403.14572): the blocks of SDXL that hold content and style.
+"""
+# `to_k=8` or `to_k:8`.
+PATTERN = re.compile(r"\s*(?P<name>[^=:\s]+)\s*[=:]\s*(?P<value>\S+)\s*")
+
+
+def is_target(path: str, name: str) -> bool:
+    """Whether `name` in `--target_modules` gives the layer at `path` an adapter."""
+    name = full_name(name)
+    return is_like(path, name) or (
+        path.startswith(f"{name}.") and any(is_like(path, end) for end in ATTENTION)
+    )
+
+
+def is_adapted(path: str, names: Iterable[str]) -> bool:
+    return any(is_target(path, name) for name in names)
+
+
+def is_meant(path: str, name: str) -> bool:
+    """Whether `name` in a pattern matches the layer at `path`."""
+    name = full_name(name)
+    return is_like(path, name) or path.startswith(f"{name}.")
+
+
+def full_name(name: str) -> str:
+    return BLOCKS.get(name, name.removeprefix("unet."))
+
+
+def is_like(path: str, name: str) -> bool:
+    """Whether the path, or its end after a dot, matches the name."""
+    if "*" in name:
+        return fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}")
+    return f".{path}".endswith(f".{name}")
+
+
+def parse_pattern(flag: str, text: str) -> tuple[str, float]:
+    """`down_blocks.2.*=8`, or with a colon -> (name, value); a rank must be an integer. Raises
+    UserError."""
+    match = PATTERN.fullmatch(text)
+    try:
+        value = float(match["value"]) if match else math.nan
+    except ValueError:
+        value = math.nan
+
+    # Nothing compares with NaN, so that a text without a number is refused here too.
+    is_rank = flag == "rank_pattern"
+    is_valid = 0 < value <= 1e6
+    if is_rank and not (value.is_integer() and value <= 4096):
+        is_valid = False
+    if not is_valid:
+        kind = "a whole number from 1 to 4096" if is_rank else "a number above 0"
+        raise UserError(
+            f"--{flag} {text}: expected a layer's name and {kind}, such as down_blocks.2.*=8."
+        )
+    return match["name"], value
+
+
+def pattern_value(patterns: Iterable[str], flag: str, path: str) -> float | None:
+    """The value of the first pattern that matches the layer; None when none does."""
+    values = (parse_pattern(flag, text) for text in patterns)
+    return next((value for name, value in values if is_meant(path, name)), None)
+
+
+Prompt = NewType("Prompt", str)  # Text that may hold commas: a list of prompts is not split at them
+# A `train_config.SubjectTable`; before conversion, a mapping of its settings
+Subject = NewType("Subject", Any)
+# In `Row.yields_to`: a folder and a word on the command line, `train photos/dog dog`
+WORDS = "words"
+# (how "--flag has no effect …" goes on, when), …
+Idle = tuple[tuple[str, Callable[[Any], object]], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a setting beside its name, type and default; it becomes the field's
+    metadata."""
+
+    help: str
+    group: str
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None  # low <= value <= high, above < value < below
+    choices: Collection[str] = ()
+    # other spellings, in lower case -> choice
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    # `train` needs it as a flag or in a file, except with a folder and a word
+    required: bool = False
+    secret: bool = False  # never written to a file
+    # finds the file or folder; no shell expands `~` in files
+    path: Callable[[str], str] | None = None
+    per_process: bool = False  # may differ between the processes of one run
+    same_on_resume: bool = False  # a resumed run must have the checkpoint's value
+    per_subject: bool = False  # each of several subjects may have its own
+    # dropped from --config if one is given (`per_subject`: subjects, WORDS)
+    yields_to: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()  # the settings that it decides
+    publish: str | None = None
+    """whether a published file tells it: "always", or "if_changed" (only if it differs from the
+    default, so that other files keep their bytes). Only for what cannot hold text of the user's."""
+    idle: Idle = ()  # when it has no effect
+    packages: Mapping[object, str] = field(default_factory=dict)  # value -> package that it needs
+    elsewhere: str = ""  # flags of other trainers that mean the same
+    flag: str = ""  # the name of its flag that is shown, if another than its own is
+    also: str = ""  # further names of its own flag, as diffusers' scripts of other models call it
+
+
+def grouped(group: str) -> Callable[..., Any]:
+    """What makes a row of the group of the help: a dataclass field with the facts of a `Row`."""
+
+    def option(default: Any, help: str, **facts: Any) -> Any:
+        # The tables of several subjects say it instead, and so do a folder and a word.
+        if facts.get("per_subject"):
+            facts = {"yields_to": ("subjects", WORDS)} | facts
+        row = Row(help=help, group=group, **facts)
+        return field(default=default, metadata=vars(row))
+
+    return option
+
+
+def where(words: str, applies: Callable[[Any], object]) -> Idle:
+    """No effect for runs to which it applies; `words` go on "--flag has no effect"."""
+    return ((words, applies),)
+
+
+def unless(**needed: Any) -> Idle:
+    """No effect without these settings: `unless(captions="auto")` is "without --captions auto"."""
+    flags = []
+    for name, value in needed.items():
+        flags.append(f"--{name}" if value is True else f"--{name} {value}")
+
+    def lacks_one(run: Any) -> bool:
+        return any(getattr(run, name) != value for name, value in needed.items())
+
+    return where(f"without {' '.join(flags)}", lacks_one)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that the user probably meant."""
+    known = list(known)
+
+    # The beginning of a name, if it is long enough to mean one.
+    if len(name) > 3:
+        longer = sorted((one for one in known if one.startswith(name)), key=len)
+        if longer:
+            return longer[0]
+
+    # Else a name with a typing error.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return close[0] if close else None

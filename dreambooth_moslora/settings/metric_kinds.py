@@ -1,0 +1,267 @@
+"""The measures of an adapter: one row each, from which reports, logs, plots, cards and studies
+follow.
+
+The formulas are in `evaluation/metrics.py`, and `evaluation/scoring.py` computes a table of
+each measure by its name. Rows stand in the order in which people see them.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+# The encoders that score pictures of all bases but the embedded ones.
+CLIP = "openai/clip-vit-large-patch14"
+DINO = "facebook/dinov2-base"
+MIN_LIKENESS = 0.42
+"""DINO's cosine to a photo below which a picture does not show its subject (`enlarge`). It makes
+the fewest errors on renders of sixteen toys, by the toys' own DINO: 1 of 320 of their own views is
+below it, and 5 of 192 of other toys are above. No photographs were looked at."""
+# The repositories and files of the models that find and compare faces
+YUNET = ("opencv/face_detection_yunet", "face_detection_yunet_2023mar.onnx")
+SFACE = ("opencv/face_recognition_sface", "face_recognition_sface_2021dec.onnx")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure, and in which tables and plots it stands. All but the names are "" or
+    False where it does not."""
+
+    title: str = ""  # its name in reports; a row without one is in no table of a report
+    # scores, shares of a scale
+    kind: Literal["score", "share"] = "score"
+    base: str = ""  # the measure of the base's own pictures that stands beside it
+    photos: str = ""  # that of the photos among themselves
+    help: str = ""  # what it means
+    better: str = ""  # higher, lower, or near which value
+    share: tuple[str, str] | None = None  # (measure, whole): it is the ratio of these two means
+    summary: bool = False  # whether `evaluate` prints it
+    # whether evaluations during training write it into the run's events, and so into the card
+    logged: bool = False
+    curve: str = ""  # its label on plots of a run, short enough for a phone
+    # what a study does with it: compares the values, shows the score of each arm, or also shows
+    # the differences
+    study: Literal["", "values", "scores", "differences"] = ""
+    column: str = ""  # its title in a study's tables, if not `title`
+    panel: str = ""  # its title on a study's plots, if it is drawn there
+    pictures: bool = False  # whether a study also compares single pictures by it
+
+
+MEASURES = {
+    # What the encoders say of the pictures, beside what they say of the base's own.
+    "dino": Measure(
+        title="DINO",
+        base="dino_base",
+        help="likeness to the photos; tells subjects of one class apart",
+        better="higher",
+        summary=True,
+        logged=True,
+        curve="subject",
+        study="differences",
+        panel="subject (DINO)",
+        pictures=True,
+    ),
+    "dino_base": Measure(logged=True),
+    "dino_bare": Measure(
+        title="DINO, bare prompt",
+        base="pres_base",
+        help="likeness at the instance prompt alone, without a place",
+        better="near DINO",
+        summary=True,
+        logged=True,
+        curve="bare prompt",
+        study="differences",
+        panel="bare prompt (DINO)",
+    ),
+    # Of a style: how much of it is there, and what came along with it.
+    "style": Measure(
+        title="Style",
+        help="how far other content went to the photos' style; 0: the base's, 1: theirs",
+        summary=True,
+        logged=True,
+        curve="style",
+        study="differences",
+        panel="style",
+    ),
+    "leak": Measure(
+        title="Content leak",
+        base="leak_base",
+        help="share of the pictures in which a thing of the style's pictures appears unasked",
+        summary=True,
+        logged=True,
+        curve="leak",
+        study="differences",
+    ),
+    "leak_base": Measure(logged=True),
+    # Of a person: whose face it is, where one is found.
+    "identity": Measure(
+        title="Identity",
+        base="identity_base",
+        photos="identity_of_photos",
+        better="higher",
+        help="likeness of the face to the photos' faces, in the pictures that show one",
+        summary=True,
+        logged=True,
+        curve="face",
+        study="differences",
+        panel="face",
+    ),
+    "identity_base": Measure(logged=True),
+    "identity_of_photos": Measure(summary=True, logged=True),
+    "no_face": Measure(
+        title="No face",
+        base="no_face_base",
+        better="lower",
+        help="share of the pictures in which no face is found; the identity leaves these out",
+        summary=True,
+        logged=True,
+        study="values",
+    ),
+    "no_face_base": Measure(logged=True),
+    "clip_i": Measure(
+        title="CLIP-I",
+        base="clip_i_base",
+        help="likeness to the photos, as CLIP sees it",
+        better="higher",
+        summary=True,
+        logged=True,
+        study="values",
+    ),
+    "clip_t": Measure(
+        title="CLIP-T",
+        base="clip_t_base",
+        help="does the picture show what the prompt says? (token left out)",
+        better="higher",
+        summary=True,
+        logged=True,
+        curve="prompt",
+        study="differences",
+        panel="prompt (CLIP-T)",
+        pictures=True,
+    ),
+    "clip_t_base": Measure(summary=True),
+    "diversity": Measure(
+        title="DIV",
+        base="diversity_base",
+        help="difference between pictures of one prompt",
+        better="near the base's",
+        summary=True,
+        logged=True,
+        study="scores",
+    ),
+    "pres": Measure(
+        title="PRES",
+        base="pres_base",
+        help="likeness of the bare class to the subject",
+        better="lower",
+        summary=True,
+        logged=True,
+        study="differences",
+    ),
+    "pres_base": Measure(summary=True, logged=True),
+    "drift": Measure(
+        title="Drift",
+        base="drift_base_spread",
+        help="change of unrelated pictures; beside it, the base's own from seed to seed",
+        better="lower",
+        summary=True,
+        logged=True,
+        study="differences",
+    ),
+    "drift_base_spread": Measure(summary=True),
+    "copy_index": Measure(
+        title="Copy index",
+        help="0: no nearer to a photo than the photos are to each other; 1: it is the photo",
+        better="lower",
+    ),
+    "background_leak": Measure(
+        title="Background leak",
+        help="nearness to the photos' backgrounds gained over the base; needs masks",
+        better="near zero",
+        logged=True,
+        study="differences",
+        column="Leak",
+    ),
+    "confusion": Measure(
+        title="Confusion",
+        base="confusion_base",
+        help=(
+            "how far it looks like another subject of the adapter; 0: no more than the photos "
+            "do, 1: as if that one had been asked for"
+        ),
+        better="lower",
+        summary=True,
+        logged=True,
+    ),
+    "confusion_base": Measure(summary=True),
+    # What only the embedded base has: likeness to true renders in the place.
+    "truth": Measure(logged=True, study="values"),
+    # Ratios of these, by which runs on different subjects compare.
+    "dino_of_ceiling": Measure(
+        title="DINO, share of true renders'",
+        kind="share",
+        share=("dino", "dino_ceiling"),
+        logged=True,
+        study="values",
+    ),
+    "identity_share": Measure(
+        title="Identity, share of the photos' own",
+        kind="share",
+        share=("identity", "identity_of_photos"),
+        logged=True,
+        study="values",
+    ),
+    "clip_t_of_base": Measure(
+        title="CLIP-T, share of the base's",
+        kind="share",
+        share=("clip_t", "clip_t_base"),
+        logged=True,
+        study="values",
+    ),
+    "clip_t_of_ceiling": Measure(
+        title="CLIP-T, share of true renders'",
+        kind="share",
+        share=("clip_t", "clip_t_ceiling"),
+        study="values",
+    ),
+    "drift_of_spread": Measure(
+        title="Drift, share of the base's spread",
+        kind="share",
+        share=("drift", "drift_base_spread"),
+        logged=True,
+        study="values",
+    ),
+    "sharpness_of_ceiling": Measure(
+        title="Sharpness of the toy, share of true renders' after the autoencoder",
+        kind="share",
+        share=("toy_sharpness", "toy_sharpness_ceiling"),
+        study="values",
+    ),
+    "copied": Measure(
+        title="Share of copies",
+        kind="share",
+        logged=True,
+        curve="copies",
+        study="values",
+    ),
+    # What becomes of them: the one number that a run is judged by.
+    "score": Measure(
+        title="Score",
+        logged=True,
+        curve="score",
+        study="differences",
+        panel="score",
+    ),
+}
+"""By the name that `scores.json` and a run's events give it."""
+
+
+def curves() -> dict[str, str]:
+    """Measure -> its label, for those that are drawn on the plots of a run."""
+    return {name: row.curve for name, row in MEASURES.items() if row.curve}
+
+
+def likeness_in_words(names: Collection[str]) -> str:
+    """What the score takes for likeness (`scoring.fidelity_of`), by the measures there are."""
+    if "style" in names:
+        return "style × (1 − the content leak above the base's)"
+    return "the mean of DINO and the face's likeness" if "no_face" in names else "DINO"

@@ -1,0 +1,107 @@
+"""The optimizers, one row each. Settings, estimate, checkpoint and training read the same table.
+
+Optimizers that only save memory are left out: Adam's states take a third of a GiB for SDXL at rank
+16.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Config = Any  # Stands for `settings.train_config.TrainConfig`, which imports this file.
+SCHEDULE_FREE = "AdamWScheduleFree"  # The one that needs no schedule of the learning rate.
+
+
+def named(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of an argument, which has one or a tuple of them."""
+    return (given,) if isinstance(given, str) else given
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One optimizer: where it is, its arguments, and what its state costs."""
+
+    home: str  # `module:name`, imported when a run begins
+    about: str  # how the help goes on after its name
+    # its argument -> the setting that gives it, or the settings of a pair. The others that belong
+    # to an optimizer have no effect with it.
+    arguments: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    # further arguments, the same in each run; not those of the class in 8 bit
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None  # what pip installs for it
+    in_8_bit: str | None = None
+    # the values of a group that its steps change, which a checkpoint keeps
+    learns: tuple[str, ...] = ()
+    bytes_each: int = 16  # of one parameter: the fp32 weight, the gradient and the states
+    one_rate: bool = False  # all groups share one learning rate
+    averages: bool = False  # it publishes the average of its steps; the rate needs no schedule
+    finds_rate: bool = False  # the given rate multiplies the one that it finds
+
+    def options(self, config: Config) -> dict[str, Any]:
+        """Its arguments besides the groups and the rate."""
+        found: dict[str, Any] = {}
+        for argument, given in self.arguments.items():
+            is_one = isinstance(given, str)
+            values = tuple(getattr(config, name) for name in named(given))
+            found[argument] = values[0] if is_one else values
+        is_8_bit = config.use_8bit_adam and self.in_8_bit
+        return found if is_8_bit else found | self.fixed
+
+    def takes(self, setting: str) -> bool:
+        return any(setting in named(given) for given in self.arguments.values())
+
+
+ADAM = {"betas": ("adam_beta1", "adam_beta2"), "eps": "adam_epsilon"}
+# By the name that `--optimizer` takes.
+OPTIMIZERS = {
+    "AdamW": OptimizerKind(
+        home="torch.optim:AdamW",
+        about="is the usual one",
+        arguments=ADAM,
+        # one kernel for the hundreds of small matrices takes a quarter of the loop's time on a CPU
+        fixed={"fused": True},
+        in_8_bit="bitsandbytes.optim:AdamW8bit",
+    ),
+    # Mishchenko and Defazio 2023
+    "Prodigy": OptimizerKind(
+        home="prodigyopt:Prodigy",
+        about="finds its rate",
+        arguments=ADAM
+        | {
+            "beta3": "prodigy_beta3",
+            "decouple": "prodigy_decouple",
+            "use_bias_correction": "prodigy_use_bias_correction",
+            "safeguard_warmup": "prodigy_safeguard_warmup",
+        },
+        package="prodigyopt",
+        one_rate=True,
+        finds_rate=True,
+        learns=("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),
+        bytes_each=24,  # two states more than Adam
+    ),
+    # Defazio et al. 2024, arXiv 2405.15682
+    SCHEDULE_FREE: OptimizerKind(
+        home="schedulefree:AdamWScheduleFree",
+        about="needs no schedule",
+        arguments=ADAM,
+        package="schedulefree",
+        averages=True,
+        learns=("k", "weight_sum", "lr_max", "scheduled_lr"),
+    ),
+    # Shazeer and Stern 2018; as kohya writes it: the given rate for weights of any size
+    "Adafactor": OptimizerKind(
+        home="transformers.optimization:Adafactor",
+        about="is without momentum",
+        fixed={"scale_parameter": False, "relative_step": False},
+    ),
+}
+BYTES_IN_8_BIT = 10  # `bytes_each` with --use_8bit_adam.
+
+
+def optimizer_of(config: Config) -> OptimizerKind:
+    return OPTIMIZERS[config.optimizer]
+
+
+def that_take(setting: str) -> str:
+    """The names of the optimizers that take a setting, as a help text lists them."""
+    return ", ".join(name for name, kind in OPTIMIZERS.items() if kind.takes(setting))

@@ -1,0 +1,440 @@
+"""What a run leaves: samples, proved adapter files, card, sheets, plots, and the hub.
+
+Samples have the same prompts and noise at step 0, during the run and at the end. At the end it also
+draws new contexts: the subject where no photo shows it. The pictures of step 0 are read from the
+run folder, so that a resumed run has them as well.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dreambooth_moslora.base.load import architecture
+from dreambooth_moslora.disk import events, run_folder
+from dreambooth_moslora.disk.atomic import atomic_directory, atomic_write
+from dreambooth_moslora.disk.paths import public_name
+from dreambooth_moslora.errors import StopRequestedError, UserError
+from dreambooth_moslora.generation.sampling import Sampler, SampleRequest
+from dreambooth_moslora.lora import metadata, raw_file, writer
+from dreambooth_moslora.lora.verify import Proof
+from dreambooth_moslora.photos.photo_file import (
+    Photo,
+    UnreadableImageError,
+    open_image,
+    open_rgb,
+    to_rgb,
+)
+from dreambooth_moslora.photos.synthetic import sentences
+from dreambooth_moslora.pictures import Row, draw_contact_sheet, write_png
+from dreambooth_moslora.plan.distributed import on_main, share_out
+from dreambooth_moslora.seeds import seed_of
+from dreambooth_moslora.settings import metric_kinds, prompts, train_config
+from dreambooth_moslora.training import prepare
+from dreambooth_moslora.training.best_step import BestStep
+from dreambooth_moslora.training.checkpoint import Position, resolve_settings
+from dreambooth_moslora.training.model_card import CardFacts, model_card, push
+from dreambooth_moslora.training.optimizer import optimizer_kind
+from dreambooth_moslora.training.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+CURVES = {"loss_instance": ("#2a6fdb", "instance"), "loss_prior": ("#d9822b", "prior")}
+"""Losses with their colour and label."""
+CARD_IMAGES = 6
+"""Pictures on a card, but for at least two samples."""
+
+Shown = tuple[SampleRequest, Image.Image]
+"""What was asked for, and the picture that was drawn."""
+
+
+@dataclass
+class ValidationSamples:
+    """The samples of a run.
+
+    run_dir: where they are saved
+    requests: drawn at each sampling step
+    contexts: drawn once at the end
+    every_steps: optimizer steps from one drawing to the next
+    latest: the pictures of `latest_step`, in the order of the requests
+    """
+
+    run_dir: run_folder.RunDir
+    requests: list[SampleRequest]
+    contexts: list[SampleRequest]
+    every_steps: int
+    latest: list[Image.Image] = field(default_factory=list)
+    latest_step: int = 0
+
+    @classmethod
+    def of(
+        cls, config: train_config.TrainConfig, run_dir: run_folder.RunDir, steps_per_epoch: int
+    ) -> "ValidationSamples":
+        """Those that the settings ask for."""
+        seeds = []
+        for number in range(config.sample_count):
+            seeds.append(seed_of(config.seed, "sample", number) % 2**32)
+        wanted = prompts.validation_prompts(config)
+        requests = [SampleRequest(prompt, seed) for prompt in wanted for seed in seeds]
+
+        # New contexts are drawn for a run that draws samples, once each.
+        contexts = []
+        if requests:
+            for prompt in prompts.context_prompts(config):
+                contexts.append(SampleRequest(prompt, seeds[0]))
+        return cls(
+            run_dir=run_dir,
+            requests=requests,
+            contexts=contexts,
+            every_steps=config.validation_steps or config.validation_epochs * steps_per_epoch,
+        )
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that may be drawn, sorted."""
+        return sorted({request.prompt for request in [*self.requests, *self.contexts]})
+
+    def is_due(self, step: int, last_step: int) -> bool:
+        return bool(self.requests) and (step % self.every_steps == 0 or step == last_step)
+
+    def draw(self, step: int, sampler: Sampler, accelerator: Accelerator) -> events.SamplesDrawn:
+        """Draw `samples/step_000100_0.png` …, shared out; the main process saves. Raises
+        StopRequestedError."""
+        self.latest, self.latest_step = [], step
+        for number, picture in enumerate(share_out(accelerator, self.requests, sampler)):
+            self.latest.append(picture)
+            on_main(accelerator, partial(self.save, self.path(step, number), picture))
+        files = []
+        for number in range(len(self.requests)):
+            files.append(str(self.path(step, number).relative_to(self.run_dir.path)))
+        return events.SamplesDrawn(
+            step=step,
+            files=files,
+            prompts=[request.prompt for request in self.requests],
+            seeds=[request.seed for request in self.requests],
+        )
+
+    def path(self, step: int, number: int) -> Path:
+        """Of the sample of request `number` at that step."""
+        return self.run_dir.samples_dir / f"step_{step:06d}_{number}.png"
+
+    def first(self, requests: Iterable[SampleRequest]) -> list[Shown]:
+        """The pictures of step 0 of these requests that exist and can be read; a resumed run may
+        have others."""
+        # Which requests were drawn at step 0, and under which number.
+        records = self.run_dir.read_metrics(events.SamplesDrawn.kind)
+        numbers: dict[SampleRequest, int] = {}
+        for event in events.events_of(events.SamplesDrawn, records):
+            if event.step == 0:
+                for number, (prompt, seed) in enumerate(zip(event.prompts, event.seeds)):
+                    numbers[SampleRequest(prompt, seed)] = number
+
+        # Their pictures, in the order that is asked for.
+        found = []
+        for request in requests:
+            if request in numbers:
+                with suppress(UnreadableImageError, FileNotFoundError):
+                    picture = open_image(self.path(0, numbers[request]))
+                    found.append((request, to_rgb(picture)))
+        return found
+
+    def save(self, path: Path, picture: Image.Image) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, picture)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values at each position (fewer at the start); same length as
+    `values`."""
+    ends = np.arange(1, len(values) + 1)
+    return np.array([values[max(0, end - window) : end].mean() for end in ends])
+
+
+def draw_loss_plot(
+    steps: Sequence[events.StepDone], path: Path, evaluations: Sequence[events.StepEvaluated] = ()
+) -> None:
+    """Write a PNG with the loss and its running mean, and with the scores if there are
+    evaluations."""
+    panels = 2 if evaluations else 1
+    figure = Figure(figsize=(7, 3.5 * panels), layout="constrained")
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+
+    # The losses. Single steps vary so much that only the mean shows where they go.
+    for key, (colour, label) in CURVES.items():
+        told = [event for event in steps if getattr(event, key) is not None]
+        if not told:
+            continue
+        at = np.array([event.step for event in told])
+        values = np.array([getattr(event, key) for event in told])
+        mean = running_mean(values, max(5, len(values) // 20))
+        axes[0].plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes[0].plot(at, mean, color=colour, label=label)
+    axes[0].set(xlabel="step", ylabel="loss", ylim=(0, None))
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(frameon=False)
+
+    # The scores below them.
+    if evaluations:
+        draw_fidelity(axes[1], evaluations)
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
+def draw_fidelity(axes: Axes, evaluations: Sequence[events.StepEvaluated]) -> None:
+    """Draw likeness, prompt, copies and score; a line marks the best step."""
+    at = [event.step for event in evaluations]
+    for key, label in metric_kinds.curves().items():
+        values = [event.scores.get(key, np.nan) for event in evaluations]
+        if np.isfinite(values).any():
+            # Without copies, the score may be the subject's likeness: it lies wide beneath.
+            style = {"linewidth": 6, "alpha": 0.4, "zorder": 1} if key == "score" else {}
+            axes.plot(at, values, "o-", **{"markersize": 3, "linewidth": 1} | style, label=label)
+    if best := evaluations[-1].best:
+        label = f"best: step {best['step']}"
+        axes.axvline(best["step"], color="#888", linestyle=":", label=label)
+    axes.set(xlabel="step", ylabel="score")
+    # Below the curves, which would hide it.
+    beneath = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}
+    axes.legend(frameon=False, fontsize="small", **beneath)
+
+
+@dataclass(eq=False)
+class Publisher:
+    """Publishes one run.
+
+    config: its settings
+    run_dir: where everything goes
+    inputs: the base, and the photos for the sheet
+    train_step: the adapter, and the steps that are done
+    samples: the pictures at fixed seeds
+    sampler: draws new contexts at the end
+    max_train_steps: optimizer steps of the whole run
+    photo_digests: of the photos and the files beside them, by name
+    scores: the evaluator's latest
+    best: the best step so far, if any was scored
+    """
+
+    config: train_config.TrainConfig
+    run_dir: run_folder.RunDir
+    inputs: prepare.TrainInputs
+    train_step: TrainStep
+    samples: ValidationSamples
+    sampler: Sampler
+    max_train_steps: int
+    photo_digests: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    best: BestStep | None = None
+
+    def __post_init__(self) -> None:
+        # What a checkpoint notes of the run.
+        self.position = Position(
+            step=self.train_step.step,
+            seed=self.config.seed,
+            optimizer=optimizer_kind(self.config),
+            base=self.inputs.base,
+            settings=resolve_settings(self.config),
+            photos=self.photo_digests,
+        )
+
+        # What the headers of its files say.
+        self.facts = facts_of(self.config, self.inputs, self.train_step)
+
+    @property
+    def facts_now(self) -> metadata.AdapterMetadata:
+        """With the step, unless it is the run's last."""
+        step = self.train_step.step
+        return replace(self.facts, step=None if step == self.max_train_steps else step)
+
+    def keep_best(self) -> None:
+        """Write the current adapter to `best/`, loadable like the final one, completely or not at
+        all."""
+        with atomic_directory(self.run_dir.best_dir) as folder:
+            self._publish_to(folder)
+
+    def publish(self, finished: bool) -> Proof:
+        """Write adapter, card, plot and sheet. Only a finished run draws contexts and is pushed;
+        all processes draw."""
+        # The adapter first: whatever fails after it, the run has its result.
+        accelerator = self.train_step.accelerator
+        proof = on_main(accelerator, lambda: self._publish_to(self.run_dir.path))
+
+        # New contexts. A stop leaves those that are drawn.
+        contexts: list[Shown] = []
+        asked = self.samples.contexts if finished else []
+        with suppress(StopRequestedError):
+            pictures = share_out(accelerator, asked, self.sampler)
+            for picture, request in zip(pictures, asked, strict=True):
+                contexts.append((request, picture))
+
+        on_main(accelerator, lambda: self._present(finished, proof, contexts))
+        return proof
+
+    def _present(self, finished: bool, proof: Proof, contexts: list[Shown]) -> None:
+        """Write the card, push, and draw the plot and the sheet, which are not pushed."""
+        config, run_dir = self.config, self.run_dir
+        facts = CardFacts(
+            name=run_dir.name,
+            step=self.train_step.step,
+            max_train_steps=self.max_train_steps,
+            adapter=self.facts,
+            proof=proof,
+            scores=self.scores,
+            best=self.best if run_dir.best_dir.is_dir() else None,
+            made=tuple(sentences(self.inputs.photos, config.synthetic_weight)),
+        )
+        drawn = list(zip(self.samples.requests, self.samples.latest))
+        write_card(config, run_dir, facts, drawn, contexts)
+        try:
+            if finished and config.push_to_hub:
+                push(run_dir.path, config.hub_model_id, config.hub_token)
+        finally:
+            # What stays here is drawn whatever the hub does.
+            steps = events.events_of(events.StepDone, run_dir.read_metrics(events.StepDone.kind))
+            if steps:
+                draw_loss_plot(steps, run_dir.loss_plot_path, run_dir.read_scores())
+            if drawn:
+                rows = sheet_rows(config, self.inputs.photos, self.samples, contexts)
+                draw_contact_sheet(rows, run_dir.contact_sheet_path)
+
+    def _publish_to(self, folder: Path) -> Proof:
+        """Write the adapter's files, each proved to reload."""
+        components = self.train_step.components
+        return writer.publish(components, folder, self.run_dir.name, self.facts_now)
+
+
+def facts_of(
+    config: train_config.TrainConfig, inputs: prepare.TrainInputs, train_step: TrainStep
+) -> metadata.AdapterMetadata:
+    """What the headers of the run's files say: of the adapter, of its base, and how it is made."""
+    facts = raw_file.adapter_metadata(
+        train_step.components,
+        base_id=config.pretrained_model_name_or_path,
+        base_architecture=architecture(inputs.denoiser),
+        trigger_words=prompts.trigger_words(config),
+        class_word=prompts.class_word_of(config),
+        resolution_px=config.resolution,
+    )
+
+    # Said only where it differs from the usual run: one subject, one process.
+    bare: tuple[str, ...] = ()
+    if len(config.subjects) > 1:
+        bare = tuple(subject.instance_prompt for subject in config.each_subject)
+    accelerator = train_step.accelerator
+    processes = accelerator.num_processes if accelerator.num_processes > 1 else None
+    facts = replace(facts, subject_prompts=bare, processes=processes)
+
+    # The precision may come from `accelerate config`.
+    if accelerator.mixed_precision != "no":
+        config = replace(config, mixed_precision=accelerator.mixed_precision)
+    return metadata.with_recipe(config, facts)
+
+
+def write_card(
+    config: train_config.TrainConfig,
+    run_dir: run_folder.RunDir,
+    facts: CardFacts,
+    drawn: list[Shown],
+    contexts: list[Shown],
+) -> None:
+    """Write README.md and its pictures. Old pictures go first: at all times a card names every
+    picture.
+
+    config: the run's settings
+    run_dir: where they are written
+    facts: what the card says
+    drawn: the samples at the end
+    contexts: the new contexts
+    """
+    pictures = card_pictures(config, drawn, contexts)
+    for stale in run_folder.pictures_named(run_dir.read_card() or ""):
+        (run_dir.path / stale).unlink(missing_ok=True)
+
+    # The card names its pictures before they are there.
+    names = []
+    for number, (request, _) in enumerate(pictures):
+        names.append((f"image_{number}.png", request.prompt))
+    atomic_write(run_dir.card_path, model_card(config, replace(facts, images=tuple(names))))
+    for (name, _), (_, picture) in zip(names, pictures):
+        write_png(run_dir.path / name, picture)
+
+
+def card_pictures(
+    config: train_config.TrainConfig, drawn: list[Shown], contexts: list[Shown]
+) -> list[Shown]:
+    """What the card shows: samples and new contexts; of several subjects the first sample of each
+    prompt, then pairs."""
+    if len(config.subjects) <= 1:
+        return [*drawn[: max(2, CARD_IMAGES - len(contexts))], *contexts]
+    first_of_each = {request.prompt: (request, picture) for request, picture in reversed(drawn)}
+    pairs = prompts.together_prompts(config)
+    together = [shown for shown in contexts if shown[0].prompt in pairs]
+    return [*reversed(first_of_each.values()), *together]
+
+
+def sheet_rows(
+    config: train_config.TrainConfig,
+    photos: list[Photo],
+    samples: ValidationSamples,
+    contexts: list[Shown],
+) -> list[Row]:
+    """Each subject's photos, its pictures of step 0 and the end, new contexts; then pairs. It is
+    never uploaded."""
+    start = f"adapter {public_name(config.init_adapter)}" if config.init_adapter else "base"
+    latest = list(zip(samples.requests, samples.latest)) if samples.latest_step else []
+    rows = []
+
+    # Each subject from top to bottom: what it is, what the base made of it, what the adapter does.
+    for number, subject in enumerate(config.each_subject):
+        own = [photo for photo in photos if photo.subject == number]
+        name = f" of “{subject.instance_prompt}”" if config.subjects else ""
+        wanted = prompts.validation_prompts(subject)
+        asked = [request for request in samples.requests if request.prompt in wanted]
+        at_end = f"Step {samples.latest_step}: the same prompts, from the same noise"
+        in_context = own_of(contexts, prompts.context_prompts(subject))
+        rows += [
+            Row(f"The photos{name}", readable(own[:6])),
+            row_of(f"Step 0: the {start}, before training", samples.first(asked)),
+            row_of(at_end, own_of(latest, wanted)),
+            row_of("New contexts", in_context),
+        ]
+
+    # Pairs stand below all, as they are of two subjects.
+    pairs = prompts.together_prompts(config)
+    return [*rows, row_of("Two subjects in one prompt", own_of(contexts, pairs))]
+
+
+def own_of(shown: list[Shown], wanted: Sequence[str]) -> list[Shown]:
+    """Those of the `wanted` prompts."""
+    return [(request, picture) for request, picture in shown if request.prompt in wanted]
+
+
+def row_of(title: str, shown: list[Shown]) -> Row:
+    """A row with the prompts as captions."""
+    return Row(
+        title=title,
+        images=[picture for _, picture in shown],
+        captions=tuple(request.prompt for request, _ in shown),
+    )
+
+
+def readable(photos: list[Photo]) -> list[Image.Image]:
+    """The photos that can be read now; the run may have begun long ago."""
+    found = []
+    for photo in photos:
+        try:
+            found.append(open_rgb(photo))
+        except UserError as error:
+            logger.warning("the contact sheet is without a photo: %s", error)
+    return found

@@ -1,0 +1,384 @@
+"""Each family computes what its own pipeline computes. A random tiny pipeline proves sign, time,
+places and masks."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from dreambooth_moslora.base.families import METHODS, encoding_options, family_of, guided, unpacked
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.method.fast_linear import WorkingCopies, enable_fast_path
+from dreambooth_moslora.method.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    inject,
+    matrix_layers,
+    switched_off,
+)
+from dreambooth_moslora.settings.family_facts import FAMILIES, Facts, facts_of
+from dreambooth_moslora.settings.field_facts import is_adapted
+from tests.helpers.tiers import slow_but
+from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, tiny_pipeline
+
+NAMES = slow_but(("flux", "z_image"), TINY_FAMILIES)
+PX = 64
+PROMPTS = list(TinyFamily.prompts)
+CROPS = torch.tensor([[PX, PX, 0, 0, PX, PX]] * 2, dtype=torch.float32)
+each = pytest.mark.parametrize("made", NAMES, indirect=True)
+
+
+@pytest.fixture
+def made(request, tmp_path):
+    pipe, row = tiny_pipeline(request.param, tmp_path), TINY_FAMILIES[request.param]
+    options = encoding_options(row.settings) | row.instructed
+    return pipe, family_of(pipe, told_guidance=3.5, options=options)
+
+
+def pixels() -> Tensor:
+    return torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def as_taken(family, z: Tensor) -> Tensor:
+    """Latents as the pipeline's argument `latents`."""
+    as_tokens = TINY_FAMILIES[family.facts.name].as_tokens
+    return as_tokens(z) if as_tokens else z
+
+
+def drawn_together(family) -> list[str]:
+    return list(TINY_FAMILIES[family.facts.name].prompts)
+
+
+def as_latents(rows: Tensor, like: Tensor) -> Tensor:
+    """A pipeline's latents (B, tokens, channels) or (B, C, h, w), as (B, C, h, w)."""
+    if rows.ndim == 4:
+        return rows
+    return rows.mT.reshape(like.shape) if rows.shape[-1] == like.shape[1] else unpacked(rows, like)
+
+
+def unguided(family) -> dict:
+    scale = family.told_guidance if not family.facts.has_negative else family.facts.no_guidance
+    return {family.facts.guidance_name: scale, "height": PX, "width": PX}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.no_grad()
+@each
+def test_the_pipelines_own_step_is_ours(made):
+    ours, theirs, _ = steps_of_both(*made, drawn_together(made[1]))
+    assert relative(ours, theirs) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["qwen_image"], indirect=True)
+def test_texts_of_one_length_go_to_qwen_image_without_a_mask_as_by_its_pipeline(made):
+    ours, theirs, calls = steps_of_both(*made, ["a photo of sks dog", "a photo of sks cat"])
+    assert relative(ours, theirs) < 2e-6
+    masks = [
+        given[2] if given else named["encoder_hidden_states_mask"] for given, named, _ in calls
+    ]
+    assert len(masks) == 4 and all(mask is None for mask in masks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", ["krea2"], indirect=True)
+def test_krea_2_predicts_without_the_padding_of_its_texts_what_it_predicts_with_it(made):
+    """Filled up to the longest text of a batch alone."""
+    pipe, family = made
+    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    padded = dict(zip(family.names, pipe.encode_prompt(PROMPTS)))
+    lengths = padded["prompt_embeds_mask"].sum(1)
+    words = family.arguments(family.texts(pipe, PROMPTS))
+    assert words["prompt_embeds"].shape[1] == lengths.max() < padded["prompt_embeds"].shape[1]
+    assert words["prompt_embeds_mask"].sum(1).tolist() == lengths.tolist()
+
+    found = [family.predict(pipe.transformer, z, t, CROPS, **said) for said in (words, padded)]
+    assert relative(*found) < 1e-6
+
+
+def steps_of_both(pipe, family, prompts: list[str]) -> tuple[Tensor, Tensor, list]:
+    """Our prediction and the pipeline's at its first step, and the calls of the denoiser: the
+    pipeline's three, then ours; each its arguments, the named ones and the result."""
+    denoiser = getattr(pipe, family.facts.denoiser)
+    words = family.arguments(family.texts(pipe, prompts))
+    noise = torch.randn(
+        family.latents(pipe.vae, pixels()).shape, generator=torch.Generator().manual_seed(1)
+    )
+    calls, seen = [], []
+    denoiser.register_forward_hook(lambda module, *call: calls.append(call), with_kwargs=True)
+
+    def on_step(pipe, number, t, tensors):
+        seen.append((float(t), tensors["latents"].clone()))
+        return tensors
+
+    options = {
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        "callback_on_step_end": on_step,
+        **unguided(family),
+    }
+    pipe(**words, latents=as_taken(family, noise).clone(), **options)
+    t, after = torch.full((2,), seen[0][0]), as_latents(seen[0][1], noise)
+    if family.facts.style == "ddpm":
+        (z, *_), _, found = calls[0]
+        theirs = found[0]
+    else:
+        z, theirs = noise, (after - noise) / (pipe.scheduler.sigmas[1] - pipe.scheduler.sigmas[0])
+    return family.predict(denoiser, z, t, CROPS, **words), theirs, calls
+
+
+class DecodedError(Exception):
+    """Ends a pipeline's call with what it gives the VAE."""
+
+
+@torch.no_grad()
+@each
+def test_the_pipeline_decodes_our_latents_to_the_posteriors_mean(made, monkeypatch):
+    """With an answer of zeros a flow stays where it is."""
+    pipe, family = made
+    z = family.latents(pipe.vae, pixels())
+
+    def decode(given: Tensor, *_, **__):
+        raise DecodedError(given)
+
+    if family.facts.style == "ddpm":
+        given = z / pipe.vae.config.scaling_factor
+    else:
+        monkeypatch.setattr(pipe.vae, "decode", decode)
+        getattr(pipe, family.facts.denoiser).register_forward_hook(
+            lambda m, a, found: zeros_like(found)
+        )
+        words = family.arguments(family.texts(pipe, drawn_together(family)))
+        with pytest.raises(DecodedError) as reached:
+            pipe(
+                **words,
+                latents=as_taken(family, z).clone(),
+                num_inference_steps=2,
+                **unguided(family),
+            )
+        given = reached.value.args[0]
+    shown = pixels()
+    if pipe.vae.config.get("in_channels") == 4:
+        shown = torch.cat([shown, torch.ones_like(shown[:, :1])], dim=1)  # opaque
+    encoded = pipe.vae.encode(shown[:, :, None] if given.ndim == 5 else shown)
+    assert (
+        relative(
+            given, encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        )
+        < 2e-6
+    )
+
+
+def zeros_like(found):
+    first = found[0]
+    return (
+        [torch.zeros_like(one) for one in first]
+        if isinstance(first, list)
+        else torch.zeros_like(first),
+    )
+
+
+@torch.no_grad()
+@each
+def test_prompts_of_unequal_length_give_in_a_batch_what_each_gives_alone(made):
+    pipe, family = made
+    denoiser, texts = getattr(pipe, family.facts.denoiser), family.texts(pipe, PROMPTS)
+    z, t = family.latents(pipe.vae, pixels()), torch.tensor([300.0, 700.0])
+    together = family.predict(denoiser, z, t, CROPS, **family.arguments(texts))
+    for row in range(2):
+        one = slice(row, row + 1)
+        alone = family.predict(denoiser, z[one], t[one], CROPS[one], **family.arguments(texts[one]))
+        assert relative(together[one], alone) < 1e-5
+
+
+@each
+def test_recomputation_changes_no_gradient(made):
+    pipe, family = made
+    denoiser = getattr(pipe, family.facts.denoiser).train()
+    weights = [layer.weight for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
+    found = [gradients_of(family, pipe, weights)]
+    denoiser.enable_gradient_checkpointing()
+    found.append(gradients_of(family, pipe, weights))
+    assert [one is None for one in found[0]] == [other is None for other in found[1]]
+    pairs = [pair for pair in zip(*found) if pair[0] is not None]
+    assert (
+        len(pairs) > 10
+        and max(relative(one, other) for one, other in pairs if other.norm() > 1e-9) < 1e-4
+    )
+
+
+@torch.no_grad()
+def predicted(family, pipe) -> Tensor:
+    """Of two prompts."""
+    words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+    return family.predict(
+        getattr(pipe, family.facts.denoiser), z, torch.tensor([300.0, 700.0]), CROPS, **words
+    )
+
+
+def gradients_of(family, pipe, weights: list[Tensor]) -> list[Tensor | None]:
+    """Of the squared prediction for two prompts."""
+    with torch.no_grad():
+        words, z = family.arguments(family.texts(pipe, PROMPTS)), family.latents(pipe.vae, pixels())
+    for weight in weights:
+        weight.requires_grad_().grad = None
+    denoiser = getattr(pipe, family.facts.denoiser)
+    family.predict(
+        denoiser, z, torch.tensor([300.0, 700.0]), CROPS, **words
+    ).square().mean().backward()
+    return [weight.grad for weight in weights]
+
+
+def test_chroma_has_other_gradients_when_it_is_recomputed_and_so_is_no_family():
+    """diffusers drops its mask there. When this fails, Chroma can be added."""
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (4, 2, 2)}
+    sizes |= {
+        f"approximator_{name}": size
+        for name, size in (("hidden_dim", 8), ("layers", 1), ("num_channels", 8))
+    }
+    torch.manual_seed(0)
+    denoiser, found = diffusers.ChromaTransformer2DModel(**sizes).train(), []
+    words, z, mask = (
+        torch.randn(1, 5, 8),
+        torch.randn(1, 4, 4),
+        torch.tensor([[1.0] * 2 + [0.0] * 3 + [1.0] * 4]),
+    )
+    places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(5, 3), "attention_mask": mask}
+    for begin in (denoiser.disable_gradient_checkpointing, denoiser.enable_gradient_checkpointing):
+        begin()
+        denoiser.zero_grad()
+        denoiser(z, words, torch.tensor([0.5]), **places).sample.square().mean().backward()
+        found.append(denoiser.x_embedder.weight.grad)
+    assert relative(*found) > 1e-2
+
+
+@torch.no_grad()
+@each
+def test_a_picture_is_drawn_from_kept_texts_when_the_encoders_are_gone(made):
+    """Guided; alone and beside another; and it is what the pipeline draws of the same words."""
+    pipe, family = made
+    prompts = drawn_together(family)
+    taken = inspect.signature(pipe.__call__).parameters
+    against = "a cat" if family.facts.has_negative and "negative_prompt" in taken else ""
+    said = {"prompt": [*prompts], **family.options} | (
+        {"negative_prompt": [against] * 2} if against else {}
+    )
+    said |= {name: False for name in ("use_resolution_binning",) if name in taken}
+
+    def draw(rows: list[int], **words) -> Tensor:
+        seeds = [torch.Generator().manual_seed(row) for row in rows]
+        options = {
+            family.facts.guidance_name: family.facts.guidance,
+            "num_inference_steps": 2,
+            "output_type": "pt",
+        }
+        words = guided(family.facts, words, family.facts.guidance)
+        return pipe(**words, generator=seeds, height=PX, width=PX, **options).images
+
+    theirs, texts, empty = (
+        draw([0, 1], **said),
+        family.texts(pipe, prompts),
+        family.negative(pipe, against),
+    )
+    pipe.register_modules(**dict.fromkeys(family.facts.encoders))
+
+    def kept(rows: list[int]) -> dict:
+        return family.with_negative(
+            family.arguments([texts[row] for row in rows]), family.arguments([empty] * len(rows))
+        )
+
+    both, one = draw([0, 1], **kept([0, 1])), draw([0], **kept([0]))
+    assert both.shape[0] == 2 and relative(both[:1], one) < 1e-4 and relative(both, theirs) < 1e-4
+
+
+def test_each_family_has_methods_and_the_class_of_its_pipeline_and_another_is_refused_by_name():
+    assert {facts.name for facts in FAMILIES} == METHODS.keys() == TINY_FAMILIES.keys()
+    for facts in FAMILIES:
+        kind = getattr(diffusers, facts.pipeline)
+        assert {facts.denoiser, *facts.encoders} <= inspect.signature(
+            kind.__init__
+        ).parameters.keys()
+        assert {facts.guidance_name} <= inspect.signature(kind.__call__).parameters.keys()
+        assert set(facts.text_options) <= inspect.signature(kind.encode_prompt).parameters.keys()
+        assert set(facts.adapted_encoders) | {facts.denoiser} == set(kind._lora_loadable_modules)
+        assert (facts.memory is None) == (facts.denoiser == "unet")
+    with pytest.raises(TypeError, match="memory"):
+        Facts(name="new", title="New", pipeline="NewPipeline", model="NewTransformer2DModel")
+    with pytest.raises(
+        UserError, match="class ChromaPipeline cannot be trained here: take one of SDXL"
+    ):
+        facts_of("ChromaPipeline")
+
+
+@each
+def test_the_fused_path_has_the_gradients_of_peft(made):
+    """With working copies: projections of pictures and of texts, with biases or without. Switched
+    off, it is the base bit for bit."""
+    pipe, family = made
+    denoiser = getattr(pipe, family.facts.denoiser)
+    paths = [path for path in matrix_layers(denoiser) if is_adapted(path, family.facts.targets)]
+    of_base = predicted(family, pipe)
+    inject(
+        denoiser,
+        MoSLoraConfig(r=2, target_modules="|".join(map(re.escape, paths)), mixer="orthogonal"),
+    )
+    weights = [weight for _, weight in adapter_parameters(denoiser)]
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(0.1 * torch.randn_like(weight))
+    slow = gradients_of(family, pipe, weights)
+    assert enable_fast_path(denoiser) == len(paths)
+    with WorkingCopies(denoiser).for_one_step() as step:
+        gradients_of(family, pipe, weights)
+        step.collect()
+    fast = [weight.grad for weight in weights]
+    assert max(relative(one, other) for one, other in zip(fast, slow) if other is not None) < 1e-4
+    with switched_off(list(adapter_layers(denoiser).values())):
+        assert torch.equal(predicted(family, pipe), of_base)
+
+
+HUB = """
+import http.server, json, os, threading
+asked = []
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        # the client asks the hub about itself too
+        asked.extend([self.path] * self.path.endswith("model_index.json"))
+        content = json.dumps({"_class_name": "ZImagePipeline"}).encode()
+        self.send_response(200 if "Z-Image" in self.path else 404)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+    def log_message(self, *words):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+from dreambooth_moslora.base.base import Base
+for _ in range(2):
+    told = Base.find("some/Z-Image").facts.name, Base.find("some/other").facts
+print(*told, asked)
+"""
+
+
+def test_a_base_on_the_hub_is_asked_once_which_family_it_is():
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    found = subprocess.run(
+        [sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True
+    )
+    asked = (
+        "['/some/Z-Image/resolve/main/model_index.json', "
+        "'/some/other/resolve/main/model_index.json']"
+    )
+    assert found.stdout.strip() == f"z_image None {asked}"

@@ -1,0 +1,141 @@
+"""Whether to train at all: the same pictures by an adapter, by reference pictures, and by both."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dreambooth_moslora.base.base import Base
+from dreambooth_moslora.cli.command_evaluate import run_explain
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.evaluation import reference_arms, report
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan
+from dreambooth_moslora.evaluation.scoring import Evaluator, evaluate_adapter
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import Sampler
+from dreambooth_moslora.plan.validation import check_references
+from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.train_config import TrainConfig
+from tests.evaluation.test_scoring import TOY, toy_pictures
+from tests.generation.test_text_options import loaded
+from tests.helpers.tiers import slow_but
+from tests.helpers.tiny_encoders import tiny_encoders
+from tests.helpers.tiny_families import tiny_pipeline
+
+PLAN = EvaluationPlan(
+    Subject("sks", "duck"),
+    ("a photo of a {} on the beach", "a photo of a {} in the snow"),
+    ("a photo of a red car on water",),
+    seeds=(0, 1),
+    class_images=0,
+    inference_steps=2,
+)
+
+
+def planted(dino: float, clip_t: float, spread: float) -> dict[str, np.ndarray]:
+    """Scores of six prompts and four seeds around these means."""
+    noise = np.random.default_rng(int(1000 * dino)).normal(size=(2, 6, 4)) * spread
+    return {"dino": dino + noise[0], "clip_t": clip_t + noise[1]}
+
+
+@pytest.mark.parametrize(
+    "adapter, references_have, words",
+    [
+        (planted(0.80, 0.30, 0.02), planted(0.60, 0.30, 0.02), reference_arms.TRAIN),
+        (planted(0.55, 0.30, 0.02), planted(0.70, 0.30, 0.02), reference_arms.DO_NOT_TRAIN),
+        (planted(0.66, 0.30, 0.20), planted(0.62, 0.30, 0.20), reference_arms.UNKNOWN),
+        (planted(0.80, 0.20, 0.02), planted(0.60, 0.30, 0.02), reference_arms.MIXED),
+    ],
+)
+def test_the_verdict_follows_the_intervals_of_the_paired_differences(
+    adapter, references_have, words
+):
+    found = reference_arms.verdict(adapter, references_have)
+    assert found.words == words and str(found).startswith(words)
+    assert found.likeness.low <= found.likeness.mean <= found.likeness.high
+
+
+def test_one_picture_alone_decides_nothing():
+    one, other = planted(0.9, 0.3, 0.0), planted(0.1, 0.3, 0.0)
+    one, other = ({name: table[:1, :1] for name, table in found.items()} for found in (one, other))
+    assert reference_arms.verdict(one, other).words == reference_arms.UNKNOWN
+
+
+@pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
+def test_a_base_draws_three_ways_and_the_report_says_the_verdict(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(SubjectPipeline, "resolution_px", 64)
+    subject = SubjectPipeline(tiny_pipeline(name, tmp_path / "base"), "tiny")
+    adapter = loaded(subject, tmp_path / "dog.safetensors")
+    photos = toy_pictures(TOY, ["on grass", "on the beach"])
+    evaluator = Evaluator(PLAN, tiny_encoders(tmp_path), photos)
+    judge = partial(evaluate_adapter, subject, adapter)
+
+    # What is shown to one arm is not shown to the base, which it may be the first to ask for.
+    alone = Evaluator(PLAN, evaluator.encoders, photos)
+    first = reference_arms.draw_by_references(alone, judge)
+    found = judge(evaluator)
+    assert np.array_equal(first.tables["dino_base"], found.tables["dino_base"])
+    found.beside = reference_arms.compare(evaluator, found, judge, scale=1.0)
+    drawn = [one.pictures["subject"][0].tobytes() for one in found.beside.arms.values()]
+    drawn.append(found.pictures["subject_base"][0].tobytes())
+    assert len(set(drawn)) == 4
+    asked = found.beside.arms["references"].plan.subject_requests[0].prompt
+    assert asked.endswith("a duck on the beach, the same duck as in the reference pictures")
+
+    # CLIP-T compares all three with the same words.
+    assert np.array_equal(
+        found.tables["clip_t_base"], found.beside.arms["references"].tables["clip_t_base"]
+    )
+    about = report.ReportContext("dog", "tiny", ("clip", "dino"), 2, 4.0)
+    scores = report.scores_json(found, about)["references"]
+    assert scores["verdict"] == str(found.beside.verdict) and set(scores["arms"]) == {
+        "adapter",
+        "references",
+        "both",
+    }
+    assert str(found.beside.verdict) in report.report_html(found, about, photos)
+
+
+@pytest.mark.parametrize("name", slow_but((), ("flux2", "qwen_image21")))
+def test_guidance_acts_beside_references_as_it_does_without_them(name, tmp_path):
+    """Else the ways would be compared at different guidance."""
+    pipeline = tiny_pipeline(name, tmp_path / "base")
+    embed = partial(SubjectPipeline(pipeline, "tiny").family.texts, pipeline)
+    plain = Sampler(pipeline, embed, 64, torch.device("cpu"), inference_steps=2)
+    requests = PLAN.subject_requests[:1]
+    for shown in ((), toy_pictures(TOY, ["on grass"])):
+        sampler = replace(plain, references=shown)
+        pictures = [next(replace(sampler, guidance_scale=scale)(requests)) for scale in (1.0, 4.0)]
+        assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def test_explain_says_what_the_report_says(tmp_path, capsys):
+    run = tmp_path / "dog"
+    (run / "evaluation").mkdir(parents=True)
+    settings = {"instance_data_dir": str(tmp_path), "output_dir": str(run)}
+    RunDir(run).config_path.write_text(json.dumps(settings))
+    RunDir(run).metrics_path.write_text("")
+    told = {
+        "time": 1e12,
+        "protocol": {"adapter_scale": 1.0},
+        "scores": {},
+        "relative": {},
+        "copy_alarm": {"raised": False, "share": 0.0},
+        "leaked": "",
+        "score": 0.5,
+        "references": {"verdict": reference_arms.TRAIN},
+    }
+    (run / "evaluation" / "scores.json").write_text(json.dumps(told))
+    assert run_explain(SimpleNamespace(run=str(run))) == 0
+    assert reference_arms.TRAIN in capsys.readouterr().out
+
+
+def test_a_base_without_references_is_told_in_one_line():
+    with pytest.raises(UserError, match="takes no reference pictures") as error:
+        check_references(Base.find("toy"), TrainConfig(), "--reference")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,595 @@
+"""From an adapter to its scores on the tiny random pipeline, the toy world's truth, and several
+subjects."""
+
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from matplotlib.figure import Figure
+from PIL import Image, ImageFilter
+from torch.nn.functional import normalize
+
+from dreambooth_moslora.base import decode, devices, load
+from dreambooth_moslora.cli.command_evaluate import summary
+from dreambooth_moslora.disk.events import StepEvaluated, event_of
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.evaluation import metrics, report
+from dreambooth_moslora.evaluation.metrics import load_encoders
+from dreambooth_moslora.evaluation.protocol import EvaluationPlan, plan_for
+from dreambooth_moslora.evaluation.scoring import (
+    Evaluation,
+    Evaluator,
+    evaluate_adapter,
+    fidelity_of,
+    paint_over,
+    truth_of,
+)
+from dreambooth_moslora.generation import offload as gpu_room
+from dreambooth_moslora.generation.pipeline import SubjectPipeline
+from dreambooth_moslora.generation.sampling import SampleRequest
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.settings.metric_kinds import MEASURES, Measure
+from dreambooth_moslora.settings.prompts import Subject
+from dreambooth_moslora.settings.train_config import TrainConfig
+from dreambooth_moslora.training import model_card, publish
+from dreambooth_moslora.training.run_advice import advice_after
+from dreambooth_moslora.training.run_metrics import Figures
+from tests.helpers.tiny_adapters import save_diffusers_lora
+from tests.helpers.tiny_encoders import tiny_encoders
+from toybox.readers.judge import QUESTIONS, Reading
+from toybox.render import render
+from toybox.truth import find_truth, other_toy, place_in, stacked, view
+from toybox.world import Toy, sample_scene
+
+PLAN = EvaluationPlan(
+    Subject("sks", "duck"),
+    ("a photo of a {} on the beach", "a photo of a {} in the snow", "a photo of a {} on lava"),
+    ("a photo of a red car on water",),
+    seeds=(0, 1),
+    class_images=2,
+    inference_steps=2,
+)
+TOY = Toy("duck", "pink", "blue", "checkered", "matte", (-0.3, 0.4, 0.6, 0.5), ("top hat",))
+ROCKET = Toy("rocket", "white", "red", "striped", "glossy", (0.3, 0.5, -0.2, 0.8), ("flag",))
+BOTH = report.ReportContext("both", "toy", ("clip", "dino"), 2, 7.0)
+
+
+def toy_pictures(toy: Toy, places: list[str], seed: int = 0) -> list[Image.Image]:
+    rng = random.Random(seed)
+    pictures = render([sample_scene(rng, toy, place, held_out=None) for place in places], 64)
+    return [Image.fromarray(picture.numpy()) for picture in pictures]
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return toy_pictures(TOY, ["on grass", "on the beach", "in a kitchen"])
+
+
+def stub_pictures(requests: list[SampleRequest], on: bool = False) -> list[Image.Image]:
+    """A picture for each request that depends on nothing but the request."""
+    seeds = [[*request.prompt.encode(), request.seed] for request in requests]
+    return [
+        Image.fromarray(np.random.default_rng(s).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        for s in seeds
+    ]
+
+
+def test_plans_by_kind_of_subject():
+    """The base is asked without the token, at the same seeds. Places that the captions name are not
+    asked for."""
+    subject, base = PLAN.subject_requests, PLAN.base_requests
+    assert subject[0] == SampleRequest("a photo of a sks duck on the beach", 0)
+    assert base[0] == SampleRequest("a photo of a duck on the beach", 0)
+    assert [r.seed for r in subject] == [r.seed for r in base] == [0, 1] * 3
+    assert set(PLAN.prompts) >= {"a photo of a duck", "a photo of a red car on water"}
+    duck = Subject("sks", "duck")
+    full = plan_for("toy", duck)
+    assert len(full.templates) == 16 and not any("duck" in prompt for prompt in full.unrelated)
+    kinds = ("corgi dog", "stuffed dog", "mug")
+    dog, stuffed, mug = (plan_for("some/base", Subject("sks", kind)).templates for kind in kinds)
+    assert len(dog) == len(mug) == 25 and dog != mug and "a {} wearing a santa hat" in dog
+    assert stuffed == mug, "a likeness of an animal is a thing"
+    # spread over the templates
+    small = full.smaller(templates=4, seeds=1, class_images=2, unrelated=2)
+    assert small.templates == full.templates[0:13:4]
+    assert (small.seeds, small.class_images, len(small.unrelated)) == ((0,), 2, 2)
+    with pytest.raises(UserError, match="choose one of"):
+        plan_for("toy", duck, "nonsense")
+    with pytest.raises(UserError, match=r"hold \{\}"):
+        EvaluationPlan(duck, ("a duck",), ())
+    templates = plan_for(
+        "toy", duck, captions=["a photo of a sks duck on grass", "A sks duck ON LAVA"]
+    ).templates
+    assert len(templates) == 14 and not any("on grass" in t or "on lava" in t for t in templates)
+    assert plan_for("toy", duck, captions=full.texts).templates == full.templates
+    # no place
+    assert "a red {}" in plan_for("some/base", Subject("sks", "mug"), captions=["red"]).templates
+
+
+def all_of(*pictures: Image.Image):
+    """An adapter that draws these alone, in turn, on a base that draws `stub_pictures`."""
+
+    def draw(requests: list[SampleRequest], on: bool) -> list[Image.Image]:
+        return (
+            [pictures[n % len(pictures)] for n in range(len(requests))]
+            if on
+            else stub_pictures(requests)
+        )
+
+    return draw
+
+
+def with_subject(folder):
+    (folder / "subject.json").write_text(
+        json.dumps({"toy": TOY.to_dict(), "class_word": "duck", "token": "sks"})
+    )
+    return folder
+
+
+def test_an_adapter_is_scored_in_tables_of_prompts_and_seeds(subject, encoders, photos, tmp_path):
+    """The same twice, nearly the same in a batch; an adapter that is off does not drift."""
+    subject.load_adapter(save_diffusers_lora(subject.pipeline.unet, tmp_path, size=2.0), "one")
+    evaluator = Evaluator(PLAN, encoders, photos)
+    found, again, off = (
+        evaluate_adapter(subject, "one", evaluator, scale=scale) for scale in (1.0, 1.0, 0.0)
+    )
+    assert {name: t.shape for name, t in found.tables.items()} == {
+        **dict.fromkeys(
+            ("dino", "clip_i", "clip_t", "dino_base", "clip_i_base", "clip_t_base", "copy_index"),
+            (3, 2),
+        ),
+        **dict.fromkeys(("diversity", "diversity_base"), (3, 1)),
+        **dict.fromkeys(("pres", "pres_base"), (2,)),
+        "drift": (1, 2),
+        "drift_base_spread": (1, 1),
+    }
+    assert found.mean("drift") > 1e-4  # the adapter changed what the base draws
+    assert 0 <= found.score <= 1
+    assert len(found.pictures["subject"]) == len(found.pictures["subject_base"]) == 6
+    assert off.mean("drift") == pytest.approx(0, abs=1e-6)
+    assert off.mean("pres") == pytest.approx(off.mean("pres_base"), abs=1e-6)
+    one, six = (
+        evaluate_adapter(subject, "one", Evaluator(PLAN, encoders, photos), n) for n in (1, 6)
+    )
+    for name, table in found.tables.items():
+        assert np.array_equal(table, again.tables[name]), name
+        assert np.abs(one.tables[name] - six.tables[name]).max() < 0.02, name
+
+
+@pytest.mark.slow
+def test_on_a_gpu_that_is_too_small_for_all_models_they_take_turns(
+    tiny_base, encoders, photos, tmp_path, monkeypatch
+):
+    """All of them lay and drew in the CPU's memory there. What they get is where they compute."""
+    file = save_diffusers_lora(SubjectPipeline.from_base(tiny_base).pipeline.unet, tmp_path)
+    drawn_on = []
+
+    def found(device: str) -> Evaluation:
+        subject = SubjectPipeline.from_base(tiny_base, device=device)
+        subject.load_adapter(file, "one")
+        own = subject.pipeline.unet
+        own.register_forward_hook(lambda *_: drawn_on.append(devices.device_of(own)))
+        return evaluate_adapter(
+            subject, "one", Evaluator(PLAN.smaller(1, 1, 1, 1, 1), encoders, photos)
+        )
+
+    wanted = found("cpu")
+    monkeypatch.setattr(devices, "free_gib", lambda device: 1e-6)
+    monkeypatch.setattr(gpu_room, "ROOM_BESIDE_A_MODEL", -1.0)
+    assert all(
+        np.array_equal(table, wanted.tables[name]) for name, table in found("cpu:0").tables.items()
+    )
+    half = len(drawn_on) // 2
+    assert drawn_on == [torch.device("cpu")] * half + [torch.device("cpu:0")] * half
+    pipeline = SubjectPipeline.from_base(tiny_base).pipeline
+    for model in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+        cpu_offload_with_hook(model, torch.device("meta"))
+    (text,) = load.SDXL_FAMILY.texts(pipeline, ["a dog"])
+    pixels = decode.decoded(pipeline.vae, torch.zeros(1, 4, 4, 4))
+    assert {tensor.device.type for tensor in (*text.values(), pixels)} == {"meta"}
+
+
+def test_the_bare_prompt_is_scored_beside_the_others_which_stay_as_they_were(encoders, photos):
+    """A picture for the bare prompt is a photo; for any other prompt it is none."""
+
+    def draw(requests, on):
+        pictures = stub_pictures(requests)
+        return [
+            photos[0] if r.prompt == "a photo of sks duck" else p
+            for r, p in zip(requests, pictures)
+        ]
+
+    plan = replace(PLAN, bare_prompt="a photo of sks duck")
+    assert set(plan.prompts) - set(PLAN.prompts) == {"a photo of sks duck"}
+    without, found = (Evaluator(one, encoders, photos)(draw) for one in (PLAN, plan))
+    assert found.tables["dino_bare"].shape == (1, 2) and len(found.pictures["bare"]) == 2
+    likeness = encoders.dino_images(photos)
+    assert found.mean("dino_bare") == pytest.approx(
+        float((likeness[:1] @ likeness.T).mean()), abs=1e-5
+    )
+    assert {name for name in found.tables if name not in without.tables} == {"dino_bare"}
+    assert all(np.array_equal(table, found.tables[name]) for name, table in without.tables.items())
+    assert found.score == without.score and found.alarm == without.alarm
+    swept = Evaluator(plan, encoders, photos).of_subject()(draw)
+    assert "dino_bare" not in swept.tables
+
+
+def test_drift_sees_a_change_of_place(encoders, photos):
+    """An encoder that looks at the thing alone finds no drift."""
+    blind = replace(encoders)
+    blind.clip_images, blind.clip_texts = small_pixels, encoders_of_length(192)
+    blind.dino_images = encoders_of_length(4)
+    assert Evaluator(PLAN, blind, photos)(all_of(photos[0])).mean("drift") > 0.01
+
+
+def test_copies_of_the_photos_set_off_the_alarm_and_lower_the_score(encoders, photos):
+    pixels = replace(encoders)
+    pixels.clip_images = pixels.dino_images = small_pixels
+    pixels.clip_texts = encoders_of_length(192)
+    fresh, copies = (
+        Evaluator(PLAN, pixels, photos)(draw) for draw in (stub_pictures, all_of(*photos))
+    )
+    assert copies.alarm.raised and copies.alarm.share == 1 and copies.score == 0
+    assert copies.mean("copy_index") == pytest.approx(1, abs=1e-3)
+    assert not fresh.alarm.raised
+
+
+def test_the_truth_is_found_beside_toy_photos_only(encoders, tmp_path):
+    """And asked of the toy base alone, in places that it knows."""
+    assert find_truth(tmp_path, encoders) is None
+    assert find_truth(with_subject(tmp_path), encoders).toy == TOY
+    assert place_in("a photo of a {} on a checkered floor") == "on a checkered floor"
+    elsewhere = replace(PLAN, templates=("a {} wearing a santa hat",))
+    assert truth_of("toy", tmp_path, PLAN, encoders, 64).toy == TOY
+    for base, folder, plan in (
+        ("some/base", tmp_path, PLAN),
+        ("toy", tmp_path, elsewhere),
+        ("toy", None, PLAN),
+    ):
+        assert truth_of(base, folder, plan, encoders, 64) is None
+
+
+def test_masks_give_the_background_alone_and_a_leak(encoders, photos):
+    mask = Image.new("L", photos[0].size, 0)
+    mask.paste(255, (10, 10, 30, 30))
+    alone = np.array(paint_over(photos[0], mask))
+    assert (alone[15:25, 15:25] == 128).all() and (
+        alone[40:, 40:] == np.array(photos[0])[40:, 40:]
+    ).all()
+    leaked = Evaluator(PLAN, encoders, photos, [mask, None, None])(
+        all_of(paint_over(photos[0], mask))
+    )
+    assert leaked.mean("background_leak") > 0
+
+
+@pytest.mark.slow
+def test_true_renders_score_at_the_ceiling_and_others_at_the_floor(tmp_path, photos):
+    """With an encoder that sees colour (mean RGB), the individual and another of its kind are told
+    apart."""
+    encoders = tiny_encoders(tmp_path / "encoders")
+    encoders.dino_images = mean_colours
+    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
+    places = [place_in(template) for template in PLAN.templates]
+    drawn_in = [p for p in places for _ in PLAN.seeds]
+    true, other = (
+        toy_pictures(toy, drawn_in, seed=1) for toy in (TOY, other_toy(TOY, random.Random(3)))
+    )
+    soft = [picture.filter(ImageFilter.BoxBlur(2)) for picture in true]
+    photo_vectors = mean_colours(photos)
+    good, bad, blurred = (
+        truth.tables(PLAN, some, mean_colours(some), photo_vectors) for some in (true, other, soft)
+    )
+    near, far, ceiling = good["truth"].mean(), bad["truth"].mean(), good["truth_ceiling"].mean()
+    assert (
+        near > far
+        and ceiling > good["truth_floor"].mean()
+        and abs(near - ceiling) < abs(far - ceiling)
+    )
+    renders = Image.fromarray(
+        render([view(random.Random(f"true {places[1]} {TOY}"), TOY, places[1])], 64)[0].numpy()
+    )
+    said = encoders.clip_images([renders]) @ encoders.clip_texts(PLAN.texts).T
+    assert good["clip_t_ceiling"][1, 0] == pytest.approx(float(said[0, 1]), abs=1e-5)
+    assert {f"judge_{name}{end}" for name in QUESTIONS for end in ("", "_ceiling")} <= good.keys()
+    assert good["judge_kind_ceiling"].shape == (3, 3)
+    assert good["toy_sharpness"].mean() > max(
+        good["toy_sharpness_ceiling"].mean(), 1.5 * blurred["toy_sharpness"].mean()
+    )
+
+
+def test_the_judge_is_asked_for_all_looks_of_the_subject_in_the_place_of_each_prompt(
+    encoders, tmp_path
+):
+    truth = find_truth(with_subject(tmp_path), encoders, size_px=64)
+    first = Reading("duck", "pink", "blue", "on the beach", frozenset({"top hat"}), (1.0,) * 5)
+    wrong = replace(first, colour2="red", ornaments=frozenset({"top hat", "bow"}))
+    truth.judge = SimpleNamespace(read=lambda images: [first, wrong, first, first, first, first])
+    pictures = [Image.new("RGB", (64, 64))] * 6
+    found = truth._right([place_in(t) for t in PLAN.templates], stacked(pictures), len(PLAN.seeds))
+    assert (
+        found["judge_ornaments"].tolist()
+        == found["judge_colour2"].tolist()
+        == [[1, 0], [1, 1], [1, 1]]
+    )
+    assert found["judge_place"].tolist() == [[1, 1], [0, 0], [0, 0]] and found["judge_kind"].all()
+
+
+def small_pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """Unit vectors of the pictures themselves at 8 x 8: an encoder that knows a copy from anything
+    else."""
+    small = [
+        torch.from_numpy(np.array(p.resize((8, 8)), dtype=np.float32)).flatten() - 128
+        for p in pictures
+    ]
+    return normalize(torch.stack(small), dim=-1)
+
+
+def encoders_of_length(width: int):
+    """An encoder whose vectors are all equal, of this length."""
+    return lambda asked: normalize(torch.ones(len(asked), width), dim=-1)
+
+
+def mean_colours(pictures: list[Image.Image]) -> torch.Tensor:
+    """Unit vectors of the middle's mean colour, shifted so that colours differ in direction."""
+    middles = [
+        torch.from_numpy(np.array(p)[16:48, 16:48].astype(np.float32)).mean((0, 1)) - 128
+        for p in pictures
+    ]
+    return normalize(torch.stack(middles), dim=-1)
+
+
+ABOUT = report.ReportContext("mine", "toy", ("clip", "dino"), 2, 7.0)
+SMILE = Measure(
+    "Smile",
+    base="smile_base",
+    help="does it smile?",
+    summary=True,
+    logged=True,
+    curve="smiles",
+)
+
+
+# Measures that not every evaluation has: of a bare prompt, of masks, of several subjects, of toys.
+OF_SOME = {
+    "identity",
+    "identity_of_photos",
+    "identity_share",
+    "leak",
+    "leak_base",
+    "no_face",
+    "identity_base",
+    "no_face_base",
+    "style",
+    "dino_bare",
+    "background_leak",
+    "confusion",
+    "confusion_base",
+    "truth",
+    "dino_of_ceiling",
+    "clip_t_of_ceiling",
+    "sharpness_of_ceiling",
+}
+
+
+def test_every_measure_is_computed_by_its_name(encoders, photos):
+    """One whose name no table has would be shown nowhere, and nothing would tell."""
+    found = Evaluator(PLAN, encoders, photos)(stub_pictures).means()
+    assert MEASURES.keys() - found.keys() == OF_SOME
+
+
+STYLE = {"dino": 0.9, "style": 0.6, "leak": 0.5, "leak_base": 0.2}
+PERSON = {
+    "dino": 0.5,
+    "identity": 0.4,
+    "identity_of_photos": 0.8,
+    "no_face": 0.5,
+    "no_face_base": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        (STYLE, 0.6 * (1 - (0.5 - 0.2))),
+        (STYLE | {"leak": 0.1}, 0.6),  # less than the base's is no gain
+        (STYLE | {"style": 1.7}, 1 - (0.5 - 0.2)),
+        (PERSON, (0.5 + 0.4 / 0.8 * (1 - 0.5) / (1 - 0.2)) / 2),
+        (PERSON | {"identity": 0.9, "no_face": 0.0}, (0.5 + 1) / 2),
+        ({"dino": 0.5}, 0.5),
+    ],
+)
+def test_the_scores_likeness_is_the_style_without_the_leak_and_the_face_beside_the_photos_own(
+    means, expected
+):
+    tables = {name: np.array([mean - 0.05, mean + 0.05]) for name, mean in means.items()}
+    assert fidelity_of(tables) == pytest.approx(expected)
+
+
+def test_the_truth_overwrites_no_other_table(encoders, photos):
+    """It once had "sharpness", the name that a measure of all pictures would take."""
+    truth = SimpleNamespace(
+        tables=lambda *asked: {"dino": np.ones((3, 2)), "truth": np.ones((3, 2))}
+    )
+    with pytest.raises(ValueError, match=r"tables of the same name: \['dino'\]"):
+        Evaluator(PLAN, encoders, photos, truth=truth)(stub_pictures)
+
+
+def test_a_row_of_the_table_is_all_that_a_measure_needs(encoders, photos, monkeypatch):
+    """Every measure that has a scale or a base names tables that exist."""
+    known = {*MEASURES, "clip_i_base", "diversity_base", "toy_sharpness"}
+    known |= {f"{name}_ceiling" for name in ("dino", "clip_t", "toy_sharpness")}
+    assert {
+        name for row in MEASURES.values() for name in (row.base, *(row.share or ())) if name
+    } <= known
+    like_base = Measure(
+        "Smile, share of the base's", "share", share=("smile", "smile_base"), logged=True
+    )
+    monkeypatch.setitem(MEASURES, "smile", SMILE)
+    monkeypatch.setitem(MEASURES, "smile_of_base", like_base)
+    found = Evaluator(PLAN, encoders, photos)(stub_pictures)
+    found.tables |= {"smile": np.full((3, 2), 0.625), "smile_base": np.full((3, 2), 0.5)}
+    about = replace(ABOUT, adapter_scale=0.5)
+    html = report.report_html(found, about, photos)
+    assert (
+        "adapter scale 0.5" in html
+        and report.scores_json(found, about)["protocol"]["adapter_scale"] == 0.5
+    )
+    for text in (
+        "Smile",
+        "0.625 [0.625, 0.625]",
+        "0.500 [0.500, 0.500]",
+        "does it smile?",
+        "1.250",
+    ):
+        assert f">{text}<" in html
+    assert "smile              0.625" in summary(found)
+    scores = found.logged()
+    assert (scores["smile"], scores["smile_of_base"]) == (0.625, 1.25)
+    event = {
+        "type": StepEvaluated.kind,
+        "step": 3,
+        "best": {"step": 3, "score": 0.1, "since": 0},
+        **scores,
+    }
+    axes = Figure().subplots()
+    publish.draw_fidelity(axes, [event_of(event)])
+    assert "smiles" in axes.get_legend_handles_labels()[1]
+    assert "| smile | 0.625 |" in model_card.score_table(
+        SimpleNamespace(scores=event_of(event).scores, best=None)
+    )
+
+
+@pytest.fixture(scope="module")
+def both():
+    places = ["on grass", "on the beach", "in a kitchen"]
+    return {"duck": toy_pictures(TOY, places), "rocket": toy_pictures(ROCKET, places)}
+
+
+@pytest.fixture(scope="module")
+def evaluators(both):
+    encoders = load_encoders("toy")  # random ones see no difference
+    plans = {
+        word: replace(PLAN, subject=Subject("sks", word), unrelated=("a photo of a red car",))
+        for word in both
+    }
+    duck, rocket = (Evaluator(plans[word], encoders, both[word]) for word in ("duck", "rocket"))
+    duck.rivals, rocket.rivals = [rocket.photos.dino], [duck.photos.dino]
+    return [duck, rocket]
+
+
+def drawer(both, swapped=False):
+    """The adapter draws photos of the subject that a prompt names, or of the other one; the base,
+    noise."""
+    kinds = {
+        "sks duck": "rocket" if swapped else "duck",
+        "sks rocket": "duck" if swapped else "rocket",
+    }
+
+    def draw(requests, with_adapter):
+        if not with_adapter:
+            return stub_pictures(requests)
+        words = [next((w for w in kinds if w in request.prompt), None) for request in requests]
+        return [
+            both[kinds[word]][n % 3] if word else stub_pictures([requests[n]])[0]
+            for n, word in enumerate(words)
+        ]
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def right(evaluators, both):
+    """Of an adapter that draws what it is asked for."""
+    return [evaluator(drawer(both)) for evaluator in evaluators]
+
+
+def test_confusion_is_the_way_from_the_own_photos_margin_to_the_others():
+    draws = torch.Generator().manual_seed(0)
+    own, other, drawn = (normalize(torch.randn(n, 8, generator=draws), dim=1) for n in (3, 4, 5))
+
+    def without(photos, number):
+        return torch.cat([photos[:number], photos[number + 1 :]])
+
+    def margin(picture, own, other):
+        return float((own @ picture).mean() - (other @ picture).mean())
+
+    at_own = np.mean([margin(photo, without(own, n), other) for n, photo in enumerate(own)])
+    at_other = np.mean([margin(photo, own, without(other, n)) for n, photo in enumerate(other)])
+    expected = [(at_own - margin(picture, own, other)) / (at_own - at_other) for picture in drawn]
+    assert metrics.confusion(drawn, own, other).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.isfinite(metrics.confusion(own, own, own)).all()
+    assert torch.isfinite(metrics.confusion(own, own[:1], other[:1])).all()
+
+
+def test_pictures_of_the_other_subject_are_confused_and_all_together_are_their_prompts(
+    evaluators, both, right
+):
+    wrong = [evaluator(drawer(both, swapped=True)) for evaluator in evaluators]
+    for good, bad in zip(right, wrong, strict=True):
+        assert good.tables["confusion"].shape == (3, 2)
+        assert good.mean("confusion") < 0.05 and bad.mean("confusion") > 0.95
+        assert good.mean("dino") > bad.mean("dino")
+    whole = report.pooled(right)
+    assert whole.tables["dino"].shape == (6, 2) and whole.tables["pres"].shape == (4,)
+    assert whole.mean("dino") == pytest.approx(np.mean([one.mean("dino") for one in right]))
+    assert (
+        whole.score == pytest.approx(np.mean([one.score for one in right])) and whole.alarm.raised
+    )
+    assert not any("sks" in name for name in whole.tables) and "confusion" in whole.means()
+    assert report.pooled(right[:1]) is right[0]
+
+
+def test_each_subject_has_a_report_and_all_have_scores(evaluators, right, tmp_path):
+    report.write_reports(tmp_path, evaluators, right, BOTH)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    of_duck = scores["subjects"][0]["scores"]
+    confused, of_base = (of_duck[f"confusion{end}"] for end in ("", "_base"))
+    assert confused["low"] <= confused["mean"] < 0.05 < of_base["mean"]
+    assert [one["subject"]["class_word"] for one in scores["subjects"]] == ["duck", "rocket"]
+    assert "Confusion" in (tmp_path / "subject_2" / "report.html").read_text()
+
+
+def test_a_photo_of_something_else_is_named_by_explain(both, tmp_path):
+    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+        picture.save(tmp_path / f"{number}.png")
+    config = TrainConfig(
+        pretrained_model_name_or_path="toy",
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a photo of a sks duck",
+        resolution=64,
+    )
+    photos = photo_report(config).photos
+    (evaluator,) = report.evaluators_of([config], photos, [PLAN], load_encoders("toy"), 128)
+    found = evaluator(lambda requests, with_adapter: stub_pictures(requests))
+    told = report.scores_json(found, BOTH)["dino_of_each_photo"]
+    assert list(told) == ["0.png", "1.png", "2.png", "3.png"]
+    assert np.mean(list(told.values())) == pytest.approx(found.photo_fidelity, abs=1e-3)
+    *_, sentence = advice_after(Figures(config, photo_likeness=told))
+    assert sentence.startswith("3.png may show") and sentence.endswith("--leave_out 3.png")
+
+
+def test_pictures_are_compared_with_real_photos_and_with_made_ones_where_there_are_no_others(
+    both, tmp_path
+):
+    for number, picture in enumerate([*both["duck"], both["rocket"][0]]):
+        picture.save(tmp_path / f"{number}.png")
+    config = TrainConfig(
+        pretrained_model_name_or_path="toy",
+        instance_data_dir=str(tmp_path),
+        instance_prompt="a photo of a sks duck",
+        resolution=64,
+    )
+    photos = photo_report(config).photos
+    encoders = load_encoders("toy")
+    made = [replace(photo, made_by="a model") for photo in photos]
+    for some, names in (
+        ([*photos[:1], *made[1:]], ["0.png"]),
+        (made, ["0.png", "1.png", "2.png", "3.png"]),
+    ):
+        (evaluator,) = report.evaluators_of([config], some, [PLAN], encoders, 128)
+        assert evaluator.names == names and len(evaluator.photos.pictures) == len(names)

@@ -1,0 +1,297 @@
+"""LoRA of transformers under the names of other programs: each layer gets the ΔW that the program
+means. Original layouts are written down here as the tools map them (ComfyUI, kohya's sd-scripts,
+musubi-tuner, ai-toolkit)."""
+
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import raw_file, reader, verify
+from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.method import moslora
+from dreambooth_moslora.settings import family_facts
+from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, three, tiny_pipeline
+from tools import formats_table
+
+UNET_LAYERS = (
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+)
+"""Layers that SDXL's and Stable Diffusion 1.5's UNets both have."""
+
+
+def layers_of(row: TinyFamily, tool: str) -> dict[str, tuple[str, ...]]:
+    """The layers of a file -> those of diffusers that their rows are: of the original layout, where
+    the family has another and the tool may use it."""
+    if row.original and tool not in ("diffusers", "OneTrainer"):
+        return dict(row.original)
+    own = UNET_LAYERS if not row.one_layer else (row.one_layer,)
+    return {path: (path,) for path in own}
+
+
+FAMILIES = {name: dict(row.original) for name, row in TINY_FAMILIES.items() if row.original}
+SWAPPED = {"final_layer.adaLN_modulation.1"}
+"""Their halves, shift and scale, change places in diffusers."""
+SPELLINGS = {  # tool -> how it names a layer of the denoiser
+    "diffusers": lambda denoiser, path: f"{denoiser}.{path}",
+    "kohya": lambda _, path: f"lora_unet_{path.replace('.', '_')}",
+    "OneTrainer": lambda _, path: f"lora_transformer_{path.replace('.', '_')}",
+    "LyCORIS": lambda _, path: f"lycoris_{path.replace('.', '_')}",
+    "ComfyUI": lambda _, path: f"diffusion_model.{path}",
+    "PEFT": lambda _, path: f"base_model.model.{path}",
+}
+
+
+def lora(rows, columns, draw):
+    parts = {"lora_down.weight": draw(4, columns), "lora_up.weight": draw(rows, 4)}
+    change = 3 / 4 * parts["lora_up.weight"] @ parts["lora_down.weight"]
+    return parts | {"alpha": torch.tensor(3.0)}, change
+
+
+def lora_of_peft(rows, columns, draw):
+    parts = {"lora_A.weight": draw(4, columns), "lora_B.weight": draw(rows, 4)}
+    return parts, parts["lora_B.weight"] @ parts["lora_A.weight"]
+
+
+def lora_of_three(rows, columns, draw):
+    """q, k and v have columns of `up` to themselves, as where they were trained apart."""
+    parts, _ = lora(rows, columns, draw)
+    down, up = draw(6, columns), torch.zeros(rows, 6)
+    for number, block in enumerate(up.split(-(-rows // 3))):
+        block[:, 2 * number : 2 * number + 2] = draw(len(block), 2)
+    parts |= {"lora_down.weight": down, "lora_up.weight": up}
+    return parts, 3 / 6 * up @ down
+
+
+def loha(rows, columns, draw):
+    parts = {f"hada_{name}_a": draw(rows, 2) for name in ("w1", "w2")}
+    parts |= {f"hada_{name}_b": draw(2, columns) for name in ("w1", "w2")}
+    one, other = (parts[f"hada_{name}_a"] @ parts[f"hada_{name}_b"] for name in ("w1", "w2"))
+    return parts | {"alpha": torch.tensor(3.0)}, 3 / 2 * one * other
+
+
+def lokr(rows, columns, draw):
+    left, right = draw(rows // 2, 2), draw(2, columns // 4)
+    parts = {"lokr_w1": draw(2, 4), "lokr_w2_a": left, "lokr_w2_b": right}
+    change = 3 / 2 * torch.kron(parts["lokr_w1"], left @ right)
+    return parts | {"alpha": torch.tensor(3.0)}, change
+
+
+def lokr_of_whole_matrices(rows, columns, draw):
+    """Whose alpha has no meaning."""
+    parts = {"lokr_w1": draw(2, 4), "lokr_w2": draw(rows // 2, columns // 4)}
+    return parts | {"alpha": torch.tensor(3.0)}, torch.kron(*parts.values())
+
+
+def dora(rows, columns, draw):
+    parts, change = lora(rows, columns, draw)
+    return parts | {"dora_scale": draw(rows, 1).abs() + 1}, change
+
+
+def dora_of_lokr(rows, columns, draw):
+    parts, change = lokr(rows, columns, draw)
+    return parts | {"dora_scale": draw(rows, 1).abs() + 1}, change
+
+
+KINDS = {  # column of the page -> files of that kind
+    "LoRA": (lora, lora_of_peft, lora_of_three),
+    "LoHa": (loha,),
+    "LoKr": (lokr, lokr_of_whole_matrices),
+    "DoRA": (dora, dora_of_lokr),
+}
+CELLS = [
+    (facts, tool, kind)
+    for facts in family_facts.FAMILIES
+    for tool in formats_table.TOOLS
+    for kind in formats_table.KINDS
+]
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Family -> its tiny pipeline, made once."""
+    made = {}
+
+    def pipeline(family):
+        if family not in made:
+            made[family] = tiny_pipeline(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return pipeline
+
+
+def written(file: Path, model, layers: dict, kind, tool):
+    """Write a file with these original layers; returns ΔW and magnitudes of diffusers' layers."""
+    generator, tensors, wanted = torch.Generator().manual_seed(5), {}, {}
+
+    def draw(*sizes):
+        return 0.3 * torch.randn(sizes, generator=generator)
+
+    for path, of_diffusers in layers.items():
+        sizes = [moslora.weight_size(model.get_submodule(name)) for name in of_diffusers]
+        parts, change = kind(sum(rows for rows, _ in sizes), sizes[0][1], draw)
+        name = SPELLINGS[tool]("unet" if hasattr(model, "down_blocks") else "transformer", path)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        size = parts["dora_scale"][:, 0] if "dora_scale" in parts else None
+        if path in SWAPPED:
+            change = torch.cat(change.chunk(2)[::-1])
+            size = None if size is None else torch.cat(size.chunk(2)[::-1])
+        start = 0
+        for name, (rows, _) in zip(of_diffusers, sizes, strict=True):
+            own = slice(start, start + rows)
+            wanted[name] = change[own], None if size is None else size[own]
+            start += rows
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("facts", "tool", "kind"),
+    CELLS,
+    ids=[f"{facts.name}-{tool}-{kind}" for facts, tool, kind in CELLS],
+)
+def test_each_cell_of_the_page_of_formats_is_so(facts, tool, kind, pipelines, tmp_path):
+    """Each layer gets the ΔW that the tool's file means, where the page says that it is read; the
+    other cells are refused."""
+    pipeline, file = pipelines(facts.name), tmp_path / "x.safetensors"
+    layers = layers_of(TINY_FAMILIES[facts.name], tool)
+    denoiser = getattr(pipeline, facts.denoiser)
+    for make in KINDS[kind]:
+        wanted = written(file, denoiser, layers, make, tool)
+        if formats_table.is_read(tool, facts, kind):
+            check_read(file, pipeline, facts, make, layers, wanted)
+        else:
+            with pytest.raises(UserError):
+                reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
+
+
+def test_layers_of_a_unet_alone_are_none_of_a_transformer(pipelines, tmp_path, monkeypatch):
+    """Its converter was asked for them: the file was read where the page says that it is not."""
+    pipeline, file = pipelines("z_image"), tmp_path / "x.safetensors"
+    monkeypatch.setitem(SPELLINGS, "kohya", lambda _, path: f"unet.{path}")
+    layers = layers_of(TINY_FAMILIES["z_image"], "kohya")
+    written(file, pipeline.transformer, layers, lora, "kohya")
+    with pytest.raises(UserError):
+        reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
+
+
+def check_read(file, pipeline, facts, make, layers, wanted):
+    """The file gives these layers these ΔW and magnitudes."""
+    assert describe(file)["kind"]
+    weights = reader.read_adapter(file, pipeline)
+    reader.check_fits(weights, pipeline)
+    found, scales = weights.parts[facts.denoiser]
+    fused = {name for names in layers.values() if len(names) > 1 for name in names}
+    assert found.keys() == wanted.keys()
+    for path, (change, size) in wanted.items():
+        layer = found[path]
+        delta = scales.of(path, layer.rank) * layer.delta
+        assert verify.relative_difference(delta, change) < 1e-6, path
+        assert (layer.magnitude is None) == (size is None)
+        assert size is None or torch.equal(layer.magnitude, size), path
+        if make is lora_of_three and path in fused:
+            assert layer.rank == 2, "and not the rank of all three"
+
+
+def test_diffusers_own_conversions_agree(pipelines, tmp_path):
+    """Where it has some, of LoRA: not of the last layers."""
+    cases = [(family, "kohya", lora) for family in ("flux", "flux2", "z_image")]
+    cases += [(family, "ComfyUI", lora_of_peft) for family in ("flux2", "krea2")]
+    for family, tool, kind in cases:
+        pipeline, file = pipelines(family), tmp_path / "x.safetensors"
+        layers = dict(FAMILIES[family])
+        for last in ("final_layer.adaLN_modulation.1", "final_layer.linear"):
+            layers.pop(last, None)
+        written(file, pipeline.transformer, layers, kind, tool)
+        of_diffusers = pipeline.lora_state_dict(str(tmp_path), weight_name=file.name)
+        found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
+        for path, layer in found.items():
+            pair = (of_diffusers[f"transformer.{path}.lora_{side}.weight"] for side in "BA")
+            delta = scales.of(path, layer.rank) * layer.delta
+            assert verify.relative_difference(delta, torch.matmul(*pair)) < 1e-6, (family, path)
+
+
+def test_flux_s_single_blocks_are_cut_into_four(tmp_path):
+    """At full width, which diffusers' conversion has written in: q, k, v and the MLP's."""
+    pipeline = tiny_pipeline("flux", tmp_path)
+    sizes = {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+    config = dict(pipeline.transformer.config) | sizes | {"num_layers": 1, "num_single_layers": 1}
+    wide = raw_file.empty_model({"class": "FluxTransformer2DModel", "config": config})
+    pipeline.transformer = wide
+    block = "single_transformer_blocks.0"
+    layers = {"single_blocks.0.linear1": (*three(f"{block}.attn"), f"{block}.proj_mlp")}
+    wanted = written(file := tmp_path / "x.safetensors", wide, layers, lora, "kohya")
+    found, scales = reader.read_adapter(file, pipeline).parts["transformer"]
+    assert found.keys() == wanted.keys()
+    for path, (change, _) in wanted.items():
+        delta = scales.of(path, found[path].rank) * found[path].delta
+        assert verify.relative_difference(delta, change) < 1e-6, path
+
+
+@torch.no_grad()
+def test_dora_of_an_original_layer_is_merged_as_it_is_defined(tmp_path):
+    """W' = dora_scale · (W + ΔW) / ‖W + ΔW‖ for each row. It failed, as there is no UNet."""
+    pipeline, file = tiny_pipeline("z_image", tmp_path), tmp_path / "x.safetensors"
+    wanted = written(file, pipeline.transformer, FAMILIES["z_image"], dora, "kohya")
+    bases = {path: pipeline.transformer.get_submodule(path).weight.clone() for path in wanted}
+    reader.install(reader.read_adapter(file, pipeline), pipeline)
+    for path, (change, size) in wanted.items():
+        layer, moved = pipeline.transformer.get_submodule(path), bases[path] + change
+        layer.merge()
+        merged = size[:, None] * moved / moved.norm(dim=1, keepdim=True)
+        assert verify.relative_difference(layer.get_base_layer().weight, merged) < 1e-5, path
+
+
+LOKR = {"lokr_w1": torch.ones(2, 4), "lokr_w2": torch.ones(48, 8)}  # 96 × 32
+LORA = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2)}
+DORA = LORA | {"dora_scale": torch.ones(32, 1)}
+NO_LAYER = "no layers of it, in the layout of diffusers or of its original files, such as "
+JOINT, QKV = "lora_unet_joint_blocks_{}_x_block_attn_qkv", "lora_unet_layers_0_attention_qkv"
+REFUSED = {
+    "a LoRA of no layer": ("sd3", "lora_unet_x", LORA, f"{NO_LAYER}'lora_unet_x', as kohya spells"),
+    "no layer": ("flux2", "diffusion_model.x.y", LOKR, f"{NO_LAYER}'diffusion_model.*ComfyUI"),
+    "another family's": ("z_image", JOINT.format(0), LOKR, f"{NO_LAYER}'lora_unet.*kohya"),
+    "a missing block": ("sd3", JOINT.format(7), LOKR, NO_LAYER),
+    "an endless block": ("sd3", JOINT.format(123456789), LOKR, NO_LAYER),
+    "a hidden number": ("sd3", "diffusion_model.x.123456789.joint_blocks", LOKR, NO_LAYER),
+    "too few rows": ("z_image", QKV, LOKR | {"lokr_w2": torch.ones(32, 8)}, NO_LAYER),
+    "too few columns": (
+        "z_image",
+        QKV,
+        LOKR | {"lokr_w2": torch.ones(48, 4)},
+        "is broken, or was made for another base: transformer.layers.0.attention.to_q is 96×32",
+    ),
+    "DoRA of no layer": ("z_image", "lora_unet_x", DORA, f"{NO_LAYER}'lora_unet_x'"),
+    "DoRA of columns": (
+        "z_image",
+        "lora_unet_layers_0_attention_to_q",
+        DORA | {"dora_scale": torch.ones(1, 32)},
+        "holds DoRA by the columns of W",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_layer_is_refused_with_the_tool_s_spelling(name, pipelines, tmp_path):
+    """And soon."""
+    family, layer, parts, said = REFUSED[name]
+    file = tmp_path / "x.safetensors"
+    save_file({f"{layer}.{part}": tensor.clone() for part, tensor in parts.items()}, file)
+    pipeline, start = pipelines(family), perf_counter()
+    with pytest.raises(UserError, match=said) as error:
+        reader.check_fits(reader.read_adapter(file, pipeline), pipeline)
+    assert "\n" not in str(error.value) and perf_counter() - start < 20
+
+
+def test_a_layer_under_two_names_is_refused(pipelines, tmp_path):
+    """The last of them counted."""
+    one, other = "lora_unet_layers_0_attention_qkv", "lora_unet_layers_0_attention_to_q"
+    tensors = {f"{one}.{part}": tensor.clone() for part, tensor in LOKR.items()}
+    tensors |= {f"{other}.{part}": tensor.clone() for part, tensor in LORA.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"it has layers\.0\.attention\.to_q under two names"):
+        reader.read_adapter(tmp_path / "x.safetensors", pipelines("z_image"))

@@ -1,0 +1,500 @@
+"""Published files: proved, in full fp32, refused when broken; the mistakes that must not pass. Raw
+files: they come back bit for bit; what is broken, of another base or a stranger's is one line."""
+
+import json
+import pickle
+import struct
+from functools import partial
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from benchmarks.sdxl_structure import count
+from dreambooth_moslora.disk.run_folder import PUBLISHED_NAME, RAW_NAME
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.lora import (
+    key_names,
+    lora_settings,
+    metadata,
+    raw_file,
+    reader,
+    verify,
+    writer,
+)
+from dreambooth_moslora.lora.describe import describe
+from dreambooth_moslora.lora.key_names import kohya_name
+from dreambooth_moslora.lora.raw_file import (
+    empty_model,
+    load_raw,
+    model_config,
+    read_tensors,
+    save_raw,
+)
+from dreambooth_moslora.lora.writer import publish
+from dreambooth_moslora.method import mixer, moslora
+from dreambooth_moslora.method.mixer import LowRank, MixedLowRank
+from dreambooth_moslora.method.moslora import (
+    MoSLoraConfig,
+    adapter_layers,
+    adapter_parameters,
+    fold,
+    inject,
+)
+from tests.helpers.folding import BOUND, loaded_by_diffusers, measure, small_unet
+from tests.helpers.live_adapters import CONVOLUTIONS, facts_of, live, shake, text_encoders
+from tests.helpers.tiers import slow_but
+from tests.helpers.tiny import tiny_unet
+from tests.helpers.tiny_families import tiny_pipeline
+
+KOHYA = "dog.kohya.safetensors"
+
+
+PAIRS = [("orthogonal", "rank pattern"), ("kaiming", "DoRA")]
+PAIRS += [
+    pytest.param("orthogonal", "alpha ≠ r", marks=pytest.mark.slow),
+    pytest.param("identity", "rsLoRA", marks=pytest.mark.slow),
+    pytest.param("butterfly", "alpha = r", marks=pytest.mark.slow),
+    pytest.param("none", "rank pattern", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "variant"), PAIRS)
+def test_an_untouched_diffusers_computes_the_live_output(kind, variant, tmp_path):
+    assert max(measure(kind, variant, tmp_path).values()) <= BOUND
+
+
+def published(components, folder, *arguments, **options):
+    return publish(components, folder, "dog", facts_of(components), *arguments, **options)
+
+
+def header_of(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+RANKS = {
+    "rank_pattern": {"conv_shortcut": 2, "downsamplers.0.conv": 6},
+    "alpha_pattern": {"conv_shortcut": 3},
+}
+
+
+@pytest.mark.parametrize("kind", slow_but(("orthogonal",), ("orthogonal", "none")))
+@pytest.mark.parametrize(
+    "options",
+    [{}, RANKS, pytest.param({"use_rslora": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_an_untouched_diffusers_computes_the_live_output_of_convolutions(kind, options, tmp_path):
+    """The header says alpha equal to the rank. Matrices of lower ranks are filled up with zeros."""
+    components, generator = (
+        live(mixer=kind, target_modules=CONVOLUTIONS, **options),
+        torch.Generator().manual_seed(4),
+    )
+    assert facts_of(components).alpha == 11
+    found = published(components, tmp_path)
+    assert found.max_relative_difference < 1e-6
+    for name in (PUBLISHED_NAME, KOHYA):
+        told = metadata.AdapterMetadata.from_json(header_of(tmp_path / name)["moslora"])
+        assert (told.rank, told.alpha, told.use_rslora) == (4, 4, False)
+    downs = [
+        tensor for key, tensor in load_file(tmp_path / PUBLISHED_NAME).items() if ".lora_A." in key
+    ]
+    assert {len(down) for down in downs} == {6 if options is RANKS else 4}
+    words, text, latents = (
+        torch.randn(s, generator=generator) for s in ((1, 7, 48), (1, 32), (1, 4, 8, 8))
+    )
+    added = {"text_embeds": text, "time_ids": torch.zeros(1, 6)}
+    for file in found.files:
+        nets = loaded_by_diffusers(tiny_unet(), tmp_path / file), components["unet"], tiny_unet()
+        with torch.no_grad():
+            seen, wanted, bare = (
+                net.eval()(latents, 300, words, added_cond_kwargs=added).sample for net in nets
+            )
+        assert (seen - wanted).norm() <= BOUND * (wanted - bare).norm()
+
+
+def test_the_files_hold_kernels_under_the_names_that_others_know(tmp_path):
+    """The same whether pictures or channels come first in memory."""
+    components = live(target_modules=CONVOLUTIONS)
+    published(components, tmp_path)
+    path = next(p for p in adapter_layers(components["unet"]) if p.endswith("conv1"))
+    diffusers, kohya = (load_file(tmp_path / name) for name in (PUBLISHED_NAME, KOHYA))
+    down, up = diffusers[f"unet.{path}.lora_A.weight"], diffusers[f"unet.{path}.lora_B.weight"]
+    assert down.shape[2:] == (3, 3) and up.shape[2:] == (1, 1)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_down.weight"], down)
+    assert torch.equal(kohya[f"{kohya_name('unet', path)}.lora_up.weight"], up)
+    components["unet"].to(memory_format=torch.channels_last)
+    published(components, tmp_path / "b")
+    again = load_file(tmp_path / "b" / PUBLISHED_NAME)
+    assert all(torch.equal(diffusers[key], again[key]) for key in diffusers)
+
+
+def test_the_proof_is_near_and_the_kohya_file_and_its_header_have_what_the_tools_show(dog):
+    """And no file tells where it was made."""
+    folder, _, found = dog
+    assert found.files == (PUBLISHED_NAME, KOHYA) and all(
+        (folder / f).is_file() for f in found.files
+    )
+    assert 0 < found.max_relative_difference < 1e-6 and found.projections == 112
+    assert json.loads(json.dumps(found.to_dict()))["bound"] == 1e-5
+    assert not list(folder.glob(".*")), "scratch is left behind"
+    sdxl = count(4)
+    assert (sdxl["projections"], round(sdxl["a_and_b"], 2), round(sdxl["mixers"], 3)) == (
+        560,
+        5.81,
+        0.009,
+    )
+    folder, components, _ = dog
+    tensors, header = load_file(folder / KOHYA), header_of(folder / KOHYA)
+    names = {key.split(".")[0] for key in tensors}
+    assert len(names) == sum(len(adapter_layers(m)) for m in components.values())
+    for name in names:
+        assert tensors[f"{name}.alpha"] == tensors[f"{name}.lora_down.weight"].shape[0] == 4
+    unet = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0"}
+    assert names >= unet | {
+        f"lora_te{n}_text_model_encoder_layers_0_self_attn_q_proj" for n in (1, 2)
+    }
+    assert header["modelspec.title"] == header["ss_output_name"] == "dog"
+    assert header["modelspec.trigger_phrase"] == "sks dog" and header[
+        "modelspec.architecture"
+    ].endswith("/lora")
+    assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
+    assert header["modelspec.resolution"] == "1024x1024"
+    assert facts_of(components, base_id=folder / "private" / "toy-sdxl").base_id == "toy-sdxl"
+    for file in (RAW_NAME, PUBLISHED_NAME, KOHYA):
+        text = json.dumps(header_of(folder / file))
+        assert not any(
+            word in text
+            for word in ("/tmp", "/root", "/home", "ss_dataset", "ss_tag", str(folder.parent))
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_the_first_steps_keep_their_bound(dtype, options, tmp_path):
+    """B as small as the first optimizer steps leave it: fp16 alone would underflow, and W·x drowns
+    B·M·A·x."""
+    components = live(target_modules=["to_q", "to_k"], **options)
+    for name, parameter in adapter_parameters(components["unet"]):
+        if name.endswith("lora_B.up"):
+            parameter.data.mul_(1e-6)
+    found = published(components, tmp_path, dtype)
+    assert 0 < found.max_relative_difference < verify.BOUNDS[dtype]
+    types = {
+        t.dtype
+        for k, t in load_file(tmp_path / PUBLISHED_NAME).items()
+        if ".lora_magnitude" not in k
+    }
+    assert types == {dtype}
+
+
+FORMS = [{}, {"use_rslora": True, "rank_pattern": {"attn.to_k": 2}}, {"use_dora": True}]
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_a_transformer_s_file_is_right_with_the_settings_in_its_header_and_without_them(
+    options, tmp_path
+):
+    """diffusers reads the settings, ComfyUI takes alpha to be the rank, and --lora_alpha is
+    neither."""
+    pipeline, components = tiny_pipeline("flux", tmp_path / "files"), {}
+    for name, targets in (
+        ("transformer", ["attn.to_q", "attn.to_k"]),
+        ("text_encoder", ["q_proj", "v_proj"]),
+    ):
+        config = MoSLoraConfig(r=4, lora_alpha=11, target_modules=targets, **options)
+        components[name] = inject(getattr(pipeline, name), config)
+        shake(components[name])
+    published(components, tmp_path)
+    tensors, header = read_tensors(tmp_path / PUBLISHED_NAME)
+    settings = json.loads(header.pop("lora_adapter_metadata"))
+    assert settings["transformer.lora_alpha"] == settings["transformer.r"] and len(settings) == 16
+    assert "text_encoder.target_modules" in settings
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "x.safetensors", header)
+    with_settings = verify.stock_layers(tmp_path / PUBLISHED_NAME, components)
+    without = verify.stock_layers(tmp_path / "bare" / "x.safetensors", components)
+    for path, layer in with_settings.items():
+        assert torch.equal(
+            verify.delta(layer, verify.STOCK), verify.delta(without[path], verify.STOCK)
+        )
+    pipeline = tiny_pipeline("flux", tmp_path / "again")
+    reader.check_fits(reader.read_adapter(tmp_path / PUBLISHED_NAME, pipeline), pipeline)
+
+
+def test_a_layer_with_a_hyphen_in_its_name_may_have_an_alpha_of_its_own():
+    """Z-Image's last: our own file was called broken."""
+    last = "all_final_layer.2-1.linear"
+    assert lora_settings.matches("transformer", [last, "to_q"], {last: 2}, "x") == {last: 2}
+
+
+DIFFERS = r"differs from the live adapter by \d"
+NO_MIXER = (
+    MixedLowRank,
+    "fold",
+    lambda real, m: LowRank(m.down.detach().clone(), (m.scale * m.up).detach()),
+)
+NO_ALPHA = (mixer, "nominal_scale", lambda real, *_: 1.0)
+
+
+def swapped(real, *arguments):
+    def other(key):
+        return (
+            key.replace(".lora_A.", ".?.")
+            .replace(".lora_B.", ".lora_A.")
+            .replace(".?.", ".lora_B.")
+        )
+
+    return {other(k): t.T.contiguous() for k, t in real(*arguments).items()}
+
+
+def doubled(real, *arguments):
+    return {k: 2 * t if k.endswith(".alpha") else t for k, t in real(*arguments).items()}
+
+
+def test_the_cause_stands_at_the_end_of_a_loaders_long_text():
+    """It was cut off, and a dump of the pipeline was shown."""
+    said = verify.end_of(ValueError("StableDiffusionXLPipeline {\n" + "x " * 400 + "\nExpected y"))
+    assert said.startswith("…") and said.endswith(" Expected y") and len(said) == 200
+    assert (
+        verify.end_of(ValueError("short")) == "short"
+        and verify.end_of(ValueError()) == "ValueError"
+    )
+
+
+KOHYA_ALPHA, SWAPPED = (
+    (key_names, "kohya_tensors", doubled),
+    (writer, "published_tensors", swapped),
+)
+SKIPPED = (moslora, "fold", lambda real, *all: dict(list(real(*all).items())[:-1]))
+
+
+MISTAKES = [(mistake, {}, DIFFERS) for mistake in (NO_MIXER, NO_ALPHA, KOHYA_ALPHA, SWAPPED)]
+# it is not square
+MISTAKES += [(SWAPPED, {"target_modules": ["attn2.to_k"]}, "the stock loader refuses it")]
+MISTAKES += [(SKIPPED, {}, "adapts other modules")]
+
+
+@pytest.mark.parametrize(("mistake", "options", "said"), MISTAKES)
+def test_a_mistake_in_the_export_is_caught_by_the_proof(
+    mistake, options, said, monkeypatch, tmp_path
+):
+    owner, name, wrong = mistake
+    components = live(**{"target_modules": ["attn1.to_q", "attn1.to_k"]} | options)
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: wrong(real, *arguments))
+    with pytest.raises(UserError, match=said):
+        published(components, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_and_names_of_no_file_are_not_saved(tmp_path):
+    components = live(target_modules=["attn1.to_q"])
+    layer = next(iter(adapter_layers(components["unet"]).values()))
+    facts, folder = facts_of(components), tmp_path / "none"
+
+    def refused(said, components):
+        for saving in (
+            partial(save_raw, components, folder / RAW_NAME, facts),
+            partial(publish, components, folder, "dog", facts),
+        ):
+            with pytest.raises(UserError, match=said):
+                saving()
+
+    for name in ("", "..", "a/b", "a\nb", "a\udcff"):
+        with pytest.raises(UserError, match="cannot be part of a file's name"):
+            publish(components, folder, name, facts)
+    for value in (float("inf"), float("nan")):
+        layer.lora_A["default"].weight.data[0, 0] = value
+        refused("NaN or infinite", components)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.fixture
+def coarse():
+    """The switches, with products as coarse as they let them be. `monkeypatch` cannot put these
+    back."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+def test_every_comparison_is_in_full_fp32_and_the_switches_come_back(coarse, monkeypatch, tmp_path):
+    found, compare, components = [], verify.relative_difference, live()
+
+    def compared(*two):
+        found.append([switch.allow_tf32 for switch in coarse])
+        return compare(*two)
+
+    monkeypatch.setattr(verify, "relative_difference", compared)
+    published(components, tmp_path)
+    assert found and all(each == [False, False] for each in found)
+    assert [switch.allow_tf32 for switch in coarse] == [True, True]
+
+
+KEPT = [
+    {},
+    {"mixer": "kaiming", "train_mixer": False, "use_rslora": True, "lora_dropout": 0.1},
+    {"mixer": "none"},
+]
+KEPT += [{"use_dora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"attn1.to_q": 3}}]
+KEPT += [{"target_modules": CONVOLUTIONS, "mixer": kind} for kind in ("kaiming", "none")]
+
+
+@pytest.mark.parametrize("options", KEPT)
+def test_raw_files_come_back_bit_for_bit_and_a_stock_loader_refuses_them(options, tmp_path):
+    components = live(with_text=not options, **options)
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    again = {"unet": tiny_unet()} | (text_encoders() if not options else {})
+    facts = load_raw(tmp_path / RAW_NAME, again)
+    assert (
+        facts.trigger_words == ("sks dog",) and facts.class_word == "dog" and facts.versions["peft"]
+    )
+    for name, model in components.items():
+        one, two = model.state_dict(), again[name].state_dict()
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        pairs = zip(
+            adapter_layers(model).values(), adapter_layers(again[name]).values(), strict=True
+        )
+        assert all(
+            (a.scaling, a.r, [*a.lora_dropout]) == (b.scaling, b.r, [*b.lora_dropout])
+            for a, b in pairs
+        )
+        learnt = [
+            [n for n, p in m.named_parameters() if p.requires_grad] for m in (model, again[name])
+        ]
+        assert learnt[0] == learnt[1]
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        loaded_by_diffusers(tiny_unet(), tmp_path / RAW_NAME)
+    if "conv1" in options.get("target_modules", ()):
+        folded, published = reader.fold_raw(tmp_path / RAW_NAME), fold(components["unet"])
+        for path, layer in published.items():
+            assert torch.equal(folded["unet"][path].down, layer.down)
+            assert torch.allclose(folded["unet"][path].up, layer.up, atol=1e-6)
+        assert describe(tmp_path / RAW_NAME)["kind"].startswith("raw")
+
+
+def with_nan(whole, tensors, header):
+    return save({k: t * torch.nan if ".lora_A" in k else t for k, t in tensors.items()}, header)
+
+
+BROKEN = {
+    "truncated": (lambda whole, *_: whole[:-100], "truncated or not a safetensors file"),
+    "empty": (lambda *_: struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
+    "pickled": (lambda _, tensors, header: pickle.dumps(tensors), "not a safetensors file"),
+    "nan": (with_nan, "NaN or infinite values, first in"),
+    "headless": (lambda _, tensors, header: save(tensors), "lost its header"),
+}
+
+
+@pytest.mark.parametrize("how", [*BROKEN, "published", "absent"])
+def test_broken_files_get_one_clear_line(how, dog, tmp_path):
+    raw, file = dog[0] / RAW_NAME, tmp_path / "x.safetensors"
+    said = {"published": "loads with load_lora_weights", "absent": "there is no file"}.get(how)
+    if how == "published":
+        file = dog[0] / PUBLISHED_NAME
+    elif how in BROKEN:
+        change, said = BROKEN[how]
+        file.write_bytes(change(raw.read_bytes(), *raw_file.read_tensors(raw)))
+    components = {"unet": tiny_unet()} | text_encoders()
+    with pytest.raises(UserError, match=said) as caught:
+        load_raw(file, components)
+    assert "\n" not in str(caught.value) and not hasattr(components["unet"], "peft_config")
+
+
+def test_another_base_is_named_with_both_sizes(dog, tmp_path):
+    with pytest.raises(
+        UserError,
+        match=r"another base \(some/base\).*to_k of 16×16 \(out×in\), which is 64×64 here",
+    ):
+        load_raw(dog[0] / RAW_NAME, {"unet": small_unet()} | text_encoders())
+    with pytest.raises(UserError, match="also adapts text_encoder, text_encoder_2"):
+        load_raw(dog[0] / RAW_NAME, {"unet": tiny_unet()})
+    components, other = live(target_modules=["conv1"]), tiny_unet()
+    save_raw(components, tmp_path / RAW_NAME, facts_of(components))
+    for name, module in list(other.named_modules()):
+        if name.endswith("conv1"):
+            wider = torch.nn.Conv2d(module.in_channels, module.out_channels, 5, padding=2)
+            other.get_submodule(name.rpartition(".")[0]).conv1 = wider
+    with pytest.raises(UserError, match=r"(\d+×\d+)×3×3 \(out×in\), which is \1×5×5 here"):
+        load_raw(tmp_path / RAW_NAME, {"unet": other})
+    assert not hasattr(other, "peft_config")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """The folder of a raw file."""
+    folder, components = tmp_path_factory.mktemp("raw"), live(target_modules=["attn1.to_q"])
+    save_raw(components, folder / RAW_NAME, facts_of(components))
+    return folder
+
+
+HOSTILE = [
+    {"rank": "four"},
+    {"alpha": float("nan")},
+    {"alpha": 10**400},
+    {"alphas": {"unet.x": "y"}},
+    {"mixer": ["orthogonal"]},
+    {"trigger_words": 5},
+    {"versions": ["1"]},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_header_that_is_not_ours_is_refused(change, raw, tmp_path):
+    tensors, header = raw_file.read_tensors(raw / RAW_NAME)
+    facts = json.loads(header["moslora"]) | change
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(save(tensors, {"moslora": json.dumps(facts)}))
+    for read in (raw_file.read_raw, describe):
+        with pytest.raises(UserError, match="has lost its header"):
+            read(file)
+
+
+def test_a_header_that_is_no_object_is_refused(raw, tmp_path):
+    tensors, file = load_file(raw / RAW_NAME), tmp_path / "x.safetensors"
+    for text in ("[]", "null", "5", "{", "{}", "[" * 100_000):
+        file.write_bytes(save(tensors, {"moslora": text}))
+        with pytest.raises(UserError, match="has lost its header"):
+            raw_file.read_raw(file)
+
+
+ODD_PARTS = [("utils", {}), ("AutoModel", {}), ("UNet2DConditionModel", None)]
+ODD_PARTS += [
+    ("UNet2DConditionModel", {"block_out_channels": "x"}),
+    ("CLIPTextModel", {"vocab_size": -3}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), ODD_PARTS)
+def test_a_structure_from_a_file_builds_parts_of_sdxl_only_and_does_not_choose_the_attention_code(
+    name, config
+):
+    with pytest.raises(UserError, match=r"is not a part of a model|cannot be built"):
+        empty_model({"class": name} | ({} if config is None else {"config": config}))
+    config = model_config(text_encoders()["text_encoder"])["config"]
+    model = empty_model(
+        {"class": "CLIPTextModel", "config": config | {"attn_implementation": "somebody/kernel"}}
+    )
+    assert model.config._attn_implementation != "somebody/kernel"
+
+
+def test_equal_files_have_equal_bytes_whatever_the_order_of_their_metadata(tmp_path):
+    names = [f"name {number}" for number in range(8)]
+    for path, order in ((tmp_path / "a", names), (tmp_path / "b", names[::-1])):
+        raw_file.write_file(
+            path, {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, {name: "ü\n" for name in order}
+        )
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    tensors, header = raw_file.read_tensors(tmp_path / "a")
+    assert (
+        tensors["x"].tolist() == [0, 1, 2]
+        and list(tensors) == ["x", "y"]
+        and header["name 7"] == "ü\n"
+    )

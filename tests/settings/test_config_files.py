@@ -1,0 +1,60 @@
+"""A published file tells the settings it was trained with, and nothing private."""
+
+import json
+import os
+from dataclasses import fields
+
+from safetensors import safe_open
+
+from dreambooth_moslora.settings.config_files import (
+    LAYERS,
+    RECIPE,
+    TOLD_IF_CHANGED,
+    recipe_of,
+)
+from dreambooth_moslora.settings.train_config import FIELD_TYPES, TrainConfig
+from dreambooth_moslora.training.loop import train
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+
+def test_a_training_tells_its_settings(tiny_base, tmp_path):
+    photos = paint_photos(tmp_path / "alices_photos")
+    chosen = {
+        "rank_pattern": ("to_q=3",),
+        "target_modules": ("to_q", "to_k"),
+        "mixer": "kaiming",
+        "snr_gamma": 5.0,
+    }
+    own = {
+        "cache_dir": str(tmp_path / "secret"),
+        "validation_prompt": "a private prompt",
+        "lora_alpha": 2.5,
+    }
+    words = {"caption_prefix": "prefixed by alice", "mask_prompt": "masked by alice"}
+    config = tiny_config(
+        tiny_base, photos, tmp_path / "first", max_train_steps=2, **chosen, **own, **words
+    )
+    train(config)
+    for name in ("pytorch_lora_weights", "first.kohya", "last/moslora_weights"):
+        with safe_open(tmp_path / "first" / f"{name}.safetensors", "np") as file:
+            header = json.dumps(file.metadata())
+        told = json.loads(json.loads(header)["moslora"])["recipe"]
+        assert told == json.loads(json.dumps(recipe_of(config)))
+        for private in (str(tmp_path), "alice", "private", "secret", os.sep + "tmp"):
+            assert private not in header
+
+
+def test_a_recipe_holds_numbers_switches_choices_and_layers():
+    items = {item.name: item for item in fields(TrainConfig)}
+    checked = {"text_encoder_out_layers"}  # nothing but numbers
+    for name in {*RECIPE, *TOLD_IF_CHANGED} - {*LAYERS} - checked:
+        assert FIELD_TYPES[name][0] in (bool, int, float) or items[name].metadata["choices"], name
+    assert len({*RECIPE, *TOLD_IF_CHANGED}) == len(RECIPE) + len(TOLD_IF_CHANGED)
+    # as a file says that is older than the others
+    assert set(recipe_of(TrainConfig())) <= set(RECIPE)
+    assert recipe_of(TrainConfig(noise_offset=0.1)) == recipe_of(TrainConfig()) | {
+        "noise_offset": 0.1
+    }
+    assert recipe_of(TrainConfig(target_modules=("to_q", "/home/alice", "two words")))[
+        "target_modules"
+    ] == ["to_q"]

@@ -1,0 +1,447 @@
+"""Class images, `--masks auto` and `--captions auto`: made before training, once, topped up; the
+photos stay."""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from dreambooth_moslora.base import load
+from dreambooth_moslora.cli import command_evaluate
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.errors import UserError
+from dreambooth_moslora.generation import offload
+from dreambooth_moslora.generation.sampling import generate_images
+from dreambooth_moslora.photos.captions import Captioner
+from dreambooth_moslora.photos.folder import find_photos, photo_report, with_made
+from dreambooth_moslora.photos.masks import Segmenter
+from dreambooth_moslora.photos.photo_file import open_mask
+from dreambooth_moslora.pictures import png_bytes
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.training import class_images, reporter
+from dreambooth_moslora.training.class_images import (
+    ClassImages,
+    planned,
+    shares,
+    usable_class_photos,
+)
+from dreambooth_moslora.training.loop import train
+from tests.helpers.changed_base import change_token, flip_last_bit, swap_ids
+from tests.helpers.threads import as_processes
+from tests.helpers.tiers import slow_but
+from tests.helpers.tiny import tiny_sdxl
+from tests.helpers.tiny_encoders import save_tiny_clipseg
+from tests.helpers.tiny_families import tiny_pipeline
+from tests.helpers.tiny_training import adapter_sha256, paint_photos, tiny_config
+
+MISSING = {
+    "masks": "mask_model CIDAS/clipseg-rd64-refined",
+    "captions": "caption_model Qwen/Qwen3-VL-2B-Instruct",
+}
+WORDS = ("sks dog", "zwx cat")
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return paint_photos(tmp_path / "photos", count=2)
+
+
+@pytest.fixture
+def auto(tiny_base, photos, tmp_path):
+    model = str(save_tiny_clipseg(tmp_path))
+    settings = {"masks": "auto", "mask_model": model, "max_train_steps": 1, "unmasked_weight": 0.0}
+    return tiny_config(tiny_base, photos, tmp_path / "run", **settings)
+
+
+@pytest.fixture
+def found_everywhere(monkeypatch):
+    """A random CLIPSeg finds nothing: its probabilities are taken as they come, without the least
+    peak."""
+    monkeypatch.setattr("dreambooth_moslora.photos.masks.LEAST_PEAK", 0.0)
+
+
+@pytest.mark.slow
+def test_masks_are_made_once_weigh_the_loss_and_spare_the_photos(
+    auto, photos, tmp_path, found_everywhere, monkeypatch
+):
+    asked, ask = [], Segmenter.mask
+    monkeypatch.setattr(
+        Segmenter, "mask", lambda self, image: asked.append(self.word) or ask(self, image)
+    )
+    before = sorted(path.name for path in photos.iterdir())
+    train(auto)
+    assert sorted(path.name for path in photos.iterdir()) == before
+    made = sorted(path.name for path in (tmp_path / "run" / "masks").iterdir())
+    assert made == ["0.png.mask.png", "1.png.mask.png"]
+    assert all(open_mask(photo) is not None for photo in photo_report(auto).photos)
+    first = adapter_sha256(tmp_path / "run")
+    train(auto)
+    assert asked == ["dog", "dog"] and adapter_sha256(tmp_path / "run") == first
+    train(replace(auto, masks="given", output_dir=str(tmp_path / "plain")))
+    assert adapter_sha256(tmp_path / "plain") != first
+    for photo in photo_report(auto).photos:  # a person's masks need no model
+        shutil.copy(photo.mask_path, photo.path.with_suffix(".mask.png"))
+    train(
+        replace(
+            auto, mask_model=train_config.TrainConfig().mask_model, output_dir=str(tmp_path / "own")
+        )
+    )
+    assert adapter_sha256(tmp_path / "own") == first and not (tmp_path / "own" / "masks").exists()
+
+
+@pytest.mark.parametrize("asked_for", MISSING)
+def test_a_model_that_is_not_there_ends_the_run_before_the_base_is_loaded(
+    asked_for, tiny_base, photos, tmp_path
+):
+    events, config = [], tiny_config(tiny_base, photos, tmp_path / "run", **{asked_for: "auto"})
+    with pytest.raises(UserError, match=f"--{MISSING[asked_for]} is not here"):
+        train(config, events.append)
+    assert not [event for event in events if getattr(event, "phase", None) == "loading"]
+
+
+def test_evaluate_takes_a_moved_runs_masks_and_none_of_them_for_other_photos(
+    auto, photos, tmp_path, found_everywhere
+):
+    train(auto)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    (tmp_path / "run").rename(moved)
+    shutil.copytree(photos, other)
+
+    def masked(*flags: str) -> list[bool]:
+        parser = argparse.ArgumentParser()
+        command_evaluate.evaluate_arguments(parser)
+        config = command_evaluate.resolve(parser.parse_args([str(moved), *flags]))
+        return [photo.mask_path is not None for photo in photo_report(config).photos]
+
+    assert masked() == [True, True]
+    assert masked("--photos", str(other)) == [False, False]
+
+
+@pytest.mark.slow
+def test_captions_are_made_are_learnt_and_leave_the_photos_alone(tiny_base, tmp_path, monkeypatch):
+    """The captioner answers by the photo's number of pixels."""
+    photos, run, asked = paint_photos(tmp_path / "photos", count=3), tmp_path / "run", []
+    answer = lambda image: asked.append(image) or f"beside {image.width} trees"  # noqa: E731
+    monkeypatch.setattr(
+        class_images, "load_captioner", lambda *_, **__: Captioner("model", "dog", answer)
+    )
+    (photos / "1.txt").write_text("sks dog, mine")
+    before = sorted(path.name for path in photos.iterdir())
+    auto = tiny_config(tiny_base, photos, run, captions="auto", max_train_steps=2)
+    train(auto)
+    assert len(asked) == 2 and sorted(path.name for path in photos.iterdir()) == before
+    kept = {
+        name: facts["caption"]
+        for name, facts in json.loads((run / "captions.json").read_text()).items()
+    }
+    assert kept["0.png"] == "a photo of sks dog beside 96 trees" and list(kept) == [
+        "0.png",
+        "2.png",
+    ]
+    train(replace(auto, captions="given", output_dir=str(tmp_path / "plain")))
+    for name, caption in kept.items():
+        (photos / name).with_suffix(".txt").write_text(caption)
+    train(replace(auto, captions="given", output_dir=str(tmp_path / "written")))
+    assert (
+        adapter_sha256(tmp_path / "written")
+        == adapter_sha256(run)
+        != adapter_sha256(tmp_path / "plain")
+    )
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Make masks and captions of three dogs and two cats by so many processes; returns what each
+    found or its error, how many answers each asked for, and the files. `is_full(process, answers so
+    far)` ends one."""
+    each = [
+        find_photos(paint_photos(tmp_path / words, count), words, 64)
+        for words, count in zip(WORDS, (3, 2))
+    ]
+    pets = [
+        replace(photo, subject=number)
+        for number, found in enumerate(each)
+        for photo in found.photos
+    ]
+    run = as_processes(monkeypatch)
+    tables = [{"instance_data_dir": words, "instance_prompt": words} for words in WORDS]
+
+    def make(
+        count: int, is_full=lambda process, done: False
+    ) -> tuple[list, list[int], dict[str, bytes]]:
+        folder, done = tmp_path / f"run_{count}", [0] * count
+        config = train_config.TrainConfig(
+            subjects=tables, masks="auto", captions="auto", output_dir=str(folder)
+        )
+
+        def asking(kind, answer):
+            """What loads a Segmenter or a Captioner that answers so, on a device that tells its
+            process."""
+
+            def ask(device: torch.device, image: Image.Image) -> object:
+                if is_full(device.index, done[device.index]):
+                    raise UserError("full")
+                done[device.index] += 1
+                return answer(image)
+
+            return lambda config, device: kind("model", "", partial(ask, device))
+
+        mask = asking(Segmenter, lambda image: torch.ones(image.height, image.width))
+        monkeypatch.setattr("dreambooth_moslora.photos.masks.load_segmenter", mask)
+        monkeypatch.setattr(
+            class_images, "load_captioner", asking(Captioner, lambda i: f"beside {i.width} trees")
+        )
+
+        def one(accelerator):
+            accelerator.device = torch.device("cpu", accelerator.process_index)
+            accelerator.reduce = lambda votes, kind: votes  # nobody asks for a stop
+            report = SimpleNamespace(counted=lambda phase, counts, total: counts, failure=None)
+            context = reporter.RunContext(RunDir(folder), accelerator, report, bool)
+            class_images.make_masks(config, context, pets)
+            class_images.make_captions(config, context, pets)
+            return [(photo.captions, photo.mask_path.name) for photo in with_made(config, pets)]
+
+        found = run(count, one)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return found, done, {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return make
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_process_makes_a_part_and_the_files_are_those_of_one(made, count):
+    (alone,), asked, files = made(1)
+    assert asked == [10] and len(files) == 6 and alone[0][0] == ("sks dog beside 96 trees",)
+    found, asked, shared = made(count)
+    assert shared == files and found == [alone] * count
+    assert sum(asked) == 10 and min(asked) >= 2
+    assert made(count)[1] == [0] * count, "what was made stays"
+
+
+def test_an_error_of_one_ends_all_and_the_next_start_goes_on(made):
+    own, heard = made(2, lambda process, done: (process, done) == (0, 4))[0]
+    assert str(own) == "full" and str(heard) == "the main process ended: full"
+    found, asked, files = made(2)
+    assert sum(asked) == 3 and len(files) == 6 and found[0] == found[1]
+
+
+def dogs(folder, seed=7, size=(8, 8)):
+    return ClassImages(folder, "a dog", "toy", seed, size)
+
+
+def wanted(count):
+    return train_config.TrainConfig(
+        with_prior_preservation=True, class_prompt="a dog", num_class_images=count, resolution=8
+    )
+
+
+def taken(folder, *sets):
+    """The names of the pictures that are taken of these sets, with so many of each."""
+    count = sum(number for _, number in sets)
+    return [
+        photo.path.name for photo in usable_class_photos(folder, wanted(max(count, 3)), list(sets))
+    ]
+
+
+def pictures_in(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def top_up(images, count, batch_size=4):
+    """Paint what is missing, as a run does, in colours that tell their seed; returns the seeds of
+    each call."""
+    calls = []
+
+    def paint(seed):
+        return png_bytes(Image.new("RGB", images.size_px[::-1], (seed % 256, seed // 256 % 256, 0)))
+
+    images.folder.mkdir(exist_ok=True)
+    for batch in images.lacking(count, batch_size):
+        calls.append(tuple(batch.seeds))
+        batch.keep([paint(seed) for seed in batch.seeds])
+    return calls
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"half a picture"])
+def test_the_batch_of_what_is_missing_or_cannot_be_read_is_generated_again(damage, tmp_path):
+    """An image that was drawn alone had other bytes than in its batch."""
+    images = dogs(tmp_path)
+    (_, drawn) = top_up(images, 8)
+    before, path = pictures_in(tmp_path), images.path(5)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert top_up(images, 8) == [drawn]
+    assert pictures_in(tmp_path) == before
+    assert top_up(images, 8) == [] and len(top_up(images, 10)) == 1
+    assert [seeds[:2] for seeds in top_up(images, 12)] == top_up(dogs(tmp_path / "new"), 10)[2:]
+
+
+def test_images_of_another_prompt_or_size_are_not_taken_and_a_persons_own_are(tmp_path):
+    """Sets of several sizes stand beside each other."""
+    square, wide = dogs(tmp_path), dogs(tmp_path, size=(8, 16))
+    cats = ClassImages(tmp_path, "a cat", "toy", 7, (8, 8))
+    for images, count in ((square, 1), (wide, 2), (cats, 2)):
+        top_up(images, count)
+    assert Image.open(wide.path(1)).size == (16, 8)
+    assert top_up(wide, 2) == top_up(square, 1) == []
+    of_both = [square.path(0).name, wide.path(0).name, wide.path(1).name]
+    assert sorted(taken(tmp_path, (square, 1), (wide, 2))) == sorted(of_both)
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    assert taken(tmp_path, (cats, 2)) == ["mine.png", cats.path(0).name, cats.path(1).name]
+
+
+def test_images_drawn_with_other_text_options_stay_and_are_not_taken(tmp_path):
+    told = {"text_encoder_out_layers": (9, 18, 27)}
+    plain, other = dogs(tmp_path), replace(dogs(tmp_path), text_options=told)
+    for images in (plain, other):
+        assert len(top_up(images, 3)) == 1
+        assert taken(tmp_path, (images, 3)) == [images.path(index).name for index in range(3)]
+    assert top_up(plain, 3) == top_up(other, 3) == []
+
+
+CHANGED = {
+    "the last number of the UNet": (
+        lambda base: flip_last_bit(base / "unet" / "diffusion_pytorch_model.safetensors"),
+        {},
+    ),
+    "a token's embedding": (change_token, {}),
+    "two letters of a tokenizer": (swap_ids, {}),
+    "the last number of the VAE": (
+        lambda base: flip_last_bit(base / "vae" / "diffusion_pytorch_model.safetensors"),
+        {},
+    ),
+    "another seed": (lambda base: None, {"seed": 4}),
+}
+"""How another run's base of the same name differs, and with which settings."""
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(("the last number of the UNet", "another seed"), tuple(CHANGED))
+)
+def test_class_images_of_another_base_or_seed_stay_and_are_not_taken(
+    name, tiny_base, prepare_base, tmp_path, caplog
+):
+    """One line says it. A person's own are taken in any case."""
+    change, settings = CHANGED[name]
+    base = Path(shutil.copytree(tiny_base, tmp_path / tiny_base.name))
+    change(base)
+    caplog.set_level("INFO", class_images.__name__)
+    folder = tmp_path / "class"
+    Image.new("RGB", (64, 64)).save(paint_photos(folder, 0) / "mine.png")
+
+    def take(base: Path, **changes) -> list[str]:
+        prior = {"with_prior_preservation": True, "class_data_dir": str(folder)}
+        inputs = prepare_base(base, num_class_images=2, **prior, **changes)
+        return [photo.path.name for photo in inputs.prior.streams[0].photos]
+
+    first = take(tiny_base)
+    drawn = pictures_in(folder)
+    assert sorted(first) == sorted(drawn) and len(drawn) == 2 and not caplog.messages
+    second = take(base, **settings)
+    assert first[0] == second[0] == "mine.png" and first[1] != second[1]
+    (line,) = caplog.messages
+    assert "1 generated class images are of another base, class prompt, size or --seed" in line
+    assert "they stay unused, and 1 of “a photo of a dog” are drawn" in line
+
+    # Both stay, each for its own run.
+    assert take(tiny_base) == first
+    assert pictures_in(folder).items() >= drawn.items() and len(caplog.messages) == 1
+
+
+def test_of_two_runs_that_draw_in_one_folder_the_first_image_stays(tmp_path):
+    """The other run may have read it already."""
+    first, second = dogs(tmp_path), dogs(tmp_path)
+    (late,) = second.lacking(2, batch_size=2)
+    top_up(first, 2)
+    before = pictures_in(tmp_path)
+    late.keep([b"another picture"] * 2)
+    assert pictures_in(tmp_path) == before
+
+
+STREAMED = {
+    "sdxl": {},
+    "sdxl in 8 bit, streamed in training too": {
+        "gradient_checkpointing": True,
+        "base_quantization": "int8",
+        "stream_blocks": True,
+    },
+    "flux in 4 bit": {"base_quantization": "nf4"},
+}
+
+
+def test_a_base_that_was_streamed_drew_the_same_and_is_whole_again(tiny_base, monkeypatch):
+    pipeline = load.load_pipeline(tiny_base)
+    weights = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
+    draw = partial(generate_images, pipeline, "a dog", [1, 2], (64, 64))
+    wanted = [picture.tobytes() for picture in draw()]
+    for name in ("is_short", "is_too_small"):
+        monkeypatch.setattr(offload.Home, name, True)
+    place = offload.Home(pipeline, torch.device("cpu"))
+    place.enter()
+    assert [picture.tobytes() for picture in draw()] == wanted and place.streamed
+    place.end()
+    found = pipeline.unet.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert not any(part._forward_pre_hooks for part in pipeline.unet.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STREAMED)
+def test_class_images_of_a_base_that_is_streamed_are_the_same_and_so_is_what_is_learnt(
+    name, photos, tmp_path, monkeypatch
+):
+    """As on a card that is smaller than the base. Then the base is whole again, and is trained."""
+    tiny_pipeline(name.split()[0], tmp_path / "files").save_pretrained(tmp_path / "base")
+    made, streamed, stream = [], [], offload.Home.stream
+    monkeypatch.setattr(offload.Home, "stream", lambda self: streamed.append(1) or stream(self))
+    for is_small in (False, True):
+        folder = tmp_path / f"small {is_small}"
+        monkeypatch.setattr(offload.Home, "is_short", is_small)
+        monkeypatch.setattr(offload.Home, "is_too_small", is_small)
+        changes = {"with_prior_preservation": True, "class_data_dir": str(folder / "class")}
+        train(tiny_config(tmp_path / "base", photos, folder / "run", **changes, **STREAMED[name]))
+        made.append((pictures_in(folder / "class"), adapter_sha256(folder / "run")))
+    assert made[0] == made[1] and len(made[0][0]) == 3 and streamed == [1]
+
+
+def test_a_base_that_draws_nan_ends_the_run_and_leaves_no_class_image(photos, tmp_path):
+    pipeline = tiny_sdxl(tmp_path)
+    pipeline.unet.conv_out.weight.data.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    changes = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
+    with pytest.raises(UserError, match=r"pictures that are not finite .* --mixed_precision bf16"):
+        train(tiny_config(tmp_path / "model", photos, tmp_path / "run", **changes))
+    assert not list((tmp_path / "class").iterdir())
+
+
+def test_a_persons_own_class_images_are_taken_first_and_too_few_are_a_mistake(tmp_path):
+    """What a killed run was writing is removed."""
+    images = dogs(tmp_path)
+    top_up(images, 2)
+    with pytest.raises(UserError, match="only 2 of 3 class images"):
+        taken(tmp_path, (images, 3))
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"dog_{number}.png")
+    assert taken(tmp_path, (images, 1)) == ["dog_0.png", "dog_1.png", images.path(0).name]
+    (stale := tmp_path / ".class_1_00000.png.999999999-5e526a9a.new").touch()
+    planned(tmp_path, wanted(1), {(8, 8): 1}, {})
+    assert not stale.exists()
+
+
+def test_class_images_are_shared_by_the_photos_of_each_size_and_each_size_gets_one():
+    known = [
+        ((5,), 7, (7,)),
+        ((3, 1), 8, (6, 2)),
+        ((98, 1, 1), 10, (8, 1, 1)),
+        ((2, 2, 1), 1, (1, 0, 0)),
+    ]
+    for counts, total, shared in (*known, ((1, 2), 0, (0, 0))):
+        sizes = {(8, 8 * number): count for number, count in enumerate(counts, start=1)}
+        assert tuple(shares(sizes, total).values()) == shared

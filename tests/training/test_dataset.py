@@ -1,0 +1,396 @@
+"""Which photo, crop and caption each exposure shows: buckets, captions that vary, several
+subjects."""
+
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth_moslora.disk.run_folder import RunDir
+from dreambooth_moslora.photos.augment import CropRule, bucket_of, crop_rule
+from dreambooth_moslora.photos.caption_variants import ORDERS, bare_prompt_line, shuffled_captions
+from dreambooth_moslora.photos.captions import MadeCaption, keep
+from dreambooth_moslora.photos.folder import photo_report
+from dreambooth_moslora.photos.photo_file import Photo, kept_path
+from dreambooth_moslora.photos.quality import plans_of
+from dreambooth_moslora.seeds import place_of
+from dreambooth_moslora.settings import train_config
+from dreambooth_moslora.training.dataset import (
+    PhotoStream,
+    SubjectStreams,
+    instance_streams,
+    move_together,
+)
+from dreambooth_moslora.training.loop import train
+from dreambooth_moslora.training.step import TrainStep
+from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.folding import load_published
+from tests.helpers.tiny_training import paint_photos, tiny_config
+
+pytestmark = pytest.mark.usefixtures("few_steps")
+SIZES = [(96, 64), (64, 80), (72, 72), (90, 60), (70, 71), (300, 200), (64, 64)]
+SQUARES, BUCKETS = CropRule(64), CropRule(64, crops_per_photo=2, bucket_step_px=8)
+TAGS = "sks dog, red collar, on grass, side view"
+PLACED, BARE = ("a photo of sks dog on grass", "a photo of sks dog in snow"), "a photo of sks dog"
+DOG = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog"}
+CAT = {"instance_prompt": "a photo of zwx cat", "class_prompt": "a photo of a cat"}
+
+
+class Numbers:
+    """An encoder that gives the photo and the plan."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def encode(self, photo, plan):
+        return photo.path, plan
+
+
+def photos_of(sizes):
+    return [Photo(number, size, ("x",)) for number, size in enumerate(sizes)]
+
+
+def stream(batch_size, rule=BUCKETS, repeats=1):
+    return PhotoStream(
+        photos_of(SIZES), Numbers(rule), 3, "instance", repeats, batch_size=batch_size
+    )
+
+
+def ahead_of(stream, count):
+    return [(photo.path, plan) for photo, plan in stream.views_ahead(count)]
+
+
+def views(stream, count):
+    return [stream.at(position)[0] for position in range(count)]
+
+
+@pytest.mark.parametrize(("kind", "is_pinned"), [("cuda", True), ("mps", False)])
+def test_a_batch_moves_in_one_copy_which_is_asynchronous_only_from_pinned_memory(
+    kind, is_pinned, monkeypatch
+):
+    cuda = FakeCuda(monkeypatch)
+    batch = {"latents": torch.rand(2, 3), "mask": None, "steps": torch.tensor([7, 9])}
+    moved = move_together(batch, torch.device(kind))
+    assert cuda.copies == [(is_pinned, is_pinned)]
+    assert moved["mask"] is None and torch.equal(moved["latents"], batch["latents"])
+    assert moved["steps"].tolist() == [7, 9] and moved["steps"].dtype == torch.int64
+
+
+def test_the_bucket_is_the_nearest_shape_of_sdxls_own_and_crops_cover_it_within_the_photo():
+    """These sizes are among those that SDXL was trained on (Podell et al. 2023, appendix I)."""
+    sizes = [(1024, 1024), (1500, 1000), (1000, 1500), (1080, 1920), (3000, 4000), (3000, 300)]
+    buckets = [(1024, 1024), (1216, 832), (832, 1216), (768, 1344), (896, 1152), (2048, 512)]
+    assert [bucket_of(size, 1024, 64) for size in sizes] == buckets
+    for step in range(8, 72, 8):
+        height, width = bucket_of((300, 200), 64, step)
+        assert 0 < height * width <= 64**2
+    draws = random.Random(1)
+    for _ in range(300):
+        size = draws.randint(30, 900), draws.randint(30, 900)
+        target = bucket_of(size, 128, 8)
+        plan = CropRule(128, zoom=draws.choice([1, 2])).plan(size, draws, target)
+        assert plan.target_size == plan.time_ids[4:] == target and target[0] * target[1] <= 128**2
+        edges = zip(plan.crop_top_left, target, plan.resized, strict=True)
+        assert all(0 <= start <= start + crop <= whole for start, crop, whole in edges)
+        assert min(r / t for r, t in zip(plan.resized, target, strict=True)) < 2.01
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_batch_has_one_size_and_each_photo_is_shown_as_often(batch_size, repeats):
+    shown = stream(batch_size, repeats=repeats)
+    count = len(shown) * batch_size
+    found = views(shown, 2 * count)
+    sizes = [plan.target_size for _, plan in found]
+    assert len(set(sizes)) > 2
+    assert all(
+        len(set(sizes[start : start + batch_size])) == 1
+        for start in range(0, len(sizes), batch_size)
+    )
+    for half in (found[:count], found[count:]):
+        assert set(Counter(photo for photo, _ in half).values()) == {batch_size * repeats}
+    assert [shown.at(position)[0] for position in reversed(range(2 * count))] == found[::-1]
+    assert found[:count] != found[count:]
+
+
+@pytest.mark.parametrize(
+    "rule", [BUCKETS, CropRule(64, crops_per_photo=2), CropRule(64, crops_per_photo=3)]
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 5, 20, 200])
+def test_what_is_encoded_ahead_is_what_is_shown(rule, batch_size, count):
+    shown = stream(batch_size, rule)
+    ahead = ahead_of(shown, count)
+    assert set(ahead) == set(views(shown, count)) and len(ahead) <= count
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_order_is_the_one_that_it_always_was_of_squares_and_of_one_subject(batch_size):
+    shown = stream(batch_size, SQUARES)
+    places = [place_of(position, len(SIZES), 3, "instance")[1] for position in range(50)]
+    assert [photo for photo, _ in views(shown, 50)] == places
+    photos = [Photo(n, size, ("x", "y")) for n, size in enumerate(SIZES)]
+    config = train_config.TrainConfig(
+        resolution=64, seed=3, train_batch_size=2, caption_dropout=0.2
+    )
+    before = PhotoStream(photos, Numbers(SQUARES), 3, "instance", 1, 0.2, 2)
+    now = instance_streams(config, photos, Numbers(SQUARES))
+    assert [now.at(n) for n in range(50)] == [before.at(n) for n in range(50)]
+
+
+def test_a_run_without_a_photo_is_that_of_a_folder_without_it():
+    photos = [Photo(Path(f"{number}.png"), (64, 64), ("x",)) for number in (0, 1, 3)]
+
+    def stream_of(**changes) -> SubjectStreams:
+        return instance_streams(
+            train_config.TrainConfig(seed=3, **changes), photos, Numbers(SQUARES)
+        )
+
+    assert views(stream_of(leave_out=("2.png",)), 50) == views(stream_of(), 50)
+    assert len(stream_of(leave_out=("2.png",)).views_ahead(50)) == 3, "one crop of each photo"
+
+
+def test_the_crop_picture_shows_the_crops_of_the_run_of_each_subject(several):
+    config = train_config.TrainConfig(resolution=64, seed=3, enable_bucket=True, crops_per_photo=2)
+    shown = {
+        plan
+        for number, photo in enumerate(photos_of(SIZES))
+        for plan in plans_of(photo, number, config)
+    }
+    assert crop_rule(config) == BUCKETS and shown == {plan for _, plan in views(stream(2), 100)}
+    config = several(seed=5, crops_per_photo=2, crop_zoom=1.5, random_flip=True, repeats=2)
+    photos = photo_report(config).photos
+    trained = set(views(instance_streams(config, photos, Numbers(crop_rule(config))), 120))
+    numbered = ((0, photos[0]), (1, photos[1]), (2, photos[2]), (0, photos[3]))
+    assert trained == {
+        (photo.path, plan) for number, photo in numbered for plan in plans_of(photo, number, config)
+    }
+
+
+@pytest.mark.parametrize("rule", [BUCKETS, CropRule(64, crops_per_photo=None, bucket_step_px=8)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_class_images_have_the_size_of_what_they_stand_beside(rule, batch_size):
+    shown = stream(batch_size, rule)
+    shapes = [(64, 64), (48, 80), (80, 48), (80, 48), (50, 50)]  # none like that of (64, 80)
+    prior = PhotoStream(photos_of(shapes), Numbers(rule), 3, "prior", beside=shown)
+    pairs = list(zip(views(shown, 300), views(prior, 300), strict=True))
+    assert all(plan.target_size == other.target_size for (_, plan), (_, other) in pairs)
+    assert {photo for _, (photo, _) in pairs} == set(range(5))
+    for height, width in ((48, 80), (80, 48)):
+        whole = {photo for _, (photo, plan) in pairs if plan.target_size == (height, width)}
+        assert whole <= {number for number, shape in enumerate(shapes) if shape == (height, width)}
+    assert set(ahead_of(prior, 300)) == (set(views(prior, 300)) if rule.crops_per_photo else set())
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The batches that the steps get."""
+    found, batch_at = [], TrainStep.batch_at
+    monkeypatch.setattr(
+        TrainStep, "batch_at", lambda *words: found.append(batch_at(*words)) or found[-1]
+    )
+    return found
+
+
+def config(**changes):
+    return train_config.TrainConfig(
+        **{"seed": 3, "instance_prompt": "a photo of sks dog"} | changes
+    )
+
+
+def worded(captions, dropout=0.0, bare_prompt=None, share=0.0):
+    photos = [
+        Photo(name, (64, 64), captions, bare_prompt=bare_prompt) for name in ("a.png", "b.png")
+    ]
+    return PhotoStream(photos, Numbers(SQUARES), 3, "instance", 1, dropout, bare_share=share)
+
+
+def said(shown, count=200):
+    """The captions of these positions, which are the same in any order."""
+    texts = [shown.at(position)[1] for position in range(count)]
+    assert [shown.at(position)[1] for position in reversed(range(count))] == texts[::-1]
+    return texts
+
+
+def photos_with(folder, *captions, **changes):
+    """Painted photos, each with one of these texts beside it, as a run reads them."""
+    photos = paint_photos(folder, count=len(captions))
+    for number, text in enumerate(captions):
+        (photos / f"{number}.txt").write_text(text)
+    return photo_report(config(instance_data_dir=str(photos), resolution=64, **changes)).photos
+
+
+def test_tags_change_places_by_the_seed_and_the_kept_ones_stay():
+    """Each caption is drawn as often as without shuffling."""
+    found = shuffled_captions(config(shuffle_caption=True, keep_tokens=1), (TAGS,))
+    assert len(found) == ORDERS and found[0] == TAGS and len(set(found)) > 3
+    assert all(caption.startswith("sks dog, ") for caption in found)
+    assert {tuple(sorted(caption.split(", "))) for caption in found} == {
+        tuple(sorted(TAGS.split(", ")))
+    }
+    moved = shuffled_captions(config(shuffle_caption=True), (TAGS,))
+    assert not all(caption.startswith("sks dog") for caption in moved)
+    assert shuffled_captions(config(), (TAGS,)) == (TAGS,)
+    orders = [
+        shuffled_captions(config(shuffle_caption=True, seed=seed), (TAGS,)) for seed in (1, 1, 2)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    many = shuffled_captions(config(shuffle_caption=True), (TAGS, "sks dog"))
+    assert Counter(said(worded(many)))["sks dog"] == pytest.approx(100, abs=40)
+
+
+def test_a_prefix_stands_before_a_photos_own_captions_and_stays_whatever_is_shuffled(tmp_path):
+    one, two = photos_with(tmp_path, "on grass\nin snow\n", "", caption_prefix="sks dog,")
+    assert one.captions == ("sks dog, on grass", "sks dog, in snow")
+    assert two.captions == ("a photo of sks dog",)
+    framed = "sks dog, red, blue, green, in snow"
+    prefixed = config(shuffle_caption=True, caption_prefix="sks dog,")
+    found = shuffled_captions(prefixed, (framed, "sks dog,"))
+    assert (
+        found[0] == framed and len(set(found[:ORDERS])) > 3 and set(found[ORDERS:]) == {"sks dog,"}
+    )
+    assert all(caption.startswith("sks dog, ") for caption in found[:ORDERS])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 1.0])
+def test_a_share_of_exposures_has_no_caption_or_the_bare_prompt_and_a_caption_keeps_its_draw(share):
+    """`said` finds the same places each time."""
+    for shown, bare in (
+        (worded((TAGS,), share), ""),
+        (worded(PLACED, bare_prompt=BARE, share=share), BARE),
+    ):
+        texts = said(shown, 600)
+        assert texts.count(bare) == pytest.approx(600 * share, abs=45 if 0 < share < 1 else 0)
+    assert said(worded((TAGS,), share), 600) == said(worded((TAGS,), share), 600)
+    others = [pair for pair in zip(texts, said(worded(PLACED), 600)) if pair[0] != BARE]
+    assert all(with_share == without for with_share, without in others)
+    assert shown.captions == ({*PLACED, BARE} if share else {*PLACED})
+    texts = said(worded(PLACED, dropout=0.5, bare_prompt=BARE, share=0.5), 600)
+    assert (
+        texts.count("") == said(worded(PLACED, dropout=0.5), 600).count("")
+        and texts.count(BARE) < 200
+    )
+    assert said(worded((*PLACED, BARE), share=1.0)) == said(worded((*PLACED, BARE)))
+
+
+def test_the_bare_prompt_is_of_photos_whose_captions_lack_it_as_one_line_says(tmp_path):
+    """A share is a quarter, or what is given."""
+    texts = (PLACED[0], f"{PLACED[0]}\n{BARE}", "A photo  of SKS dog.", "")
+    found = photos_with(tmp_path, *texts, caption_prefix="look:")
+    # a prefix makes it another prompt
+    assert [photo.bare_prompt for photo in found] == [BARE, None, BARE, None]
+    assert photos_with(tmp_path, *texts)[2].bare_prompt is None
+    shares = {None: 0.25, 0.2: 0.2, 0: 0}
+    for given, share in shares.items():
+        assert config(instance_prompt_share=given).bare_share == share
+    photos = photos_with(tmp_path / "two", PLACED[0], BARE)
+    line = "captions: 1 of 2 photos have none that is the instance prompt itself; "
+    assert (
+        bare_prompt_line(config(), photos)
+        == f"{line}25% of their exposures show it (--instance_prompt_share)"
+    )
+    never = bare_prompt_line(config(instance_prompt_share=0), photos)
+    assert never == f"{line}they are never shown with it (--instance_prompt_share)"
+    assert bare_prompt_line(config(), photos[1:]) is None
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Three photos of a dog and one of a cat."""
+    dog, cat = paint_photos(tmp_path / "dog"), paint_photos(tmp_path / "cat", 1)
+    return [{"instance_data_dir": str(dog), **DOG}, {"instance_data_dir": str(cat), **CAT}]
+
+
+@pytest.fixture
+def several(tiny_base, tables, tmp_path):
+    usual = {"subjects": tables}
+    return lambda output="run", **changes: tiny_config(
+        tiny_base, None, tmp_path / output, **usual | changes
+    )
+
+
+def streams(rule=SQUARES, batch_size=1, counts=(5, 1, 3)):
+    found = []
+    for number, count in enumerate(counts):
+        photos = [Photo((number, n), SIZES[n], ("x",), subject=number) for n in range(count)]
+        found.append(PhotoStream(photos, Numbers(rule), 3, str(number), batch_size=batch_size))
+    return SubjectStreams(found, 3, batch_size)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_each_subject_is_shown_equally_often_whatever_its_number_of_photos(count):
+    """What is encoded ahead covers what is shown."""
+    shown = streams()
+    subjects = [path[0] for path, _ in views(shown, 90)]
+    assert subjects == [shown.subject_at(position) for position in range(90)]
+    assert all(sorted(subjects[start : start + 3]) == [0, 1, 2] for start in range(0, 90, 3))
+    assert len({tuple(subjects[start : start + 3]) for start in range(0, 90, 3)}) > 3
+    photos = Counter(path for path, _ in views(shown, 90))
+    assert [photos[0, n] for n in range(5)] == [6] * 5 and photos[1, 0] == 30 and photos[2, 1] == 10
+    shown = streams(CropRule(64, crops_per_photo=2))
+    ahead = ahead_of(shown, count)
+    assert set(views(shown, count)) <= set(ahead) and len(ahead) <= count + 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_a_batch_of_one_size_is_of_one_subject(batch_size):
+    shown = streams(BUCKETS, batch_size)
+    found = views(shown, 60 * batch_size)
+    for start in range(0, len(found), batch_size):
+        batch = found[start : start + batch_size]
+        assert (
+            len({path[0] for path, _ in batch}) == len({plan.target_size for _, plan in batch}) == 1
+        )
+    assert set(Counter(path[0] for path, _ in found).values()) == {20 * batch_size}
+
+
+def test_photos_know_their_subject_and_the_masks_and_captions_made_for_each_do_not_meet(several):
+    config = several(masks="auto", mask_prompt="animal", captions="auto")
+    photos, run = photo_report(config).photos, RunDir(config.output_dir)
+    assert [photo.subject for photo in photos] == [0, 0, 0, 1] and photos[3].captions == (
+        "a photo of zwx cat",
+    )
+    assert len({kept_path(photo, run.masks_dir) for photo in photos}) == 4
+    for photo in (photos[0], photos[3]):
+        path = kept_path(photo, run.masks_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo.path, path)
+        keep(run.captions_path, MadeCaption(photo, f"caption of {photo.subject}", key="key"), "")
+    found = photo_report(config).photos
+    assert [photo.mask_path is not None for photo in found] == [True, False, False, True]
+    own = ("a photo of sks dog",)
+    assert [photo.captions for photo in found] == [("caption of 0",), own, own, ("caption of 1",)]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_names_both_and_the_answer_that_is_preserved_is_of_each_samples_own_class(
+    several, seen, tmp_path
+):
+    prior = {"with_prior_preservation": True, "train_batch_size": 2}
+    train(several("off", prior="adapter_off", max_train_steps=2, **prior))
+    classes = {one["instance_prompt"]: one["class_prompt"] for one in (DOG, CAT)}
+    for batch in seen:
+        assert [classes[prompt] for prompt in batch.prompts[:2]] == batch.prompts[2:]
+        assert set(batch.prompts[:2]) == set(classes)
+    train(several(num_validation_images=1, max_train_steps=1, **prior))
+    run = RunDir(tmp_path / "run")
+    facts, card = load_published(run.adapter_path)[1], run.read_card()
+    assert facts.subject_prompts == (DOG["instance_prompt"], CAT["instance_prompt"])
+    assert facts.trigger_words == ("sks dog", "zwx cat")
+    assert "# run: an SDXL adapter for “a photo of sks dog” and “a photo of zwx cat”" in card
+    assert "![a photo of a sks dog and a zwx cat]" in card
+    assert len([*run.class_images_dir.glob("*.png")]) == 6
+
+
+@pytest.mark.slow
+def test_one_table_trains_the_very_file_that_flags_train(tiny_base, several, tables, tmp_path):
+    flags = {"with_prior_preservation": True, "max_train_steps": 2}
+    train(several("one/dog", subjects=tables[:1], **flags))
+    train(tiny_config(tiny_base, tmp_path / "dog", tmp_path / "two" / "dog", **DOG, **flags))
+    for name in ("pytorch_lora_weights.safetensors", "dog.kohya.safetensors", "README.md"):
+        assert (tmp_path / "one" / "dog" / name).read_bytes() == (
+            tmp_path / "two" / "dog" / name
+        ).read_bytes()
