@@ -8,6 +8,7 @@ from it once more. The page is photographed with the sample adapter, which is th
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,15 @@ STRIP_PROMPTS = {
     "a photo of a sks rocket on the moon": 3,
 }
 """Prompts of README's first picture, and their seeds: of four each, chosen by eye."""
+RECIPE_SUBJECTS = (
+    "bear",
+    "big_headed_dinosaur",
+    "long_eared_rabbit",
+    "rocket",
+    "tall_cactus",
+    "train",
+)
+"""Sample subjects of the recipe's study."""
 TILE_PX, GAP_PX, CAPTION_PX, LABEL_PX = 256, 8, 96, 110
 FONT_PX = 22
 
@@ -146,16 +156,16 @@ def toy_base(work: Path) -> Path:
 
 def recipe(work: Path) -> Path:
     """Of the six subjects, trained by one word each."""
-    runs, picture = work / "one_word", work / "recipe.png"
-    program("-m", "benchmarks.one_word", "--out", runs)
-    program(
-        "-m",
-        "tools.subject_sheet",
-        *sorted(path for path in runs.iterdir() if path.is_dir()),
-        "--out",
-        picture,
-    )
-    return picture
+    sheet = work / "recipe.png"
+    runs = []
+    for subject in RECIPE_SUBJECTS:
+        photos, run = ASSETS / "subjects" / subject, work / "one_word" / subject
+        class_word = json.loads((photos / "subject.json").read_text(encoding="utf-8"))["class_word"]
+        if not RunDir(run).adapter_path.is_file():
+            program("-m", "dreambooth_moslora", "train", photos, class_word, "--output_dir", run)
+        runs.append(run)
+    program("-m", "tools.subject_sheet", *runs, "--out", sheet)
+    return sheet
 
 
 JPEGS: dict[str, tuple[Callable[[Path], Path], int]] = {

@@ -1,8 +1,7 @@
 """A picture of several runs: for each a photo, and what its adapter draws in four places that no
 photo shows.
 
-    python -m benchmarks.one_word --out runs/one_word
-    python -m tools.subject_sheet runs/one_word/* --out assets/pictures/recipe.jpg
+    python -m tools.subject_sheet runs/bear runs/rocket --out assets/pictures/recipe.jpg
 
 The places and seeds are fixed, so that nothing is chosen by eye. A run is one of the embedded base.
 """
